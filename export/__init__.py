@@ -1,0 +1,1 @@
+"""Offline 1: a Hugging Face checkpoint becomes an ONNX bundle. No torch, no GPU, weights streamed."""

@@ -1,0 +1,261 @@
+"""The bundle: the folder an export writes and every backend reads.
+
+    bundle.json                     this manifest
+    vision.<profile>.onnx           graphs; their weights lie in *.data files beside them,
+    first_layer.<profile>.onnx      shared by all profiles (or, linked, in the checkpoint's
+    decoder.<profile>.onnx          own safetensors files)
+    config.json, tokenizer.json, chat_template.jinja, preprocessor_config.json, ...
+
+Graphs and small files are hashed at every load, weight files by size at load and by hash on request:
+hashing 16 GB at each start would cost more than loading the model.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from hawk_trt.errors import BundleError
+from hawk_trt.stages import LanguageConfig
+
+MANIFEST = "bundle.json"
+SCHEMA_VERSION = 1
+_HASH_BLOCK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """One file of the bundle: sha256 in hex, its size, and whether it holds weights."""
+
+    sha256: str
+    size_bytes: int
+    weights: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """One graph input or output: dtype name and shape, dynamic dimensions by their word."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class GraphEntry:
+    """One .onnx file."""
+
+    stage: str
+    profile: str
+    file: str
+    inputs: tuple[TensorEntry, ...]
+    outputs: tuple[TensorEntry, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TableEntry:
+    """Where the token embedding table [vocab_size, hidden_size] lies, row-major."""
+
+    file: str
+    offset: int
+    dtype: str
+    shape: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class SpecialTokens:
+    """Token ids that the runtime must know; None or empty where the checkpoint has none.
+
+    vision_end and im_end bound the query range; eos ends an answer.
+    """
+
+    image: int | None
+    video: int | None
+    vision_start: int | None
+    vision_end: int | None
+    im_start: int | None
+    im_end: int | None
+    pad: int | None
+    eos: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class HeadWeights:
+    """The default head weights and where they came from."""
+
+    values: tuple[float, ...]
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """The checkpoint a bundle was made from.
+
+    fingerprint: sha256 over configs, and names, sizes, times and headers of the weight files.
+    """
+
+    name: str
+    architecture: str
+    fingerprint: str
+    linked: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """bundle.json. vision: the family's own sizes of the vision tower."""
+
+    schema_version: int
+    family: str
+    source: Source
+    dtype: str
+    normalization: str
+    profiles: tuple[str, ...]
+    language: LanguageConfig
+    vision: dict[str, Any]
+    graphs: tuple[GraphEntry, ...]
+    embeddings: TableEntry
+    special_tokens: SpecialTokens
+    keep_ratio: float
+    head_weights: HeadWeights
+    files: dict[str, FileEntry]
+    versions: dict[str, str]
+
+    def graph(self, stage: str, profile: str) -> GraphEntry:
+        """The graph of a stage in a profile.
+
+        Raises:
+            BundleError: the bundle does not hold it.
+        """
+        for entry in self.graphs:
+            if (entry.stage, entry.profile) == (stage, profile):
+                return entry
+        raise BundleError(
+            f"profile: got {profile!r}, this bundle holds {', '.join(self.profiles)}. "
+            f"Export again with --profile {profile}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """A manifest and the folder it describes."""
+
+    folder: Path
+    manifest: Manifest
+
+    @classmethod
+    def load(cls, folder: str | Path, *, verify: bool = False, progress: Callable[[int], None] | None = None) -> "Bundle":
+        """Read and check a bundle.
+
+        Args:
+            folder: the bundle.
+            verify: also hash the weight files.
+            progress: called with the bytes hashed as verification goes on.
+
+        Raises:
+            BundleError: no bundle, a newer schema, a missing or changed file.
+        """
+        folder = Path(folder)
+        bundle = cls(folder, read_manifest(folder))
+        bundle.check(verify=verify, progress=progress)
+        return bundle
+
+    def check(self, *, verify: bool = False, progress: Callable[[int], None] | None = None) -> None:
+        """Compare every file with the manifest; weight files by size, or by hash with verify.
+
+        Raises:
+            BundleError: a file is missing or differs.
+        """
+        for name, entry in self.manifest.files.items():
+            path = self.folder / name
+            if not path.is_file():
+                raise BundleError(f"{path}: missing. Export again: make export")
+            size_bytes = path.stat().st_size
+            if size_bytes != entry.size_bytes:
+                raise BundleError(f"{path}: got {size_bytes} bytes, expected {entry.size_bytes}. Export again: make export")
+            if (verify or not entry.weights) and sha256_file(path, progress) != entry.sha256:
+                raise BundleError(f"{path}: its content changed since the export (sha256 differs). Export again: make export")
+
+    def read_text(self, name: str) -> str | None:
+        """Text of a small file of the bundle, None where it has none."""
+        return (self.folder / name).read_text(encoding="utf-8") if name in self.manifest.files else None
+
+    def embedding_table(self) -> npt.NDArray[Any]:
+        """The memory-mapped token embedding table [vocab_size, hidden_size]; bfloat16 through ml_dtypes."""
+        entry = self.manifest.embeddings
+        return np.memmap(
+            self.folder / entry.file, dtype=numpy_dtype(entry.dtype), mode="r", offset=entry.offset, shape=entry.shape
+        )
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read bundle.json.
+
+    Raises:
+        BundleError: no bundle there, a damaged manifest, or one of a newer schema.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise BundleError(
+            f"{folder}: no bundle there ({MANIFEST} is missing). Make one: make export MODEL=path-or-hub-id OUT={folder}"
+        )
+    content = path.read_bytes()
+    try:
+        version = msgspec.json.decode(content, type=_SchemaOnly).schema_version
+        if version > SCHEMA_VERSION:
+            raise BundleError(
+                f"{path}: schema version {version}, this hawk_trt reads up to {SCHEMA_VERSION}. "
+                "Update hawk_trt, or export again with this version: make export"
+            )
+        manifest = msgspec.json.decode(content, type=Manifest)
+    except msgspec.MsgspecError as error:
+        raise BundleError(f"{path}: damaged ({error}). Export again: make export") from error
+    if manifest_digest(manifest) != msgspec.json.decode(content, type=_Digest).manifest_sha256:
+        raise BundleError(f"{path}: its content changed since the export (sha256 differs). Export again: make export")
+    return manifest
+
+
+def manifest_bytes(manifest: Manifest) -> bytes:
+    """bundle.json as written: indented, and with its own sha256."""
+    fields = msgspec.to_builtins(manifest)
+    fields["manifest_sha256"] = manifest_digest(manifest)
+    return msgspec.json.format(msgspec.json.encode(fields), indent=1)
+
+
+def manifest_digest(manifest: Manifest) -> str:
+    """The sha256 of a manifest's compact JSON."""
+    return hashlib.sha256(msgspec.json.encode(manifest)).hexdigest()
+
+
+def sha256_file(path: Path, progress: Callable[[int], None] | None = None) -> str:
+    """The sha256 of a file, in hex; progress is called with the bytes read."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_HASH_BLOCK_BYTES):
+            digest.update(block)
+            if progress is not None:
+                progress(len(block))
+    return digest.hexdigest()
+
+
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """The numpy dtype of a dtype name, bfloat16 through ml_dtypes."""
+    if name == "bfloat16":
+        import ml_dtypes  # only bfloat16 bundles need it
+
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(name)
+
+
+@dataclass(frozen=True, slots=True)
+class _SchemaOnly:
+    schema_version: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Digest:
+    manifest_sha256: str

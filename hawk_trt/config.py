@@ -1,0 +1,127 @@
+"""What a caller can ask of one generation: how to prune it and how to sample it.
+
+Both are values: frozen, compared by content, checked at construction.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hawk_trt.errors import InvalidInput
+
+SELECTORS = ("hawk",)
+QUERIES = ("paper", "turn")
+QUOTAS = ("global", "per-image")
+
+
+@dataclass(frozen=True, slots=True)
+class PruningConfig:
+    """How visual tokens are scored and how many are kept.
+
+    Attributes:
+        keep_ratio: share of visual tokens kept, in (0, 1]; 1.0 prunes nothing.
+        head_weights: importance of each query head of layer 0, used as given, never
+            rescaled; None takes the bundle's.
+        selector: who chooses the kept tokens.
+        min_visual_tokens: at least so many are kept (or all, where there are fewer).
+        query: "paper", the text after the last image up to the end of its turn, or "turn",
+            every text token of the last user turn.
+        quota: "global", one top-k over all visual tokens, or "per-image", one for each image
+            or video.
+
+    Raises:
+        InvalidInput: a value is out of its range.
+    """
+
+    keep_ratio: float = 0.2
+    head_weights: tuple[float, ...] | None = None
+    selector: str = "hawk"
+    min_visual_tokens: int = 1
+    query: str = "paper"
+    quota: str = "global"
+
+    def __post_init__(self) -> None:
+        _check_number("keep_ratio", self.keep_ratio, "a number in (0, 1]")
+        if not 0.0 < self.keep_ratio <= 1.0:
+            raise InvalidInput(f"keep_ratio: got {self.keep_ratio}, expected a number in (0, 1]")
+        if isinstance(self.min_visual_tokens, bool) or not isinstance(self.min_visual_tokens, int) or self.min_visual_tokens < 1:
+            raise InvalidInput(f"min_visual_tokens: got {self.min_visual_tokens!r}, expected an integer of at least 1")
+        for name, value, allowed in (
+            ("selector", self.selector, SELECTORS),
+            ("query", self.query, QUERIES),
+            ("quota", self.quota, QUOTAS),
+        ):
+            if value not in allowed:
+                raise InvalidInput(f"{name}: got {value!r}, expected one of {', '.join(allowed)}")
+        if self.head_weights is not None:
+            object.__setattr__(self, "head_weights", check_head_weights(self.head_weights))
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingConfig:
+    """How the next token is drawn from the logits.
+
+    Attributes:
+        temperature: divides the logits; 0.0 is greedy, and then the others do nothing.
+        top_p: keeps the smallest set of tokens whose probability reaches it, in (0, 1].
+        top_k: keeps so many of the most probable tokens; 0 keeps all.
+        seed: of the draw; None draws afresh each time.
+
+    Raises:
+        InvalidInput: a value is out of its range.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_number("temperature", self.temperature, "a number of at least 0")
+        _check_number("top_p", self.top_p, "a number in (0, 1]")
+        if self.temperature < 0.0:
+            raise InvalidInput(f"temperature: got {self.temperature}, expected a number of at least 0")
+        if not 0.0 < self.top_p <= 1.0:
+            raise InvalidInput(f"top_p: got {self.top_p}, expected a number in (0, 1]")
+        if isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 0:
+            raise InvalidInput(f"top_k: got {self.top_k!r}, expected an integer of at least 0")
+        if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0):
+            raise InvalidInput(f"seed: got {self.seed!r}, expected None or an integer of at least 0")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most probable token is always taken."""
+        return self.temperature == 0.0
+
+
+def check_head_weights(weights: Sequence[float], num_heads: int | None = None) -> tuple[float, ...]:
+    """Return the weights as floats, or say what is wrong with them.
+
+    Args:
+        weights: one number a query head of layer 0.
+        num_heads: how many there must be, where that is known.
+
+    Raises:
+        InvalidInput: wrong length, a value that is not finite or below 0, or all zero.
+    """
+    try:
+        values = tuple(float(w) for w in weights)
+    except (TypeError, ValueError) as error:
+        raise InvalidInput(f"head_weights: got {weights!r}, expected a sequence of numbers") from error
+    if num_heads is not None and len(values) != num_heads:
+        raise InvalidInput(f"head_weights: got {len(values)} values, expected {num_heads}, one a query head of layer 0")
+    if not values or not all(math.isfinite(w) and w >= 0.0 for w in values):
+        raise InvalidInput(f"head_weights: got {_short(values)}, expected finite numbers of at least 0")
+    if not any(values):
+        raise InvalidInput("head_weights: all are 0, so every visual token scores the same; expected at least one above 0")
+    return values
+
+
+def _check_number(name: str, value: object, expected: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise InvalidInput(f"{name}: got {value!r}, expected {expected}")
+
+
+def _short(values: tuple[float, ...]) -> str:
+    shown = ", ".join(f"{v:g}" for v in values[:8])
+    return f"({shown}{', ...' if len(values) > 8 else ''})"

@@ -1,0 +1,151 @@
+"""The supported model families. A family is one file of runtime facts here and one vision graph in export/.
+
+A family turns a checkpoint's config into sizes, images into patches, and patches into the feeds of the
+vision stage; everything after the vision stage is the same for all.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from hawk_trt.errors import CheckpointError
+from hawk_trt.stages import LanguageConfig, StageSpec
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSettings:
+    """How images are resized and normalised, from preprocessor_config.json.
+
+    min_pixels and max_pixels bound the area after resizing; mean and std are per RGB channel, on [0, 1].
+    """
+
+    min_pixels: int
+    max_pixels: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    rescale_factor: float
+    resample: int
+
+
+@dataclass(frozen=True, slots=True)
+class Patches:
+    """Images or videos as the vision stage takes them.
+
+    Attributes:
+        pixel_values: float32 [num_patches, patch_dim], in the order of the checkpoint's own processor.
+        grid_thw: int64 [items, 3], patches in time, height and width of each image or video.
+    """
+
+    pixel_values: npt.NDArray[np.float32]
+    grid_thw: npt.NDArray[np.int64]
+
+
+class Family(Protocol):
+    """What the runtime and the exporter ask of a model family."""
+
+    name: str
+    architectures: tuple[str, ...]
+
+    def language_config(self, config: Mapping[str, Any]) -> LanguageConfig:
+        """Sizes of the language model from config.json.
+
+        Raises:
+            CheckpointError: a setting is missing or not supported.
+        """
+
+    def vision_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Sizes of the vision tower from config.json, as stored in the manifest.
+
+        Raises:
+            CheckpointError: a setting is missing or not supported.
+        """
+
+    def vision_spec(self, vision: Mapping[str, Any], hidden_size: int) -> StageSpec:
+        """Inputs and outputs of the vision graph."""
+
+    def tokens_per_item(self, grid_thw: npt.NDArray[np.int64], vision: Mapping[str, Any]) -> npt.NDArray[np.int64]:
+        """Visual tokens of each image or video: int64 [items]."""
+
+    def vision_feeds(
+        self, patches: Patches, vision: Mapping[str, Any], max_patches: int
+    ) -> Iterator[dict[str, npt.NDArray[Any]]]:
+        """Feeds of the vision stage, one call after another, together in prompt order.
+
+        max_patches bounds a call's patches (a single frame may exceed it).
+
+        Raises:
+            InvalidInput: pixel_values and grid_thw do not fit each other.
+        """
+
+    def image_settings(self, preprocessor: Mapping[str, Any]) -> ImageSettings:
+        """Settings from preprocessor_config.json."""
+
+    def images_to_patches(
+        self, images: Sequence[npt.NDArray[np.uint8]], settings: ImageSettings, vision: Mapping[str, Any]
+    ) -> Patches:
+        """Resize, normalise and cut RGB images [height, width, 3].
+
+        Raises:
+            InvalidInput: an image whose shape cannot be used.
+        """
+
+    def video_to_patches(
+        self, frames: Sequence[npt.NDArray[np.uint8]], settings: ImageSettings, vision: Mapping[str, Any]
+    ) -> Patches:
+        """Resize, normalise and cut the sampled RGB frames of one video, all of one size.
+
+        Raises:
+            InvalidInput: frames whose shapes cannot be used.
+        """
+
+    def position_ids(
+        self,
+        visual_kind: npt.NDArray[np.int8],
+        image_grid_thw: npt.NDArray[np.int64],
+        video_grid_thw: npt.NDArray[np.int64],
+        second_per_grid_ts: npt.NDArray[np.float32],
+        vision: Mapping[str, Any],
+    ) -> npt.NDArray[np.int64]:
+        """Positions of a prompt without padding: int64 [axes, seq_len].
+
+        visual_kind: [seq_len], 0 text, 1 image placeholder, 2 video placeholder.
+
+        Raises:
+            InvalidInput: placeholders and grids do not fit each other.
+        """
+
+
+def families() -> tuple[Family, ...]:
+    """All supported families."""
+    from hawk_trt.families.qwen2_5_vl import Qwen25VL  # here, since each family file imports this module
+
+    return (Qwen25VL(),)
+
+
+def family_by_name(name: str) -> Family:
+    """The family of a bundle.
+
+    Raises:
+        CheckpointError: no such family.
+    """
+    for family in families():
+        if family.name == name:
+            return family
+    raise CheckpointError(f"family: got {name!r}, supported are {', '.join(f.name for f in families())}")
+
+
+def family_of(config: Mapping[str, Any]) -> Family:
+    """The family of a checkpoint's config.json.
+
+    Raises:
+        CheckpointError: an architecture that is not supported.
+    """
+    got = tuple(config.get("architectures") or ()) or (str(config.get("model_type")),)
+    for family in families():
+        if set(got) & set(family.architectures):
+            return family
+    supported = ", ".join(name for family in families() for name in family.architectures)
+    raise CheckpointError(f"architecture: got {', '.join(got)}, supported are {supported}")

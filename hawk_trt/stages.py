@@ -1,0 +1,163 @@
+"""The stage contract: every input and output of the three graphs, named, typed and shaped once.
+
+The exporter declares graph inputs and outputs from here, the engine builder its optimization
+profiles, the backends their bindings; tests and docs read the same tables.
+
+    vision       pixel_values + the family's host plan           -> visual_embeds
+    first_layer  merge, HAWK scores, top-k, gather, layer 0       -> hidden_states, kept_*, scores, KV of layer 0
+    decoder      layers 1 .. , norm, lm_head on the last position -> logits, next_token, KV of its layers
+
+A prefill and a decode step run the same graphs: a decode step has seq_len = num_kept_total = 1.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+VISION = "vision"
+FIRST_LAYER = "first_layer"
+DECODER = "decoder"
+STAGES = (VISION, FIRST_LAYER, DECODER)
+
+PORTABLE = "portable"
+INPLACE = "inplace"
+PROFILES = (PORTABLE, INPLACE)
+
+NORMALIZATIONS = ("l2", "softmax", "minmax")
+DTYPES = ("float32", "float16", "bfloat16")
+
+# A bias of this size or more decides alone: kept whatever the score, or never kept.
+BIAS_KEEP = 3.0e38
+BIAS_DROP = -3.0e38
+
+ElementType = Literal["model", "residual", "float32", "int64", "int32", "bool"]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One graph input or output.
+
+    Attributes:
+        name: of the tensor, the same in ONNX, plan and Python.
+        element: its dtype; "model" is the bundle's, "residual" the dtype of the residual stream
+            (float32 in a float16 bundle, else the bundle's).
+        shape: integers, or the word of a dynamic dimension.
+    """
+
+    name: str
+    element: ElementType
+    shape: tuple[int | str, ...]
+
+    def dtype(self, model_dtype: str) -> str:
+        """Name of the dtype in a bundle of model_dtype."""
+        if self.element == "model":
+            return model_dtype
+        if self.element == "residual":
+            return residual_dtype(model_dtype)
+        return self.element
+
+
+@dataclass(frozen=True, slots=True)
+class StageSpec:
+    """Inputs and outputs of one graph, in order."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LanguageConfig:
+    """Sizes of the language model, by Hugging Face's names.
+
+    mrope_section is empty for plain 1-D RoPE.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    rms_norm_eps: float
+    rope_theta: float
+    mrope_section: tuple[int, ...]
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+
+    @property
+    def position_axes(self) -> int:
+        """Rows of position_ids: 3 (time, height, width) with mRoPE, else 1."""
+        return len(self.mrope_section) or 1
+
+
+def residual_dtype(model_dtype: str) -> str:
+    """Dtype of the residual stream: float16 overflows in deep Qwen2.5-VL layers, so it gets float32."""
+    return "float32" if model_dtype == "float16" else model_dtype
+
+
+def key_name(layer: int, *, past: bool) -> str:
+    """Name of a layer's key cache, as input (past) or output."""
+    return f"{'past' if past else 'present'}_key.{layer}"
+
+
+def value_name(layer: int, *, past: bool) -> str:
+    """Name of a layer's value cache, as input (past) or output."""
+    return f"{'past' if past else 'present'}_value.{layer}"
+
+
+def first_layer_spec(config: LanguageConfig, profile: str) -> StageSpec:
+    """The first_layer graph of a profile."""
+    hidden, axes = config.hidden_size, config.position_axes
+    inputs = (
+        TensorSpec("text_embeds", "model", ("batch", "seq_len", hidden)),
+        TensorSpec("visual_embeds", "model", ("num_visual", hidden)),
+        TensorSpec("visual_rows", "int64", ("batch", "seq_len")),
+        TensorSpec("position_ids", "int64", (axes, "batch", "seq_len")),
+        TensorSpec("query_weights", "float32", ("batch", "seq_len")),
+        TensorSpec("select_bias", "float32", ("batch", "seq_len")),
+        TensorSpec("head_weights", "float32", (config.num_attention_heads,)),
+        TensorSpec("slots", "int64", ("num_kept_total",)),
+        *_cache_inputs(config, profile, range(1)),
+    )
+    outputs = (
+        TensorSpec("hidden_states", "residual", ("batch", "num_kept_total", hidden)),
+        TensorSpec("kept_indices", "int64", ("batch", "num_kept_total")),
+        TensorSpec("kept_position_ids", "int64", (axes, "batch", "num_kept_total")),
+        TensorSpec("scores", "float32", ("batch", "seq_len")),
+        *_cache_outputs(config, profile, range(1)),
+    )
+    return StageSpec(inputs, outputs)
+
+
+def decoder_spec(config: LanguageConfig, profile: str) -> StageSpec:
+    """The decoder graph of a profile: layers 1 and up."""
+    layers = range(1, config.num_hidden_layers)
+    inputs = (
+        TensorSpec("hidden_states", "residual", ("batch", "num_kept_total", config.hidden_size)),
+        TensorSpec("kept_position_ids", "int64", (config.position_axes, "batch", "num_kept_total")),
+        *_cache_inputs(config, profile, layers),
+    )
+    outputs = (
+        TensorSpec("logits", "float32", ("batch", config.vocab_size)),
+        TensorSpec("next_token", "int64", ("batch",)),
+        *_cache_outputs(config, profile, layers),
+    )
+    return StageSpec(inputs, outputs)
+
+
+def _cache_inputs(config: LanguageConfig, profile: str, layers: range) -> tuple[TensorSpec, ...]:
+    length = "cache_len" if profile == INPLACE else "past_len"
+    shape = ("batch", config.num_key_value_heads, length, config.head_dim)
+    write = (TensorSpec("write_index", "int64", ("batch",)),) if profile == INPLACE else ()
+    caches = tuple(
+        TensorSpec(name(layer, past=True), "model", shape) for layer in layers for name in (key_name, value_name)
+    )
+    return (*write, TensorSpec("kv_start", "int64", ("batch",)), *caches)
+
+
+def _cache_outputs(config: LanguageConfig, profile: str, layers: range) -> tuple[TensorSpec, ...]:
+    length = "cache_len" if profile == INPLACE else "total_len"
+    shape = ("batch", config.num_key_value_heads, length, config.head_dim)
+    return tuple(
+        TensorSpec(name(layer, past=False), "model", shape) for layer in layers for name in (key_name, value_name)
+    )
