@@ -1,0 +1,237 @@
+"""Causal attention over a KV cache, and the decoder layer around it, for both profiles.
+
+    portable   Concat the new keys and values to the past, grouped MatMul - Softmax - MatMul
+    inplace    TensorScatter them into the cache, then the Attention op with an explicit mask
+
+The mask is built in the graph: column c is seen by row r at cache position p = write_index + r where
+kv_start <= c <= p; a padding row sees itself, so that it stays finite.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from export.graph import GraphBuilder
+from export.layers import add_residual, gated_mlp, linear, rms_norm, rotary
+from hawk_trt.stages import LanguageConfig, key_name, value_name
+
+# Small enough that a float16 sum with it stays finite, large enough that exp() of it is 0.
+_MASKED = {"float32": -1e9, "bfloat16": -1e9, "float16": -1e4}
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionContext:
+    """What all layers of one graph share.
+
+    Attributes:
+        query_shape, key_shape: int64 [4], (batch, seq, heads, dim) for Reshape.
+        mask: bool [batch, 1, seq, total], True where a row may look (inplace), or the
+            additive bias [batch, 1, 1, seq, total] (portable).
+        cos, sin: [batch, seq, dim / 2].
+        write_index: int64 [batch] (inplace), else None.
+        caches: past keys and values by input name.
+    """
+
+    query_shape: ir.Value
+    key_shape: ir.Value
+    mask: ir.Value
+    cos: ir.Value
+    sin: ir.Value
+    write_index: ir.Value | None
+    caches: dict[str, ir.Value]
+
+
+def attention_context(
+    g: GraphBuilder,
+    config: LanguageConfig,
+    inputs: dict[str, ir.Value],
+    position_ids: ir.Value,
+    hidden: ir.Value,
+    first_layer: int,
+) -> AttentionContext:
+    """Build the shared values once a graph. hidden: [batch, seq, hidden]; first_layer: index of the graph's first."""
+    with g.scope("attention_shape"):
+        batch_seq = g.op("Shape", hidden, start=0, end=2, name="batch_seq")
+        query_shape = g.op(
+            "Concat", batch_seq, g.ints(config.num_attention_heads, config.head_dim), axis=0, name="query"
+        )
+        key_shape = g.op("Concat", batch_seq, g.ints(config.num_key_value_heads, config.head_dim), axis=0, name="key")
+        seq_len = g.op("Shape", hidden, start=1, end=2, name="seq_len")
+    cos, sin = _rotary_tables(g, config, position_ids)
+    write_index = inputs.get("write_index")
+    mask = _mask(g, inputs["kv_start"], write_index, inputs[key_name(first_layer, past=True)], seq_len)
+    return AttentionContext(query_shape, key_shape, mask, cos, sin, write_index, inputs)
+
+
+def decoder_layer(
+    g: GraphBuilder, config: LanguageConfig, context: AttentionContext, x: ir.Value, layer: int, *, last_only: bool = False
+) -> tuple[ir.Value, dict[str, ir.Value]]:
+    """One layer. x: [batch * seq, hidden], residual dtype.
+
+    Args:
+        g: the graph.
+        config: sizes.
+        context: what all layers share.
+        x: the residual stream.
+        layer: its index in the checkpoint.
+        last_only: keys and values of all positions, but the output of the last alone (all that the
+            logits need after the last layer).
+
+    Returns:
+        [batch * seq, hidden] (or [batch, hidden] with last_only) and the new caches by output name.
+    """
+    weight = f"language_model.layers.{layer}"
+    with g.scope(f"layers.{layer}"):
+        h = rms_norm(g, x, f"{weight}.input_layernorm", config.rms_norm_eps, "input_layernorm")
+        with g.scope("self_attn"):
+            key, value = (
+                _heads(g, linear(g, h, f"{weight}.self_attn.{n}_proj", f"{n}_proj"), context.key_shape, n) for n in "kv"
+            )
+            key = rotary(g, key, context.cos, context.sin, "rotary_k")
+            cos, sin, mask, query_shape = context.cos, context.sin, context.mask, context.query_shape
+            if last_only:
+                h, x = (_last_rows(g, t, query_shape, config.hidden_size, n) for t, n in ((h, "normed"), (x, "residual")))
+                cos, sin = (_last(g, t, 1, n) for t, n in ((cos, "cos"), (sin, "sin")))
+                mask = _last(g, mask, 2 if g.inplace else 3, "mask")
+                query_shape = g.ints(-1, 1, config.num_attention_heads, config.head_dim)
+            query = _heads(g, linear(g, h, f"{weight}.self_attn.q_proj", "q_proj"), query_shape, "q")
+            query = rotary(g, query, cos, sin, "rotary_q")
+            attended, present = _attend(g, config, context, query, key, value, mask, layer)
+            attended = linear(g, attended, f"{weight}.self_attn.o_proj", "o_proj")
+        x = add_residual(g, x, attended, "add_attention")
+        h = rms_norm(g, x, f"{weight}.post_attention_layernorm", config.rms_norm_eps, "post_attention_layernorm")
+        x = add_residual(g, x, gated_mlp(g, h, f"{weight}.mlp"), "add_mlp")
+    return x, present
+
+
+def _heads(g: GraphBuilder, x: ir.Value, shape: ir.Value, name: str) -> ir.Value:
+    """[tokens, heads * dim] -> [batch, heads, seq, dim]."""
+    return g.transpose(g.op("Reshape", x, shape, name=f"{name}_split"), 0, 2, 1, 3, name=f"{name}_heads")
+
+
+def _last(g: GraphBuilder, x: ir.Value, axis: int, name: str) -> ir.Value:
+    """The last index of an axis, kept as size 1."""
+    end = np.iinfo(np.int64).max
+    return g.op("Slice", x, g.ints(-1), g.ints(end), g.ints(axis), name=f"last_{name}")
+
+
+def _last_rows(g: GraphBuilder, x: ir.Value, query_shape: ir.Value, hidden: int, name: str) -> ir.Value:
+    """[batch * seq, hidden] -> the last position of each row of the batch, [batch, hidden]."""
+    batch_seq = g.op("Slice", query_shape, g.ints(0), g.ints(2), g.ints(0), name=f"{name}_batch_seq")
+    shape = g.op("Concat", batch_seq, g.ints(hidden), axis=0, name=f"{name}_shape")
+    rows = _last(g, g.op("Reshape", x, shape, name=f"{name}_rows"), 1, name)
+    return g.reshape(rows, -1, hidden, name=f"{name}_flat")
+
+
+def _attend(
+    g: GraphBuilder,
+    config: LanguageConfig,
+    context: AttentionContext,
+    query: ir.Value,
+    key: ir.Value,
+    value: ir.Value,
+    mask: ir.Value,
+    layer: int,
+) -> tuple[ir.Value, dict[str, ir.Value]]:
+    """Update the cache and attend: heads [batch, heads, seq, dim] in, [tokens, heads * dim] out."""
+    scale = float(config.head_dim**-0.5)
+    width = config.num_attention_heads * config.head_dim
+    past = [context.caches[name(layer, past=True)] for name in (key_name, value_name)]
+    if context.write_index is not None:
+        key, value = (
+            g.op("TensorScatter", cache, new, context.write_index, axis=-2, mode="linear", name=f"cache_{n}")
+            for cache, new, n in ((past[0], key, "k"), (past[1], value, "v"))
+        )
+        out = g.op("Attention", query, key, value, mask, scale=scale, name="Attention")
+        joined = g.transpose(out, 0, 2, 1, 3, name="join_heads")
+    else:
+        key, value = (
+            g.op("Concat", cache, new, axis=2, name=f"cache_{n}")
+            for cache, new, n in ((past[0], key, "k"), (past[1], value, "v"))
+        )
+        joined = _grouped_attention(g, config, g.op("Mul", query, g.scalar(scale), name="scale_q"), key, value, mask)
+    present = {key_name(layer, past=False): key, value_name(layer, past=False): value}
+    return g.reshape(joined, -1, width, name="flat"), present
+
+
+def _grouped_attention(
+    g: GraphBuilder, config: LanguageConfig, query: ir.Value, key: ir.Value, value: ir.Value, bias: ir.Value
+) -> ir.Value:
+    """Softmax(q k^T + bias) v with the query heads of a group as rows of one product.
+
+    query: [batch, heads, seq, dim], scaled.  Returns [batch, seq, kv_heads, group, dim].
+    """
+    kv_heads, dim = config.num_key_value_heads, config.head_dim
+    group = config.num_attention_heads // kv_heads
+    folded = g.reshape(query, 0, kv_heads, -1, dim, name="fold_q")
+    scores = g.op("MatMul", folded, g.transpose(key, 0, 1, 3, 2, name="k_transposed"), name="qk")
+    spread_shape = g.op(
+        "Concat",
+        g.ints(0, kv_heads, group, -1),
+        g.op("Shape", key, start=2, end=3, name="total_len"),
+        axis=0,
+        name="spread_shape",
+    )
+    scores = g.op("Add", g.op("Reshape", scores, spread_shape, name="spread"), bias, name="masked")
+    weights = g.op("Softmax", scores, axis=-1, name="softmax")
+    fold_shape = g.op(
+        "Concat",
+        g.ints(0, kv_heads, -1),
+        g.op("Shape", key, start=2, end=3, name="total_len"),
+        axis=0,
+        name="fold_shape",
+    )
+    out = g.op("MatMul", g.op("Reshape", weights, fold_shape, name="fold"), value, name="av")
+    out = g.reshape(out, 0, kv_heads, group, -1, dim, name="spread_out")
+    return g.transpose(out, 0, 3, 1, 2, 4, name="join_heads")
+
+
+def _rotary_tables(g: GraphBuilder, config: LanguageConfig, position_ids: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """cos and sin [batch, seq, dim / 2] in the model's dtype, angles in float32. position_ids: [axes, batch, seq]."""
+    half = config.head_dim // 2
+    sections = config.mrope_section or (half,)
+    axis_of = np.repeat(np.arange(len(sections)), sections)
+    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    inv_freq = (1.0 / np.float32(config.rope_theta) ** exponents).astype(np.float32)
+    with g.scope("rotary_tables"):
+        picked = g.op("Gather", position_ids, g.const(axis_of, "int64"), axis=0, name="axis_of_dim")
+        angles = g.op(
+            "Mul",
+            g.cast(g.transpose(picked, 1, 2, 0, name="batch_seq_dim"), "int64", "float32", "float32"),
+            g.const(inv_freq, "float32"),
+            name="angles",
+        )
+        return (
+            g.cast(g.op("Cos", angles, name="cos"), "float32", g.dtype, "cos_model"),
+            g.cast(g.op("Sin", angles, name="sin"), "float32", g.dtype, "sin_model"),
+        )
+
+
+def _mask(
+    g: GraphBuilder, kv_start: ir.Value, write_index: ir.Value | None, past_key: ir.Value, seq_len: ir.Value
+) -> ir.Value:
+    """bool [batch, 1, seq, total] (inplace), or the additive bias [batch, 1, 1, seq, total] (portable)."""
+    zero, one = g.const(0, "int64"), g.const(1, "int64")
+    with g.scope("mask"):
+        past_len = g.op("Shape", past_key, start=2, end=3, name="cache_len")
+        total = past_len if write_index is not None else g.op("Add", past_len, seq_len, name="total_len")
+        scalars = [g.op("Squeeze", n, g.ints(0), name=f"{word}_scalar") for n, word in ((seq_len, "seq"), (total, "total"))]
+        rows = g.op("Range", zero, scalars[0], one, name="rows")
+        columns = g.op("Range", zero, scalars[1], one, name="columns")
+        start = past_len if write_index is None else g.unsqueeze(write_index, 1, name="write_index_rows")
+        positions = g.op("Add", rows, start, name="positions")  # [seq], or [batch, seq] with a write_index
+        axes = (0, 1, 3) if write_index is None else (1, 3)
+        positions = g.unsqueeze(positions, *axes, name="position_grid")
+        kv_start = g.unsqueeze(kv_start, 1, 2, 3, name="kv_start_grid")
+        seen = g.op(
+            "And",
+            g.op("LessOrEqual", columns, positions, name="not_later"),
+            g.op("GreaterOrEqual", columns, kv_start, name="not_padding"),
+            name="causal",
+        )
+        mask = g.op("Or", seen, g.op("Equal", columns, positions, name="itself"), name="seen")
+        if write_index is not None:
+            return mask
+        bias = g.op("Where", mask, g.scalar(0.0), g.scalar(_MASKED[g.dtype]), name="bias")
+        return g.unsqueeze(bias, 1, name="bias_groups")

@@ -1,0 +1,213 @@
+"""A Hugging Face checkpoint folder: its configs, and every tensor under one canonical name.
+
+In: a folder with config.json and safetensors, one file or shards with their index. Out: configs as dicts and
+where each tensor lies. The hub's names (visual.*, model.*) and those of newer saves (model.visual.*,
+model.language_model.*) both become visual.*, language_model.* and lm_head.weight, so that the graphs know one.
+Which tensors were asked for is remembered: one that nobody reads means a graph that misses something.
+"""
+
+import difflib
+import hashlib
+import json
+import re
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from export.tensor_file import CheckpointTensor, TensorFile, read_tensor_file
+from hawk_trt.errors import CheckpointError
+
+CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
+EMBEDDINGS = "language_model.embed_tokens.weight"
+LM_HEAD = "lm_head.weight"
+
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_SHARD = re.compile(r"model-(\d+)-of-(\d+)\.safetensors")
+# The first that fits decides; what fits none keeps its name.
+_PREFIXES = (
+    ("model.language_model.", "language_model."),
+    ("model.visual.", "visual."),
+    ("model.", "language_model."),
+)
+# Buffers that old checkpoints saved and that config.json determines.
+_COMPUTED = ".inv_freq"
+# What quantised checkpoints call the parts of a weight.
+_QUANTISED = re.compile(r"\.(qweight|qzeros|scales|g_idx|weight_scale(_inv)?|weight_packed|absmax|quant_map|SCB)$")
+
+
+@dataclass(slots=True)
+class Checkpoint:
+    """A checkpoint that was opened and checked; no weight has been read yet.
+
+    Attributes:
+        folder: it lies in.
+        config: config.json.
+        generation: generation_config.json, empty where there is none.
+        files: the safetensors files, by name.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    generation: dict[str, Any]
+    files: tuple[TensorFile, ...]
+    _tensors: dict[str, CheckpointTensor] = field(repr=False)
+    _used: set[str] = field(default_factory=set, repr=False)
+
+    @classmethod
+    def open(cls, folder: str | Path) -> "Checkpoint":
+        """Read the configs and the headers of all weight files.
+
+        Raises:
+            CheckpointError: no folder, config or safetensors there, a damaged or missing file, a tensor given
+                twice, or quantised weights.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder}: no such folder, expected a Hugging Face checkpoint")
+        if not (folder / CONFIG).is_file():
+            raise CheckpointError(f"{folder}: no {CONFIG} there, expected the folder of a Hugging Face checkpoint")
+        config = read_json(folder / CONFIG)
+        generation = read_json(folder / GENERATION_CONFIG) if (folder / GENERATION_CONFIG).is_file() else {}
+        quantization = config.get("quantization_config")
+        if quantization:
+            method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
+            raise CheckpointError(
+                f"{folder / CONFIG}: quantised weights (quant_method {method}) cannot be exported: "
+                "take the checkpoint they were made from"
+            )
+        files = _weight_files(folder)
+        return cls(folder, config, generation, files, _canonical_tensors(files))
+
+    def has(self, name: str) -> bool:
+        """Whether the checkpoint holds a tensor of this canonical name."""
+        return name in self._tensors
+
+    def tensor(self, name: str) -> CheckpointTensor:
+        """The tensor of a canonical name, which counts as used from now on.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        if name not in self._tensors:
+            near = difflib.get_close_matches(name, self._tensors, n=3)
+            hint = f" The nearest are {', '.join(near)}." if near else ""
+            raise CheckpointError(f"{self.folder}: no tensor {name}, which {CONFIG} asks for.{hint}")
+        self._used.add(name)
+        return self._tensors[name]
+
+    def unused(self) -> list[str]:
+        """Canonical names of the tensors that nobody asked for, sorted; computed buffers do not count."""
+        return sorted(name for name in self._tensors if name not in self._used and not name.endswith(_COMPUTED))
+
+    def fingerprint(self, extra_files: tuple[str, ...] = ()) -> str:
+        """The sha256, in hex, of the small files and of each weight file's name, size, time and header.
+
+        Args:
+            extra_files: names of more small files of the folder; one that is missing counts as missing.
+        """
+        digest = hashlib.sha256()
+        for name in (CONFIG, GENERATION_CONFIG, *extra_files):
+            path = self.folder / name
+            content = path.read_bytes() if path.is_file() else b""
+            digest.update(f"{name} {path.is_file()} {len(content)}\n".encode() + content)
+        for file in self.files:
+            status = file.path.stat()
+            digest.update(f"{file.path.name} {status.st_size} {status.st_mtime_ns} {len(file.header)}\n".encode())
+            digest.update(file.header)
+        return digest.hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of a checkpoint.
+
+    Raises:
+        CheckpointError: it cannot be read or holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: got {type(content).__name__}, expected a JSON object")
+    return content
+
+
+def _weight_files(folder: Path) -> tuple[TensorFile, ...]:
+    """The safetensors files of a folder, in the order in which transformers looks for them."""
+    if (folder / _SINGLE).is_file():
+        return (read_tensor_file(folder / _SINGLE),)
+    if (folder / _INDEX).is_file():
+        return _indexed_files(folder)
+    shards = sorted(path for path in folder.iterdir() if _SHARD.fullmatch(path.name))
+    if not shards:
+        raise CheckpointError(_no_weights(folder))
+    count = _SHARD.fullmatch(shards[0].name)
+    assert count is not None  # it was chosen by this pattern
+    digits, total = count.groups()
+    for number in range(1, int(total) + 1):
+        expected = f"model-{number:0{len(digits)}d}-of-{total}.safetensors"
+        if not (folder / expected).is_file():
+            raise CheckpointError(f"{folder / expected}: missing, one of {int(total)} shards. Download it again")
+    return tuple(read_tensor_file(path) for path in shards)
+
+
+def _indexed_files(folder: Path) -> tuple[TensorFile, ...]:
+    """The shards named by the index, which must hold what it says."""
+    index = folder / _INDEX
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: no weight_map, expected tensor names and their files")
+    names = sorted(set(weight_map.values()), key=str)
+    files: list[TensorFile] = []
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise CheckpointError(f"{index}: got the file {name!r}, expected a name without folders")
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder / name}: missing, {index.name} names it. Download it again")
+        files.append(read_tensor_file(folder / name))
+    held = {file.path.name: {tensor.name for tensor in file.tensors} for file in files}
+    for tensor_name, name in weight_map.items():
+        if tensor_name not in held[name]:
+            raise CheckpointError(f"{folder / name}: no tensor {tensor_name}, which {index.name} places there")
+    return tuple(files)
+
+
+def _no_weights(folder: Path) -> str:
+    """What to do about a folder without safetensors of a model."""
+    if (folder / "adapter_config.json").is_file():
+        return f"{folder}: a PEFT adapter, expected a whole model. Merge it first: model.merge_and_unload().save_pretrained(DIR)"
+    pickled = sorted(path.name for path in folder.iterdir() if path.suffix in {".bin", ".pt", ".pth"})
+    if pickled:
+        return (
+            f"{folder}: no safetensors, only {', '.join(pickled[:3])}. Convert with transformers: "
+            "AutoModelForImageTextToText.from_pretrained(DIR).save_pretrained(NEW_DIR)"
+        )
+    return f"{folder}: no weights there, expected {_SINGLE} or {_INDEX} with its shards"
+
+
+def _canonical_tensors(files: tuple[TensorFile, ...]) -> dict[str, CheckpointTensor]:
+    """All tensors by canonical name."""
+    tensors: dict[str, CheckpointTensor] = {}
+    for file in files:
+        for tensor in file.tensors:
+            if _QUANTISED.search(tensor.name):
+                raise CheckpointError(
+                    f"{file.path}: tensor {tensor.name}: part of quantised weights, which cannot be exported: "
+                    "take the checkpoint they were made from"
+                )
+            name = _canonical(tensor.name)
+            if name in tensors:
+                raise CheckpointError(
+                    f"{file.path}: tensor {tensor.name}: given twice, {tensors[name].file.name} holds {name} too"
+                )
+            tensors[name] = replace(tensor, name=name)
+    return tensors
+
+
+def _canonical(name: str) -> str:
+    for prefix, canonical in _PREFIXES:
+        if name.startswith(prefix):
+            return canonical + name.removeprefix(prefix)
+    return name

@@ -1,0 +1,35 @@
+"""The decoder graph: layers 1 and up, norm, lm_head on the last position, greedy token."""
+
+import onnx_ir as ir
+
+from export.attention import attention_context, decoder_layer
+from export.graph import GraphBuilder, Weights
+from export.layers import rms_norm
+from hawk_trt.stages import DECODER, LanguageConfig, decoder_spec
+
+WEIGHT_FILE = f"{DECODER}.data"
+
+
+def build_decoder(config: LanguageConfig, dtype: str, profile: str, weights: Weights) -> ir.Model:
+    """Build the decoder graph of a profile."""
+    g = GraphBuilder(DECODER, dtype, profile, weights, WEIGHT_FILE)
+    spec = decoder_spec(config, profile)
+    inputs = g.inputs(spec)
+    hidden = inputs["hidden_states"]
+    context = attention_context(g, config, inputs, inputs["kept_position_ids"], hidden, first_layer=1)
+    x = g.reshape(hidden, -1, config.hidden_size, name="flat_hidden_states")
+    outputs: dict[str, ir.Value] = {}
+    last = config.num_hidden_layers - 1
+    for layer in range(1, config.num_hidden_layers):
+        x, present = decoder_layer(g, config, context, x, layer, last_only=layer == last)
+        outputs |= present
+    x = rms_norm(g, x, "language_model.norm", config.rms_norm_eps, "norm")
+    head = "language_model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+    logits = g.op("Gemm", x, g.weight(head), transB=1, name="lm_head")
+    if g.dtype == "float32":
+        outputs["logits"] = logits
+    else:
+        outputs["logits"] = g.cast(logits, g.dtype, "float32", "logits_float32")
+    outputs["next_token"] = g.op("ArgMax", outputs["logits"], axis=-1, keepdims=0, name="next_token")
+    g.outputs(spec, outputs)
+    return g.model()

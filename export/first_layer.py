@@ -1,0 +1,120 @@
+"""The first_layer graph: merge, HAWK scores, top-k, gather, layer 0 on the kept tokens.
+
+Scores are float32 whatever the model's dtype, in absorbed form. With r(n) = 1 / rms(x_n), the norm's weight
+g and the query weights a_t (1/T at the T query tokens, so that sum_t is a mean):
+
+    m    = g * sum_t a_t r(t) x_t                       mean of the normed query tokens
+    q_i  = Wq_i m + bq_i
+    u_i  = g * (Wk_g^T q_i)                             the key projection absorbed into the query
+    s_i(n) = (r(n) x_n . u_i + bk_g . q_i) / sqrt(head_dim)
+
+which equals mean_t q_i(t) . k_g(n) / sqrt(head_dim) without projecting a single dropped token.
+"""
+
+from collections.abc import Callable
+
+import onnx_ir as ir
+
+from export.attention import attention_context, decoder_layer
+from export.graph import GraphBuilder, Weights
+from export.layers import inverse_rms
+from export.weighted_topk import weighted_topk
+from hawk_trt.stages import FIRST_LAYER, LanguageConfig, first_layer_spec
+
+WEIGHT_FILE = f"{FIRST_LAYER}.data"
+_LAYER = "language_model.layers.0"
+
+
+def build_first_layer(
+    config: LanguageConfig, dtype: str, profile: str, normalization: str, weights: Weights
+) -> ir.Model:
+    """Build the first_layer graph of a profile."""
+    g = GraphBuilder(FIRST_LAYER, dtype, profile, weights, WEIGHT_FILE)
+    spec = first_layer_spec(config, profile)
+    inputs = g.inputs(spec)
+    embeds = _merge(g, inputs["text_embeds"], inputs["visual_embeds"], inputs["visual_rows"])
+    with g.scope("hawk"):
+        head_scores = _head_scores(g, config, embeds, inputs["query_weights"])
+        kept, scores = weighted_topk(
+            g,
+            normalization,
+            head_scores,
+            inputs["head_weights"],
+            inputs["visual_rows"],
+            inputs["select_bias"],
+            inputs["slots"],
+        )
+    with g.scope("gather"):
+        indices = g.op("Cast", kept, to=ir.DataType.INT64, name="kept_indices")
+        index_vectors = g.unsqueeze(indices, 2, name="index_vectors")
+        hidden = g.op("GatherND", embeds, index_vectors, batch_dims=1, name="kept_embeds")
+        by_token = g.transpose(inputs["position_ids"], 1, 2, 0, name="positions_by_token")
+        positions = g.op("GatherND", by_token, index_vectors, batch_dims=1, name="kept_positions")
+        positions = g.transpose(positions, 2, 0, 1, name="kept_position_ids")
+        hidden = g.cast(hidden, g.dtype, g.residual, "to_residual")
+    context = attention_context(g, config, inputs, positions, hidden, first_layer=0)
+    x = g.reshape(hidden, -1, config.hidden_size, name="flat_embeds")
+    x, present = decoder_layer(g, config, context, x, 0)
+    hidden_shape = g.op("Shape", hidden, name="hidden_shape")
+    outputs = {
+        "hidden_states": g.op("Reshape", x, hidden_shape, name="hidden_states"),
+        "kept_indices": indices,
+        "kept_position_ids": positions,
+        "scores": scores,
+        **present,
+    }
+    g.outputs(spec, outputs)
+    return g.model()
+
+
+def _merge(g: GraphBuilder, text_embeds: ir.Value, visual_embeds: ir.Value, visual_rows: ir.Value) -> ir.Value:
+    """Visual rows in place of their placeholders: [batch, seq_len, hidden]."""
+    zero = g.const(0, "int64")
+    with g.scope("merge"):
+        visual = g.unsqueeze(g.op("GreaterOrEqual", visual_rows, zero, name="is_visual"), 2, name="is_visual_row")
+        rows = g.op("Gather", visual_embeds, g.op("Max", visual_rows, zero, name="row"), axis=0, name="visual_by_token")
+        return g.op("Where", visual, rows, text_embeds, name="inputs_embeds")
+
+
+def _head_scores(g: GraphBuilder, config: LanguageConfig, embeds: ir.Value, query_weights: ir.Value) -> ir.Value:
+    """Raw scores of every position: (batch, heads, seq_len) float32."""
+    heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    hidden = config.hidden_size
+
+    def float32(name: str) -> ir.Value:
+        return g.cast(g.weight(f"{_LAYER}.{name}"), g.dtype, "float32", f"{name}_float32")
+
+    x = g.cast(embeds, g.dtype, "float32", "embeds_float32")
+    inverse = inverse_rms(g, x, config.rms_norm_eps)  # [batch, seq_len, 1]
+    scale = float32("input_layernorm.weight")
+    # Where, since 0 x NaN of one bad visual token would otherwise poison the query
+    weights = g.unsqueeze(query_weights, 2, name="query_weight_columns")
+    asked = g.op("Greater", weights, g.const(0.0, "float32"), name="is_query")
+    queried = g.op("Where", asked, x, g.const(0.0, "float32"), name="query_embeds")
+    factor = g.op("Where", asked, g.op("Mul", weights, inverse, name="weight_x_rms"), g.const(0.0, "float32"), name="a_r")
+    factor = g.transpose(factor, 0, 2, 1, name="a_r_row")
+    mean = g.op("Mul", g.op("MatMul", factor, queried, name="weighted_mean"), scale, name="query_mean")
+    mean = g.reshape(mean, -1, hidden, name="query_mean_rows")  # [batch, hidden]
+    query = _projected_query(g, mean, float32)
+    grouped = g.reshape(query, -1, kv_heads, heads // kv_heads, dim, name="query_groups")
+    key = g.reshape(float32("self_attn.k_proj.weight"), kv_heads, dim, hidden, name="k_proj_groups")
+    absorbed = g.op("MatMul", grouped, key, name="absorb_k_proj")  # [batch, kv_heads, group, hidden]
+    absorbed = g.reshape(absorbed, -1, heads, hidden, name="absorbed_heads")
+    absorbed = g.op("Mul", absorbed, scale, name="absorb_norm")
+    absorbed = g.transpose(absorbed, 0, 2, 1, name="absorbed_columns")  # [batch, hidden, heads]
+    products = g.op("MatMul", x, absorbed, name="token_scores")  # [batch, seq_len, heads]
+    scores = g.op("Mul", products, inverse, name="normed_scores")
+    if g.has_weight(f"{_LAYER}.self_attn.k_proj.bias"):
+        bias = g.reshape(float32("self_attn.k_proj.bias"), kv_heads, dim, 1, name="k_bias_groups")
+        constant = g.op("MatMul", grouped, bias, name="query_dot_k_bias")
+        scores = g.op("Add", scores, g.reshape(constant, -1, 1, heads, name="k_bias_scores"), name="add_k_bias")
+    scores = g.op("Mul", scores, g.const(dim**-0.5, "float32"), name="scaled_scores")
+    return g.transpose(scores, 0, 2, 1, name="head_scores")
+
+
+def _projected_query(g: GraphBuilder, mean: ir.Value, float32: Callable[[str], ir.Value]) -> ir.Value:
+    """Wq m + bq in float32: [batch, heads * dim]."""
+    operands = [mean, float32("self_attn.q_proj.weight")]
+    if g.has_weight(f"{_LAYER}.self_attn.q_proj.bias"):
+        operands.append(float32("self_attn.q_proj.bias"))
+    return g.op("Gemm", *operands, transB=1, name="query_projection")

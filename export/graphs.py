@@ -1,0 +1,44 @@
+"""All graphs of a profile, by stage."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import onnx_ir as ir
+
+from export.decoder import build_decoder
+from export.first_layer import build_first_layer
+from export.graph import Weights
+from export.vision import BUILDERS
+from hawk_trt.families import Family
+from hawk_trt.stages import DECODER, FIRST_LAYER, VISION, LanguageConfig
+
+
+def build_graphs(
+    family: Family,
+    language: LanguageConfig,
+    vision: Mapping[str, Any],
+    weights: Weights,
+    dtype: str,
+    profile: str,
+    normalization: str,
+) -> dict[str, ir.Model]:
+    """Build the three graphs of a profile.
+
+    Args:
+        family: of the model.
+        language: sizes of the language model.
+        vision: sizes of the vision tower, as family.vision_config gives them.
+        weights: places each tensor as it is asked for.
+        dtype: "float32", "float16" or "bfloat16".
+        profile: "portable" or "inplace".
+        normalization: "l2", "softmax" or "minmax", baked into the first layer.
+
+    Returns:
+        The models by stage name.
+    """
+    spec = family.vision_spec(vision, language.hidden_size)
+    return {
+        VISION: BUILDERS[family.name](spec, vision, dtype, profile, weights),
+        FIRST_LAYER: build_first_layer(language, dtype, profile, normalization, weights),
+        DECODER: build_decoder(language, dtype, profile, weights),
+    }

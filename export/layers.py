@@ -1,0 +1,69 @@
+"""The parts that language and vision graphs share: linear, RMS norm, rotary embedding, gated MLP.
+
+Activations are 2-D [tokens, features] between the parts, so that every weight keeps the checkpoint's
+[out, in] layout in Gemm(transB=1): nothing is transposed at export, and a bundle can point into the
+checkpoint's own files.
+"""
+
+import onnx_ir as ir
+
+from export.graph import GraphBuilder
+
+
+def linear(g: GraphBuilder, x: ir.Value, weight: str, name: str) -> ir.Value:
+    """x W^T + b: [tokens, in] -> [tokens, out], with the bias where the checkpoint has one."""
+    bias = f"{weight}.bias"
+    operands = [x, g.weight(f"{weight}.weight")] + ([g.weight(bias)] if g.has_weight(bias) else [])
+    return g.op("Gemm", *operands, transB=1, name=name)
+
+
+def rms_norm(g: GraphBuilder, x: ir.Value, weight: str, epsilon: float, name: str) -> ir.Value:
+    """RMS norm of the residual stream, computed in float32: residual dtype in, model dtype out."""
+    scale = g.weight(f"{weight}.weight")
+    with g.scope(name):
+        if g.inplace:
+            scale = g.cast(scale, g.dtype, g.residual, "scale_residual")
+            y = g.op("RMSNormalization", x, scale, axis=-1, epsilon=epsilon, stash_type=1, name="RMSNormalization")
+            return g.cast(y, g.residual, g.dtype, "to_model")
+        h = g.cast(x, g.residual, "float32", "to_float32")
+        inverse = inverse_rms(g, h, epsilon)
+        h = g.cast(g.op("Mul", h, inverse, name="normalize"), "float32", g.dtype, "to_model")
+        return g.op("Mul", h, scale, name="scale")
+
+
+def inverse_rms(g: GraphBuilder, x: ir.Value, epsilon: float) -> ir.Value:
+    """1 / sqrt(mean(x^2) + eps) over the last axis, kept as size 1; float32 in and out."""
+    square = g.op("Mul", x, x, name="square")
+    mean = g.op("ReduceMean", square, g.ints(-1), keepdims=1, name="mean_square")
+    root = g.op("Sqrt", g.op("Add", mean, g.const(epsilon, "float32"), name="add_epsilon"), name="rms")
+    return g.op("Reciprocal", root, name="inverse_rms")
+
+
+def rotary(g: GraphBuilder, x: ir.Value, cos: ir.Value, sin: ir.Value, name: str) -> ir.Value:
+    """Rotate the halves of the last axis. x: [batch, heads, seq, dim]; cos, sin: [batch, seq, dim / 2]."""
+    with g.scope(name):
+        if g.inplace:
+            return g.op("RotaryEmbedding", x, cos, sin, name="RotaryEmbedding")
+        cos, sin = (g.unsqueeze(t, 1, name=f"{word}_heads") for t, word in ((cos, "cos"), (sin, "sin")))
+        low, high = g.ops("Split", x, axis=-1, num_outputs=2, count=2, name="halves")
+        new_low = g.op(
+            "Sub", g.op("Mul", low, cos, name="low_cos"), g.op("Mul", high, sin, name="high_sin"), name="new_low"
+        )
+        new_high = g.op(
+            "Add", g.op("Mul", high, cos, name="high_cos"), g.op("Mul", low, sin, name="low_sin"), name="new_high"
+        )
+        return g.op("Concat", new_low, new_high, axis=-1, name="join")
+
+
+def gated_mlp(g: GraphBuilder, x: ir.Value, weight: str) -> ir.Value:
+    """down(silu(gate(x)) * up(x)): [tokens, hidden] -> [tokens, hidden]."""
+    with g.scope("mlp"):
+        gate = linear(g, x, f"{weight}.gate_proj", "gate_proj")
+        up = linear(g, x, f"{weight}.up_proj", "up_proj")
+        silu = g.op("Mul", gate, g.op("Sigmoid", gate, name="sigmoid"), name="silu")
+        return linear(g, g.op("Mul", silu, up, name="gated"), f"{weight}.down_proj", "down_proj")
+
+
+def add_residual(g: GraphBuilder, x: ir.Value, y: ir.Value, name: str) -> ir.Value:
+    """x + y in the residual dtype; y comes in the model's."""
+    return g.op("Add", x, g.cast(y, g.dtype, g.residual, f"{name}_cast"), name=name)

@@ -1,0 +1,144 @@
+"""One safetensors file: its header, read and checked by hand.
+
+In: a path. Out: where every tensor lies in the file. The format is 8 bytes, the header's length as a
+little-endian integer; the header, JSON; then the tensors' bytes, without gaps. We read it ourselves because
+streaming and linking need the offsets, which the safetensors package keeps to itself.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hawk_trt.errors import CheckpointError
+
+# The dtypes that a model's weights can have, by the format's name: ours and the bytes of an element.
+_DTYPES = {"F64": ("float64", 8), "F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2)}
+# The format's limit: a length above it means that this is not a safetensors file.
+_MAX_HEADER_BYTES = 100_000_000
+_DOWNLOAD_AGAIN = "Download or copy it again"
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointTensor:
+    """One tensor of a checkpoint.
+
+    Attributes:
+        name: in the file, or canonical once the checkpoint has renamed it.
+        file: that holds it.
+        offset: of its first byte, from the start of the file.
+        nbytes: its size.
+        dtype: float64, float32, float16 or bfloat16.
+        shape: row-major.
+    """
+
+    name: str
+    file: Path
+    offset: int
+    nbytes: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorFile:
+    """The header of one safetensors file, as raw bytes and as the tensors that it describes."""
+
+    path: Path
+    header: bytes
+    tensors: tuple[CheckpointTensor, ...]
+
+
+def read_tensor_file(path: Path) -> TensorFile:
+    """Read and check the header of a safetensors file.
+
+    Raises:
+        CheckpointError: truncated, not safetensors, a dtype that holds no plain weights, or offsets that
+            overlap, leave the file or do not fit the shape.
+    """
+    try:
+        size_bytes = path.stat().st_size
+        with path.open("rb") as file:
+            length_bytes = file.read(8)
+            length = int.from_bytes(length_bytes, "little")
+            if len(length_bytes) < 8 or length > min(size_bytes - 8, _MAX_HEADER_BYTES):
+                raise CheckpointError(
+                    f"{path}: {size_bytes} bytes, too few for its header of {length}: "
+                    f"truncated or not safetensors. {_DOWNLOAD_AGAIN}"
+                )
+            header = file.read(length)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+    data_start = 8 + length
+    entries = _parse(path, header)
+    tensors = sorted(
+        (_tensor(path, data_start, name, entry) for name, entry in entries.items()),
+        key=lambda tensor: (tensor.offset, tensor.nbytes),
+    )
+    _check_layout(path, data_start, size_bytes, tensors)
+    return TensorFile(path, header, tuple(tensors))
+
+
+def _parse(path: Path, header: bytes) -> dict[str, Any]:
+    """The header's entries by tensor name, without its free-form metadata."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        entries = dict(pairs)
+        if len(entries) < len(pairs):
+            names = [name for name, _ in pairs]
+            repeated = next(name for name in names if names.count(name) > 1)
+            raise CheckpointError(f"{path}: its header names {repeated!r} twice")
+        return entries
+
+    try:
+        entries = json.loads(header.decode("utf-8"), object_pairs_hook=unique)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: its header is not JSON ({error}): not safetensors. {_DOWNLOAD_AGAIN}") from error
+    if not isinstance(entries, dict):
+        raise CheckpointError(f"{path}: its header is no JSON object: not safetensors. {_DOWNLOAD_AGAIN}")
+    entries.pop("__metadata__", None)
+    return entries
+
+
+def _tensor(path: Path, data_start: int, name: str, entry: object) -> CheckpointTensor:
+    """One checked entry of the header."""
+    where = f"{path}: tensor {name}"
+    match entry:
+        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(begin), int(end)]} if all(
+            type(number) is int and number >= 0 for number in (*shape, begin, end)
+        ):
+            pass
+        case _:
+            raise CheckpointError(f"{where}: got {entry!r}, expected dtype, shape and data_offsets")
+    if dtype not in _DTYPES:
+        raise CheckpointError(
+            f"{where}: dtype {dtype}, expected {', '.join(_DTYPES)}. A quantised checkpoint cannot be exported: "
+            "take the original it was made from"
+        )
+    ours, itemsize = _DTYPES[dtype]
+    if end - begin != math.prod(shape) * itemsize:
+        raise CheckpointError(
+            f"{where}: {end - begin} bytes at {begin} to {end}, expected {math.prod(shape) * itemsize} "
+            f"for {dtype} {shape}"
+        )
+    return CheckpointTensor(name, path, data_start + begin, end - begin, ours, tuple(shape))
+
+
+def _check_layout(path: Path, data_start: int, size_bytes: int, tensors: list[CheckpointTensor]) -> None:
+    """Refuse tensors that overlap, leave gaps or end elsewhere than the file does."""
+    position = data_start
+    for tensor in tensors:
+        if tensor.offset != position:
+            what = "overlaps the one before" if tensor.offset < position else "leaves a gap before it"
+            raise CheckpointError(f"{path}: tensor {tensor.name}: starts at byte {tensor.offset}, expected {position}: {what}")
+        position += tensor.nbytes
+        if position > size_bytes:
+            raise CheckpointError(
+                f"{path}: tensor {tensor.name}: ends at byte {position}, the file has {size_bytes}: truncated. "
+                f"{_DOWNLOAD_AGAIN}"
+            )
+    if position != size_bytes:
+        raise CheckpointError(
+            f"{path}: {size_bytes} bytes, expected {position} from its header: damaged. {_DOWNLOAD_AGAIN}"
+        )

@@ -1,0 +1,189 @@
+"""Vision graph of Qwen2.5-VL: frames of one size in, visual tokens out.
+
+Token-wise ops run on [num_frames * num_patches, dim]. Attention runs on segments: windows in most layers,
+whole frames in the full-attention ones. Patches come in window order, and all frames share one plan, so a
+full-attention layer needs neither gather nor mask.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from export.graph import GraphBuilder, Weights
+from export.layers import add_residual, gated_mlp, linear, rms_norm, rotary
+from hawk_trt.stages import VISION, StageSpec
+
+WEIGHT_FILE = f"{VISION}.data"
+_NORM_EPSILON = 1e-6
+_ROPE_THETA = 10000.0
+_MASKED = {"float32": -1e9, "bfloat16": -1e9, "float16": -1e4}
+
+
+@dataclass(frozen=True, slots=True)
+class _Segments:
+    """How one kind of layer cuts the patches into attention segments.
+
+    Attributes:
+        cos, sin: float32 [segments, segment_len, head_dim / 2].
+        shape: int64 [4], (segments, segment_len, 3 * heads, head_dim).
+        mask: portable: additive [segments, 1, 1, segment_len]; inplace: bool [segments, 1, len, len]; or None.
+        index: int64 [num_windows, window_len] to gather by, None where a segment is a whole frame.
+        slot: int64 [num_patches], where to find each patch again.
+    """
+
+    cos: ir.Value
+    sin: ir.Value
+    shape: ir.Value
+    mask: ir.Value | None
+    index: ir.Value | None
+    slot: ir.Value | None
+
+
+def build_qwen2_5_vl_vision(
+    spec: StageSpec, vision: Mapping[str, Any], dtype: str, profile: str, weights: Weights
+) -> ir.Model:
+    """Build the vision graph of a profile."""
+    g = GraphBuilder(VISION, dtype, profile, weights, WEIGHT_FILE)
+    inputs = g.inputs(spec)
+    dim, heads, merge = vision["hidden_size"], vision["num_heads"], vision["spatial_merge_size"]
+    head_dim = dim // heads
+    pixels = inputs["pixel_values"]
+    frames = g.op("Shape", pixels, start=0, end=1, name="num_frames")
+    cos, sin = _rotary_tables(g, inputs["patch_positions"], head_dim)
+    with g.scope("windows"):
+        windows = _windows(g, inputs, frames, cos, sin, heads, head_dim)
+    with g.scope("frames"):
+        whole = _frames(g, pixels, frames, cos, sin, heads, head_dim)
+    with g.scope("patch_embed"):
+        patch_dim = vision["in_channels"] * vision["temporal_patch_size"] * vision["patch_size"] ** 2
+        flat = g.reshape(g.cast(pixels, "float32", g.dtype, "to_model"), -1, patch_dim, name="flat_pixels")
+        weight = g.weight("visual.patch_embed.proj.weight", (dim, patch_dim))
+        x = g.cast(g.op("Gemm", flat, weight, transB=1, name="proj"), g.dtype, g.residual, "to_residual")
+    full = set(vision["fullatt_block_indexes"])
+    for block in range(vision["depth"]):
+        x = _block(g, x, frames, whole if block in full else windows, block, heads, head_dim)
+    with g.scope("merger"):
+        h = rms_norm(g, x, "visual.merger.ln_q", _NORM_EPSILON, "ln_q")
+        h = g.reshape(h, -1, dim * merge**2, name="merge")
+        h = linear(g, h, "visual.merger.mlp.0", "mlp.0")
+        h = linear(g, _gelu(g, h), "visual.merger.mlp.2", "mlp.2")
+        by_frame = g.op(
+            "Reshape", h, g.op("Concat", frames, g.ints(-1, vision["out_hidden_size"]), axis=0, name="by_frame_shape"), name="by_frame"
+        )
+        raster = g.op("Gather", by_frame, inputs["merge_order"], axis=1, name="raster_order")
+        embeds = g.reshape(raster, -1, vision["out_hidden_size"], name="visual_embeds")
+    g.outputs(spec, {"visual_embeds": embeds})
+    return g.model()
+
+
+def _rotary_tables(g: GraphBuilder, positions: ir.Value, head_dim: int) -> tuple[ir.Value, ir.Value]:
+    """cos and sin [num_patches, head_dim / 2]: the row's angles, then the column's. positions: [num_patches, 2]."""
+    quarter = np.arange(0, head_dim // 2, 2, dtype=np.float32) / np.float32(head_dim // 2)
+    inv_freq = (1.0 / np.float32(_ROPE_THETA) ** quarter).astype(np.float32)
+    with g.scope("rotary_tables"):
+        places = g.unsqueeze(g.cast(positions, "int64", "float32", "float32"), 2, name="places")
+        angles = g.op("Mul", places, g.const(inv_freq, "float32"), name="angles_by_axis")  # [num_patches, 2, head_dim / 4]
+        angles = g.reshape(angles, 0, head_dim // 2, name="angles")
+        return g.op("Cos", angles, name="cos"), g.op("Sin", angles, name="sin")
+
+
+def _windows(
+    g: GraphBuilder,
+    inputs: dict[str, ir.Value],
+    frames: ir.Value,
+    cos: ir.Value,
+    sin: ir.Value,
+    heads: int,
+    head_dim: int,
+) -> _Segments:
+    """Segments of the windowed layers."""
+    index, used = inputs["window_index"], inputs["window_mask"]
+    window_len = g.op("Shape", index, start=1, end=2, name="window_len")
+    shape = g.op("Concat", g.ints(-1), window_len, g.ints(3 * heads, head_dim), axis=0, name="segment_shape")
+    table_shape = g.op("Concat", g.ints(-1), window_len, g.ints(head_dim // 2), axis=0, name="table_shape")
+    tables = []
+    for table, name in ((cos, "cos"), (sin, "sin")):
+        by_window = g.op("Gather", table, index, axis=0, name=f"{name}_by_window")  # [windows, len, head_dim / 2]
+        to = g.op("Concat", frames, g.op("Shape", by_window, name=f"{name}_shape"), axis=0, name=f"{name}_all_shape")
+        tables.append(g.op("Reshape", g.op("Expand", by_window, to, name=f"{name}_all"), table_shape, name=name))
+    if g.inplace:
+        # [windows, 1, len] seen by every row of its window: [frames, windows, len, len]
+        to = g.op("Concat", frames, g.op("Shape", index, name="windows_shape"), window_len, axis=0, name="mask_all_shape")
+        spread = g.op("Expand", g.unsqueeze(used, 1, name="mask_rows"), to, name="mask_all")
+        square = g.op("Concat", g.ints(-1, 1), window_len, window_len, axis=0, name="mask_shape")
+        mask = g.op("Reshape", spread, square, name="mask")
+    else:
+        bias = g.op("Where", used, g.scalar(0.0), g.scalar(_MASKED[g.dtype]), name="bias_by_window")
+        to = g.op("Concat", frames, g.op("Shape", index, name="windows_shape"), axis=0, name="bias_all_shape")
+        flat = g.op("Concat", g.ints(-1, 1, 1), window_len, axis=0, name="bias_shape")
+        mask = g.op("Reshape", g.op("Expand", bias, to, name="bias_all"), flat, name="bias")
+    return _Segments(tables[0], tables[1], shape, mask, index, inputs["window_slot"])
+
+
+def _frames(
+    g: GraphBuilder, pixels: ir.Value, frames: ir.Value, cos: ir.Value, sin: ir.Value, heads: int, head_dim: int
+) -> _Segments:
+    """Segments of the full-attention layers: the frames."""
+    frame_len = g.op("Shape", pixels, start=1, end=2, name="frame_len")
+    shape = g.op("Concat", g.ints(-1), frame_len, g.ints(3 * heads, head_dim), axis=0, name="segment_shape")
+    to = g.op("Concat", frames, frame_len, g.ints(head_dim // 2), axis=0, name="table_shape")
+    tables = [g.op("Expand", table, to, name=name) for table, name in ((cos, "cos"), (sin, "sin"))]
+    return _Segments(tables[0], tables[1], shape, None, None, None)
+
+
+def _block(
+    g: GraphBuilder, x: ir.Value, frames: ir.Value, segments: _Segments, block: int, heads: int, head_dim: int
+) -> ir.Value:
+    """One block. x: [num_frames * num_patches, dim], residual dtype."""
+    weight = f"visual.blocks.{block}"
+    dim = heads * head_dim
+    with g.scope(f"blocks.{block}"):
+        h = rms_norm(g, x, f"{weight}.norm1", _NORM_EPSILON, "norm1")
+        with g.scope("attn"):
+            qkv = linear(g, h, f"{weight}.attn.qkv", "qkv")
+            if segments.index is not None:
+                by_frame = g.op("Concat", frames, g.ints(-1, 3 * dim), axis=0, name="by_frame_shape")
+                qkv = g.op("Reshape", qkv, by_frame, name="by_frame")
+                qkv = g.op("Gather", qkv, segments.index, axis=1, name="by_window")
+            out = _segment_attention(g, g.op("Reshape", qkv, segments.shape, name="segments"), segments, heads, head_dim)
+            if segments.slot is not None:
+                slots = g.op("Concat", frames, g.ints(-1, dim), axis=0, name="slots_shape")
+                out = g.op("Reshape", out, slots, name="slots")
+                out = g.op("Gather", out, segments.slot, axis=1, name="by_patch")
+            out = linear(g, g.reshape(out, -1, dim, name="flat"), f"{weight}.attn.proj", "proj")
+        x = add_residual(g, x, out, "add_attention")
+        h = rms_norm(g, x, f"{weight}.norm2", _NORM_EPSILON, "norm2")
+        return add_residual(g, x, gated_mlp(g, h, f"{weight}.mlp"), "add_mlp")
+
+
+def _segment_attention(g: GraphBuilder, qkv: ir.Value, segments: _Segments, heads: int, head_dim: int) -> ir.Value:
+    """Attention inside each segment: [segments, len, 3 * heads, dim] -> [segments, len, heads, dim]."""
+    by_head = g.transpose(qkv, 0, 2, 1, 3, name="by_head")
+    query_key, value = g.ops("Split", by_head, g.ints(2 * heads, heads), axis=1, count=2, name="split_v")
+    turned = rotary(g, g.cast(query_key, g.dtype, "float32", "qk_float32"), segments.cos, segments.sin, "rotary")
+    turned = g.cast(turned, "float32", g.dtype, "qk_model")
+    query, key = g.ops("Split", turned, g.ints(heads, heads), axis=1, count=2, name="split_qk")
+    scale = float(head_dim**-0.5)
+    if g.inplace:
+        masks = [] if segments.mask is None else [segments.mask]
+        out = g.op("Attention", query, key, value, *masks, scale=scale, name="Attention")
+    else:
+        scaled = g.op("Mul", query, g.scalar(scale), name="scale_q")
+        scores = g.op("MatMul", scaled, g.transpose(key, 0, 1, 3, 2, name="k_transposed"), name="qk")
+        if segments.mask is not None:
+            scores = g.op("Add", scores, segments.mask, name="masked")
+        out = g.op("MatMul", g.op("Softmax", scores, axis=-1, name="softmax"), value, name="av")
+    return g.transpose(out, 0, 2, 1, 3, name="join_heads")
+
+
+def _gelu(g: GraphBuilder, x: ir.Value) -> ir.Value:
+    """x * Phi(x), by the error function; Gelu exists from opset 20 on."""
+    if g.inplace:
+        return g.op("Gelu", x, name="gelu")
+    with g.scope("gelu"):
+        erf = g.op("Erf", g.op("Mul", x, g.scalar(0.5**0.5), name="over_root_2"), name="erf")
+        twice_phi = g.op("Add", erf, g.scalar(1.0), name="twice_phi")
+        return g.op("Mul", g.op("Mul", x, g.scalar(0.5), name="half"), twice_phi, name="gelu")
