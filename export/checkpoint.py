@@ -14,6 +14,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from export.tensor_file import CheckpointTensor, TensorFile, read_tensor_file
 from hawk_trt.errors import CheckpointError
 
@@ -90,16 +92,36 @@ class Checkpoint:
         Raises:
             CheckpointError: there is none.
         """
-        if name not in self._tensors:
-            near = difflib.get_close_matches(name, self._tensors, n=3)
-            hint = f" The nearest are {', '.join(near)}." if near else ""
-            raise CheckpointError(f"{self.folder}: no tensor {name}, which {CONFIG} asks for.{hint}")
+        tensor = self._find(name)
         self._used.add(name)
-        return self._tensors[name]
+        return tensor
+
+    def expect(self, name: str, shape: tuple[int, ...]) -> None:
+        """Check that there is a tensor of this name and shape.
+
+        Raises:
+            CheckpointError: there is none, or it has another shape.
+        """
+        tensor = self._find(name)
+        if tensor.shape != shape:
+            raise CheckpointError(
+                f"{tensor.file}: tensor {name}: shape {list(tensor.shape)}, {CONFIG} asks for {list(shape)}"
+            )
 
     def unused(self) -> list[str]:
         """Canonical names of the tensors that nobody asked for, sorted; computed buffers do not count."""
         return sorted(name for name in self._tensors if name not in self._used and not name.endswith(_COMPUTED))
+
+    def same_values(self, first: str, second: str) -> bool:
+        """Whether two tensors have the same shape and elements.
+
+        Raises:
+            CheckpointError: one cannot be read.
+        """
+        one, other = self._tensors[first], self._tensors[second]
+        return one.shape == other.shape and all(
+            np.array_equal(*blocks) for blocks in zip(one.blocks(), other.blocks(), strict=True)
+        )
 
     def fingerprint(self, extra_files: tuple[str, ...] = ()) -> str:
         """The sha256, in hex, of the small files and of each weight file's name, size, time and header.
@@ -117,6 +139,13 @@ class Checkpoint:
             digest.update(f"{file.path.name} {status.st_size} {status.st_mtime_ns} {len(file.header)}\n".encode())
             digest.update(file.header)
         return digest.hexdigest()
+
+    def _find(self, name: str) -> CheckpointTensor:
+        if name not in self._tensors:
+            near = difflib.get_close_matches(name, self._tensors, n=3)
+            hint = f" The nearest are {', '.join(near)}." if near else ""
+            raise CheckpointError(f"{self.folder}: no tensor {name}, which {CONFIG} asks for.{hint}")
+        return self._tensors[name]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -159,11 +188,11 @@ def _indexed_files(folder: Path) -> tuple[TensorFile, ...]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: no weight_map, expected tensor names and their files")
-    names = sorted(set(weight_map.values()), key=str)
-    files: list[TensorFile] = []
-    for name in names:
+    for name in weight_map.values():
         if not isinstance(name, str) or Path(name).name != name:
             raise CheckpointError(f"{index}: got the file {name!r}, expected a name without folders")
+    files: list[TensorFile] = []
+    for name in sorted(set(weight_map.values())):
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder / name}: missing, {index.name} names it. Download it again")
         files.append(read_tensor_file(folder / name))
@@ -177,7 +206,10 @@ def _indexed_files(folder: Path) -> tuple[TensorFile, ...]:
 def _no_weights(folder: Path) -> str:
     """What to do about a folder without safetensors of a model."""
     if (folder / "adapter_config.json").is_file():
-        return f"{folder}: a PEFT adapter, expected a whole model. Merge it first: model.merge_and_unload().save_pretrained(DIR)"
+        return (
+            f"{folder}: a PEFT adapter, expected a whole model. Merge it first: "
+            "model.merge_and_unload().save_pretrained(NEW_DIR)"
+        )
     pickled = sorted(path.name for path in folder.iterdir() if path.suffix in {".bin", ".pt", ".pth"})
     if pickled:
         return (

@@ -7,16 +7,23 @@ streaming and linking need the offsets, which the safetensors package keeps to i
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
+from hawk_trt.bundle import numpy_dtype
 from hawk_trt.errors import CheckpointError
 
 # The dtypes that a model's weights can have, by the format's name: ours and the bytes of an element.
 _DTYPES = {"F64": ("float64", 8), "F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2)}
 # The format's limit: a length above it means that this is not a safetensors file.
 _MAX_HEADER_BYTES = 100_000_000
+# Elements read at a time: conversion is fast while they stay in the CPU's cache.
+_BLOCK_ELEMENTS = 1 << 20
 _DOWNLOAD_AGAIN = "Download or copy it again"
 
 
@@ -39,6 +46,30 @@ class CheckpointTensor:
     nbytes: int
     dtype: str
     shape: tuple[int, ...]
+
+    def blocks(self) -> Iterator[npt.NDArray[Any]]:
+        """The elements as stored, in 1-D arrays of a few MB; each is the caller's to keep.
+
+        Raises:
+            CheckpointError: the file cannot be read, or ends early.
+        """
+        dtype = numpy_dtype(self.dtype)
+        try:
+            with self.file.open("rb", buffering=0) as file:
+                file.seek(self.offset)
+                left = self.nbytes // dtype.itemsize
+                while left:
+                    block = np.empty(min(left, _BLOCK_ELEMENTS), dtype)
+                    view, filled = block.view(np.uint8).data, 0
+                    while filled < len(view):
+                        count = file.readinto(view[filled:])
+                        if not count:
+                            raise CheckpointError(f"{self.file}: tensor {self.name}: the file ends early; it changed")
+                        filled += count
+                    left -= len(block)
+                    yield block
+        except OSError as error:
+            raise CheckpointError(f"{self.file}: cannot be read ({error.strerror})") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +125,9 @@ def _parse(path: Path, header: bytes) -> dict[str, Any]:
     try:
         entries = json.loads(header.decode("utf-8"), object_pairs_hook=unique)
     except ValueError as error:
-        raise CheckpointError(f"{path}: its header is not JSON ({error}): not safetensors. {_DOWNLOAD_AGAIN}") from error
+        raise CheckpointError(
+            f"{path}: its header is not JSON ({error}): not safetensors. {_DOWNLOAD_AGAIN}"
+        ) from error
     if not isinstance(entries, dict):
         raise CheckpointError(f"{path}: its header is no JSON object: not safetensors. {_DOWNLOAD_AGAIN}")
     entries.pop("__metadata__", None)
@@ -131,7 +164,9 @@ def _check_layout(path: Path, data_start: int, size_bytes: int, tensors: list[Ch
     for tensor in tensors:
         if tensor.offset != position:
             what = "overlaps the one before" if tensor.offset < position else "leaves a gap before it"
-            raise CheckpointError(f"{path}: tensor {tensor.name}: starts at byte {tensor.offset}, expected {position}: {what}")
+            raise CheckpointError(
+                f"{path}: tensor {tensor.name}: starts at byte {tensor.offset}, expected {position}: {what}"
+            )
         position += tensor.nbytes
         if position > size_bytes:
             raise CheckpointError(

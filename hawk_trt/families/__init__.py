@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from hawk_trt.bundle import SpecialTokens
 from hawk_trt.errors import CheckpointError
 from hawk_trt.stages import LanguageConfig, StageSpec
 
@@ -61,6 +62,15 @@ class Family(Protocol):
 
         Raises:
             CheckpointError: a setting is missing or not supported.
+        """
+
+    def special_tokens(
+        self, config: Mapping[str, Any], generation: Mapping[str, Any], added_tokens: Mapping[str, int]
+    ) -> SpecialTokens:
+        """Ids that the runtime must know, from config.json, generation_config.json and the tokenizer's added tokens.
+
+        Raises:
+            CheckpointError: an id that is no integer.
         """
 
     def vision_spec(self, vision: Mapping[str, Any], hidden_size: int) -> StageSpec:

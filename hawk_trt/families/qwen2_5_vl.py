@@ -4,3 +4,75 @@ The vision stage sees frames of one size at a time, as [num_frames, num_patches,
 a size shares its host plan: window order, rotary positions and window masks. Full-attention layers then
 need no gather and no mask, and there never is an N x N mask.
 """
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hawk_trt.bundle import SpecialTokens
+from hawk_trt.families import ImageSettings, Patches, qwen_config, qwen_patches, qwen_positions, qwen_windows
+from hawk_trt.stages import LanguageConfig, StageSpec
+
+
+class Qwen25VL:
+    """The Family of Qwen2.5-VL checkpoints of any size."""
+
+    name = "qwen2_5_vl"
+    architectures: tuple[str, ...] = ("Qwen2_5_VLForConditionalGeneration",)
+
+    def language_config(self, config: Mapping[str, Any]) -> LanguageConfig:
+        """Sizes of the language model; see qwen_config.language_config."""
+        return qwen_config.language_config(config)
+
+    def vision_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Sizes of the vision tower; see qwen_config.windowed_vision_config."""
+        return qwen_config.windowed_vision_config(config)
+
+    def special_tokens(
+        self, config: Mapping[str, Any], generation: Mapping[str, Any], added_tokens: Mapping[str, int]
+    ) -> SpecialTokens:
+        """Ids of the special tokens; see qwen_config.special_tokens."""
+        return qwen_config.special_tokens(config, generation, added_tokens)
+
+    def vision_spec(self, vision: Mapping[str, Any], hidden_size: int) -> StageSpec:
+        """Inputs and outputs of the vision graph; see qwen_windows.vision_spec."""
+        return qwen_windows.vision_spec(vision, hidden_size)
+
+    def tokens_per_item(self, grid_thw: npt.NDArray[np.int64], vision: Mapping[str, Any]) -> npt.NDArray[np.int64]:
+        """Visual tokens of each image or video: int64 [items]."""
+        return qwen_positions.tokens_per_item(grid_thw, vision)
+
+    def vision_feeds(
+        self, patches: Patches, vision: Mapping[str, Any], max_patches: int
+    ) -> Iterator[dict[str, npt.NDArray[Any]]]:
+        """Feeds of the vision stage in prompt order; see qwen_windows.vision_feeds."""
+        return qwen_windows.vision_feeds(patches, vision, max_patches)
+
+    def image_settings(self, preprocessor: Mapping[str, Any]) -> ImageSettings:
+        """Settings from preprocessor_config.json or video_preprocessor_config.json; see qwen_patches."""
+        return qwen_patches.image_settings(preprocessor)
+
+    def images_to_patches(
+        self, images: Sequence[npt.NDArray[np.uint8]], settings: ImageSettings, vision: Mapping[str, Any]
+    ) -> Patches:
+        """Resize, normalise and cut RGB images [height, width, 3]; see qwen_patches.images_to_patches."""
+        return qwen_patches.images_to_patches(images, settings, vision)
+
+    def video_to_patches(
+        self, frames: Sequence[npt.NDArray[np.uint8]], settings: ImageSettings, vision: Mapping[str, Any]
+    ) -> Patches:
+        """Resize, normalise and cut the frames of one video; see qwen_patches.video_to_patches."""
+        return qwen_patches.video_to_patches(frames, settings, vision)
+
+    def position_ids(
+        self,
+        visual_kind: npt.NDArray[np.int8],
+        image_grid_thw: npt.NDArray[np.int64],
+        video_grid_thw: npt.NDArray[np.int64],
+        second_per_grid_ts: npt.NDArray[np.float32],
+        vision: Mapping[str, Any],
+    ) -> npt.NDArray[np.int64]:
+        """Positions of a prompt without padding: int64 [3, seq_len]; see qwen_positions.position_ids."""
+        return qwen_positions.position_ids(visual_kind, image_grid_thw, video_grid_thw, second_per_grid_ts, vision)

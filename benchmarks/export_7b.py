@@ -1,0 +1,118 @@
+"""Time, memory and disk of an export of real size, against copying the same files.
+
+The checkpoint has the shapes of Qwen2.5-VL-7B in bfloat16, 16.6 GB in five sparse shards, which take no disk space;
+the copy and the bundle take theirs, one after the other. Run it from the repository: python -m benchmarks.export_7b
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from export.checkpoint import Checkpoint
+from export.graphs import build_graphs
+from export.weights import WeightStore
+from hawk_trt.families import family_of
+from hawk_trt.stages import PROFILES
+from tests.checkpoints import make_sparse_checkpoint
+
+MAX_PEAK_RSS_GB = 4.0
+MAX_TIMES_COPY = 1.5
+MAX_GRAPH_SECONDS = 1.0
+_FREE_GB = 18.0
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One command: wall time, the same until the disk has everything, and its peak resident memory."""
+
+    seconds: float
+    synced_seconds: float
+    peak_rss_gb: float
+
+
+def measure(command: list[str]) -> Run:
+    """Run a command, from a disk with nothing left to write."""
+    os.sync()
+    start = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    seconds = time.perf_counter() - start
+    os.sync()
+    synced_seconds = time.perf_counter() - start
+    if process.returncode != 0:
+        raise SystemExit(f"{' '.join(command[:4])} ... failed with {process.returncode}")
+    return Run(seconds, synced_seconds, usage.ru_maxrss * 1024 / 1e9)
+
+
+def graph_seconds(checkpoint: Path, profile: str) -> float:
+    """Time to open the checkpoint and to build the graphs of a profile."""
+    start = time.perf_counter()
+    opened = Checkpoint.open(checkpoint)
+    family = family_of(opened.config)
+    language, vision = family.language_config(opened.config), family.vision_config(opened.config)
+    weights = WeightStore(opened, "float16")
+    build_graphs(family, language, vision, weights, "float16", profile, "l2")
+    return time.perf_counter() - start
+
+
+def run(folder: Path) -> dict[str, float]:
+    """Measure everything in a folder that is removed afterwards."""
+    checkpoint = make_sparse_checkpoint(folder / "checkpoint")
+    shards = sorted(str(path) for path in checkpoint.glob("*.safetensors"))
+    result = {f"graphs_{profile}_seconds": graph_seconds(checkpoint, profile) for profile in PROFILES}
+    (folder / "copy").mkdir()
+    copy = measure(["cp", "--sparse=never", *shards, str(folder / "copy")])
+    shutil.rmtree(folder / "copy")
+    export = [sys.executable, "-m", "export", str(checkpoint), "--json", "--out"]
+    converted = measure([*export, str(folder / "float16"), "--dtype", "float16"])
+    result["bundle_gb"] = sum(path.stat().st_size for path in (folder / "float16").iterdir()) / 1e9
+    shutil.rmtree(folder / "float16")
+    linked = measure([*export, str(folder / "linked"), "--dtype", "bfloat16", "--link"])
+    own = [path for path in (folder / "linked").iterdir() if path.suffix != ".safetensors"]
+    result["linked_own_mb"] = sum(path.stat().st_size for path in own) / 1e6
+    for name, measured in (("copy", copy), ("float16", converted), ("linked", linked)):
+        result[f"{name}_seconds"] = measured.seconds
+        result[f"{name}_synced_seconds"] = measured.synced_seconds
+        result[f"{name}_peak_rss_gb"] = measured.peak_rss_gb
+    result["times_copy"] = converted.seconds / copy.seconds
+    result["times_copy_synced"] = converted.synced_seconds / copy.synced_seconds
+    return result
+
+
+def main() -> int:
+    """Print the figures; returns 1 where a target is missed."""
+    parser = argparse.ArgumentParser(description="Measure an export of 7B shapes.")
+    parser.add_argument("--dir", type=Path, default=Path("artifacts"), help="where the files go for the time being")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    args = parser.parse_args()
+    args.dir.mkdir(parents=True, exist_ok=True)
+    free_gb = shutil.disk_usage(args.dir).free / 1e9
+    if free_gb < _FREE_GB:
+        print(f"error: {args.dir}: {free_gb:.1f} GB free, {_FREE_GB:.0f} GB needed", file=sys.stderr)
+        return 1
+    with tempfile.TemporaryDirectory(prefix="export-7b-", dir=args.dir) as folder:
+        result = run(Path(folder))
+    if args.json:
+        print(json.dumps(result))
+    else:
+        for name, value in result.items():
+            print(f"{name:26} {value:8.3f}")
+    met = (
+        result["float16_peak_rss_gb"] <= MAX_PEAK_RSS_GB
+        and result["times_copy"] <= MAX_TIMES_COPY
+        and all(result[f"graphs_{profile}_seconds"] < MAX_GRAPH_SECONDS for profile in PROFILES)
+    )
+    print("targets met" if met else "targets missed", file=sys.stderr)
+    return 0 if met else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

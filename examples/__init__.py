@@ -1,0 +1,1 @@
+"""What the examples need as code: the tiny model's task."""

@@ -1,0 +1,157 @@
+"""The command python -m export: a checkpoint, local or from the hub, becomes a bundle."""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from export.checkpoint import Checkpoint
+from export.head_weights import read_head_weights
+from export.hub import download, is_hub_id
+from export.writer import ExportOptions, export, up_to_date
+from hawk_trt.bundle import Bundle
+from hawk_trt.errors import HawkError
+from hawk_trt.stages import DTYPES, NORMALIZATIONS, PROFILES
+
+_FAILED = 1
+_INTERRUPTED = 130
+# Between two lines where no bar can be drawn.
+_PLAIN_SECONDS = 2.0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns its exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    if args.revision is not None and not is_hub_id(args.checkpoint):
+        parser.error(f"--revision: only for a hub id (owner/name), got {args.checkpoint}")
+    try:
+        _run(args)
+    except (HawkError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return _FAILED
+    except KeyboardInterrupt:
+        print("interrupted; nothing was changed", file=sys.stderr)
+        return _INTERRUPTED
+    return 0
+
+
+def _run(args: argparse.Namespace) -> None:
+    start = time.perf_counter()
+    name = args.checkpoint if is_hub_id(args.checkpoint) else None
+    checkpoint = Checkpoint.open(download(name, args.revision) if name else args.checkpoint)
+    options = ExportOptions(
+        dtype=args.dtype,
+        profiles=tuple(args.profile or PROFILES),
+        normalization=args.normalization,
+        link=args.link,
+        im_end_token_id=args.im_end_token_id,
+        vision_end_token_id=args.vision_end_token_id,
+        head_weights=read_head_weights(args.head_weights) if args.head_weights else None,
+        force=args.force,
+    )
+    current = None if args.force else up_to_date(checkpoint, args.out.resolve(), options, name)
+    if current is None:
+        with _progress() as progress:
+            bundle = export(checkpoint.folder, args.out, options, name=name, progress=progress)
+    else:
+        bundle = current
+    _report(bundle, args.out, time.perf_counter() - start, up_to_date=current is not None, as_json=args.json)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m export",
+        description="Export a Hugging Face checkpoint to an ONNX bundle.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint folder, or a hub id such as owner/name")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the bundle's folder")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and activations")
+    parser.add_argument(
+        "--profile", choices=PROFILES, action="append", help="lowering of the graphs; repeatable (default: both)"
+    )
+    parser.add_argument("--normalization", choices=NORMALIZATIONS, default="l2", help="of the scores of a head")
+    parser.add_argument("--link", action="store_true", help="hard-link the checkpoint's files, copying nothing")
+    parser.add_argument(
+        "--im-end-token-id", type=int, metavar="N", help="ends the query range, instead of the tokenizer's <|im_end|>"
+    )
+    parser.add_argument(
+        "--vision-end-token-id", type=int, metavar="N", help="starts the query range, instead of the checkpoint's"
+    )
+    parser.add_argument(
+        "--head-weights", type=Path, metavar="FILE", help="JSON: importance of each query head of layer 0"
+    )
+    parser.add_argument("--revision", help="branch, tag or commit of a hub id")
+    parser.add_argument("--force", action="store_true", help="export again even if nothing changed")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    return parser
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal, else plain lines; both on stderr."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _plain_progress()
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("weights", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _plain_progress() -> Callable[[int, int], None]:
+    printed_at = time.monotonic()
+
+    def show(done: int, total: int) -> None:
+        nonlocal printed_at
+        if time.monotonic() - printed_at > _PLAIN_SECONDS:
+            printed_at = time.monotonic()
+            print(f"weights: {done / 1e9:.2f} of {total / 1e9:.2f} GB", file=sys.stderr, flush=True)
+
+    return show
+
+
+def _report(bundle: Bundle, out: Path, seconds: float, *, up_to_date: bool, as_json: bool) -> None:
+    """Print the result on stdout."""
+    manifest = bundle.manifest
+    size_bytes = sum(entry.size_bytes for entry in manifest.files.values())
+    if as_json:
+        result = {
+            "folder": str(out),
+            "up_to_date": up_to_date,
+            "family": manifest.family,
+            "dtype": manifest.dtype,
+            "profiles": manifest.profiles,
+            "normalization": manifest.normalization,
+            "linked": manifest.source.linked,
+            "head_weights": manifest.head_weights.source,
+            "size_bytes": size_bytes,
+            "seconds": round(seconds, 3),
+        }
+        print(json.dumps(result))
+        return
+    what = "up to date, nothing written (--force exports again)" if up_to_date else f"exported in {seconds:.1f} s"
+    linked = ", weights linked" if manifest.source.linked else ""
+    print(f"{out}: {what}")
+    print(
+        f"  {manifest.family}, {manifest.dtype}, {' and '.join(manifest.profiles)}, {size_bytes / 1e9:.3f} GB{linked}"
+    )
+    print(f"  normalization {manifest.normalization}, head weights: {manifest.head_weights.source}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,244 @@
+"""Where each weight of a bundle lies, decided while graphs are built, and the streaming that puts it there.
+
+In: a checkpoint and a dtype. Out: external-data initializers for the graphs, then the .data files themselves,
+or, linked, the checkpoint's own files. A weight is placed once, at the first request; every profile and stage that
+asks again shares the place. No more than a few blocks of weights are ever in memory.
+"""
+
+import errno
+import hashlib
+import math
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from export.checkpoint import EMBEDDINGS, Checkpoint
+from export.tensor_file import CheckpointTensor
+from hawk_trt.bundle import FileEntry, TableEntry, numpy_dtype, sha256_file
+from hawk_trt.errors import BundleError, CheckpointError
+
+EMBEDDINGS_FILE = "embed_tokens.data"
+
+_IR_DTYPES = {
+    "float32": ir.DataType.FLOAT,
+    "float16": ir.DataType.FLOAT16,
+    "bfloat16": ir.DataType.BFLOAT16,
+}
+# Vector loads want 64 bytes; large tensors begin on a page, so that they can be memory-mapped alone.
+_ALIGNMENT = 64
+_PAGE = 4096
+_PAGE_ALIGNED_FROM_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """A tensor and where it lies in the bundle: file, offset of its first byte, size."""
+
+    tensor: CheckpointTensor
+    file: str
+    offset: int
+    nbytes: int
+
+
+@dataclass(slots=True)
+class WeightStore:
+    """The weights of one bundle.
+
+    Attributes:
+        checkpoint: they come from.
+        dtype: they get: float32, float16 or bfloat16.
+        link: use the checkpoint's own files, hard-linked, instead of copies.
+    """
+
+    checkpoint: Checkpoint
+    dtype: str
+    link: bool = False
+    _placements: dict[str, Placement] = field(default_factory=dict, repr=False)
+    _sizes: dict[str, int] = field(default_factory=dict, repr=False)
+
+    def has(self, name: str) -> bool:
+        """Whether the checkpoint holds the tensor."""
+        return self.checkpoint.has(name)
+
+    def initializer(self, stage_file: str, name: str, shape: tuple[int, ...] | None = None) -> ir.Value:
+        """A new initializer for a graph, whose data is a place in an external file.
+
+        Args:
+            stage_file: the file it is placed in if it has no place yet, such as "decoder.data".
+            name: canonical name of the tensor, and the value's name.
+            shape: to give it instead of the checkpoint's, of the same size.
+
+        Raises:
+            CheckpointError: no such tensor, another size, or linked and of another dtype.
+        """
+        placement = self._place(stage_file, name)
+        stored = placement.tensor.shape
+        if shape is not None and math.prod(shape) != math.prod(stored):
+            raise CheckpointError(
+                f"{placement.tensor.file}: tensor {name}: shape {list(stored)}, config.json asks for {list(shape)}"
+            )
+        dtype, final_shape = _IR_DTYPES[self.dtype], ir.Shape(stored if shape is None else shape)
+        data = ir.ExternalTensor(
+            placement.file, placement.offset, placement.nbytes, dtype, shape=final_shape, name=name
+        )
+        return ir.Value(name=name, type=ir.TensorType(dtype), shape=final_shape, const_value=data)
+
+    def table(self, name: str = EMBEDDINGS) -> TableEntry:
+        """The place of the token embedding table; where a graph has it already (tied), that place.
+
+        Raises:
+            CheckpointError: no such tensor, not a table, or linked and of another dtype.
+        """
+        placement = self._place(EMBEDDINGS_FILE, name)
+        shape = placement.tensor.shape
+        if len(shape) != 2:
+            raise CheckpointError(
+                f"{placement.tensor.file}: tensor {name}: shape {list(shape)}, expected two dimensions"
+            )
+        return TableEntry(placement.file, placement.offset, self.dtype, (shape[0], shape[1]))
+
+    @property
+    def total_bytes(self) -> int:
+        """Size of all files together, linked ones included."""
+        return sum(self._sizes.values())
+
+    @property
+    def disk_bytes(self) -> int:
+        """What write takes from the disk."""
+        return 0 if self.link else self.total_bytes
+
+    def write(self, folder: Path, progress: Callable[[int, int], None] | None = None) -> dict[str, FileEntry]:
+        """Write or link every file into a folder.
+
+        Args:
+            folder: that gets them.
+            progress: called with the bytes done and their total.
+
+        Raises:
+            CheckpointError: a source file that cannot be read, or a value too large for float16.
+            BundleError: a file that cannot be hard-linked.
+            OSError: writing failed.
+        """
+        done_bytes = 0
+
+        def advance(nbytes: int) -> None:
+            nonlocal done_bytes
+            done_bytes += nbytes
+            if progress is not None:
+                progress(done_bytes, self.total_bytes)
+
+        with ThreadPoolExecutor(max_workers=1) as hasher:
+            if self.link:
+                return {name: self._link(folder, name, advance) for name in self._sizes}
+            return {name: self._write_file(folder / name, hasher, advance) for name in self._sizes}
+
+    def _place(self, stage_file: str, name: str) -> Placement:
+        """The tensor's place, the next free one of stage_file at its first request."""
+        if name in self._placements:
+            return self._placements[name]
+        tensor = self.checkpoint.tensor(name)
+        if self.link:
+            placement = self._place_linked(tensor)
+        else:
+            nbytes = math.prod(tensor.shape) * numpy_dtype(self.dtype).itemsize
+            alignment = _PAGE if nbytes >= _PAGE_ALIGNED_FROM_BYTES else _ALIGNMENT
+            offset = -(-self._sizes.get(stage_file, 0) // alignment) * alignment
+            placement = Placement(tensor, stage_file, offset, nbytes)
+            self._sizes[stage_file] = offset + nbytes
+        self._placements[name] = placement
+        return placement
+
+    def _place_linked(self, tensor: CheckpointTensor) -> Placement:
+        if tensor.dtype != self.dtype:
+            raise CheckpointError(
+                f"{tensor.file}: tensor {tensor.name}: {tensor.dtype}, and linked weights cannot be converted to "
+                f"{self.dtype}. Drop --link, or give --dtype {tensor.dtype}"
+            )
+        self._sizes[tensor.file.name] = tensor.file.stat().st_size
+        return Placement(tensor, tensor.file.name, tensor.offset, tensor.nbytes)
+
+    def _link(self, folder: Path, name: str, advance: Callable[[int], None]) -> FileEntry:
+        """Hard-link one file of the checkpoint; ONNX Runtime refuses symbolic links that leave the bundle."""
+        source = (self.checkpoint.folder / name).resolve()
+        try:
+            os.link(source, folder / name)
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES):
+                raise
+            raise BundleError(
+                f"{source}: cannot be hard-linked into {folder.parent} ({error.strerror}). "
+                "Drop --link, or choose --out on the checkpoint's own file system"
+            ) from error
+        return FileEntry(sha256_file(source, advance), source.stat().st_size, weights=True)
+
+    def _write_file(self, path: Path, hasher: ThreadPoolExecutor, advance: Callable[[int], None]) -> FileEntry:
+        """Write one .data file; its blocks are hashed in a second thread while the next are made and written."""
+        digest = hashlib.sha256()
+        hashed: Future[None] | None = None
+        with path.open("wb", buffering=0) as out:
+            for block in self._blocks(path.name):
+                view = block.data
+                previous, hashed = hashed, hasher.submit(digest.update, view)
+                written = 0
+                while written < len(view):
+                    written += out.write(view[written:])
+                if previous is not None:
+                    previous.result()
+                advance(len(view))
+        if hashed is not None:
+            hashed.result()
+        return FileEntry(digest.hexdigest(), self._sizes[path.name], weights=True)
+
+    def _blocks(self, name: str) -> Iterator[npt.NDArray[Any]]:
+        """The content of one .data file, in order: aligned tensors and the zeros between them."""
+        position = 0
+        for placement in self._placements.values():
+            if placement.file != name:
+                continue
+            if placement.offset > position:
+                yield np.zeros(placement.offset - position, np.uint8)
+            for block in _converted(placement.tensor, self.dtype):
+                yield block.view(np.uint8)  # the buffer protocol knows no bfloat16
+            position = placement.offset + placement.nbytes
+
+
+def _converted(tensor: CheckpointTensor, dtype: str) -> Iterator[npt.NDArray[Any]]:
+    """A tensor's elements in another dtype, rounded to nearest even: 1-D blocks.
+
+    Raises:
+        CheckpointError: a finite value becomes infinite.
+    """
+    target = numpy_dtype(dtype)
+    for block in tensor.blocks():
+        if tensor.dtype == dtype:
+            yield block
+            continue
+        with np.errstate(over="ignore"):  # looked for below, since ml_dtypes raises no flag
+            converted = block.astype(target)
+        if _has_infinity(converted) and np.isinf(converted).sum() != np.isinf(block).sum():
+            raise CheckpointError(
+                f"{tensor.file}: tensor {tensor.name}: its largest magnitude, {_largest_finite(tensor):g}, "
+                f"does not fit {dtype}. Export with --dtype bfloat16 or float32"
+            )
+        yield converted
+
+
+def _has_infinity(block: npt.NDArray[Any]) -> bool:
+    """Whether an element is infinite, by its bits: np.isinf is slower than the conversion itself."""
+    unsigned = np.dtype(f"u{block.itemsize}")
+    infinity = np.array(np.inf, block.dtype).view(unsigned)
+    without_sign = unsigned.type((1 << (8 * block.itemsize - 1)) - 1)
+    return bool(((block.view(unsigned) & without_sign) == infinity).any())
+
+
+def _largest_finite(tensor: CheckpointTensor) -> float:
+    """The largest magnitude among a tensor's finite elements."""
+    blocks = (np.abs(block.astype(np.float64)) for block in tensor.blocks())
+    return max(float(np.max(block, where=np.isfinite(block), initial=0.0)) for block in blocks)

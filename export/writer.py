@@ -1,0 +1,272 @@
+"""The export: a checkpoint folder becomes a bundle.
+
+In: a checkpoint, where the bundle goes, and options. Out: the bundle, written whole or not at all: graphs are built
+first and every tensor accounted for; then files go to a folder beside the destination, bundle.json last; then the
+folders are swapped. An export that would change nothing does nothing.
+"""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+
+import onnx_ir as ir
+
+from export.checkpoint import EMBEDDINGS, LM_HEAD, Checkpoint
+from export.graphs import build_graphs
+from export.head_weights import default_head_weights
+from export.inventory import inventory
+from export.sidecars import SIDECARS, added_tokens, copy_sidecars
+from export.staging import clean_up_after_killed, staged
+from export.weights import WeightStore
+from hawk_trt.bundle import (
+    MANIFEST,
+    SCHEMA_VERSION,
+    Bundle,
+    FileEntry,
+    GraphEntry,
+    HeadWeights,
+    Manifest,
+    Source,
+    TableEntry,
+    TensorEntry,
+    manifest_bytes,
+    manifest_digest,
+    sha256_file,
+)
+from hawk_trt.config import PruningConfig, check_head_weights
+from hawk_trt.errors import BundleError, CheckpointError, InvalidInput
+from hawk_trt.families import family_of
+from hawk_trt.stages import DTYPES, NORMALIZATIONS, PROFILES, LanguageConfig
+
+_BUNDLE_SUFFIXES = (".onnx", ".data", ".safetensors")
+# For graphs and small files, beside the weights.
+_SPARE_BYTES = 64 << 20
+_NAMES_SHOWN = 8
+
+
+@dataclass(frozen=True, slots=True)
+class ExportOptions:
+    """How a checkpoint is exported.
+
+    Attributes:
+        dtype: of weights and activations; scores are float32 in any.
+        profiles: which lowerings the bundle holds, over the same weights.
+        normalization: of the scores, baked into the graphs.
+        link: hard-link the checkpoint's files instead of copying them; needs their dtype.
+        im_end_token_id: instead of the checkpoint's; with the next, it bounds the query range.
+        vision_end_token_id: instead of the checkpoint's.
+        head_weights: the bundle's default; None takes the released ones where they fit, else uniform ones.
+        force: export again even if nothing changed.
+
+    Raises:
+        InvalidInput: a value that is not supported.
+    """
+
+    dtype: str = "float32"
+    profiles: tuple[str, ...] = PROFILES
+    normalization: str = "l2"
+    link: bool = False
+    im_end_token_id: int | None = None
+    vision_end_token_id: int | None = None
+    head_weights: HeadWeights | None = None
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        for name, got, allowed in (
+            ("dtype", (self.dtype,), DTYPES),
+            ("profiles", self.profiles, PROFILES),
+            ("normalization", (self.normalization,), NORMALIZATIONS),
+        ):
+            if not got or not set(got) <= set(allowed):
+                raise InvalidInput(f"{name}: got {', '.join(map(str, got))}, expected of {', '.join(allowed)}")
+        object.__setattr__(self, "profiles", tuple(profile for profile in PROFILES if profile in self.profiles))
+
+
+def export(
+    checkpoint: str | Path,
+    out: str | Path,
+    options: ExportOptions | None = None,
+    *,
+    name: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Bundle:
+    """Export a checkpoint, or return the bundle that is there if it is up to date.
+
+    Args:
+        checkpoint: a Hugging Face checkpoint folder.
+        out: the bundle's folder; a bundle that is there is replaced at the end.
+        options: None takes the defaults.
+        name: of the checkpoint, as the manifest says it; None takes the folder's.
+        progress: called with the bytes of weights done and their total.
+
+    Raises:
+        CheckpointError: a checkpoint that cannot be read or is not supported.
+        InvalidInput: head weights that do not fit the model.
+        BundleError: out cannot be replaced or written, or the disk is full.
+    """
+    options = options or ExportOptions()
+    opened = Checkpoint.open(checkpoint)
+    out = Path(out).resolve()
+    _check_replaceable(out, opened.folder)
+    clean_up_after_killed(out)
+    current = None if options.force else up_to_date(opened, out, options, name)
+    if current is not None:
+        return current
+    family, plan = family_of(opened.config), _plan(opened, options, name)
+    for tensor_name, shape in inventory(plan.language, plan.vision).items():
+        opened.expect(tensor_name, shape)
+    weights = WeightStore(opened, options.dtype, options.link)
+    graphs = {
+        (profile, stage): graph
+        for profile in plan.profiles
+        for stage, graph in build_graphs(
+            family, plan.language, plan.vision, weights, options.dtype, profile, options.normalization
+        ).items()
+    }
+    table = weights.table()
+    _account_for_all(opened, plan.language)
+    _check_free_space(out, weights.disk_bytes)
+    with staged(out) as folder:
+        files = {name: _file_entry(folder / name) for name in copy_sidecars(opened.folder, folder)}
+        entries = []
+        for (profile, stage), graph in graphs.items():
+            entry = _graph_entry(graph, stage, profile)
+            ir.save(graph, folder / entry.file)
+            files[entry.file] = _file_entry(folder / entry.file)
+            entries.append(entry)
+        files |= weights.write(folder, progress)
+        manifest = replace(plan, graphs=tuple(entries), embeddings=table, files=files)
+        with (folder / MANIFEST).open("wb") as file:
+            file.write(manifest_bytes(manifest))
+            file.flush()
+            os.fsync(file.fileno())
+    return Bundle.load(out)
+
+
+def up_to_date(checkpoint: Checkpoint, out: Path, options: ExportOptions, name: str | None = None) -> Bundle | None:
+    """The intact bundle at out, if an export with these options would write the same again.
+
+    Raises:
+        CheckpointError: a checkpoint that is not supported.
+        InvalidInput: head weights that do not fit the model.
+    """
+    plan = _plan(checkpoint, options, name)
+    try:
+        bundle = Bundle.load(out)
+    except BundleError:
+        return None
+    written = replace(bundle.manifest, graphs=(), embeddings=plan.embeddings, files={})
+    return bundle if manifest_digest(written) == manifest_digest(plan) else None
+
+
+def _plan(checkpoint: Checkpoint, options: ExportOptions, name: str | None) -> Manifest:
+    """The manifest as far as it is known before a graph is built."""
+    family = family_of(checkpoint.config)
+    language = family.language_config(checkpoint.config)
+    head_weights = options.head_weights or default_head_weights(family.name, language)
+    check_head_weights(head_weights.values, language.num_attention_heads)
+    architecture = (checkpoint.config.get("architectures") or [str(checkpoint.config.get("model_type"))])[0]
+    tokens = family.special_tokens(checkpoint.config, checkpoint.generation, added_tokens(checkpoint.folder))
+    for flag, token_id in (("im_end", options.im_end_token_id), ("vision_end", options.vision_end_token_id)):
+        if token_id is not None and not 0 <= token_id < language.vocab_size:
+            raise InvalidInput(f"{flag}_token_id: got {token_id}, expected 0 to {language.vocab_size - 1}")
+    if options.im_end_token_id is not None:
+        tokens = replace(tokens, im_end=options.im_end_token_id)
+    if options.vision_end_token_id is not None:
+        tokens = replace(tokens, vision_end=options.vision_end_token_id)
+    return Manifest(
+        schema_version=SCHEMA_VERSION,
+        family=family.name,
+        source=Source(
+            name or checkpoint.folder.resolve().name, architecture, checkpoint.fingerprint(SIDECARS), options.link
+        ),
+        dtype=options.dtype,
+        normalization=options.normalization,
+        profiles=options.profiles,
+        language=language,
+        vision=family.vision_config(checkpoint.config),
+        graphs=(),
+        embeddings=TableEntry("", 0, options.dtype, (0, 0)),
+        special_tokens=tokens,
+        keep_ratio=PruningConfig().keep_ratio,
+        head_weights=head_weights,
+        files={},
+        versions=_versions(),
+    )
+
+
+def _account_for_all(checkpoint: Checkpoint, language: LanguageConfig) -> None:
+    """Refuse tensors that no graph reads; a tied checkpoint may repeat its embeddings as lm_head.weight."""
+    unused = checkpoint.unused()
+    if language.tie_word_embeddings and LM_HEAD in unused:
+        if not checkpoint.same_values(LM_HEAD, EMBEDDINGS):
+            raise CheckpointError(
+                f"{checkpoint.folder}: tensor {LM_HEAD} differs from {EMBEDDINGS}, yet config.json ties them "
+                "(tie_word_embeddings). Set it to false if the head was trained on its own, else delete the tensor"
+            )
+        unused.remove(LM_HEAD)
+    if unused:
+        shown = ", ".join(unused[:_NAMES_SHOWN]) + (", ..." if len(unused) > _NAMES_SHOWN else "")
+        raise CheckpointError(f"{checkpoint.folder}: {len(unused)} tensors that no graph reads: {shown}")
+
+
+def _check_replaceable(out: Path, checkpoint: Path) -> None:
+    """Refuse to replace anything but a bundle, or the checkpoint itself."""
+    if checkpoint.resolve().is_relative_to(out):
+        raise BundleError(f"{out}: holds the checkpoint that is to be exported. Choose another folder with --out")
+    if out.exists() and not out.is_dir():
+        raise BundleError(f"{out}: a file, expected a folder or nothing. Choose another with --out")
+    present = sorted(path.name for path in out.iterdir()) if out.exists() else []
+    foreign = [
+        name for name in present if name not in (MANIFEST, *SIDECARS) and Path(name).suffix not in _BUNDLE_SUFFIXES
+    ]
+    if present and (MANIFEST not in present or foreign):
+        raise BundleError(
+            f"{out}: holds {', '.join((foreign or present)[:3])}, which no export wrote and which would be lost. "
+            "Choose an empty folder with --out, or move it away"
+        )
+
+
+def _check_free_space(out: Path, needed_bytes: int) -> None:
+    """Refuse to begin what the disk cannot hold; the older bundle stays until the new one is whole."""
+    parent = next(path for path in out.parents if path.exists())
+    free_bytes = shutil.disk_usage(parent).free
+    if free_bytes < needed_bytes + _SPARE_BYTES:
+        raise BundleError(
+            f"{parent}: {free_bytes / 1e9:.2f} GB free, the bundle needs {(needed_bytes + _SPARE_BYTES) / 1e9:.2f} GB. "
+            "Free space, choose another disk with --out, or use --link where dtypes match"
+        )
+
+
+def _graph_entry(graph: ir.Model, stage: str, profile: str) -> GraphEntry:
+    inputs = tuple(_tensor_entry(value) for value in graph.graph.inputs)
+    outputs = tuple(_tensor_entry(value) for value in graph.graph.outputs)
+    return GraphEntry(stage, profile, f"{stage}.{profile}.onnx", inputs, outputs)
+
+
+def _tensor_entry(value: ir.Value) -> TensorEntry:
+    assert value.name is not None and value.dtype is not None and value.shape is not None  # the builder declares all
+    dtype = "float32" if value.dtype == ir.DataType.FLOAT else value.dtype.name.lower()
+    shape = tuple(size if isinstance(size, int) else str(size) for size in value.shape)
+    return TensorEntry(value.name, dtype, shape)
+
+
+def _file_entry(path: Path) -> FileEntry:
+    return FileEntry(sha256_file(path), path.stat().st_size)
+
+
+def _versions() -> dict[str, str]:
+    """What writes the bundle: packages, and a digest of this code, which moves faster than its version."""
+    digest = hashlib.sha256()
+    here = Path(__file__).parent
+    for path in sorted(here.rglob("*.py")):
+        digest.update(path.relative_to(here).as_posix().encode() + path.read_bytes())
+    try:
+        ours = metadata.version("hawk-trt")
+    except metadata.PackageNotFoundError:
+        ours = "not installed"
+    return {"hawk_trt": ours, "export": digest.hexdigest()[:16], "onnx_ir": metadata.version("onnx-ir")}

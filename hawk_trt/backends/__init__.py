@@ -1,0 +1,120 @@
+"""Backends: what runs the three stages. A backend keeps weights; a Generation keeps one request's KV cache.
+
+    backend.encode(feeds, num_rows)            vision          -> Visual
+    backend.score(inputs, visual)              first_layer     -> scores alone, nothing kept
+    backend.start(batch, columns) -> Generation
+        .prefill(inputs, visual)               first_layer and decoder over the prompt
+        .decode(inputs)                        both over one token a row
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from hawk_trt.bundle import Bundle
+from hawk_trt.errors import BackendError
+from hawk_trt.layout import PrefillInputs
+
+BACKENDS = ("onnxruntime", "tensorrt")
+
+
+class Visual(Protocol):
+    """Visual embeddings where the backend keeps them: [rows, hidden] in the model's dtype."""
+
+    def numpy(self) -> npt.NDArray[Any]:
+        """A host copy."""
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeInputs:
+    """Host inputs of a decode step.
+
+    token_ids: int64 [batch].  position_ids: int64 [batch], the same on all axes.
+    """
+
+    token_ids: npt.NDArray[np.int64]
+    position_ids: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutputs:
+    """What a step leaves on the host.
+
+    next_token: int64 [batch], the most probable.  logits: float32 [batch, vocab] where asked for.
+    """
+
+    next_token: npt.NDArray[np.int64]
+    logits: npt.NDArray[np.float32] | None
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillOutputs:
+    """What a prefill leaves on the host.
+
+    kept_indices: int64 [batch, num_kept_total].  scores: float32 [batch, seq_len].
+    first_layer_seconds, decoder_seconds: of the two stages.
+    """
+
+    step: StepOutputs
+    kept_indices: npt.NDArray[np.int64]
+    scores: npt.NDArray[np.float32]
+    first_layer_seconds: float
+    decoder_seconds: float
+
+
+class Generation(Protocol):
+    """One request, or one batch of them, with its KV cache."""
+
+    def prefill(self, inputs: PrefillInputs, visual: Visual, *, logits: bool) -> PrefillOutputs:
+        """Run first_layer and decoder over the prompt."""
+
+    def decode(self, inputs: DecodeInputs, *, logits: bool) -> StepOutputs:
+        """Run both over one token a row."""
+
+    def hidden_states(self) -> npt.NDArray[np.float32]:
+        """first_layer's output of the last step: float32 [batch, num_kept_total, hidden]."""
+
+
+class Backend(Protocol):
+    """A loaded model."""
+
+    name: str
+    device: str
+    profile: str
+
+    def encode(self, feeds: Iterable[dict[str, npt.NDArray[Any]]], num_rows: int) -> Visual:
+        """Run the vision stage, one call a feed, into num_rows rows; one zero row where there is none."""
+
+    def score(self, inputs: PrefillInputs, visual: Visual) -> npt.NDArray[np.float32]:
+        """HAWK scores alone: float32 [batch, seq_len]."""
+
+    def start(self, batch: int, columns: int) -> Generation:
+        """A generation whose KV cache holds up to `columns` tokens a row."""
+
+    def close(self) -> None:
+        """Release everything."""
+
+
+def load_backend(bundle: Bundle, name: str, device: str, profile: str | None) -> Backend:
+    """Load a bundle in a backend.
+
+    Raises:
+        BackendError: an unknown backend or device, or a runtime that is not installed.
+        BundleError: the bundle does not hold the profile.
+    """
+    if name == "onnxruntime":
+        try:
+            from hawk_trt.backends.onnxruntime import OnnxRuntimeBackend  # a runtime is loaded when asked for
+        except ModuleNotFoundError as error:
+            if error.name != "onnxruntime":
+                raise
+            raise BackendError(
+                "onnxruntime: not installed. pip install 'hawk-trt[cpu]', or 'hawk-trt[cuda]' on a GPU"
+            ) from error
+        return OnnxRuntimeBackend.load(bundle, device, profile)
+    if name == "tensorrt":
+        raise BackendError('backend: "tensorrt" is not part of this version; use backend="onnxruntime"')
+    raise BackendError(f"backend: got {name!r}, expected one of {', '.join(BACKENDS)}")

@@ -1,0 +1,184 @@
+"""ONNX Runtime: sessions, device tensors and bindings.
+
+Everything that crosses into a session is an OrtValue on its device, bound by name, so that a stage reads
+what another wrote without a copy. On the CPU an OrtValue shares the memory of its numpy array.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
+
+from hawk_trt.bundle import GraphEntry, numpy_dtype
+from hawk_trt.errors import BackendError
+
+# ONNX's TensorProto.DataType of the dtypes that the stages use
+_ONNX_TYPES = {"float32": 1, "int32": 6, "int64": 7, "bool": 9, "float16": 10, "bfloat16": 16}
+_ORT_ERRORS = tuple(
+    value for value in vars(ort_errors).values() if isinstance(value, type) and issubclass(value, Exception)
+)
+
+
+class Device:
+    """Where a session computes, and how tensors get there.
+
+    Attributes:
+        kind: "cpu" or "cuda".
+        index: number of the GPU.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.kind, _, index = device.partition(":")
+        if self.kind not in ("cpu", "cuda") or not (index or "0").isdigit():
+            raise BackendError(f'device: got {device!r}, expected "cpu", "cuda" or "cuda:N"')
+        self.index = int(index or 0)
+        if self.kind == "cuda" and "CUDAExecutionProvider" not in ort.get_available_providers():
+            raise BackendError(
+                "device: this onnxruntime has no CUDA provider. pip uninstall onnxruntime, then pip install 'hawk-trt[cuda]'"
+            )
+
+    def providers(self) -> list[tuple[str, dict[str, str]]]:
+        """Execution providers of a session. TF32 off: it rounds products to 10 bits and changes the kept set."""
+        cpu: list[tuple[str, dict[str, str]]] = [("CPUExecutionProvider", {})]
+        if self.kind == "cpu":
+            return cpu
+        options = {"device_id": str(self.index), "use_tf32": "0", "arena_extend_strategy": "kSameAsRequested"}
+        return [("CUDAExecutionProvider", options), *cpu]
+
+    def empty(self, shape: tuple[int, ...], dtype: str) -> ort.OrtValue:
+        """An uninitialised tensor."""
+        if self.kind == "cpu":
+            return self.upload(np.empty(shape, numpy_dtype(dtype)))
+        return ort.OrtValue.ortvalue_from_shape_and_type(list(shape), _ONNX_TYPES[dtype], self.kind, self.index)
+
+    def zeros(self, shape: tuple[int, ...], dtype: str) -> ort.OrtValue:
+        """A tensor of zeros."""
+        return self.upload(np.zeros(shape, numpy_dtype(dtype)))
+
+    def upload(self, array: npt.NDArray[Any]) -> ort.OrtValue:
+        """The array on the device; on the CPU it shares the array's memory."""
+        array = np.ascontiguousarray(array)
+        host = _host_value(array)
+        if self.kind == "cpu":
+            return host
+        value = ort.OrtValue.ortvalue_from_shape_and_type(
+            list(array.shape), host.element_type(), self.kind, self.index
+        )
+        if array.size:
+            value.update_inplace(host)
+        return value
+
+    def download(self, value: ort.OrtValue, dtype: str) -> npt.NDArray[Any]:
+        """A host copy."""
+        array = np.empty(value.shape(), numpy_dtype(dtype))
+        if array.size:
+            _host_value(array).update_inplace(value)
+        return array
+
+
+class Buffer:
+    """A small input that changes every step: a host array and its device tensor at one address."""
+
+    def __init__(self, device: Device, shape: tuple[int, ...], dtype: str) -> None:
+        self._host = np.zeros(shape, numpy_dtype(dtype))
+        self._device = device
+        self.value = device.upload(self._host)
+
+    def set(self, values: npt.ArrayLike) -> None:
+        """Write new values to the device."""
+        self._host[...] = values
+        if self._device.kind != "cpu":
+            self.value.update_inplace(_host_value(self._host))
+
+
+class Stage:
+    """One graph, loaded."""
+
+    def __init__(self, path: Path, entry: GraphEntry, device: Device) -> None:
+        self.entry = entry
+        self.device = device
+        options = ort.SessionOptions()
+        options.log_severity_level = 3  # errors alone: warnings go to stderr, which belongs to the progress bar
+        with _translated(f"{path.name}: could not be loaded"):
+            self.session = ort.InferenceSession(str(path), options, providers=device.providers())
+        if device.kind == "cuda" and self.session.get_providers()[0] != "CUDAExecutionProvider":
+            raise BackendError(
+                "device: the CUDA provider could not start (driver, CUDA or cuDNN libraries missing). See: hawk-trt doctor"
+            )
+
+    def bind(self, inputs: Mapping[str, ort.OrtValue], outputs: Mapping[str, ort.OrtValue]) -> "Binding":
+        """Bind all inputs, and outputs to given tensors where there are, else to memory of ONNX Runtime's own."""
+        binding = Binding(self)
+        for spec in self.entry.inputs:
+            binding.input(spec.name, inputs[spec.name])
+        for spec in self.entry.outputs:
+            binding.output(spec.name, outputs.get(spec.name))
+        return binding
+
+    def dtype(self, output: str) -> str:
+        """Dtype name of an output."""
+        return next(spec.dtype for spec in self.entry.outputs if spec.name == output)
+
+
+class Binding:
+    """Inputs and outputs of a stage, bound once and run many times."""
+
+    def __init__(self, stage: Stage) -> None:
+        self._stage = stage
+        self._binding = stage.session.io_binding()
+        self._outputs: list[str] = []
+
+    def input(self, name: str, value: ort.OrtValue) -> None:
+        """Bind, or bind anew, an input."""
+        self._binding.bind_ortvalue_input(name, value)
+
+    def output(self, name: str, value: ort.OrtValue | None) -> None:
+        """Bind, or bind anew, an output."""
+        device = self._stage.device
+        if value is None:
+            self._binding.bind_output(name, device.kind, device.index)
+        else:
+            self._binding.bind_ortvalue_output(name, value)
+        if name not in self._outputs:
+            self._outputs.append(name)
+
+    def output_rows(self, name: str, target: ort.OrtValue, first_row: int, num_rows: int) -> None:
+        """Bind an output to rows of a 2-D tensor."""
+        device, dtype = self._stage.device, self._stage.dtype(name)
+        width = target.shape()[1]
+        pointer = target.data_ptr() + first_row * width * numpy_dtype(dtype).itemsize
+        self._binding.bind_output(name, device.kind, device.index, _ONNX_TYPES[dtype], [num_rows, width], pointer)
+
+    def run(self) -> None:
+        """Run the stage.
+
+        Raises:
+            BackendError: ONNX Runtime failed, with its message.
+        """
+        with _translated(f"{self._stage.entry.file}: failed"):
+            self._stage.session.run_with_iobinding(self._binding)
+
+    def results(self) -> dict[str, ort.OrtValue]:
+        """Outputs of the last run by name."""
+        return dict(zip(self._outputs, self._binding.get_outputs(), strict=True))
+
+
+def _host_value(array: npt.NDArray[Any]) -> ort.OrtValue:
+    """An OrtValue over a contiguous array's memory; bfloat16, unknown to numpy, by its bits."""
+    if array.dtype.name == "bfloat16":
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), _ONNX_TYPES["bfloat16"])
+    return ort.OrtValue.ortvalue_from_numpy(array)
+
+
+@contextmanager
+def _translated(what: str) -> Iterator[None]:
+    """Turn ONNX Runtime's errors into ours."""
+    try:
+        yield
+    except _ORT_ERRORS as error:
+        raise BackendError(f"{what}: {error}") from error

@@ -1,0 +1,140 @@
+"""The options that commands share, and what they stand for: a loaded pipeline, a prompt, a pruning."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from hawk_trt.backends import BACKENDS
+from hawk_trt.config import QUERIES, QUOTAS, PruningConfig
+from hawk_trt.errors import InvalidInput
+from hawk_trt.stages import PROFILES
+
+if TYPE_CHECKING:
+    from hawk_trt import Pipeline
+    from hawk_trt.requests import Message
+
+Subparsers = argparse._SubParsersAction  # argparse has no public name for it
+
+
+def add_command(subparsers: "Subparsers[argparse.ArgumentParser]", name: str, summary: str) -> argparse.ArgumentParser:
+    """Add a command's parser, with its summary as description."""
+    return subparsers.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+
+
+def add_pipeline_options(parser: argparse.ArgumentParser) -> None:
+    """Add what open_pipeline reads."""
+    parser.add_argument("bundle", type=Path, help="folder that an export wrote")
+    group = parser.add_argument_group("where it runs")
+    group.add_argument("--backend", choices=BACKENDS, default=BACKENDS[0], help="what runs it (default: %(default)s)")
+    group.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
+    group.add_argument("--profile", choices=PROFILES, help="which graphs of the bundle (default: the best that run)")
+    group.add_argument("--verify", action="store_true", help="check the weight files by hash before loading them")
+
+
+def add_prompt_options(parser: argparse.ArgumentParser) -> None:
+    """Add what prompt_text and messages read."""
+    group = parser.add_argument_group("prompt")
+    group.add_argument("--image", action="append", default=[], help="an image before the prompt; repeatable")
+    group.add_argument("--video", action="append", default=[], help="a video before the prompt; repeatable")
+    group.add_argument("--prompt", required=True, help="the question, or - to read it from stdin")
+    group.add_argument("--system", help="a system message (default: the chat template's own, if it has one)")
+    group.add_argument("--min-pixels", type=int, help="enlarge smaller images to this area (default: the checkpoint's)")
+    group.add_argument("--max-pixels", type=int, help="shrink larger images to this area (default: the checkpoint's)")
+    group.add_argument(
+        "--max-new-tokens", type=int, default=128, help="longest answer, in tokens (default: %(default)s)"
+    )
+
+
+def add_pruning_options(group: "argparse._ArgumentGroup") -> None:
+    """Add what pruning reads, but for the keep ratio."""
+    group.add_argument(
+        "--query",
+        choices=QUERIES,
+        default="paper",
+        help="text that scores the visual tokens: paper, what follows the last image; turn, all of the last user turn "
+        "(default: %(default)s)",
+    )
+    group.add_argument(
+        "--quota",
+        choices=QUOTAS,
+        default="global",
+        help="one selection over all images, or one for each (default: %(default)s)",
+    )
+    group.add_argument("--min-visual-tokens", type=int, default=1, help="keep at least so many (default: %(default)s)")
+    group.add_argument(
+        "--head-weights", type=Path, metavar="FILE", help="JSON list, one weight a query head (default: the bundle's)"
+    )
+
+
+def open_pipeline(args: argparse.Namespace) -> "Pipeline":
+    """Load the bundle that the options name.
+
+    Raises:
+        HawkError: it cannot be loaded as asked for.
+    """
+    from hawk_trt import Pipeline  # loading graphs and a tokenizer is only for those who run them
+
+    if args.verify:
+        from hawk_trt.commands.verification import verify
+
+        verify(args.bundle)
+    return Pipeline.load(args.bundle, backend=args.backend, device=args.device, profile=args.profile)
+
+
+def prompt_text(args: argparse.Namespace) -> str:
+    """The prompt, from the options or from stdin.
+
+    Raises:
+        InvalidInput: it is empty, or not UTF-8.
+    """
+    try:
+        text: str = sys.stdin.read().strip() if args.prompt == "-" else args.prompt
+    except UnicodeDecodeError as error:
+        raise InvalidInput(f"--prompt -: stdin is not {error.encoding} text ({error.reason})") from error
+    if not text.strip():
+        raise InvalidInput("--prompt: got an empty text, expected a question")
+    return text
+
+
+def messages(args: argparse.Namespace, text: str) -> "str | Sequence[Message]":
+    """The prompt as the pipeline takes it: the text alone, or chat messages where there is a system message."""
+    if args.system is None:
+        return text
+    content = [{"type": "image"} for _ in args.image] + [{"type": "video"} for _ in args.video]
+    return [
+        {"role": "system", "content": args.system},
+        {"role": "user", "content": [*content, {"type": "text", "text": text}]},
+    ]
+
+
+def pruning(args: argparse.Namespace, keep_ratio: float) -> PruningConfig:
+    """The pruning that the options ask for, at a keep ratio.
+
+    Raises:
+        InvalidInput: a value out of its range.
+    """
+    return PruningConfig(
+        keep_ratio=keep_ratio,
+        head_weights=None if args.head_weights is None else read_head_weights(args.head_weights),
+        min_visual_tokens=args.min_visual_tokens,
+        query=args.query,
+        quota=args.quota,
+    )
+
+
+def read_head_weights(path: Path) -> tuple[float, ...]:
+    """Read head weights from a JSON list of numbers.
+
+    Raises:
+        InvalidInput: no such file, or something else in it.
+    """
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=tuple[float, ...])
+    except OSError as error:
+        raise InvalidInput(f"--head-weights {path}: cannot be read ({error.strerror})") from error
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise InvalidInput(f"--head-weights {path}: expected a JSON list of numbers ({error})") from error

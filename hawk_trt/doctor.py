@@ -1,0 +1,258 @@
+"""What this machine can do: packages, backends and devices, and the command that adds what is missing.
+
+Nothing heavy is imported: versions come from package metadata. Only ONNX Runtime is loaded, since whether
+its CUDA provider works shows when it runs a graph and not before.
+"""
+
+import importlib
+import platform
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+
+from hawk_trt import __version__
+
+# By extra of hawk-trt: the packages it brings, and the lowest version of each that works.
+EXTRAS: dict[str, dict[str, str]] = {
+    "video": {"av": "12"},
+    "export": {"huggingface_hub": "0.30", "onnx": "1.19", "onnx-ir": "0.1.12"},
+    "parity": {"safetensors": "0.4.3", "torch": "2.6", "transformers": "5.0"},
+}
+RUNTIME = ("jinja2", "ml_dtypes", "msgspec", "numpy", "pillow", "rich", "tokenizers")
+ONNX_RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
+TENSORRTS = ("tensorrt", "tensorrt-cu12", "tensorrt-cu13")
+CUDA_PROVIDER = "CUDAExecutionProvider"
+
+# y = x + x of one float32, opset 18: the least that shows a provider computing.
+_ADD_ONNX = (
+    b'\x08\n:5\n\x0e\n\x01x\n\x01x\x12\x01y"\x03Add\x12\x01gZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01'
+    b"b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x04\n\x00\x10\x12"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """One GPU as nvidia-smi tells it; memory in MiB, None where the GPU shares the machine's."""
+
+    name: str
+    compute_capability: str
+    driver: str
+    memory_total_mib: int | None
+    memory_free_mib: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Capability:
+    """One thing a user may want to do.
+
+    Attributes:
+        name: of it.
+        works: whether it does, here and now.
+        detail: with what it works, or why it does not.
+        command: what adds it; None where it works or nothing that can be installed would help.
+    """
+
+    name: str
+    works: bool
+    detail: str
+    command: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """All that doctor finds out about the machine.
+
+    Attributes:
+        hawk_trt: its version.
+        python: version.
+        machine: operating system and processor.
+        packages: versions by name, None where not installed.
+        providers: ONNX Runtime's execution providers, as it lists them.
+        gpus: NVIDIA GPUs.
+        memory_available_bytes: main memory that a process could take, None where the system does not say.
+        disk_free_bytes: in the current folder.
+        capabilities: what works.
+    """
+
+    hawk_trt: str
+    python: str
+    machine: str
+    packages: dict[str, str | None]
+    providers: tuple[str, ...]
+    gpus: tuple[Gpu, ...]
+    memory_available_bytes: int | None
+    disk_free_bytes: int
+    capabilities: tuple[Capability, ...]
+
+    def works(self, name: str) -> bool:
+        """Whether a capability works."""
+        return any(capability.works for capability in self.capabilities if capability.name == name)
+
+
+def examine() -> Report:
+    """Look at the machine."""
+    names = (*RUNTIME, *ONNX_RUNTIMES, *(name for extra in EXTRAS.values() for name in extra), *TENSORRTS)
+    packages = {name: installed_version(name) for name in names}
+    gpus = find_gpus()
+    providers, problem = _providers()
+    capabilities = (
+        _cpu(packages, problem),
+        _cuda(packages, providers, gpus, problem),
+        *(_extra(name, packages) for name in EXTRAS),
+        _tensorrt(packages, gpus),
+    )
+    return Report(
+        hawk_trt=__version__,
+        python=platform.python_version(),
+        machine=f"{platform.system()} {platform.machine()}",
+        packages=packages,
+        providers=providers,
+        gpus=gpus,
+        memory_available_bytes=available_memory_bytes(),
+        disk_free_bytes=shutil.disk_usage(Path.cwd()).free,
+        capabilities=capabilities,
+    )
+
+
+def installed_version(name: str) -> str | None:
+    """Version of a package by its metadata, None where it is not installed."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def find_gpus() -> tuple[Gpu, ...]:
+    """The GPUs that nvidia-smi lists; none where there is no nvidia-smi or no driver."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return ()
+    fields = "name,compute_cap,driver_version,memory.total,memory.free"
+    query = [program, f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+    try:
+        listing = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
+    except (subprocess.SubprocessError, OSError):
+        return ()
+    return parse_gpus(listing)
+
+
+def parse_gpus(listing: str) -> tuple[Gpu, ...]:
+    """The lines of nvidia-smi's name, compute_cap, driver_version, memory.total, memory.free as csv."""
+    gpus = []
+    for line in listing.splitlines():
+        fields = [field.strip() for field in line.rsplit(",", 4)]
+        if len(fields) == 5:
+            name, capability, driver, *memory = fields
+            total, free = (int(field) if field.isdigit() else None for field in memory)  # "[N/A]" on a Jetson
+            gpus.append(Gpu(name, capability, driver, total, free))
+    return tuple(gpus)
+
+
+def available_memory_bytes() -> int | None:
+    """Main memory that a process could take without swapping, None where the system does not say."""
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.is_file():
+        return None
+    found = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo.read_text(encoding="ascii"), re.MULTILINE)
+    return int(found[1]) * 1024 if found else None
+
+
+def at_least(found: str, lowest: str) -> bool:
+    """Whether a version reaches another, by their leading numbers: "2.13.0+cpu" reaches "2.6"."""
+    return _numbers(found) >= _numbers(lowest)
+
+
+def provider_problem(provider: str) -> str | None:
+    """Run a graph of one node on an execution provider of ONNX Runtime: None if it computes there, else why not."""
+    onnxruntime = importlib.import_module("onnxruntime")
+    state = importlib.import_module("onnxruntime.capi.onnxruntime_pybind11_state")
+    own = [kind for kind in vars(state).values() if isinstance(kind, type) and issubclass(kind, Exception)]
+    errors: tuple[type[Exception], ...] = (*own, RuntimeError, ValueError, ImportError)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # the reason is in what is raised
+    try:
+        session = onnxruntime.InferenceSession(_ADD_ONNX, options, providers=[provider], enable_fallback=0)
+        if provider not in session.get_providers():
+            return "its libraries cannot be loaded"
+        (y,) = session.run(None, {"x": np.ones(1, np.float32)})
+    except errors as error:
+        return " ".join(str(error).split())[:200]
+    return None if y.tolist() == [2.0] else f"1 + 1 gives {y.tolist()} there"
+
+
+def _providers() -> tuple[tuple[str, ...], str | None]:
+    """The listed execution providers, and why ONNX Runtime cannot be used at all."""
+    if find_spec("onnxruntime") is None:
+        return (), "onnxruntime is not installed"
+    try:
+        onnxruntime = importlib.import_module("onnxruntime")
+    except ImportError as error:
+        return (), f"onnxruntime cannot be imported ({error})"
+    return tuple(onnxruntime.get_available_providers()), None
+
+
+def _cpu(packages: dict[str, str | None], problem: str | None) -> Capability:
+    problem = problem or provider_problem("CPUExecutionProvider")
+    if problem:
+        return Capability("run on CPU", False, problem, "pip install 'hawk-trt[cpu]'")
+    return Capability("run on CPU", True, f"onnxruntime {_onnxruntime(packages)}; float32 and float16 bundles")
+
+
+def _cuda(
+    packages: dict[str, str | None], providers: tuple[str, ...], gpus: tuple[Gpu, ...], problem: str | None
+) -> Capability:
+    name = "run on CUDA"
+    if not gpus and CUDA_PROVIDER not in providers:
+        return Capability(name, False, "no NVIDIA GPU with a driver here (nvidia-smi lists none)")
+    if problem or CUDA_PROVIDER not in providers:
+        # The two packages share one folder: with both installed, either may win.
+        remove = "pip uninstall -y onnxruntime onnxruntime-gpu && " if packages["onnxruntime"] else ""
+        detail = problem or f"this onnxruntime has no {CUDA_PROVIDER}"
+        return Capability(name, False, detail, f"{remove}pip install 'hawk-trt[cuda]'")
+    problem = provider_problem(CUDA_PROVIDER)
+    if problem:
+        return Capability(name, False, f"{CUDA_PROVIDER}: {problem}", "pip install 'onnxruntime-gpu[cuda,cudnn]'")
+    device = gpus[0].name if gpus else "CUDA device"
+    return Capability(name, True, f"onnxruntime {_onnxruntime(packages)} on {device}")
+
+
+def _extra(name: str, packages: dict[str, str | None]) -> Capability:
+    wanted = EXTRAS[name]
+    lacking = []
+    for package, lowest in wanted.items():
+        found = packages[package]
+        if found is None:
+            lacking.append(f"{package} is not installed")
+        elif not at_least(found, lowest):
+            lacking.append(f"{package} {found} is older than {lowest}")
+    if lacking:
+        return Capability(name, False, ", ".join(lacking), f"pip install 'hawk-trt[{name}]'")
+    return Capability(name, True, ", ".join(f"{package} {packages[package]}" for package in wanted))
+
+
+def _tensorrt(packages: dict[str, str | None], gpus: tuple[Gpu, ...]) -> Capability:
+    if find_spec("hawk_trt.backends.tensorrt") is None:
+        return Capability("TensorRT", False, "this version of hawk-trt does not run plans yet; it runs on CUDA")
+    found = next((packages[name] for name in TENSORRTS if packages[name]), None)
+    if found is None and find_spec("tensorrt") is not None:
+        found = "of an unknown version"
+    if not gpus:
+        return Capability("TensorRT", False, "no NVIDIA GPU with a driver here (nvidia-smi lists none)")
+    if found is None:
+        return Capability("TensorRT", False, "tensorrt is not installed", "pip install tensorrt")
+    return Capability("TensorRT", True, f"tensorrt {found} on {gpus[0].name}")
+
+
+def _onnxruntime(packages: dict[str, str | None]) -> str:
+    return next((found for name in reversed(ONNX_RUNTIMES) if (found := packages[name])), "of an unknown version")
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    release = re.split(r"[^\d.]", text, maxsplit=1)[0]
+    return tuple(int(number) for number in release.split(".") if number)

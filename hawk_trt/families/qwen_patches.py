@@ -1,0 +1,208 @@
+"""From RGB images and video frames to the patches of the Qwen vision towers.
+
+An image is resized to multiples of patch x merge within the settings' pixel bounds, normalised, and cut into
+rows of [channel, temporal patch, patch, patch], ordered by merge block: the m x m patches that become one
+token follow each other. An image fills its temporal patch with itself, a video with successive frames.
+
+Eight bits have 256 values, so rescaling and normalising are one table a channel, computed once.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hawk_trt.errors import CheckpointError, InvalidInput
+from hawk_trt.families import ImageSettings, Patches
+from hawk_trt.images import resize
+
+MAX_ASPECT_RATIO = 200
+
+# What the Qwen2-VL processor takes where preprocessor_config.json does not say.
+_MIN_PIXELS = 56 * 56
+_MAX_PIXELS = 28 * 28 * 1280
+_MEAN = (0.48145466, 0.4578275, 0.40821073)
+_STD = (0.26862954, 0.26130258, 0.27577711)
+_BICUBIC = 3
+
+
+def image_settings(preprocessor: Mapping[str, Any]) -> ImageSettings:
+    """Settings from preprocessor_config.json, or from video_preprocessor_config.json for videos.
+
+    The pixel bounds are min_pixels and max_pixels, else those of size, by either of its two spellings.
+
+    Raises:
+        CheckpointError: a setting that is not usable.
+    """
+    size = preprocessor.get("size") or {}
+
+    def bound(name: str, edge: str, default: int) -> int:
+        found = [value for value in (preprocessor.get(name), size.get(edge), size.get(name)) if value is not None]
+        value = found[0] if found else default
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise _wrong(name, value, "a number of pixels")
+        return value
+
+    if preprocessor.get("do_resize") is False:
+        raise _wrong("do_resize", False, "true (images are cut into whole patches)")
+    smallest = bound("min_pixels", "shortest_edge", _MIN_PIXELS)
+    largest = bound("max_pixels", "longest_edge", _MAX_PIXELS)
+    if smallest > largest:
+        raise _wrong("min_pixels", smallest, f"at most max_pixels {largest}")
+    resample = preprocessor.get("resample", _BICUBIC)
+    if resample not in range(6):
+        raise _wrong("resample", resample, "one of Pillow's filters, 0 to 5")
+    normalised = preprocessor.get("do_normalize") is not False
+    rescaled = preprocessor.get("do_rescale") is not False
+    return ImageSettings(
+        min_pixels=smallest,
+        max_pixels=largest,
+        mean=_channels("image_mean", preprocessor.get("image_mean", _MEAN)) if normalised else (0.0, 0.0, 0.0),
+        std=_channels("image_std", preprocessor.get("image_std", _STD)) if normalised else (1.0, 1.0, 1.0),
+        rescale_factor=float(preprocessor.get("rescale_factor", 1 / 255)) if rescaled else 1.0,
+        resample=resample,
+    )
+
+
+def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """Height and width nearest to the given ones that are multiples of factor and within the pixel bounds.
+
+    Raises:
+        InvalidInput: a side more than 200 times the other.
+    """
+    if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
+        raise InvalidInput(
+            f"image: got {width} x {height} pixels, expected sides of at most 1 to {MAX_ASPECT_RATIO}. Crop it"
+        )
+    tall, wide = round(height / factor) * factor, round(width / factor) * factor
+    if tall * wide > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        return (
+            max(factor, math.floor(height / shrink / factor) * factor),
+            max(factor, math.floor(width / shrink / factor) * factor),
+        )
+    if tall * wide < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        return math.ceil(height * grow / factor) * factor, math.ceil(width * grow / factor) * factor
+    return tall, wide
+
+
+def images_to_patches(
+    images: Sequence[npt.NDArray[np.uint8]], settings: ImageSettings, vision: Mapping[str, Any]
+) -> Patches:
+    """Resize, normalise and cut images; each becomes one frame.
+
+    Args:
+        images: uint8 [height, width, 3] each.
+        settings: pixel bounds, filter and normalisation.
+        vision: sizes of the vision tower.
+
+    Raises:
+        InvalidInput: an image that is not RGB uint8, is empty, or is too thin.
+    """
+    sizes = [_target_size(image, settings, vision) for image in images]
+    patch = vision["patch_size"]
+    grid = np.array([(1, tall // patch, wide // patch) for tall, wide in sizes], dtype=np.int64).reshape(-1, 3)
+    pixels = np.empty((int(grid.prod(axis=1).sum()), patch_dim(vision)), dtype=np.float32)
+    tables = _tables(settings)
+    ends = np.cumsum(grid.prod(axis=1)).tolist()
+    for image, (tall, wide), count, end in zip(images, sizes, grid.prod(axis=1).tolist(), ends, strict=True):
+        resized = resize(image, tall, wide, settings.resample)
+        _cut(resized, tables, pixels[end - count : end], vision, slice(None))
+    return Patches(pixels, grid)
+
+
+def video_to_patches(
+    frames: Sequence[npt.NDArray[np.uint8]], settings: ImageSettings, vision: Mapping[str, Any]
+) -> Patches:
+    """Resize, normalise and cut the frames of one video, going through them once.
+
+    The last frame is repeated to a multiple of temporal_patch_size.
+
+    Args:
+        frames: uint8 [height, width, 3] each, all of one size.
+        settings: pixel bounds, filter and normalisation of videos.
+        vision: sizes of the vision tower.
+
+    Raises:
+        InvalidInput: no frame, a frame that is not RGB uint8, is too thin or of another size.
+    """
+    if not len(frames):
+        raise InvalidInput("video: got no frame, expected at least one")
+    patch, together = vision["patch_size"], vision["temporal_patch_size"]
+    steps = -(-len(frames) // together)
+    tables = _tables(settings)
+    pixels = np.empty((0, 0), dtype=np.float32)
+    shape: tuple[int, ...] | None = None
+    grid = (steps, 0, 0)
+    for number, frame in enumerate(frames):
+        if shape is None:
+            tall, wide = _target_size(frame, settings, vision)
+            shape, grid = frame.shape, (steps, tall // patch, wide // patch)
+            pixels = np.empty((math.prod(grid), patch_dim(vision)), dtype=np.float32)
+        elif frame.shape != shape:
+            raise InvalidInput(f"video: frame {number} is {list(frame.shape)}, expected {list(shape)} as the first")
+        step, place = divmod(number, together)
+        rows = pixels[step * grid[1] * grid[2] :][: grid[1] * grid[2]]
+        last = number == len(frames) - 1
+        resized = resize(frame, grid[1] * patch, grid[2] * patch, settings.resample)
+        _cut(resized, tables, rows, vision, slice(place, None if last else place + 1))
+    return Patches(pixels, np.array([grid], dtype=np.int64))
+
+
+def patch_dim(vision: Mapping[str, Any]) -> int:
+    """Numbers in one patch: channels x temporal patch x patch x patch."""
+    return int(vision["in_channels"] * vision["temporal_patch_size"] * vision["patch_size"] ** 2)
+
+
+def _cut(
+    image: npt.NDArray[np.uint8],
+    tables: npt.NDArray[np.float32],
+    rows: npt.NDArray[np.float32],
+    vision: Mapping[str, Any],
+    places: slice,
+) -> None:
+    """Write the normalised patches of one resized image into rows [num_patches, patch_dim].
+
+    places: the places in the temporal patch that the image takes.
+    """
+    merge, patch, together = vision["spatial_merge_size"], vision["patch_size"], vision["temporal_patch_size"]
+    high, wide = image.shape[0] // (merge * patch), image.shape[1] // (merge * patch)
+    blocks = image.reshape(high, merge, patch, wide, merge, patch, 3).transpose(6, 0, 3, 1, 4, 2, 5)
+    out = rows.reshape(high, wide, merge, merge, 3, together, patch, patch)
+    for channel, table in enumerate(tables):
+        out[:, :, :, :, channel, places] = table[blocks[channel]][:, :, :, :, None]
+
+
+def _tables(settings: ImageSettings) -> npt.NDArray[np.float32]:
+    """The normalised value of each 8-bit value: float32 [3, 256].
+
+    Rounded where the checkpoint's processor rounds: the rescaled value to float32, then mean and std in float32.
+    """
+    rescaled = (np.arange(256, dtype=np.float64) * settings.rescale_factor).astype(np.float32)
+    mean = np.array(settings.mean, dtype=np.float32)[:, None]
+    std = np.array(settings.std, dtype=np.float32)[:, None]
+    table: npt.NDArray[np.float32] = (rescaled - mean) / std
+    return table
+
+
+def _target_size(image: npt.NDArray[np.uint8], settings: ImageSettings, vision: Mapping[str, Any]) -> tuple[int, int]:
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+        raise InvalidInput(f"image: got {image.dtype}{list(image.shape)}, expected uint8[height, width, 3]")
+    factor = vision["patch_size"] * vision["spatial_merge_size"]
+    return smart_resize(image.shape[0], image.shape[1], factor, settings.min_pixels, settings.max_pixels)
+
+
+def _channels(name: str, value: object) -> tuple[float, float, float]:
+    values = tuple(value) if isinstance(value, list | tuple) else (value,) * 3
+    if len(values) != 3 or not all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
+        raise _wrong(name, value, "three numbers, one a channel")
+    if name == "image_std" and 0 in values:
+        raise _wrong(name, value, "numbers above 0")
+    return float(values[0]), float(values[1]), float(values[2])
+
+
+def _wrong(key: str, got: object, expected: str) -> CheckpointError:
+    return CheckpointError(f"preprocessor_config.json: {key}: got {got!r}, expected {expected}")

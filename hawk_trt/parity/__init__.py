@@ -1,0 +1,13 @@
+"""Parity: the exported bundle against the checkpoint's own PyTorch model, stage by stage.
+
+    prompt_rules  what the paper leaves to the host: positions, query range, kept counts; plain Python
+    reference     the PyTorch model with HAWK inserted, unabsorbed; the only file that imports torch
+    trace         what a reference run leaves behind
+    cases         the prompts that are compared
+    compare       stage outputs of both sides -> rows of numbers
+    tolerances    what the numbers may be, a dtype
+    report        rows -> a table or JSON
+    command       hawk-trt parity
+
+The reference shares nothing with what it checks except the inputs (ModelInputs, PruningConfig).
+"""

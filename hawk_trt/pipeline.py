@@ -1,0 +1,330 @@
+"""Pipeline: a bundle, loaded; prompts in, answers out.
+
+    prepare   prompt, images, videos      -> ModelInputs
+    layout    ModelInputs                 -> PromptLayout, one a row; collate -> PrefillInputs
+    encode    pixel values                -> visual embeddings
+    prefill   first_layer, decoder        -> kept indices, scores, the first token
+    decode    one token a row at a time   -> until a stop token, a stop string or max_new_tokens
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hawk_trt.backends import Backend, Visual, load_backend
+from hawk_trt.bundle import Bundle
+from hawk_trt.config import PruningConfig, SamplingConfig
+from hawk_trt.errors import InvalidInput
+from hawk_trt.families import Family, Patches, family_by_name
+from hawk_trt.layout import PromptLayout, prompt_layout
+from hawk_trt.processor import Processor
+from hawk_trt.requests import ModelInputs, Request, Result
+from hawk_trt.run import Run
+
+if TYPE_CHECKING:
+    from hawk_trt.requests import ImageInput, Message, VideoInput
+
+# Patches of one vision call: bounds its memory. A single larger image still goes alone.
+MAX_VISION_PATCHES = 16384
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """Every stage's output for one prompt and given tokens, for comparison with a reference.
+
+    Attributes:
+        visual_embeds: float32 [num_visual, hidden], in prompt order.
+        scores: float32 [num_visual].
+        kept_indices: int64 [kept], in the prompt as given.
+        hidden_states: float32 [kept, hidden], first_layer's output.
+        logits: float32 [steps, vocab]; row 0 after the prompt, row i after forced token i.
+    """
+
+    visual_embeds: npt.NDArray[np.float32]
+    scores: npt.NDArray[np.float32]
+    kept_indices: npt.NDArray[np.int64]
+    hidden_states: npt.NDArray[np.float32]
+    logits: npt.NDArray[np.float32]
+
+
+class Pipeline:
+    """A loaded model. Make it with `Pipeline.load`; close it, or use it as a context manager.
+
+    Attributes:
+        bundle: what it was loaded from.
+        backend: what runs it.
+    """
+
+    def __init__(self, bundle: Bundle, backend: Backend) -> None:
+        self.bundle = bundle
+        self.backend = backend
+        self._family: Family = family_by_name(bundle.manifest.family)
+        self._processor = Processor(bundle, self._family)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        backend: str = "onnxruntime",
+        device: str = "cpu",
+        profile: str | None = None,
+        *,
+        verify: bool = False,
+    ) -> "Pipeline":
+        """Load a bundle.
+
+        Args:
+            path: the bundle's folder.
+            backend: "onnxruntime" or "tensorrt".
+            device: "cpu", "cuda" or "cuda:N".
+            profile: "portable" or "inplace"; None takes the best that the bundle holds.
+            verify: also hash the weight files, which takes as long as reading them.
+
+        Raises:
+            BundleError: no bundle, a damaged one, or one without the profile.
+            BackendError: a backend or device that cannot be used here.
+        """
+        bundle = Bundle.load(path, verify=verify)
+        return cls(bundle, load_backend(bundle, backend, device, profile))
+
+    def close(self) -> None:
+        """Release the model."""
+        self.backend.close()
+
+    def __enter__(self) -> "Pipeline":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def prepare(
+        self,
+        prompt: "str | Sequence[Message] | ModelInputs",
+        images: "Sequence[ImageInput]" = (),
+        videos: "Sequence[VideoInput]" = (),
+        *,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+    ) -> ModelInputs:
+        """Turn a prompt into tensors, in the layout of the checkpoint's own processor.
+
+        Raises:
+            InvalidInput: a prompt, image or video that cannot be used.
+        """
+        if isinstance(prompt, ModelInputs):
+            if len(images) or len(videos):
+                raise InvalidInput("images, videos: got some beside ModelInputs, which hold their own; leave them out")
+            return prompt
+        return self._processor(prompt, images, videos, min_pixels=min_pixels, max_pixels=max_pixels)
+
+    def generate(
+        self,
+        prompt: "str | Sequence[Message] | ModelInputs",
+        images: "Sequence[ImageInput]" = (),
+        videos: "Sequence[VideoInput]" = (),
+        pruning: PruningConfig | None = None,
+        max_new_tokens: int = 128,
+        sampling: SamplingConfig | None = None,
+        stop: Sequence[str] = (),
+        *,
+        ignore_eos: bool = False,
+        return_logits: bool = False,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+    ) -> Result:
+        """Answer one prompt.
+
+        Args:
+            prompt: a string (images, then videos, come before it), chat messages, or tensors.
+            images: paths, bytes, PIL images or uint8 arrays.
+            videos: paths, lists of images, or uint8 arrays [frames, height, width, 3].
+            pruning: how visual tokens are pruned; None is PruningConfig().
+            max_new_tokens: longest answer; it also ends where the context is full.
+            sampling: how tokens are drawn; None is greedy.
+            stop: strings that end the answer and are not part of it.
+            ignore_eos: go on after a stop token.
+            return_logits: give the logits of every step.
+            min_pixels: enlarge smaller images to this area.
+            max_pixels: shrink larger images to this area.
+
+        Raises:
+            InvalidInput: something that cannot be used as given.
+            BackendError: the runtime failed.
+        """
+        stream = self.stream(
+            prompt,
+            images,
+            videos,
+            pruning,
+            max_new_tokens,
+            sampling,
+            stop,
+            ignore_eos=ignore_eos,
+            return_logits=return_logits,
+            min_pixels=min_pixels,
+            max_pixels=max_pixels,
+        )
+        for _ in stream:
+            pass
+        return stream.result
+
+    def stream(
+        self,
+        prompt: "str | Sequence[Message] | ModelInputs",
+        images: "Sequence[ImageInput]" = (),
+        videos: "Sequence[VideoInput]" = (),
+        pruning: PruningConfig | None = None,
+        max_new_tokens: int = 128,
+        sampling: SamplingConfig | None = None,
+        stop: Sequence[str] = (),
+        *,
+        ignore_eos: bool = False,
+        return_logits: bool = False,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+    ) -> "TextStream":
+        """As generate, but the answer's text comes in pieces: iterate, then read `.result`."""
+        started = time.perf_counter()
+        inputs = self.prepare(prompt, images, videos, min_pixels=min_pixels, max_pixels=max_pixels)
+        run = Run(self, [inputs], pruning, max_new_tokens, sampling, stop, ignore_eos, return_logits, started)
+        return TextStream(run)
+
+    def generate_batch(
+        self,
+        requests: "Sequence[Request | str | Sequence[Message] | ModelInputs]",
+        pruning: PruningConfig | None = None,
+        max_new_tokens: int = 128,
+        sampling: SamplingConfig | None = None,
+        stop: Sequence[str] = (),
+        *,
+        ignore_eos: bool = False,
+        return_logits: bool = False,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+    ) -> list[Result]:
+        """Answer several prompts side by side; each result equals the one that generate gives alone.
+
+        Raises:
+            InvalidInput: something that cannot be used as given, with the number of the request.
+            BackendError: the runtime failed.
+        """
+        started = time.perf_counter()
+        rows = []
+        for number, request in enumerate(requests):
+            entry = request if isinstance(request, Request) else Request(request)
+            try:
+                rows.append(
+                    self.prepare(entry.prompt, entry.images, entry.videos, min_pixels=min_pixels, max_pixels=max_pixels)
+                )
+            except InvalidInput as error:
+                raise InvalidInput(f"requests[{number}]: {error}") from error
+        if not rows:
+            return []
+        run = Run(self, rows, pruning, max_new_tokens, sampling, stop, ignore_eos, return_logits, started)
+        for _ in run.steps():
+            pass
+        return run.results()
+
+    def trace(self, inputs: ModelInputs, pruning: PruningConfig, forced_tokens: Sequence[int]) -> Trace:
+        """Run one prompt with given tokens and keep what every stage made.
+
+        Args:
+            inputs: the prompt.
+            pruning: how it is pruned.
+            forced_tokens: the tokens decoded one after another; logits has one row more.
+
+        Raises:
+            InvalidInput: something that cannot be used as given.
+        """
+        run = Run(self, [inputs], pruning, len(forced_tokens) + 1, None, (), True, True, time.perf_counter())
+        layout = run.layouts[0]
+        run.prefill()
+        hidden = run.generation.hidden_states()[0]
+        for token in forced_tokens:
+            run.decode(np.array([token], np.int64))
+        result = run.results()[0]
+        assert result.logits is not None  # noqa: S101 - return_logits was set above
+        embeds = run.visual.numpy().astype(np.float32)[layout.visual_rows[layout.visual_rows >= 0]]
+        return Trace(embeds, result.scores, result.kept_indices, hidden, result.logits)
+
+    def layout(self, inputs: ModelInputs, query: str = "paper") -> PromptLayout:
+        """Where everything of a prompt lies.
+
+        Raises:
+            InvalidInput: tensors that do not fit each other.
+        """
+        manifest = self.bundle.manifest
+        chat = self._processor.chat
+        layout = prompt_layout(
+            inputs,
+            self._family,
+            manifest.vision,
+            manifest.special_tokens,
+            query,
+            None if chat is None else chat.turn_query_mask,
+        )
+        vocab, context = manifest.language.vocab_size, manifest.language.max_position_embeddings
+        if layout.input_ids.min() < 0 or layout.input_ids.max() >= vocab:
+            raise InvalidInput(
+                f"input_ids: got ids from {layout.input_ids.min()} to {layout.input_ids.max()}, expected 0 to {vocab - 1}"
+            )
+        if layout.next_position >= context:
+            raise InvalidInput(
+                f"prompt: got {layout.next_position} positions, expected fewer than {context}, the model's context. "
+                "Shorten the text, or shrink the images with max_pixels"
+            )
+        return layout
+
+    def encode(self, rows: Sequence[ModelInputs], layouts: Sequence[PromptLayout]) -> Visual:
+        """Run the vision stage for all rows: embeddings of each row's images, then its videos."""
+        return self.backend.encode(self._feeds(rows), sum(layout.num_rows for layout in layouts))
+
+    def chat_tokenizer(self) -> Any:  # noqa: ANN401 - the tokenizers package has no types
+        """The tokenizer, None where the bundle has none."""
+        return None if self._processor.chat is None else self._processor.chat.tokenizer
+
+    def _feeds(self, rows: Sequence[ModelInputs]) -> Iterator[dict[str, npt.NDArray[Any]]]:
+        for inputs in rows:
+            for name, pixels, grid in (
+                ("pixel_values", inputs.pixel_values, inputs.image_grid_thw),
+                ("pixel_values_videos", inputs.pixel_values_videos, inputs.video_grid_thw),
+            ):
+                if (pixels is None) != (grid is None):
+                    raise InvalidInput(f"{name}: got it without its grid_thw, or the grid without it; expected both")
+                if pixels is None or grid is None:
+                    continue
+                patches = Patches(np.asarray(pixels, np.float32), np.asarray(grid, np.int64))
+                yield from self._family.vision_feeds(patches, self.bundle.manifest.vision, MAX_VISION_PATCHES)
+
+
+class TextStream:
+    """The text of one answer, piece by piece; `.result` after the last."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._steps = run.steps()
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        """The next piece that is not empty."""
+        while True:
+            piece = next(self._steps)[0]
+            if piece:
+                return piece
+
+    @property
+    def result(self) -> Result:
+        """The whole result; what is left of the answer is generated first."""
+        for _ in self._steps:
+            pass
+        return self._run.results()[0]

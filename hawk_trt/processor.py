@@ -1,0 +1,129 @@
+"""From what a user gives to tensors: prompt, images and videos become ModelInputs, as the checkpoint's processor does."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hawk_trt.bundle import Bundle
+from hawk_trt.errors import BundleError, InvalidInput
+from hawk_trt.families import Family, ImageSettings, Patches
+from hawk_trt.images import load_image
+from hawk_trt.messages import VisualItem
+from hawk_trt.prompt import ChatTokenizer
+from hawk_trt.requests import ModelInputs
+
+if TYPE_CHECKING:
+    from hawk_trt.requests import ImageInput, Message, VideoInput
+
+_PREPROCESSOR = "preprocessor_config.json"
+_VIDEO_PREPROCESSOR = "video_preprocessor_config.json"
+
+
+class Processor:
+    """Tokenizer, chat template and image settings of one bundle.
+
+    Attributes:
+        chat: the tokenizer and chat template, None where the bundle has none: then only ModelInputs work.
+    """
+
+    def __init__(self, bundle: Bundle, family: Family) -> None:
+        self.chat = ChatTokenizer.from_bundle(bundle)
+        self._family = family
+        self._vision = bundle.manifest.vision
+        images = _read(bundle, _PREPROCESSOR)
+        videos = _read(bundle, _VIDEO_PREPROCESSOR) or images
+        self._image_settings = None if images is None else family.image_settings(images)
+        self._video_settings = None if videos is None else family.image_settings(videos)
+
+    def __call__(
+        self,
+        prompt: "str | Sequence[Message]",
+        images: "Sequence[ImageInput]" = (),
+        videos: "Sequence[VideoInput]" = (),
+        *,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+    ) -> ModelInputs:
+        """Turn a prompt into tensors.
+
+        Args:
+            prompt: a string or chat messages.
+            images: of the prompt, or of its items without a source.
+            videos: the same.
+            min_pixels: enlarge smaller images to this area; None takes the checkpoint's.
+            max_pixels: shrink larger images to this area; None takes the checkpoint's.
+
+        Raises:
+            InvalidInput: a prompt, image or video that cannot be used, or a bundle without a tokenizer.
+        """
+        if self.chat is None:
+            raise InvalidInput("prompt: this bundle has no tokenizer, so it takes ModelInputs alone")
+        encoded = self.chat.encode(prompt, images, videos)
+        image_items = [item for item in encoded.visual if item.kind == "image"]
+        video_items = [item for item in encoded.visual if item.kind == "video"]
+        pictures = self._images(image_items, min_pixels, max_pixels)
+        clips, seconds = self._videos(video_items, min_pixels, max_pixels)
+        counts = {"image": iter(self._counts(pictures)), "video": iter(self._counts(clips))}
+        return ModelInputs(
+            input_ids=self.chat.expand(encoded.input_ids, [next(counts[item.kind]) for item in encoded.visual]),
+            pixel_values=None if pictures is None else pictures.pixel_values,
+            image_grid_thw=None if pictures is None else pictures.grid_thw,
+            pixel_values_videos=None if clips is None else clips.pixel_values,
+            video_grid_thw=None if clips is None else clips.grid_thw,
+            second_per_grid_ts=None if clips is None else np.array(seconds, np.float32),
+        )
+
+    def _images(self, items: Sequence[VisualItem], min_pixels: int | None, max_pixels: int | None) -> Patches | None:
+        if not items:
+            return None
+        settings = _bounded(self._image_settings, min_pixels, max_pixels)
+        loaded = [load_image(item.source) for item in items]
+        return self._family.images_to_patches(loaded, settings, self._vision)
+
+    def _videos(
+        self, items: Sequence[VisualItem], min_pixels: int | None, max_pixels: int | None
+    ) -> tuple[Patches | None, list[float]]:
+        if not items:
+            return None, []
+        settings = _bounded(self._video_settings, min_pixels, max_pixels)
+        from hawk_trt.video import load_video
+
+        clips, seconds = [], []
+        for item in items:
+            video = load_video(item.source, fps=item.fps)
+            clips.append(self._family.video_to_patches(video.frames, settings, self._vision))
+            seconds.append(video.seconds_per_frame * self._vision["temporal_patch_size"])
+        pixels = np.concatenate([clip.pixel_values for clip in clips]) if len(clips) > 1 else clips[0].pixel_values
+        return Patches(pixels, np.concatenate([clip.grid_thw for clip in clips])), seconds
+
+    def _counts(self, patches: Patches | None) -> list[int]:
+        if patches is None:
+            return []
+        counts: list[int] = self._family.tokens_per_item(patches.grid_thw, self._vision).tolist()
+        return counts
+
+
+def _read(bundle: Bundle, name: str) -> Mapping[str, Any] | None:
+    text = bundle.read_text(name)
+    if text is None:
+        return None
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise BundleError(f"{name}: not JSON ({error}). Mend it in the checkpoint and export again: make export") from error
+    if not isinstance(content, dict):
+        raise BundleError(f"{name}: got a {type(content).__name__}, expected an object. Export again: make export")
+    return content
+
+
+def _bounded(settings: ImageSettings | None, min_pixels: int | None, max_pixels: int | None) -> ImageSettings:
+    if settings is None:
+        raise InvalidInput(f"images: this bundle has no {_PREPROCESSOR}, so it takes ModelInputs alone")
+    low = settings.min_pixels if min_pixels is None else min_pixels
+    high = settings.max_pixels if max_pixels is None else max_pixels
+    if not 0 < low <= high:
+        raise InvalidInput(f"min_pixels, max_pixels: got {low} and {high}, expected 0 < min_pixels <= max_pixels")
+    return replace(settings, min_pixels=low, max_pixels=high)

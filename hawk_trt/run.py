@@ -1,0 +1,184 @@
+"""Run: one batch of prompts on its way through the stages, from layouts to results."""
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from hawk_trt.answer import Answer
+from hawk_trt.backends import DecodeInputs, PrefillOutputs, StepOutputs
+from hawk_trt.config import PruningConfig, SamplingConfig, check_head_weights
+from hawk_trt.errors import BackendError, InvalidInput
+from hawk_trt.layout import PrefillInputs, collate
+from hawk_trt.requests import ModelInputs, Result, Timings
+from hawk_trt.sampling import Sampler
+from hawk_trt.selection import choose, kept_count, needs_scores
+
+if TYPE_CHECKING:
+    from hawk_trt.pipeline import Pipeline
+
+IntArray = npt.NDArray[np.int64]
+
+
+class Run:
+    """The state of one batch.
+
+    Attributes:
+        layouts: of the rows.
+        visual: visual embeddings of all rows, after prefill.
+        generation: the backend's KV cache, after prefill.
+    """
+
+    def __init__(
+        self,
+        pipe: "Pipeline",
+        rows: Sequence[ModelInputs],
+        pruning: PruningConfig | None,
+        max_new_tokens: int,
+        sampling: SamplingConfig | None,
+        stop: Sequence[str],
+        ignore_eos: bool,
+        return_logits: bool,
+        started: float,
+    ) -> None:
+        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+            raise InvalidInput(f"max_new_tokens: got {max_new_tokens!r}, expected an integer of at least 1")
+        manifest = pipe.bundle.manifest
+        self._pipe = pipe
+        self._rows = rows
+        self._pruning = pruning or PruningConfig()
+        sampling = sampling or SamplingConfig()
+        weights = self._pruning.head_weights or manifest.head_weights.values
+        self._head_weights = np.array(check_head_weights(weights, manifest.language.num_attention_heads), np.float32)
+        self.layouts = [pipe.layout(row, self._pruning.query) for row in rows]
+        context = manifest.language.max_position_embeddings
+        self._limits = [min(max_new_tokens, context - layout.next_position) for layout in self.layouts]
+        tokenizer = pipe.chat_tokenizer()
+        eos = () if ignore_eos else manifest.special_tokens.eos
+        self._answers = [Answer(tokenizer, eos, stop) for _ in rows]
+        self._samplers = None if sampling.greedy else [Sampler(sampling) for _ in rows]
+        self._return_logits = return_logits
+        self._tokens: list[list[int]] = [[] for _ in rows]
+        self._logits: list[list[npt.NDArray[np.float32]]] = [[] for _ in rows]
+        self._steps_decoded = 0
+        self._started = started
+        self._timings = Timings(preprocess=time.perf_counter() - started)
+
+    def steps(self) -> Iterator[list[str]]:
+        """Prefill, then decode to the end; yields the new text of each row after each step."""
+        yield self._push(self.prefill())
+        while not all(self._finished(row) for row in range(len(self._rows))):
+            yield self._push(self.decode(np.array([tokens[-1] for tokens in self._tokens], np.int64)))
+        rest = ["" if answer.finished else answer.flush() for answer in self._answers]
+        self._timings.total = time.perf_counter() - self._started
+        yield rest
+
+    def prefill(self) -> IntArray:
+        """Run the stages over the prompts; returns the token chosen for each row."""
+        backend = self._pipe.backend
+        begun = time.perf_counter()
+        self.visual = self._pipe.encode(self._rows, self.layouts)
+        encoded = time.perf_counter()
+        kept = [kept_count(layout, self._pruning) for layout in self.layouts]
+        inputs = collate(self.layouts, kept, [None] * len(kept), self._head_weights)
+        scores = None
+        if any(needs_scores(layout, self._pruning) for layout in self.layouts):
+            scores = self._visual_scores(inputs, backend.score(inputs, self.visual))
+            chosen = [choose(lay, s, self._pruning) for lay, s in zip(self.layouts, scores, strict=True)]
+            inputs = collate(self.layouts, kept, chosen, self._head_weights)
+        self.generation = backend.start(len(self._rows), inputs.num_kept_total + max(self._limits))
+        prepared = time.perf_counter()
+        outputs = self.generation.prefill(inputs, self.visual, logits=self._need_logits)
+        self._scores = self._visual_scores(inputs, outputs.scores) if scores is None else scores
+        self._kept = self._kept_indices(inputs, outputs)
+        self._timings.vision = encoded - begun
+        self._timings.first_layer = prepared - encoded + outputs.first_layer_seconds
+        self._timings.decoder = outputs.decoder_seconds
+        return self._choose(outputs.step)
+
+    def decode(self, tokens: IntArray) -> IntArray:
+        """Run one step over the given tokens; returns the token chosen for each row."""
+        begun = time.perf_counter()
+        positions = np.array([layout.next_position + self._steps_decoded for layout in self.layouts], np.int64)
+        outputs = self.generation.decode(DecodeInputs(tokens, positions), logits=self._need_logits)
+        self._steps_decoded += 1
+        self._timings.decode += time.perf_counter() - begun
+        return self._choose(outputs)
+
+    def results(self) -> list[Result]:
+        """The result of each row."""
+        return [self._result(row) for row in range(len(self._rows))]
+
+    def _result(self, row: int) -> Result:
+        layout, answer, kept = self.layouts[row], self._answers[row], self._kept[row]
+        return Result(
+            text=answer.text,
+            token_ids=list(self._tokens[row]),
+            finish_reason=answer.finish_reason or "length",
+            num_visual=layout.num_visual,
+            num_kept=int(np.count_nonzero(layout.visual_rows[kept] >= 0)),
+            kept_indices=layout.source_index[kept],
+            scores=self._scores[row],
+            timings=self._timings,
+            logits=np.stack(self._logits[row]) if self._return_logits else None,
+        )
+
+    @property
+    def _need_logits(self) -> bool:
+        # the CPU has them anyway, and a look at them tells a broken run from an answer
+        return self._return_logits or self._samplers is not None or self._pipe.backend.device == "cpu"
+
+    def _finished(self, row: int) -> bool:
+        return self._answers[row].finished or len(self._tokens[row]) >= self._limits[row]
+
+    def _push(self, chosen: IntArray) -> list[str]:
+        """Add the chosen tokens to the rows that are not finished; their new text."""
+        pieces = []
+        for row, token in enumerate(chosen.tolist()):
+            if self._finished(row):
+                pieces.append("")
+                continue
+            self._tokens[row].append(token)
+            pieces.append(self._answers[row].push(token))
+        return pieces
+
+    def _choose(self, outputs: StepOutputs) -> IntArray:
+        if outputs.logits is None:
+            return outputs.next_token
+        for row, logits in enumerate(outputs.logits):
+            if not self._finished(row):
+                _check_finite(logits, row)
+                if self._return_logits:
+                    self._logits[row].append(logits)
+        if self._samplers is None:
+            return outputs.next_token
+        drawn = [
+            0 if self._finished(row) else sampler.next_token(outputs.logits[row])
+            for row, sampler in enumerate(self._samplers)
+        ]
+        return np.array(drawn, np.int64)
+
+    def _visual_scores(
+        self, inputs: PrefillInputs, scores: npt.NDArray[np.float32]
+    ) -> list[npt.NDArray[np.float32]]:
+        """The visual tokens' scores of each row."""
+        return [scores[row][inputs.visual_rows[row] >= 0] for row in range(len(scores))]
+
+    def _kept_indices(self, inputs: PrefillInputs, outputs: PrefillOutputs) -> list[IntArray]:
+        """Kept positions of each row, in its prompt without padding."""
+        return [
+            kept[start:] - pad
+            for kept, start, pad in zip(outputs.kept_indices, inputs.kv_start.tolist(), inputs.pads, strict=True)
+        ]
+
+
+def _check_finite(logits: npt.NDArray[np.float32], row: int) -> None:
+    """Refuse logits that are not numbers: their argmax would be printed as if it were an answer."""
+    if not np.isfinite(logits).all():
+        bad = int(np.count_nonzero(~np.isfinite(logits)))
+        raise BackendError(
+            f"decoder: {bad} of {logits.size} logits of row {row} are not finite. A float16 model that overflows "
+            "does this: export again with --dtype float32 or bfloat16, and compare with hawk-trt parity"
+        )

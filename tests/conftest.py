@@ -1,0 +1,43 @@
+"""What all tests share: no network, the tiny model and its bundle, and skips that say what is missing."""
+
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, so before anything else
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+_GPU_DEVICES = ("/dev/nvidiactl", "/dev/nvhost-gpu")  # a card, a Jetson
+
+
+def pytest_collection_modifyitems(items):
+    gpu = any(Path(device).exists() for device in _GPU_DEVICES)
+    real = os.environ.get("HAWK_REAL_CHECKPOINT")
+    for item in items:
+        if item.get_closest_marker("gpu") and not gpu:
+            item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU on this machine"))
+        if item.get_closest_marker("real") and not real:
+            item.add_marker(pytest.mark.skip(reason="HAWK_REAL_CHECKPOINT names no checkpoint folder"))
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The root of the repository."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint() -> Path:
+    """The trained tiny Qwen2.5-VL."""
+    return ROOT / "examples" / "tiny-vlm"
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_checkpoint, tmp_path_factory) -> Path:
+    """Its float32 bundle with every profile, exported once for all tests: read it, never write to it."""
+    from export.__main__ import main
+
+    folder = tmp_path_factory.mktemp("bundles") / "tiny-vlm"
+    assert main([str(tiny_checkpoint), "--out", str(folder)]) == 0
+    return folder

@@ -1,0 +1,95 @@
+"""Tokens are drawn from the distribution asked for, and bad logits never become a token."""
+
+import numpy as np
+import pytest
+
+from hawk_trt.config import SamplingConfig
+from hawk_trt.errors import BackendError
+from hawk_trt.sampling import Sampler
+
+LOGITS = np.log(
+    np.array([0.05, 0.4, 0.0, 0.2, 0.3, 0.05], np.float64), where=[1, 1, 0, 1, 1, 1], out=np.full(6, -np.inf)
+)
+LOGITS = LOGITS.astype(np.float32)
+DRAWS = 4000
+
+
+def frequencies(logits, **settings):
+    sampler = Sampler(SamplingConfig(temperature=settings.pop("temperature", 1.0), seed=7, **settings))
+    drawn = [sampler.next_token(logits) for _ in range(DRAWS)]
+    return np.bincount(drawn, minlength=logits.size) / DRAWS
+
+
+def test_greedy_takes_the_lower_index_on_a_tie():
+    assert Sampler(SamplingConfig()).next_token(np.array([0.0, 2.0, 1.0, 2.0], np.float32)) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, [0.05, 0.4, 0.0, 0.2, 0.3, 0.05]),
+        ({"temperature": 0.5}, [0.0025, 0.16, 0.0, 0.04, 0.09, 0.0025]),
+        ({"temperature": 2.0}, [0.05**0.5, 0.4**0.5, 0.0, 0.2**0.5, 0.3**0.5, 0.05**0.5]),
+        ({"top_k": 3}, [0.0, 0.4, 0.0, 0.2, 0.3, 0.0]),
+        ({"top_k": 4}, [0.05, 0.4, 0.0, 0.2, 0.3, 0.0]),  # 0 and 5 are equal: the lower index stays
+        ({"top_k": 99}, [0.05, 0.4, 0.0, 0.2, 0.3, 0.05]),
+        ({"top_p": 0.69}, [0.0, 0.4, 0.0, 0.0, 0.3, 0.0]),
+        ({"top_p": 0.71}, [0.0, 0.4, 0.0, 0.2, 0.3, 0.0]),
+        ({"top_p": 0.93}, [0.05, 0.4, 0.0, 0.2, 0.3, 0.0]),
+        ({"top_p": 1e-9}, [0.0, 1.0, 0.0, 0.0, 0.0, 0.0]),
+        # Of the three that stay 0.4 and 0.3 make up 0.78 of the probability.
+        ({"top_k": 3, "top_p": 0.77}, [0.0, 0.4, 0.0, 0.0, 0.3, 0.0]),
+        ({"temperature": 1e-300}, [0.0, 1.0, 0.0, 0.0, 0.0, 0.0]),
+    ],
+)
+def test_tokens_come_as_often_as_their_probability_says(settings, expected):
+    expected = np.array(expected) / sum(expected)
+    found = frequencies(LOGITS, **settings)
+    assert np.array_equal(found > 0, expected > 0)
+    assert np.all(np.abs(found - expected) <= 4 * np.sqrt(expected * (1 - expected) / DRAWS))  # 4 sigma
+
+
+def test_the_nucleus_is_the_smallest_set_that_reaches_top_p():
+    generator = np.random.default_rng(3)
+    for top_p in (0.1, 0.5, 0.9, 0.999, 1 - 1e-12):
+        logits = generator.normal(0, 4, 300).astype(np.float32)
+        probability = np.exp(logits.astype(np.float64))
+        order = np.argsort(-probability)
+        size = int(np.argmax(np.cumsum(probability[order] / probability.sum()) >= top_p)) + 1
+        sampler = Sampler(SamplingConfig(temperature=1.0, top_p=top_p, seed=0))
+        drawn = {sampler.next_token(logits) for _ in range(3000)}
+        assert drawn <= set(order[:size].tolist())
+        assert len(drawn) >= min(size, 5)
+
+
+def test_the_same_seed_draws_the_same_tokens_whatever_other_rows_do():
+    logits = np.random.default_rng(0).normal(0, 3, (20, 100)).astype(np.float32)
+    config = SamplingConfig(temperature=1.0, top_p=0.9, top_k=50, seed=5)
+    alone = Sampler(config)
+    answer = [alone.next_token(row) for row in logits]
+    first, second = Sampler(config), Sampler(config)
+    together = [(first.next_token(row), second.next_token(row[::-1])) for row in logits]
+    assert [token for token, _ in together] == answer
+    assert len(set(answer)) > 5
+
+
+def test_another_seed_or_none_draws_others():
+    logits = np.zeros(1000, np.float32)
+    samplers = [Sampler(SamplingConfig(temperature=1.0, seed=seed)) for seed in (1, 2, None, None)]
+    answers = {tuple(sampler.next_token(logits) for _ in range(8)) for sampler in samplers}
+    assert len(answers) == 4
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(
+    ("values", "found"),
+    [
+        ([1.0, np.nan, np.nan, -np.inf], "2 NaN and 0 \\+inf among 4"),
+        ([np.inf, 1.0, np.nan, 2.0], "1 NaN and 1 \\+inf"),
+        ([-np.inf, -np.inf, -np.inf, -np.inf], "only -inf among 4"),
+    ],
+)
+def test_logits_that_are_not_finite_are_an_error_not_a_token(temperature, values, found):
+    sampler = Sampler(SamplingConfig(temperature=temperature, top_k=2))
+    with pytest.raises(BackendError, match=f"non-finite logits: {found}"):
+        sampler.next_token(np.array(values, np.float32))
