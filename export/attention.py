@@ -65,7 +65,13 @@ def attention_context(
 
 
 def decoder_layer(
-    g: GraphBuilder, config: LanguageConfig, context: AttentionContext, x: ir.Value, layer: int, *, last_only: bool = False
+    g: GraphBuilder,
+    config: LanguageConfig,
+    context: AttentionContext,
+    x: ir.Value,
+    layer: int,
+    *,
+    last_only: bool = False,
 ) -> tuple[ir.Value, dict[str, ir.Value]]:
     """One layer. x: [batch * seq, hidden], residual dtype.
 
@@ -91,9 +97,16 @@ def decoder_layer(
             key = rotary(g, key, context.cos, context.sin, "rotary_k")
             cos, sin, mask, query_shape = context.cos, context.sin, context.mask, context.query_shape
             if last_only:
-                h, x = (_last_rows(g, t, query_shape, config.hidden_size, n) for t, n in ((h, "normed"), (x, "residual")))
-                cos, sin = (_last(g, t, 1, n) for t, n in ((cos, "cos"), (sin, "sin")))
+                h, x = (
+                    _last_rows(g, t, query_shape, config.hidden_size, n) for t, n in ((h, "normed"), (x, "residual"))
+                )
+                # the reshapes say that one position is left, which TensorRT does not see in a Slice
+                half = config.head_dim // 2
+                cos, sin = (
+                    g.reshape(_last(g, t, 1, n), -1, 1, half, name=f"{n}_one") for t, n in ((cos, "cos"), (sin, "sin"))
+                )
                 mask = _last(g, mask, 2 if g.inplace else 3, "mask")
+                mask = g.reshape(mask, 0, 1, 1, -1, name="mask_one") if g.inplace else mask
                 query_shape = g.ints(-1, 1, config.num_attention_heads, config.head_dim)
             query = _heads(g, linear(g, h, f"{weight}.self_attn.q_proj", "q_proj"), query_shape, "q")
             query = rotary(g, query, cos, sin, "rotary_q")
@@ -188,7 +201,7 @@ def _grouped_attention(
 
 
 def _rotary_tables(g: GraphBuilder, config: LanguageConfig, position_ids: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """cos and sin [batch, seq, dim / 2] in the model's dtype, angles in float32. position_ids: [axes, batch, seq]."""
+    """Cos and sin [batch, seq, dim / 2] in the model's dtype, angles in float32. position_ids: [axes, batch, seq]."""
     half = config.head_dim // 2
     sections = config.mrope_section or (half,)
     axis_of = np.repeat(np.arange(len(sections)), sections)
@@ -211,12 +224,14 @@ def _rotary_tables(g: GraphBuilder, config: LanguageConfig, position_ids: ir.Val
 def _mask(
     g: GraphBuilder, kv_start: ir.Value, write_index: ir.Value | None, past_key: ir.Value, seq_len: ir.Value
 ) -> ir.Value:
-    """bool [batch, 1, seq, total] (inplace), or the additive bias [batch, 1, 1, seq, total] (portable)."""
+    """Bool [batch, 1, seq, total] (inplace), or the additive bias [batch, 1, 1, seq, total] (portable)."""
     zero, one = g.const(0, "int64"), g.const(1, "int64")
     with g.scope("mask"):
         past_len = g.op("Shape", past_key, start=2, end=3, name="cache_len")
         total = past_len if write_index is not None else g.op("Add", past_len, seq_len, name="total_len")
-        scalars = [g.op("Squeeze", n, g.ints(0), name=f"{word}_scalar") for n, word in ((seq_len, "seq"), (total, "total"))]
+        scalars = [
+            g.op("Squeeze", n, g.ints(0), name=f"{word}_scalar") for n, word in ((seq_len, "seq"), (total, "total"))
+        ]
         rows = g.op("Range", zero, scalars[0], one, name="rows")
         columns = g.op("Range", zero, scalars[1], one, name="columns")
         start = past_len if write_index is None else g.unsqueeze(write_index, 1, name="write_index_rows")

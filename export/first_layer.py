@@ -91,7 +91,9 @@ def _head_scores(g: GraphBuilder, config: LanguageConfig, embeds: ir.Value, quer
     weights = g.unsqueeze(query_weights, 2, name="query_weight_columns")
     asked = g.op("Greater", weights, g.const(0.0, "float32"), name="is_query")
     queried = g.op("Where", asked, x, g.const(0.0, "float32"), name="query_embeds")
-    factor = g.op("Where", asked, g.op("Mul", weights, inverse, name="weight_x_rms"), g.const(0.0, "float32"), name="a_r")
+    factor = g.op(
+        "Where", asked, g.op("Mul", weights, inverse, name="weight_x_rms"), g.const(0.0, "float32"), name="a_r"
+    )
     factor = g.transpose(factor, 0, 2, 1, name="a_r_row")
     mean = g.op("Mul", g.op("MatMul", factor, queried, name="weighted_mean"), scale, name="query_mean")
     mean = g.reshape(mean, -1, hidden, name="query_mean_rows")  # [batch, hidden]

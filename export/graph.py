@@ -1,4 +1,4 @@
-"""GraphBuilder: a thin layer over onnx-ir that names every node and declares inputs and outputs from the stage contract.
+"""GraphBuilder: a thin layer over onnx-ir that names every node and declares inputs and outputs by the contract.
 
 Weights enter as external tensors that a WeightStore has placed; nothing is read while a graph is built.
 """
@@ -108,7 +108,9 @@ class GraphBuilder:
         full = self._unique("/".join([*self._scopes, name]))
         suffixes = [""] if count == 1 else [f".{i}" for i in range(count)]
         outputs = [ir.Value(name=f"{full}{suffix}") for suffix in suffixes]
-        self._graph.append(ir.node(op_type, list(inputs), attributes or None, domain=domain, outputs=outputs, name=full))
+        self._graph.append(
+            ir.node(op_type, list(inputs), attributes or None, domain=domain, outputs=outputs, name=full)
+        )
         return outputs
 
     def weight(self, name: str, shape: tuple[int, ...] | None = None) -> ir.Value:
@@ -132,7 +134,9 @@ class GraphBuilder:
             more = "_etc" if array.size > 4 else ""
             name = self._unique(f"const/{dtype}_{flat}{more}")
             tensor = ir.Tensor(array, dtype=_IR_DTYPES[dtype], name=name)
-            value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor)
+            value = ir.Value(
+                name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor
+            )
             self._graph.register_initializer(value)
             self._constants[key] = value
         return self._constants[key]
@@ -146,7 +150,7 @@ class GraphBuilder:
         return self.const(value, self.dtype)
 
     def cast(self, x: ir.Value, source: str, target: str, name: str) -> ir.Value:
-        """x in another dtype; x itself where both are the same."""
+        """X in another dtype; x itself where both are the same."""
         return x if source == target else self.op("Cast", x, to=_IR_DTYPES[target], name=name)
 
     def reshape(self, x: ir.Value, *shape: int, name: str) -> ir.Value:

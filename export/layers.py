@@ -11,7 +11,7 @@ from export.graph import GraphBuilder
 
 
 def linear(g: GraphBuilder, x: ir.Value, weight: str, name: str) -> ir.Value:
-    """x W^T + b: [tokens, in] -> [tokens, out], with the bias where the checkpoint has one."""
+    """X W^T + b: [tokens, in] -> [tokens, out], with the bias where the checkpoint has one."""
     bias = f"{weight}.bias"
     operands = [x, g.weight(f"{weight}.weight")] + ([g.weight(bias)] if g.has_weight(bias) else [])
     return g.op("Gemm", *operands, transB=1, name=name)
@@ -65,5 +65,5 @@ def gated_mlp(g: GraphBuilder, x: ir.Value, weight: str) -> ir.Value:
 
 
 def add_residual(g: GraphBuilder, x: ir.Value, y: ir.Value, name: str) -> ir.Value:
-    """x + y in the residual dtype; y comes in the model's."""
+    """X + y in the residual dtype; y comes in the model's."""
     return g.op("Add", x, g.cast(y, g.dtype, g.residual, f"{name}_cast"), name=name)

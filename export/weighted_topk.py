@@ -135,7 +135,7 @@ class _Body:
 
 
 def _l2(body: _Body, raw: ir.Value, visual: ir.Value, zero: ir.Value) -> ir.Value:
-    """s / max(||s||_2, 1e-12); masked positions are 0 and stay so."""
+    """S / max(||s||_2, 1e-12); masked positions are 0 and stay so."""
     del visual, zero
     norm = body.op("ReduceL2", raw, body.const([-1], np.int64), keepdims=1, name="l2")
     return body.op(

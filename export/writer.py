@@ -22,6 +22,7 @@ from export.inventory import inventory
 from export.sidecars import SIDECARS, added_tokens, copy_sidecars
 from export.staging import clean_up_after_killed, staged
 from export.weights import WeightStore
+from hawk_trt import __version__
 from hawk_trt.bundle import (
     MANIFEST,
     SCHEMA_VERSION,
@@ -265,8 +266,4 @@ def _versions() -> dict[str, str]:
     here = Path(__file__).parent
     for path in sorted(here.rglob("*.py")):
         digest.update(path.relative_to(here).as_posix().encode() + path.read_bytes())
-    try:
-        ours = metadata.version("hawk-trt")
-    except metadata.PackageNotFoundError:
-        ours = "not installed"
-    return {"hawk_trt": ours, "export": digest.hexdigest()[:16], "onnx_ir": metadata.version("onnx-ir")}
+    return {"hawk_trt": __version__, "export": digest.hexdigest()[:16], "onnx_ir": metadata.version("onnx-ir")}

@@ -148,7 +148,9 @@ class Bundle:
     manifest: Manifest
 
     @classmethod
-    def load(cls, folder: str | Path, *, verify: bool = False, progress: Callable[[int], None] | None = None) -> "Bundle":
+    def load(
+        cls, folder: str | Path, *, verify: bool = False, progress: Callable[[int], None] | None = None
+    ) -> "Bundle":
         """Read and check a bundle.
 
         Args:
@@ -176,9 +178,13 @@ class Bundle:
                 raise BundleError(f"{path}: missing. Export again: make export")
             size_bytes = path.stat().st_size
             if size_bytes != entry.size_bytes:
-                raise BundleError(f"{path}: got {size_bytes} bytes, expected {entry.size_bytes}. Export again: make export")
+                raise BundleError(
+                    f"{path}: got {size_bytes} bytes, expected {entry.size_bytes}. Export again: make export"
+                )
             if (verify or not entry.weights) and sha256_file(path, progress) != entry.sha256:
-                raise BundleError(f"{path}: its content changed since the export (sha256 differs). Export again: make export")
+                raise BundleError(
+                    f"{path}: its content changed since the export (sha256 differs). Export again: make export"
+                )
 
     def read_text(self, name: str) -> str | None:
         """Text of a small file of the bundle, None where it has none."""
@@ -201,7 +207,8 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     if not path.is_file():
         raise BundleError(
-            f"{folder}: no bundle there ({MANIFEST} is missing). Make one: make export MODEL=path-or-hub-id OUT={folder}"
+            f"{folder}: no bundle there ({MANIFEST} is missing). "
+            f"Make one: make export MODEL=path-or-hub-id OUT={folder}"
         )
     content = path.read_bytes()
     try:
@@ -247,8 +254,9 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
     if name == "bfloat16":
         import ml_dtypes  # only bfloat16 bundles need it
 
-        return np.dtype(ml_dtypes.bfloat16)
-    return np.dtype(name)
+        name = ml_dtypes.bfloat16
+    dtype: np.dtype[Any] = np.dtype(name)
+    return dtype
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,7 +44,11 @@ class PruningConfig:
         _check_number("keep_ratio", self.keep_ratio, "a number in (0, 1]")
         if not 0.0 < self.keep_ratio <= 1.0:
             raise InvalidInput(f"keep_ratio: got {self.keep_ratio}, expected a number in (0, 1]")
-        if isinstance(self.min_visual_tokens, bool) or not isinstance(self.min_visual_tokens, int) or self.min_visual_tokens < 1:
+        if (
+            isinstance(self.min_visual_tokens, bool)
+            or not isinstance(self.min_visual_tokens, int)
+            or self.min_visual_tokens < 1
+        ):
             raise InvalidInput(f"min_visual_tokens: got {self.min_visual_tokens!r}, expected an integer of at least 1")
         for name, value, allowed in (
             ("selector", self.selector, SELECTORS),
@@ -113,7 +117,9 @@ def check_head_weights(weights: Sequence[float], num_heads: int | None = None) -
     if not values or not all(math.isfinite(w) and w >= 0.0 for w in values):
         raise InvalidInput(f"head_weights: got {_short(values)}, expected finite numbers of at least 0")
     if not any(values):
-        raise InvalidInput("head_weights: all are 0, so every visual token scores the same; expected at least one above 0")
+        raise InvalidInput(
+            "head_weights: all are 0, so every visual token scores the same; expected at least one above 0"
+        )
     return values
 
 

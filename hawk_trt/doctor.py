@@ -171,6 +171,8 @@ def at_least(found: str, lowest: str) -> bool:
 def provider_problem(provider: str) -> str | None:
     """Run a graph of one node on an execution provider of ONNX Runtime: None if it computes there, else why not."""
     onnxruntime = importlib.import_module("onnxruntime")
+    if provider not in onnxruntime.get_available_providers():
+        return f"this onnxruntime has no {provider}"
     state = importlib.import_module("onnxruntime.capi.onnxruntime_pybind11_state")
     own = [kind for kind in vars(state).values() if isinstance(kind, type) and issubclass(kind, Exception)]
     errors: tuple[type[Exception], ...] = (*own, RuntimeError, ValueError, ImportError)
@@ -238,7 +240,7 @@ def _extra(name: str, packages: dict[str, str | None]) -> Capability:
 
 def _tensorrt(packages: dict[str, str | None], gpus: tuple[Gpu, ...]) -> Capability:
     if find_spec("hawk_trt.backends.tensorrt") is None:
-        return Capability("TensorRT", False, "this version of hawk-trt does not run plans yet; it runs on CUDA")
+        return Capability("TensorRT", False, "not part of this version; NVIDIA GPUs are used through CUDA")
     found = next((packages[name] for name in TENSORRTS if packages[name]), None)
     if found is None and find_spec("tensorrt") is not None:
         found = "of an unknown version"

@@ -8,6 +8,7 @@ The plain form of the paper, not the absorbed one of the graphs. Once a prefill,
 """
 
 import math
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +27,8 @@ def num_kept(num_visual: int, keep_ratio: float, min_visual_tokens: int) -> int:
 
     In float64 on the host: in float32, 50 tokens at 0.3 would give 16 instead of 15.
     """
-    return min(num_visual, max(min_visual_tokens, math.ceil(num_visual * keep_ratio)))
+    wanted: int = math.ceil(num_visual * keep_ratio)
+    return min(num_visual, max(min_visual_tokens, wanted))
 
 
 def head_scores(
@@ -57,12 +59,12 @@ def head_scores(
     x = inputs_embeds.astype(np.float32)
     h = x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True, dtype=np.float32) + np.float32(norm_epsilon)) * norm_weight
     asked = query_weights > 0
-    query = _project(h[asked], q_proj).reshape(-1, num_heads, _head_dim(q_proj, num_heads))
+    query = _project(h[asked], q_proj).reshape(-1, num_heads, q_proj[0].shape[0] // num_heads)
     key = _project(h, k_proj).reshape(len(h), num_kv_heads, -1)
     key = np.repeat(key, num_heads // num_kv_heads, axis=1)
     mean_query = np.einsum("t,thd->hd", query_weights[asked], query)
     scores = np.einsum("hd,nhd->hn", mean_query, key) / np.float32(math.sqrt(query.shape[-1]))
-    return scores.astype(np.float32)
+    return _float32(scores)
 
 
 def normalize(scores: Float32Array, visual: npt.NDArray[np.bool_], normalization: str) -> Float32Array:
@@ -87,16 +89,16 @@ def _normalized(scores: Float32Array, mask: npt.NDArray[np.bool_], normalization
     s = np.where(mask & np.isfinite(scores), scores, np.float32(0.0)).astype(np.float32)
     if normalization == "l2":
         norm = np.sqrt(np.sum(s * s, axis=-1, keepdims=True, dtype=np.float32))
-        return s / np.maximum(norm, _L2_EPSILON)
+        return _float32(s / np.maximum(norm, _L2_EPSILON))
     if normalization == "softmax":
         top = np.max(np.where(mask, s, -np.inf), axis=-1, keepdims=True, initial=-BIAS_KEEP)
         powers = np.where(mask, np.exp(np.where(mask, s - top, 0.0)), 0.0).astype(np.float32)
-        return powers / np.maximum(np.sum(powers, axis=-1, keepdims=True, dtype=np.float32), np.float32(1e-30))
+        return _float32(powers / np.maximum(np.sum(powers, axis=-1, keepdims=True), np.float32(1e-30)))
     if normalization == "minmax":
         top = np.max(np.where(mask, s, -BIAS_KEEP), axis=-1, keepdims=True).astype(np.float32)
         bottom = np.min(np.where(mask, s, BIAS_KEEP), axis=-1, keepdims=True).astype(np.float32)
         scaled = (s - bottom) / np.maximum(top - bottom, _MINMAX_EPSILON)
-        return np.where(mask, scaled, np.float32(0.0))
+        return _float32(np.where(mask, scaled, np.float32(0.0)))
     raise InvalidInput(f"normalization: got {normalization!r}, expected one of {', '.join(NORMALIZATIONS)}")
 
 
@@ -124,10 +126,16 @@ def weighted_topk(
     visual = visual_rows >= 0
     normal = normalize(raw_scores, visual, normalization)
     scores = np.einsum("h,bhn->bn", head_weights.astype(np.float32), normal).astype(np.float32)
-    keys = np.where(np.abs(select_bias) >= np.float32(BIAS_KEEP), select_bias, scores + select_bias)
+    keys = weighted_topk_keys(scores, select_bias)
     # a stable descending sort, so that the lower index wins a tie
     best = np.argsort(-keys, axis=-1, kind="stable")[:, :num_kept_total]
     return np.sort(best, axis=-1).astype(np.int32), scores
+
+
+def weighted_topk_keys(scores: Float32Array, select_bias: Float32Array) -> Float32Array:
+    """What tokens compete by: the bias where it decides alone, else score plus bias. (batch, seq_len) each."""
+    keys: Float32Array = np.where(np.abs(select_bias) >= np.float32(BIAS_KEEP), select_bias, scores + select_bias)
+    return keys
 
 
 def _project(x: Float32Array, projection: tuple[Float32Array, Float32Array | None]) -> Float32Array:
@@ -136,5 +144,5 @@ def _project(x: Float32Array, projection: tuple[Float32Array, Float32Array | Non
     return y if bias is None else y + bias
 
 
-def _head_dim(projection: tuple[Float32Array, Float32Array | None], num_heads: int) -> int:
-    return projection[0].shape[0] // num_heads
+def _float32(values: npt.NDArray[Any]) -> Float32Array:
+    return values.astype(np.float32)

@@ -104,7 +104,10 @@ def prompt_layout(
     for token, value in ((special.image, IMAGE), (special.video, VIDEO)):
         if token is not None:
             kind[ids == token] = value
-    grids = {IMAGE: _grid("image_grid_thw", inputs.image_grid_thw), VIDEO: _grid("video_grid_thw", inputs.video_grid_thw)}
+    grids = {
+        IMAGE: _grid("image_grid_thw", inputs.image_grid_thw),
+        VIDEO: _grid("video_grid_thw", inputs.video_grid_thw),
+    }
     rows, items = _rows_and_items(kind, grids, family, vision)
     seconds = _seconds(inputs.second_per_grid_ts, len(grids[VIDEO]))
     # an image of which no placeholder is real takes no positions; one that is masked in part keeps all of its own
@@ -134,9 +137,7 @@ def prompt_layout(
     )
 
 
-def paper_query_mask(
-    ids: IntArray, visual: npt.NDArray[np.bool_], special: SpecialTokens
-) -> npt.NDArray[np.bool_]:
+def paper_query_mask(ids: IntArray, visual: npt.NDArray[np.bool_], special: SpecialTokens) -> npt.NDArray[np.bool_]:
     """The authors' query range, over a prompt without padding.
 
     From behind the last vision_end (without one, behind the last visual token) up to the last im_end that is
@@ -240,7 +241,9 @@ def _vector(name: str, values: npt.ArrayLike) -> IntArray:
     if array.ndim == 2 and array.shape[0] == 1:
         array = array[0]
     if array.ndim != 1 or array.dtype.kind not in "iub":
-        raise InvalidInput(f"{name}: got {array.dtype}{list(array.shape)}, expected int64[seq_len] or int64[1, seq_len]")
+        raise InvalidInput(
+            f"{name}: got {array.dtype}{list(array.shape)}, expected int64[seq_len] or int64[1, seq_len]"
+        )
     return array.astype(np.int64)
 
 

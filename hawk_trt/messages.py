@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from hawk_trt.errors import InvalidInput
 
@@ -27,12 +27,12 @@ class VisualItem:
 
     Attributes:
         kind: "image" or "video".
-        source: what the caller gave, not yet opened.
+        source: what the caller gave, an ImageInput or a VideoInput by kind, not yet opened.
         fps: frames a second to sample from a video, None for the default.
     """
 
     kind: VisualKind
-    source: "ImageInput | VideoInput | None"
+    source: Any  # kind decides which of the two it is, which no annotation can say
     fps: float | None = None
 
 
@@ -117,7 +117,7 @@ def _item(item: object, where: str) -> str | VisualItem:
         raise InvalidInput(f"{where}: got {_shape(item)}, expected no keys but {_listed(_KEYS[kind])}")
     if kind == "text":
         return _text(item.get("text"), where)
-    return VisualItem(kind, item.get(kind), _fps(item.get("fps"), where))
+    return VisualItem("image" if kind == "image" else "video", item.get(kind), _fps(item.get("fps"), where))
 
 
 def _with_sources(

@@ -1,10 +1,10 @@
 """Pipeline: a bundle, loaded; prompts in, answers out.
 
-    prepare   prompt, images, videos      -> ModelInputs
-    layout    ModelInputs                 -> PromptLayout, one a row; collate -> PrefillInputs
-    encode    pixel values                -> visual embeddings
-    prefill   first_layer, decoder        -> kept indices, scores, the first token
-    decode    one token a row at a time   -> until a stop token, a stop string or max_new_tokens
+prepare   prompt, images, videos      -> ModelInputs
+layout    ModelInputs                 -> PromptLayout, one a row; collate -> PrefillInputs
+encode    pixel values                -> visual embeddings
+prefill   first_layer, decoder        -> kept indices, scores, the first token
+decode    one token a row at a time   -> until a stop token, a stop string or max_new_tokens
 """
 
 import time
@@ -251,7 +251,7 @@ class Pipeline:
         for token in forced_tokens:
             run.decode(np.array([token], np.int64))
         result = run.results()[0]
-        assert result.logits is not None  # noqa: S101 - return_logits was set above
+        assert result.logits is not None
         embeds = run.visual.numpy().astype(np.float32)[layout.visual_rows[layout.visual_rows >= 0]]
         return Trace(embeds, result.scores, result.kept_indices, hidden, result.logits)
 
@@ -274,7 +274,8 @@ class Pipeline:
         vocab, context = manifest.language.vocab_size, manifest.language.max_position_embeddings
         if layout.input_ids.min() < 0 or layout.input_ids.max() >= vocab:
             raise InvalidInput(
-                f"input_ids: got ids from {layout.input_ids.min()} to {layout.input_ids.max()}, expected 0 to {vocab - 1}"
+                f"input_ids: got ids from {layout.input_ids.min()} to {layout.input_ids.max()}, "
+                f"expected 0 to {vocab - 1}"
             )
         if layout.next_position >= context:
             raise InvalidInput(

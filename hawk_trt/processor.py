@@ -1,4 +1,4 @@
-"""From what a user gives to tensors: prompt, images and videos become ModelInputs, as the checkpoint's processor does."""
+"""Prompt, images and videos become ModelInputs, as the checkpoint's own processor makes them."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -14,6 +14,7 @@ from hawk_trt.images import load_image
 from hawk_trt.messages import VisualItem
 from hawk_trt.prompt import ChatTokenizer
 from hawk_trt.requests import ModelInputs
+from hawk_trt.video import load_video
 
 if TYPE_CHECKING:
     from hawk_trt.requests import ImageInput, Message, VideoInput
@@ -89,8 +90,6 @@ class Processor:
         if not items:
             return None, []
         settings = _bounded(self._video_settings, min_pixels, max_pixels)
-        from hawk_trt.video import load_video
-
         clips, seconds = [], []
         for item in items:
             video = load_video(item.source, fps=item.fps)
@@ -113,7 +112,9 @@ def _read(bundle: Bundle, name: str) -> Mapping[str, Any] | None:
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:
-        raise BundleError(f"{name}: not JSON ({error}). Mend it in the checkpoint and export again: make export") from error
+        raise BundleError(
+            f"{name}: not JSON ({error}). Mend it in the checkpoint and export again: make export"
+        ) from error
     if not isinstance(content, dict):
         raise BundleError(f"{name}: got a {type(content).__name__}, expected an object. Export again: make export")
     return content

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from hawk_trt.answer import Answer
 from hawk_trt.backends import DecodeInputs, PrefillOutputs, StepOutputs
 from hawk_trt.config import PruningConfig, SamplingConfig, check_head_weights
-from hawk_trt.errors import BackendError, InvalidInput
+from hawk_trt.errors import InvalidInput
 from hawk_trt.layout import PrefillInputs, collate
 from hawk_trt.requests import ModelInputs, Result, Timings
 from hawk_trt.sampling import Sampler
@@ -58,7 +58,9 @@ class Run:
         tokenizer = pipe.chat_tokenizer()
         eos = () if ignore_eos else manifest.special_tokens.eos
         self._answers = [Answer(tokenizer, eos, stop) for _ in rows]
-        self._samplers = None if sampling.greedy else [Sampler(sampling) for _ in rows]
+        self._samplers = [Sampler(sampling) for _ in rows]
+        # the CPU has the logits anyway, and the sampler tells a broken run from an answer
+        self._need_logits = return_logits or not sampling.greedy or pipe.backend.device == "cpu"
         self._return_logits = return_logits
         self._tokens: list[list[int]] = [[] for _ in rows]
         self._logits: list[list[npt.NDArray[np.float32]]] = [[] for _ in rows]
@@ -125,11 +127,6 @@ class Run:
             logits=np.stack(self._logits[row]) if self._return_logits else None,
         )
 
-    @property
-    def _need_logits(self) -> bool:
-        # the CPU has them anyway, and a look at them tells a broken run from an answer
-        return self._return_logits or self._samplers is not None or self._pipe.backend.device == "cpu"
-
     def _finished(self, row: int) -> bool:
         return self._answers[row].finished or len(self._tokens[row]) >= self._limits[row]
 
@@ -147,22 +144,15 @@ class Run:
     def _choose(self, outputs: StepOutputs) -> IntArray:
         if outputs.logits is None:
             return outputs.next_token
+        chosen = outputs.next_token.copy()
         for row, logits in enumerate(outputs.logits):
             if not self._finished(row):
-                _check_finite(logits, row)
+                chosen[row] = self._samplers[row].next_token(logits)
                 if self._return_logits:
                     self._logits[row].append(logits)
-        if self._samplers is None:
-            return outputs.next_token
-        drawn = [
-            0 if self._finished(row) else sampler.next_token(outputs.logits[row])
-            for row, sampler in enumerate(self._samplers)
-        ]
-        return np.array(drawn, np.int64)
+        return chosen
 
-    def _visual_scores(
-        self, inputs: PrefillInputs, scores: npt.NDArray[np.float32]
-    ) -> list[npt.NDArray[np.float32]]:
+    def _visual_scores(self, inputs: PrefillInputs, scores: npt.NDArray[np.float32]) -> list[npt.NDArray[np.float32]]:
         """The visual tokens' scores of each row."""
         return [scores[row][inputs.visual_rows[row] >= 0] for row in range(len(scores))]
 
@@ -172,13 +162,3 @@ class Run:
             kept[start:] - pad
             for kept, start, pad in zip(outputs.kept_indices, inputs.kv_start.tolist(), inputs.pads, strict=True)
         ]
-
-
-def _check_finite(logits: npt.NDArray[np.float32], row: int) -> None:
-    """Refuse logits that are not numbers: their argmax would be printed as if it were an answer."""
-    if not np.isfinite(logits).all():
-        bad = int(np.count_nonzero(~np.isfinite(logits)))
-        raise BackendError(
-            f"decoder: {bad} of {logits.size} logits of row {row} are not finite. A float16 model that overflows "
-            "does this: export again with --dtype float32 or bfloat16, and compare with hawk-trt parity"
-        )

@@ -22,9 +22,7 @@ def needs_scores(prompt: PromptLayout, pruning: PruningConfig) -> bool:
     return len(_quotas(prompt, pruning)) > 1 and kept_count(prompt, pruning) < prompt.num_visual
 
 
-def choose(
-    prompt: PromptLayout, scores: npt.NDArray[np.float32], pruning: PruningConfig
-) -> npt.NDArray[np.bool_]:
+def choose(prompt: PromptLayout, scores: npt.NDArray[np.float32], pruning: PruningConfig) -> npt.NDArray[np.bool_]:
     """Keep each item's best tokens, the lower index on a tie.
 
     Args:

@@ -59,6 +59,12 @@ def test_the_text_ends_before_the_stop_string_that_is_complete_first(text, stop)
         assert answer.finish_reason == ("stop" if ends else "length")
 
 
+@pytest.mark.parametrize("ids", [ids_of("user"), bytes_of("user")], ids=["one token", "bytes"])
+def test_of_two_stop_strings_the_one_complete_first_counts_though_it_starts_later(ids):
+    answer = Answer(TOKENIZER, eos=(), stop=["user", "se"])
+    assert "".join(pushed(answer, ids)) == "u"
+
+
 def test_a_piece_never_holds_half_a_character():
     answer = Answer(TOKENIZER, eos=())
     pieces = [answer.push(token_id) for token_id in bytes_of("né環!")]

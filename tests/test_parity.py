@@ -10,10 +10,10 @@ from rich.console import Console
 
 from hawk_trt.commands.output import print_json
 from hawk_trt.parity.compare import compare_selection, compare_stage, compare_tokens, rank_correlation
-from hawk_trt.parity.report import CaseReport, ParityReport, print_tables
+from hawk_trt.parity.report import CaseReport, ParityReport, print_report
 from hawk_trt.parity.tolerances import TOLERANCES, StageTolerance
 from hawk_trt.parity.trace import ReferenceTrace
-from hawk_trt.requests import Trace
+from hawk_trt.pipeline import Trace
 
 LOOSE = StageTolerance(cosine=0.99, norm_ratio=0.02, max_error=0.05)
 FLOAT32 = TOLERANCES["float32"]
@@ -283,14 +283,16 @@ def report_of(reference, trace):
         compare_selection(trace, reference, FLOAT32),
         compare_tokens(reference.tokens, trace, reference, FLOAT32),
     )
-    return ParityReport("b", "c", "onnxruntime on cpu", "float32", "float32", FLOAT32, (case,), case.failures, not case.failures)
+    return ParityReport(
+        "b", "c", "onnxruntime on cpu", "float32", "float32", FLOAT32, (case,), case.failures, not case.failures
+    )
 
 
 def test_the_table_names_what_is_out_of_tolerance(rng):
     reference = reference_trace(rng)
     trace = replace(same(reference), visual_embeds=reference.visual_embeds * 2)
     text = io.StringIO()
-    print_tables(report_of(reference, trace), Console(file=text, width=160))
+    print_report(report_of(reference, trace), Console(file=text, width=160))
     assert "OUT OF TOLERANCE photo.png, keep ratio 0.2: vision: norm ratio" in text.getvalue()
     assert "in tolerance:" not in text.getvalue()
 

@@ -59,7 +59,8 @@ def qwen_like_tokenizer_json():
     """A small tokenizer with all that Qwen2.5's has: NFC, its splitting, byte-level BPE, <tool_call> not special."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
-    split = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    split = words + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(split), "isolated"),
@@ -105,7 +106,7 @@ CONVERSATIONS = {
         {"role": "assistant", "content": "red"},
         {"role": "user", "content": "\n\nAnd now?  \r\n"},
     ],
-    "unicode": [user(text("héllo wörld 环是什么颜色？ 👩‍👩‍👧 \u0301\ue000\uf8ff \U000f0000 e\u0301 \x00"), IMAGE)],
+    "unicode": [user(text("héllo wörld 环是什么颜色 👩‍👩‍👧 \u0301\ue000\uf8ff \U000f0000 e\u0301 \x00"), IMAGE)],
     "added token that is not special": [user(text("say <tool_call>{}</tool_call> now"))],
 }
 
@@ -131,8 +132,8 @@ def test_ids_equal_those_of_transformers(tmp_path, name, template, case):
 @settings(max_examples=100, deadline=None)
 @given(value=st.text(max_size=40).map(lambda value: value.encode("utf-8", "ignore").decode()))
 def test_ordinary_text_gets_the_ids_of_the_whole_rendered_string(value):
-    tokenizer = chat_tokenizer(TOKENIZERS["qwen-like"], "<|im_start|>{{ messages[0].content[0].text }}<|im_end|>\n")
-    whole = Tokenizer.from_str(TOKENIZERS["qwen-like"]).encode(f"<|im_start|>{value}<|im_end|>\n").ids
+    tokenizer = chat_tokenizer(TOKENIZERS["qwen-like"], "<|im_start|>{{ messages[0].content[0].text }}<|im_end|>")
+    whole = Tokenizer.from_str(TOKENIZERS["qwen-like"]).encode(f"<|im_start|>{value}<|im_end|>").ids
     assert tokenizer.encode(value).input_ids.tolist() == whole
 
 
@@ -185,9 +186,9 @@ def test_two_texts_cannot_form_a_special_token_though_the_template_trims_them():
 
 
 def test_a_special_token_of_one_character_or_inside_another_is_escaped():
-    escape = Escape(["#", "<|a|>", "|a|"], ["\ue000"])
-    rendered = "#" + escape.apply("x#<|a|>|a|\ue000") + "<|a|>" + escape.apply("<|a")
-    assert list(escape.split(rendered)) == [("", "#"), ("x#<|a|>|a|\ue000", "<|a|>"), ("<|a", None)]
+    escape = Escape(["#", "<|a", "<|a|>", "|a|"], ["\ue000"])
+    rendered = "#" + escape.apply("x#<|a|>|a|\ue000") + "<|a|>" + escape.apply("<|a") + "<|a"
+    assert list(escape.split(rendered)) == [("", "#"), ("x#<|a|>|a|\ue000", "<|a|>"), ("<|a", "<|a"), ("", None)]
 
 
 def test_a_token_only_the_config_or_the_bundle_calls_special_is_not_injected():
@@ -333,7 +334,7 @@ def test_a_bundle_without_a_tokenizer_gives_none(tmp_path):
 @pytest.mark.parametrize("content", ["{", "[]"])
 def test_a_damaged_tokenizer_config_is_a_bundle_error(tmp_path, content):
     bundle = bundle_of(tmp_path, {"tokenizer.json": TOKENIZERS["tiny"], "tokenizer_config.json": content})
-    with pytest.raises(BundleError, match="tokenizer_config.json: .* make export"):
+    with pytest.raises(BundleError, match=r"tokenizer_config.json: .* make export"):
         ChatTokenizer.from_bundle(bundle)
 
 
@@ -388,5 +389,5 @@ def test_a_newline_joined_to_the_header_does_not_hide_the_turn():
 )
 def test_a_turn_query_needs_text_of_the_user(messages):
     tokenizer = chat_tokenizer(template=TINY_TEMPLATE)
-    with pytest.raises(InvalidInput, match='query: "turn" needs .* Use query="paper"'):
+    with pytest.raises(InvalidInput, match=r'query: "turn" needs .* Use query="paper"'):
         tokenizer.turn_query_mask(tokenizer.encode(messages).input_ids)

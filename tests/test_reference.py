@@ -4,11 +4,11 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+import golden
 from hawk_trt.config import PruningConfig
 from hawk_trt.errors import CheckpointError, ParityError
 from hawk_trt.parity.prompt_rules import (
@@ -25,9 +25,9 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 from hawk_trt.parity.reference import Reference
 
-GOLDEN = Path(__file__).parent / "data" / "golden"
-CASES = sorted(path.name for path in (GOLDEN / "cases").iterdir())
-TOKENS = PromptTokens(image=505, video=506, vision_end=503, im_start=500, im_end=501, user=(401, 10))
+TOKENS = PromptTokens(
+    image=golden.IMAGE, video=golden.VIDEO, vision_end=golden.VISION_END, im_start=500, im_end=golden.IM_END, user=(401, 10)
+)
 
 
 @pytest.fixture(scope="module")
@@ -36,43 +36,40 @@ def l2_reference():
 
 
 def _load(normalization):
-    return Reference.load(GOLDEN / "model_a" / "hf", head_weights=(0.25,) * 4, normalization=normalization)
+    return Reference.load(golden.MODEL, head_weights=(0.25,) * 4, normalization=normalization)
 
 
 def _case(name):
-    folder = GOLDEN / "cases" / name
-    with np.load(folder / "inputs.npz") as file:
-        inputs = {key: file[key] for key in file.files}
-    with np.load(folder / "expected.npz") as file:
-        expected = {key: file[key] for key in file.files}
-    meta = json.loads((folder / "meta.json").read_text())
-    pruning = PruningConfig(keep_ratio=meta["keep_ratio"], head_weights=tuple(meta["head_weights"]))
-    return meta, ModelInputs(**inputs), pruning, expected
+    case = golden.load_case(name)
+    pruning = PruningConfig(
+        keep_ratio=case.keep_ratio, head_weights=case.head_weights, min_visual_tokens=case.min_visual_tokens
+    )
+    return case, ModelInputs(**case.inputs), pruning
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", golden.CASES)
 def test_reference_reproduces_the_authors_case(name):
-    meta, inputs, pruning, expected = _case(name)
-    reference = _load(meta["score_normalization"])
-    trace = reference.run(reference.embed(inputs, TOKENS), pruning, steps=meta["max_new_tokens"])
+    case, inputs, pruning = _case(name)
+    reference = _load(case.normalization)
+    trace = reference.run(reference.embed(inputs, TOKENS), pruning, steps=len(case.expected["new_tokens"]))
 
+    expected, kept = case.expected, case.kept_indices
     shown = np.flatnonzero(inputs.attention_mask[0])
-    kept = np.intersect1d(expected["keep_indices"], shown)
     np.testing.assert_array_equal(trace.kept_indices, kept)
     np.testing.assert_array_equal(trace.tokens, expected["new_tokens"])
     np.testing.assert_array_equal(trace.position_ids, expected["position_ids"][:, 0, shown])
     np.testing.assert_array_equal(trace.kept_position_ids, expected["position_ids"][:, 0, kept])
     np.testing.assert_allclose(trace.inputs_embeds, expected["inputs_embeds"][0, shown], atol=1e-5)
-    np.testing.assert_allclose(trace.logits, expected["step_logits"], atol=1e-3)
+    np.testing.assert_allclose(trace.logits, expected["step_logits"], atol=golden.LOGIT_TOLERANCE)
     if "visual_scores" in expected:
         np.testing.assert_array_equal(trace.query_indices, expected["query_indices"])
         np.testing.assert_array_equal(trace.visual_indices, expected["visual_indices"])
         np.testing.assert_allclose(trace.head_scores, expected["raw_head_scores"], atol=1e-5)
-        np.testing.assert_allclose(trace.scores, expected["visual_scores"], atol=1e-5)
+        np.testing.assert_allclose(trace.scores, expected["visual_scores"], atol=golden.SCORE_TOLERANCE)
 
 
 def test_forcing_its_own_tokens_changes_no_logits(l2_reference):
-    _, inputs, pruning, _ = _case("08_two_img_adjacent_k040")
+    _, inputs, pruning = _case("08_two_img_adjacent_k040")
     prompt = l2_reference.embed(inputs, TOKENS)
     free = l2_reference.run(prompt, pruning, steps=6)
     forced = l2_reference.run(prompt, pruning, forced_tokens=free.tokens)
@@ -83,7 +80,7 @@ def test_forcing_its_own_tokens_changes_no_logits(l2_reference):
 
 
 def test_a_given_kept_set_is_kept_whatever_the_scores_say(l2_reference):
-    _, inputs, pruning, _ = _case("23_img_left_padded_k050")
+    _, inputs, pruning = _case("23_img_left_padded_k050")
     prompt = l2_reference.embed(inputs, TOKENS)
     chosen = l2_reference.run(prompt, pruning)
     again = l2_reference.run(prompt, PruningConfig(keep_ratio=0.1), kept_indices=chosen.kept_indices)
@@ -92,7 +89,7 @@ def test_a_given_kept_set_is_kept_whatever_the_scores_say(l2_reference):
 
 
 def test_dropped_tokens_have_no_influence_on_what_is_kept(l2_reference):
-    _, inputs, pruning, _ = _case("00_img_8x8_k050_uniform")
+    _, inputs, pruning = _case("00_img_8x8_k050_uniform")
     prompt = l2_reference.embed(inputs, TOKENS)
     before = l2_reference.run(prompt, pruning, steps=3)
     dropped = np.setdiff1d(before.visual_indices, before.kept_indices)
@@ -106,9 +103,9 @@ def test_keep_ratio_one_equals_the_plain_model(l2_reference):
     import torch
     from transformers import Qwen2_5_VLForConditionalGeneration
 
-    _, inputs, _, _ = _case("17_img_8x8_k100_notapplied")
+    _, inputs, _ = _case("17_img_8x8_k100_notapplied")
     trace = l2_reference.run(l2_reference.embed(inputs, TOKENS), PruningConfig(keep_ratio=1.0))
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(GOLDEN / "model_a" / "hf", dtype=torch.float32)
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(golden.MODEL, dtype=torch.float32)
     ids = torch.from_numpy(inputs.input_ids)
     with torch.inference_mode():
         plain = model(
@@ -123,13 +120,13 @@ def test_keep_ratio_one_equals_the_plain_model(l2_reference):
 
 def test_a_softmaxed_score_sums_to_the_head_weights():
     reference = _load("softmax")
-    _, inputs, _, _ = _case("00_img_8x8_k050_uniform")
+    _, inputs, _ = _case("00_img_8x8_k050_uniform")
     trace = reference.run(reference.embed(inputs, TOKENS), PruningConfig(head_weights=(1.0, 2.0, 0.0, 0.5)))
     assert trace.scores.sum() == pytest.approx(3.5, abs=1e-5)
 
 
 def test_placeholders_that_do_not_fit_their_grid_are_refused(l2_reference):
-    _, inputs, _, _ = _case("00_img_8x8_k050_uniform")
+    _, inputs, _ = _case("00_img_8x8_k050_uniform")
     for wrong in (inputs.input_ids[:, :-20], np.insert(inputs.input_ids, 20, 505, axis=1)):
         with pytest.raises(ParityError, match="placeholders"):
             l2_reference.embed(
@@ -138,7 +135,7 @@ def test_placeholders_that_do_not_fit_their_grid_are_refused(l2_reference):
 
 
 def test_a_masked_image_is_not_seen(l2_reference):
-    _, inputs, pruning, _ = _case("08_two_img_adjacent_k040")
+    _, inputs, pruning = _case("08_two_img_adjacent_k040")
     mask = np.ones_like(inputs.input_ids)
     mask[:, 14:32] = 0  # the first image with its vision_start and vision_end
     both = ModelInputs(inputs.input_ids, mask, inputs.pixel_values, inputs.image_grid_thw)
@@ -153,7 +150,7 @@ def test_a_masked_image_is_not_seen(l2_reference):
 
 @pytest.mark.parametrize("broken", ["missing", "truncated", "other", "renamed"])
 def test_a_checkpoint_that_cannot_be_used_is_an_error_not_random_weights(broken, tmp_path):
-    source = GOLDEN / "model_a" / "hf"
+    source = golden.MODEL
     config = json.loads((source / "config.json").read_text())
     weights = (source / "model.safetensors").read_bytes()
     if broken == "truncated":
@@ -247,13 +244,11 @@ def test_a_quota_keeps_some_of_every_image():
 
 
 def test_a_partly_masked_image_keeps_the_positions_of_its_grid(l2_reference):
-    _, inputs, pruning, _ = _case("00_img_8x8_k050_uniform")
+    _, inputs, pruning = _case("00_img_8x8_k050_uniform")
     mask = np.ones_like(inputs.input_ids)
     mask[0, 16:19] = 0  # three placeholders of the first row of the 4 x 4 grid
     whole = l2_reference.embed(inputs, TOKENS)
-    part = l2_reference.embed(
-        ModelInputs(inputs.input_ids, mask, inputs.pixel_values, inputs.image_grid_thw), TOKENS
-    )
+    part = l2_reference.embed(ModelInputs(inputs.input_ids, mask, inputs.pixel_values, inputs.image_grid_thw), TOKENS)
     shown = np.flatnonzero(mask[0])
     np.testing.assert_array_equal(part.position_ids, whole.position_ids[:, shown])
     np.testing.assert_array_equal(part.embeds, whole.embeds[shown])

@@ -39,7 +39,7 @@ def test_greedy_takes_the_lower_index_on_a_tie():
         ({"top_p": 1e-9}, [0.0, 1.0, 0.0, 0.0, 0.0, 0.0]),
         # Of the three that stay 0.4 and 0.3 make up 0.78 of the probability.
         ({"top_k": 3, "top_p": 0.77}, [0.0, 0.4, 0.0, 0.0, 0.3, 0.0]),
-        ({"temperature": 1e-300}, [0.0, 1.0, 0.0, 0.0, 0.0, 0.0]),
+        ({"temperature": 1e-310}, [0.0, 1.0, 0.0, 0.0, 0.0, 0.0]),
     ],
 )
 def test_tokens_come_as_often_as_their_probability_says(settings, expected):

@@ -71,7 +71,10 @@ def build_qwen2_5_vl_vision(
         h = linear(g, h, "visual.merger.mlp.0", "mlp.0")
         h = linear(g, _gelu(g, h), "visual.merger.mlp.2", "mlp.2")
         by_frame = g.op(
-            "Reshape", h, g.op("Concat", frames, g.ints(-1, vision["out_hidden_size"]), axis=0, name="by_frame_shape"), name="by_frame"
+            "Reshape",
+            h,
+            g.op("Concat", frames, g.ints(-1, vision["out_hidden_size"]), axis=0, name="by_frame_shape"),
+            name="by_frame",
         )
         raster = g.op("Gather", by_frame, inputs["merge_order"], axis=1, name="raster_order")
         embeds = g.reshape(raster, -1, vision["out_hidden_size"], name="visual_embeds")
@@ -80,12 +83,14 @@ def build_qwen2_5_vl_vision(
 
 
 def _rotary_tables(g: GraphBuilder, positions: ir.Value, head_dim: int) -> tuple[ir.Value, ir.Value]:
-    """cos and sin [num_patches, head_dim / 2]: the row's angles, then the column's. positions: [num_patches, 2]."""
+    """Cos and sin [num_patches, head_dim / 2]: the row's angles, then the column's. positions: [num_patches, 2]."""
     quarter = np.arange(0, head_dim // 2, 2, dtype=np.float32) / np.float32(head_dim // 2)
     inv_freq = (1.0 / np.float32(_ROPE_THETA) ** quarter).astype(np.float32)
     with g.scope("rotary_tables"):
         places = g.unsqueeze(g.cast(positions, "int64", "float32", "float32"), 2, name="places")
-        angles = g.op("Mul", places, g.const(inv_freq, "float32"), name="angles_by_axis")  # [num_patches, 2, head_dim / 4]
+        angles = g.op(
+            "Mul", places, g.const(inv_freq, "float32"), name="angles_by_axis"
+        )  # [num_patches, 2, head_dim / 4]
         angles = g.reshape(angles, 0, head_dim // 2, name="angles")
         return g.op("Cos", angles, name="cos"), g.op("Sin", angles, name="sin")
 
@@ -111,7 +116,9 @@ def _windows(
         tables.append(g.op("Reshape", g.op("Expand", by_window, to, name=f"{name}_all"), table_shape, name=name))
     if g.inplace:
         # [windows, 1, len] seen by every row of its window: [frames, windows, len, len]
-        to = g.op("Concat", frames, g.op("Shape", index, name="windows_shape"), window_len, axis=0, name="mask_all_shape")
+        to = g.op(
+            "Concat", frames, g.op("Shape", index, name="windows_shape"), window_len, axis=0, name="mask_all_shape"
+        )
         spread = g.op("Expand", g.unsqueeze(used, 1, name="mask_rows"), to, name="mask_all")
         square = g.op("Concat", g.ints(-1, 1), window_len, window_len, axis=0, name="mask_shape")
         mask = g.op("Reshape", spread, square, name="mask")
@@ -148,7 +155,9 @@ def _block(
                 by_frame = g.op("Concat", frames, g.ints(-1, 3 * dim), axis=0, name="by_frame_shape")
                 qkv = g.op("Reshape", qkv, by_frame, name="by_frame")
                 qkv = g.op("Gather", qkv, segments.index, axis=1, name="by_window")
-            out = _segment_attention(g, g.op("Reshape", qkv, segments.shape, name="segments"), segments, heads, head_dim)
+            out = _segment_attention(
+                g, g.op("Reshape", qkv, segments.shape, name="segments"), segments, heads, head_dim
+            )
             if segments.slot is not None:
                 slots = g.op("Concat", frames, g.ints(-1, dim), axis=0, name="slots_shape")
                 out = g.op("Reshape", out, slots, name="slots")
@@ -180,7 +189,7 @@ def _segment_attention(g: GraphBuilder, qkv: ir.Value, segments: _Segments, head
 
 
 def _gelu(g: GraphBuilder, x: ir.Value) -> ir.Value:
-    """x * Phi(x), by the error function; Gelu exists from opset 20 on."""
+    """X * Phi(x), by the error function; Gelu exists from opset 20 on."""
     if g.inplace:
         return g.op("Gelu", x, name="gelu")
     with g.scope("gelu"):

@@ -1,10 +1,10 @@
 """Backends: what runs the three stages. A backend keeps weights; a Generation keeps one request's KV cache.
 
-    backend.encode(feeds, num_rows)            vision          -> Visual
-    backend.score(inputs, visual)              first_layer     -> scores alone, nothing kept
-    backend.start(batch, columns) -> Generation
-        .prefill(inputs, visual)               first_layer and decoder over the prompt
-        .decode(inputs)                        both over one token a row
+backend.encode(feeds, num_rows)            vision          -> Visual
+backend.score(inputs, visual)              first_layer     -> scores alone, nothing kept
+backend.start(batch, columns) -> Generation
+.prefill(inputs, visual)               first_layer and decoder over the prompt
+.decode(inputs)                        both over one token a row
 """
 
 from collections.abc import Iterable

@@ -4,7 +4,7 @@ Everything that crosses into a session is an OrtValue on its device, bound by na
 what another wrote without a copy. On the CPU an OrtValue shares the memory of its numpy array.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,8 @@ class Device:
         self.index = int(index or 0)
         if self.kind == "cuda" and "CUDAExecutionProvider" not in ort.get_available_providers():
             raise BackendError(
-                "device: this onnxruntime has no CUDA provider. pip uninstall onnxruntime, then pip install 'hawk-trt[cuda]'"
+                "device: this onnxruntime has no CUDA provider. "
+                "pip uninstall onnxruntime, then pip install 'hawk-trt[cuda]'"
             )
 
     def providers(self) -> list[tuple[str, dict[str, str]]]:
@@ -66,9 +67,7 @@ class Device:
         host = _host_value(array)
         if self.kind == "cpu":
             return host
-        value = ort.OrtValue.ortvalue_from_shape_and_type(
-            list(array.shape), host.element_type(), self.kind, self.index
-        )
+        value = ort.OrtValue.ortvalue_from_shape_and_type(list(array.shape), host.element_type(), self.kind, self.index)
         if array.size:
             value.update_inplace(host)
         return value
@@ -79,6 +78,12 @@ class Device:
         if array.size:
             _host_value(array).update_inplace(value)
         return array
+
+    def concatenate(self, parts: Sequence[ort.OrtValue], dtype: str) -> ort.OrtValue:
+        """Tensors [rows, width] one below the other; through the host where there are several."""
+        if len(parts) == 1:
+            return parts[0]
+        return self.upload(np.concatenate([self.download(part, dtype) for part in parts]))
 
 
 class Buffer:
@@ -108,7 +113,8 @@ class Stage:
             self.session = ort.InferenceSession(str(path), options, providers=device.providers())
         if device.kind == "cuda" and self.session.get_providers()[0] != "CUDAExecutionProvider":
             raise BackendError(
-                "device: the CUDA provider could not start (driver, CUDA or cuDNN libraries missing). See: hawk-trt doctor"
+                "device: the CUDA provider could not start (driver, CUDA or cuDNN libraries missing). "
+                "See: hawk-trt doctor"
             )
 
     def bind(self, inputs: Mapping[str, ort.OrtValue], outputs: Mapping[str, ort.OrtValue]) -> "Binding":
@@ -146,13 +152,6 @@ class Binding:
             self._binding.bind_ortvalue_output(name, value)
         if name not in self._outputs:
             self._outputs.append(name)
-
-    def output_rows(self, name: str, target: ort.OrtValue, first_row: int, num_rows: int) -> None:
-        """Bind an output to rows of a 2-D tensor."""
-        device, dtype = self._stage.device, self._stage.dtype(name)
-        width = target.shape()[1]
-        pointer = target.data_ptr() + first_row * width * numpy_dtype(dtype).itemsize
-        self._binding.bind_output(name, device.kind, device.index, _ONNX_TYPES[dtype], [num_rows, width], pointer)
 
     def run(self) -> None:
         """Run the stage.

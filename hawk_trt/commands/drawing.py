@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from hawk_trt.explain import Explanation, explain
-from hawk_trt.explain.picture import render, save
+from hawk_trt.explain.picture import render, save, shown_steps
 from hawk_trt.images import load_image
 from hawk_trt.requests import ModelInputs, Result
+from hawk_trt.video import load_video
 
 if TYPE_CHECKING:
     from hawk_trt import Pipeline
@@ -35,15 +36,11 @@ def draw(path: Path, explained: Explanation, args: argparse.Namespace, pipe: "Pi
         InvalidInput: an image cannot be read, or the picture not be written.
     """
     manifest = pipe.bundle.manifest
-    steps = [item.grid[0] for item in explained.items if item.kind == "video"]
     frames = [[Image.fromarray(load_image(source))] for source in args.image]
-    if args.video:
-        from hawk_trt.video import load_video  # needs PyAV, an extra
-
-        every = int(manifest.vision["temporal_patch_size"])
-        for source, count in zip(args.video, steps, strict=True):
-            pictures = [Image.fromarray(frame) for frame in load_video(source).frames[::every]]
-            frames.append(pictures[:count])
+    every = int(manifest.vision["temporal_patch_size"])
+    for source, item in zip(args.video, explained.items[len(frames) :], strict=True):
+        video = load_video(source).frames
+        frames.append([Image.fromarray(video[step * every]) for step in shown_steps(item)])
     model = f"{Path(manifest.source.name).name}, {manifest.dtype}"
     note = f"{model}. Scores: {manifest.normalization}, query {args.query}, quota {args.quota}."
     save(render(explained, frames, note=note), path)

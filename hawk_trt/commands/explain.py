@@ -6,6 +6,7 @@ from pathlib import Path
 from hawk_trt.commands import options
 from hawk_trt.commands.drawing import draw, explanation
 from hawk_trt.commands.output import note, print_json
+from hawk_trt.errors import InvalidInput
 
 SUMMARY = "draw which visual tokens are kept, and what is answered from them"
 
@@ -37,6 +38,8 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         HawkError: anything that cannot be used or done as asked for.
     """
+    if not (args.image or args.video):
+        raise InvalidInput("prompt: it has no image or video, so there is nothing to explain. Add --image or --video")
     prunings = [options.pruning(args, keep_ratio) for keep_ratio in args.keep_ratios]
     text = options.prompt_text(args)
     pipe = options.open_pipeline(args)
@@ -53,7 +56,6 @@ def run(args: argparse.Namespace) -> int:
         result = pipe.generate(inputs, pruning=pruning, max_new_tokens=args.max_new_tokens)
         results.append((pruning.keep_ratio, result))
     explained = explanation(pipe, text, inputs, results)
-    draw(args.out, explained, args, pipe)
     if args.json:
         print_json(explained, {"picture": str(args.out)})
     else:
@@ -61,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
         for selection in explained.selections:
             kept = f"{selection.num_kept} of {explained.num_visual}"
             print(f"{selection.keep_ratio:<10g}  {kept:<14}  {' '.join((selection.answer or '').split())}")
+    draw(args.out, explained, args, pipe)
     note(f"picture: {args.out}")
     return 0
 

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,11 @@ if TYPE_CHECKING:
     from hawk_trt.requests import Message
 
 Subparsers = argparse._SubParsersAction  # argparse has no public name for it
+
+
+@dataclass(frozen=True, slots=True)
+class _HeadWeightsFile:
+    values: tuple[float, ...]
 
 
 def add_command(subparsers: "Subparsers[argparse.ArgumentParser]", name: str, summary: str) -> argparse.ArgumentParser:
@@ -66,7 +72,7 @@ def add_pruning_options(group: "argparse._ArgumentGroup") -> None:
     )
     group.add_argument("--min-visual-tokens", type=int, default=1, help="keep at least so many (default: %(default)s)")
     group.add_argument(
-        "--head-weights", type=Path, metavar="FILE", help="JSON list, one weight a query head (default: the bundle's)"
+        "--head-weights", type=Path, metavar="FILE", help="JSON, one weight a query head (default: the bundle's)"
     )
 
 
@@ -127,14 +133,15 @@ def pruning(args: argparse.Namespace, keep_ratio: float) -> PruningConfig:
 
 
 def read_head_weights(path: Path) -> tuple[float, ...]:
-    """Read head weights from a JSON list of numbers.
+    """Read head weights from JSON: a list of numbers, or an object with that list as "values".
 
     Raises:
         InvalidInput: no such file, or something else in it.
     """
     try:
-        return msgspec.json.decode(path.read_bytes(), type=tuple[float, ...])
+        content = msgspec.json.decode(path.read_bytes(), type=tuple[float, ...] | _HeadWeightsFile)
+        return content.values if isinstance(content, _HeadWeightsFile) else content
     except OSError as error:
         raise InvalidInput(f"--head-weights {path}: cannot be read ({error.strerror})") from error
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise InvalidInput(f"--head-weights {path}: expected a JSON list of numbers ({error})") from error
+        raise InvalidInput(f'--head-weights {path}: expected [0.1, ...] or {{"values": [...]}} ({error})') from error

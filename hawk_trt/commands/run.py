@@ -64,25 +64,27 @@ def run(args: argparse.Namespace) -> int:
         max_pixels=args.max_pixels,
     )
     live = sys.stdout.isatty() and not (args.no_stream or args.json)
+    line_begun = False
     try:
         for piece in stream:
             if live:
                 print(piece, end="", flush=True)
+                line_begun = True
     finally:
-        if live:
+        if line_begun:
             print()
     result = stream.result
     picture = args.picture if result.num_visual else None
-    if picture is not None:
-        inputs = pipe.prepare(
-            prompt, images=args.image, videos=args.video, min_pixels=args.min_pixels, max_pixels=args.max_pixels
-        )
-        draw(picture, explanation(pipe, text, inputs, [(pruning.keep_ratio, result)]), args, pipe)
     if args.json:
         shown = {"keep_ratio": pruning.keep_ratio, "picture": None if picture is None else str(picture)}
         print_json(replace(result, logits=None), shown)
     elif not live:
         print(result.text, flush=True)
+    if picture is not None:  # after the answer, which a picture that cannot be written must not cost
+        inputs = pipe.prepare(
+            prompt, images=args.image, videos=args.video, min_pixels=args.min_pixels, max_pixels=args.max_pixels
+        )
+        draw(picture, explanation(pipe, text, inputs, [(pruning.keep_ratio, result)]), args, pipe)
     _summarise(args, result)
     return 0
 

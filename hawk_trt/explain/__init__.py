@@ -87,7 +87,7 @@ def explain(
     is_video = attended & (input_ids == _id(special_tokens.video))
     positions = np.flatnonzero(is_image | is_video)
     if not positions.size:
-        raise InvalidInput("prompt: it has no image or video, so there is nothing to explain. Add --image or --video")
+        raise InvalidInput("prompt: it has no image or video, so there is nothing to explain")
     for _, result in results:
         if result.scores.shape != positions.shape:
             raise InvalidInput(

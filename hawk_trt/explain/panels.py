@@ -7,7 +7,7 @@ from PIL import Image
 # Neither white nor black, so that dropped tokens differ from kept ones on any image.
 _DIM = (200, 206, 214)
 _DIM_SHARE = 0.78
-_HEAT_SHARE = 0.68
+_HEAT_SHARE = 0.62
 _OUTLINE = (214, 51, 108)
 # Viridis at ten even steps: perceptually uniform, and readable without colour vision.
 _RAMP = np.array(

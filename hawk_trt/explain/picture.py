@@ -59,7 +59,7 @@ def render(explanation: Explanation, frames: Sequence[Sequence[Image.Image]], *,
 
     Args:
         explanation: scores and kept tokens.
-        frames: pictures of each item in the explanation's order: one of an image, one a step in time of a video.
+        frames: pictures of each item in the explanation's order, one for each of its shown_steps.
         note: what else to say, small at the foot, such as the model's name.
 
     Returns:
@@ -103,6 +103,14 @@ def render(explanation: Explanation, frames: Sequence[Sequence[Image.Image]], *,
     return sheet
 
 
+def shown_steps(item: VisualItem) -> list[int]:
+    """The steps in time of an item that are drawn: all, or some evenly spaced ones of a longer video."""
+    count = item.grid[0]
+    if count <= MAX_FRAMES:
+        return list(range(count))
+    return [round(place) for place in np.linspace(0, count - 1, MAX_FRAMES).tolist()]
+
+
 def save(picture: Image.Image, path: Path) -> None:
     """Write a picture as PNG, whole or not at all.
 
@@ -114,7 +122,7 @@ def save(picture: Image.Image, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
             temporary = Path(file.name)
-            picture.save(file, format="PNG", optimize=True)
+            picture.save(file, format="PNG")
         temporary.chmod(0o644)  # a temporary file is made private
         temporary.replace(path)
         temporary = None
@@ -126,22 +134,22 @@ def save(picture: Image.Image, path: Path) -> None:
 
 
 def _rows(explanation: Explanation, frames: Sequence[Sequence[Image.Image]]) -> list[_Row]:
-    steps = [item.grid[0] for item in explanation.items]
-    if [len(pictures) for pictures in frames] != steps:
-        raise InvalidInput(f"frames: got {[len(p) for p in frames]} pictures by item, expected {steps}")
+    steps = [shown_steps(item) for item in explanation.items]
+    got, expected = [len(pictures) for pictures in frames], [len(shown) for shown in steps]
+    if got != expected:
+        raise InvalidInput(f"frames: got {got} pictures by item, expected {expected}")
     rows = []
     counts = {"image": 0, "video": 0}
-    for index, (item, pictures) in enumerate(zip(explanation.items, frames, strict=True)):
+    for index, (item, pictures, shown) in enumerate(zip(explanation.items, frames, steps, strict=True)):
         counts[item.kind] += 1
         time, height, width = item.grid
-        shown = range(time) if time <= MAX_FRAMES else np.linspace(0, time - 1, MAX_FRAMES).round().astype(int).tolist()
-        for step in shown:
-            image = pictures[step].convert("RGB")
+        for step, picture in zip(shown, pictures, strict=True):
             place = f"{item.kind} {counts[item.kind]}"
             if item.kind == "video":
                 place += f", step {step + 1} of {time}"
-            size = f": {image.width} x {image.height} pixels, {width} x {height} tokens" if step == shown[0] else ""
-            rows.append(_Row(place + size, image, index, step))
+            if step == shown[0]:
+                place += f": {picture.width} x {picture.height} pixels, {width} x {height} tokens"
+            rows.append(_Row(place, picture.convert("RGB"), index, step))
     return rows
 
 

@@ -3,14 +3,18 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from hawk_trt.bundle import Manifest
 from hawk_trt.families import family_by_name
-from hawk_trt.requests import ImageInput, ModelInputs, VideoInput
+from hawk_trt.requests import ModelInputs
+
+if TYPE_CHECKING:
+    from hawk_trt.pipeline import Pipeline
+    from hawk_trt.requests import ImageInput, VideoInput
 
 DEFAULT_PROMPT = "Describe what is shown."
 _TEXT_TOKENS = 8
@@ -24,15 +28,8 @@ class ParityCase:
     inputs: ModelInputs
 
 
-class Preparer(Protocol):
-    """What makes tensors of a prompt: the pipeline."""
-
-    def prepare(self, prompt: str, images: Sequence[ImageInput], videos: Sequence[VideoInput]) -> ModelInputs:
-        """Tokenize, and cut images and videos into patches."""
-
-
 def given_cases(
-    pipe: Preparer, prompts: Sequence[str], images: Sequence[Path], videos: Sequence[Path], *, together: bool
+    pipe: "Pipeline", prompts: Sequence[str], images: Sequence[Path], videos: Sequence[Path], *, together: bool
 ) -> list[ParityCase]:
     """Every prompt with every image and video, or with all of them together."""
     groups: list[tuple[list[Path], list[Path]]] = [([image], []) for image in images]
@@ -48,41 +45,37 @@ def given_cases(
     return cases
 
 
-def generated_cases(pipe: Preparer, prompts: Sequence[str], seed: int) -> list[ParityCase]:
-    """Every prompt with noise, a gradient, two images, a video, and alone."""
+def generated_cases(pipe: "Pipeline", prompts: Sequence[str], seed: int) -> list[ParityCase]:
+    """Every prompt with noise, with a gradient, with two images and alone."""
     rng = np.random.default_rng(seed)
-    video = np.stack([np.roll(_gradient(112, 112), 12 * frame, axis=1) for frame in range(6)])
-    shown: dict[str, tuple[list[ImageInput], list[VideoInput]]] = {
-        "noise 224x224": ([_noise(rng, 224, 224)], []),
-        "gradient 336x196": ([_gradient(336, 196)], []),
-        "two images": ([_gradient(168, 112), _noise(rng, 112, 224)], []),
-        "video 6x112x112": ([], [video]),
-        "text only": ([], []),
+    shown: "dict[str, list[ImageInput]]" = {
+        "noise 224x224": [_noise(rng, 224, 224)],
+        "gradient 336x196": [_gradient(336, 196)],
+        "two images": [_gradient(168, 112), _noise(rng, 112, 224)],
+        "text only": [],
     }
     cases = []
     for number, prompt in enumerate(prompts, start=1):
-        for name, (images, videos) in shown.items():
+        for name, images in shown.items():
             numbered = f"{name}, prompt {number}" if len(prompts) > 1 else name
-            cases.append(ParityCase(numbered, pipe.prepare(prompt, images, videos)))
+            cases.append(ParityCase(numbered, pipe.prepare(prompt, images)))
     return cases
 
 
-def tensor_cases(manifest: Manifest, seed: int) -> list[ParityCase]:
-    """The same for a bundle without tokenizer: random patches and text tokens between its special ones."""
+def tensor_cases(manifest: Manifest, seed: int, *, only_video: bool = False) -> list[ParityCase]:
+    """Random patches and text tokens between special ones: needs no tokenizer, and no template that takes video."""
     rng = np.random.default_rng(seed)
     grids: dict[str, tuple[list[list[int]], list[list[int]]]] = {
         "image 16x16 patches": ([[1, 16, 16]], []),
         "image 10x24 patches": ([[1, 10, 24]], []),
         "two images": ([[1, 8, 12], [1, 12, 8]], []),
-        "video 3x8x8 patches": ([], [[3, 8, 8]]),
         "text only": ([], []),
     }
-    has_video = manifest.special_tokens.video is not None
-    return [
-        ParityCase(name, _random_inputs(manifest, rng, images, videos))
-        for name, (images, videos) in grids.items()
-        if has_video or not videos
-    ]
+    if only_video:
+        grids = {}
+    if manifest.special_tokens.video is not None:
+        grids["video 3x8x8 patches"] = ([], [[3, 8, 8]])
+    return [ParityCase(name, _random_inputs(manifest, rng, images, videos)) for name, (images, videos) in grids.items()]
 
 
 def _random_inputs(
@@ -91,12 +84,8 @@ def _random_inputs(
     family, tokens = family_by_name(manifest.family), manifest.special_tokens
     spec = family.vision_spec(manifest.vision, manifest.language.hidden_size)
     patch_dim = next(int(tensor.shape[-1]) for tensor in spec.inputs if tensor.name == "pixel_values")
-    special = [
-        token
-        for token in (tokens.image, tokens.video, tokens.vision_start, tokens.vision_end, tokens.im_start)
-        + (tokens.im_end, tokens.pad, *tokens.eos)
-        if token is not None
-    ]
+    known = (tokens.image, tokens.video, tokens.vision_start, tokens.vision_end, tokens.im_start, tokens.im_end)
+    special = [token for token in (*known, tokens.pad, *tokens.eos) if token is not None]
     plain = np.setdiff1d(np.arange(manifest.language.vocab_size), special)
 
     ids: list[int | None] = [tokens.im_start, *rng.choice(plain, _TEXT_TOKENS).tolist()]

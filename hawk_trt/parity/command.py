@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 from rich.console import Console
 
 from hawk_trt.bundle import Bundle
@@ -16,7 +17,7 @@ from hawk_trt.errors import BundleError, InvalidInput, ParityError
 from hawk_trt.parity.cases import DEFAULT_PROMPT, ParityCase, generated_cases, given_cases, tensor_cases
 from hawk_trt.parity.compare import compare_selection, compare_stage, compare_tokens
 from hawk_trt.parity.prompt_rules import PromptTokens
-from hawk_trt.parity.report import CaseReport, ParityReport, print_tables
+from hawk_trt.parity.report import CaseReport, ParityReport, print_report
 from hawk_trt.parity.tolerances import TOLERANCES, Tolerance
 from hawk_trt.stages import DTYPES
 
@@ -31,8 +32,9 @@ def add_parser(subparsers: "options.Subparsers[argparse.ArgumentParser]") -> Non
     """Add the command's options."""
     parser = options.add_command(subparsers, "parity", SUMMARY)
     options.add_pipeline_options(parser)
-    options.add_pruning_options(parser)
-    parser.add_argument(
+    group = parser.add_argument_group("pruning")
+    options.add_pruning_options(group)
+    group.add_argument(
         "--keep-ratio", type=float, nargs="+", help="shares of visual tokens kept (default: the bundle's, and 1)"
     )
     group = parser.add_argument_group("what is compared (default: generated images, or tensors without a tokenizer)")
@@ -95,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json(report)
     else:
-        print_tables(report, Console())
+        print_report(report, Console())
     return 0 if report.passed else 1
 
 
@@ -120,13 +122,14 @@ def compare_case(
         tolerance: what they may differ by.
     """
     result = pipe.generate(case.inputs, pruning=pruning, max_new_tokens=steps, ignore_eos=True)
-    trace = pipe.trace(case.inputs, pruning, forced_tokens=result.token_ids)
+    # After the last token nothing is compared, so the bundle is not fed with it; nor is the reference.
+    trace = pipe.trace(case.inputs, pruning, forced_tokens=result.token_ids[:-1])
     expected = reference.run(embedded, pruning, forced_tokens=result.token_ids)
     selection = compare_selection(trace, expected, tolerance) if len(expected.visual_indices) else None
-    if not _same(result.kept_indices, trace.kept_indices) and selection is not None:
+    if not np.array_equal(result.kept_indices, trace.kept_indices) and selection is not None:
         selection = replace(selection, failures=(*selection.failures, "generate and trace keep different tokens"))
     aligned = expected
-    if not _same(trace.kept_indices, expected.kept_indices):
+    if not np.array_equal(trace.kept_indices, expected.kept_indices):
         # What follows is compared over the same tokens; whether the sets may differ is the selection's affair.
         aligned = reference.run(
             embedded, pruning, forced_tokens=result.token_ids, kept_indices=trace.kept_indices.tolist()
@@ -175,11 +178,14 @@ def _cases(args: argparse.Namespace, pipe: "Pipeline", bundle: Bundle) -> list[P
         )
     if args.images or args.videos:
         return given_cases(pipe, prompts, args.images, args.videos, together=args.together)
-    if has_tokenizer:
-        return generated_cases(pipe, prompts, args.seed)
-    if args.query == "turn":
-        raise ParityError('query: "turn" needs a tokenizer, and this bundle has none. Use --query paper')
-    return tensor_cases(bundle.manifest, args.seed)
+    if args.query == "turn" and not has_tokenizer:
+        raise ParityError("--query turn: it needs a tokenizer, and this bundle has none. Use --query paper")
+    if not has_tokenizer:
+        return tensor_cases(bundle.manifest, args.seed)
+    cases = generated_cases(pipe, prompts, args.seed)
+    if args.query == "paper":  # a video of tensors has no user's turn
+        cases += tensor_cases(bundle.manifest, args.seed, only_video=True)
+    return cases
 
 
 def _compare_all(
@@ -196,7 +202,3 @@ def _compare_all(
         embedded = reference.embed(case.inputs, tokens)
         for pruning in prunings:
             yield compare_case(pipe, reference, case, embedded, pruning, steps, tolerance)
-
-
-def _same(a: Sequence[int], b: Sequence[int]) -> bool:
-    return list(a) == list(b)

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from hawk_trt.parity.tolerances import StageTolerance, Tolerance
 from hawk_trt.parity.trace import ReferenceTrace
-from hawk_trt.requests import Trace
+from hawk_trt.pipeline import Trace
 
 _Matrix = npt.NDArray[np.float64]
 
@@ -97,9 +97,7 @@ class TokenRow:
     failures: tuple[str, ...]
 
 
-def compare_stage(
-    stage: str, got: npt.ArrayLike, expected: npt.ArrayLike, tolerance: StageTolerance
-) -> StageRow:
+def compare_stage(stage: str, got: npt.ArrayLike, expected: npt.ArrayLike, tolerance: StageTolerance) -> StageRow:
     """Compare two float arrays [rows, values].
 
     Args:
@@ -183,9 +181,7 @@ def compare_selection(trace: Trace, reference: ReferenceTrace, tolerance: Tolera
     )
 
 
-def compare_tokens(
-    tokens: Sequence[int], trace: Trace, reference: ReferenceTrace, tolerance: Tolerance
-) -> TokenRow:
+def compare_tokens(tokens: Sequence[int], trace: Trace, reference: ReferenceTrace, tolerance: Tolerance) -> TokenRow:
     """Compare teacher-forced logits [steps, vocab] and free-running tokens.
 
     The reference was forced to the bundle's tokens, so up to their first difference its most probable

@@ -64,102 +64,77 @@ class ParityReport:
     passed: bool
 
 
-def print_tables(report: ParityReport, console: Console) -> None:
-    """Print stages, kept sets and tokens as tables, then the verdict."""
-    for table in (_stage_table(report), _selection_table(report), _token_table(report)):
-        if table.row_count:
-            console.print(table)
-    limits = report.tolerance
-    console.print(
-        f"{report.dtype} {report.backend} against PyTorch {report.reference_dtype}; tolerances as cosine, "
-        f"norm ratio and share of the largest value: "
-        + "; ".join(
-            f"{name} {limit.cosine:g}, 1 ± {limit.norm_ratio:g}, {limit.max_error:g}"
-            for name, limit in (
-                ("vision", limits.vision),
-                ("scores", limits.scores),
-                ("first_layer", limits.first_layer),
-                ("decoder", limits.decoder),
-            )
-        )
-        + f"; distance from the cut {limits.score_error:g}; KL {limits.kl:g}",
-        soft_wrap=True,
-    )
+def print_report(report: ParityReport, console: Console) -> None:
+    """Print a block for each case, then the tolerances and the verdict."""
+    for case in report.cases:
+        console.print(f"{case.name}, keep ratio {case.keep_ratio:g}", style="bold", markup=False, highlight=False)
+        console.print(_stage_table(case))
+        for name, text, failures in _lines(case):
+            console.print(f"{name:<11} {text}  {_verdict(failures)}\n", highlight=False, end="", soft_wrap=True)
+        console.print()
+    console.print(f"{report.dtype}, {report.backend}, against PyTorch {report.reference_dtype}. {_limits(report)}")
     for failure in report.failures:
         console.print(f"OUT OF TOLERANCE {failure}", style="red", markup=False, soft_wrap=True)
     if report.passed:
         console.print(f"in tolerance: {len(report.cases)} of {len(report.cases)} cases", style="green")
 
 
-def _stage_table(report: ParityReport) -> Table:
-    table = _table("stages", "case", "keep", "stage", ">rows", ">cosine", ">worst", ">norm ratio", ">worst", ">max error")
-    table.add_column("of largest", justify="right")
+def _stage_table(case: CaseReport) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("stage", min_width=11)
+    for column in ("rows", "cosine", "worst", "norm ratio", "worst", "max error", "of largest"):
+        table.add_column(column, justify="right", no_wrap=True)
     table.add_column("")
-    for case in report.cases:
-        for row in case.stages:
-            table.add_row(
-                case.name if row is case.stages[0] else "",
-                f"{case.keep_ratio:g}" if row is case.stages[0] else "",
-                row.stage,
-                str(row.rows),
-                f"{row.cosine:.6f}",
-                f"{row.cosine_min:.6f}",
-                f"{row.norm_ratio:.5f}",
-                f"{row.norm_ratio_worst:.5f}",
-                f"{row.max_error:.2g}",
-                f"{row.max_error_share:.1e}",
-                _verdict(row.failures),
-                end_section=row is case.stages[-1],
-            )
-    return table
-
-
-def _selection_table(report: ParityReport) -> Table:
-    table = _table(
-        "kept set", "case", "keep", ">kept", ">overlap", ">margin at cut", ">swaps from cut", ">rank corr.", ">score error"
-    )
-    table.add_column("of spread", justify="right")
-    table.add_column("")
-    for case in report.cases:
-        if (row := case.selection) is not None:
-            table.add_row(
-                case.name,
-                f"{case.keep_ratio:g}",
-                f"{row.num_kept} of {row.num_visual}",
-                f"{row.overlap:.4f}",
-                "-" if row.margin is None else f"{row.margin:.2g}",
-                f"{row.swap_distance:.1e}" if row.swap_distance else "-",
-                f"{row.rank_correlation:.5f}",
-                f"{row.score_error:.2g}",
-                f"{row.score_error_share:.1e}",
-                _verdict(row.failures),
-            )
-    return table
-
-
-def _token_table(report: ParityReport) -> Table:
-    table = _table("tokens", "case", "keep", ">steps", ">argmax agrees", ">KL (nats)", "free-running", "")
-    for case in report.cases:
-        row = case.tokens
-        parted = f"differ at step {row.first_difference}, margin {row.margin_there:.1e} of the largest logit"
+    for row in case.stages:
         table.add_row(
-            case.name,
-            f"{case.keep_ratio:g}",
-            str(row.steps),
-            f"{row.argmax_agreement:.3f}",
-            f"{row.kl:.1e}",
-            "equal" if row.tokens_equal else parted,
+            row.stage,
+            str(row.rows),
+            f"{row.cosine:.6f}",
+            f"{row.cosine_min:.6f}",
+            f"{row.norm_ratio:.6f}",
+            f"{row.norm_ratio_worst:.6f}",
+            f"{row.max_error:.1e}",
+            f"{row.max_error_share:.1e}",
             _verdict(row.failures),
         )
     return table
 
 
-def _table(title: str, *columns: str) -> Table:
-    """A table whose columns marked > hold numbers."""
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    for column in columns:
-        table.add_column(column.lstrip(">"), justify="right" if column.startswith(">") else "left")
-    return table
+def _lines(case: CaseReport) -> list[tuple[str, str, tuple[str, ...]]]:
+    """Kept set and tokens, each with its name and failures."""
+    lines = []
+    if (row := case.selection) is not None:
+        margin = "" if row.margin is None else f", margin at the cut {row.margin:.1e}"
+        swaps = f", swaps up to {row.swap_distance:.1e} from it" if row.swap_distance else ""
+        text = (
+            f"{row.num_kept} of {row.num_visual}, overlap {row.overlap:.4f}{margin}{swaps}, "
+            f"rank correlation {row.rank_correlation:.5f}, score error {row.score_error_share:.1e} of the spread"
+        )
+        lines.append(("kept set", text, row.failures))
+    tokens = case.tokens
+    parted = f"part at step {tokens.first_difference}, margin {tokens.margin_there:.1e} of the largest logit"
+    text = (
+        f"{tokens.steps} steps, argmax agrees {tokens.argmax_agreement:.3f}, KL {tokens.kl:.1e} nats, "
+        f"free-running {'equal' if tokens.tokens_equal else parted}"
+    )
+    return [*lines, ("tokens", text, tokens.failures)]
+
+
+def _limits(report: ParityReport) -> str:
+    tolerance = report.tolerance
+    stages = (
+        ("vision", tolerance.vision),
+        ("scores", tolerance.scores),
+        ("first_layer", tolerance.first_layer),
+        ("decoder", tolerance.decoder),
+    )
+    limits = [
+        f"{name} {limit.cosine:g} / 1 ± {limit.norm_ratio:g} / {limit.max_error:g}" for name, limit in stages
+    ]
+    return (
+        f"Tolerances (cosine / norm ratio / error of largest): {', '.join(limits)}; "
+        f"scores and swaps at the cut {tolerance.score_error:g} of the spread; KL {tolerance.kl:g}"
+    )
 
 
 def _verdict(failures: tuple[str, ...]) -> str:

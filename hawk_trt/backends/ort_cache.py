@@ -1,0 +1,93 @@
+"""The KV cache in ONNX Runtime, for both profiles.
+
+inplace    one zeroed tensor [batch, kv_heads, columns, head_dim] a layer, key and value; each is input and
+output of its stage at one address, and write_index says where a step writes
+portable   every step returns a longer cache, which is the next step's input
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import onnxruntime as ort
+
+from hawk_trt.backends.ort_session import Binding, Buffer
+from hawk_trt.errors import BackendError
+from hawk_trt.stages import DECODER, FIRST_LAYER, INPLACE, key_name, value_name
+
+if TYPE_CHECKING:
+    from hawk_trt.backends.onnxruntime import OnnxRuntimeBackend
+
+
+class KVCache:
+    """Keys and values of all layers of one generation.
+
+    Attributes:
+        batch: rows.
+        length: columns written so far.
+    """
+
+    def __init__(self, backend: "OnnxRuntimeBackend", batch: int, columns: int) -> None:
+        manifest, place = backend.bundle.manifest, backend.place
+        language = manifest.language
+        self.batch = batch
+        self.length = 0
+        self._columns = columns
+        self._inplace = backend.profile == INPLACE
+        self._layers = {FIRST_LAYER: range(1), DECODER: range(1, language.num_hidden_layers)}
+        shape = (batch, language.num_key_value_heads, columns if self._inplace else 0, language.head_dim)
+        self._tensors = {
+            pair: place.zeros(shape, manifest.dtype) for stage in self._layers for pair in self._names(stage)
+        }
+        self._write_index = Buffer(place, (batch,), "int64") if self._inplace else None
+
+    def inputs(self, stage: str) -> dict[str, ort.OrtValue]:
+        """The cache as inputs of a stage, with where to write where it is written in place."""
+        caches = {past: self._tensors[past, present] for past, present in self._names(stage)}
+        return caches if self._write_index is None else {"write_index": self._write_index.value, **caches}
+
+    def outputs(self, stage: str) -> dict[str, ort.OrtValue]:
+        """The cache as outputs of a stage: the same tensors in place, nothing (new memory) when portable."""
+        if not self._inplace:
+            return {}
+        return {present: self._tensors[past, present] for past, present in self._names(stage)}
+
+    def rebind(self, stage: str, binding: Binding) -> None:
+        """Point a step's binding at the cache as it is now; in place it never moves."""
+        if not self._inplace:
+            for past, present in self._names(stage):
+                binding.input(past, self._tensors[past, present])
+                binding.output(present, None)
+
+    def take(self, stage: str, outputs: Mapping[str, ort.OrtValue]) -> None:
+        """Keep the caches that a portable stage returned."""
+        if not self._inplace:
+            for past, present in self._names(stage):
+                self._tensors[past, present] = outputs[present]
+
+    def take_step(self, stage: str, binding: Binding) -> None:
+        """Keep the caches of a step."""
+        if not self._inplace:
+            self.take(stage, binding.results())
+
+    def advance(self, columns: int) -> None:
+        """Count columns as written."""
+        self.length += columns
+        if self._write_index is not None:
+            self._write_index.set(self.length)
+
+    def check_room(self, columns: int) -> None:
+        """Refuse a write beyond the end: TensorRT would drop it silently.
+
+        Raises:
+            BackendError: the cache is full.
+        """
+        if self.length + columns > self._columns:
+            raise BackendError(
+                f"KV cache: got {self.length + columns} columns to hold, expected at most {self._columns}; "
+                "start the generation with a larger max_new_tokens"
+            )
+
+    def _names(self, stage: str) -> Iterator[tuple[str, str]]:
+        for layer in self._layers[stage]:
+            for name in (key_name, value_name):
+                yield name(layer, past=True), name(layer, past=False)

@@ -1,0 +1,100 @@
+"""The documents: every link leads somewhere, every command and example in them runs."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import hawk_trt
+from examples.tiny_task.__main__ import main as tiny_task
+from export.__main__ import main as export
+from hawk_trt.cli import main as hawk
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = sorted(
+    path
+    for path in (
+        *ROOT.glob("*.md"),
+        *ROOT.glob("examples/**/*.md"),
+        *ROOT.glob("tests/**/*.md"),
+        *ROOT.glob("docs/**/*.md"),
+    )
+)
+COMMANDS = {"hawk-trt": hawk, "python -m export": export, "python -m examples.tiny_task": tiny_task}
+MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
+
+
+def blocks(path, language=""):
+    """The fenced blocks of a document."""
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", path.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    return [block for found, block in fenced if found == language]
+
+
+def command_lines():
+    """Every command of ours in a block or in code within a sentence, without its comment."""
+    for path in DOCUMENTS:
+        text = path.read_text(encoding="utf-8")
+        lines = [line for block in blocks(path) for line in block.splitlines()]
+        spans = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE))
+        for line in (*lines, *spans):
+            for program in COMMANDS:
+                if line.startswith(program + " "):
+                    yield pytest.param(
+                        program, shlex.split(line[len(program) :], comments=True), id=f"{path.name}: {line[:60]}"
+                    )
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_links_lead_to_files_that_exist(path):
+    links = re.findall(r"\]\(([^)#\s]+)", path.read_text(encoding="utf-8"))
+    assert not [link for link in links if "://" not in link and not (path.parent / link).exists()]
+
+
+@pytest.mark.parametrize(("program", "words"), list(command_lines()))
+def test_commands_in_the_documents_have_the_options_that_they_use(program, words, capsys):
+    subcommand = words[:1] if program == "hawk-trt" and not words[0].startswith("-") else []
+    with pytest.raises(SystemExit, match="0"):
+        COMMANDS[program]([*subcommand, "--help"])
+    known = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
+    assert {word for word in words if word.startswith("--")} <= known
+
+
+def test_make_targets_and_variables_in_the_documents_exist():
+    code = "\n".join(re.findall(r"`[^`]+`", "\n".join(path.read_text(encoding="utf-8") for path in DOCUMENTS)))
+    targets = set(re.findall(r"\bmake ([a-z-]+)", code))
+    assert {"demo", "check", "export"} <= targets <= set(re.findall(r"^([a-z-]+):", MAKEFILE, re.MULTILINE))
+    variables = {name for line in re.findall(r"\bmake [a-z-]+(.*)", code) for name in re.findall(r"([A-Z_]+)=", line)}
+    assert {"MODEL", "OUT"} <= variables <= set(re.findall(r"^([A-Z_]+) \?=", MAKEFILE, re.MULTILINE))
+
+
+def test_phony_targets_are_those_that_help_or_check_name():
+    phony = set(re.search(r"^\.PHONY: (.*)$", MAKEFILE, re.MULTILINE).group(1).split())
+    assert phony == set(re.findall(r"^([a-z-]+):", MAKEFILE, re.MULTILINE))
+
+
+def test_the_tree_in_the_readme_names_what_exists():
+    (tree,) = (block for block in blocks(ROOT / "README.md") if block.startswith("export/"))
+    folder = ROOT
+    for line in tree.splitlines():
+        name = line.split()[0]
+        folder = folder if line.startswith(" ") else ROOT / name
+        assert (folder / name if line.startswith(" ") else folder).exists(), line
+
+
+def test_the_python_example_in_the_readme_runs(tiny_bundle, tmp_path):
+    (code,) = blocks(ROOT / "README.md", "python")
+    (tmp_path / "artifacts").mkdir()
+    (tmp_path / "artifacts" / "tiny-vlm").symlink_to(tiny_bundle)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    run = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}"]
+    done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout.split("\n") == ["cyan from 13 of 64 visual tokens", "5"], done.stderr
+
+
+def test_the_version_is_the_same_everywhere():
+    project = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+    changes = re.findall(r"^## \[(\d.*)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert hawk_trt.__version__ == project.group(1) == changes[0]
