@@ -42,7 +42,7 @@ def staged(out: Path) -> Iterator[Path]:
     except OSError as error:
         where = f" at {error.filename}" if error.filename else ""
         raise BundleError(
-            f"{out}: writing failed ({error.strerror}{where}); nothing there was changed. "
+            f"{out}: writing failed ({error.strerror or error}{where}); nothing there was changed. "
             "Free space or choose another folder with --out"
         ) from error
     finally:

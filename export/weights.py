@@ -134,9 +134,9 @@ class WeightStore:
             if progress is not None:
                 progress(done_bytes, self.total_bytes)
 
+        if self.link:
+            return {name: self._link(folder, name, advance) for name in self._sizes}
         with ThreadPoolExecutor(max_workers=1) as hasher:
-            if self.link:
-                return {name: self._link(folder, name, advance) for name in self._sizes}
             return {name: self._write_file(folder / name, hasher, advance) for name in self._sizes}
 
     def _place(self, stage_file: str, name: str) -> Placement:

@@ -63,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except HawkError as error:
         return _failed(str(error))
     except OSError as error:
-        return _failed(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+        place = f"{error.filename}: " if error.filename else ""
+        return _failed(f"{place}{error.strerror or error}")
     except MemoryError:
         return _failed("not enough memory. See what is free: hawk-trt doctor")
     return code

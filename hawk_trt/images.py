@@ -12,8 +12,10 @@ import struct
 import threading
 import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
 import numpy as np
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 MAX_PIXELS = 89_478_485
 
 _ORIENTATION_TAG = 0x0112
-_TRANSPOSE_OF_ORIENTATION = {
+_TRANSPOSE_OF_ORIENTATION: dict[object, Image.Transpose] = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -38,22 +40,22 @@ _TRANSPOSE_OF_ORIENTATION = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# What Pillow's decoders raise on damaged files.
+# What Pillow's decoders were seen to raise on files with bytes changed or cut off.
 _DAMAGED = (
-    OSError,
-    ValueError,
-    SyntaxError,
+    ArithmeticError,
+    AttributeError,
     EOFError,
-    IndexError,
-    KeyError,
-    TypeError,
-    OverflowError,
+    LookupError,
     MemoryError,
+    OSError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
     struct.error,
     zlib.error,
 )
-# warnings.catch_warnings swaps the filters of the whole process: two threads in it must not interleave.
-_HEADER_LOCK = threading.Lock()
+_DECODING = threading.Lock()
 
 
 def load_image(source: "ImageInput") -> npt.NDArray[np.uint8]:
@@ -75,13 +77,15 @@ def load_image(source: "ImageInput") -> npt.NDArray[np.uint8]:
     if isinstance(source, np.ndarray):
         return _from_array(source)
     if isinstance(source, Image.Image):
-        return _decode(source, "image (PIL)")
+        with _decoding("image (PIL)"):
+            return _decode(source, "image (PIL)")
     if isinstance(source, bytes | bytearray | memoryview):
-        return _from_bytes(bytes(source), "image (bytes)")
+        return _from_file(io.BytesIO(source), "image (bytes)")
     if isinstance(source, str) and source.startswith("data:"):
-        return _from_bytes(_data_url_bytes(source), "image (data URL)")
+        return _from_file(io.BytesIO(_data_url_bytes(source)), "image (data URL)")
     path = local_path(source, "image")
-    return _from_bytes(path.read_bytes(), str(path))
+    with path.open("rb") as file:
+        return _from_file(file, str(path))
 
 
 def resize(image: npt.NDArray[np.uint8], height: int, width: int, resample: int) -> npt.NDArray[np.uint8]:
@@ -116,18 +120,19 @@ def local_path(source: "str | os.PathLike[str]", what: str) -> Path:
         raise InvalidInput(f"{name}: addresses are not fetched. Download the {what} and give its path")
     path = Path(name)
     try:
-        if not path.exists():
-            raise InvalidInput(f"{path}: no such file. Check the path of the {what}")
-        if not path.is_file():
-            raise InvalidInput(f"{path}: not a file. Give the path of one {what} file")
-        if path.stat().st_size == 0:
-            raise InvalidInput(f"{path}: the file is empty. Check the {what}")
-        with path.open("rb"):
-            pass
+        there, regular = path.exists(), path.is_file()
+        content = b""
+        if regular:
+            with path.open("rb") as file:
+                content = file.read(1)
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
-        if isinstance(error, InvalidInput):
-            raise
-        raise InvalidInput(f"{name!r}: cannot be read ({error})") from error
+        raise InvalidInput(f"{name[:200]!r}: cannot be read ({error}). Check the path of the {what}") from error
+    if not there:
+        raise InvalidInput(f"{path}: no such file. Check the path of the {what}")
+    if not regular:
+        raise InvalidInput(f"{path}: not a file. Give the path of one {what} file")
+    if not content:
+        raise InvalidInput(f"{path}: the file is empty. Get the {what} again")
     return path
 
 
@@ -146,44 +151,46 @@ def check_size(width: int, height: int, name: str) -> None:
         )
 
 
-def _from_bytes(content: bytes, name: str) -> npt.NDArray[np.uint8]:
-    with _HEADER_LOCK, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # bomb and metadata warnings: sizes are checked below
+@contextmanager
+def _decoding(name: str) -> Iterator[None]:
+    """Turn what Pillow raises into InvalidInput, and drop its warnings of sizes and odd metadata.
+
+    warnings.catch_warnings swaps the filters of the whole process, so two threads must not interleave in it.
+    """
+    with _DECODING, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         try:
-            image = Image.open(io.BytesIO(content))
+            yield
+        except InvalidInput:
+            raise
         except Image.DecompressionBombError as error:
             raise InvalidInput(f"{name}: more than {MAX_PIXELS:,} pixels. Scale it down first") from error
         except UnidentifiedImageError as error:
             raise InvalidInput(f"{name}: not an image that Pillow can read. Convert it to PNG or JPEG") from error
         except _DAMAGED as error:
-            raise _damaged(name, error) from error
-    with image:
+            raise InvalidInput(
+                f"{name}: truncated or damaged ({error or type(error).__name__}). Get the file again"
+            ) from error
+
+
+def _from_file(file: IO[bytes], name: str) -> npt.NDArray[np.uint8]:
+    with _decoding(name), Image.open(file) as image:
         return _decode(image, name)
 
 
 def _decode(image: Image.Image, name: str) -> npt.NDArray[np.uint8]:
     check_size(image.width, image.height, name)
-    orientation = _orientation(image)
+    rgb = _to_rgb(image, name)
+    turn = _TRANSPOSE_OF_ORIENTATION.get(_orientation(image))
+    return np.asarray(rgb if turn is None else rgb.transpose(turn))
+
+
+def _orientation(image: Image.Image) -> object:
+    """The EXIF orientation, None where there is none or it cannot be read."""
     try:
-        rgb = _to_rgb(image, name)
-        if orientation in _TRANSPOSE_OF_ORIENTATION:
-            rgb = rgb.transpose(_TRANSPOSE_OF_ORIENTATION[orientation])
-        return np.asarray(rgb)
-    except InvalidInput:
-        raise
-    except _DAMAGED as error:
-        raise _damaged(name, error) from error
-
-
-def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 (upright) where there is none or it cannot be read."""
-    with _HEADER_LOCK, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            value = image.getexif().get(_ORIENTATION_TAG)
-        except _DAMAGED:  # damaged metadata do not make the pixels unusable
-            return 1
-    return value if isinstance(value, int) else 1
+        return image.getexif().get(_ORIENTATION_TAG)
+    except _DAMAGED:  # damaged metadata do not make the pixels unusable
+        return None
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
@@ -191,7 +198,6 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         return _grey16_to_rgb(image, name)
     if image.mode == "F":
         raise InvalidInput(f"{name}: got floating point pixels, whose range is unknown. Convert it to 8 bits")
-    # getbands and info hold before decoding; a palette's transparency is in info.
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         opaque = image.convert("RGBA")
         white = Image.new("RGBA", opaque.size, (255, 255, 255, 255))
@@ -229,7 +235,3 @@ def _data_url_bytes(url: str) -> bytes:
         return base64.b64decode(payload, validate=True)
     except binascii.Error as error:
         raise InvalidInput(f"image (data URL): not valid base64 ({error})") from error
-
-
-def _damaged(name: str, error: BaseException) -> InvalidInput:
-    return InvalidInput(f"{name}: truncated or damaged ({error or type(error).__name__}). Get the file again")

@@ -223,9 +223,9 @@ def collate(
 
 def _tokens(inputs: ModelInputs) -> tuple[IntArray, npt.NDArray[np.bool_]]:
     """input_ids [n] and which of them attention_mask calls real."""
-    ids = _vector("input_ids", inputs.input_ids)
-    if not len(ids):
+    if not np.size(inputs.input_ids):
         raise InvalidInput("input_ids: got no token, expected int64[seq_len] with at least one")
+    ids = _vector("input_ids", inputs.input_ids)
     if inputs.attention_mask is None:
         return ids, np.ones(len(ids), np.bool_)
     mask = _vector("attention_mask", inputs.attention_mask)

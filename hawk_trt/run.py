@@ -158,7 +158,8 @@ class Run:
 
     def _kept_indices(self, inputs: PrefillInputs, outputs: PrefillOutputs) -> list[IntArray]:
         """Kept positions of each row, in its prompt without padding."""
-        return [
+        kept_indices: list[IntArray] = [
             kept[start:] - pad
             for kept, start, pad in zip(outputs.kept_indices, inputs.kv_start.tolist(), inputs.pads, strict=True)
         ]
+        return kept_indices

@@ -195,7 +195,7 @@ def make_sparse_checkpoint(folder: Path, sizes: Sizes = QWEN_7B, *, dtype: str =
     for name, shape in all_shapes.items():
         groups[min(position * shards // total, shards - 1)][named(name, HUB)] = shape
         position += int(np.prod(shape)) * itemsize
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, group in enumerate(groups):
         file = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
         header, size_bytes = _header({name: (dtype, shape, itemsize) for name, shape in group.items()})

@@ -6,9 +6,14 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, so before anything else
 
 import pytest
+from hypothesis import settings
 
 ROOT = Path(__file__).parent.parent
 _GPU_DEVICES = ("/dev/nvidiactl", "/dev/nvhost-gpu")  # a card, a Jetson
+
+# Neither luck nor the speed of a machine decides whether a test passes.
+settings.register_profile("hawk", derandomize=True, deadline=None)
+settings.load_profile("hawk")
 
 
 def pytest_collection_modifyitems(items):

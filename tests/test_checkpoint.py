@@ -6,6 +6,10 @@ import sys
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file
+
 from checkpoints import (
     HUB,
     NEWER,
@@ -19,10 +23,6 @@ from checkpoints import (
     write_raw_safetensors,
     write_safetensors,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from safetensors.numpy import load_file
-
 from export.checkpoint import Checkpoint
 from export.hub import download, is_hub_id
 from export.inventory import inventory
@@ -281,5 +281,5 @@ def test_an_existing_folder_is_never_taken_for_a_hub_id(tmp_path, monkeypatch):
 
 def test_a_missing_huggingface_hub_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(CheckpointError, match="owner/name.*pip install huggingface_hub"):
+    with pytest.raises(CheckpointError, match=r"owner/name.*pip install huggingface_hub"):
         download("owner/name")

@@ -5,7 +5,6 @@ import json
 import os
 import resource
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import pytest
+
 from checkpoints import (
     HUB,
     NEWER,
@@ -26,7 +26,6 @@ from checkpoints import (
     shapes,
     write_json,
 )
-
 from export.__main__ import main
 from export.head_weights import default_head_weights
 from export.writer import ExportOptions, export
@@ -64,9 +63,8 @@ def stored_bytes(bundle, tensor):
     return (bundle.folder / tensor.location).read_bytes()[tensor.offset : tensor.offset + tensor.length]
 
 
-def run(*arguments, cwd=ROOT, **settings):
-    command = [sys.executable, "-m", "export", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, **settings)
+def run(*command):
+    return subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, check=False)
 
 
 def assert_one_line_error(finished, message, status=1):
@@ -232,13 +230,13 @@ def test_linking_refuses_what_it_would_have_to_convert(tmp_path, tensors):
         export(make_checkpoint(tmp_path / "model", mixed), tmp_path / "out", ExportOptions(link=True))
 
 
-def test_linking_to_another_file_system_says_to_drop_link(tmp_path, checkpoint):
+def test_linking_to_another_file_system_says_to_drop_link(checkpoint):
     memory = Path("/dev/shm")
     if not memory.is_dir() or memory.stat().st_dev == checkpoint.stat().st_dev:
         pytest.skip("no second file system at /dev/shm")
     out = memory / f"hawk-trt-test-{os.getpid()}" / "out"
     try:
-        with pytest.raises(BundleError, match="cannot be hard-linked.*Drop --link"):
+        with pytest.raises(BundleError, match=r"cannot be hard-linked.*Drop --link"):
             export(checkpoint, out, ExportOptions(link=True))
         assert list(out.parent.iterdir()) == []
     finally:
@@ -388,20 +386,21 @@ def test_a_symbolic_link_at_out_keeps_pointing_at_the_bundle(tmp_path, checkpoin
     assert [path.name for path in (tmp_path / "disk").iterdir()] == ["out"]
 
 
-def test_a_full_disk_leaves_the_older_bundle_and_nothing_else(tmp_path, checkpoint):
+def test_a_full_disk_leaves_the_older_bundle_and_nothing_else(tmp_path, checkpoint, capsys):
     out = tmp_path / "out"
     export(checkpoint, out)
     before = contents(out)
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
     for limit in (0, 20_000, len(before["decoder.data"]) // 4):  # at the first file, in a graph, in the weights
-        finished = run(
-            checkpoint,
-            "--out",
-            out,
-            "--dtype",
-            "float16",
-            preexec_fn=lambda limit=limit: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-        )
-        assert_one_line_error(finished, os.strerror(errno.EFBIG))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, unlimited[1]))
+        try:
+            status = main([str(checkpoint), "--out", str(out), "--dtype", "float16"])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+        assert status == 1
+        error = capsys.readouterr().err
+        assert os.strerror(errno.EFBIG) in error
+        assert len(error.splitlines()) == 1
         assert contents(out) == before
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -424,8 +423,8 @@ import os, signal, sys
 from pathlib import Path
 from export.writer import ExportOptions, export
 from hawk_trt.bundle import Bundle
-checkpoint, out, stop_signal = Path(sys.argv[1]), Path(sys.argv[2]), getattr(signal, sys.argv[3])
-older, step = Bundle.load(out).manifest.dtype, int(sys.argv[4])
+checkpoint, out, step = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+older = Bundle.load(out).manifest.dtype
 newer = "float16" if older == "float32" else "float32"
 outcomes, operation = [], 1
 while True:
@@ -434,11 +433,11 @@ while True:
         seen = 0
         def count(event, arguments):
             global seen
-            if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "ctypes.call_function"):
-                if seen >= 0 and (event.startswith("ctypes") or str(out.parent) in str(arguments[0])):
-                    seen += 1
-                    if seen == operation:
-                        os.kill(os.getpid(), stop_signal)
+            here = event in ("open", "os.mkdir", "os.rename") and str(out.parent) in str(arguments[0])
+            if here or event in ("ctypes.dlsym", "os.remove", "os.rmdir"):
+                seen += 1
+                if seen == operation:
+                    os.kill(os.getpid(), signal.SIGKILL)
         sys.addaudithook(count)
         export(checkpoint, out, ExportOptions(dtype=newer))
         os._exit(0)
@@ -456,8 +455,7 @@ print(len(outcomes), outcomes[-1] == newer, sorted(path.name for path in out.par
 
 def test_an_export_killed_at_any_file_operation_leaves_a_whole_bundle(tmp_path, checkpoint):
     export(checkpoint, tmp_path / "out")
-    script = [sys.executable, "-c", _KILLED, str(checkpoint), str(tmp_path / "out"), "SIGKILL", "3"]
-    finished = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, check=False)
+    finished = run("-c", _KILLED, checkpoint, tmp_path / "out", 3)
     assert finished.returncode == 0, finished.stderr
     count, survived, left = finished.stdout.split(maxsplit=2)
     assert int(count) > 10
@@ -478,8 +476,7 @@ def test_an_interrupted_export_cleans_up_and_exits_130(tmp_path, checkpoint):
         "sys.addaudithook(interrupt)\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
-    command = [sys.executable, "-c", script, str(checkpoint), "--out", str(out), "--force"]
-    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    finished = run("-c", script, checkpoint, "--out", out, "--force")
     assert_one_line_error(finished, "interrupted", status=130)
     assert contents(out) == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -502,7 +499,7 @@ def test_what_killed_exports_left_is_removed_and_what_they_moved_aside_put_back(
 
 
 def test_a_file_system_that_cannot_swap_folders_still_gets_the_new_bundle(tmp_path, checkpoint, monkeypatch):
-    monkeypatch.setattr("export.staging._exchange", lambda first, second: False)
+    monkeypatch.setattr("export.staging._exchange", lambda *folders: not folders)
     for dtype in ("float32", "float16"):
         export(checkpoint, tmp_path / "out", ExportOptions(dtype=dtype))
     assert Bundle.load(tmp_path / "out", verify=True).manifest.dtype == "float16"
@@ -567,7 +564,7 @@ def test_wrong_usage_exits_2(tmp_path, checkpoint, capsys):
 
 
 def test_a_failure_is_one_line_on_stderr(tmp_path):
-    assert_one_line_error(run(tmp_path / "nowhere", "--out", tmp_path / "out"), "nowhere: no such folder")
+    assert_one_line_error(run("-m", "export", tmp_path / "nowhere", "--out", tmp_path / "out"), "nowhere: no such folder")
 
 
 def test_a_hub_id_that_is_not_in_the_cache_says_what_to_do_without_a_network(tmp_path, capsys, monkeypatch):

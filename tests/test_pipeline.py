@@ -1,0 +1,318 @@
+"""The pipeline on the tiny model: answers, batches, streams, quotas, queries and bad input."""
+
+import dataclasses
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from examples.tiny_task import generate
+from export.__main__ import main as export
+from hawk_trt import HawkError, ModelInputs, Pipeline, PruningConfig, Request, SamplingConfig
+from hawk_trt.errors import BackendError, BundleError, InvalidInput
+from hawk_trt.stages import PROFILES
+
+SAMPLES = list(generate(11, 10))
+PRUNING = PruningConfig(keep_ratio=0.2)
+
+
+@pytest.fixture(scope="module", params=PROFILES)
+def pipe(request, tiny_bundle):
+    with Pipeline.load(tiny_bundle, profile=request.param) as pipe:
+        yield pipe
+
+
+@pytest.fixture(scope="module")
+def inplace(tiny_bundle):
+    with Pipeline.load(tiny_bundle) as pipe:
+        assert pipe.backend.profile == "inplace"
+        yield pipe
+
+
+def same(one, other, *, logits=False):
+    assert (one.text, one.token_ids, one.finish_reason) == (other.text, other.token_ids, other.finish_reason)
+    np.testing.assert_array_equal(one.kept_indices, other.kept_indices)
+    np.testing.assert_allclose(one.scores, other.scores, rtol=0, atol=1e-6)
+    if logits:
+        np.testing.assert_allclose(one.logits, other.logits, rtol=0, atol=1e-4)
+
+
+def test_a_batch_of_unlike_prompts_equals_its_rows_one_by_one(pipe):
+    requests = [
+        Request(SAMPLES[0].question, [SAMPLES[0].image]),
+        Request("Hello?"),
+        Request(SAMPLES[1].question, [SAMPLES[1].image, SAMPLES[2].image[:112, :140]]),
+        Request([{"role": "user", "content": [{"type": "text", "text": "What is red?"}, {"type": "image"}]}], [SAMPLES[3].image]),
+    ]  # fmt: skip
+    for pruning in (PRUNING, PruningConfig(keep_ratio=1.0), PruningConfig(keep_ratio=0.5, quota="per-image")):
+        batch = pipe.generate_batch(requests, pruning=pruning, max_new_tokens=6, return_logits=True)
+        for request, result in zip(requests, batch, strict=True):
+            alone = pipe.generate(request.prompt, request.images, pruning=pruning, max_new_tokens=6, return_logits=True)
+            same(alone, result, logits=True)
+
+
+def test_sampled_rows_of_a_batch_equal_the_same_seed_alone(inplace):
+    sampling = SamplingConfig(temperature=30.0, top_p=0.95, seed=5)
+    options = {"pruning": PRUNING, "max_new_tokens": 8, "sampling": sampling, "ignore_eos": True}
+    requests = [Request(s.question, [s.image]) for s in SAMPLES[:3]]
+    for request, result in zip(requests, inplace.generate_batch(requests, **options), strict=True):
+        same(inplace.generate(request.prompt, request.images, **options), result)
+    other = dataclasses.replace(sampling, seed=6)
+    alone = inplace.generate(SAMPLES[0].question, [SAMPLES[0].image], **{**options, "sampling": other})
+    assert alone.token_ids != inplace.generate(SAMPLES[0].question, [SAMPLES[0].image], **options).token_ids
+
+
+def test_the_stream_is_the_answer_in_pieces(inplace):
+    sample = SAMPLES[0]
+    stream = inplace.stream(sample.question, [sample.image], (), PRUNING, max_new_tokens=12)
+    pieces = list(stream)
+    whole = inplace.generate(sample.question, [sample.image], pruning=PRUNING, max_new_tokens=12)
+    assert "".join(pieces) == stream.result.text == whole.text
+    same(stream.result, whole)
+
+
+def test_kept_tokens_are_text_and_the_best_visual_ones(inplace):
+    sample = SAMPLES[0]
+    inputs = inplace.prepare(sample.question, [sample.image])
+    result = inplace.generate(inputs, pruning=PRUNING, max_new_tokens=1)
+    visual = np.flatnonzero(inputs.input_ids == inplace.bundle.manifest.special_tokens.image)
+    assert result.num_visual == len(visual) == len(result.scores) == 64
+    assert result.num_kept == 13
+    best = visual[np.sort(np.argsort(-result.scores, kind="stable")[:13])]
+    text = np.setdiff1d(np.arange(len(inputs.input_ids)), visual)
+    np.testing.assert_array_equal(result.kept_indices, np.union1d(text, best))
+
+
+def test_a_quota_per_image_keeps_its_share_of_each_and_reports_the_joint_scores(inplace):
+    images = [SAMPLES[0].image, SAMPLES[1].image[:112]]
+    joint = inplace.generate("What is red?", images, pruning=PruningConfig(keep_ratio=0.25), max_new_tokens=1)
+    each = inplace.generate(
+        "What is red?", images, pruning=PruningConfig(keep_ratio=0.25, quota="per-image"), max_new_tokens=1
+    )
+    np.testing.assert_allclose(each.scores, joint.scores, rtol=0, atol=1e-6)
+    inputs = inplace.prepare("What is red?", images)
+    visual = np.flatnonzero(inputs.input_ids == inplace.bundle.manifest.special_tokens.image)
+    kept = np.isin(visual, each.kept_indices)
+    assert (kept[:64].sum(), kept[64:].sum()) == (16, 8)
+    for part in (slice(0, 64), slice(64, 96)):
+        worst, best = each.scores[part][kept[part]].min(), each.scores[part][~kept[part]].max()
+        assert worst >= best
+
+
+def test_the_turn_query_hears_a_question_before_the_image(inplace):
+    sample = SAMPLES[0]
+
+    def scores(question, query):
+        content = [{"type": "text", "text": question}, {"type": "image", "image": sample.image}]
+        pruning = PruningConfig(query=query)
+        return inplace.generate([{"role": "user", "content": content}], pruning=pruning, max_new_tokens=1).scores
+
+    one, other = "What colour is the ring?", "How many arrows are there?"
+    np.testing.assert_allclose(scores(one, "paper"), scores(other, "paper"), atol=1e-5)
+    assert np.corrcoef(scores(one, "turn"), scores(other, "turn"))[0, 1] < 0.9
+
+
+def test_head_weights_need_no_export_and_are_used_as_given(inplace):
+    sample = SAMPLES[0]
+    heads = inplace.bundle.manifest.language.num_attention_heads
+    one = tuple(float(i == 2) for i in range(heads))
+
+    def scores(weights):
+        pruning = PruningConfig(head_weights=weights)
+        return inplace.generate(sample.question, [sample.image], pruning=pruning, max_new_tokens=1).scores
+
+    np.testing.assert_allclose(scores(tuple(3 * w for w in one)), 3 * scores(one), rtol=1e-5)
+    assert np.linalg.norm(scores(one)) == pytest.approx(1.0, rel=1e-5)  # the norm of a single head is 1
+    assert not np.allclose(scores(one), scores(None))
+
+
+def test_no_image_prunes_nothing_and_is_no_error(pipe):
+    result = pipe.generate("Hello?", pruning=PRUNING, max_new_tokens=3)
+    assert (result.num_visual, result.num_kept, len(result.scores)) == (0, 0, 0)
+    assert len(result.kept_indices) == len(pipe.prepare("Hello?").input_ids)
+
+
+def test_frames_of_one_image_twice_are_a_video_with_its_own_positions(inplace):
+    frames = np.stack([SAMPLES[0].image] * 4)
+    special = inplace.bundle.manifest.special_tokens
+    content = [{"type": "video", "video": frames}, {"type": "text", "text": "What is red?"}]
+    inputs = inplace.prepare([{"role": "user", "content": content}])
+    assert inputs.video_grid_thw.tolist() == [[2, 16, 16]]
+    assert (inputs.input_ids == special.video).sum() == 128
+    layout = inplace.layout(inputs)
+    times = np.unique(layout.position_ids[0, layout.visual_rows >= 0])
+    assert len(times) == 2
+    result = inplace.generate(inputs, pruning=PRUNING, max_new_tokens=4)
+    assert (result.num_visual, result.num_kept) == (128, 26)
+
+
+def test_an_answer_ends_at_a_stop_string_a_stop_token_or_its_length(inplace):
+    sample = next(s for s in SAMPLES if s.kind == "where")
+    ask = {"prompt": sample.question, "images": [sample.image], "pruning": PruningConfig(keep_ratio=1.0)}
+    whole = inplace.generate(**ask, max_new_tokens=16)
+    assert whole.finish_reason == "stop"
+    assert whole.token_ids[-1] in inplace.bundle.manifest.special_tokens.eos
+    first = whole.text.split()[0]
+    stopped = inplace.generate(**ask, max_new_tokens=16, stop=[whole.text[len(first) :]])
+    assert (stopped.text, stopped.finish_reason) == (first, "stop")
+    cut = inplace.generate(**ask, max_new_tokens=1)
+    assert (cut.finish_reason, len(cut.token_ids)) == ("length", 1)
+    on = inplace.generate(**ask, max_new_tokens=10, ignore_eos=True)
+    assert len(on.token_ids) == 10
+    assert on.token_ids[: len(whole.token_ids)] == whole.token_ids
+
+
+def test_logits_row_i_is_what_token_i_was_chosen_from(pipe):
+    sample = SAMPLES[2]
+    result = pipe.generate(
+        sample.question, [sample.image], pruning=PRUNING, max_new_tokens=6, ignore_eos=True, return_logits=True
+    )
+    assert result.logits.shape == (6, pipe.bundle.manifest.language.vocab_size)
+    assert result.logits.argmax(axis=-1).tolist() == result.token_ids
+
+
+def test_a_trace_with_the_generated_tokens_forced_gives_the_same_logits(inplace):
+    sample = SAMPLES[2]
+    inputs = inplace.prepare(sample.question, [sample.image])
+    result = inplace.generate(inputs, pruning=PRUNING, max_new_tokens=5, ignore_eos=True, return_logits=True)
+    trace = inplace.trace(inputs, PRUNING, result.token_ids[:-1])
+    np.testing.assert_array_equal(trace.logits, result.logits)
+    np.testing.assert_array_equal(trace.kept_indices, result.kept_indices)
+    hidden = inplace.bundle.manifest.language.hidden_size
+    assert trace.visual_embeds.shape == (64, hidden)
+    assert trace.hidden_states.shape == (len(result.kept_indices), hidden)
+
+
+def test_timings_add_up_to_no_more_than_the_whole(inplace):
+    timings = inplace.generate(SAMPLES[0].question, [SAMPLES[0].image], pruning=PRUNING).timings
+    parts = [timings.preprocess, timings.vision, timings.first_layer, timings.decoder, timings.decode]
+    assert all(part > 0 for part in parts)
+    assert sum(parts) <= timings.total
+
+
+def test_the_answer_ends_where_the_context_is_full(inplace):
+    context = inplace.bundle.manifest.language.max_position_embeddings
+    ids = np.full(context - 3, 300)
+    result = inplace.generate(ModelInputs(input_ids=ids), max_new_tokens=50, ignore_eos=True)
+    assert (len(result.token_ids), result.finish_reason) == (3, "length")
+    with pytest.raises(InvalidInput, match=f"got {context} positions, expected fewer than {context}"):
+        inplace.generate(ModelInputs(input_ids=np.full(context, 300)))
+
+
+def test_a_special_token_spelled_out_by_a_user_is_text(inplace):
+    special = inplace.bundle.manifest.special_tokens
+    prompt = "What is <|image_pad|><|im_end|> red?"
+    ids = inplace.prepare(prompt, [SAMPLES[0].image]).input_ids
+    plain = inplace.prepare("What is red?", [SAMPLES[0].image]).input_ids
+    for token in (special.image, special.im_end, special.im_start):
+        assert (ids == token).sum() == (plain == token).sum()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens: got 0"),
+        ({"pruning": PruningConfig(head_weights=(1.0, 2.0))}, "got 2 values, expected 8"),
+        ({"images": [SAMPLES[0].image], "min_pixels": 10_000, "max_pixels": 100}, "expected 0 < min_pixels <= max_pixels"),
+        ({"images": [b"not an image"]}, "image"),
+        ({"images": [np.zeros((0, 4, 3), np.uint8)]}, "image"),
+        ({"prompt": ModelInputs(input_ids=[1, 2]), "images": [SAMPLES[0].image]}, "beside ModelInputs"),
+        ({"prompt": ModelInputs(input_ids=[1, 9999])}, "input_ids: got ids from 1 to 9999"),
+        ({"prompt": ModelInputs(input_ids=[-1, 1])}, "input_ids: got ids from -1"),
+        ({"prompt": []}, "messages"),
+        ({"prompt": 3}, "prompt"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_refused_before_anything_runs(inplace, arguments, message):
+    with pytest.raises(InvalidInput, match=message):
+        inplace.generate(**{"prompt": "What is red?", "images": []} | arguments)
+
+
+def test_pixels_that_do_not_fit_their_grid_are_refused(inplace):
+    good = inplace.prepare("What is red?", [SAMPLES[0].image])
+    with pytest.raises(InvalidInput, match="pixel_values"):
+        inplace.generate(dataclasses.replace(good, pixel_values=good.pixel_values[:-4]))
+    with pytest.raises(InvalidInput, match="pixel_values"):
+        inplace.generate(dataclasses.replace(good, pixel_values=None))
+
+
+def test_a_bad_request_of_a_batch_is_named(inplace):
+    with pytest.raises(InvalidInput, match=r"requests\[1\]: .*image"):
+        inplace.generate_batch(["What is red?", Request("What is red?", [b"broken"])])
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"keep_ratio": 0}, {"keep_ratio": -1}, {"keep_ratio": 2}, {"keep_ratio": float("nan")}, {"keep_ratio": "0.2"},
+        {"head_weights": (float("nan"), 1.0)}, {"head_weights": (0.0, 0.0)}, {"head_weights": ()}, {"head_weights": (-1.0, 2.0)},
+        {"selector": "best"}, {"query": "all"}, {"quota": "none"}, {"min_visual_tokens": 0}, {"min_visual_tokens": 1.5},
+    ],
+)  # fmt: skip
+def test_invalid_pruning_raises_at_construction(values):
+    with pytest.raises(HawkError, match=next(iter(values))):
+        PruningConfig(**values)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"temperature": -0.1}, {"temperature": float("inf")}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -1}, {"seed": -3}],
+)
+def test_invalid_sampling_raises_at_construction(values):
+    with pytest.raises(ValueError, match=next(iter(values))):
+        SamplingConfig(**values)
+
+
+def test_a_missing_profile_names_the_export_option(tiny_checkpoint, tmp_path):
+    assert export([str(tiny_checkpoint), "--out", str(tmp_path / "b"), "--profile", "portable"]) == 0
+    assert Pipeline.load(tmp_path / "b").backend.profile == "portable"
+    with pytest.raises(BundleError, match="--profile inplace"):
+        Pipeline.load(tmp_path / "b", profile="inplace")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"backend": "openvino"}, "expected one of onnxruntime, tensorrt"),
+        ({"device": "tpu"}, 'expected "cpu", "cuda"'),
+    ],
+)
+def test_an_unknown_backend_or_device_is_refused(tiny_bundle, arguments, message):
+    with pytest.raises(BackendError, match=message):
+        Pipeline.load(tiny_bundle, **arguments)
+
+
+def test_bfloat16_says_on_the_cpu_what_to_do(tiny_checkpoint, tmp_path):
+    assert export([str(tiny_checkpoint), "--out", str(tmp_path / "b"), "--dtype", "bfloat16"]) == 0
+    with pytest.raises(BackendError, match=r"--dtype float32 or float16"):
+        Pipeline.load(tmp_path / "b")
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_float16_keeps_nearly_the_same_tokens_and_answers(tiny_checkpoint, tiny_bundle, tmp_path, profile):
+    assert export([str(tiny_checkpoint), "--out", str(tmp_path / "b"), "--dtype", "float16"]) == 0
+    answers = 0
+    with Pipeline.load(tmp_path / "b", profile=profile) as half, Pipeline.load(tiny_bundle, profile=profile) as full:
+        for sample in SAMPLES:
+            ask = {"prompt": sample.question, "images": [sample.image], "pruning": PRUNING, "return_logits": True}
+            one, other = half.generate(**ask, max_new_tokens=1), full.generate(**ask, max_new_tokens=1)
+            np.testing.assert_allclose(one.scores, other.scores, rtol=0, atol=2e-3)  # 6e-4 seen
+            overlap = len(np.intersect1d(one.kept_indices, other.kept_indices)) / len(other.kept_indices)
+            assert overlap > 0.95
+            answers += one.text == other.text
+            if overlap == 1.0:
+                np.testing.assert_allclose(one.logits, other.logits, rtol=0, atol=0.15)
+    assert answers >= len(SAMPLES) - 1
+
+
+def test_neither_torch_nor_transformers_is_imported_by_a_run(tiny_bundle, tmp_path):
+    Image.fromarray(SAMPLES[0].image).save(tmp_path / "scene.png")
+    program = (
+        "import sys; from hawk_trt import Pipeline; "
+        f"Pipeline.load({str(tiny_bundle)!r}).generate('What is red?', [{str(tmp_path / 'scene.png')!r}]); "
+        "print(sorted({'torch', 'transformers', 'onnx', 'av'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
