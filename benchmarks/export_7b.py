@@ -30,10 +30,11 @@ _FREE_GB = 18.0
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One command: wall time, the same until the disk has everything, and its peak resident memory."""
+    """One command: wall time, the same until the disk has everything, CPU time, and peak resident memory."""
 
     seconds: float
     synced_seconds: float
+    cpu_seconds: float
     peak_rss_gb: float
 
 
@@ -49,7 +50,7 @@ def measure(command: list[str]) -> Run:
     synced_seconds = time.perf_counter() - start
     if process.returncode != 0:
         raise SystemExit(f"{' '.join(command[:4])} ... failed with {process.returncode}")
-    return Run(seconds, synced_seconds, usage.ru_maxrss * 1024 / 1e9)
+    return Run(seconds, synced_seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 / 1e9)
 
 
 def graph_seconds(checkpoint: Path, profile: str) -> float:
@@ -81,6 +82,7 @@ def run(folder: Path) -> dict[str, float]:
     for name, measured in (("copy", copy), ("float16", converted), ("linked", linked)):
         result[f"{name}_seconds"] = measured.seconds
         result[f"{name}_synced_seconds"] = measured.synced_seconds
+        result[f"{name}_cpu_seconds"] = measured.cpu_seconds
         result[f"{name}_peak_rss_gb"] = measured.peak_rss_gb
     result["times_copy"] = converted.seconds / copy.seconds
     result["times_copy_synced"] = converted.synced_seconds / copy.synced_seconds

@@ -48,18 +48,19 @@ class CheckpointTensor:
     shape: tuple[int, ...]
 
     def blocks(self) -> Iterator[npt.NDArray[Any]]:
-        """The elements as stored, in 1-D arrays of a few MB; each is the caller's to keep.
+        """The elements as stored: 1-D arrays of a few MB, each valid until the next, which takes its memory.
 
         Raises:
             CheckpointError: the file cannot be read, or ends early.
         """
         dtype = numpy_dtype(self.dtype)
+        left = self.nbytes // dtype.itemsize
+        buffer = np.empty(min(left, _BLOCK_ELEMENTS), dtype)
         try:
             with self.file.open("rb", buffering=0) as file:
                 file.seek(self.offset)
-                left = self.nbytes // dtype.itemsize
                 while left:
-                    block = np.empty(min(left, _BLOCK_ELEMENTS), dtype)
+                    block = buffer[:left]
                     view, filled = block.view(np.uint8).data, 0
                     while filled < len(view):
                         count = file.readinto(view[filled:])

@@ -10,7 +10,7 @@ import hashlib
 import math
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -179,50 +179,48 @@ class WeightStore:
         return FileEntry(sha256_file(source, advance), source.stat().st_size, weights=True)
 
     def _write_file(self, path: Path, hasher: ThreadPoolExecutor, advance: Callable[[int], None]) -> FileEntry:
-        """Write one .data file; its blocks are hashed in a second thread while the next are made and written."""
+        """Write one .data file; a second thread hashes each block while it is written."""
         digest = hashlib.sha256()
-        hashed: Future[None] | None = None
         with path.open("wb", buffering=0) as out:
             for block in self._blocks(path.name):
-                view = block.data
-                previous, hashed = hashed, hasher.submit(digest.update, view)
+                hashed = hasher.submit(digest.update, block)
                 written = 0
-                while written < len(view):
-                    written += out.write(view[written:])
-                if previous is not None:
-                    previous.result()
-                advance(len(view))
-        if hashed is not None:
-            hashed.result()
+                while written < len(block):
+                    written += out.write(block[written:])
+                hashed.result()  # the next block takes its memory
+                advance(len(block))
         return FileEntry(digest.hexdigest(), self._sizes[path.name], weights=True)
 
-    def _blocks(self, name: str) -> Iterator[npt.NDArray[Any]]:
+    def _blocks(self, name: str) -> Iterator[memoryview]:
         """The content of one .data file, in order: aligned tensors and the zeros between them."""
         position = 0
         for placement in self._placements.values():
             if placement.file != name:
                 continue
             if placement.offset > position:
-                yield np.zeros(placement.offset - position, np.uint8)
+                yield memoryview(bytes(placement.offset - position))
             for block in _converted(placement.tensor, self.dtype):
-                yield block.view(np.uint8)  # the buffer protocol knows no bfloat16
+                yield block.view(np.uint8).data  # as bytes, since the buffer protocol knows no bfloat16
             position = placement.offset + placement.nbytes
 
 
 def _converted(tensor: CheckpointTensor, dtype: str) -> Iterator[npt.NDArray[Any]]:
-    """A tensor's elements in another dtype, rounded to nearest even: 1-D blocks.
+    """A tensor's elements in another dtype, rounded to nearest even: 1-D arrays, each valid until the next.
 
     Raises:
         CheckpointError: a finite value becomes infinite.
     """
-    target = numpy_dtype(dtype)
+    if tensor.dtype == dtype:
+        yield from tensor.blocks()
+        return
+    buffer = np.empty(0, numpy_dtype(dtype))
     for block in tensor.blocks():
-        if tensor.dtype == dtype:
-            yield block
-            continue
+        if buffer.size < block.size:
+            buffer = np.empty(block.size, buffer.dtype)
+        converted = buffer[: block.size]
         with np.errstate(over="ignore"):  # looked for below, since ml_dtypes raises no flag
-            converted = block.astype(target)
-        if _has_infinity(converted) and np.isinf(converted).sum() != np.isinf(block).sum():
+            np.copyto(converted, block, casting="unsafe")
+        if _may_overflow(converted) and np.isinf(converted).sum() != np.isinf(block).sum():
             raise CheckpointError(
                 f"{tensor.file}: tensor {tensor.name}: its largest magnitude, {_largest_finite(tensor):g}, "
                 f"does not fit {dtype}. Export with --dtype bfloat16 or float32"
@@ -230,12 +228,17 @@ def _converted(tensor: CheckpointTensor, dtype: str) -> Iterator[npt.NDArray[Any
         yield converted
 
 
-def _has_infinity(block: npt.NDArray[Any]) -> bool:
-    """Whether an element is infinite, by its bits: np.isinf is slower than the conversion itself."""
-    unsigned = np.dtype(f"u{block.itemsize}")
-    infinity = np.array(np.inf, block.dtype).view(unsigned)
-    without_sign = unsigned.type((1 << (8 * block.itemsize - 1)) - 1)
-    return bool(((block.view(unsigned) & without_sign) == infinity).any())
+def _may_overflow(block: npt.NDArray[Any]) -> bool:
+    """Whether an element is infinite or NaN, by its bits: np.isinf takes longer than the conversion itself.
+
+    From infinity's bits upwards lie only infinities and NaNs, for either sign.
+    """
+    signed, unsigned = np.dtype(f"i{block.itemsize}"), np.dtype(f"u{block.itemsize}")
+    infinities = np.array([np.inf, -np.inf], block.dtype)
+    return bool(
+        block.view(signed).max() >= infinities.view(signed)[0]
+        or block.view(unsigned).max() >= infinities.view(unsigned)[1]
+    )
 
 
 def _largest_finite(tensor: CheckpointTensor) -> float:

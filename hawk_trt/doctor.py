@@ -20,7 +20,7 @@ from hawk_trt import __version__
 
 # By extra of hawk-trt: the packages it brings, and the lowest version of each that works.
 EXTRAS: dict[str, dict[str, str]] = {
-    "video": {"av": "12"},
+    "video": {"av": "14.1"},
     "export": {"huggingface_hub": "0.30", "onnx": "1.19", "onnx-ir": "0.1.12"},
     "parity": {"safetensors": "0.4.3", "torch": "2.6", "transformers": "5.0"},
 }
@@ -202,7 +202,7 @@ def _providers() -> tuple[tuple[str, ...], str | None]:
 def _cpu(packages: dict[str, str | None], problem: str | None) -> Capability:
     problem = problem or provider_problem("CPUExecutionProvider")
     if problem:
-        return Capability("run on CPU", False, problem, "pip install 'hawk-trt[cpu]'")
+        return Capability("run on CPU", False, problem, "pip install onnxruntime")
     return Capability("run on CPU", True, f"onnxruntime {_onnxruntime(packages)}; float32 and float16 bundles")
 
 
@@ -216,7 +216,7 @@ def _cuda(
         # The two packages share one folder: with both installed, either may win.
         remove = "pip uninstall -y onnxruntime onnxruntime-gpu && " if packages["onnxruntime"] else ""
         detail = problem or f"this onnxruntime has no {CUDA_PROVIDER}"
-        return Capability(name, False, detail, f"{remove}pip install 'hawk-trt[cuda]'")
+        return Capability(name, False, detail, f"{remove}pip install onnxruntime-gpu")
     problem = provider_problem(CUDA_PROVIDER)
     if problem:
         return Capability(name, False, f"{CUDA_PROVIDER}: {problem}", "pip install 'onnxruntime-gpu[cuda,cudnn]'")
@@ -226,15 +226,17 @@ def _cuda(
 
 def _extra(name: str, packages: dict[str, str | None]) -> Capability:
     wanted = EXTRAS[name]
-    lacking = []
+    lacking, needed = [], []
     for package, lowest in wanted.items():
         found = packages[package]
         if found is None:
             lacking.append(f"{package} is not installed")
+            needed.append(package)
         elif not at_least(found, lowest):
             lacking.append(f"{package} {found} is older than {lowest}")
+            needed.append(f"'{package}>={lowest}'")
     if lacking:
-        return Capability(name, False, ", ".join(lacking), f"pip install 'hawk-trt[{name}]'")
+        return Capability(name, False, ", ".join(lacking), f"pip install {' '.join(needed)}")
     return Capability(name, True, ", ".join(f"{package} {packages[package]}" for package in wanted))
 
 

@@ -91,8 +91,8 @@ def load_image(source: "ImageInput") -> npt.NDArray[np.uint8]:
 def resize(image: npt.NDArray[np.uint8], height: int, width: int, resample: int) -> npt.NDArray[np.uint8]:
     """Resize an RGB image, its width first, then its height.
 
-    Two explicit passes, since Pillow 13 chooses their order by size, and each pass rounds to 8 bits: up to
-    20 levels away from what checkpoints were trained with.
+    Two explicit passes, since Pillow 13 chooses their order by size, and each pass rounds to 8 bits: the
+    other order is up to 23 levels away from what checkpoints were trained with.
 
     Args:
         image: uint8 [height, width, 3].
@@ -125,8 +125,8 @@ def local_path(source: "str | os.PathLike[str]", what: str) -> Path:
         if regular:
             with path.open("rb") as file:
                 content = file.read(1)
-    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
-        raise InvalidInput(f"{name[:200]!r}: cannot be read ({error}). Check the path of the {what}") from error
+    except OSError as error:
+        raise InvalidInput(f"{name[:200]}: cannot be read ({error.strerror}). Check the path of the {what}") from error
     if not there:
         raise InvalidInput(f"{path}: no such file. Check the path of the {what}")
     if not regular:

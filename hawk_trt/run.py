@@ -142,9 +142,9 @@ class Run:
         return pieces
 
     def _choose(self, outputs: StepOutputs) -> IntArray:
+        chosen: IntArray = outputs.next_token.copy()
         if outputs.logits is None:
-            return outputs.next_token
-        chosen = outputs.next_token.copy()
+            return chosen
         for row, logits in enumerate(outputs.logits):
             if not self._finished(row):
                 chosen[row] = self._samplers[row].next_token(logits)

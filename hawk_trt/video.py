@@ -91,7 +91,7 @@ def _open_file(path: Path, fps: float, max_frames: int) -> Video:
     try:
         from hawk_trt.video_file import FileFrames, index_file  # PyAV is an extra: only video files need it
     except ImportError as error:
-        raise BackendError("video files need PyAV. Install it: pip install 'hawk-trt[video]'") from error
+        raise BackendError("video files need PyAV. Install it: pip install av") from error
     index = index_file(path)
     numbers = sample_indices(index.total, index.fps, fps, max_frames)
     return Video(FileFrames(index, tuple(numbers.tolist())), index.total / (len(numbers) * index.fps))

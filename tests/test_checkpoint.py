@@ -34,7 +34,8 @@ NORM = "language_model.norm.weight"
 
 
 def read(checkpoint, name):
-    return np.concatenate(list(checkpoint.tensor(name).blocks())).reshape(checkpoint.tensor(name).shape)
+    tensor = checkpoint.tensor(name)
+    return np.concatenate([block.copy() for block in tensor.blocks()]).reshape(tensor.shape)
 
 
 def write_header(path, header, data=b""):

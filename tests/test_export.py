@@ -7,6 +7,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import ml_dtypes
@@ -204,6 +205,20 @@ def test_infinities_of_the_checkpoint_stay(tmp_path, tensors):
     infinite[Q_PROJ][0, 0] = np.inf
     made = export(make_checkpoint(tmp_path / "model", infinite), tmp_path / "out", ExportOptions(dtype="float16"))
     assert np.isinf(np.frombuffer(stored_bytes(made, stored_tensors(made)[Q_PROJ][0]), np.float16)[0])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_memory_stays_small_however_large_a_tensor_is(tmp_path, dtype):
+    folder = make_sparse_checkpoint(tmp_path / "model", Sizes(vocab_size=500_000), shards=1)
+    export(folder, tmp_path / "warm", ExportOptions(dtype=dtype))  # imports and caches are not the weights'
+    tracemalloc.start()
+    try:
+        made = export(folder, tmp_path / "out", ExportOptions(dtype=dtype))
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert made.manifest.files["embed_tokens.data"].size_bytes >= 64e6
+    assert peak_bytes < 24e6
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -564,7 +579,9 @@ def test_wrong_usage_exits_2(tmp_path, checkpoint, capsys):
 
 
 def test_a_failure_is_one_line_on_stderr(tmp_path):
-    assert_one_line_error(run("-m", "export", tmp_path / "nowhere", "--out", tmp_path / "out"), "nowhere: no such folder")
+    assert_one_line_error(
+        run("-m", "export", tmp_path / "nowhere", "--out", tmp_path / "out"), "nowhere: no such folder"
+    )
 
 
 def test_a_hub_id_that_is_not_in_the_cache_says_what_to_do_without_a_network(tmp_path, capsys, monkeypatch):

@@ -6,8 +6,8 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from checkpoints import Sizes, make_checkpoint, random_tensors
 
+from checkpoints import Sizes, make_checkpoint, random_tensors
 from export.__main__ import main as export
 from hawk_trt.bundle import Bundle
 from hawk_trt.stages import DECODER, DTYPES, FIRST_LAYER, NORMALIZATIONS, PROFILES

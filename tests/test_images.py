@@ -81,7 +81,13 @@ def test_every_mode_becomes_rgb_as_in_transformers(mode):
 
 @pytest.mark.parametrize(
     ("mode", "transparency"),
-    [("P", 3), ("P", bytes(range(256))), ("L", 128), ("1", 0), ("RGB", tuple(NOISE[0, 0].tolist()))],
+    [
+        ("P", picture("P").getpixel((0, 0))),
+        ("P", bytes(range(256))),
+        ("L", 128),
+        ("1", 0),
+        ("RGB", tuple(NOISE[0, 0].tolist())),
+    ],
 )
 def test_a_transparent_colour_shows_white(mode, transparency):
     content = encoded(picture(mode), "PNG", transparency=transparency)
@@ -121,8 +127,8 @@ def test_an_image_turned_by_the_caller_is_not_turned_again():
 
 def test_damaged_exif_data_do_not_lose_the_image():
     content = encoded(Image.fromarray(NOISE), "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff garbage", quality=95)
-    with Image.open(io.BytesIO(content)) as plain:
-        np.testing.assert_array_equal(load_image(content), np.asarray(plain))
+    plain = encoded(Image.fromarray(NOISE), "JPEG", quality=95)
+    np.testing.assert_array_equal(load_image(content), load_image(plain))
 
 
 @pytest.mark.parametrize("mode", ["I;16", "I"])
@@ -203,7 +209,7 @@ def test_what_is_no_image_is_an_error_that_names_it_and_says_what_helps(tmp_path
         (b"\x89PNG\r\n\x1a\n", ("image (bytes)",)),
         (png_header(10_000, 10_000), ("image (bytes)", "10000 x 10000")),
         (Image.new("RGB", (0, 5)), ("image (PIL)", "0 x 5", "at least 1 x 1")),
-        (Image.new("LAB", (4, 4)), ("image (PIL)", "LAB")),
+        (Image.new("F", (4, 4)), ("image (PIL)", "floating point")),
         (np.zeros((0, 4, 3), np.uint8), ("image (array)", "4 x 0")),
         (np.zeros((4, 4, 2), np.uint8), ("uint8[4, 4, 2]", "RGBA")),
         (np.zeros((2, 4, 4, 3), np.uint8), ("uint8[2, 4, 4, 3]",)),
@@ -212,7 +218,7 @@ def test_what_is_no_image_is_an_error_that_names_it_and_says_what_helps(tmp_path
         ("https://host/a.png", ("https://host/a.png", "not fetched")),
         ("data:image/png;base64,%%%", ("data URL", "base64")),
         ("data:image/png,abc", ("data:image/png", "base64")),
-        ("a\0b.png", ("cannot be read",)),
+        ("a\0b.png", ("no such file",)),
         ("x" * 10_000, ("cannot be read",)),
         (7, ("got int", "a path")),
         (None, ("got NoneType", "a path")),

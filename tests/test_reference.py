@@ -26,7 +26,12 @@ pytest.importorskip("transformers")
 from hawk_trt.parity.reference import Reference
 
 TOKENS = PromptTokens(
-    image=golden.IMAGE, video=golden.VIDEO, vision_end=golden.VISION_END, im_start=500, im_end=golden.IM_END, user=(401, 10)
+    image=golden.IMAGE,
+    video=golden.VIDEO,
+    vision_end=golden.VISION_END,
+    im_start=500,
+    im_end=golden.IM_END,
+    user=(401, 10),
 )
 
 

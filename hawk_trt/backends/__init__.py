@@ -112,7 +112,7 @@ def load_backend(bundle: Bundle, name: str, device: str, profile: str | None) ->
             if error.name != "onnxruntime":
                 raise
             raise BackendError(
-                "onnxruntime: not installed. pip install 'hawk-trt[cpu]', or 'hawk-trt[cuda]' on a GPU"
+                "onnxruntime: not installed. pip install onnxruntime, or onnxruntime-gpu for a GPU"
             ) from error
         return OnnxRuntimeBackend.load(bundle, device, profile)
     if name == "tensorrt":

@@ -14,7 +14,7 @@ from hawk_trt.backends.ort_session import Buffer, Device, Stage
 from hawk_trt.bundle import Bundle
 from hawk_trt.errors import BackendError
 from hawk_trt.layout import PrefillInputs
-from hawk_trt.stages import BIAS_KEEP, DECODER, FIRST_LAYER, INPLACE, STAGES, VISION
+from hawk_trt.stages import BIAS_KEEP, DECODER, FIRST_LAYER, INPLACE, PORTABLE, STAGES, VISION
 
 
 class OrtVisual:
@@ -65,11 +65,14 @@ class OnnxRuntimeBackend:
                 "dtype: got a bfloat16 bundle, which ONNX Runtime's CPU provider cannot run. "
                 "Export again with --dtype float32 or float16, or load it with device='cuda'"
             )
-        if profile is None:
-            profile = INPLACE if INPLACE in manifest.profiles else manifest.profiles[0]
-        entries = [manifest.graph(stage, profile) for stage in STAGES]
-        stages = {entry.stage: Stage(bundle.folder / entry.file, entry, place) for entry in entries}
-        return cls(bundle, place, profile, stages)
+        if profile is not None:
+            return cls(bundle, place, profile, _load_stages(bundle, profile, place))
+        if set(manifest.profiles) == {INPLACE, PORTABLE}:
+            try:
+                return cls(bundle, place, INPLACE, _load_stages(bundle, INPLACE, place))
+            except BackendError:  # an ONNX Runtime older than opset 24, which the portable graphs do not need
+                return cls(bundle, place, PORTABLE, _load_stages(bundle, PORTABLE, place))
+        return cls(bundle, place, manifest.profiles[0], _load_stages(bundle, manifest.profiles[0], place))
 
     def encode(self, feeds: Iterable[dict[str, npt.NDArray[Any]]], num_rows: int) -> OrtVisual:
         """Run the vision stage, one call a feed, into num_rows rows; one zero row where there is none."""
@@ -118,6 +121,11 @@ class OnnxRuntimeBackend:
     def close(self) -> None:
         """Release the sessions."""
         self.stages.clear()
+
+
+def _load_stages(bundle: Bundle, profile: str, place: Device) -> dict[str, Stage]:
+    entries = [bundle.manifest.graph(stage, profile) for stage in STAGES]
+    return {entry.stage: Stage(bundle.folder / entry.file, entry, place) for entry in entries}
 
 
 class OrtGeneration:

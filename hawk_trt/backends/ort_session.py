@@ -40,7 +40,7 @@ class Device:
         if self.kind == "cuda" and "CUDAExecutionProvider" not in ort.get_available_providers():
             raise BackendError(
                 "device: this onnxruntime has no CUDA provider. "
-                "pip uninstall onnxruntime, then pip install 'hawk-trt[cuda]'"
+                "pip uninstall -y onnxruntime && pip install onnxruntime-gpu"
             )
 
     def providers(self) -> list[tuple[str, dict[str, str]]]:
@@ -64,20 +64,22 @@ class Device:
     def upload(self, array: npt.NDArray[Any]) -> ort.OrtValue:
         """The array on the device; on the CPU it shares the array's memory."""
         array = np.ascontiguousarray(array)
-        host = _host_value(array)
         if self.kind == "cpu":
-            return host
-        value = ort.OrtValue.ortvalue_from_shape_and_type(list(array.shape), host.element_type(), self.kind, self.index)
-        if array.size:
-            value.update_inplace(host)
+            return _host_value(array)
+        if array.dtype.name != "bfloat16":
+            return ort.OrtValue.ortvalue_from_numpy(array, self.kind, self.index)
+        value = self.empty(array.shape, "bfloat16")
+        value.update_inplace(_host_value(array))
         return value
 
     def download(self, value: ort.OrtValue, dtype: str) -> npt.NDArray[Any]:
         """A host copy."""
-        array = np.empty(value.shape(), numpy_dtype(dtype))
-        if array.size:
-            _host_value(array).update_inplace(value)
-        return array
+        if dtype != "bfloat16":
+            array: npt.NDArray[Any] = value.numpy()
+            return array
+        bits = np.empty(value.shape(), numpy_dtype(dtype))
+        _host_value(bits).update_inplace(value)
+        return bits
 
     def concatenate(self, parts: Sequence[ort.OrtValue], dtype: str) -> ort.OrtValue:
         """Tensors [rows, width] one below the other; through the host where there are several."""
@@ -98,7 +100,8 @@ class Buffer:
         """Write new values to the device."""
         self._host[...] = values
         if self._device.kind != "cpu":
-            self.value.update_inplace(_host_value(self._host))
+            bits = self._host.dtype.name == "bfloat16"
+            self.value.update_inplace(_host_value(self._host) if bits else self._host)
 
 
 class Stage:

@@ -75,8 +75,8 @@ def print_report(report: ParityReport, console: Console) -> None:
     console.print(f"{report.dtype}, {report.backend}, against PyTorch {report.reference_dtype}. {_limits(report)}")
     for failure in report.failures:
         console.print(f"OUT OF TOLERANCE {failure}", style="red", markup=False, soft_wrap=True)
-    if report.passed:
-        console.print(f"in tolerance: {len(report.cases)} of {len(report.cases)} cases", style="green")
+    good = sum(not case.failures for case in report.cases)
+    console.print(f"in tolerance: {good} of {len(report.cases)} cases", style="green" if report.passed else "red")
 
 
 def _stage_table(case: CaseReport) -> Table:
@@ -128,9 +128,7 @@ def _limits(report: ParityReport) -> str:
         ("first_layer", tolerance.first_layer),
         ("decoder", tolerance.decoder),
     )
-    limits = [
-        f"{name} {limit.cosine:g} / 1 ± {limit.norm_ratio:g} / {limit.max_error:g}" for name, limit in stages
-    ]
+    limits = [f"{name} {limit.cosine:g} / 1 ± {limit.norm_ratio:g} / {limit.max_error:g}" for name, limit in stages]
     return (
         f"Tolerances (cosine / norm ratio / error of largest): {', '.join(limits)}; "
         f"scores and swaps at the cut {tolerance.score_error:g} of the spread; KL {tolerance.kl:g}"

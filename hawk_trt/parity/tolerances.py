@@ -2,6 +2,11 @@
 
 Cosine is blind to scale and a norm ratio to direction, so both are gated. Errors are relative to the
 largest value of the reference: a large model's outliers would make an absolute number meaningless.
+
+Measured on the worst row of the worst of 72 to 120 runs each (images, videos, text; keep ratios 0.1 to 1; 16
+steps), first on the trained tiny model, then on a random one, whose decoder amplifies every error. float32 and
+float16: ONNX Runtime's CPU against PyTorch in float32. bfloat16: PyTorch in bfloat16 against a float32 bundle,
+since ONNX Runtime's CPU cannot run it; there the random model is beyond the decoder's limits in half of the runs.
 """
 
 from dataclasses import dataclass
@@ -45,29 +50,30 @@ class Tolerance:
     kl: float
 
 
+# Beside each: 1 - cosine, norm ratio - 1, error; measured on the trained | the random model.
 TOLERANCES = {
     "float32": Tolerance(
-        vision=StageTolerance(cosine=0.99999, norm_ratio=1e-4, max_error=1e-4),
-        scores=StageTolerance(cosine=0.99999, norm_ratio=1e-4, max_error=1e-4),
-        first_layer=StageTolerance(cosine=0.99999, norm_ratio=1e-4, max_error=1e-4),
-        decoder=StageTolerance(cosine=0.99999, norm_ratio=1e-4, max_error=1e-4),
-        score_error=1e-4,
-        kl=1e-5,
+        vision=StageTolerance(0.999999, 1e-5, 3e-5),  # 1e-12, 6e-7, 1e-6 | 2e-11, 1e-6, 4e-6
+        scores=StageTolerance(0.999999, 1e-5, 3e-5),  # 5e-13, 2e-7, 1e-6 | 3e-12, 6e-7, 3e-6
+        first_layer=StageTolerance(0.999999, 5e-5, 5e-5),  # 1e-12, 1e-6, 9e-7 | 1e-10, 6e-6, 9e-6
+        decoder=StageTolerance(0.999999, 5e-5, 1e-4),  # 7e-14, 1e-6, 2e-6 | 4e-10, 4e-6, 2e-5
+        score_error=2e-5,  # 1e-6 | 2e-6; no token was swapped
+        kl=1e-7,  # 1e-10 | 2e-9
     ),
     "float16": Tolerance(
-        vision=StageTolerance(cosine=0.999, norm_ratio=1e-2, max_error=1e-2),
-        scores=StageTolerance(cosine=0.999, norm_ratio=1e-2, max_error=2e-2),
-        first_layer=StageTolerance(cosine=0.999, norm_ratio=1e-2, max_error=1e-2),
-        decoder=StageTolerance(cosine=0.999, norm_ratio=2e-2, max_error=2e-2),
-        score_error=2e-2,
-        kl=1e-2,
+        vision=StageTolerance(0.9999, 3e-3, 8e-3),  # 4e-7, 4e-4, 7e-4 | 4e-6, 1e-3, 3e-3
+        scores=StageTolerance(0.9999, 2e-3, 1e-2),  # 1e-7, 8e-5, 8e-4 | 2e-6, 6e-4, 3e-3
+        first_layer=StageTolerance(0.9998, 1e-2, 2e-2),  # 4e-7, 6e-4, 3e-4 | 4e-5, 3e-3, 6e-3
+        decoder=StageTolerance(0.999, 1e-2, 5e-2),  # 1e-8, 9e-4, 8e-4 | 4e-4, 4e-3, 2e-2
+        score_error=5e-3,  # 4e-4 | 1.5e-3; swaps at 4e-5 | 2e-4 from the cut
+        kl=1e-2,  # 1e-5 | 2e-3
     ),
     "bfloat16": Tolerance(
-        vision=StageTolerance(cosine=0.99, norm_ratio=5e-2, max_error=5e-2),
-        scores=StageTolerance(cosine=0.99, norm_ratio=5e-2, max_error=0.1),
-        first_layer=StageTolerance(cosine=0.99, norm_ratio=5e-2, max_error=5e-2),
-        decoder=StageTolerance(cosine=0.99, norm_ratio=5e-2, max_error=0.1),
-        score_error=0.1,
-        kl=0.1,
+        vision=StageTolerance(0.998, 2e-2, 4e-2),  # 1.5e-4, 6e-3, 8e-3 | 7e-4, 9e-3, 2e-2
+        scores=StageTolerance(0.999, 1e-2, 8e-2),  # 3e-5, 2e-3, 1e-2 | 4e-4, 4e-3, 4e-2
+        first_layer=StageTolerance(0.995, 5e-2, 8e-2),  # 1.2e-4, 1.1e-2, 9e-3 | 3e-3, 3e-2, 6e-2
+        decoder=StageTolerance(0.99, 4e-2, 0.1),  # 3e-6, 1e-2, 1.2e-2 | 3e-2, 3e-2, 0.19
+        score_error=3e-2,  # 6e-3 | 2e-2; swaps at 1.3e-3 | 5e-3 from the cut
+        kl=0.1,  # 8e-3 | 0.12
     ),
 }
