@@ -32,8 +32,7 @@ def test_doctor_suggests_the_packages_of_the_extras(monkeypatch):
     monkeypatch.setattr(doctor, "find_gpus", lambda: (Gpu("A GPU", "9.0", "580", 10, 9),))
     report = examine()
     assert not any(capability.works for capability in report.capabilities)
-    commands = " ".join(capability.command or "" for capability in report.capabilities)
-    suggested = set(re.findall(r"pip install ([\w -]+)", commands))
+    suggested = {(capability.command or "").rpartition("pip install ")[2] for capability in report.capabilities}
     declared = extras_of_pyproject()
     for extra in ("cpu", "cuda", "video", "export", "parity"):
         assert " ".join(declared[extra]) in suggested
