@@ -29,6 +29,9 @@ DTYPES = ("float32", "float16", "bfloat16")
 BIAS_KEEP = 3.0e38
 BIAS_DROP = -3.0e38
 
+# Input of an inplace engine, int64 [context_len], its values unread: attention reads that many columns of the cache.
+CONTEXT_SLOTS = "context_slots"
+
 ElementType = Literal["model", "residual", "float32", "int64", "int32", "bool"]
 
 

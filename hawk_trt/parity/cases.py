@@ -14,7 +14,7 @@ from hawk_trt.requests import ModelInputs
 
 if TYPE_CHECKING:
     from hawk_trt.pipeline import Pipeline
-    from hawk_trt.requests import ImageInput, VideoInput
+    from hawk_trt.requests import ImageInput
 
 DEFAULT_PROMPT = "Describe what is shown."
 _TEXT_TOKENS = 8
@@ -48,7 +48,7 @@ def given_cases(
 def generated_cases(pipe: "Pipeline", prompts: Sequence[str], seed: int) -> list[ParityCase]:
     """Every prompt with noise, with a gradient, with two images and alone."""
     rng = np.random.default_rng(seed)
-    shown: "dict[str, list[ImageInput]]" = {
+    shown: dict[str, list[ImageInput]] = {
         "noise 224x224": [_noise(rng, 224, 224)],
         "gradient 336x196": [_gradient(336, 196)],
         "two images": [_gradient(168, 112), _noise(rng, 112, 224)],

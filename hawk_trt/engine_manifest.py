@@ -1,0 +1,313 @@
+"""The engine folder: the plans of one bundle for one GPU, and all else that the runtime needs.
+
+    engines.json                                        this manifest, the bundle's own inside it
+    vision.plan, first_layer.plan, decoder.plan         one serialized engine a stage
+    embed_tokens.data                                   the token embedding table
+    the plugin's .so, where a plan uses it
+    config.json, tokenizer.json, chat_template.jinja, ...
+
+In: such a folder. Out: its manifest, once nothing in it is damaged, stale or foreign, which is found out before
+TensorRT sees a plan: it deserialises what it is given, or crashes.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from hawk_trt.bundle import Bundle, FileEntry, Manifest, TensorEntry, sha256_file
+from hawk_trt.errors import BundleError
+
+ENGINES_MANIFEST = "engines.json"
+ENGINES_SCHEMA_VERSION = 1
+# Optimization profiles of first_layer and decoder, by index; vision has the first alone.
+PREFILL = 0
+DECODE = 1
+
+_PLAN_MAGIC = b"ftrt"
+_PLAN_MAGIC_RTX = b"vtrt"
+_PLAN_VERSION_AT = 24
+
+
+@dataclass(frozen=True, slots=True)
+class InputRange:
+    """Shapes that one input may have in an optimization profile."""
+
+    name: str
+    min: tuple[int, ...]
+    opt: tuple[int, ...]
+    max: tuple[int, ...]
+
+    def holds(self, shape: tuple[int, ...]) -> bool:
+        """Whether an input of this shape fits."""
+        return len(shape) == len(self.min) and all(
+            low <= size <= high for low, size, high in zip(self.min, shape, self.max, strict=True)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PlanEntry:
+    """One .plan file.
+
+    Attributes:
+        stage: vision, first_layer or decoder.
+        file: its name.
+        onnx_sha256: of the bundle's graph that it was built from.
+        inputs: of the engine; an inplace cache has its static length, and context_slots is among them.
+        outputs: of the engine.
+        profiles: for each optimization profile, the ranges of all inputs.
+        plugin_layers: layers that are the top-k plugin.
+        layers: of the network, after parsing.
+        flags: builder flags by name.
+        workarounds: names of the miscompile workarounds that were on.
+        seconds: that the build took.
+    """
+
+    stage: str
+    file: str
+    onnx_sha256: str
+    inputs: tuple[TensorEntry, ...]
+    outputs: tuple[TensorEntry, ...]
+    profiles: tuple[tuple[InputRange, ...], ...]
+    plugin_layers: int
+    layers: int
+    flags: tuple[str, ...]
+    workarounds: tuple[str, ...]
+    seconds: float
+
+    def range(self, profile: int, name: str) -> InputRange:
+        """The range of an input in an optimization profile."""
+        return next(entry for entry in self.profiles[profile] if entry.name == name)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The largest request that the engines take.
+
+    Attributes:
+        visual_tokens: of one prompt, before pruning.
+        prompt_tokens: of one prompt, text and visual, before pruning.
+        context: tokens kept and generated, a row: the length of the static cache.
+        batch: prompts side by side.
+    """
+
+    visual_tokens: int
+    prompt_tokens: int
+    context: int
+    batch: int
+
+    @property
+    def kept_tokens(self) -> int:
+        """Tokens of one prompt after pruning: they all go into the cache."""
+        return min(self.prompt_tokens, self.context)
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What a plan is made for and runs on.
+
+    Attributes:
+        tensorrt: version, such as "10.16.1.11".
+        cuda: newest CUDA version that the driver supports, such as "13.0".
+        driver: version, None where it is not told.
+        gpu: its name.
+        compute_capability: such as "8.7".
+    """
+
+    tensorrt: str
+    cuda: str
+    driver: str | None
+    gpu: str
+    compute_capability: str
+
+    def __str__(self) -> str:
+        sm = self.compute_capability.replace(".", "")
+        return f"sm_{sm} ({self.gpu}) with TensorRT {self.tensorrt}"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineManifest:
+    """engines.json.
+
+    Attributes:
+        schema_version: of this file.
+        bundle: manifest of the bundle, its files and embedding table as they lie here, without graphs.
+        bundle_sha256: of the bundle's bundle.json.
+        profile: the lowering, "portable" or "inplace".
+        limits: the largest request.
+        machine: that the plans were built on, and for.
+        plans: one a stage.
+        plugin: name of the plugin's file, None where no plan has a plugin layer.
+        plugin_sha256: of the plugin that the build was given, None without one.
+        files: of the folder, without those of `bundle`.
+        rebuild: the command that makes the folder anew.
+        versions: of what wrote it.
+    """
+
+    schema_version: int
+    bundle: Manifest
+    bundle_sha256: str
+    profile: str
+    limits: Limits
+    machine: Machine
+    plans: tuple[PlanEntry, ...]
+    plugin: str | None
+    plugin_sha256: str | None
+    files: dict[str, FileEntry]
+    rebuild: str
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFolder:
+    """A manifest and the folder it describes."""
+
+    folder: Path
+    manifest: EngineManifest
+
+    @classmethod
+    def load(
+        cls, folder: str | Path, *, verify: bool = False, progress: Callable[[int], None] | None = None
+    ) -> "EngineFolder":
+        """Read and check an engine folder.
+
+        Args:
+            folder: that the engine builder wrote.
+            verify: also hash the plans and the embedding table.
+            progress: called with the bytes hashed as verification goes on.
+
+        Raises:
+            BundleError: no engine folder, a newer schema, a missing, changed or foreign file.
+        """
+        folder = Path(folder)
+        engines = cls(folder, read_engine_manifest(folder))
+        engines.check(verify=verify, progress=progress)
+        return engines
+
+    @property
+    def bundle(self) -> Bundle:
+        """What the runtime asks a bundle for: tokenizer, settings, embedding table. It has no graphs."""
+        return Bundle(self.folder, self.manifest.bundle)
+
+    @property
+    def plugin(self) -> Path | None:
+        """The plugin that must be loaded before the plans, None where none is needed."""
+        return None if self.manifest.plugin is None else self.folder / self.manifest.plugin
+
+    def plan(self, stage: str) -> PlanEntry:
+        """The plan of a stage."""
+        return next(entry for entry in self.manifest.plans if entry.stage == stage)
+
+    def check(self, *, verify: bool = False, progress: Callable[[int], None] | None = None) -> None:
+        """Compare every file with the manifest (plans and table by size, by hash with verify), and the plans' headers.
+
+        Raises:
+            BundleError: a file is missing or differs.
+        """
+        rebuild = f"Rebuild: {self.manifest.rebuild}"
+        for name, entry in {**self.manifest.bundle.files, **self.manifest.files}.items():
+            path = self.folder / name
+            if not path.is_file():
+                raise BundleError(f"{path}: missing. {rebuild}")
+            size_bytes = path.stat().st_size
+            if size_bytes != entry.size_bytes:
+                raise BundleError(f"{path}: got {size_bytes} bytes, expected {entry.size_bytes}. {rebuild}")
+            if (verify or not entry.weights) and sha256_file(path, progress) != entry.sha256:
+                raise BundleError(f"{path}: its content changed since the build (sha256 differs). {rebuild}")
+        for plan in self.manifest.plans:
+            path = self.folder / plan.file
+            version, built = plan_version(path, rebuild), self.manifest.machine.tensorrt
+            if not same_version(version, built):
+                raise BundleError(f"{path}: written by TensorRT {version}, {ENGINES_MANIFEST} says {built}. {rebuild}")
+
+    def check_machine(self, machine: Machine) -> None:
+        """Refuse plans built for another GPU or by another TensorRT.
+
+        Raises:
+            BundleError: they would not run here, or not as they were verified.
+        """
+        built = self.manifest.machine
+        if (
+            built.compute_capability != machine.compute_capability
+            or built.gpu != machine.gpu
+            or not same_version(built.tensorrt, machine.tensorrt)
+        ):
+            raise BundleError(f"{self.folder}: built for {built}, this is {machine}. Rebuild: {self.manifest.rebuild}")
+
+
+def read_engine_manifest(folder: Path) -> EngineManifest:
+    """Read engines.json.
+
+    Raises:
+        BundleError: none there, a damaged one, or one of a newer schema.
+    """
+    path = folder / ENGINES_MANIFEST
+    if not path.is_file():
+        raise BundleError(
+            f"{folder}: no engines there ({ENGINES_MANIFEST} is missing). "
+            f"Build them from a bundle, on the GPU that is to run them: make engines BUNDLE=bundle OUT={folder}"
+        )
+    content = path.read_bytes()
+    again = "Build again: make engines"
+    try:
+        version = msgspec.json.decode(content, type=_SchemaOnly).schema_version
+        if version > ENGINES_SCHEMA_VERSION:
+            raise BundleError(
+                f"{path}: schema version {version}, this hawk_trt reads up to {ENGINES_SCHEMA_VERSION}. "
+                "Update hawk_trt, or build again with this version: make engines"
+            )
+        manifest = msgspec.json.decode(content, type=EngineManifest)
+        digest = msgspec.json.decode(content, type=_Digest).manifest_sha256
+    except msgspec.MsgspecError as error:
+        raise BundleError(f"{path}: damaged ({error}). {again}") from error
+    if engine_manifest_digest(manifest) != digest:
+        raise BundleError(f"{path}: its content changed since the build (sha256 differs). {again}")
+    return manifest
+
+
+def engine_manifest_bytes(manifest: EngineManifest) -> bytes:
+    """engines.json as written: indented, and with its own sha256."""
+    fields = msgspec.to_builtins(manifest)
+    fields["manifest_sha256"] = engine_manifest_digest(manifest)
+    return msgspec.json.format(msgspec.json.encode(fields), indent=1)
+
+
+def engine_manifest_digest(manifest: EngineManifest) -> str:
+    """The sha256 of a manifest's compact JSON."""
+    return hashlib.sha256(msgspec.json.encode(manifest)).hexdigest()
+
+
+def plan_version(path: Path, advice: str) -> str:
+    """The TensorRT version that wrote a plan, "major.minor.patch.build", from its first bytes.
+
+    Args:
+        path: the plan.
+        advice: what to do where it is none, for the error.
+
+    Raises:
+        BundleError: not a plan, or one of TensorRT-RTX.
+    """
+    with path.open("rb") as file:
+        header = file.read(_PLAN_VERSION_AT + 4)
+    if header[:4] == _PLAN_MAGIC_RTX:
+        raise BundleError(f"{path}: a plan of TensorRT-RTX, expected one of TensorRT. {advice}")
+    if header[:4] != _PLAN_MAGIC or len(header) < _PLAN_VERSION_AT + 4:
+        raise BundleError(f"{path}: not a TensorRT plan (begins with {header[:4]!r}). {advice}")
+    return ".".join(str(part) for part in header[_PLAN_VERSION_AT:])
+
+
+def same_version(first: str, second: str) -> bool:
+    """Whether two versions are the same as far as both say: older TensorRT packages leave the build number out."""
+    return all(a == b for a, b in zip(first.split("."), second.split("."), strict=False))
+
+
+@dataclass(frozen=True, slots=True)
+class _SchemaOnly:
+    schema_version: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Digest:
+    manifest_sha256: str
