@@ -114,7 +114,7 @@ def decoder_layer(
             attended = linear(g, attended, f"{weight}.self_attn.o_proj", "o_proj")
         x = add_residual(g, x, attended, "add_attention")
         h = rms_norm(g, x, f"{weight}.post_attention_layernorm", config.rms_norm_eps, "post_attention_layernorm")
-        x = add_residual(g, x, gated_mlp(g, h, f"{weight}.mlp"), "add_mlp")
+        x = g.op("Add", x, gated_mlp(g, h, f"{weight}.mlp"), name="add_mlp")
     return x, present
 
 

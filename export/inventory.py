@@ -8,14 +8,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from export.checkpoint import EMBEDDINGS, LM_HEAD
+from export.shapes import Shapes, linear
+from export.vision import SHAPES
 from hawk_trt.stages import LanguageConfig
 
-Shapes = dict[str, tuple[int, ...]]
 
-
-def inventory(language: LanguageConfig, vision: Mapping[str, Any]) -> Shapes:
-    """Names and shapes of all tensors of a Qwen2.5-VL model; a tied one needs no lm_head.weight."""
-    return _language_shapes(language) | _vision_shapes(vision)
+def inventory(family: str, language: LanguageConfig, vision: Mapping[str, Any]) -> Shapes:
+    """Names and shapes of all tensors of a family's model; a tied one needs no lm_head.weight."""
+    return _language_shapes(language) | SHAPES[family](vision)
 
 
 def _language_shapes(language: LanguageConfig) -> Shapes:
@@ -30,39 +30,15 @@ def _language_shapes(language: LanguageConfig) -> Shapes:
         shapes |= {
             f"{layer}.input_layernorm.weight": (hidden,),
             f"{layer}.post_attention_layernorm.weight": (hidden,),
-            **_linear(f"{layer}.self_attn.q_proj", query, hidden),
-            **_linear(f"{layer}.self_attn.k_proj", kv, hidden),
-            **_linear(f"{layer}.self_attn.v_proj", kv, hidden),
+            **linear(f"{layer}.self_attn.q_proj", query, hidden, bias=not language.qk_norm),
+            **linear(f"{layer}.self_attn.k_proj", kv, hidden, bias=not language.qk_norm),
+            **linear(f"{layer}.self_attn.v_proj", kv, hidden, bias=not language.qk_norm),
             f"{layer}.self_attn.o_proj.weight": (hidden, query),
             f"{layer}.mlp.gate_proj.weight": (inner, hidden),
             f"{layer}.mlp.up_proj.weight": (inner, hidden),
             f"{layer}.mlp.down_proj.weight": (hidden, inner),
         }
+        if language.qk_norm:
+            for name in ("q_norm", "k_norm"):
+                shapes[f"{layer}.self_attn.{name}.weight"] = (language.head_dim,)
     return shapes
-
-
-def _vision_shapes(vision: Mapping[str, Any]) -> Shapes:
-    hidden, inner, patch = vision["hidden_size"], vision["intermediate_size"], vision["patch_size"]
-    merged = vision["spatial_merge_size"] ** 2 * hidden
-    shapes: Shapes = {
-        "visual.patch_embed.proj.weight": (hidden, vision["in_channels"], vision["temporal_patch_size"], patch, patch),
-        "visual.merger.ln_q.weight": (hidden,),
-        **_linear("visual.merger.mlp.0", merged, merged),
-        **_linear("visual.merger.mlp.2", vision["out_hidden_size"], merged),
-    }
-    for index in range(vision["depth"]):
-        block = f"visual.blocks.{index}"
-        shapes |= {
-            f"{block}.norm1.weight": (hidden,),
-            f"{block}.norm2.weight": (hidden,),
-            **_linear(f"{block}.attn.qkv", 3 * hidden, hidden),
-            **_linear(f"{block}.attn.proj", hidden, hidden),
-            **_linear(f"{block}.mlp.gate_proj", inner, hidden),
-            **_linear(f"{block}.mlp.up_proj", inner, hidden),
-            **_linear(f"{block}.mlp.down_proj", hidden, inner),
-        }
-    return shapes
-
-
-def _linear(name: str, rows: int, columns: int) -> Shapes:
-    return {f"{name}.weight": (rows, columns), f"{name}.bias": (rows,)}

@@ -5,9 +5,13 @@ Activations are 2-D [tokens, features] between the parts, so that every weight k
 checkpoint's own files.
 """
 
+import numpy as np
 import onnx_ir as ir
 
 from export.graph import GraphBuilder
+
+# How far beyond 65,504 the inner values of a float16 MLP may go: a power of two, so that scaling is exact.
+_FLOAT16_HEADROOM = 64.0
 
 
 def linear(g: GraphBuilder, x: ir.Value, weight: str, name: str) -> ir.Value:
@@ -56,14 +60,38 @@ def rotary(g: GraphBuilder, x: ir.Value, cos: ir.Value, sin: ir.Value, name: str
 
 
 def gated_mlp(g: GraphBuilder, x: ir.Value, weight: str) -> ir.Value:
-    """down(silu(gate(x)) * up(x)): [tokens, hidden] -> [tokens, hidden]."""
+    """down(silu(gate(x)) * up(x)): [tokens, hidden] in the model's dtype -> [tokens, hidden] in the residual's."""
     with g.scope("mlp"):
         gate = linear(g, x, f"{weight}.gate_proj", "gate_proj")
         up = linear(g, x, f"{weight}.up_proj", "up_proj")
         silu = g.op("Mul", gate, g.op("Sigmoid", gate, name="sigmoid"), name="silu")
-        return linear(g, g.op("Mul", silu, up, name="gated"), f"{weight}.down_proj", "down_proj")
+        if g.dtype == "float16":
+            return _float16_down(g, silu, up, f"{weight}.down_proj")
+        down = linear(g, g.op("Mul", silu, up, name="gated"), f"{weight}.down_proj", "down_proj")
+        return g.cast(down, g.dtype, g.residual, "to_residual")
+
+
+def _float16_down(g: GraphBuilder, silu: ir.Value, up: ir.Value, weight: str) -> ir.Value:
+    """down(silu * up) where both the product and the projection may pass float16's 65,504.
+
+    The product is made in float32 and scaled by a power of two, which costs no digits; the scale is undone in
+    float32 behind the projection. [tokens, intermediate] float16 -> [tokens, hidden] float32.
+    """
+    silu, up = (g.cast(t, "float16", "float32", f"{n}_float32") for t, n in ((silu, "silu"), (up, "up")))
+    scaled = g.op("Mul", silu, g.const(1 / _FLOAT16_HEADROOM, "float32"), name="scaled_silu")
+    product = g.op("Mul", scaled, up, name="gated")
+    bound = float(np.finfo(np.float16).max)
+    product = g.op("Clip", product, g.const(-bound, "float32"), g.const(bound, "float32"), name="bounded")
+    product = g.cast(product, "float32", "float16", "gated_float16")
+    down = g.op("Gemm", product, g.weight(f"{weight}.weight"), transB=1, name="down_proj")
+    down = g.cast(down, "float16", "float32", "down_float32")
+    down = g.op("Mul", down, g.const(_FLOAT16_HEADROOM, "float32"), name="unscaled")
+    if not g.has_weight(f"{weight}.bias"):
+        return down
+    bias = g.cast(g.weight(f"{weight}.bias"), "float16", "float32", "bias_float32")
+    return g.op("Add", down, bias, name="add_bias")
 
 
 def add_residual(g: GraphBuilder, x: ir.Value, y: ir.Value, name: str) -> ir.Value:
-    """X + y in the residual dtype; y comes in the model's."""
+    """Add y, in the model's dtype, to the residual stream x."""
     return g.op("Add", x, g.cast(y, g.dtype, g.residual, f"{name}_cast"), name=name)

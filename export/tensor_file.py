@@ -5,6 +5,7 @@ little-endian integer; the header, JSON; then the tensors' bytes, without gaps. 
 streaming and linking need the offsets, which the safetensors package keeps to itself.
 """
 
+import itertools
 import json
 import math
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ _DTYPES = {"F64": ("float64", 8), "F32": ("float32", 4), "F16": ("float16", 2), 
 # The format's limit: a length above it means that this is not a safetensors file.
 _MAX_HEADER_BYTES = 100_000_000
 # Elements read at a time: conversion is fast while they stay in the CPU's cache.
-_BLOCK_ELEMENTS = 1 << 20
+_BLOCK_ELEMENTS = 1 << 19
 _DOWNLOAD_AGAIN = "Download or copy it again"
 
 
@@ -48,19 +49,19 @@ class CheckpointTensor:
     shape: tuple[int, ...]
 
     def blocks(self) -> Iterator[npt.NDArray[Any]]:
-        """The elements as stored: 1-D arrays of a few MB, each valid until the next, which takes its memory.
+        """The elements as stored: 1-D arrays of a few MB at most, each valid until the next but one, which takes its memory.
 
         Raises:
             CheckpointError: the file cannot be read, or ends early.
         """
         dtype = numpy_dtype(self.dtype)
         left = self.nbytes // dtype.itemsize
-        buffer = np.empty(min(left, _BLOCK_ELEMENTS), dtype)
+        buffers = alternating_buffers(left, dtype)
         try:
             with self.file.open("rb", buffering=0) as file:
                 file.seek(self.offset)
                 while left:
-                    block = buffer[:left]
+                    block = next(buffers)[:left]
                     view, filled = block.view(np.uint8).data, 0
                     while filled < len(view):
                         count = file.readinto(view[filled:])
@@ -71,6 +72,11 @@ class CheckpointTensor:
                     yield block
         except OSError as error:
             raise CheckpointError(f"{self.file}: cannot be read ({error.strerror})") from error
+
+
+def alternating_buffers(size: int, dtype: np.dtype[Any]) -> Iterator[npt.NDArray[Any]]:
+    """Two uninitialised blocks of up to size elements in turn: one is filled while the other is still being used."""
+    return itertools.cycle([np.empty(min(size, _BLOCK_ELEMENTS), dtype) for _ in range(2)])
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,9 @@ import hashlib
 import math
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from export.checkpoint import EMBEDDINGS, Checkpoint
-from export.tensor_file import CheckpointTensor
+from export.tensor_file import CheckpointTensor, alternating_buffers
 from hawk_trt.bundle import FileEntry, TableEntry, numpy_dtype, sha256_file
 from hawk_trt.errors import BundleError, CheckpointError
 
@@ -136,8 +137,8 @@ class WeightStore:
 
         if self.link:
             return {name: self._link(folder, name, advance) for name in self._sizes}
-        with ThreadPoolExecutor(max_workers=1) as hasher:
-            return {name: self._write_file(folder / name, hasher, advance) for name in self._sizes}
+        with ThreadPoolExecutor(max_workers=2) as workers:
+            return {name: self._write_file(folder / name, workers, advance) for name in self._sizes}
 
     def _place(self, stage_file: str, name: str) -> Placement:
         """The tensor's place, the next free one of stage_file at its first request."""
@@ -178,17 +179,18 @@ class WeightStore:
             ) from error
         return FileEntry(sha256_file(source, advance), source.stat().st_size, weights=True)
 
-    def _write_file(self, path: Path, hasher: ThreadPoolExecutor, advance: Callable[[int], None]) -> FileEntry:
-        """Write one .data file; a second thread hashes each block while it is written."""
+    def _write_file(self, path: Path, workers: ThreadPoolExecutor, advance: Callable[[int], None]) -> FileEntry:
+        """Write one .data file; a block is written and hashed by two threads while the next is made."""
         digest = hashlib.sha256()
         with path.open("wb", buffering=0) as out:
+            pending: tuple[Future[None], ...] = ()
             for block in self._blocks(path.name):
-                hashed = hasher.submit(digest.update, block)
-                written = 0
-                while written < len(block):
-                    written += out.write(block[written:])
-                hashed.result()  # the next block takes its memory
+                for future in pending:
+                    future.result()
+                pending = (workers.submit(_write_all, out, block), workers.submit(digest.update, block))
                 advance(len(block))
+            for future in pending:
+                future.result()
         return FileEntry(digest.hexdigest(), self._sizes[path.name], weights=True)
 
     def _blocks(self, name: str) -> Iterator[memoryview]:
@@ -204,8 +206,13 @@ class WeightStore:
             position = placement.offset + placement.nbytes
 
 
+def _write_all(out: FileIO, block: memoryview) -> None:
+    while block:
+        block = block[out.write(block) :]
+
+
 def _converted(tensor: CheckpointTensor, dtype: str) -> Iterator[npt.NDArray[Any]]:
-    """A tensor's elements in another dtype, rounded to nearest even: 1-D arrays, each valid until the next.
+    """A tensor's elements in another dtype, rounded to nearest even: 1-D arrays, each valid until the next but one.
 
     Raises:
         CheckpointError: a finite value becomes infinite.
@@ -213,10 +220,8 @@ def _converted(tensor: CheckpointTensor, dtype: str) -> Iterator[npt.NDArray[Any
     if tensor.dtype == dtype:
         yield from tensor.blocks()
         return
-    buffer = np.empty(0, numpy_dtype(dtype))
-    for block in tensor.blocks():
-        if buffer.size < block.size:
-            buffer = np.empty(block.size, buffer.dtype)
+    buffers = alternating_buffers(math.prod(tensor.shape), numpy_dtype(dtype))
+    for block, buffer in zip(tensor.blocks(), buffers, strict=False):
         converted = buffer[: block.size]
         with np.errstate(over="ignore"):  # looked for below, since ml_dtypes raises no flag
             np.copyto(converted, block, casting="unsafe")

@@ -20,7 +20,6 @@ from export.graphs import build_graphs
 from export.head_weights import default_head_weights
 from export.inventory import inventory
 from export.sidecars import SIDECARS, added_tokens, copy_sidecars
-from export.staging import clean_up_after_killed, staged
 from export.weights import WeightStore
 from hawk_trt import __version__
 from hawk_trt.bundle import (
@@ -42,6 +41,7 @@ from hawk_trt.config import PruningConfig, check_head_weights
 from hawk_trt.errors import BundleError, CheckpointError, InvalidInput
 from hawk_trt.families import family_of
 from hawk_trt.stages import DTYPES, NORMALIZATIONS, PROFILES, LanguageConfig
+from hawk_trt.staging import clean_up_after_killed, staged
 
 _BUNDLE_SUFFIXES = (".onnx", ".data", ".safetensors")
 # For graphs and small files, beside the weights.
@@ -118,7 +118,7 @@ def export(
     if current is not None:
         return current
     family, plan = family_of(opened.config), _plan(opened, options, name)
-    for tensor_name, shape in inventory(plan.language, plan.vision).items():
+    for tensor_name, shape in inventory(family.name, plan.language, plan.vision).items():
         opened.expect(tensor_name, shape)
     weights = WeightStore(opened, options.dtype, options.link)
     graphs = {

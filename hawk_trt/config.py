@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hawk_trt.errors import InvalidInput
+from hawk_trt.selectors import EQUAL_HEADS, SCORED, Selector
+from hawk_trt.selectors import SELECTORS as _SELECTORS
 
-SELECTORS = ("hawk",)
+SELECTORS = tuple(_SELECTORS)
 QUERIES = ("paper", "turn")
-QUOTAS = ("global", "per-image")
+QUOTAS = ("global", "per-image", "per-frame")
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,23 +24,31 @@ class PruningConfig:
         keep_ratio: share of visual tokens kept, in (0, 1]; 1.0 prunes nothing.
         head_weights: importance of each query head of layer 0, used as given, never
             rescaled; None takes the bundle's.
-        selector: who chooses the kept tokens.
+        selector: who chooses the kept tokens: one of SELECTORS, or a function of Candidates and k.
         min_visual_tokens: at least so many are kept (or all, where there are fewer).
         query: "paper", the text after the last image up to the end of its turn, or "turn",
             every text token of the last user turn.
-        quota: "global", one top-k over all visual tokens, or "per-image", one for each image
-            or video.
+        quota: "global", one selection over all visual tokens; "per-image", one for each image or
+            video; or "per-frame", one for each image and each frame of a video.
+        keep_mass: keep the fewest tokens that carry this share of the score mass, in (0, 1], and no
+            more than keep_ratio allows; None keeps as many as keep_ratio says.
+        diversity: share of the kept tokens, in [0, 1], that are chosen among near-ties for being
+            unlike the others.
+        seed: of selector "random", at least 0.
 
     Raises:
-        InvalidInput: a value is out of its range.
+        InvalidInput: a value is out of its range, or does not go with the selector.
     """
 
     keep_ratio: float = 0.2
     head_weights: tuple[float, ...] | None = None
-    selector: str = "hawk"
+    selector: str | Selector = "hawk"
     min_visual_tokens: int = 1
     query: str = "paper"
     quota: str = "global"
+    keep_mass: float | None = None
+    diversity: float = 0.0
+    seed: int = 0
 
     def __post_init__(self) -> None:
         _check_number("keep_ratio", self.keep_ratio, "a number in (0, 1]")
@@ -55,10 +65,29 @@ class PruningConfig:
             ("query", self.query, QUERIES),
             ("quota", self.quota, QUOTAS),
         ):
-            if value not in allowed:
+            if value not in allowed and not (name == "selector" and callable(value)):
                 raise InvalidInput(f"{name}: got {value!r}, expected one of {', '.join(allowed)}")
         if self.head_weights is not None:
             object.__setattr__(self, "head_weights", check_head_weights(self.head_weights))
+            if self.selector in EQUAL_HEADS:
+                raise InvalidInput(f"head_weights: selector {self.selector!r} weighs all heads alike; leave them out")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+            raise InvalidInput(f"seed: got {self.seed!r}, expected an integer of at least 0")
+        self._check_score_options()
+
+    def _check_score_options(self) -> None:
+        if self.keep_mass is not None:
+            _check_number("keep_mass", self.keep_mass, "a number in (0, 1]")
+            if not 0.0 < self.keep_mass <= 1.0:
+                raise InvalidInput(f"keep_mass: got {self.keep_mass}, expected a number in (0, 1]")
+        _check_number("diversity", self.diversity, "a number in [0, 1]")
+        if not 0.0 <= self.diversity <= 1.0:
+            raise InvalidInput(f"diversity: got {self.diversity}, expected a number in [0, 1]")
+        if (self.keep_mass is not None or self.diversity) and self.selector not in SCORED:
+            name = "diversity" if self.keep_mass is None else "keep_mass"
+            raise InvalidInput(
+                f"{name}: it needs a selector that ranks by scores ({', '.join(SCORED)}), got {self.selector!r}"
+            )
 
 
 @dataclass(frozen=True, slots=True)

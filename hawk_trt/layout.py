@@ -30,6 +30,7 @@ class PromptLayout:
         source_index: int64 [n], each token's index in the prompt as given.
         visual_rows: int64 [n], row in the prompt's visual embeddings (images, then videos), -1 for text.
         items: int64 [n], which image or video (images, then videos) a visual token is of, -1 for text.
+        frames: int64 [n], which image or frame of a video, counted through all of them; -1 for text.
         position_ids: int64 [axes, n].
         query_weights: float32 [n], 1/T at the query tokens.
         num_rows: rows of the prompt's visual embeddings, those of masked placeholders included.
@@ -39,6 +40,7 @@ class PromptLayout:
     source_index: IntArray
     visual_rows: IntArray
     items: IntArray
+    frames: IntArray
     position_ids: IntArray
     query_weights: npt.NDArray[np.float32]
     num_rows: int
@@ -108,7 +110,7 @@ def prompt_layout(
         IMAGE: _grid("image_grid_thw", inputs.image_grid_thw),
         VIDEO: _grid("video_grid_thw", inputs.video_grid_thw),
     }
-    rows, items = _rows_and_items(kind, grids, family, vision)
+    rows, items, frames = _visual_places(kind, grids, family, vision)
     seconds = _seconds(inputs.second_per_grid_ts, len(grids[VIDEO]))
     # an image of which no placeholder is real takes no positions; one that is masked in part keeps all of its own
     present = np.isin(np.arange(len(grids[IMAGE]) + len(grids[VIDEO])), items[real & (items >= 0)])
@@ -131,6 +133,7 @@ def prompt_layout(
         source_index=np.flatnonzero(real),
         visual_rows=rows[real],
         items=items[real],
+        frames=frames[real],
         position_ids=positions,
         query_weights=weights,
         num_rows=int((kind > 0).sum()),
@@ -267,13 +270,14 @@ def _seconds(values: npt.ArrayLike | None, num_videos: int) -> npt.NDArray[np.fl
     return seconds
 
 
-def _rows_and_items(
+def _visual_places(
     kind: npt.NDArray[np.int8], grids: Mapping[int, IntArray], family: Family, vision: Mapping[str, Any]
-) -> tuple[IntArray, IntArray]:
-    """Visual row and item of every position, masked placeholders included; images first, then videos."""
+) -> tuple[IntArray, IntArray, IntArray]:
+    """Visual row, item and frame of every position, masked placeholders included; images first, then videos."""
     rows = np.full(len(kind), -1, np.int64)
     items = np.full(len(kind), -1, np.int64)
-    row_offset = item_offset = 0
+    frames = np.full(len(kind), -1, np.int64)
+    row_offset = item_offset = frame_offset = 0
     for value, name in ((IMAGE, "image"), (VIDEO, "video")):
         where = np.flatnonzero(kind == value)
         counts = family.tokens_per_item(grids[value], vision)
@@ -284,6 +288,10 @@ def _rows_and_items(
             )
         rows[where] = row_offset + np.arange(len(where))
         items[where] = item_offset + np.repeat(np.arange(len(counts)), counts)
+        lengths = grids[value][:, 0]
+        per_frame = np.repeat(counts // lengths, lengths)
+        frames[where] = frame_offset + np.repeat(np.arange(len(per_frame)), per_frame)
         row_offset += len(where)
         item_offset += len(counts)
-    return rows, items
+        frame_offset += len(per_frame)
+    return rows, items, frames

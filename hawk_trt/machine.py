@@ -32,7 +32,7 @@ def this_machine(tensorrt: str, device: int = 0) -> Machine:
         try:
             status, *values = getattr(driver, function)(*arguments)
         except RuntimeError as error:  # cuda-bindings raises it where it finds no driver library
-            raise BackendError(f"{function}: {error}. Is the NVIDIA driver installed? See: hawk-trt doctor") from error
+            raise BackendError("GPU: no NVIDIA driver (libcuda) was found. See: hawk-trt doctor") from error
         if status != driver.CUresult.CUDA_SUCCESS:
             raise BackendError(f"GPU {device}: {function} failed with {status.name}. See: hawk-trt doctor")
         return tuple(values)

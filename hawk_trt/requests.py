@@ -54,12 +54,14 @@ class Timings:
     """Seconds by stage of one generation; a batch reports the whole batch's in each result.
 
     preprocess: image decoding, resizing, patches, chat template, tokens, positions.
-    vision: the vision stage.  first_layer, decoder: the prefill of each.
+    vision: the vision stage.  select: the host's choice of tokens, 0 where the graph makes it.
+    first_layer, decoder: the prefill of each.
     decode: all decode steps together.  total: wall clock from call to result.
     """
 
     preprocess: float = 0.0
     vision: float = 0.0
+    select: float = 0.0
     first_layer: float = 0.0
     decoder: float = 0.0
     decode: float = 0.0

@@ -9,12 +9,13 @@ import numpy.typing as npt
 
 from hawk_trt.answer import Answer
 from hawk_trt.backends import DecodeInputs, PrefillOutputs, StepOutputs
-from hawk_trt.config import PruningConfig, SamplingConfig, check_head_weights
-from hawk_trt.errors import InvalidInput
+from hawk_trt.config import PruningConfig, SamplingConfig
+from hawk_trt.diagnosis import first_not_finite
+from hawk_trt.errors import BackendError, InvalidInput
 from hawk_trt.layout import PrefillInputs, collate
 from hawk_trt.requests import ModelInputs, Result, Timings
 from hawk_trt.sampling import Sampler
-from hawk_trt.selection import choose, kept_count, needs_scores
+from hawk_trt.selection import Source, asked_by, choose, graph_chooses, head_weights, kept_count
 
 if TYPE_CHECKING:
     from hawk_trt.pipeline import Pipeline
@@ -50,9 +51,8 @@ class Run:
         self._rows = rows
         self._pruning = pruning or PruningConfig()
         sampling = sampling or SamplingConfig()
-        weights = self._pruning.head_weights or manifest.head_weights.values
-        self._head_weights = np.array(check_head_weights(weights, manifest.language.num_attention_heads), np.float32)
-        self.layouts = [pipe.layout(row, self._pruning.query) for row in rows]
+        self._head_weights = head_weights(pipe.bundle, self._pruning)
+        self.layouts = [asked_by(pipe.layout(row, self._pruning.query), self._pruning) for row in rows]
         context = manifest.language.max_position_embeddings
         self._limits = [min(max_new_tokens, context - layout.next_position) for layout in self.layouts]
         tokenizer = pipe.chat_tokenizer()
@@ -83,22 +83,32 @@ class Run:
         begun = time.perf_counter()
         self.visual = self._pipe.encode(self._rows, self.layouts)
         encoded = time.perf_counter()
-        kept = [kept_count(layout, self._pruning) for layout in self.layouts]
-        inputs = collate(self.layouts, kept, [None] * len(kept), self._head_weights)
-        scores = None
-        if any(needs_scores(layout, self._pruning) for layout in self.layouts):
-            scores = self._visual_scores(inputs, backend.score(inputs, self.visual))
-            chosen = [choose(lay, s, self._pruning) for lay, s in zip(self.layouts, scores, strict=True)]
-            inputs = collate(self.layouts, kept, chosen, self._head_weights)
+        inputs, scores = self._select()
         self.generation = backend.start(len(self._rows), inputs.num_kept_total + max(self._limits))
         prepared = time.perf_counter()
         outputs = self.generation.prefill(inputs, self.visual, logits=self._need_logits)
         self._scores = self._visual_scores(inputs, outputs.scores) if scores is None else scores
         self._kept = self._kept_indices(inputs, outputs)
         self._timings.vision = encoded - begun
-        self._timings.first_layer = prepared - encoded + outputs.first_layer_seconds
+        self._timings.first_layer = prepared - encoded - self._timings.select + outputs.first_layer_seconds
         self._timings.decoder = outputs.decoder_seconds
         return self._choose(outputs.step)
+
+    def _select(self) -> tuple[PrefillInputs, list[npt.NDArray[np.float32]] | None]:
+        """The prefill's inputs, with the choice where the host makes it, and the scores where that read them."""
+        pruning, rows = self._pruning, range(len(self.layouts))
+        limits = [kept_count(layout, pruning) for layout in self.layouts]
+        inputs = collate(self.layouts, limits, [None] * len(limits), self._head_weights)
+        if all(graph_chooses(layout, pruning) for layout in self.layouts):
+            return inputs, None
+        begun = time.perf_counter()
+        source = Source(self._pipe.bundle, self._pipe.backend, self.layouts, inputs, self.visual)
+        chosen = [choose(layout, source, row, pruning) for row, layout in enumerate(self.layouts)]
+        counts = [int(kept.sum()) for kept in chosen]
+        inputs = collate(self.layouts, counts, chosen, self._head_weights)
+        scores = [source.scores(row) for row in rows] if source.scored else None
+        self._timings.select = time.perf_counter() - begun - source.score_seconds
+        return inputs, scores
 
     def decode(self, tokens: IntArray) -> IntArray:
         """Run one step over the given tokens; returns the token chosen for each row."""
@@ -147,10 +157,17 @@ class Run:
             return chosen
         for row, logits in enumerate(outputs.logits):
             if not self._finished(row):
-                chosen[row] = self._samplers[row].next_token(logits)
+                try:
+                    chosen[row] = self._samplers[row].next_token(logits)
+                except BackendError as error:
+                    raise BackendError(f"{error}. {self._where(row)}") from error
                 if self._return_logits:
                     self._logits[row].append(logits)
         return chosen
+
+    def _where(self, row: int) -> str:
+        num_layers = self._pipe.bundle.manifest.language.num_hidden_layers
+        return first_not_finite(self.visual, self.generation, num_layers, row)
 
     def _visual_scores(self, inputs: PrefillInputs, scores: npt.NDArray[np.float32]) -> list[npt.NDArray[np.float32]]:
         """The visual tokens' scores of each row."""

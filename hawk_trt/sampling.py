@@ -75,7 +75,4 @@ def _top_p(probability: npt.NDArray[np.float64], top_p: float) -> npt.NDArray[np
 def _non_finite(logits: npt.NDArray[np.float32]) -> str:
     nan, infinite = int(np.isnan(logits).sum()), int(np.isposinf(logits).sum())
     found = f"{nan} NaN and {infinite} +inf" if nan or infinite else "only -inf"
-    return (
-        f"the decoder produced non-finite logits: {found} among {logits.size} values. "
-        "Half precision may have overflowed: export with --dtype float32 and compare with hawk-trt parity"
-    )
+    return f"the decoder produced non-finite logits: {found} among {logits.size} values"

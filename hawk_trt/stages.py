@@ -71,7 +71,9 @@ class StageSpec:
 class LanguageConfig:
     """Sizes of the language model, by Hugging Face's names.
 
-    mrope_section is empty for plain 1-D RoPE.
+    mrope_section is empty for plain 1-D RoPE. mrope_interleaved: the frequencies of time, height and width take
+    turns instead of following each other. qk_norm: queries and keys are RMS-normed per head, before RoPE.
+    deepstack_levels: visual features of so many vision layers are added behind language layers 0, 1, ..
     """
 
     hidden_size: int
@@ -86,6 +88,9 @@ class LanguageConfig:
     mrope_section: tuple[int, ...]
     max_position_embeddings: int
     tie_word_embeddings: bool
+    mrope_interleaved: bool = False
+    qk_norm: bool = False
+    deepstack_levels: int = 0
 
     @property
     def position_axes(self) -> int:

@@ -70,7 +70,9 @@ def test_a_sparse_7b_checkpoint_is_read_without_taking_disk_or_memory(tmp_path):
     folder = make_sparse_checkpoint(tmp_path / "model")
     checkpoint = Checkpoint.open(folder)
     family = family_of(checkpoint.config)
-    expected = inventory(family.language_config(checkpoint.config), family.vision_config(checkpoint.config))
+    expected = inventory(
+        family.name, family.language_config(checkpoint.config), family.vision_config(checkpoint.config)
+    )
     for name, shape in expected.items():
         checkpoint.expect(name, shape)
     assert checkpoint.unused() == sorted(expected)

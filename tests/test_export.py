@@ -514,7 +514,7 @@ def test_what_killed_exports_left_is_removed_and_what_they_moved_aside_put_back(
 
 
 def test_a_file_system_that_cannot_swap_folders_still_gets_the_new_bundle(tmp_path, checkpoint, monkeypatch):
-    monkeypatch.setattr("export.staging._exchange", lambda *folders: not folders)
+    monkeypatch.setattr("hawk_trt.staging._exchange", lambda *folders: not folders)
     for dtype in ("float32", "float16"):
         export(checkpoint, tmp_path / "out", ExportOptions(dtype=dtype))
     assert Bundle.load(tmp_path / "out", verify=True).manifest.dtype == "float16"
@@ -617,4 +617,4 @@ def test_shapes_of_the_tests_are_those_of_the_exporter():
     from export.inventory import inventory
 
     family = family_of(config())
-    assert inventory(family.language_config(config()), family.vision_config(config())) == shapes()
+    assert inventory(family.name, family.language_config(config()), family.vision_config(config())) == shapes()

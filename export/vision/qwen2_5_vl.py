@@ -14,6 +14,8 @@ import onnx_ir as ir
 
 from export.graph import GraphBuilder, Weights
 from export.layers import add_residual, gated_mlp, linear, rms_norm, rotary
+from export.shapes import Shapes
+from export.shapes import linear as linear_shapes
 from hawk_trt.stages import VISION, StageSpec
 
 WEIGHT_FILE = f"{VISION}.data"
@@ -40,6 +42,30 @@ class _Segments:
     mask: ir.Value | None
     index: ir.Value | None
     slot: ir.Value | None
+
+
+def qwen2_5_vl_shapes(vision: Mapping[str, Any]) -> Shapes:
+    """Names and shapes of all tensors of the vision tower."""
+    hidden, inner, patch = vision["hidden_size"], vision["intermediate_size"], vision["patch_size"]
+    merged = vision["spatial_merge_size"] ** 2 * hidden
+    shapes: Shapes = {
+        "visual.patch_embed.proj.weight": (hidden, vision["in_channels"], vision["temporal_patch_size"], patch, patch),
+        "visual.merger.ln_q.weight": (hidden,),
+        **linear_shapes("visual.merger.mlp.0", merged, merged),
+        **linear_shapes("visual.merger.mlp.2", vision["out_hidden_size"], merged),
+    }
+    for index in range(vision["depth"]):
+        block = f"visual.blocks.{index}"
+        shapes |= {
+            f"{block}.norm1.weight": (hidden,),
+            f"{block}.norm2.weight": (hidden,),
+            **linear_shapes(f"{block}.attn.qkv", 3 * hidden, hidden),
+            **linear_shapes(f"{block}.attn.proj", hidden, hidden),
+            **linear_shapes(f"{block}.mlp.gate_proj", inner, hidden),
+            **linear_shapes(f"{block}.mlp.up_proj", inner, hidden),
+            **linear_shapes(f"{block}.mlp.down_proj", hidden, inner),
+        }
+    return shapes
 
 
 def build_qwen2_5_vl_vision(
@@ -165,7 +191,7 @@ def _block(
             out = linear(g, g.reshape(out, -1, dim, name="flat"), f"{weight}.attn.proj", "proj")
         x = add_residual(g, x, out, "add_attention")
         h = rms_norm(g, x, f"{weight}.norm2", _NORM_EPSILON, "norm2")
-        return add_residual(g, x, gated_mlp(g, h, f"{weight}.mlp"), "add_mlp")
+        return g.op("Add", x, gated_mlp(g, h, f"{weight}.mlp"), name="add_mlp")
 
 
 def _segment_attention(g: GraphBuilder, qkv: ir.Value, segments: _Segments, heads: int, head_dim: int) -> ir.Value:

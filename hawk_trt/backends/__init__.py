@@ -77,6 +77,9 @@ class Generation(Protocol):
     def hidden_states(self) -> npt.NDArray[np.float32]:
         """first_layer's output of the last step: float32 [batch, num_kept_total, hidden]."""
 
+    def cache(self, layer: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """Host copies of a layer's keys and values: [batch, kv_heads, columns, head_dim], as far as written."""
+
 
 class Backend(Protocol):
     """A loaded model."""

@@ -189,6 +189,14 @@ class OrtGeneration:
         dtype = self._backend.stages[FIRST_LAYER].dtype("hidden_states")
         return self._backend.place.download(self._hidden_states, dtype).astype(np.float32)
 
+    def cache(self, layer: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """Host copies of a layer's keys and values: [batch, kv_heads, columns, head_dim], as far as written."""
+        key, value = (
+            self._backend.place.download(tensor, self._backend.bundle.manifest.dtype)[:, :, : self._cache.length]
+            for tensor in self._cache.tensors(layer)
+        )
+        return key, value
+
 
 class _DecodeStep:
     """The decode step of one generation: all but a portable cache at fixed addresses, bound once."""

@@ -40,6 +40,13 @@ class KVCache:
         }
         self._write_index = Buffer(place, (batch,), "int64") if self._inplace else None
 
+    def tensors(self, layer: int) -> tuple[ort.OrtValue, ort.OrtValue]:
+        """A layer's keys and values."""
+        key, value = (
+            self._tensors[name(layer, past=True), name(layer, past=False)] for name in (key_name, value_name)
+        )
+        return key, value
+
     def inputs(self, stage: str) -> dict[str, ort.OrtValue]:
         """The cache as inputs of a stage, with where to write where it is written in place."""
         caches = {past: self._tensors[past, present] for past, present in self._names(stage)}

@@ -6,12 +6,20 @@ text_config wins where it holds a key. What the graphs cannot compute is refused
 """
 
 from collections.abc import Mapping
-from typing import Any, TypeGuard
+from typing import Any
 
 from hawk_trt.bundle import SpecialTokens
 from hawk_trt.errors import CheckpointError
+from hawk_trt.families.settings import expect, integer, is_integer, number, wrong
 from hawk_trt.stages import LanguageConfig
 
+# How the tokenizer spells the tokens around and in place of images and videos.
+SPELLINGS = {
+    "image": "<|image_pad|>",
+    "video": "<|video_pad|>",
+    "vision_start": "<|vision_start|>",
+    "vision_end": "<|vision_end|>",
+}
 _VISION_SIZES = (
     "depth",
     "hidden_size",
@@ -26,8 +34,12 @@ _VISION_SIZES = (
 _VISION_ROPE_THETA = 10000.0
 
 
-def language_config(config: Mapping[str, Any]) -> LanguageConfig:
+def language_config(config: Mapping[str, Any], *, mrope: bool = True) -> LanguageConfig:
     """Sizes of the language model from config.json.
+
+    Args:
+        config: config.json.
+        mrope: whether positions have time, height and width; else plain 1-D ones.
 
     Raises:
         CheckpointError: a setting is missing or not supported.
@@ -35,30 +47,30 @@ def language_config(config: Mapping[str, Any]) -> LanguageConfig:
     text = _text_settings(config)
     _refuse_quantized(text)
     _refuse_sliding_window(text)
-    _expect("hidden_act", text.get("hidden_act"), "silu")
-    hidden_size = _integer(text, "hidden_size")
-    heads = _integer(text, "num_attention_heads")
-    kv_heads = _integer(text, "num_key_value_heads")
+    expect("hidden_act", text.get("hidden_act"), "silu")
+    hidden_size = integer(text, "hidden_size")
+    heads = integer(text, "num_attention_heads")
+    kv_heads = integer(text, "num_key_value_heads")
     if hidden_size % heads:
-        raise _wrong("num_attention_heads", heads, f"a divisor of hidden_size {hidden_size}")
+        raise wrong("num_attention_heads", heads, f"a divisor of hidden_size {hidden_size}")
     if heads % kv_heads:
-        raise _wrong("num_key_value_heads", kv_heads, f"a divisor of num_attention_heads {heads}")
+        raise wrong("num_key_value_heads", kv_heads, f"a divisor of num_attention_heads {heads}")
     head_dim = hidden_size // heads
     if text.get("head_dim") not in (None, head_dim):
-        raise _wrong("head_dim", text["head_dim"], f"hidden_size / num_attention_heads = {head_dim}")
-    rope_theta, mrope_section = _rope(text, head_dim)
+        raise wrong("head_dim", text["head_dim"], f"hidden_size / num_attention_heads = {head_dim}")
+    rope_theta, mrope_section = _rope(text, head_dim) if mrope else (_plain_rope(text), ())
     return LanguageConfig(
         hidden_size=hidden_size,
-        intermediate_size=_integer(text, "intermediate_size"),
-        num_hidden_layers=_integer(text, "num_hidden_layers"),
+        intermediate_size=integer(text, "intermediate_size"),
+        num_hidden_layers=integer(text, "num_hidden_layers"),
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
-        vocab_size=_integer(text, "vocab_size"),
-        rms_norm_eps=_number(text, "rms_norm_eps"),
+        vocab_size=integer(text, "vocab_size"),
+        rms_norm_eps=number(text, "rms_norm_eps"),
         rope_theta=rope_theta,
         mrope_section=mrope_section,
-        max_position_embeddings=_integer(text, "max_position_embeddings"),
+        max_position_embeddings=integer(text, "max_position_embeddings"),
         # Either place counts: 4.x wrote it at the top or in text_config, 5 at the top.
         tie_word_embeddings=bool(config.get("tie_word_embeddings")) or bool(text.get("tie_word_embeddings")),
     )
@@ -77,39 +89,40 @@ def windowed_vision_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     vision = config.get("vision_config")
     if not isinstance(vision, Mapping):
-        raise _wrong("vision_config", vision, "the sizes of the vision tower")
+        raise wrong("vision_config", vision, "the sizes of the vision tower")
     where = "vision_config."
-    _expect(f"{where}hidden_act", vision.get("hidden_act"), "silu")
-    sizes: dict[str, Any] = {key: _integer(vision, key, where) for key in _VISION_SIZES}
-    sizes["in_channels"] = _integer(vision, "in_channels" if "in_channels" in vision else "in_chans", where)
-    sizes["tokens_per_second"] = _number(vision, "tokens_per_second", where)
+    expect(f"{where}hidden_act", vision.get("hidden_act"), "silu")
+    sizes: dict[str, Any] = {key: integer(vision, key, where) for key in _VISION_SIZES}
+    sizes["in_channels"] = integer(vision, "in_channels" if "in_channels" in vision else "in_chans", where)
+    sizes["tokens_per_second"] = number(vision, "tokens_per_second", where)
 
     # Every patch rotates half of each head by its row and half by its column, in pairs.
     if sizes["hidden_size"] % (4 * sizes["num_heads"]):
-        raise _wrong(
-            f"{where}num_heads", sizes["num_heads"], f"a divisor of hidden_size / 4 = {sizes['hidden_size']}/4"
-        )
+        raise wrong(f"{where}num_heads", sizes["num_heads"], f"a divisor of hidden_size / 4 = {sizes['hidden_size']}/4")
     if sizes["in_channels"] != 3:
-        raise _wrong(f"{where}in_channels", sizes["in_channels"], "3 (RGB)")
+        raise wrong(f"{where}in_channels", sizes["in_channels"], "3 (RGB)")
     if sizes["window_size"] < sizes["patch_size"] * sizes["spatial_merge_size"]:
-        raise _wrong(f"{where}window_size", sizes["window_size"], "at least patch_size * spatial_merge_size")
-    text_hidden_size = _integer(_text_settings(config), "hidden_size")
+        raise wrong(f"{where}window_size", sizes["window_size"], "at least patch_size * spatial_merge_size")
+    text_hidden_size = integer(_text_settings(config), "hidden_size")
     if sizes["out_hidden_size"] != text_hidden_size:
-        raise _wrong(f"{where}out_hidden_size", sizes["out_hidden_size"], f"the text's hidden_size {text_hidden_size}")
+        raise wrong(f"{where}out_hidden_size", sizes["out_hidden_size"], f"the text's hidden_size {text_hidden_size}")
 
     blocks = vision.get("fullatt_block_indexes")
-    if not isinstance(blocks, list | tuple) or not all(_is_integer(b) and 0 <= b < sizes["depth"] for b in blocks):
-        raise _wrong(f"{where}fullatt_block_indexes", blocks, f"a list of block numbers below depth {sizes['depth']}")
+    if not isinstance(blocks, list | tuple) or not all(is_integer(b) and 0 <= b < sizes["depth"] for b in blocks):
+        raise wrong(f"{where}fullatt_block_indexes", blocks, f"a list of block numbers below depth {sizes['depth']}")
     sizes["fullatt_block_indexes"] = list(blocks)
 
     rope = vision.get("rope_parameters") or {}
-    _expect(f"{where}rope_parameters.rope_type", rope.get("rope_type", "axial"), "axial")
+    expect(f"{where}rope_parameters.rope_type", rope.get("rope_type", "axial"), "axial")
     sizes["rope_theta"] = float(rope.get("rope_theta", _VISION_ROPE_THETA))
     return sizes
 
 
 def special_tokens(
-    config: Mapping[str, Any], generation: Mapping[str, Any], added_tokens: Mapping[str, int]
+    config: Mapping[str, Any],
+    generation: Mapping[str, Any],
+    added_tokens: Mapping[str, int],
+    spellings: Mapping[str, str] = SPELLINGS,
 ) -> SpecialTokens:
     """Ids of the tokens that the runtime must know, None or empty where the checkpoint names none.
 
@@ -117,16 +130,17 @@ def special_tokens(
         config: config.json.
         generation: generation_config.json, empty where there is none.
         added_tokens: content to id of the tokenizer's added tokens, empty without a tokenizer.
+        spellings: of the tokens that config.json names no id for.
 
     Raises:
         CheckpointError: an id that is not a token of the vocabulary.
     """
     text = config.get("text_config") or {}
-    vocab_size = _integer(_text_settings(config), "vocab_size")
+    vocab_size = integer(_text_settings(config), "vocab_size")
 
     def checked(key: str, value: object) -> int:
-        if not _is_integer(value) or not 0 <= value < vocab_size:
-            raise _wrong(key, value, f"a token id below vocab_size {vocab_size}")
+        if not is_integer(value) or not 0 <= value < vocab_size:
+            raise wrong(key, value, f"a token id below vocab_size {vocab_size}")
         return value
 
     def first(key: str, content: str, *sources: Mapping[str, Any]) -> int | None:
@@ -136,10 +150,10 @@ def special_tokens(
 
     eos: Any = next((s["eos_token_id"] for s in (generation, config, text) if s.get("eos_token_id") is not None), [])
     return SpecialTokens(
-        image=first("image_token_id", "<|image_pad|>", config, text),
-        video=first("video_token_id", "<|video_pad|>", config, text),
-        vision_start=first("vision_start_token_id", "<|vision_start|>", config, text),
-        vision_end=first("vision_end_token_id", "<|vision_end|>", config, text),
+        image=first("image_token_id", spellings["image"], config, text),
+        video=first("video_token_id", spellings["video"], config, text),
+        vision_start=first("vision_start_token_id", spellings["vision_start"], config, text),
+        vision_end=first("vision_end_token_id", spellings["vision_end"], config, text),
         im_start=first("im_start_token_id", "<|im_start|>", config, text),
         im_end=first("im_end_token_id", "<|im_end|>", config, text),
         pad=first("pad_token_id", "<|endoftext|>", generation, config, text),
@@ -159,19 +173,25 @@ def _rope(text: Mapping[str, Any], head_dim: int) -> tuple[float, tuple[int, ...
     rope = text.get(key) or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in ("default", "mrope"):
-        raise _wrong(f"{key}.rope_type", rope_type, "default or mrope (remove the scaling to use the trained context)")
-    theta = _number(rope if "rope_theta" in rope else text, "rope_theta")
+        raise wrong(f"{key}.rope_type", rope_type, "default or mrope (remove the scaling to use the trained context)")
+    theta = number(rope if "rope_theta" in rope else text, "rope_theta")
     section = rope.get("mrope_section")
     expected = f"three numbers of frequencies that add up to head_dim / 2 = {head_dim / 2:g}"
-    if (
-        not isinstance(section, list | tuple)
-        or len(section) != 3
-        or not all(_is_integer(n) and n >= 0 for n in section)
-    ):
-        raise _wrong(f"{key}.mrope_section", section, expected)
+    if not isinstance(section, list | tuple) or len(section) != 3 or not all(is_integer(n) and n >= 0 for n in section):
+        raise wrong(f"{key}.mrope_section", section, expected)
     if 2 * sum(section) != head_dim:
-        raise _wrong(f"{key}.mrope_section", section, expected)
+        raise wrong(f"{key}.mrope_section", section, expected)
     return theta, tuple(section)
+
+
+def _plain_rope(text: Mapping[str, Any]) -> float:
+    """rope_theta of 1-D positions; dynamic scaling begins beyond max_position_embeddings, where no prompt gets."""
+    key = "rope_parameters" if text.get("rope_parameters") else "rope_scaling"
+    rope = text.get(key) or {}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type not in ("default", "dynamic"):
+        raise wrong(f"{key}.rope_type", rope_type, "default or dynamic (remove the scaling to use the trained context)")
+    return number(rope if "rope_theta" in rope else text, "rope_theta")
 
 
 def _refuse_quantized(text: Mapping[str, Any]) -> None:
@@ -191,35 +211,7 @@ def _refuse_sliding_window(text: Mapping[str, Any]) -> None:
         # Before layer_types, the window applied from layer max_window_layers on.
         first = text.get("max_window_layers", 0)
         slides = text.get("use_sliding_window") and text.get("sliding_window") is not None
-        if slides and first < _integer(text, "num_hidden_layers"):
-            raise _wrong("use_sliding_window", True, f"false (it would apply from layer {first} on)")
+        if slides and first < integer(text, "num_hidden_layers"):
+            raise wrong("use_sliding_window", True, f"false (it would apply from layer {first} on)")
     elif other := sorted({str(layer) for layer in layers} - {"full_attention"}):
-        raise _wrong("layer_types", ", ".join(other), "full_attention in every layer")
-
-
-def _integer(section: Mapping[str, Any], key: str, where: str = "") -> int:
-    value = section.get(key)
-    if not _is_integer(value) or value < 1:
-        raise _wrong(where + key, value, "an integer of at least 1")
-    return value
-
-
-def _number(section: Mapping[str, Any], key: str, where: str = "") -> float:
-    value = section.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise _wrong(where + key, value, "a number above 0")
-    return float(value)
-
-
-def _is_integer(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _expect(key: str, got: object, expected: str) -> None:
-    if got != expected:
-        raise _wrong(key, got, expected)
-
-
-def _wrong(key: str, got: object, expected: str) -> CheckpointError:
-    shown = "nothing" if got is None else repr(got)
-    return CheckpointError(f"config.json: {key}: got {shown}, expected {expected}")
+        raise wrong("layer_types", ", ".join(other), "full_attention in every layer")

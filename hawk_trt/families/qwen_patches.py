@@ -3,8 +3,6 @@
 An image is resized to multiples of patch x merge within the settings' pixel bounds, normalised, and cut into
 rows of [channel, temporal patch, patch, patch], ordered by merge block: the m x m patches that become one
 token follow each other. An image fills its temporal patch with itself, a video with successive frames.
-
-Eight bits have 256 values, so rescaling and normalising are one table a channel, computed once.
 """
 
 import math
@@ -14,8 +12,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hawk_trt.errors import CheckpointError, InvalidInput
+from hawk_trt.errors import InvalidInput
 from hawk_trt.families import ImageSettings, Patches
+from hawk_trt.families.normalisation import channel_values, value_tables, wrong
 from hawk_trt.images import resize
 
 MAX_ASPECT_RATIO = 200
@@ -42,25 +41,25 @@ def image_settings(preprocessor: Mapping[str, Any]) -> ImageSettings:
         found = [value for value in (preprocessor.get(name), size.get(edge), size.get(name)) if value is not None]
         value = found[0] if found else default
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise _wrong(name, value, "a number of pixels")
+            raise wrong(name, value, "a number of pixels")
         return value
 
     if preprocessor.get("do_resize") is False:
-        raise _wrong("do_resize", False, "true (images are cut into whole patches)")
+        raise wrong("do_resize", False, "true (images are cut into whole patches)")
     smallest = bound("min_pixels", "shortest_edge", _MIN_PIXELS)
     largest = bound("max_pixels", "longest_edge", _MAX_PIXELS)
     if smallest > largest:
-        raise _wrong("min_pixels", smallest, f"at most max_pixels {largest}")
+        raise wrong("min_pixels", smallest, f"at most max_pixels {largest}")
     resample = preprocessor.get("resample", _BICUBIC)
     if resample not in range(6):
-        raise _wrong("resample", resample, "one of Pillow's filters, 0 to 5")
+        raise wrong("resample", resample, "one of Pillow's filters, 0 to 5")
     normalised = preprocessor.get("do_normalize") is not False
     rescaled = preprocessor.get("do_rescale") is not False
     return ImageSettings(
         min_pixels=smallest,
         max_pixels=largest,
-        mean=_channels("image_mean", preprocessor.get("image_mean", _MEAN)) if normalised else (0.0, 0.0, 0.0),
-        std=_channels("image_std", preprocessor.get("image_std", _STD)) if normalised else (1.0, 1.0, 1.0),
+        mean=channel_values("image_mean", preprocessor.get("image_mean", _MEAN)) if normalised else (0.0, 0.0, 0.0),
+        std=channel_values("image_std", preprocessor.get("image_std", _STD)) if normalised else (1.0, 1.0, 1.0),
         rescale_factor=float(preprocessor.get("rescale_factor", 1 / 255)) if rescaled else 1.0,
         resample=resample,
     )
@@ -106,7 +105,7 @@ def images_to_patches(
     patch = vision["patch_size"]
     grid = np.array([(1, tall // patch, wide // patch) for tall, wide in sizes], dtype=np.int64).reshape(-1, 3)
     pixels = np.empty((int(grid.prod(axis=1).sum()), patch_dim(vision)), dtype=np.float32)
-    tables = _tables(settings)
+    tables = value_tables(settings)
     ends = np.cumsum(grid.prod(axis=1)).tolist()
     for image, (tall, wide), count, end in zip(images, sizes, grid.prod(axis=1).tolist(), ends, strict=True):
         resized = resize(image, tall, wide, settings.resample)
@@ -133,7 +132,7 @@ def video_to_patches(
         raise InvalidInput("video: got no frame, expected at least one")
     patch, together = vision["patch_size"], vision["temporal_patch_size"]
     steps = -(-len(frames) // together)
-    tables = _tables(settings)
+    tables = value_tables(settings)
     pixels = np.empty((0, 0), dtype=np.float32)
     shape: tuple[int, ...] | None = None
     grid = (steps, 0, 0)
@@ -176,33 +175,8 @@ def _cut(
         out[:, :, :, :, channel, places] = table[blocks[channel]][:, :, :, :, None]
 
 
-def _tables(settings: ImageSettings) -> npt.NDArray[np.float32]:
-    """The normalised value of each 8-bit value: float32 [3, 256].
-
-    Rounded where the checkpoint's processor rounds: the rescaled value to float32, then mean and std in float32.
-    """
-    rescaled = (np.arange(256, dtype=np.float64) * settings.rescale_factor).astype(np.float32)
-    mean = np.array(settings.mean, dtype=np.float32)[:, None]
-    std = np.array(settings.std, dtype=np.float32)[:, None]
-    table: npt.NDArray[np.float32] = (rescaled - mean) / std
-    return table
-
-
 def _target_size(image: npt.NDArray[np.uint8], settings: ImageSettings, vision: Mapping[str, Any]) -> tuple[int, int]:
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
         raise InvalidInput(f"image: got {image.dtype}{list(image.shape)}, expected uint8[height, width, 3]")
     factor = vision["patch_size"] * vision["spatial_merge_size"]
     return smart_resize(image.shape[0], image.shape[1], factor, settings.min_pixels, settings.max_pixels)
-
-
-def _channels(name: str, value: object) -> tuple[float, float, float]:
-    values = tuple(value) if isinstance(value, list | tuple) else (value,) * 3
-    if len(values) != 3 or not all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
-        raise _wrong(name, value, "three numbers, one a channel")
-    if name == "image_std" and 0 in values:
-        raise _wrong(name, value, "numbers above 0")
-    return float(values[0]), float(values[1]), float(values[2])
-
-
-def _wrong(key: str, got: object, expected: str) -> CheckpointError:
-    return CheckpointError(f"preprocessor_config.json: {key}: got {got!r}, expected {expected}")

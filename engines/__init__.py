@@ -1,0 +1,1 @@
+"""TensorRT plans from a bundle, on the GPU that is to run them: python -m engines."""

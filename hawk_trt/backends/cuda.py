@@ -1,0 +1,249 @@
+"""One GPU through the CUDA driver: its primary context, a stream, memory, events and graphs.
+
+Every status that the driver returns goes through `call`, which turns a failure into a BackendError with the
+driver's name for it. A CudaDevice owns all that was taken through it, and gives it all back when it is closed.
+The primary context is retained, not made: it is the one that the runtime API, TensorRT and PyTorch use.
+"""
+
+import ctypes
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from cuda.bindings import driver
+
+from hawk_trt.errors import BackendError
+
+Bytes: TypeAlias = npt.NDArray[np.uint8]
+_GIB = float(1 << 30)
+
+
+class CudaError(BackendError):
+    """A call into the driver failed.
+
+    Attributes:
+        status: the driver's name, such as "CUDA_ERROR_OUT_OF_MEMORY".
+    """
+
+    def __init__(self, message: str, status: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+def call(function: str, *arguments: object) -> Any:  # noqa: ANN401 - what a driver function returns depends on which
+    """Call a function of the driver.
+
+    Args:
+        function: its name.
+        arguments: its inputs; outputs are returned.
+
+    Returns:
+        What it gives beside its status: None, one value, or a list.
+
+    Raises:
+        CudaError: a status other than success.
+        BackendError: no driver on this machine.
+    """
+    try:
+        status, *values = getattr(driver, function)(*arguments)
+    except RuntimeError as error:  # cuda-bindings raises it where it finds no driver library
+        raise BackendError(f"GPU: no NVIDIA driver was found ({error}). See: hawk-trt doctor") from error
+    if status != driver.CUresult.CUDA_SUCCESS:
+        _, text = driver.cuGetErrorString(status)
+        reason = text.decode() if isinstance(text, bytes) else "unknown"
+        raise CudaError(f"{function}: {status.name} ({reason})", status.name)
+    return values[0] if len(values) == 1 else (values or None)
+
+
+class Pinned:
+    """Page-locked host memory: what the GPU copies from and to without the CPU.
+
+    Attributes:
+        address: of its first byte.
+        bytes: its content, uint8 [size].
+    """
+
+    def __init__(self, address: int, size_bytes: int) -> None:
+        self.address = address
+        self.bytes: Bytes = np.frombuffer((ctypes.c_uint8 * size_bytes).from_address(address), np.uint8)
+
+    def array(self, shape: tuple[int, ...], dtype: np.dtype[Any], offset: int = 0) -> npt.NDArray[Any]:
+        """A view of its content from an offset in bytes on."""
+        size_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        return self.bytes[offset : offset + size_bytes].view(dtype).reshape(shape)
+
+
+class Graph:
+    """A captured sequence of work, launched with one call."""
+
+    def __init__(self, executable: object, stream: object) -> None:
+        self._executable = executable
+        self._stream = stream
+
+    def launch(self) -> None:
+        """Enqueue all of it."""
+        call("cuGraphLaunch", self._executable, self._stream)
+
+    def close(self) -> None:
+        """Release it. It must not be running."""
+        executable, self._executable = self._executable, None
+        if executable is not None:
+            call("cuGraphExecDestroy", executable)
+
+
+class CudaDevice:
+    """One GPU. Work goes to one stream, in order; use `active` around every use from outside.
+
+    Attributes:
+        index: its number.
+        stream: handle of the stream, as TensorRT takes it.
+
+    Raises:
+        BackendError: no driver, no such GPU, or no context on it.
+    """
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self._releases: list[tuple[str, object]] = []  # what undoes each thing taken, in order of taking
+        call("cuInit", 0)
+        count = call("cuDeviceGetCount")
+        if not 0 <= index < count:
+            raise BackendError(f"device: got cuda:{index}, this machine has {count} GPU{'s' * (count != 1)}")
+        device = call("cuDeviceGet", index)
+        self._context = call("cuDevicePrimaryCtxRetain", device)
+        self._releases.append(("cuDevicePrimaryCtxRelease", device))
+        try:
+            with self.active():
+                # Not tied to the legacy stream, so that others' work there neither waits nor is waited for.
+                self._stream = call("cuStreamCreate", int(driver.CUstream_flags.CU_STREAM_NON_BLOCKING))
+                self._releases.append(("cuStreamDestroy", self._stream))
+        except BaseException:
+            self.close()
+            raise
+        self.stream = int(self._stream)
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Make its context the thread's current one, and put back the one before."""
+        call("cuCtxPushCurrent", self._context)
+        try:
+            yield
+        finally:
+            call("cuCtxPopCurrent")
+
+    def allocate(self, size_bytes: int) -> int:
+        """Device memory; its address is a multiple of 256.
+
+        Raises:
+            BackendError: not enough memory, with how much was asked for and is free.
+        """
+        try:
+            memory = call("cuMemAlloc", max(size_bytes, 1))
+        except CudaError as error:
+            if error.status != "CUDA_ERROR_OUT_OF_MEMORY":
+                raise
+            free, total = call("cuMemGetInfo")
+            raise BackendError(
+                f"GPU memory: got {free / _GIB:.2f} GiB free of {total / _GIB:.2f}, "
+                f"expected {size_bytes / _GIB:.2f} for caches and tensors. "
+                "Close what else uses the GPU, or build engines with a smaller --max-context or --max-prompt-tokens"
+            ) from error
+        self._releases.append(("cuMemFree", memory))
+        return int(memory)
+
+    def allocate_pinned(self, size_bytes: int) -> Pinned:
+        """Page-locked host memory."""
+        address = int(call("cuMemAllocHost", size_bytes))
+        self._releases.append(("cuMemFreeHost", address))
+        return Pinned(address, size_bytes)
+
+    def event(self) -> object:
+        """An event, for `record` and `seconds`."""
+        event = call("cuEventCreate", int(driver.CUevent_flags.CU_EVENT_DEFAULT))
+        self._releases.append(("cuEventDestroy", event))
+        return event
+
+    def record(self, event: object) -> None:
+        """Let an event stand for the work enqueued so far."""
+        call("cuEventRecord", event, self._stream)
+
+    def seconds(self, start: object, end: object) -> float:
+        """Time from one event to another, both reached."""
+        return float(call("cuEventElapsedTime", start, end)) / 1000.0
+
+    def copy_in(self, target: int, source: int, size_bytes: int) -> None:
+        """Enqueue a copy from pinned to device memory."""
+        call("cuMemcpyHtoDAsync", target, source, size_bytes, self._stream)
+
+    def copy_out(self, target: int, source: int, size_bytes: int) -> None:
+        """Enqueue a copy from device to pinned memory."""
+        call("cuMemcpyDtoHAsync", target, source, size_bytes, self._stream)
+
+    def copy(self, target: int, source: int, size_bytes: int) -> None:
+        """Enqueue a copy within device memory."""
+        call("cuMemcpyDtoDAsync", target, source, size_bytes, self._stream)
+
+    def zero(self, address: int, size_bytes: int) -> None:
+        """Enqueue the zeroing of device memory."""
+        call("cuMemsetD8Async", address, 0, size_bytes, self._stream)
+
+    def synchronize(self) -> None:
+        """Wait for all enqueued work.
+
+        Raises:
+            BackendError: some of it failed.
+        """
+        call("cuStreamSynchronize", self._stream)
+
+    def capture(self, enqueue: Callable[[], None]) -> Graph:
+        """Record what a function enqueues, without running it.
+
+        Raises:
+            BackendError: something in it cannot be captured.
+        """
+        # Other threads may go on allocating; what this one enqueues must be capturable.
+        call("cuStreamBeginCapture", self._stream, driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
+        try:
+            enqueue()
+        except BaseException:
+            _, graph = driver.cuStreamEndCapture(self._stream)  # leaves capture mode; its failure is known already
+            if graph is not None and int(graph):
+                call("cuGraphDestroy", graph)
+            raise
+        graph = call("cuStreamEndCapture", self._stream)
+        try:
+            return Graph(call("cuGraphInstantiate", graph, 0), self._stream)
+        finally:
+            call("cuGraphDestroy", graph)
+
+    def close(self) -> None:
+        """Give back everything, the last taken first. Closing again does nothing.
+
+        Raises:
+            BackendError: something could not be released, and no other error is on its way.
+        """
+        releases, self._releases = self._releases, []
+        failure: BackendError | None = None
+        if len(releases) > 1:  # beside the context itself
+            call("cuCtxPushCurrent", self._context)
+        for function, handle in reversed(releases):
+            if function == "cuDevicePrimaryCtxRelease" and len(releases) > 1:
+                call("cuCtxPopCurrent")
+            try:
+                call(function, handle)
+            except BackendError as error:  # after a failed kernel every call fails; go on, so that nothing stays
+                failure = failure or error
+        if failure is not None and sys.exc_info()[0] is None:
+            raise failure
+
+    def __enter__(self) -> "CudaDevice":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
