@@ -10,10 +10,11 @@ kv_start <= c <= p; a padding row sees itself, so that it stays finite.
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from export.graph import GraphBuilder
-from export.layers import add_residual, gated_mlp, linear, rms_norm, rotary
+from export.layers import add_residual, gated_mlp, head_norm, linear, rms_norm, rotary
 from hawk_trt.stages import LanguageConfig, key_name, value_name
 
 # Small enough that a float16 sum with it stays finite, large enough that exp() of it is 0.
@@ -94,6 +95,8 @@ def decoder_layer(
             key, value = (
                 _heads(g, linear(g, h, f"{weight}.self_attn.{n}_proj", f"{n}_proj"), context.key_shape, n) for n in "kv"
             )
+            if config.qk_norm:
+                key = head_norm(g, key, f"{weight}.self_attn.k_norm", config.rms_norm_eps, "k_norm")
             key = rotary(g, key, context.cos, context.sin, "rotary_k")
             cos, sin, mask, query_shape = context.cos, context.sin, context.mask, context.query_shape
             if last_only:
@@ -109,6 +112,8 @@ def decoder_layer(
                 mask = g.reshape(mask, 0, 1, 1, -1, name="mask_one") if g.inplace else mask
                 query_shape = g.ints(-1, 1, config.num_attention_heads, config.head_dim)
             query = _heads(g, linear(g, h, f"{weight}.self_attn.q_proj", "q_proj"), query_shape, "q")
+            if config.qk_norm:
+                query = head_norm(g, query, f"{weight}.self_attn.q_norm", config.rms_norm_eps, "q_norm")
             query = rotary(g, query, cos, sin, "rotary_q")
             attended, present = _attend(g, config, context, query, key, value, mask, layer)
             attended = linear(g, attended, f"{weight}.self_attn.o_proj", "o_proj")
@@ -202,9 +207,7 @@ def _grouped_attention(
 
 def _rotary_tables(g: GraphBuilder, config: LanguageConfig, position_ids: ir.Value) -> tuple[ir.Value, ir.Value]:
     """Cos and sin [batch, seq, dim / 2] in the model's dtype, angles in float32. position_ids: [axes, batch, seq]."""
-    half = config.head_dim // 2
-    sections = config.mrope_section or (half,)
-    axis_of = np.repeat(np.arange(len(sections)), sections)
+    axis_of = _axis_of_frequency(config)
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
     inv_freq = (1.0 / np.float32(config.rope_theta) ** exponents).astype(np.float32)
     with g.scope("rotary_tables"):
@@ -219,6 +222,19 @@ def _rotary_tables(g: GraphBuilder, config: LanguageConfig, position_ids: ir.Val
             g.cast(g.op("Cos", angles, name="cos"), "float32", g.dtype, "cos_model"),
             g.cast(g.op("Sin", angles, name="sin"), "float32", g.dtype, "sin_model"),
         )
+
+
+def _axis_of_frequency(config: LanguageConfig) -> npt.NDArray[np.int64]:
+    """Which row of position_ids turns each frequency: int64 [dim / 2]."""
+    half = config.head_dim // 2
+    sections = config.mrope_section or (half,)
+    if not config.mrope_interleaved:
+        return np.repeat(np.arange(len(sections)), sections)
+    # time, height, width, time, .. as far as the sections of height and width go; the rest is time's
+    axis_of = np.zeros(half, np.int64)
+    for axis, section in enumerate(sections[1:], start=1):
+        axis_of[axis : len(sections) * section : len(sections)] = axis
+    return axis_of
 
 
 def _mask(

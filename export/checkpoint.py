@@ -1,8 +1,8 @@
 """A Hugging Face checkpoint folder: its configs, and every tensor under one canonical name.
 
 In: a folder with config.json and safetensors, one file or shards with their index. Out: configs as dicts and
-where each tensor lies. The hub's names (visual.*, model.*) and those of newer saves (model.visual.*,
-model.language_model.*) both become visual.*, language_model.* and lm_head.weight, so that the graphs know one.
+where each tensor lies. All generations of names become visual.*, language_model.* and lm_head.weight, so that the
+graphs know one; see export.names.
 Which tensors were asked for is remembered: one that nobody reads means a graph that misses something.
 """
 
@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import json
 import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from export.tensor_file import CheckpointTensor, TensorFile, read_tensor_file
+from export.vision import tensor_names
 from hawk_trt.errors import CheckpointError
 
 CONFIG = "config.json"
@@ -27,12 +29,6 @@ LM_HEAD = "lm_head.weight"
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _SHARD = re.compile(r"model-(\d+)-of-(\d+)\.safetensors")
-# The first that fits decides; what fits none keeps its name.
-_PREFIXES = (
-    ("model.language_model.", "language_model."),
-    ("model.visual.", "visual."),
-    ("model.", "language_model."),
-)
 # Buffers that old checkpoints saved and that config.json determines.
 _COMPUTED = ".inv_freq"
 # What quantised checkpoints call the parts of a weight.
@@ -80,7 +76,7 @@ class Checkpoint:
                 "take the checkpoint they were made from"
             )
         files = _weight_files(folder)
-        return cls(folder, config, generation, files, _canonical_tensors(files))
+        return cls(folder, config, generation, files, _canonical_tensors(files, tensor_names(config)))
 
     def has(self, name: str) -> bool:
         """Whether the checkpoint holds a tensor of this canonical name."""
@@ -219,7 +215,9 @@ def _no_weights(folder: Path) -> str:
     return f"{folder}: no weights there, expected {_SINGLE} or {_INDEX} with its shards"
 
 
-def _canonical_tensors(files: tuple[TensorFile, ...]) -> dict[str, CheckpointTensor]:
+def _canonical_tensors(
+    files: tuple[TensorFile, ...], names: Callable[[str], tuple[str, ...]]
+) -> dict[str, CheckpointTensor]:
     """All tensors by canonical name."""
     tensors: dict[str, CheckpointTensor] = {}
     for file in files:
@@ -229,17 +227,25 @@ def _canonical_tensors(files: tuple[TensorFile, ...]) -> dict[str, CheckpointTen
                     f"{file.path}: tensor {tensor.name}: part of quantised weights, which cannot be exported: "
                     "take the checkpoint they were made from"
                 )
-            name = _canonical(tensor.name)
-            if name in tensors:
-                raise CheckpointError(
-                    f"{file.path}: tensor {tensor.name}: given twice, {tensors[name].file.name} holds {name} too"
-                )
-            tensors[name] = replace(tensor, name=name)
+            for part in _parts(tensor, names(tensor.name)):
+                if part.name in tensors:
+                    first = tensors[part.name].file.name
+                    raise CheckpointError(
+                        f"{file.path}: tensor {tensor.name}: given twice, {first} holds {part.name} too"
+                    )
+                tensors[part.name] = part
     return tensors
 
 
-def _canonical(name: str) -> str:
-    for prefix, canonical in _PREFIXES:
-        if name.startswith(prefix):
-            return canonical + name.removeprefix(prefix)
-    return name
+def _parts(tensor: CheckpointTensor, names: tuple[str, ...]) -> Iterator[CheckpointTensor]:
+    """The tensor under its canonical name, or its rows in equal parts under several."""
+    rows, left = divmod(tensor.shape[0], len(names)) if len(names) > 1 else (0, 0)
+    if left:
+        raise CheckpointError(
+            f"{tensor.file}: tensor {tensor.name}: shape {list(tensor.shape)}, "
+            f"expected rows in {len(names)} equal parts"
+        )
+    nbytes = tensor.nbytes // len(names)
+    for number, name in enumerate(names):
+        shape = (rows, *tensor.shape[1:]) if len(names) > 1 else tensor.shape
+        yield replace(tensor, name=name, offset=tensor.offset + number * nbytes, nbytes=nbytes, shape=shape)

@@ -8,7 +8,8 @@ g and the query weights a_t (1/T at the T query tokens, so that sum_t is a mean)
     u_i  = g * (Wk_g^T q_i)                             the key projection absorbed into the query
     s_i(n) = (r(n) x_n . u_i + bk_g . q_i) / sqrt(head_dim)
 
-which equals mean_t q_i(t) . k_g(n) / sqrt(head_dim) without projecting a single dropped token.
+which equals mean_t q_i(t) . k_g(n) / sqrt(head_dim) without projecting a single dropped token. A model that norms
+its queries and keys leaves no such shortcut: there h = r x g of every token is projected, normed, then averaged.
 """
 
 from collections.abc import Callable
@@ -17,7 +18,7 @@ import onnx_ir as ir
 
 from export.attention import attention_context, decoder_layer
 from export.graph import GraphBuilder, Weights
-from export.layers import inverse_rms
+from export.layers import add_residual, inverse_rms
 from export.weighted_topk import weighted_topk
 from hawk_trt.stages import FIRST_LAYER, LanguageConfig, first_layer_spec
 
@@ -34,7 +35,8 @@ def build_first_layer(
     inputs = g.inputs(spec)
     embeds = _merge(g, inputs["text_embeds"], inputs["visual_embeds"], inputs["visual_rows"])
     with g.scope("hawk"):
-        head_scores = _head_scores(g, config, embeds, inputs["query_weights"])
+        score = _normed_head_scores if config.qk_norm else _head_scores
+        head_scores = score(g, config, embeds, inputs["query_weights"])
         kept, scores = weighted_topk(
             g,
             normalization,
@@ -55,8 +57,13 @@ def build_first_layer(
     context = attention_context(g, config, inputs, positions, hidden, first_layer=0)
     x = g.reshape(hidden, -1, config.hidden_size, name="flat_embeds")
     x, present = decoder_layer(g, config, context, x, 0)
+    outputs: dict[str, ir.Value] = {}
+    if config.deepstack_levels:
+        with g.scope("deepstack"):
+            first, outputs = _kept_levels(g, config, inputs, index_vectors)
+            x = add_residual(g, x, g.reshape(first, -1, config.hidden_size, name="flat_level"), "add_level")
     hidden_shape = g.op("Shape", hidden, name="hidden_shape")
-    outputs = {
+    outputs |= {
         "hidden_states": g.op("Reshape", x, hidden_shape, name="hidden_states"),
         "kept_indices": indices,
         "kept_position_ids": positions,
@@ -74,6 +81,60 @@ def _merge(g: GraphBuilder, text_embeds: ir.Value, visual_embeds: ir.Value, visu
         visual = g.unsqueeze(g.op("GreaterOrEqual", visual_rows, zero, name="is_visual"), 2, name="is_visual_row")
         rows = g.op("Gather", visual_embeds, g.op("Max", visual_rows, zero, name="row"), axis=0, name="visual_by_token")
         return g.op("Where", visual, rows, text_embeds, name="inputs_embeds")
+
+
+def _kept_levels(
+    g: GraphBuilder, config: LanguageConfig, inputs: dict[str, ir.Value], index_vectors: ir.Value
+) -> tuple[ir.Value, dict[str, ir.Value]]:
+    """DeepStack's features of the kept tokens, 0 where one is text.
+
+    Returns:
+        The level behind layer 0, [1, batch, num_kept_total, hidden], and the later ones as an output, if there are.
+    """
+    zero = g.const(0, "int64")
+    rows = g.op("GatherND", inputs["visual_rows"], index_vectors, batch_dims=1, name="kept_rows")
+    visual = g.unsqueeze(g.op("GreaterOrEqual", rows, zero, name="is_visual"), 2, name="is_visual_row")
+    levels = g.op("Gather", inputs["deepstack_embeds"], g.op("Max", rows, zero, name="row"), axis=1, name="by_token")
+    levels = g.op("Where", visual, levels, g.scalar(0.0), name="levels")  # [levels, batch, num_kept_total, hidden]
+    later = config.deepstack_levels - 1
+    if not later:
+        return levels, {}
+    first, rest = g.ops("Split", levels, g.ints(1, later), axis=0, count=2, name="split_levels")
+    return first, {"deepstack_states": rest}
+
+
+def _normed_head_scores(g: GraphBuilder, config: LanguageConfig, embeds: ir.Value, query_weights: ir.Value) -> ir.Value:
+    """Raw scores of every position where queries and keys are normed per head: (batch, heads, seq_len) float32."""
+    heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    batch_seq = g.op("Shape", embeds, start=0, end=2, name="batch_seq")
+
+    def normed(x: ir.Value, letter: str, count: int) -> ir.Value:
+        """Projected and normed per head: [batch, seq_len, count, dim]."""
+        flat = g.reshape(x, -1, config.hidden_size, name=f"{letter}_rows")
+        weight = g.cast(g.weight(f"{_LAYER}.self_attn.{letter}_proj.weight"), g.dtype, "float32", f"{letter}_float32")
+        scale = g.cast(g.weight(f"{_LAYER}.self_attn.{letter}_norm.weight"), g.dtype, "float32", f"{letter}_scale")
+        shape = g.op("Concat", batch_seq, g.ints(count, dim), axis=0, name=f"{letter}_shape")
+        with g.scope(f"{letter}_norm"):
+            split = g.op("Reshape", g.op("Gemm", flat, weight, transB=1, name="project"), shape, name="heads")
+            normal = g.op("Mul", split, inverse_rms(g, split, config.rms_norm_eps), name="normalize")
+            return g.op("Mul", normal, scale, name="scale")
+
+    x = g.cast(embeds, g.dtype, "float32", "embeds_float32")
+    scale = g.cast(g.weight(f"{_LAYER}.input_layernorm.weight"), g.dtype, "float32", "norm_float32")
+    with g.scope("input_layernorm"):
+        h = g.op("Mul", g.op("Mul", x, inverse_rms(g, x, config.rms_norm_eps), name="normalize"), scale, name="scale")
+    # Where, since 0 x NaN of one bad visual token would otherwise poison the query
+    asked = g.op("Greater", query_weights, g.const(0.0, "float32"), name="is_query")
+    queried = g.op("Where", g.unsqueeze(asked, 2, name="is_query_row"), h, g.const(0.0, "float32"), name="queried")
+    query = g.reshape(normed(queried, "q", heads), 0, -1, heads * dim, name="query_rows")
+    mean = g.op("MatMul", g.unsqueeze(query_weights, 1, name="weight_row"), query, name="query_mean")
+    grouped = g.reshape(mean, 0, kv_heads, heads // kv_heads, dim, name="query_groups")
+    key = g.transpose(normed(h, "k", kv_heads), 0, 2, 3, 1, name="key_columns")  # [batch, kv_heads, dim, seq_len]
+    scores = g.op("MatMul", grouped, key, name="token_scores")  # [batch, kv_heads, group, seq_len]
+    seq_len = g.op("Slice", batch_seq, g.ints(1), g.ints(2), g.ints(0), name="seq_len")
+    shape = g.op("Concat", g.ints(0, heads), seq_len, axis=0, name="scores_shape")
+    scores = g.op("Reshape", scores, shape, name="scores_by_head")
+    return g.op("Mul", scores, g.const(dim**-0.5, "float32"), name="head_scores")
 
 
 def _head_scores(g: GraphBuilder, config: LanguageConfig, embeds: ir.Value, query_weights: ir.Value) -> ir.Value:

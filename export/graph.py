@@ -66,6 +66,11 @@ class GraphBuilder:
         """Whether the KV cache is written in place and opset 24 ops are used."""
         return self.profile == INPLACE
 
+    @property
+    def element_type(self) -> ir.DataType:
+        """The model's dtype in ONNX."""
+        return _IR_DTYPES[self.dtype]
+
     @contextmanager
     def scope(self, name: str) -> Iterator[None]:
         """Prefix the names of the nodes made inside."""

@@ -8,7 +8,7 @@ import onnx_ir as ir
 from export.decoder import build_decoder
 from export.first_layer import build_first_layer
 from export.graph import Weights
-from export.vision import BUILDERS
+from export.vision import GRAPHS
 from hawk_trt.families import Family
 from hawk_trt.stages import DECODER, FIRST_LAYER, VISION, LanguageConfig
 
@@ -38,7 +38,7 @@ def build_graphs(
     """
     spec = family.vision_spec(vision, language.hidden_size)
     return {
-        VISION: BUILDERS[family.name](spec, vision, dtype, profile, weights),
+        VISION: GRAPHS[family.name].build(spec, vision, dtype, profile, weights),
         FIRST_LAYER: build_first_layer(language, dtype, profile, normalization, weights),
         DECODER: build_decoder(language, dtype, profile, weights),
     }

@@ -9,13 +9,13 @@ from typing import Any
 
 from export.checkpoint import EMBEDDINGS, LM_HEAD
 from export.shapes import Shapes, linear
-from export.vision import SHAPES
+from export.vision import GRAPHS
 from hawk_trt.stages import LanguageConfig
 
 
 def inventory(family: str, language: LanguageConfig, vision: Mapping[str, Any]) -> Shapes:
     """Names and shapes of all tensors of a family's model; a tied one needs no lm_head.weight."""
-    return _language_shapes(language) | SHAPES[family](vision)
+    return _language_shapes(language) | GRAPHS[family].shapes(vision)
 
 
 def _language_shapes(language: LanguageConfig) -> Shapes:

@@ -1,4 +1,4 @@
-"""The parts that language and vision graphs share: linear, RMS norm, rotary embedding, gated MLP.
+"""The parts that language and vision graphs share: linear, norms, rotary embedding, gated MLP.
 
 Activations are 2-D [tokens, features] between the parts, so that every weight keeps the checkpoint's
 [out, in] layout in Gemm(transB=1): nothing is transposed at export, and a bundle can point into the
@@ -33,6 +33,28 @@ def rms_norm(g: GraphBuilder, x: ir.Value, weight: str, epsilon: float, name: st
         inverse = inverse_rms(g, h, epsilon)
         h = g.cast(g.op("Mul", h, inverse, name="normalize"), "float32", g.dtype, "to_model")
         return g.op("Mul", h, scale, name="scale")
+
+
+def head_norm(g: GraphBuilder, x: ir.Value, weight: str, epsilon: float, name: str) -> ir.Value:
+    """RMS norm over the last axis of [batch, heads, seq, dim], computed in float32; model dtype in and out."""
+    scale = g.weight(f"{weight}.weight")
+    with g.scope(name):
+        if g.inplace:
+            return g.op("RMSNormalization", x, scale, axis=-1, epsilon=epsilon, stash_type=1, name="RMSNormalization")
+        h = g.cast(x, g.dtype, "float32", "to_float32")
+        h = g.op("Mul", h, inverse_rms(g, h, epsilon), name="normalize")
+        return g.op("Mul", g.cast(h, "float32", g.dtype, "to_model"), scale, name="scale")
+
+
+def layer_norm(g: GraphBuilder, x: ir.Value, weight: str, epsilon: float, name: str) -> ir.Value:
+    """Layer norm of the residual stream, computed in float32: residual dtype in, model dtype out."""
+    with g.scope(name):
+        h = g.cast(x, g.residual, "float32", "to_float32")
+        scale, bias = (
+            g.cast(g.weight(f"{weight}.{part}"), g.dtype, "float32", f"{part}_float32") for part in ("weight", "bias")
+        )
+        y = g.op("LayerNormalization", h, scale, bias, axis=-1, epsilon=epsilon, name="LayerNormalization")
+        return g.cast(y, "float32", g.dtype, "to_model")
 
 
 def inverse_rms(g: GraphBuilder, x: ir.Value, epsilon: float) -> ir.Value:
@@ -82,14 +104,24 @@ def _float16_down(g: GraphBuilder, silu: ir.Value, up: ir.Value, weight: str) ->
     product = g.op("Mul", scaled, up, name="gated")
     bound = float(np.finfo(np.float16).max)
     product = g.op("Clip", product, g.const(-bound, "float32"), g.const(bound, "float32"), name="bounded")
-    product = g.cast(product, "float32", "float16", "gated_float16")
-    down = g.op("Gemm", product, g.weight(f"{weight}.weight"), transB=1, name="down_proj")
-    down = g.cast(down, "float16", "float32", "down_float32")
-    down = g.op("Mul", down, g.const(_FLOAT16_HEADROOM, "float32"), name="unscaled")
+    return _unscaled_linear(g, g.cast(product, "float32", "float16", "gated_float16"), weight, "down_proj")
+
+
+def wide_linear(g: GraphBuilder, x: ir.Value, weight: str, name: str) -> ir.Value:
+    """X W^T + b where it may pass float16's range: [tokens, in] model dtype -> [tokens, out] residual dtype."""
+    if g.dtype != "float16":
+        return g.cast(linear(g, x, weight, name), g.dtype, g.residual, f"{name}_residual")
+    return _unscaled_linear(g, g.op("Mul", x, g.scalar(1 / _FLOAT16_HEADROOM), name="scaled"), weight, name)
+
+
+def _unscaled_linear(g: GraphBuilder, scaled: ir.Value, weight: str, name: str) -> ir.Value:
+    """The linear layer of an input that was scaled down by the headroom: float16 -> float32."""
+    y = g.op("Gemm", scaled, g.weight(f"{weight}.weight"), transB=1, name=name)
+    y = g.op("Mul", g.cast(y, "float16", "float32", "float32"), g.const(_FLOAT16_HEADROOM, "float32"), name="unscaled")
     if not g.has_weight(f"{weight}.bias"):
-        return down
+        return y
     bias = g.cast(g.weight(f"{weight}.bias"), "float16", "float32", "bias_float32")
-    return g.op("Add", down, bias, name="add_bias")
+    return g.op("Add", y, bias, name="add_bias")
 
 
 def add_residual(g: GraphBuilder, x: ir.Value, y: ir.Value, name: str) -> ir.Value:

@@ -49,7 +49,7 @@ class CheckpointTensor:
     shape: tuple[int, ...]
 
     def blocks(self) -> Iterator[npt.NDArray[Any]]:
-        """The elements as stored: 1-D arrays of a few MB at most, each valid until the next but one, which takes its memory.
+        """The elements as stored: 1-D arrays of a few MB at most, each valid until the next but one takes its memory.
 
         Raises:
             CheckpointError: the file cannot be read, or ends early.

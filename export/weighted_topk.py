@@ -9,12 +9,10 @@ The node carries plugin_version and plugin_namespace, so that TensorRT takes the
 where it is loaded. Names inside are prefixed: TensorRT 10.3's parser mixes up inner and outer ones.
 """
 
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
+from export.function_body import FunctionBody
 from export.graph import HAWK_DOMAIN, OPSETS, GraphBuilder
 from hawk_trt.stages import BIAS_KEEP
 
@@ -71,7 +69,7 @@ def weighted_topk(
 def build_function(profile: str, normalization: str) -> ir.Function:
     """The function body of a normalization, over the profile's opset."""
     inputs = [ir.Value(name=f"{NAME}/{name}") for name in INPUTS]
-    body = _Body(inputs)
+    body = FunctionBody(NAME)
     head_scores, head_weights, visual_rows, select_bias, slots = inputs
     visual = body.op("GreaterOrEqual", visual_rows, body.const(0, np.int64), name="visual")
     visual_heads = body.op("Unsqueeze", visual, body.const([1], np.int64), name="visual_heads")
@@ -108,33 +106,7 @@ def build_function(profile: str, normalization: str) -> ir.Function:
     return ir.Function(HAWK_DOMAIN, NAME, graph=graph, attributes=[attribute, version, namespace])
 
 
-class _Body:
-    """Collects the nodes of the function, every name under the function's."""
-
-    def __init__(self, inputs: list[ir.Value]) -> None:
-        self.inputs = inputs
-        self.nodes: list[ir.Node] = []
-        self._constants = 0
-
-    def op(self, op_type: str, *inputs: ir.Value, name: str, **attributes: Any) -> ir.Value:  # noqa: ANN401 - ONNX attributes are of many types
-        """Add a node with one output."""
-        return self.ops(op_type, *inputs, name=name, count=1, **attributes)[0]
-
-    def ops(self, op_type: str, *inputs: ir.Value, name: str, count: int, **attributes: Any) -> list[ir.Value]:  # noqa: ANN401 - ONNX attributes are of many types
-        """Add a node with several outputs."""
-        full = f"{NAME}/{name}"
-        outputs = [ir.Value(name=full if count == 1 else f"{full}.{i}") for i in range(count)]
-        self.nodes.append(ir.node(op_type, list(inputs), attributes or None, outputs=outputs, name=full))
-        return outputs
-
-    def const(self, value: npt.ArrayLike, dtype: type[np.generic]) -> ir.Value:
-        """A Constant node: functions have no initializers."""
-        self._constants += 1
-        name = f"const_{self._constants}"
-        return self.ops("Constant", name=name, count=1, value=ir.tensor(np.asarray(value, dtype)))[0]
-
-
-def _l2(body: _Body, raw: ir.Value, visual: ir.Value, zero: ir.Value) -> ir.Value:
+def _l2(body: FunctionBody, raw: ir.Value, visual: ir.Value, zero: ir.Value) -> ir.Value:
     """S / max(||s||_2, 1e-12); masked positions are 0 and stay so."""
     del visual, zero
     norm = body.op("ReduceL2", raw, body.const([-1], np.int64), keepdims=1, name="l2")
@@ -143,7 +115,7 @@ def _l2(body: _Body, raw: ir.Value, visual: ir.Value, zero: ir.Value) -> ir.Valu
     )
 
 
-def _softmax(body: _Body, raw: ir.Value, visual: ir.Value, zero: ir.Value) -> ir.Value:
+def _softmax(body: FunctionBody, raw: ir.Value, visual: ir.Value, zero: ir.Value) -> ir.Value:
     """exp(s - max) / sum over the visual tokens; 0 elsewhere, and everywhere without any."""
     axis = body.const([-1], np.int64)
     masked = body.op("Where", visual, raw, body.const(-BIAS_KEEP, np.float32), name="visual_only")
@@ -155,7 +127,7 @@ def _softmax(body: _Body, raw: ir.Value, visual: ir.Value, zero: ir.Value) -> ir
     return body.op("Div", powers, bounded, name="normal")
 
 
-def _minmax(body: _Body, raw: ir.Value, visual: ir.Value, zero: ir.Value) -> ir.Value:
+def _minmax(body: FunctionBody, raw: ir.Value, visual: ir.Value, zero: ir.Value) -> ir.Value:
     """(s - min) / max(max - min, eps) over the visual tokens; 0 elsewhere."""
     axis = body.const([-1], np.int64)
     high = body.op("Where", visual, raw, body.const(-BIAS_KEEP, np.float32), name="for_max")

@@ -27,6 +27,7 @@ EXTRAS: dict[str, dict[str, str]] = {
 RUNTIME = ("jinja2", "ml_dtypes", "msgspec", "numpy", "pillow", "rich", "tokenizers")
 ONNX_RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
 TENSORRTS = ("tensorrt", "tensorrt-cu12", "tensorrt-cu13")
+CUDA_BINDINGS = "cuda-bindings"
 CUDA_PROVIDER = "CUDAExecutionProvider"
 
 # y = x + x of one float32, opset 18: the least that shows a provider computing.
@@ -97,7 +98,8 @@ class Report:
 
 def examine() -> Report:
     """Look at the machine."""
-    names = (*RUNTIME, *ONNX_RUNTIMES, *(name for extra in EXTRAS.values() for name in extra), *TENSORRTS)
+    extras = [name for extra in EXTRAS.values() for name in extra]
+    names = (*RUNTIME, *ONNX_RUNTIMES, *extras, *TENSORRTS, CUDA_BINDINGS)
     packages = {name: installed_version(name) for name in names}
     gpus = find_gpus()
     providers, problem = _providers()
@@ -241,8 +243,6 @@ def _extra(name: str, packages: dict[str, str | None]) -> Capability:
 
 
 def _tensorrt(packages: dict[str, str | None], gpus: tuple[Gpu, ...]) -> Capability:
-    if find_spec("hawk_trt.backends.tensorrt") is None:
-        return Capability("TensorRT", False, "not part of this version; NVIDIA GPUs are used through CUDA")
     found = next((packages[name] for name in TENSORRTS if packages[name]), None)
     if found is None and find_spec("tensorrt") is not None:
         found = "of an unknown version"
@@ -250,6 +250,8 @@ def _tensorrt(packages: dict[str, str | None], gpus: tuple[Gpu, ...]) -> Capabil
         return Capability("TensorRT", False, "no NVIDIA GPU with a driver here (nvidia-smi lists none)")
     if found is None:
         return Capability("TensorRT", False, "tensorrt is not installed", "pip install tensorrt")
+    if packages[CUDA_BINDINGS] is None:
+        return Capability("TensorRT", False, f"{CUDA_BINDINGS} is not installed", f"pip install {CUDA_BINDINGS}")
     return Capability("TensorRT", True, f"tensorrt {found} on {gpus[0].name}")
 
 

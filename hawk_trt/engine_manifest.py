@@ -141,6 +141,7 @@ class EngineManifest:
         plans: one a stage.
         plugin: name of the plugin's file, None where no plan has a plugin layer.
         plugin_sha256: of the plugin that the build was given, None without one.
+        workspace_bytes: scratch that a tactic could take, None where nothing limited it.
         files: of the folder, without those of `bundle`.
         rebuild: the command that makes the folder anew.
         versions: of what wrote it.
@@ -155,6 +156,7 @@ class EngineManifest:
     plans: tuple[PlanEntry, ...]
     plugin: str | None
     plugin_sha256: str | None
+    workspace_bytes: int | None
     files: dict[str, FileEntry]
     rebuild: str
     versions: dict[str, str]

@@ -13,12 +13,11 @@ import numpy.typing as npt
 
 from hawk_trt.bundle import SpecialTokens
 from hawk_trt.errors import InvalidInput
-from hawk_trt.families import Family
+from hawk_trt.families import IMAGE, VIDEO, Family
 from hawk_trt.requests import ModelInputs
 from hawk_trt.stages import BIAS_DROP, BIAS_KEEP
 
 IntArray = npt.NDArray[np.int64]
-TEXT, IMAGE, VIDEO = 0, 1, 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +33,8 @@ class PromptLayout:
         position_ids: int64 [axes, n].
         query_weights: float32 [n], 1/T at the query tokens.
         num_rows: rows of the prompt's visual embeddings, those of masked placeholders included.
+        image_grid_thw: int64 [images, 3], masked ones included.
+        video_grid_thw: int64 [videos, 3], masked ones included.
     """
 
     input_ids: IntArray
@@ -44,6 +45,8 @@ class PromptLayout:
     position_ids: IntArray
     query_weights: npt.NDArray[np.float32]
     num_rows: int
+    image_grid_thw: IntArray
+    video_grid_thw: IntArray
 
     @property
     def num_tokens(self) -> int:
@@ -106,10 +109,7 @@ def prompt_layout(
     for token, value in ((special.image, IMAGE), (special.video, VIDEO)):
         if token is not None:
             kind[ids == token] = value
-    grids = {
-        IMAGE: _grid("image_grid_thw", inputs.image_grid_thw),
-        VIDEO: _grid("video_grid_thw", inputs.video_grid_thw),
-    }
+    grids = dict(zip((IMAGE, VIDEO), family.item_grids(inputs, kind, vision), strict=True))
     rows, items, frames = _visual_places(kind, grids, family, vision)
     seconds = _seconds(inputs.second_per_grid_ts, len(grids[VIDEO]))
     # an image of which no placeholder is real takes no positions; one that is masked in part keeps all of its own
@@ -137,6 +137,8 @@ def prompt_layout(
         position_ids=positions,
         query_weights=weights,
         num_rows=int((kind > 0).sum()),
+        image_grid_thw=grids[IMAGE],
+        video_grid_thw=grids[VIDEO],
     )
 
 
@@ -250,15 +252,6 @@ def _vector(name: str, values: npt.ArrayLike) -> IntArray:
     return array.astype(np.int64)
 
 
-def _grid(name: str, values: npt.ArrayLike | None) -> IntArray:
-    if values is None:
-        return np.zeros((0, 3), np.int64)
-    grid = np.asarray(values)
-    if grid.ndim != 2 or grid.shape[1] != 3 or grid.dtype.kind not in "iu" or (grid < 1).any():
-        raise InvalidInput(f"{name}: got {grid.dtype}{list(grid.shape)}, expected int64[items, 3] of at least 1 each")
-    return grid.astype(np.int64)
-
-
 def _seconds(values: npt.ArrayLike | None, num_videos: int) -> npt.NDArray[np.float32]:
     if values is None:
         return np.ones(num_videos, np.float32)
@@ -288,7 +281,7 @@ def _visual_places(
             )
         rows[where] = row_offset + np.arange(len(where))
         items[where] = item_offset + np.repeat(np.arange(len(counts)), counts)
-        lengths = grids[value][:, 0]
+        lengths = grids[value][:, 0] if value == VIDEO else np.ones(len(counts), np.int64)
         per_frame = np.repeat(counts // lengths, lengths)
         frames[where] = frame_offset + np.repeat(np.arange(len(per_frame)), per_frame)
         row_offset += len(where)

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from hawk_trt.backends import Backend, Visual, load_backend
+from hawk_trt.backends import Backend, Visual, backend_for, load_backend
 from hawk_trt.bundle import Bundle
 from hawk_trt.config import PruningConfig, SamplingConfig
-from hawk_trt.errors import InvalidInput
+from hawk_trt.engine_manifest import EngineFolder
+from hawk_trt.errors import BundleError, InvalidInput
 from hawk_trt.families import Family, Patches, family_by_name
 from hawk_trt.layout import PromptLayout, prompt_layout
 from hawk_trt.processor import Processor
@@ -29,9 +30,6 @@ from hawk_trt.run import Run
 
 if TYPE_CHECKING:
     from hawk_trt.requests import ImageInput, Message, VideoInput
-
-# Patches of one vision call: bounds its memory. A single larger image still goes alone.
-MAX_VISION_PATCHES = 16384
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,37 +57,43 @@ class Pipeline:
     Attributes:
         bundle: what it was loaded from.
         backend: what runs it.
+        family: what its model asks of the host.
     """
 
     def __init__(self, bundle: Bundle, backend: Backend) -> None:
         self.bundle = bundle
         self.backend = backend
-        self._family: Family = family_by_name(bundle.manifest.family)
-        self._processor = Processor(bundle, self._family)
+        self.family: Family = family_by_name(bundle.manifest.family)
+        self._processor = Processor(bundle, self.family)
 
     @classmethod
     def load(
         cls,
         path: str | Path,
         backend: str = "onnxruntime",
-        device: str = "cpu",
+        device: str | None = None,
         profile: str | None = None,
         *,
         verify: bool = False,
     ) -> "Pipeline":
-        """Load a bundle.
+        """Load a bundle, or the engines made from one.
 
         Args:
-            path: the bundle's folder.
+            path: a bundle's folder, or with TensorRT an engine folder.
             backend: "onnxruntime" or "tensorrt".
-            device: "cpu", "cuda" or "cuda:N".
-            profile: "portable" or "inplace"; None takes the best that the bundle holds.
+            device: "cpu", "cuda" or "cuda:N"; None is "cpu" in ONNX Runtime and "cuda" in TensorRT.
+            profile: "portable" or "inplace"; None takes the best that the folder holds.
             verify: also hash the weight files, which takes as long as reading them.
 
         Raises:
-            BundleError: no bundle, a damaged one, or one without the profile.
+            BundleError: nothing to load there, damaged files, or none of the profile or for this machine.
             BackendError: a backend or device that cannot be used here.
         """
+        if backend == "tensorrt":
+            engines = EngineFolder.load(path, verify=verify)
+            return cls(engines.bundle, load_backend(engines, backend, device, profile))
+        if backend_for(path) == "tensorrt":
+            raise BundleError(f'{path}: holds TensorRT engines. Load them with backend="tensorrt"')
         bundle = Bundle.load(path, verify=verify)
         return cls(bundle, load_backend(bundle, backend, device, profile))
 
@@ -265,7 +269,7 @@ class Pipeline:
         chat = self._processor.chat
         layout = prompt_layout(
             inputs,
-            self._family,
+            self.family,
             manifest.vision,
             manifest.special_tokens,
             query,
@@ -286,24 +290,27 @@ class Pipeline:
 
     def encode(self, rows: Sequence[ModelInputs], layouts: Sequence[PromptLayout]) -> Visual:
         """Run the vision stage for all rows: embeddings of each row's images, then its videos."""
-        return self.backend.encode(self._feeds(rows), sum(layout.num_rows for layout in layouts))
+        return self.backend.encode(self._feeds(rows, layouts), sum(layout.num_rows for layout in layouts))
 
     def chat_tokenizer(self) -> Any:  # noqa: ANN401 - the tokenizers package has no types
         """The tokenizer, None where the bundle has none."""
         return None if self._processor.chat is None else self._processor.chat.tokenizer
 
-    def _feeds(self, rows: Sequence[ModelInputs]) -> Iterator[dict[str, npt.NDArray[Any]]]:
-        for inputs in rows:
+    def _feeds(
+        self, rows: Sequence[ModelInputs], layouts: Sequence[PromptLayout]
+    ) -> Iterator[dict[str, npt.NDArray[Any]]]:
+        for inputs, layout in zip(rows, layouts, strict=True):
             for name, pixels, grid in (
-                ("pixel_values", inputs.pixel_values, inputs.image_grid_thw),
-                ("pixel_values_videos", inputs.pixel_values_videos, inputs.video_grid_thw),
+                ("pixel_values", inputs.pixel_values, layout.image_grid_thw),
+                ("pixel_values_videos", inputs.pixel_values_videos, layout.video_grid_thw),
             ):
-                if (pixels is None) != (grid is None):
+                if (pixels is None) != (not len(grid)):
                     raise InvalidInput(f"{name}: got it without its grid_thw, or the grid without it; expected both")
-                if pixels is None or grid is None:
+                if pixels is None:
                     continue
-                patches = Patches(np.asarray(pixels, np.float32), np.asarray(grid, np.int64))
-                yield from self._family.vision_feeds(patches, self.bundle.manifest.vision, MAX_VISION_PATCHES)
+                patches = Patches(np.asarray(pixels, np.float32), grid)
+                most = self.backend.max_vision_patches
+                yield from self.family.vision_feeds(patches, self.bundle.manifest.vision, most)
 
 
 class TextStream:

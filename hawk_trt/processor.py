@@ -1,7 +1,7 @@
 """Prompt, images and videos become ModelInputs, as the checkpoint's own processor makes them."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -36,8 +36,9 @@ class Processor:
         self._vision = bundle.manifest.vision
         images = _read(bundle, _PREPROCESSOR)
         videos = _read(bundle, _VIDEO_PREPROCESSOR) or images
-        self._image_settings = None if images is None else family.image_settings(images)
-        self._video_settings = None if videos is None else family.image_settings(videos)
+        self._image_settings = None if images is None else family.image_settings(images, self._vision)
+        self._video_settings = None if videos is None else family.image_settings(videos, self._vision)
+        self._special_tokens = bundle.manifest.special_tokens
 
     def __call__(
         self,
@@ -67,14 +68,17 @@ class Processor:
         video_items = [item for item in encoded.visual if item.kind == "video"]
         pictures = self._images(image_items, min_pixels, max_pixels)
         clips, seconds = self._videos(video_items, min_pixels, max_pixels)
-        counts = {"image": iter(self._counts(pictures)), "video": iter(self._counts(clips))}
-        return ModelInputs(
-            input_ids=self.chat.expand(encoded.input_ids, [next(counts[item.kind]) for item in encoded.visual]),
-            pixel_values=None if pictures is None else pictures.pixel_values,
-            image_grid_thw=None if pictures is None else pictures.grid_thw,
-            pixel_values_videos=None if clips is None else clips.pixel_values,
-            video_grid_thw=None if clips is None else clips.grid_thw,
-            second_per_grid_ts=None if clips is None else np.array(seconds, np.float32),
+        kinds = [item.kind for item in encoded.visual]
+        grids = {"image": _grids(pictures), "video": _grids(clips)}
+        expanded = [
+            self._family.placeholder(kind, next(grids[kind]), self._vision, self._special_tokens) for kind in kinds
+        ]
+        return self._family.model_inputs(
+            self.chat.expand(encoded, expanded),
+            kinds,
+            pictures,
+            clips,
+            None if clips is None else np.array(seconds, np.float32),
         )
 
     def _images(self, items: Sequence[VisualItem], min_pixels: int | None, max_pixels: int | None) -> Patches | None:
@@ -92,17 +96,16 @@ class Processor:
         settings = _bounded(self._video_settings, min_pixels, max_pixels)
         clips, seconds = [], []
         for item in items:
-            video = load_video(item.source, fps=item.fps)
+            video = load_video(item.source, fps=item.fps, sampler=self._family.frame_numbers)
             clips.append(self._family.video_to_patches(video.frames, settings, self._vision))
             seconds.append(video.seconds_per_frame * self._vision["temporal_patch_size"])
         pixels = np.concatenate([clip.pixel_values for clip in clips]) if len(clips) > 1 else clips[0].pixel_values
         return Patches(pixels, np.concatenate([clip.grid_thw for clip in clips])), seconds
 
-    def _counts(self, patches: Patches | None) -> list[int]:
-        if patches is None:
-            return []
-        counts: list[int] = self._family.tokens_per_item(patches.grid_thw, self._vision).tolist()
-        return counts
+
+def _grids(patches: Patches | None) -> Iterator[list[int]]:
+    """The rows of grid_thw, one after another."""
+    return iter([] if patches is None else patches.grid_thw.tolist())
 
 
 def _read(bundle: Bundle, name: str) -> Mapping[str, Any] | None:

@@ -17,6 +17,7 @@ from hawk_trt.bundle import Bundle, SpecialTokens
 from hawk_trt.chat_template import ChatTemplate, template_source
 from hawk_trt.errors import BundleError, InvalidInput
 from hawk_trt.escape import Escape
+from hawk_trt.families import TokenRun
 from hawk_trt.messages import VisualItem, read_prompt
 
 if TYPE_CHECKING:
@@ -31,10 +32,12 @@ class EncodedPrompt:
 
     Attributes:
         input_ids: int64 [seq_len], one placeholder for each image or video.
+        parts: the same as texts and special tokens.
         visual: the images and videos, in the order of their placeholders.
     """
 
     input_ids: npt.NDArray[np.int64]
+    parts: tuple[str | TokenRun, ...]
     visual: tuple[VisualItem, ...]
 
 
@@ -111,39 +114,55 @@ class ChatTokenizer:
         texts = [text for turn in turns for text in turn.texts()]
         escape = Escape(self._special_ids, [*texts, self._template.source])
         rendered = self._template.render([turn.with_texts(escape.apply) for turn in turns])
-        token_ids: list[int] = []
+        parts: list[str | TokenRun] = []
         for piece, special in escape.split(rendered):
-            token_ids += self.tokenizer.encode(piece, add_special_tokens=False).ids
-            if special is not None:
-                token_ids.append(self._special_ids[special])
+            parts += [piece] if special is None else [piece, TokenRun(self._special_ids[special])]
         encoded = EncodedPrompt(
-            np.array(token_ids, dtype=np.int64), tuple(item for turn in turns for item in turn.visual())
+            self._token_ids(parts), tuple(parts), tuple(item for turn in turns for item in turn.visual())
         )
         self._check_placeholders(encoded)
         return encoded
 
-    def expand(self, input_ids: npt.NDArray[np.int64], counts: Sequence[int]) -> npt.NDArray[np.int64]:
-        """Repeat each image and video placeholder once for each of its visual tokens.
+    def expand(self, encoded: EncodedPrompt, placeholders: Sequence[Sequence[str | TokenRun]]) -> npt.NDArray[np.int64]:
+        """Put into the place of each image and video placeholder what the family makes of it.
 
         Args:
-            input_ids: [seq_len] int64, one placeholder for each image or video.
-            counts: visual tokens of each, in the prompt's order.
+            encoded: a prompt.
+            placeholders: texts and runs of tokens for each image and video, in the prompt's order.
 
         Returns:
-            [seq_len - placeholders + sum(counts)] int64.
+            int64 [seq_len], the ids of the whole: texts that meet are read as one.
 
         Raises:
-            InvalidInput: more or fewer counts than placeholders, or a count below 1.
+            InvalidInput: more or fewer of them than placeholders, or one without a token.
         """
-        places = np.flatnonzero(self._is_visual(input_ids))
-        if places.size != len(counts) or any(count < 1 for count in counts):
+        if len(encoded.visual) != len(placeholders) or not all(
+            any(isinstance(part, TokenRun) and part.count > 0 for part in parts) for parts in placeholders
+        ):
             raise InvalidInput(
-                f"visual tokens: got {[int(count) for count in counts]} for {places.size} placeholders, "
-                "expected at least 1 for each image and video"
+                f"visual tokens: got {len(placeholders)} expansions for {len(encoded.visual)} placeholders, "
+                "expected one with at least 1 token for each image and video"
             )
-        repeats = np.ones(input_ids.size, dtype=np.int64)
-        repeats[places] = counts
-        return np.repeat(input_ids, repeats)
+        waiting = iter(placeholders)
+        visual = (self._special_tokens.image, self._special_tokens.video)
+        expanded: list[str | TokenRun] = []
+        for part in encoded.parts:
+            shown = isinstance(part, TokenRun) and part.token_id in visual
+            expanded += next(waiting) if shown else [part]
+        return self._token_ids(expanded)
+
+    def _token_ids(self, parts: Sequence[str | TokenRun]) -> npt.NDArray[np.int64]:
+        """The ids of texts and runs of tokens, one after another: int64 [seq_len]."""
+        token_ids: list[int] = []
+        text = ""
+        for part in (*parts, TokenRun(0, 0)):
+            if isinstance(part, str):
+                text += part
+                continue
+            token_ids += self.tokenizer.encode(text, add_special_tokens=False).ids if text else []
+            token_ids += [part.token_id] * part.count
+            text = ""
+        return np.array(token_ids, dtype=np.int64)
 
     def turn_query_mask(self, input_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
         """The text of the last user turn, for query="turn".

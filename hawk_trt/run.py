@@ -84,9 +84,13 @@ class Run:
         self.visual = self._pipe.encode(self._rows, self.layouts)
         encoded = time.perf_counter()
         inputs, scores = self._select()
-        self.generation = backend.start(len(self._rows), inputs.num_kept_total + max(self._limits))
+        if backend.max_context is not None:  # the answer also ends where the cache does; its last token is not cached
+            room = max(backend.max_context - inputs.num_kept_total + 1, 1)
+            self._limits = [min(limit, room) for limit in self._limits]
+        self.generation = backend.start(len(self._rows), inputs.num_kept_total + max(self._limits) - 1)
         prepared = time.perf_counter()
-        outputs = self.generation.prefill(inputs, self.visual, logits=self._need_logits)
+        # the sampler looks at the first logits in any case, and tells a broken run from an answer
+        outputs = self.generation.prefill(inputs, self.visual, logits=True)
         self._scores = self._visual_scores(inputs, outputs.scores) if scores is None else scores
         self._kept = self._kept_indices(inputs, outputs)
         self._timings.vision = encoded - begun

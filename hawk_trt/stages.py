@@ -8,6 +8,9 @@ profiles, the backends their bindings; tests and docs read the same tables.
     decoder      layers 1 .. , norm, lm_head on the last position -> logits, next_token, KV of its layers
 
 A prefill and a decode step run the same graphs: a decode step has seq_len = num_kept_total = 1.
+
+With DeepStack the vision graph also gives deepstack_embeds, its features of several depths. first_layer adds the
+first level behind layer 0, to the kept visual tokens, and hands the others to the decoder as deepstack_states.
 """
 
 from dataclasses import dataclass
@@ -119,6 +122,7 @@ def first_layer_spec(config: LanguageConfig, profile: str) -> StageSpec:
     inputs = (
         TensorSpec("text_embeds", "model", ("batch", "seq_len", hidden)),
         TensorSpec("visual_embeds", "model", ("num_visual", hidden)),
+        *deepstack_embeds_spec(config.deepstack_levels, hidden),
         TensorSpec("visual_rows", "int64", ("batch", "seq_len")),
         TensorSpec("position_ids", "int64", (axes, "batch", "seq_len")),
         TensorSpec("query_weights", "float32", ("batch", "seq_len")),
@@ -132,6 +136,7 @@ def first_layer_spec(config: LanguageConfig, profile: str) -> StageSpec:
         TensorSpec("kept_indices", "int64", ("batch", "num_kept_total")),
         TensorSpec("kept_position_ids", "int64", (axes, "batch", "num_kept_total")),
         TensorSpec("scores", "float32", ("batch", "seq_len")),
+        *_deepstack_states_spec(config),
         *_cache_outputs(config, profile, range(1)),
     )
     return StageSpec(inputs, outputs)
@@ -143,6 +148,7 @@ def decoder_spec(config: LanguageConfig, profile: str) -> StageSpec:
     inputs = (
         TensorSpec("hidden_states", "residual", ("batch", "num_kept_total", config.hidden_size)),
         TensorSpec("kept_position_ids", "int64", (config.position_axes, "batch", "num_kept_total")),
+        *_deepstack_states_spec(config),
         *_cache_inputs(config, profile, layers),
     )
     outputs = (
@@ -151,6 +157,17 @@ def decoder_spec(config: LanguageConfig, profile: str) -> StageSpec:
         *_cache_outputs(config, profile, layers),
     )
     return StageSpec(inputs, outputs)
+
+
+def deepstack_embeds_spec(levels: int, hidden: int) -> tuple[TensorSpec, ...]:
+    """DeepStack's features of the visual tokens, from the vision graph to first_layer; nothing without levels."""
+    return (TensorSpec("deepstack_embeds", "model", (levels, "num_visual", hidden)),) if levels else ()
+
+
+def _deepstack_states_spec(config: LanguageConfig) -> tuple[TensorSpec, ...]:
+    """What the decoder adds behind layers 1, 2, ..: DeepStack's features of the kept tokens, 0 for text."""
+    shape = (config.deepstack_levels - 1, "batch", "num_kept_total", config.hidden_size)
+    return (TensorSpec("deepstack_states", "model", shape),) if config.deepstack_levels > 1 else ()
 
 
 def _cache_inputs(config: LanguageConfig, profile: str, layers: range) -> tuple[TensorSpec, ...]:

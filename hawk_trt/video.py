@@ -6,10 +6,10 @@ decodes it.
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,9 @@ from hawk_trt.images import load_image, local_path
 
 if TYPE_CHECKING:
     from hawk_trt.requests import VideoInput
+
+# Frames of the file, its frames a second, those asked for, the most to take: int64 frame numbers, ascending.
+FrameSampler: TypeAlias = Callable[[int, float, float | None, int], npt.NDArray[np.int64]]
 
 DEFAULT_FPS = 2.0
 MIN_FRAMES = 4
@@ -41,13 +44,19 @@ class Video:
     seconds_per_frame: float
 
 
-def load_video(source: "VideoInput", fps: float | None = None, max_frames: int = MAX_FRAMES) -> Video:
+def load_video(
+    source: "VideoInput",
+    fps: float | None = None,
+    max_frames: int = MAX_FRAMES,
+    sampler: FrameSampler | None = None,
+) -> Video:
     """Open a video.
 
     Args:
         source: a path (also file://), a sequence of images, or uint8 [frames, height, width, 3].
         fps: frames a second to sample from a file, or at which the given frames were taken; None is 2.
         max_frames: sampled from a file at most.
+        sampler: the family's rule for files, None for sample_indices.
 
     Raises:
         InvalidInput: missing, unreadable, no video, without frames, or fps is not above 0.
@@ -59,7 +68,7 @@ def load_video(source: "VideoInput", fps: float | None = None, max_frames: int =
     if max_frames < FRAME_MULTIPLE:
         raise InvalidInput(f"max_frames: got {max_frames}, expected at least {FRAME_MULTIPLE}")
     if isinstance(source, str | os.PathLike):
-        return _open_file(local_path(source, "video"), rate, max_frames)
+        return _open_file(local_path(source, "video"), fps, max_frames, sampler or sample_indices)
     if isinstance(source, np.ndarray) and source.ndim != 4:
         raise InvalidInput(f"video: got {source.dtype}{list(source.shape)}, expected uint8[frames, height, width, 3]")
     if isinstance(source, bytes) or not isinstance(source, np.ndarray | Sequence):
@@ -69,29 +78,32 @@ def load_video(source: "VideoInput", fps: float | None = None, max_frames: int =
     return Video([load_image(frame) for frame in source], 1.0 / rate)
 
 
-def sample_indices(total: int, video_fps: float, fps: float, max_frames: int = MAX_FRAMES) -> npt.NDArray[np.int64]:
+def sample_indices(
+    total: int, video_fps: float, fps: float | None, max_frames: int = MAX_FRAMES
+) -> npt.NDArray[np.int64]:
     """Which frames of a file are taken: evenly spaced, an even number of them (one of a single frame).
 
     Args:
         total: frames of the file.
         video_fps: its frames a second.
-        fps: frames a second wanted; at least 4 frames are taken, where there are so many.
+        fps: frames a second wanted, None is 2; at least 4 frames are taken, where there are so many.
         max_frames: taken at most.
 
     Returns:
         int64 [frames], ascending.
     """
-    wanted = min(max(total / video_fps * fps, MIN_FRAMES), max_frames, total)
+    rate = DEFAULT_FPS if fps is None else fps
+    wanted = min(max(total / video_fps * rate, MIN_FRAMES), max_frames, total)
     count = max(math.floor(wanted / FRAME_MULTIPLE) * FRAME_MULTIPLE, 1)
     # The processor's own arithmetic: float32 steps, truncated.
     return (np.arange(count) * (total / count)).astype(np.float32).astype(np.int64)
 
 
-def _open_file(path: Path, fps: float, max_frames: int) -> Video:
+def _open_file(path: Path, fps: float | None, max_frames: int, sampler: FrameSampler) -> Video:
     try:
         from hawk_trt.video_file import FileFrames, index_file  # PyAV is an extra: only video files need it
     except ImportError as error:
         raise BackendError("video files need PyAV. Install it: pip install av") from error
     index = index_file(path)
-    numbers = sample_indices(index.total, index.fps, fps, max_frames)
+    numbers = sampler(index.total, index.fps, fps, max_frames)
     return Video(FileFrames(index, tuple(numbers.tolist())), index.total / (len(numbers) * index.fps))

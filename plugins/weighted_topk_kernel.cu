@@ -7,29 +7,18 @@
 // A row of up to kOneBlock positions takes the second alone: its block makes the statistics itself.
 #include "weighted_topk_kernel.cuh"
 
-#include <cfloat>
+#include "head_statistic.cuh"
+#include "row_selection.cuh"
+#include "warp.cuh"
 
 namespace hawk {
 namespace {
 
-constexpr int kWarp = 32;
-constexpr unsigned kAllLanes = 0xffffffffU;
 constexpr int kStatisticThreads = 256;
-constexpr int kThreads = 1024;  // one block selects a row
-constexpr int kWarps = kThreads / kWarp;
 constexpr int kTile = 256;                 // positions that a block weighs at a time
 constexpr int kGroups = kThreads / kTile;  // threads that share a position, each with every kGroups-th head
-constexpr int kMaxChunks = 128;            // partial statistics of a head
+constexpr float kDecides = 3.0e38F;        // a bias of this size decides alone
 constexpr int kOneBlock = 512;             // positions up to which a launch less is worth more than more blocks
-constexpr int kBatch = 8;                  // loads in flight per thread
-constexpr int kHeld = 16;                  // keys that a thread keeps in registers: 16,384 a row
-constexpr int kBins = 256;
-constexpr int kPasses = 4;
-
-constexpr float kDecides = 3.0e38F;  // a bias of this size decides alone
-constexpr float kL2Floor = 1e-12F;
-constexpr float kSoftmaxFloor = 1e-30F;
-constexpr float kMinMaxFloor = FLT_EPSILON;
 
 struct Work {
     WeightedTopKTensors tensors;
@@ -42,106 +31,6 @@ struct Work {
     int chunk;
     int num_chunks;
 };
-
-__device__ __forceinline__ int lane_id() { return static_cast<int>(threadIdx.x) % kWarp; }
-__device__ __forceinline__ int warp_id() { return static_cast<int>(threadIdx.x) / kWarp; }
-__device__ __forceinline__ float finite_or_zero(float value) { return fabsf(value) <= FLT_MAX ? value : 0.0F; }
-
-// What a head's norm needs, mergeable in any grouping:
-//   l2 {sum of squares, -}, softmax {max, sum exp(s - max)}, minmax {max, min}
-template <Normalization kNorm>
-struct Statistic {
-    __device__ static float2 empty() {
-        if (kNorm == Normalization::kL2) {
-            return {0.0F, 0.0F};
-        }
-        return {-kDecides, kNorm == Normalization::kSoftmax ? 0.0F : kDecides};
-    }
-
-    __device__ static float2 of(float value) {
-        if (kNorm == Normalization::kL2) {
-            return {value * value, 0.0F};
-        }
-        if (kNorm == Normalization::kSoftmax) {  // the oracle's maximum starts at -3e38 as well
-            float const top = fmaxf(value, -kDecides);
-            return {top, expf(value - top)};
-        }
-        return {value, value};
-    }
-
-    __device__ static float2 merged(float2 a, float2 b) {
-        if (kNorm == Normalization::kL2) {
-            return {a.x + b.x, 0.0F};
-        }
-        float const top = fmaxf(a.x, b.x);
-        if (kNorm == Normalization::kSoftmax) {
-            return {top, a.y * expf(a.x - top) + b.y * expf(b.x - top)};
-        }
-        return {top, fminf(a.y, b.y)};
-    }
-
-    // Over the lanes of a warp; every lane has the result.
-    __device__ static float2 merged_over_warp(float2 own) {
-        for (int distance = kWarp / 2; distance > 0; distance /= 2) {
-            float2 const other = {__shfl_xor_sync(kAllLanes, own.x, distance),
-                                  __shfl_xor_sync(kAllLanes, own.y, distance)};
-            own = merged(own, other);
-        }
-        return own;
-    }
-
-    // {shift, divisor} for normal().
-    __device__ static float2 scale(float2 all) {
-        if (kNorm == Normalization::kL2) {
-            return {0.0F, fmaxf(sqrtf(all.x), kL2Floor)};
-        }
-        if (kNorm == Normalization::kSoftmax) {
-            return {all.x, fmaxf(all.y, kSoftmaxFloor)};
-        }
-        return {all.y, fmaxf(all.x - all.y, kMinMaxFloor)};
-    }
-
-    __device__ static float normal(float value, float2 scale) {
-        float const shifted = value - scale.x;
-        return (kNorm == Normalization::kSoftmax ? expf(shifted) : shifted) / scale.y;
-    }
-};
-
-// The statistic of one head over the visual positions in [begin, end); all lanes of a warp take part.
-template <Normalization kNorm>
-__device__ float2 statistic_of_positions(float const* scores, int64_t const* rows, int begin, int end) {
-    float2 own = Statistic<kNorm>::empty();
-    for (int first = begin + lane_id(); first < end; first += kWarp * kBatch) {
-        float value[kBatch];
-        bool visual[kBatch];
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-            int const n = first + i * kWarp;
-            visual[i] = n < end && __ldg(rows + n) >= 0;
-            value[i] = n < end ? __ldg(scores + n) : 0.0F;
-        }
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-            if (visual[i]) {
-                own = Statistic<kNorm>::merged(own, Statistic<kNorm>::of(finite_or_zero(value[i])));
-            }
-        }
-    }
-    return Statistic<kNorm>::merged_over_warp(own);
-}
-
-template <Normalization kNorm>
-__device__ float2 statistic_of_partials(float2 const* partials, int count) {
-    float2 own = Statistic<kNorm>::empty();
-#pragma unroll
-    for (int i = 0; i < kMaxChunks / kWarp; ++i) {
-        int const chunk = i * kWarp + lane_id();
-        if (chunk < count) {
-            own = Statistic<kNorm>::merged(own, partials[chunk]);
-        }
-    }
-    return Statistic<kNorm>::merged_over_warp(own);
-}
 
 // grid (num_chunks, ceil(heads / warps of a block), batch)
 template <Normalization kNorm>
@@ -165,16 +54,7 @@ __global__ void __launch_bounds__(kStatisticThreads) head_statistics(Work work) 
     }
 }
 
-// The order of float32 keys as unsigned integers; 0 is a NaN.
-__device__ __forceinline__ uint32_t ordered(float key) {
-    if (key != key) {
-        return 0U;
-    }
-    uint32_t const bits = key == 0.0F ? 0U : __float_as_uint(key);
-    return (bits & 0x80000000U) != 0U ? ~bits : bits | 0x80000000U;
-}
-
-// Scores and keys of kTile positions of a row; the threads of a block share it.
+// Scores and keys of kTile positions of a row; the threads of a block share it, and meet before the next.
 template <Normalization kNorm>
 __device__ void weigh_tile(Work const& work, int64_t row, int first, float2 const* scales) {
     __shared__ float sums[kGroups][kTile];
@@ -215,148 +95,6 @@ __device__ void weigh_tile(Work const& work, int64_t row, int first, float2 cons
         float const bias = __ldg(work.tensors.select_bias + at);
         work.keys[at] = ordered(fabsf(bias) >= kDecides ? bias : score + bias);
     }
-    __syncthreads();
-}
-
-// The keys of a row, a run of neighbouring positions a warp, so that a warp meets them in index order.
-struct RowKeys {
-    uint32_t const* keys;
-    int seq_len;
-    int first;  // position of this lane's first key
-    int items;  // keys of a lane
-    uint32_t held[kHeld];
-
-    __device__ RowKeys(uint32_t const* row_keys, int length) : keys(row_keys), seq_len(length) {
-        items = (seq_len + kThreads - 1) / kThreads;
-        first = warp_id() * items * kWarp + lane_id();
-#pragma unroll
-        for (int i = 0; i < kHeld; ++i) {
-            held[i] = i < items ? load(i) : 0U;
-        }
-    }
-
-    // Past the caches of the multiprocessor: other blocks wrote them.
-    __device__ uint32_t load(int item) const {
-        int const n = first + item * kWarp;
-        return n < seq_len ? __ldcg(keys + n) : 0U;
-    }
-
-    // visit(key, position, whether the position exists) for each key, all lanes together.
-    template <typename Visit>
-    __device__ void each(Visit visit) const {
-#pragma unroll
-        for (int i = 0; i < kHeld; ++i) {
-            if (i < items) {
-                int const n = first + i * kWarp;
-                visit(held[i], n, n < seq_len);
-            }
-        }
-        for (int i = kHeld; i < items; ++i) {
-            int const n = first + i * kWarp;
-            visit(load(i), n, n < seq_len);
-        }
-    }
-};
-
-// The digit where the count from the largest bin down reaches wanted, and how many are still wanted in that
-// bin. Warp 0; a lane holds kBins / kWarp bins.
-__device__ void choose_digit(uint32_t const* histogram, int shift, uint32_t& prefix, uint32_t& wanted) {
-    constexpr int kOwn = kBins / kWarp;
-    int const top_bin = kBins - 1 - lane_id() * kOwn;
-    uint32_t count = 0;
-    for (int i = 0; i < kOwn; ++i) {
-        count += histogram[top_bin - i];
-    }
-    uint32_t up_to = count;
-    for (int distance = 1; distance < kWarp; distance *= 2) {
-        uint32_t const other = __shfl_up_sync(kAllLanes, up_to, distance);
-        up_to += lane_id() >= distance ? other : 0U;
-    }
-    uint32_t const goal = wanted;
-    __syncwarp(kAllLanes);  // all have read wanted before one lane changes it
-    uint32_t before = up_to - count;
-    if (before < goal && goal <= up_to) {
-        int bin = top_bin;
-        while (before + histogram[bin] < goal) {
-            before += histogram[bin];
-            --bin;
-        }
-        prefix |= static_cast<uint32_t>(bin) << shift;
-        wanted = goal - before;
-    }
-}
-
-// Radix select, most significant digit first, then compaction in index order. A whole block.
-__device__ void select_row(uint32_t const* row_keys, int32_t* kept, int seq_len, int num_kept) {
-    __shared__ uint32_t histograms[kPasses][kBins];
-    __shared__ uint32_t prefix;
-    __shared__ uint32_t wanted;
-    __shared__ int larger_of_warp[kWarps];
-    __shared__ int equal_of_warp[kWarps];
-
-    if (num_kept == seq_len) {
-        for (int n = static_cast<int>(threadIdx.x); n < seq_len; n += kThreads) {
-            kept[n] = n;
-        }
-        return;
-    }
-    RowKeys const row(row_keys, seq_len);
-    for (int i = static_cast<int>(threadIdx.x); i < kPasses * kBins; i += kThreads) {
-        histograms[i / kBins][i % kBins] = 0;
-    }
-    if (threadIdx.x == 0) {
-        prefix = 0;
-        wanted = static_cast<uint32_t>(num_kept);
-    }
-    __syncthreads();
-    for (int pass = 0; pass < kPasses; ++pass) {
-        int const shift = 8 * (kPasses - 1 - pass);
-        uint32_t const known = pass == 0 ? 0U : kAllLanes << (shift + 8);
-        uint32_t const chosen = prefix;
-        uint32_t* const histogram = histograms[pass];
-        row.each([&](uint32_t key, int, bool exists) {
-            if (exists && (key & known) == chosen) {
-                atomicAdd(&histogram[(key >> shift) & (kBins - 1)], 1U);
-            }
-        });
-        __syncthreads();
-        if (warp_id() == 0) {
-            choose_digit(histogram, shift, prefix, wanted);
-        }
-        __syncthreads();
-    }
-
-    // The num_kept-th largest key is prefix; of those equal to it, the first `ties` are kept.
-    uint32_t const threshold = prefix;
-    int const ties = static_cast<int>(wanted);
-    int larger = 0;
-    int equal = 0;
-    row.each([&](uint32_t key, int, bool exists) {
-        larger += __popc(__ballot_sync(kAllLanes, exists && key > threshold));
-        equal += __popc(__ballot_sync(kAllLanes, exists && key == threshold));
-    });
-    if (lane_id() == 0) {
-        larger_of_warp[warp_id()] = larger;
-        equal_of_warp[warp_id()] = equal;
-    }
-    __syncthreads();
-    larger = 0;
-    equal = 0;
-    for (int warp = 0; warp < warp_id(); ++warp) {
-        larger += larger_of_warp[warp];
-        equal += equal_of_warp[warp];
-    }
-    unsigned const lower_lanes = (1U << lane_id()) - 1U;
-    row.each([&](uint32_t key, int n, bool exists) {
-        unsigned const larger_lanes = __ballot_sync(kAllLanes, exists && key > threshold);
-        unsigned const equal_lanes = __ballot_sync(kAllLanes, exists && key == threshold);
-        int const equal_before = equal + __popc(equal_lanes & lower_lanes);
-        if (exists && (key > threshold || (key == threshold && equal_before < ties))) {
-            kept[larger + __popc(larger_lanes & lower_lanes) + min(equal_before, ties)] = n;
-        }
-        larger += __popc(larger_lanes);
-        equal += __popc(equal_lanes);
-    });
 }
 
 // grid (1 or ceil(seq_len / kTile), batch)
@@ -379,10 +117,12 @@ __global__ void __launch_bounds__(kThreads) weigh_and_select(Work work) {
     if (kWholeRow) {
         for (int first = 0; first < work.seq_len; first += kTile) {
             weigh_tile<kNorm>(work, row, first, scales);
+            __syncthreads();  // before the next tile takes its sums, or the selection its keys
         }
     } else {
         weigh_tile<kNorm>(work, row, static_cast<int>(blockIdx.x) * kTile, scales);
-        __threadfence();  // the keys of this block are seen before its ticket
+        // All keys of this block are written before its ticket is.
+        __threadfence();
         __syncthreads();
         if (threadIdx.x == 0) {
             last_of_row = atomicAdd(work.tickets + row, 1U) == gridDim.x - 1;

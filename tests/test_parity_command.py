@@ -45,7 +45,9 @@ def test_a_bundle_agrees_with_its_checkpoint(tiny_bundle, tiny_checkpoint, capsy
     assert two_images["selection"]["num_kept"] == 12 and two_images["selection"]["overlap"] == 1.0
 
 
-@pytest.mark.parametrize("options", [["--query", "turn"], ["--quota", "per-image", "--min-visual-tokens", "5"]])
+@pytest.mark.parametrize(
+    "options", [["--query", "turn"], ["--quota", "per-image", "--min-visual-tokens", "5"], ["--quota", "per-frame"]]
+)
 @pytest.mark.parametrize("profile", ["portable", "inplace"])
 def test_every_way_to_prune_agrees(tiny_bundle, tiny_checkpoint, capsys, options, profile):
     command = ["parity", str(tiny_bundle), "--checkpoint", str(tiny_checkpoint), "--keep-ratio", "0.3"]
@@ -68,9 +70,23 @@ def test_given_images_and_prompts_are_cases(tiny_bundle, tiny_checkpoint, tmp_pa
     assert case["name"] == "wide.png, small.png"
 
 
+def test_a_float16_bundle_agrees_within_its_own_tolerance(tiny_checkpoint, tmp_path, capsys):
+    assert export_main([str(tiny_checkpoint), "--out", str(tmp_path / "half"), "--dtype", "float16"]) == 0
+    capsys.readouterr()
+    options = ["--keep-ratio", "0.1", "0.3", "--steps", "4", "--json"]
+    assert main(["parity", str(tmp_path / "half"), "--checkpoint", str(tiny_checkpoint), *options]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["dtype"] == "float16"
+    errors = [row["max_error_share"] for case in report["cases"] for row in case["stages"]]
+    assert max(errors) > TOLERANCES["float32"].decoder.max_error  # it is not a float32 run in disguise
+
+
 def test_a_bundle_without_tokenizer_agrees_on_tensors(tensor_bundle, capsys):
-    assert main(["parity", str(tensor_bundle), "--checkpoint", str(golden.MODEL), "--keep-ratio", "0.4"]) == 0
-    assert "video 3x8x8 patches, keep ratio 0.4" in capsys.readouterr().out
+    assert (
+        main(["parity", str(tensor_bundle), "--checkpoint", str(golden.MODEL), "--keep-ratio", "0.4", "--steps", "2"])
+        == 0
+    )
+    assert "video of 6 frames, keep ratio 0.4" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("stage", ["vision", "first_layer", "decoder"])
@@ -79,7 +95,8 @@ def test_wrong_weights_are_out_of_tolerance_at_their_stage(tensor_bundle, tmp_pa
     shutil.copytree(tensor_bundle, folder)
     weights = np.fromfile(folder / f"{stage}.data", dtype=np.float32)
     (weights * np.float32(1.001)).tofile(folder / f"{stage}.data")
-    assert main(["parity", str(folder), "--checkpoint", str(golden.MODEL), "--steps", "2", "--json"]) == 1
+    options = ["--keep-ratio", "0.4", "--steps", "2", "--json"]
+    assert main(["parity", str(folder), "--checkpoint", str(golden.MODEL), *options]) == 1
     report = json.loads(capsys.readouterr().out)
     assert not report["passed"]
     for case in report["cases"]:
@@ -121,7 +138,7 @@ def test_after_a_wrong_choice_the_stages_are_compared_over_the_same_tokens(tenso
 def test_other_head_weights_go_to_both_sides(tensor_bundle, capsys, tmp_path):
     path = tmp_path / "weights.json"
     path.write_text("[1, 0.5, 0, 2]")
-    command = ["parity", str(tensor_bundle), "--checkpoint", str(golden.MODEL), "--steps", "1"]
+    command = ["parity", str(tensor_bundle), "--checkpoint", str(golden.MODEL), "--keep-ratio", "0.4", "--steps", "1"]
     assert main([*command, "--head-weights", str(path)]) == 0
     assert "in tolerance" in capsys.readouterr().out
 

@@ -36,7 +36,7 @@ def noise(height, width, seed=0):
 
 
 def settings_of(**changes):
-    return FAMILY.image_settings(BOUNDS | changes)
+    return FAMILY.image_settings(BOUNDS | changes, VISION)
 
 
 def theirs(images, **arguments):
@@ -121,7 +121,7 @@ def test_other_patch_sizes_equal_transformers_too(patch, merge, together):
 def test_the_demo_checkpoints_own_processor_agrees():
     preprocessor = json.loads((TINY / "preprocessor_config.json").read_text())
     image = noise(231, 345)
-    ours = FAMILY.images_to_patches([image], FAMILY.image_settings(preprocessor), VISION)
+    ours = FAMILY.images_to_patches([image], FAMILY.image_settings(preprocessor, VISION), VISION)
     features = Qwen2VLImageProcessorPil.from_pretrained(TINY)(Image.fromarray(image), return_tensors="np")
     np.testing.assert_array_equal(ours.grid_thw, features["image_grid_thw"])
     np.testing.assert_array_equal(ours.pixel_values, features["pixel_values"])
@@ -145,7 +145,7 @@ def test_smart_resize_equals_transformers_and_refuses_what_it_refuses(height, wi
 
 def test_the_pixel_bounds_are_read_by_every_spelling():
     def bounds(**preprocessor):
-        read = FAMILY.image_settings(preprocessor)
+        read = FAMILY.image_settings(preprocessor, VISION)
         return read.min_pixels, read.max_pixels
 
     assert bounds(min_pixels=3136, max_pixels=12845056) == (3136, 12845056)

@@ -92,13 +92,13 @@ def test_fractional_seconds_are_floored_a_frame_not_a_second():
     assert got[0].tolist() == [0, 1, 2, 4]
 
 
-def test_time_is_floored_in_double_precision():
-    # float32(1.1) is above 1.1, so frame 10 lies at 22.0000005 positions, and none falls to 21.
-    got = positions([2] * 11, videos=[(11, 2, 2)], seconds=[1.1])
-    assert got[0, -1] == 22
-    # float32(0.9) is below 0.9: 17.9999995 floors to 17, where float32 products would round up to 18.
-    got = positions([2] * 11, videos=[(11, 2, 2)], seconds=[0.9])
-    assert got[0, -1] == 17
+@pytest.mark.parametrize("seconds", [0.35, 0.7, 0.9, 1.1, 1.0 / 3.0])
+def test_time_is_floored_in_float32_as_pytorch_does(seconds):
+    torch = pytest.importorskip("torch")
+    frames = 40
+    got = positions([2] * frames, videos=[(frames, 2, 2)], seconds=[seconds])
+    moments = torch.arange(frames) * torch.tensor(seconds, dtype=torch.float32) * 2
+    assert got[0].tolist() == moments.long().tolist()
 
 
 def test_images_and_videos_are_taken_from_their_own_grids():

@@ -14,6 +14,7 @@ from hawk_trt.bundle import Bundle, SpecialTokens
 from hawk_trt.chat_template import template_source
 from hawk_trt.errors import BundleError, InvalidInput
 from hawk_trt.escape import Escape
+from hawk_trt.families import TokenRun
 from hawk_trt.prompt import ChatTokenizer
 
 TINY = Path(__file__).parent.parent / "examples" / "tiny-vlm"
@@ -345,9 +346,10 @@ def test_a_tokenizer_file_of_another_make_is_a_bundle_error():
 
 def test_placeholders_expand_to_their_visual_tokens():
     tokenizer = chat_tokenizer()
-    ids = tokenizer.encode([user(IMAGE, text("and"), VIDEO, IMAGE)]).input_ids
-    expanded = tokenizer.expand(ids, [3, 1, 2])
+    encoded = tokenizer.encode([user(IMAGE, text("and"), VIDEO, IMAGE)])
+    ids = encoded.input_ids
     image, video = (tokenizer.tokenizer.token_to_id(f"<|{kind}_pad|>") for kind in ("image", "video"))
+    expanded = tokenizer.expand(encoded, [[TokenRun(image, 3)], [TokenRun(video)], [TokenRun(image, 2)]])
     places = [index for index in expanded.tolist() if index in (image, video)]
     assert places == [image] * 3 + [video] + [image] * 2
     assert expanded.dtype == np.int64
@@ -355,8 +357,20 @@ def test_placeholders_expand_to_their_visual_tokens():
         i for i in ids.tolist() if i not in (image, video)
     ]
     for counts in ([3, 1], [3, 1, 2, 4], [3, 0, 2]):
-        with pytest.raises(InvalidInput, match="for 3 placeholders, expected at least 1 for each"):
-            tokenizer.expand(ids, counts)
+        with pytest.raises(InvalidInput, match="for 3 placeholders, expected one with at least 1 token for each"):
+            tokenizer.expand(encoded, [[TokenRun(image, count)] for count in counts])
+
+
+def test_text_that_a_placeholder_becomes_is_read_with_the_text_around_it():
+    tokenizer = chat_tokenizer(TOKENIZERS["qwen-like"])
+    encoded = tokenizer.encode([user(text("one"), IMAGE, text("three"))])
+    image = tokenizer.tokenizer.token_to_id("<|image_pad|>")
+    ids = tokenizer.expand(encoded, [["wo", "rd", TokenRun(image, 2), "s"]])
+    at = int(np.flatnonzero(ids == image)[0])
+    before, after = (tokenizer.tokenizer.encode(t, add_special_tokens=False).ids for t in ("word", "s"))
+    assert ids[at - len(before) : at].tolist() == before
+    assert ids[at : at + 2].tolist() == [image] * 2
+    assert ids[at + 2 : at + 2 + len(after)].tolist() == after
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -367,7 +381,8 @@ def test_the_turn_query_is_the_text_of_the_last_user_turn(name):
         {"role": "assistant", "content": "old answer"},
         user(text("Which of <|im_end|> them?"), IMAGE, text(" Say\n\nso.")),
     ]
-    ids = tokenizer.expand(tokenizer.encode(messages).input_ids, [4, 5])
+    image = TokenRun(tokenizer.tokenizer.token_to_id("<|image_pad|>"), 4)
+    ids = tokenizer.expand(tokenizer.encode(messages), [[image], [image]])
     mask = tokenizer.turn_query_mask(ids)
     assert mask.dtype == np.bool_
     assert mask.shape == ids.shape

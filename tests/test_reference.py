@@ -14,6 +14,7 @@ from hawk_trt.errors import CheckpointError, ParityError
 from hawk_trt.parity.prompt_rules import (
     PromptTokens,
     VisualItem,
+    frame_numbers,
     keep_best,
     mrope_positions,
     num_kept,
@@ -241,11 +242,25 @@ def test_the_lower_index_wins_a_tie():
     assert keep_best([1.0, 2.0, 2.0, 2.0, 0.0], [0] * 5, PruningConfig(keep_ratio=0.4)) == [1, 2]
 
 
-def test_a_quota_keeps_some_of_every_image():
+def test_a_quota_keeps_some_of_every_group():
     scores = [9.0, 8.0, 7.0, 6.0, 1.0, 2.0]
-    owners = [0, 0, 0, 0, 1, 1]
-    assert keep_best(scores, owners, PruningConfig(keep_ratio=0.5)) == [0, 1, 2]
-    assert keep_best(scores, owners, PruningConfig(keep_ratio=0.5, quota="per-image")) == [0, 1, 5]
+    assert keep_best(scores, [0] * 6, PruningConfig(keep_ratio=0.5)) == [0, 1, 2]
+    assert keep_best(scores, [0, 0, 0, 0, 1, 1], PruningConfig(keep_ratio=0.5)) == [0, 1, 5]
+
+
+def test_frames_count_through_all_images_and_videos():
+    items = [VisualItem(False, (1, 1, 2)), VisualItem(True, (3, 1, 2)), VisualItem(False, (1, 1, 1))]
+    kinds = [-1, 0, 0, -1, 1, 1, 1, 1, 1, 1, 2]
+    assert frame_numbers(kinds, items) == [-1, 0, 0, -1, 1, 1, 2, 2, 3, 3, 4]
+
+
+@pytest.mark.parametrize("quota", ["global", "per-image", "per-frame"])
+def test_each_frame_of_a_video_keeps_its_share(l2_reference, quota):
+    _, inputs, pruning = _case("10_video_4x8x8_k030")  # 4 frames of 16 tokens
+    trace = l2_reference.run(l2_reference.embed(inputs, TOKENS), replace(pruning, quota=quota))
+    shares = np.bincount(trace.kept_visual // 16, minlength=4).tolist()
+    assert sum(shares) == 20
+    assert (shares == [5, 5, 5, 5]) == (quota == "per-frame")
 
 
 def test_a_partly_masked_image_keeps_the_positions_of_its_grid(l2_reference):

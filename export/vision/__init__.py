@@ -1,13 +1,18 @@
 """The vision graphs, one file a family."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import onnx_ir as ir
 
 from export.graph import Weights
+from export.names import qwen_names
 from export.shapes import Shapes
+from export.vision.internvl import build_internvl_vision, internvl_names, internvl_shapes
 from export.vision.qwen2_5_vl import build_qwen2_5_vl_vision, qwen2_5_vl_shapes
+from hawk_trt.errors import CheckpointError
+from hawk_trt.families import family_of
 from hawk_trt.stages import StageSpec
 
 
@@ -20,7 +25,30 @@ class VisionBuilder(Protocol):
         """Return the graph of a profile."""
 
 
-BUILDERS: dict[str, VisionBuilder] = {"qwen2_5_vl": build_qwen2_5_vl_vision}
+@dataclass(frozen=True, slots=True)
+class VisionGraph:
+    """What the export needs of a family.
 
-# Names and shapes of all tensors of a family's vision tower, from its sizes.
-SHAPES: dict[str, Callable[[Mapping[str, Any]], Shapes]] = {"qwen2_5_vl": qwen2_5_vl_shapes}
+    Attributes:
+        build: makes its vision graph.
+        shapes: names and shapes of all tensors of its vision tower, from its sizes.
+        names: canonical names of a tensor of the checkpoint; see export.names.
+    """
+
+    build: VisionBuilder
+    shapes: Callable[[Mapping[str, Any]], Shapes]
+    names: Callable[[str], tuple[str, ...]] = qwen_names
+
+
+GRAPHS = {
+    "internvl": VisionGraph(build_internvl_vision, internvl_shapes, internvl_names),
+    "qwen2_5_vl": VisionGraph(build_qwen2_5_vl_vision, qwen2_5_vl_shapes),
+}
+
+
+def tensor_names(config: Mapping[str, Any]) -> Callable[[str], tuple[str, ...]]:
+    """How the tensors of a checkpoint are named; those of an unknown architecture as Qwen's."""
+    try:
+        return GRAPHS[family_of(config).name].names
+    except CheckpointError:  # what is not supported is refused where its sizes are read
+        return qwen_names

@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from export import shapes
 from export.graph import GraphBuilder, Weights
 from export.layers import add_residual, gated_mlp, linear, rms_norm, rotary
 from export.shapes import Shapes
-from export.shapes import linear as linear_shapes
+from export.vision.activations import gelu
+from export.vision.frame_attention import frame_attention
 from hawk_trt.stages import VISION, StageSpec
 
 WEIGHT_FILE = f"{VISION}.data"
@@ -48,24 +50,24 @@ def qwen2_5_vl_shapes(vision: Mapping[str, Any]) -> Shapes:
     """Names and shapes of all tensors of the vision tower."""
     hidden, inner, patch = vision["hidden_size"], vision["intermediate_size"], vision["patch_size"]
     merged = vision["spatial_merge_size"] ** 2 * hidden
-    shapes: Shapes = {
+    found: Shapes = {
         "visual.patch_embed.proj.weight": (hidden, vision["in_channels"], vision["temporal_patch_size"], patch, patch),
         "visual.merger.ln_q.weight": (hidden,),
-        **linear_shapes("visual.merger.mlp.0", merged, merged),
-        **linear_shapes("visual.merger.mlp.2", vision["out_hidden_size"], merged),
+        **shapes.linear("visual.merger.mlp.0", merged, merged),
+        **shapes.linear("visual.merger.mlp.2", vision["out_hidden_size"], merged),
     }
     for index in range(vision["depth"]):
         block = f"visual.blocks.{index}"
-        shapes |= {
+        found |= {
             f"{block}.norm1.weight": (hidden,),
             f"{block}.norm2.weight": (hidden,),
-            **linear_shapes(f"{block}.attn.qkv", 3 * hidden, hidden),
-            **linear_shapes(f"{block}.attn.proj", hidden, hidden),
-            **linear_shapes(f"{block}.mlp.gate_proj", inner, hidden),
-            **linear_shapes(f"{block}.mlp.up_proj", inner, hidden),
-            **linear_shapes(f"{block}.mlp.down_proj", hidden, inner),
+            **shapes.linear(f"{block}.attn.qkv", 3 * hidden, hidden),
+            **shapes.linear(f"{block}.attn.proj", hidden, hidden),
+            **shapes.linear(f"{block}.mlp.gate_proj", inner, hidden),
+            **shapes.linear(f"{block}.mlp.up_proj", inner, hidden),
+            **shapes.linear(f"{block}.mlp.down_proj", hidden, inner),
         }
-    return shapes
+    return found
 
 
 def build_qwen2_5_vl_vision(
@@ -95,7 +97,7 @@ def build_qwen2_5_vl_vision(
         h = rms_norm(g, x, "visual.merger.ln_q", _NORM_EPSILON, "ln_q")
         h = g.reshape(h, -1, dim * merge**2, name="merge")
         h = linear(g, h, "visual.merger.mlp.0", "mlp.0")
-        h = linear(g, _gelu(g, h), "visual.merger.mlp.2", "mlp.2")
+        h = linear(g, gelu(g, h), "visual.merger.mlp.2", "mlp.2")
         by_frame = g.op(
             "Reshape",
             h,
@@ -202,23 +204,14 @@ def _segment_attention(g: GraphBuilder, qkv: ir.Value, segments: _Segments, head
     turned = g.cast(turned, "float32", g.dtype, "qk_model")
     query, key = g.ops("Split", turned, g.ints(heads, heads), axis=1, count=2, name="split_qk")
     scale = float(head_dim**-0.5)
-    if g.inplace:
-        masks = [] if segments.mask is None else [segments.mask]
-        out = g.op("Attention", query, key, value, *masks, scale=scale, name="Attention")
+    if segments.mask is None:
+        out = frame_attention(g, g.op("Mul", query, g.scalar(scale), name="scale_q"), key, value, heads)
+    elif g.inplace:
+        out = g.op("Attention", query, key, value, segments.mask, scale=scale, name="Attention")
     else:
         scaled = g.op("Mul", query, g.scalar(scale), name="scale_q")
         scores = g.op("MatMul", scaled, g.transpose(key, 0, 1, 3, 2, name="k_transposed"), name="qk")
-        if segments.mask is not None:
-            scores = g.op("Add", scores, segments.mask, name="masked")
+        scores = g.op("Add", scores, segments.mask, name="masked")
         out = g.op("MatMul", g.op("Softmax", scores, axis=-1, name="softmax"), value, name="av")
     return g.transpose(out, 0, 2, 1, 3, name="join_heads")
 
-
-def _gelu(g: GraphBuilder, x: ir.Value) -> ir.Value:
-    """X * Phi(x), by the error function; Gelu exists from opset 20 on."""
-    if g.inplace:
-        return g.op("Gelu", x, name="gelu")
-    with g.scope("gelu"):
-        erf = g.op("Erf", g.op("Mul", x, g.scalar(0.5**0.5), name="over_root_2"), name="erf")
-        twice_phi = g.op("Add", erf, g.scalar(1.0), name="twice_phi")
-        return g.op("Mul", g.op("Mul", x, g.scalar(0.5), name="half"), twice_phi, name="gelu")

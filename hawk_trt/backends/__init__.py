@@ -9,12 +9,14 @@ backend.start(batch, columns) -> Generation
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from hawk_trt.bundle import Bundle
+from hawk_trt.engine_manifest import ENGINES_MANIFEST, EngineFolder
 from hawk_trt.errors import BackendError
 from hawk_trt.layout import PrefillInputs
 
@@ -82,11 +84,21 @@ class Generation(Protocol):
 
 
 class Backend(Protocol):
-    """A loaded model."""
+    """A loaded model.
+
+    Attributes:
+        name: of the backend.
+        device: "cpu", "cuda" or "cuda:N".
+        profile: the lowering that it runs.
+        max_vision_patches: of one vision call; one frame alone may have more.
+        max_context: columns that a KV cache can have, None where a request takes what it needs.
+    """
 
     name: str
     device: str
     profile: str
+    max_vision_patches: int
+    max_context: int | None
 
     def encode(self, feeds: Iterable[dict[str, npt.NDArray[Any]]], num_rows: int) -> Visual:
         """Run the vision stage, one call a feed, into num_rows rows; one zero row where there is none."""
@@ -101,14 +113,25 @@ class Backend(Protocol):
         """Release everything."""
 
 
-def load_backend(bundle: Bundle, name: str, device: str, profile: str | None) -> Backend:
-    """Load a bundle in a backend.
+def backend_for(folder: str | Path) -> str:
+    """The backend that a folder is made for: TensorRT where it holds engines."""
+    return "tensorrt" if (Path(folder) / ENGINES_MANIFEST).is_file() else "onnxruntime"
+
+
+def load_backend(source: Bundle | EngineFolder, name: str, device: str | None, profile: str | None) -> Backend:
+    """Load a bundle, or the engines made from one, in a backend.
+
+    Args:
+        source: a bundle for ONNX Runtime, an engine folder for TensorRT.
+        name: of the backend.
+        device: "cpu", "cuda" or "cuda:N"; None is "cpu" in ONNX Runtime and "cuda" in TensorRT.
+        profile: the lowering; None takes the best there is.
 
     Raises:
         BackendError: an unknown backend or device, or a runtime that is not installed.
-        BundleError: the bundle does not hold the profile.
+        BundleError: the bundle does not hold the profile, or the engines are not for this machine.
     """
-    if name == "onnxruntime":
+    if name == "onnxruntime" and isinstance(source, Bundle):
         try:
             from hawk_trt.backends.onnxruntime import OnnxRuntimeBackend  # a runtime is loaded when asked for
         except ModuleNotFoundError as error:
@@ -117,7 +140,27 @@ def load_backend(bundle: Bundle, name: str, device: str, profile: str | None) ->
             raise BackendError(
                 "onnxruntime: not installed. pip install onnxruntime, or onnxruntime-gpu for a GPU"
             ) from error
-        return OnnxRuntimeBackend.load(bundle, device, profile)
-    if name == "tensorrt":
-        raise BackendError('backend: "tensorrt" is not part of this version; use backend="onnxruntime"')
+        return OnnxRuntimeBackend.load(source, device or "cpu", profile)
+    if name == "tensorrt" and isinstance(source, EngineFolder):
+        try:
+            from hawk_trt.backends.tensorrt.backend import TensorRtBackend
+        except ImportError as error:
+            raise BackendError(_missing(error)) from error
+        return TensorRtBackend.load(source, device or "cuda", profile)
     raise BackendError(f"backend: got {name!r}, expected one of {', '.join(BACKENDS)}")
+
+
+def _missing(error: ImportError) -> str:
+    """What the TensorRT backend lacks, and what brings it."""
+    package = (error.name or "").partition(".")[0]
+    if package == "cuda":
+        return (
+            "cuda-bindings: not installed. pip install 'cuda-bindings==12.*' for CUDA 12 (JetPack 6), "
+            "'cuda-bindings==13.*' for CUDA 13"
+        )
+    if package == "tensorrt" and isinstance(error, ModuleNotFoundError):
+        return (
+            "tensorrt: not installed. On a Jetson it comes with JetPack, and a virtual environment sees it when made "
+            "with --system-site-packages; elsewhere: pip install tensorrt"
+        )
+    return f"tensorrt: cannot be loaded ({error}). Its libraries must be of one version and on the loader's path"

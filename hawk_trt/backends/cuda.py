@@ -69,7 +69,7 @@ class Pinned:
 
     def __init__(self, address: int, size_bytes: int) -> None:
         self.address = address
-        self.bytes: Bytes = np.frombuffer((ctypes.c_uint8 * size_bytes).from_address(address), np.uint8)
+        self.bytes: Bytes = np.ctypeslib.as_array((ctypes.c_uint8 * size_bytes).from_address(address))
 
     def array(self, shape: tuple[int, ...], dtype: np.dtype[Any], offset: int = 0) -> npt.NDArray[Any]:
         """A view of its content from an offset in bytes on."""
@@ -109,6 +109,7 @@ class CudaDevice:
     def __init__(self, index: int) -> None:
         self.index = index
         self._releases: list[tuple[str, object]] = []  # what undoes each thing taken, in order of taking
+        self._failure: BackendError | None = None
         call("cuInit", 0)
         count = call("cuDeviceGetCount")
         if not 0 <= index < count:
@@ -128,7 +129,13 @@ class CudaDevice:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Make its context the thread's current one, and put back the one before."""
+        """Make its context the thread's current one, and put back the one before.
+
+        Raises:
+            BackendError: the device is closed.
+        """
+        if not self._releases:
+            raise BackendError(f"cuda:{self.index}: closed, expected a model that is still open")
         call("cuCtxPushCurrent", self._context)
         try:
             yield
@@ -227,18 +234,24 @@ class CudaDevice:
             BackendError: something could not be released, and no other error is on its way.
         """
         releases, self._releases = self._releases, []
-        failure: BackendError | None = None
-        if len(releases) > 1:  # beside the context itself
-            call("cuCtxPushCurrent", self._context)
-        for function, handle in reversed(releases):
-            if function == "cuDevicePrimaryCtxRelease" and len(releases) > 1:
-                call("cuCtxPopCurrent")
-            try:
-                call(function, handle)
-            except BackendError as error:  # after a failed kernel every call fails; go on, so that nothing stays
-                failure = failure or error
+        if not releases:
+            return
+        context, *rest = releases
+        self._release("cuCtxPushCurrent", self._context)
+        for function, handle in reversed(rest):
+            self._release(function, handle)
+        self._release("cuCtxPopCurrent")
+        self._release(*context)
+        failure, self._failure = self._failure, None
         if failure is not None and sys.exc_info()[0] is None:
             raise failure
+
+    def _release(self, function: str, *handles: object) -> None:
+        """One step of close; after a failed kernel every call fails, and the rest must be tried all the same."""
+        try:
+            call(function, *handles)
+        except BackendError as error:
+            self._failure = self._failure or error
 
     def __enter__(self) -> "CudaDevice":
         return self

@@ -18,16 +18,19 @@ from hawk_trt.stages import BIAS_KEEP, DECODER, FIRST_LAYER, INPLACE, PORTABLE, 
 
 
 class OrtVisual:
-    """Visual embeddings as an OrtValue [rows, hidden]."""
+    """What the vision stage made, by first_layer's input names.
 
-    def __init__(self, value: ort.OrtValue, device: Device, dtype: str) -> None:
-        self.value = value
+    visual_embeds: [rows, hidden]; deepstack_embeds, where the family has them: [levels, rows, hidden].
+    """
+
+    def __init__(self, values: Mapping[str, ort.OrtValue], device: Device, dtype: str) -> None:
+        self.values = values
         self._device = device
         self._dtype = dtype
 
     def numpy(self) -> npt.NDArray[Any]:
-        """A host copy."""
-        return self._device.download(self.value, self._dtype)
+        """A host copy of the embeddings."""
+        return self._device.download(self.values["visual_embeds"], self._dtype)
 
 
 class OnnxRuntimeBackend:
@@ -41,6 +44,8 @@ class OnnxRuntimeBackend:
     """
 
     name = "onnxruntime"
+    max_vision_patches = 16384  # bounds the memory of a call
+    max_context: int | None = None  # each request takes what it needs
 
     def __init__(self, bundle: Bundle, place: Device, profile: str, stages: Mapping[str, Stage]) -> None:
         self.bundle = bundle
@@ -77,16 +82,30 @@ class OnnxRuntimeBackend:
     def encode(self, feeds: Iterable[dict[str, npt.NDArray[Any]]], num_rows: int) -> OrtVisual:
         """Run the vision stage, one call a feed, into num_rows rows; one zero row where there is none."""
         dtype = self.bundle.manifest.dtype
-        hidden = self.bundle.manifest.language.hidden_size
         if not num_rows:
-            return OrtVisual(self.place.zeros((1, hidden), dtype), self.place, dtype)
+            return OrtVisual(self.no_visual(), self.place, dtype)
         stage = self.stages[VISION]
         parts = []
         for feed in feeds:
             binding = stage.bind({name: self.place.upload(array) for name, array in feed.items()}, {})
             binding.run()
-            parts.append(binding.results()["visual_embeds"])
-        return OrtVisual(self.place.concatenate(parts, dtype), self.place, dtype)
+            parts.append(binding.results())
+        values = {
+            output.name: self.place.concatenate([part[output.name] for part in parts], dtype, len(output.shape) - 2)
+            for output in stage.entry.outputs
+        }
+        return OrtVisual(values, self.place, dtype)
+
+    def no_visual(self) -> dict[str, ort.OrtValue]:
+        """One zero row, as a prompt without visual tokens and a decode step have it."""
+        language = self.bundle.manifest.language
+        specs = {
+            "visual_embeds": (1, language.hidden_size),
+            "deepstack_embeds": (language.deepstack_levels, 1, language.hidden_size),
+        }
+        names = [spec.name for spec in self.stages[FIRST_LAYER].entry.inputs]
+        dtype = self.bundle.manifest.dtype
+        return {name: self.place.zeros(shape, dtype) for name, shape in specs.items() if name in names}
 
     def score(self, inputs: PrefillInputs, visual: Visual) -> npt.NDArray[np.float32]:
         """HAWK scores alone: float32 [batch, seq_len]. Layer 0 runs on one token, and its cache is dropped."""
@@ -108,7 +127,7 @@ class OnnxRuntimeBackend:
         upload = self.place.upload
         return {
             "text_embeds": upload(self.embedding_table[inputs.input_ids]),
-            "visual_embeds": visual.value,
+            **visual.values,
             "visual_rows": upload(inputs.visual_rows),
             "position_ids": upload(inputs.position_ids),
             "query_weights": upload(inputs.query_weights),
@@ -148,7 +167,7 @@ class OrtGeneration:
         outputs = first.results()
         cache.take(FIRST_LAYER, outputs)
         middle = time.perf_counter()
-        chained = {name: outputs[name] for name in ("hidden_states", "kept_position_ids")}
+        chained = {spec.name: outputs[spec.name] for spec in stages[DECODER].entry.inputs if spec.name in outputs}
         decoder = stages[DECODER].bind(
             {**chained, "kv_start": feeds["kv_start"], **cache.inputs(DECODER)}, cache.outputs(DECODER)
         )
@@ -216,10 +235,13 @@ class _DecodeStep:
             "hidden_states": self.hidden_states,
             "kept_position_ids": place.empty((language.position_axes, batch, 1), "int64"),
         }
+        if language.deepstack_levels > 1:
+            shape = (language.deepstack_levels - 1, batch, 1, language.hidden_size)
+            chained["deepstack_states"] = place.empty(shape, manifest.dtype)
         feeds = {
             "text_embeds": self._embeds.value,
             "position_ids": self._positions.value,
-            "visual_embeds": place.zeros((1, language.hidden_size), manifest.dtype),
+            **backend.no_visual(),
             "visual_rows": place.upload(np.full((batch, 1), -1, np.int64)),
             "query_weights": place.zeros((batch, 1), "float32"),
             "select_bias": place.upload(np.full((batch, 1), BIAS_KEEP, np.float32)),

@@ -75,17 +75,18 @@ class Device:
     def download(self, value: ort.OrtValue, dtype: str) -> npt.NDArray[Any]:
         """A host copy."""
         if dtype != "bfloat16":
-            array: npt.NDArray[Any] = value.numpy()
+            # OrtValue.numpy() may share the tensor's memory, which the next step overwrites
+            array: npt.NDArray[Any] = np.array(value.numpy())
             return array
         bits = np.empty(value.shape(), numpy_dtype(dtype))
         _host_value(bits).update_inplace(value)
         return bits
 
-    def concatenate(self, parts: Sequence[ort.OrtValue], dtype: str) -> ort.OrtValue:
-        """Tensors [rows, width] one below the other; through the host where there are several."""
+    def concatenate(self, parts: Sequence[ort.OrtValue], dtype: str, axis: int) -> ort.OrtValue:
+        """Tensors joined along an axis; through the host where there are several."""
         if len(parts) == 1:
             return parts[0]
-        return self.upload(np.concatenate([self.download(part, dtype) for part in parts]))
+        return self.upload(np.concatenate([self.download(part, dtype) for part in parts], axis))
 
 
 class Buffer:

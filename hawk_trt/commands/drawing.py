@@ -39,7 +39,7 @@ def draw(path: Path, explained: Explanation, args: argparse.Namespace, pipe: "Pi
     frames = [[Image.fromarray(load_image(source))] for source in args.image]
     every = int(manifest.vision["temporal_patch_size"])
     for source, item in zip(args.video, explained.items[len(frames) :], strict=True):
-        video = load_video(source).frames
+        video = load_video(source, sampler=pipe.family.frame_numbers).frames
         frames.append([Image.fromarray(video[step * every]) for step in shown_steps(item)])
     model = f"{Path(manifest.source.name).name}, {manifest.dtype}"
     note = f"{model}. Scores: {manifest.normalization}, query {args.query}, quota {args.quota}."

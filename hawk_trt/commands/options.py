@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from hawk_trt.backends import BACKENDS
+from hawk_trt.backends import BACKENDS, backend_for
+from hawk_trt.bundle import Bundle
 from hawk_trt.config import QUERIES, QUOTAS, PruningConfig
+from hawk_trt.engine_manifest import EngineFolder
 from hawk_trt.errors import InvalidInput
 from hawk_trt.stages import PROFILES
 
@@ -33,10 +35,12 @@ def add_command(subparsers: "Subparsers[argparse.ArgumentParser]", name: str, su
 
 def add_pipeline_options(parser: argparse.ArgumentParser) -> None:
     """Add what open_pipeline reads."""
-    parser.add_argument("bundle", type=Path, help="folder that an export wrote")
+    parser.add_argument("bundle", type=Path, help="folder that an export wrote, or with engines built from it")
     group = parser.add_argument_group("where it runs")
-    group.add_argument("--backend", choices=BACKENDS, default=BACKENDS[0], help="what runs it (default: %(default)s)")
-    group.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
+    group.add_argument(
+        "--backend", choices=BACKENDS, help="what runs it (default: tensorrt for engines, else onnxruntime)"
+    )
+    group.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda for engines, else cpu)")
     group.add_argument("--profile", choices=PROFILES, help="which graphs of the bundle (default: the best that run)")
     group.add_argument("--verify", action="store_true", help="check the weight files by hash before loading them")
 
@@ -88,7 +92,17 @@ def open_pipeline(args: argparse.Namespace) -> "Pipeline":
         from hawk_trt.commands.verification import verify
 
         verify(args.bundle)
-    return Pipeline.load(args.bundle, backend=args.backend, device=args.device, profile=args.profile)
+    backend = args.backend or backend_for(args.bundle)
+    return Pipeline.load(args.bundle, backend=backend, device=args.device, profile=args.profile)
+
+
+def load_bundle(folder: Path) -> Bundle:
+    """The bundle of a folder, or the one inside an engine folder, whose graphs are plans.
+
+    Raises:
+        BundleError: neither is there, or it is damaged.
+    """
+    return EngineFolder.load(folder).bundle if backend_for(folder) == "tensorrt" else Bundle.load(folder)
 
 
 def prompt_text(args: argparse.Namespace) -> str:

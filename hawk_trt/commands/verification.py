@@ -1,27 +1,41 @@
-"""Checks a bundle by hash, with a progress bar on stderr."""
+"""Checks a bundle, or an engine folder, by hash, with a progress bar on stderr."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from hawk_trt.backends import backend_for
 from hawk_trt.bundle import Bundle, read_manifest
 from hawk_trt.commands.output import note, size
+from hawk_trt.engine_manifest import EngineFolder, read_engine_manifest
 
 
 def verify(folder: Path) -> Bundle:
-    """Read every file of a bundle and compare its sha256 with the manifest.
+    """Read every file of a bundle or engine folder and compare its sha256 with the manifest.
 
     Raises:
-        BundleError: no bundle there, or a file is missing or differs.
+        BundleError: nothing to load there, or a file is missing or differs.
     """
-    manifest = read_manifest(folder)
-    total_bytes = sum(entry.size_bytes for entry in manifest.files.values())
+    engines = backend_for(folder) == "tensorrt"
+    if engines:
+        manifest = read_engine_manifest(folder)
+        files = {**manifest.bundle.files, **manifest.files}
+    else:
+        files = read_manifest(folder).files
+    total_bytes = sum(entry.size_bytes for entry in files.values())
+
+    def load(progress: Callable[[int], None] | None) -> Bundle:
+        if engines:
+            return EngineFolder.load(folder, verify=True, progress=progress).bundle
+        return Bundle.load(folder, verify=True, progress=progress)
+
     if not sys.stderr.isatty():
-        note(f"verifying {len(manifest.files)} files, {size(total_bytes)}")
-        return Bundle.load(folder, verify=True)
+        note(f"verifying {len(files)} files, {size(total_bytes)}")
+        return load(None)
     columns = (TextColumn("verifying"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("verifying", total=total_bytes)
-        return Bundle.load(folder, verify=True, progress=lambda count: progress.advance(task, count))
+        return load(lambda count: progress.advance(task, count))

@@ -6,14 +6,20 @@ vision stage; everything after the vision stage is the same for all.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from hawk_trt.bundle import SpecialTokens
 from hawk_trt.errors import CheckpointError
+from hawk_trt.requests import ModelInputs
 from hawk_trt.stages import LanguageConfig, StageSpec
+
+IntArray: TypeAlias = npt.NDArray[np.int64]
+
+# What visual_kind says of a token.
+TEXT, IMAGE, VIDEO = 0, 1, 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +48,14 @@ class Patches:
 
     pixel_values: npt.NDArray[np.float32]
     grid_thw: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRun:
+    """A token, as often as it is repeated."""
+
+    token_id: int
+    count: int = 1
 
 
 class Family(Protocol):
@@ -76,6 +90,17 @@ class Family(Protocol):
     def vision_spec(self, vision: Mapping[str, Any], hidden_size: int) -> StageSpec:
         """Inputs and outputs of the vision graph."""
 
+    def item_grids(
+        self, inputs: ModelInputs, visual_kind: npt.NDArray[np.int8], vision: Mapping[str, Any]
+    ) -> tuple[IntArray, IntArray]:
+        """The grid_thw of a prompt's images and of its videos, wherever the family's processor says them.
+
+        visual_kind: [seq_len], padding included, 0 text, 1 image placeholder, 2 video placeholder.
+
+        Raises:
+            InvalidInput: grids, placeholders and pixel values do not fit each other.
+        """
+
     def tokens_per_item(self, grid_thw: npt.NDArray[np.int64], vision: Mapping[str, Any]) -> npt.NDArray[np.int64]:
         """Visual tokens of each image or video: int64 [items]."""
 
@@ -90,8 +115,12 @@ class Family(Protocol):
             InvalidInput: pixel_values and grid_thw do not fit each other.
         """
 
-    def image_settings(self, preprocessor: Mapping[str, Any]) -> ImageSettings:
-        """Settings from preprocessor_config.json."""
+    def image_settings(self, preprocessor: Mapping[str, Any], vision: Mapping[str, Any]) -> ImageSettings:
+        """Settings from preprocessor_config.json.
+
+        Raises:
+            CheckpointError: a setting that is not usable.
+        """
 
     def images_to_patches(
         self, images: Sequence[npt.NDArray[np.uint8]], settings: ImageSettings, vision: Mapping[str, Any]
@@ -109,6 +138,33 @@ class Family(Protocol):
 
         Raises:
             InvalidInput: frames whose shapes cannot be used.
+        """
+
+    def frame_numbers(self, total: int, video_fps: float, fps: float | None, max_frames: int) -> IntArray:
+        """Which frames of a video file are taken: int64, ascending.
+
+        total: frames of the file.  video_fps: its rate.  fps: asked for, None for the family's own rule.
+        """
+
+    def placeholder(
+        self, kind: str, grid: Sequence[int], vision: Mapping[str, Any], special: SpecialTokens
+    ) -> tuple[str | TokenRun, ...]:
+        """What the chat template's one placeholder of an image or video becomes: texts and runs of tokens.
+
+        kind: "image" or "video".  grid: its row of grid_thw.
+        """
+
+    def model_inputs(
+        self,
+        input_ids: IntArray,
+        kinds: Sequence[str],
+        images: Patches | None,
+        videos: Patches | None,
+        second_per_grid_ts: npt.NDArray[np.float32] | None,
+    ) -> ModelInputs:
+        """The tensors of a prompt in the layout of the checkpoint's own processor.
+
+        kinds: "image" or "video", in the order of the prompt; images and videos are in that order too.
         """
 
     def position_ids(
@@ -130,9 +186,10 @@ class Family(Protocol):
 
 def families() -> tuple[Family, ...]:
     """All supported families."""
-    from hawk_trt.families.qwen2_5_vl import Qwen25VL  # here, since each family file imports this module
+    from hawk_trt.families.internvl import InternVL  # here, since each family file imports this module
+    from hawk_trt.families.qwen2_5_vl import Qwen25VL
 
-    return (Qwen25VL(),)
+    return (Qwen25VL(), InternVL())
 
 
 def family_by_name(name: str) -> Family:

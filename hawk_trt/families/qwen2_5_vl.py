@@ -12,8 +12,19 @@ import numpy as np
 import numpy.typing as npt
 
 from hawk_trt.bundle import SpecialTokens
-from hawk_trt.families import ImageSettings, Patches, qwen_config, qwen_patches, qwen_positions, qwen_windows
+from hawk_trt.families import (
+    ImageSettings,
+    IntArray,
+    Patches,
+    TokenRun,
+    qwen_config,
+    qwen_patches,
+    qwen_positions,
+    qwen_windows,
+)
+from hawk_trt.requests import ModelInputs
 from hawk_trt.stages import LanguageConfig, StageSpec
+from hawk_trt.video import sample_indices
 
 
 class Qwen25VL:
@@ -40,6 +51,12 @@ class Qwen25VL:
         """Inputs and outputs of the vision graph; see qwen_windows.vision_spec."""
         return qwen_windows.vision_spec(vision, hidden_size)
 
+    def item_grids(
+        self, inputs: ModelInputs, visual_kind: npt.NDArray[np.int8], vision: Mapping[str, Any]
+    ) -> tuple[IntArray, IntArray]:
+        """The grid_thw that the inputs hold; see qwen_positions.item_grids."""
+        return qwen_positions.item_grids(inputs)
+
     def tokens_per_item(self, grid_thw: npt.NDArray[np.int64], vision: Mapping[str, Any]) -> npt.NDArray[np.int64]:
         """Visual tokens of each image or video: int64 [items]."""
         return qwen_positions.tokens_per_item(grid_thw, vision)
@@ -50,7 +67,7 @@ class Qwen25VL:
         """Feeds of the vision stage in prompt order; see qwen_windows.vision_feeds."""
         return qwen_windows.vision_feeds(patches, vision, max_patches)
 
-    def image_settings(self, preprocessor: Mapping[str, Any]) -> ImageSettings:
+    def image_settings(self, preprocessor: Mapping[str, Any], vision: Mapping[str, Any]) -> ImageSettings:
         """Settings from preprocessor_config.json or video_preprocessor_config.json; see qwen_patches."""
         return qwen_patches.image_settings(preprocessor)
 
@@ -65,6 +82,27 @@ class Qwen25VL:
     ) -> Patches:
         """Resize, normalise and cut the frames of one video; see qwen_patches.video_to_patches."""
         return qwen_patches.video_to_patches(frames, settings, vision)
+
+    def frame_numbers(self, total: int, video_fps: float, fps: float | None, max_frames: int) -> IntArray:
+        """Which frames of a video file are taken; see video.sample_indices."""
+        return sample_indices(total, video_fps, fps, max_frames)
+
+    def placeholder(
+        self, kind: str, grid: Sequence[int], vision: Mapping[str, Any], special: SpecialTokens
+    ) -> tuple[str | TokenRun, ...]:
+        """The placeholder once for each visual token."""
+        return qwen_positions.placeholder(kind, grid, vision, special)
+
+    def model_inputs(
+        self,
+        input_ids: IntArray,
+        kinds: Sequence[str],
+        images: Patches | None,
+        videos: Patches | None,
+        second_per_grid_ts: npt.NDArray[np.float32] | None,
+    ) -> ModelInputs:
+        """Images and videos apart, each with its grids; see qwen_patches.model_inputs."""
+        return qwen_patches.model_inputs(input_ids, images, videos, second_per_grid_ts)
 
     def position_ids(
         self,

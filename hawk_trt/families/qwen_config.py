@@ -28,34 +28,34 @@ _VISION_SIZES = (
     "patch_size",
     "temporal_patch_size",
     "spatial_merge_size",
-    "window_size",
     "out_hidden_size",
 )
 _VISION_ROPE_THETA = 10000.0
 
 
-def language_config(config: Mapping[str, Any], *, mrope: bool = True) -> LanguageConfig:
+def language_config(config: Mapping[str, Any], *, mrope: bool = True, own_head_dim: bool = False) -> LanguageConfig:
     """Sizes of the language model from config.json.
 
     Args:
         config: config.json.
         mrope: whether positions have time, height and width; else plain 1-D ones.
+        own_head_dim: whether config.json says the size of a head; else it is hidden_size / num_attention_heads.
 
     Raises:
         CheckpointError: a setting is missing or not supported.
     """
-    text = _text_settings(config)
+    text = text_settings(config)
     _refuse_quantized(text)
     _refuse_sliding_window(text)
     expect("hidden_act", text.get("hidden_act"), "silu")
     hidden_size = integer(text, "hidden_size")
     heads = integer(text, "num_attention_heads")
     kv_heads = integer(text, "num_key_value_heads")
-    if hidden_size % heads:
+    if hidden_size % heads and not own_head_dim:
         raise wrong("num_attention_heads", heads, f"a divisor of hidden_size {hidden_size}")
     if heads % kv_heads:
         raise wrong("num_key_value_heads", kv_heads, f"a divisor of num_attention_heads {heads}")
-    head_dim = hidden_size // heads
+    head_dim = integer(text, "head_dim") if own_head_dim else hidden_size // heads
     if text.get("head_dim") not in (None, head_dim):
         raise wrong("head_dim", text["head_dim"], f"hidden_size / num_attention_heads = {head_dim}")
     rope_theta, mrope_section = _rope(text, head_dim) if mrope else (_plain_rope(text), ())
@@ -80,42 +80,79 @@ def windowed_vision_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Sizes of Qwen2.5-VL's vision tower, by Hugging Face's names.
 
     Returns:
-        depth, hidden_size, intermediate_size, num_heads, in_channels, patch_size, temporal_patch_size,
-        spatial_merge_size, window_size, out_hidden_size: int; fullatt_block_indexes: list of int;
-        tokens_per_second (of mRoPE's time axis), rope_theta (of the 2-D rotary embedding): float.
+        what vision_sizes gives, and window_size: int; fullatt_block_indexes: list of int;
+        tokens_per_second (of mRoPE's time axis): float.
 
     Raises:
         CheckpointError: a setting is missing or not supported.
     """
+    vision, where = vision_section(config), "vision_config."
+    sizes = vision_sizes(config, vision, "silu")
+    sizes["tokens_per_second"] = number(vision, "tokens_per_second", where)
+    sizes["window_size"] = integer(vision, "window_size", where)
+    if sizes["window_size"] < sizes["patch_size"] * sizes["spatial_merge_size"]:
+        raise wrong(f"{where}window_size", sizes["window_size"], "at least patch_size * spatial_merge_size")
+    sizes["fullatt_block_indexes"] = block_numbers(vision, "fullatt_block_indexes", sizes["depth"])
+    return sizes
+
+
+def vision_section(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The vision_config of config.json.
+
+    Raises:
+        CheckpointError: there is none.
+    """
     vision = config.get("vision_config")
     if not isinstance(vision, Mapping):
         raise wrong("vision_config", vision, "the sizes of the vision tower")
+    return vision
+
+
+def vision_sizes(config: Mapping[str, Any], vision: Mapping[str, Any], hidden_act: str) -> dict[str, Any]:
+    """Sizes that all Qwen vision towers have, by Hugging Face's names.
+
+    Args:
+        config: config.json.
+        vision: its vision_config.
+        hidden_act: the only activation that the family's graph computes.
+
+    Returns:
+        depth, hidden_size, intermediate_size, num_heads, in_channels, patch_size, temporal_patch_size,
+        spatial_merge_size, out_hidden_size: int; rope_theta (of the 2-D rotary embedding): float.
+
+    Raises:
+        CheckpointError: a setting is missing or not supported.
+    """
     where = "vision_config."
-    expect(f"{where}hidden_act", vision.get("hidden_act"), "silu")
+    expect(f"{where}hidden_act", vision.get("hidden_act"), hidden_act)
     sizes: dict[str, Any] = {key: integer(vision, key, where) for key in _VISION_SIZES}
     sizes["in_channels"] = integer(vision, "in_channels" if "in_channels" in vision else "in_chans", where)
-    sizes["tokens_per_second"] = number(vision, "tokens_per_second", where)
 
     # Every patch rotates half of each head by its row and half by its column, in pairs.
     if sizes["hidden_size"] % (4 * sizes["num_heads"]):
         raise wrong(f"{where}num_heads", sizes["num_heads"], f"a divisor of hidden_size / 4 = {sizes['hidden_size']}/4")
     if sizes["in_channels"] != 3:
         raise wrong(f"{where}in_channels", sizes["in_channels"], "3 (RGB)")
-    if sizes["window_size"] < sizes["patch_size"] * sizes["spatial_merge_size"]:
-        raise wrong(f"{where}window_size", sizes["window_size"], "at least patch_size * spatial_merge_size")
-    text_hidden_size = integer(_text_settings(config), "hidden_size")
+    text_hidden_size = integer(text_settings(config), "hidden_size")
     if sizes["out_hidden_size"] != text_hidden_size:
         raise wrong(f"{where}out_hidden_size", sizes["out_hidden_size"], f"the text's hidden_size {text_hidden_size}")
-
-    blocks = vision.get("fullatt_block_indexes")
-    if not isinstance(blocks, list | tuple) or not all(is_integer(b) and 0 <= b < sizes["depth"] for b in blocks):
-        raise wrong(f"{where}fullatt_block_indexes", blocks, f"a list of block numbers below depth {sizes['depth']}")
-    sizes["fullatt_block_indexes"] = list(blocks)
 
     rope = vision.get("rope_parameters") or {}
     expect(f"{where}rope_parameters.rope_type", rope.get("rope_type", "axial"), "axial")
     sizes["rope_theta"] = float(rope.get("rope_theta", _VISION_ROPE_THETA))
     return sizes
+
+
+def block_numbers(vision: Mapping[str, Any], key: str, depth: int) -> list[int]:
+    """A list of block numbers of the vision tower.
+
+    Raises:
+        CheckpointError: it is missing, or holds something else.
+    """
+    blocks = vision.get(key)
+    if not isinstance(blocks, list | tuple) or not all(is_integer(b) and 0 <= b < depth for b in blocks):
+        raise wrong(f"vision_config.{key}", blocks, f"a list of block numbers below depth {depth}")
+    return list(blocks)
 
 
 def special_tokens(
@@ -136,7 +173,7 @@ def special_tokens(
         CheckpointError: an id that is not a token of the vocabulary.
     """
     text = config.get("text_config") or {}
-    vocab_size = integer(_text_settings(config), "vocab_size")
+    vocab_size = integer(text_settings(config), "vocab_size")
 
     def checked(key: str, value: object) -> int:
         if not is_integer(value) or not 0 <= value < vocab_size:
@@ -161,8 +198,8 @@ def special_tokens(
     )
 
 
-def _text_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The top level, overridden by what text_config sets."""
+def text_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The top level of config.json, overridden by what text_config sets."""
     text = config.get("text_config") or {}
     return {**config, **{key: value for key, value in text.items() if value is not None}}
 

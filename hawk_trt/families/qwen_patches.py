@@ -13,9 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from hawk_trt.errors import InvalidInput
-from hawk_trt.families import ImageSettings, Patches
-from hawk_trt.families.normalisation import channel_values, value_tables, wrong
+from hawk_trt.families import ImageSettings, IntArray, Patches, normalisation
+from hawk_trt.families.normalisation import value_tables, wrong
 from hawk_trt.images import resize
+from hawk_trt.requests import ModelInputs
 
 MAX_ASPECT_RATIO = 200
 
@@ -24,7 +25,6 @@ _MIN_PIXELS = 56 * 56
 _MAX_PIXELS = 28 * 28 * 1280
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _STD = (0.26862954, 0.26130258, 0.27577711)
-_BICUBIC = 3
 
 
 def image_settings(preprocessor: Mapping[str, Any]) -> ImageSettings:
@@ -44,25 +44,8 @@ def image_settings(preprocessor: Mapping[str, Any]) -> ImageSettings:
             raise wrong(name, value, "a number of pixels")
         return value
 
-    if preprocessor.get("do_resize") is False:
-        raise wrong("do_resize", False, "true (images are cut into whole patches)")
-    smallest = bound("min_pixels", "shortest_edge", _MIN_PIXELS)
-    largest = bound("max_pixels", "longest_edge", _MAX_PIXELS)
-    if smallest > largest:
-        raise wrong("min_pixels", smallest, f"at most max_pixels {largest}")
-    resample = preprocessor.get("resample", _BICUBIC)
-    if resample not in range(6):
-        raise wrong("resample", resample, "one of Pillow's filters, 0 to 5")
-    normalised = preprocessor.get("do_normalize") is not False
-    rescaled = preprocessor.get("do_rescale") is not False
-    return ImageSettings(
-        min_pixels=smallest,
-        max_pixels=largest,
-        mean=channel_values("image_mean", preprocessor.get("image_mean", _MEAN)) if normalised else (0.0, 0.0, 0.0),
-        std=channel_values("image_std", preprocessor.get("image_std", _STD)) if normalised else (1.0, 1.0, 1.0),
-        rescale_factor=float(preprocessor.get("rescale_factor", 1 / 255)) if rescaled else 1.0,
-        resample=resample,
-    )
+    pixels = (bound("min_pixels", "shortest_edge", _MIN_PIXELS), bound("max_pixels", "longest_edge", _MAX_PIXELS))
+    return normalisation.image_settings(preprocessor, pixels, _MEAN, _STD)
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
@@ -149,6 +132,23 @@ def video_to_patches(
         resized = resize(frame, grid[1] * patch, grid[2] * patch, settings.resample)
         _cut(resized, tables, rows, vision, slice(place, None if last else place + 1))
     return Patches(pixels, np.array([grid], dtype=np.int64))
+
+
+def model_inputs(
+    input_ids: IntArray,
+    images: Patches | None,
+    videos: Patches | None,
+    second_per_grid_ts: npt.NDArray[np.float32] | None,
+) -> ModelInputs:
+    """The tensors of a prompt: images and videos apart, each with its grids."""
+    return ModelInputs(
+        input_ids=input_ids,
+        pixel_values=None if images is None else images.pixel_values,
+        image_grid_thw=None if images is None else images.grid_thw,
+        pixel_values_videos=None if videos is None else videos.pixel_values,
+        video_grid_thw=None if videos is None else videos.grid_thw,
+        second_per_grid_ts=second_per_grid_ts,
+    )
 
 
 def patch_dim(vision: Mapping[str, Any]) -> int:

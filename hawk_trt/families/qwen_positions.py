@@ -6,16 +6,17 @@ Text advances all three axes by one a token. An image or video that starts at po
 and what follows it starts at its largest position on any axis + 1.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from hawk_trt.bundle import SpecialTokens
 from hawk_trt.errors import InvalidInput
+from hawk_trt.families import IMAGE, VIDEO, IntArray, TokenRun
+from hawk_trt.requests import ModelInputs
 
-IMAGE = 1
-VIDEO = 2
 _KINDS = {IMAGE: "image", VIDEO: "video"}
 
 
@@ -59,9 +60,8 @@ def position_ids(
             item = taken[kind]
             taken[kind] += 1
             tokens = _check_item(kind, item, grids[kind], end - index, merge)
-            # Products of float32 seconds are exact in float64 here: the floor has no rounding to fear.
-            per_frame = float(seconds[item]) * vision["tokens_per_second"] if kind == VIDEO else 0.0
-            block = start + _item_positions(grids[kind][item], merge, per_frame)
+            rate = np.float32(vision["tokens_per_second"]) if kind == VIDEO else np.float32(0)
+            block = start + _item_positions(grids[kind][item], merge, seconds[item] if kind == VIDEO else rate, rate)
             positions[:, index : index + tokens] = block
             index, start = index + tokens, int(block.max()) + 1
     for kind, name in _KINDS.items():
@@ -82,6 +82,24 @@ def tokens_per_item(grid_thw: npt.NDArray[np.int64], vision: Mapping[str, Any]) 
     merge = vision["spatial_merge_size"]
     counts: npt.NDArray[np.int64] = check_grid("grid_thw", grid_thw, merge).prod(axis=1) // merge**2
     return counts
+
+
+def item_grids(inputs: ModelInputs) -> tuple[IntArray, IntArray]:
+    """The grids of a prompt's images and videos: int64 [items, 3] each.
+
+    Raises:
+        InvalidInput: not of that shape, or a size below 1.
+    """
+    return _item_grid("image_grid_thw", inputs.image_grid_thw), _item_grid("video_grid_thw", inputs.video_grid_thw)
+
+
+def placeholder(
+    kind: str, grid: Sequence[int], vision: Mapping[str, Any], special: SpecialTokens
+) -> tuple[str | TokenRun, ...]:
+    """The image's or video's token, once for each visual token of its grid."""
+    token_id = special.image if kind == "image" else special.video
+    assert token_id is not None  # the template has made one of it
+    return (TokenRun(token_id, int(np.prod(grid)) // vision["spatial_merge_size"] ** 2),)
 
 
 def check_grid(name: str, grid_thw: npt.NDArray[np.int64], merge: int) -> npt.NDArray[np.int64]:
@@ -105,10 +123,22 @@ def check_grid(name: str, grid_thw: npt.NDArray[np.int64], merge: int) -> npt.ND
     return grid.astype(np.int64, copy=False)
 
 
-def _item_positions(grid: list[int], merge: int, time_per_frame: float) -> npt.NDArray[np.int64]:
-    """Positions of an item's merged tokens from its own start: int64 [3, tokens]."""
+def _item_grid(name: str, values: npt.ArrayLike | None) -> IntArray:
+    if values is None:
+        return np.zeros((0, 3), np.int64)
+    grid = np.asarray(values)
+    if grid.ndim != 2 or grid.shape[1] != 3 or grid.dtype.kind not in "iu" or (grid < 1).any():
+        raise InvalidInput(f"{name}: got {grid.dtype}{list(grid.shape)}, expected int64[items, 3] of at least 1 each")
+    return grid.astype(np.int64)
+
+
+def _item_positions(grid: list[int], merge: int, seconds: np.float32, rate: np.float32) -> npt.NDArray[np.int64]:
+    """Positions of an item's merged tokens from its own start: int64 [3, tokens].
+
+    In float32 as transformers does: the floor of a product differs from that in float64.
+    """
     frames, height, width = grid[0], grid[1] // merge, grid[2] // merge
-    time = np.floor(np.arange(frames) * time_per_frame).astype(np.int64)
+    time = np.floor(np.arange(frames, dtype=np.float32) * seconds * rate).astype(np.int64)
     axes = np.broadcast_arrays(time[:, None, None], np.arange(height)[:, None], np.arange(width))
     return np.stack(axes).reshape(3, -1)
 

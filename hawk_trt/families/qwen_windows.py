@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hawk_trt.errors import InvalidInput
 from hawk_trt.families import Patches
+from hawk_trt.families.qwen_frames import FrameBatch, frame_batches
 from hawk_trt.families.qwen_patches import patch_dim
-from hawk_trt.families.qwen_positions import check_grid
 from hawk_trt.stages import StageSpec, TensorSpec
 
 _PLANS_KEPT = 16
@@ -117,51 +116,21 @@ def vision_feeds(
     Raises:
         InvalidInput: pixel_values and grid_thw do not fit each other, or not the model.
     """
+    return _feeds(frame_batches(patches, vision, max_patches), vision)  # errors come at the call, not at the first feed
+
+
+def _feeds(batches: Iterator[FrameBatch], vision: Mapping[str, Any]) -> Iterator[dict[str, npt.NDArray[Any]]]:
     merge = vision["spatial_merge_size"]
     window = vision["window_size"] // (merge * vision["patch_size"])
-    grid = check_grid("grid_thw", patches.grid_thw, merge)
-    pixels = _check_pixels(patches.pixel_values, grid, patch_dim(vision))
-    return _feeds(pixels, grid, merge, window, max_patches)  # a generator of its own: errors come at the call
-
-
-def _feeds(
-    pixels: npt.NDArray[np.float32], grid: npt.NDArray[np.int64], merge: int, window: int, max_patches: int
-) -> Iterator[dict[str, npt.NDArray[Any]]]:
-    start = 0
-    for frames, height, width in _runs(grid):
-        plan = window_plan(height, width, merge, window)
-        num_patches = height * width
-        frames_a_call = max(1, max_patches // num_patches)
-        for first in range(0, frames, frames_a_call):
-            count = min(frames_a_call, frames - first)
-            rows = pixels[start : start + count * num_patches]
-            start += count * num_patches
-            blocks = rows.reshape(count, len(plan.block_order), -1)[:, plan.block_order]
-            yield {
-                "pixel_values": blocks.astype(np.float32, copy=False).reshape(count, num_patches, -1),
-                "patch_positions": plan.patch_positions,
-                "window_index": plan.window_index,
-                "window_mask": plan.window_mask,
-                "window_slot": plan.window_slot,
-                "merge_order": plan.merge_order,
-            }
-
-
-def _runs(grid: npt.NDArray[np.int64]) -> list[tuple[int, int, int]]:
-    """Frames of one size that follow each other, items of equal size joined: (frames, height, width)."""
-    runs: list[tuple[int, int, int]] = []
-    for frames, height, width in grid.tolist():
-        if runs and runs[-1][1:] == (height, width):
-            frames += runs.pop()[0]
-        runs.append((frames, height, width))
-    return runs
-
-
-def _check_pixels(pixels: npt.NDArray[np.float32], grid: npt.NDArray[np.int64], dim: int) -> npt.NDArray[np.float32]:
-    got = f"{pixels.dtype}{list(pixels.shape)}"
-    if pixels.ndim != 2 or pixels.shape[1] != dim or not np.issubdtype(pixels.dtype, np.floating):
-        raise InvalidInput(f"pixel_values: got {got}, expected float32[num_patches, {dim}]")
-    rows = int(grid.prod(axis=1).sum())
-    if len(pixels) != rows:
-        raise InvalidInput(f"pixel_values: got {got}, expected {rows} rows for grid_thw {grid.tolist()}")
-    return pixels
+    for batch in batches:
+        plan = window_plan(batch.height, batch.width, merge, window)
+        count, num_patches, _ = batch.pixel_values.shape
+        blocks = batch.pixel_values.reshape(count, len(plan.block_order), -1)[:, plan.block_order]
+        yield {
+            "pixel_values": blocks.reshape(count, num_patches, -1),
+            "patch_positions": plan.patch_positions,
+            "window_index": plan.window_index,
+            "window_mask": plan.window_mask,
+            "window_slot": plan.window_slot,
+            "merge_order": plan.merge_order,
+        }

@@ -1,7 +1,8 @@
 """Parity: the exported bundle against the checkpoint's own PyTorch model, stage by stage.
 
     prompt_rules  what the paper leaves to the host: positions, query range, kept counts; plain Python
-    reference     the PyTorch model with HAWK inserted, unabsorbed; the only file that imports torch
+    reference     the PyTorch model with HAWK inserted, unabsorbed
+    reference_models  what it needs of each family; these two are the only files that import torch
     trace         what a reference run leaves behind
     cases         the prompts that are compared
     compare       stage outputs of both sides -> rows of numbers

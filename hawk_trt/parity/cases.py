@@ -1,7 +1,7 @@
 """The prompts that parity compares: the caller's images and questions, or generated ones."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hawk_trt.bundle import Manifest
-from hawk_trt.families import family_by_name
+from hawk_trt.families import TokenRun, family_by_name
 from hawk_trt.requests import ModelInputs
 
 if TYPE_CHECKING:
@@ -63,50 +63,56 @@ def generated_cases(pipe: "Pipeline", prompts: Sequence[str], seed: int) -> list
 
 
 def tensor_cases(manifest: Manifest, seed: int, *, only_video: bool = False) -> list[ParityCase]:
-    """Random patches and text tokens between special ones: needs no tokenizer, and no template that takes video."""
+    """Noise and text tokens between special ones: needs no tokenizer, and no template that takes video."""
     rng = np.random.default_rng(seed)
-    grids: dict[str, tuple[list[list[int]], list[list[int]]]] = {
-        "image 16x16 patches": ([[1, 16, 16]], []),
-        "image 10x24 patches": ([[1, 10, 24]], []),
-        "two images": ([[1, 8, 12], [1, 12, 8]], []),
-        "text only": ([], []),
+    shown: dict[str, tuple[list[tuple[int, int]], int]] = {
+        "image 224x224": ([(224, 224)], 0),
+        "image 336x140": ([(336, 140)], 0),
+        "two images": ([(168, 112), (112, 168)], 0),
+        "text only": ([], 0),
     }
     if only_video:
-        grids = {}
+        shown = {}
     if manifest.special_tokens.video is not None:
-        grids["video 3x8x8 patches"] = ([], [[3, 8, 8]])
-    return [ParityCase(name, _random_inputs(manifest, rng, images, videos)) for name, (images, videos) in grids.items()]
+        shown["video of 6 frames"] = ([], 6)
+    return [ParityCase(name, _random_inputs(manifest, rng, sizes, frames)) for name, (sizes, frames) in shown.items()]
 
 
 def _random_inputs(
-    manifest: Manifest, rng: np.random.Generator, images: list[list[int]], videos: list[list[int]]
+    manifest: Manifest, rng: np.random.Generator, sizes: list[tuple[int, int]], num_frames: int
 ) -> ModelInputs:
-    family, tokens = family_by_name(manifest.family), manifest.special_tokens
-    spec = family.vision_spec(manifest.vision, manifest.language.hidden_size)
-    patch_dim = next(int(tensor.shape[-1]) for tensor in spec.inputs if tensor.name == "pixel_values")
+    """A prompt with images of these widths and heights, or with a video of so many frames."""
+    family, vision, tokens = family_by_name(manifest.family), manifest.vision, manifest.special_tokens
     known = (tokens.image, tokens.video, tokens.vision_start, tokens.vision_end, tokens.im_start, tokens.im_end)
     special = [token for token in (*known, tokens.pad, *tokens.eos) if token is not None]
     plain = np.setdiff1d(np.arange(manifest.language.vocab_size), special)
 
-    ids: list[int | None] = [tokens.im_start, *rng.choice(plain, _TEXT_TOKENS).tolist()]
-    for kind, grids in ((tokens.image, images), (tokens.video, videos)):
-        for grid in grids:
-            count = int(family.tokens_per_item(np.array([grid], dtype=np.int64), manifest.vision)[0])
-            ids += [tokens.vision_start, *[kind] * count, tokens.vision_end]
-    ids += [*rng.choice(plain, _TEXT_TOKENS).tolist(), tokens.im_end, *rng.choice(plain, 3).tolist()]
-    return ModelInputs(
-        input_ids=np.array([token for token in ids if token is not None], dtype=np.int64),
-        pixel_values=_patches(rng, images, patch_dim),
-        image_grid_thw=np.array(images, dtype=np.int64) if images else None,
-        pixel_values_videos=_patches(rng, videos, patch_dim),
-        video_grid_thw=np.array(videos, dtype=np.int64) if videos else None,
-    )
+    def text(count: int) -> list[int]:
+        drawn: list[int] = rng.choice(plain, count).tolist()
+        return drawn
 
-
-def _patches(rng: np.random.Generator, grids: list[list[int]], patch_dim: int) -> npt.NDArray[np.float32] | None:
-    if not grids:
-        return None
-    return rng.standard_normal((int(np.prod(grids, axis=1).sum()), patch_dim), dtype=np.float32)
+    # A checkpoint without a tokenizer may not know these two, which any token can stand in for.
+    start, end = (text(1)[0] if token is None else token for token in (tokens.vision_start, tokens.vision_end))
+    filled = replace(tokens, vision_start=start, vision_end=end)
+    settings = family.image_settings({}, vision)
+    images = [_noise(rng, width, height) for width, height in sizes]
+    frames = [_noise(rng, 112, 112) for _ in range(num_frames)]
+    patches = {
+        "image": family.images_to_patches(images, settings, vision) if images else None,
+        "video": family.video_to_patches(frames, settings, vision) if frames else None,
+    }
+    ids: list[int] = [*([] if tokens.im_start is None else [tokens.im_start]), *text(_TEXT_TOKENS)]
+    kinds = []
+    for kind, shown in patches.items():
+        for grid in [] if shown is None else shown.grid_thw.tolist():
+            kinds.append(kind)
+            parts = family.placeholder(kind, grid, vision, filled)
+            if TokenRun(end) not in parts:  # then the templates have the tokens around an image
+                parts = (TokenRun(start), *parts, TokenRun(end))
+            for part in parts:
+                ids += text(2) if isinstance(part, str) else [part.token_id] * part.count
+    ids += [*text(_TEXT_TOKENS), *([] if tokens.im_end is None else [tokens.im_end]), *text(3)]
+    return family.model_inputs(np.array(ids, dtype=np.int64), kinds, patches["image"], patches["video"], None)
 
 
 def _noise(rng: np.random.Generator, width: int, height: int) -> npt.NDArray[np.uint8]:

@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     # Missing torch is said before anything is loaded; the import is here since only this command needs it.
     from hawk_trt.parity.reference import Reference
 
-    bundle = Bundle.load(args.bundle)
+    bundle = options.load_bundle(args.bundle)
     manifest = bundle.manifest
     ratios = args.keep_ratio or sorted({manifest.keep_ratio, 1.0})
     prunings = [options.pruning(args, ratio) for ratio in ratios]
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     report = ParityReport(
         bundle=str(args.bundle),
         checkpoint=str(args.checkpoint),
-        backend=f"{args.backend} on {args.device}",
+        backend=f"{pipe.backend.name} on {pipe.backend.device}",
         dtype=manifest.dtype,
         reference_dtype=args.reference_dtype,
         tolerance=TOLERANCES[manifest.dtype],

@@ -143,21 +143,39 @@ def num_kept(num_visual: int, pruning: PruningConfig) -> int:
     return min(num_visual, max(pruning.min_visual_tokens, math.ceil(num_visual * pruning.keep_ratio)))
 
 
-def keep_best(scores: Sequence[float], owners: Sequence[int], pruning: PruningConfig) -> list[int]:
+def frame_numbers(kinds: Sequence[int], items: Sequence[VisualItem]) -> list[int]:
+    """The image or frame of a video that each token is of, counted through all of them; -1 for text.
+
+    Args:
+        kinds: item index of each visual token's item, -1 for text; masked tokens included.
+        items: the prompt's images and videos, in order.
+    """
+    frames_of = [item.grid[0] if item.is_video else 1 for item in items]
+    seen = [0] * len(items)
+    numbers = []
+    for kind in kinds:
+        if kind < 0:
+            numbers.append(-1)
+            continue
+        frame = seen[kind] // (items[kind].num_tokens // frames_of[kind])
+        seen[kind] += 1
+        numbers.append(sum(frames_of[:kind]) + frame)
+    return numbers
+
+
+def keep_best(scores: Sequence[float], groups: Sequence[int], pruning: PruningConfig) -> list[int]:
     """Which visual tokens are kept: ordinals among the visual tokens, ascending.
 
-    The highest scores win and, among equals, the lower index.
+    The highest scores of each group win and, among equals, the lower index.
 
     Args:
         scores: of each visual token.
-        owners: the image or video that each belongs to.
-        pruning: how many are kept, over all of them or of each.
+        groups: tokens with the same number compete in one top-k.
+        pruning: how many are kept of each group.
     """
-    groups = [list(range(len(scores)))]
-    if pruning.quota == "per-image":
-        groups = [[n for n in range(len(scores)) if owners[n] == owner] for owner in sorted(set(owners))]
     kept: list[int] = []
-    for group in groups:
-        ranked = sorted(group, key=lambda n: (-scores[n], n))
-        kept += ranked[: num_kept(len(group), pruning)]
+    for group in sorted(set(groups)):
+        members = [n for n in range(len(scores)) if groups[n] == group]
+        ranked = sorted(members, key=lambda n: (-scores[n], n))
+        kept += ranked[: num_kept(len(members), pruning)]
     return sorted(kept)

@@ -7,7 +7,7 @@ computed for every token and the whole decoder runs on the kept ones, straight f
     s_i(n) = mean_t q_i(t) . k_g(n) / sqrt(head_dim), no RoPE, NaN and infinities -> 0, normalised over n
     score(n) = sum_i w_i s_i(n)
 
-This is the only file of the package that imports torch and transformers.
+Only this file and reference_models.py, which knows the families, import torch and transformers.
 """
 
 import logging
@@ -15,14 +15,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from hawk_trt.config import PruningConfig
 from hawk_trt.errors import BackendError, CheckpointError, ParityError
-from hawk_trt.parity.prompt_rules import PromptTokens, VisualItem, keep_best, mrope_positions, query_range
+from hawk_trt.parity.prompt_rules import PromptTokens, VisualItem, frame_numbers, keep_best, query_range
 from hawk_trt.parity.trace import ReferenceTrace
 from hawk_trt.requests import ModelInputs
 
@@ -31,8 +31,10 @@ try:
     from safetensors import SafetensorError
     from torch import Tensor
     from torch.nn.functional import linear
-    from transformers import AutoConfig, DynamicCache, Qwen2_5_VLForConditionalGeneration
+    from transformers import AutoConfig, DynamicCache
     from transformers.utils import logging as transformers_logging
+
+    from hawk_trt.parity.reference_models import FAMILIES, ReferenceModel
 except ImportError as error:
     raise ParityError(
         f"the PyTorch reference needs torch and transformers ({error}): pip install 'hawk-trt[parity]'"
@@ -48,7 +50,9 @@ class EmbeddedPrompt:
         places: int64 [seq_len], where each stood in the prompt as given.
         visual: positions of the visual tokens among ids.
         owners: the image or video of each visual token.
+        frames: the image or frame of a video, counted through all of them.
         embeds: [seq_len, hidden], visual embeddings merged in.
+        deepstack: [num_visual, hidden] of each DeepStack level, nothing where the family has none.
         position_ids: int64 [axes, seq_len].
         tokens: ids of the special tokens.
     """
@@ -57,63 +61,17 @@ class EmbeddedPrompt:
     places: npt.NDArray[np.int64]
     visual: list[int]
     owners: list[int]
+    frames: list[int]
     embeds: Tensor
+    deepstack: tuple[Tensor, ...]
     position_ids: Tensor
     tokens: PromptTokens
-
-
-class _Qwen25VL:
-    """What the reference needs of Qwen2.5-VL: the language model, visual embeddings and positions."""
-
-    model_class: ClassVar[Any] = Qwen2_5_VLForConditionalGeneration
-
-    def __init__(self, model: Qwen2_5_VLForConditionalGeneration) -> None:
-        self.language = model.model.language_model
-        self.lm_head = model.lm_head
-        self._vision = model.model
-        self._sizes: Any = model.config.vision_config
-
-    def items(self, inputs: ModelInputs) -> tuple[list[VisualItem], list[VisualItem]]:
-        """The images and the videos of a prompt."""
-        images = [VisualItem(False, self._merged(grid)) for grid in _rows(inputs.image_grid_thw)]
-        grids = [self._merged(grid) for grid in _rows(inputs.video_grid_thw)]
-        seconds = np.ones(len(grids)) if inputs.second_per_grid_ts is None else np.ravel(inputs.second_per_grid_ts)
-        return images, [VisualItem(True, grid, float(step)) for grid, step in zip(grids, seconds, strict=True)]
-
-    def embed(self, inputs: ModelInputs) -> tuple[list[Tensor], list[Tensor]]:
-        """Embeddings [tokens, hidden] of each image and of each video."""
-        images: list[Tensor] = []
-        videos: list[Tensor] = []
-        if inputs.pixel_values is not None and len(_rows(inputs.image_grid_thw)):
-            pixels, grids = self._vision_inputs(inputs.pixel_values, inputs.image_grid_thw)
-            images = list(self._vision.get_image_features(pixels, grids).pooler_output)
-        if inputs.pixel_values_videos is not None and len(_rows(inputs.video_grid_thw)):
-            pixels, grids = self._vision_inputs(inputs.pixel_values_videos, inputs.video_grid_thw)
-            videos = list(self._vision.get_video_features(pixels, grids).pooler_output)
-        return images, videos
-
-    def positions(self, kinds: Sequence[int], items: Sequence[VisualItem]) -> list[list[int]]:
-        """Positions of each token on each axis."""
-        return mrope_positions(kinds, items, float(self._sizes.tokens_per_second))
-
-    def _merged(self, grid: Sequence[int]) -> tuple[int, int, int]:
-        frames, rows, columns = grid
-        merge = int(self._sizes.spatial_merge_size)
-        return frames, rows // merge, columns // merge
-
-    def _vision_inputs(self, pixel_values: npt.NDArray[Any], grid_thw: npt.ArrayLike | None) -> tuple[Tensor, Tensor]:
-        weight = self.lm_head.weight
-        pixels = torch.from_numpy(np.ascontiguousarray(pixel_values, dtype=np.float32))
-        return pixels.to(weight.device, weight.dtype), torch.tensor(_rows(grid_thw), device=weight.device)
-
-
-_FAMILIES = {"qwen2_5_vl": _Qwen25VL}  # by the model_type of config.json
 
 
 class Reference:
     """A checkpoint's PyTorch model, run with HAWK."""
 
-    def __init__(self, model: _Qwen25VL, head_weights: Sequence[float], normalization: str) -> None:
+    def __init__(self, model: ReferenceModel, head_weights: Sequence[float], normalization: str) -> None:
         self._model = model
         self._head_weights = tuple(head_weights)
         self._normalization = normalization
@@ -145,9 +103,9 @@ class Reference:
         transformers_logging.set_verbosity(logging.ERROR)  # its notes on config keys are of no use here
         try:
             model_type = AutoConfig.from_pretrained(str(checkpoint)).model_type
-            if model_type not in _FAMILIES:
-                raise CheckpointError(f"model_type: got {model_type!r}, the reference knows {', '.join(_FAMILIES)}")
-            model, info = _FAMILIES[model_type].model_class.from_pretrained(
+            if model_type not in FAMILIES:
+                raise CheckpointError(f"model_type: got {model_type!r}, the reference knows {', '.join(FAMILIES)}")
+            model, info = FAMILIES[model_type].model_class.from_pretrained(
                 str(checkpoint), dtype=getattr(torch, dtype), output_loading_info=True
             )
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -162,7 +120,7 @@ class Reference:
             model = model.eval().to(device)
         except (RuntimeError, AssertionError) as error:
             raise BackendError(f"torch cannot use device {device!r} ({error})") from error
-        return cls(_FAMILIES[model_type](model), head_weights, normalization)
+        return cls(FAMILIES[model_type](model), head_weights, normalization)
 
     @torch.inference_mode()
     def embed(self, inputs: ModelInputs, tokens: PromptTokens) -> EmbeddedPrompt:
@@ -180,19 +138,24 @@ class Reference:
         ids = all_ids[places].tolist()
         visual = [position for position, place in enumerate(places) if owner_of[place] >= 0]
         owners = [owner_of[places[position]] for position in visual]
+        frame_of = frame_numbers(owner_of, items)
+        frames = [frame_of[places[position]] for position in visual]
 
         language = self._model.language
         embeds = language.embed_tokens(torch.tensor(ids, device=language.embed_tokens.weight.device))
+        deepstack: tuple[Tensor, ...] = ()
         if visual:
             image_embeds, video_embeds = self._model.embed(inputs)
             all_rows = torch.cat([(video_embeds if item.is_video else image_embeds).pop(0) for item in items])
             placeholders = [place for place, owner in enumerate(owner_of) if owner >= 0]
-            embeds[visual] = all_rows[np.flatnonzero(shown[placeholders])].to(embeds.dtype)
+            own_rows = all_rows[np.flatnonzero(shown[placeholders])].to(embeds.dtype)
+            embeds[visual], *levels = own_rows.view(len(visual), -1, embeds.shape[1]).unbind(1)
+            deepstack = tuple(levels)
         # A masked token takes no position, but a partly masked image or video keeps its whole grid.
         placed = [place for place, owner in enumerate(owner_of) if shown[place] or owner in owners]
         positions = self._model.positions([owner_of[place] for place in placed], items)
         position_ids = torch.tensor(positions, device=embeds.device)[np.flatnonzero(shown[placed])].T
-        return EmbeddedPrompt(ids, places, visual, owners, embeds, position_ids, tokens)
+        return EmbeddedPrompt(ids, places, visual, owners, frames, embeds, deepstack, position_ids, tokens)
 
     @torch.inference_mode()
     def run(
@@ -221,7 +184,8 @@ class Reference:
         raw = self._head_scores(prompt.embeds, query, visual)
         weights = torch.tensor(pruning.head_weights or self._head_weights, dtype=raw.dtype, device=raw.device)
         scores = (weights[:, None] * _normalize(raw, self._normalization)).sum(0)
-        ordinals = keep_best(scores.tolist(), prompt.owners, pruning)
+        groups = {"global": [0] * len(visual), "per-image": prompt.owners, "per-frame": prompt.frames}[pruning.quota]
+        ordinals = keep_best(scores.tolist(), groups, pruning)
         if kept_indices is not None:
             wanted = set(np.flatnonzero(np.isin(prompt.places, kept_indices)).tolist())
             ordinals = [n for n, position in enumerate(visual) if position in wanted]
@@ -236,7 +200,7 @@ class Reference:
             head_scores=_numpy(raw),
             scores=_numpy(scores),
             visual_indices=prompt.places[visual],
-            topk_groups=np.asarray(prompt.owners) * (pruning.quota == "per-image"),
+            topk_groups=np.asarray(groups, dtype=np.int64),
             kept_visual=np.asarray(ordinals, dtype=np.int64),
             kept_indices=prompt.places[kept],
             query_indices=prompt.places[query],
@@ -253,12 +217,14 @@ class Reference:
         attention = layer.self_attn
         head_dim = int(attention.head_dim)
         hidden = layer.input_layernorm(embeds.float())
-        q = linear(hidden, attention.q_proj.weight.float(), attention.q_proj.bias.float()).view(
-            len(embeds), -1, head_dim
-        )
-        k = linear(hidden, attention.k_proj.weight.float(), attention.k_proj.bias.float()).view(
-            len(embeds), -1, head_dim
-        )
+
+        def heads_of(name: str) -> Tensor:
+            projection, norm = getattr(attention, f"{name}_proj"), getattr(attention, f"{name}_norm", None)
+            bias = None if projection.bias is None else projection.bias.float()
+            projected = linear(hidden, projection.weight.float(), bias).view(len(embeds), -1, head_dim)
+            return projected if norm is None else norm(projected)
+
+        q, k = heads_of("q"), heads_of("k")
         heads, group = q.shape[1], q.shape[1] // k.shape[1]
         scores = [(q[query, head] @ k[visual, head // group].T / math.sqrt(head_dim)).mean(0) for head in range(heads)]
         return torch.nan_to_num(torch.stack(scores), nan=0.0, posinf=0.0, neginf=0.0)
@@ -266,27 +232,39 @@ class Reference:
     def _decode(
         self, prompt: EmbeddedPrompt, kept: list[int], steps: int, forced: list[int] | None
     ) -> tuple[Tensor, Tensor, list[int]]:
-        """Layer 0's output [kept, hidden] of the prefill, logits [steps, vocab] and the tokens."""
+        """What enters layer 1 [kept, hidden] in the prefill, logits [steps, vocab] and the tokens."""
         language = self._model.language
-        first_outputs: list[Tensor] = []
-        hook = language.layers[0].register_forward_hook(lambda _module, _args, output: first_outputs.append(output))
+        entered: list[Tensor] = []
+        hook = language.layers[1].register_forward_pre_hook(lambda _module, args: entered.append(args[0]))
         cache = DynamicCache(config=language.config)
         embeds, positions = prompt.embeds[kept], prompt.position_ids[:, kept]
+        deepstack: dict[str, Any] = {}
+        if prompt.deepstack:
+            visual, still_there = set(prompt.visual), set(kept)
+            ordinals = [n for n, position in enumerate(prompt.visual) if position in still_there]
+            mask = torch.tensor([[position in visual for position in kept]], device=embeds.device)
+            levels = [level[ordinals] for level in prompt.deepstack]
+            deepstack = {"visual_pos_masks": mask, "deepstack_visual_embeds": levels}
         following = int(prompt.position_ids.max()) + 1  # of the unpruned prompt: what comes next keeps its place
         logits: list[Tensor] = []
         tokens: list[int] = []
         try:
             for step in range(steps):
                 output = language(
-                    inputs_embeds=embeds[None], position_ids=positions[:, None], past_key_values=cache, use_cache=True
+                    inputs_embeds=embeds[None],
+                    position_ids=positions[:, None] if len(positions) > 1 else positions,  # 1-D models take no axis
+                    past_key_values=cache,
+                    use_cache=True,
+                    **deepstack,
                 )
+                deepstack = {}  # what is generated is text
                 logits.append(self._model.lm_head(output.last_hidden_state[0, -1]).float())
                 tokens.append(int(logits[-1].argmax()) if forced is None else forced[step])
                 embeds = language.embed_tokens(torch.tensor(tokens[-1:], device=embeds.device))
                 positions = torch.full((len(positions), 1), following + step, device=embeds.device)
         finally:
             hook.remove()
-        return first_outputs[0][0], torch.stack(logits), tokens
+        return entered[0][0], torch.stack(logits), tokens
 
 
 def _normalize(raw: Tensor, normalization: str) -> Tensor:
@@ -330,10 +308,6 @@ def _owners(
     if left or waiting[False] or waiting[True]:
         raise ParityError("input_ids: fewer placeholders than image_grid_thw and video_grid_thw say")
     return owners, items
-
-
-def _rows(grid_thw: npt.ArrayLike | None) -> list[list[int]]:
-    return [] if grid_thw is None else np.asarray(grid_thw, dtype=np.int64).reshape(-1, 3).tolist()
 
 
 def _numpy(tensor: Tensor) -> npt.NDArray[np.float32]:

@@ -1,8 +1,8 @@
 """DivPrune (Alvar et al., 2025): keep tokens that lie far apart, whatever the question.
 
-    D[i, j] = 1 - cos(v_i, v_j)
-    first   the token whose nearest other token is farthest
-    next    the token whose nearest kept token is farthest
+D[i, j] = 1 - cos(v_i, v_j)
+first   the token whose nearest other token is farthest
+next    the token whose nearest kept token is farthest
 """
 
 import numpy as np

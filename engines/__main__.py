@@ -1,0 +1,236 @@
+"""The command python -m engines: a bundle becomes TensorRT plans, on the GPU that is to run them."""
+
+import argparse
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from engines.build_plan import BuildPlan, differences, plan_build
+from engines.options import add_limits, existing_file, limits
+from engines.prepare import PreparedGraph
+from engines.profiles import choose_profile
+from engines.progress import BuildProgress
+from engines.verify import Verification, verify
+from engines.workarounds import workarounds_for
+from engines.writer import StagePlan, write_engines
+from hawk_trt.bundle import Bundle
+from hawk_trt.commands.output import note, print_json, size
+from hawk_trt.engine_manifest import EngineFolder, PlanEntry
+from hawk_trt.errors import BackendError, HawkError, InvalidInput
+from hawk_trt.machine import this_machine
+from hawk_trt.stages import PROFILES
+
+if TYPE_CHECKING:
+    from engines.builder import BuildSettings
+
+_FAILED = 1
+_INTERRUPTED = 130
+# Where make plugin puts it.
+_PLUGIN = Path("build/plugins/libhawk_trt_plugin.so")
+_NO_TENSORRT = (
+    "tensorrt: not installed. On a Jetson it is part of JetPack: apt install python3-libnvinfer, and make the virtual "
+    "environment with --system-site-packages. On other GPUs: pip install 'tensorrt>=10.3'. "
+    "Without a GPU, see whether TensorRT takes the graphs: python -m engines.preflight BUNDLE"
+)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns its exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    given = sys.argv[1:] if arguments is None else arguments
+    args = _parser().parse_args(given)
+    try:
+        _run(args, rebuild=shlex.join(["python", "-m", "engines", *given]))
+    except (HawkError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return _FAILED
+    except KeyboardInterrupt:
+        print("interrupted; nothing was changed", file=sys.stderr)
+        return _INTERRUPTED
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m engines",
+        description="Build TensorRT plans from an ONNX bundle, on the GPU that is to run them.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder that an export wrote")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the engines' folder")
+    parser.add_argument(
+        "--profile", choices=PROFILES, help="lowering (default: inplace from TensorRT 10.15 on, portable for float32)"
+    )
+    add_limits(parser)
+    group = parser.add_argument_group("the build")
+    group.add_argument(
+        "--plugin", metavar="PATH", help=f"top-k plugin, or none (default: {_PLUGIN} where make plugin has built it)"
+    )
+    group.add_argument(
+        "--workspace-gib", type=float, metavar="X", help="scratch that a kernel may take (default: all free memory)"
+    )
+    group.add_argument(
+        "--timing-cache",
+        metavar="PATH",
+        help="measured kernels, kept between builds, or none (default: in the user's cache)",
+    )
+    group.add_argument("--force", action="store_true", help="build again even if nothing changed")
+    group.add_argument("--verbose", action="store_true", help="print TensorRT's whole log on stderr")
+    group = parser.add_argument_group("the check after it")
+    group.add_argument("--no-verify", action="store_true", help="leave it out")
+    group.add_argument(
+        "--reference",
+        type=Path,
+        metavar="BUNDLE",
+        help="float32 export of the same checkpoint to compare with (default: the bundle itself, unless bfloat16)",
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    return parser
+
+
+def _run(args: argparse.Namespace, rebuild: str) -> None:
+    started = time.perf_counter()
+    bundle = Bundle.load(args.bundle)
+    plugin = _plugin(args.plugin)
+    size_limits = limits(args, bundle.manifest, plugin=plugin is not None)
+    if args.workspace_gib is not None and args.workspace_gib <= 0:
+        raise InvalidInput(f"--workspace-gib: got {args.workspace_gib:g}, expected more than 0")
+    if args.reference is not None:
+        Bundle.load(args.reference)
+    try:
+        from engines.builder import TENSORRT_VERSION, BuildSettings  # the rest of the command works without it
+    except ModuleNotFoundError as error:
+        if error.name != "tensorrt":
+            raise
+        raise BackendError(_NO_TENSORRT) from error
+    profile = choose_profile(bundle.manifest, TENSORRT_VERSION, args.profile)
+    workarounds = workarounds_for(TENSORRT_VERSION, size_limits.batch)
+    machine = this_machine(TENSORRT_VERSION)
+    settings = BuildSettings(
+        plugin=plugin,
+        workspace_bytes=None if args.workspace_gib is None else int(args.workspace_gib * 2**30),
+        timing_cache=_timing_cache(args.timing_cache, f"{machine.compute_capability}-{TENSORRT_VERSION}"),
+        workarounds=workarounds,
+        verbose=args.verbose,
+    )
+    plan = plan_build(
+        bundle,
+        machine,
+        profile,
+        size_limits,
+        plugin=plugin,
+        workspace_bytes=settings.workspace_bytes,
+        workarounds=workarounds,
+        rebuild=rebuild,
+    )
+    if not args.force and _up_to_date(plan, args.out):
+        _report(EngineFolder.load(args.out), None, None, as_json=args.json)
+        return
+    check = None if args.no_verify else lambda folder: verify(folder, bundle, args.reference, size_limits)
+    with BuildProgress() as progress:
+        engines, verification = write_engines(plan, args.out, _builder(settings, progress), check, note)
+    _report(engines, verification, time.perf_counter() - started, as_json=args.json)
+
+
+def _builder(settings: "BuildSettings", progress: BuildProgress) -> Callable[[PreparedGraph, PlanEntry], StagePlan]:
+    from engines.builder import build_plan  # _run has seen that TensorRT is there
+
+    def build(graph: PreparedGraph, entry: PlanEntry) -> StagePlan:
+        built = build_plan(graph, entry.profiles, settings, progress)
+        return StagePlan(memoryview(built.memory), built.layers, built.plugin_layers, built.flags, built.seconds)
+
+    return build
+
+
+def _plugin(given: str | None) -> Path | None:
+    """The plugin to build with.
+
+    Raises:
+        InvalidInput: the one that was named is not there.
+    """
+    if given == "none":
+        return None
+    if given is not None:
+        return existing_file(Path(given), "--plugin")
+    if _PLUGIN.is_file():
+        return _PLUGIN.resolve()
+    note("building without the top-k plugin: it is not built (make plugin); standard operators do its work")
+    return None
+
+
+def _timing_cache(given: str | None, name: str) -> Path | None:
+    if given == "none":
+        return None
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(given) if given is not None else caches / "hawk_trt" / f"timing-{name}.cache"
+
+
+def _up_to_date(plan: BuildPlan, out: Path) -> bool:
+    """Whether the engines that are there are what would be built; says in what they are not."""
+    changed = differences(plan, out)
+    if changed:
+        note(f"building again, since another: {', '.join(changed)}")
+    return changed == []
+
+
+def _report(engines: EngineFolder, verification: Verification | None, seconds: float | None, *, as_json: bool) -> None:
+    """Print the result on stdout; seconds is None where nothing was built."""
+    manifest, console = engines.manifest, Console()
+    plan_bytes = {plan.stage: manifest.files[plan.file].size_bytes for plan in manifest.plans}
+    if as_json:
+        result = {
+            "folder": str(engines.folder),
+            "up_to_date": seconds is None,
+            "profile": manifest.profile,
+            "dtype": manifest.bundle.dtype,
+            "machine": manifest.machine,
+            "limits": manifest.limits,
+            "plugin": manifest.plugin,
+            "plans": [{"stage": plan.stage, "size_bytes": plan_bytes[plan.stage], "layers": plan.layers,
+                       "plugin_layers": plan.plugin_layers, "flags": plan.flags, "workarounds": plan.workarounds,
+                       "seconds": plan.seconds} for plan in manifest.plans],
+            "verification": verification,
+            "seconds": seconds,
+        }  # fmt: skip
+        print_json(result)
+        return
+    what = "up to date, nothing built (--force builds again)" if seconds is None else f"built in {seconds:.0f} s"
+    console.print(f"{engines.folder}: {what}", markup=False, highlight=False, soft_wrap=True)
+    size_limits = manifest.limits
+    lines = (
+        f"{manifest.bundle.dtype}, {manifest.profile}, for {manifest.machine}",
+        f"prompts of up to {size_limits.prompt_tokens} tokens, {size_limits.visual_tokens} of them visual; "
+        f"{size_limits.context} kept and generated; batch {size_limits.batch}",
+        *(f"{plan.stage}: {size(plan_bytes[plan.stage])}, {plan.layers} layers"
+          + (", the top-k plugin among them" if plan.plugin_layers else "") + f", {plan.seconds:.0f} s"
+          for plan in manifest.plans),
+    )  # fmt: skip
+    for line in lines:
+        console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
+    if verification is not None:
+        print_verification(verification, console)
+    elif seconds is not None:
+        console.print("  not verified, as asked for (--no-verify)", highlight=False)
+
+
+def print_verification(verification: Verification, console: Console) -> None:
+    """Print a row an output, and what was not compared."""
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for column in ("stage", "output", "prompts", "worst", ""):
+        table.add_column(column, justify="right" if column == "prompts" else "left")
+    for row in verification.rows:
+        verdict = "[red]WRONG[/red]" if row.failures else "[green]ok[/green]"
+        table.add_row(row.stage, row.output, str(row.prompts), row.numbers, verdict)
+    console.print(table)
+    against = f"compared with {verification.reference}" if verification.reference else verification.not_compared
+    console.print(against, highlight=False, markup=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

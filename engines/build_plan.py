@@ -1,0 +1,152 @@
+"""What an engine build will do, all of it known before TensorRT is asked for anything, and whether it is needed.
+
+In: a bundle, the machine, limits and options. Out: prepared graphs, and engines.json as it will be but for what only
+the builds tell; or, of a folder that is there, in what it differs from that.
+"""
+
+import hashlib
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+
+from engines.prepare import PreparedGraph, prepare
+from engines.profiles import plan_profiles
+from engines.workarounds import Workaround
+from hawk_trt import __version__
+from hawk_trt.bundle import MANIFEST, Bundle, sha256_file
+from hawk_trt.engine_manifest import (
+    ENGINES_SCHEMA_VERSION,
+    EngineFolder,
+    EngineManifest,
+    Limits,
+    Machine,
+    PlanEntry,
+)
+from hawk_trt.errors import BundleError
+from hawk_trt.stages import STAGES
+
+# The code that decides what a plan is: another version of it makes plans stale.
+_DECIDES = ("builder.py", "prepare.py", "profiles.py", "vision_ranges.py", "workarounds.py")
+
+
+@dataclass(frozen=True, slots=True)
+class BuildPlan:
+    """What is to be built, all of it known before the first build.
+
+    Attributes:
+        bundle: to build from.
+        manifest: engines.json as it will be, but for what only the builds tell.
+        graphs: prepared, by stage.
+        plugin: its library, None without.
+        workarounds: for miscompiles.
+    """
+
+    bundle: Bundle
+    manifest: EngineManifest
+    graphs: tuple[PreparedGraph, ...]
+    plugin: Path | None
+    workarounds: tuple[Workaround, ...]
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of all graphs together, about the size of the plans."""
+        return sum(graph.weight_bytes for graph in self.graphs)
+
+
+def plan_build(
+    bundle: Bundle,
+    machine: Machine,
+    profile: str,
+    limits: Limits,
+    *,
+    plugin: Path | None,
+    workspace_bytes: int | None,
+    workarounds: tuple[Workaround, ...],
+    rebuild: str,
+) -> BuildPlan:
+    """Prepare all graphs and lay out their profiles.
+
+    Args:
+        bundle: to build from.
+        machine: to build on and for.
+        profile: the lowering.
+        limits: the largest request.
+        plugin: the top-k plugin's library, None to build without.
+        workspace_bytes: scratch that a tactic may take, None for all there is.
+        workarounds: to apply.
+        rebuild: the command that does this.
+
+    Raises:
+        BundleError: the bundle does not hold the profile.
+        InvalidInput: engines cannot be built for its family yet.
+    """
+    graphs = tuple(
+        prepare(bundle, stage, profile, max_context=limits.context, plugin=plugin is not None) for stage in STAGES
+    )
+    plans = tuple(
+        PlanEntry(
+            stage=graph.stage,
+            file=f"{graph.stage}.plan",
+            onnx_sha256=graph.sha256,
+            inputs=graph.inputs,
+            outputs=graph.outputs,
+            profiles=plan_profiles(bundle.manifest, graph.stage, graph.inputs, limits),
+            plugin_layers=0,
+            layers=0,
+            flags=(),
+            workarounds=tuple(entry.name for entry in workarounds),
+            seconds=0.0,
+        )
+        for graph in graphs
+    )
+    manifest = EngineManifest(
+        schema_version=ENGINES_SCHEMA_VERSION,
+        bundle=replace(bundle.manifest, graphs=(), profiles=(profile,), files={}),
+        bundle_sha256=sha256_file(bundle.folder / MANIFEST),
+        profile=profile,
+        limits=limits,
+        machine=machine,
+        plans=plans,
+        plugin=None if plugin is None else plugin.name,
+        plugin_sha256=None if plugin is None else sha256_file(plugin),
+        workspace_bytes=workspace_bytes,
+        files={},
+        rebuild=rebuild,
+        versions={"hawk_trt": __version__, "engines": _code_digest(), "onnx": metadata.version("onnx")},
+    )
+    return BuildPlan(bundle, manifest, graphs, plugin, workarounds)
+
+
+def differences(plan: BuildPlan, out: Path) -> list[str] | None:
+    """What an engine folder that is there differs in from what would be built; None where none is there to compare."""
+    try:
+        built = EngineFolder.load(out).manifest
+    except BundleError:
+        return None
+    wanted, found = _key(plan.manifest), _key(built)
+    return [name for name in wanted if wanted[name] != found[name]]
+
+
+def _key(manifest: EngineManifest) -> dict[str, object]:
+    """All that makes plans another build's, by the word for it."""
+    return {
+        "bundle": manifest.bundle_sha256,
+        "graphs": [plan.onnx_sha256 for plan in manifest.plans],
+        "profile": manifest.profile,
+        "limits": (manifest.limits, [plan.profiles for plan in manifest.plans]),
+        "TensorRT": manifest.machine.tensorrt,
+        "CUDA": manifest.machine.cuda,
+        "driver": manifest.machine.driver,
+        "GPU": (manifest.machine.gpu, manifest.machine.compute_capability),
+        "plugin": manifest.plugin_sha256,
+        "workspace": manifest.workspace_bytes,
+        "workarounds": [plan.workarounds for plan in manifest.plans],
+        "engine builder": manifest.versions,
+    }
+
+
+def _code_digest() -> str:
+    digest = hashlib.sha256()
+    for name in _DECIDES:
+        digest.update(name.encode() + (Path(__file__).parent / name).read_bytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,215 @@
+"""One prepared graph becomes one plan. The only file of the builder that imports TensorRT, 10.3 to 11.x.
+
+In: a PreparedGraph and its optimization profiles. Out: the serialized plan and what went into it. Everything is
+strongly typed: dtypes are those of the graph. No enum number is ever stored, since TensorRT 11 renumbered them.
+"""
+
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import tensorrt as trt
+
+from engines.messages import LogLine, ParserFault, builder_message, parser_message
+from engines.prepare import PreparedGraph
+from engines.progress import BuildProgress
+from engines.workarounds import Workaround, applied
+from hawk_trt.engine_manifest import InputRange
+from hawk_trt.errors import BackendError
+
+TENSORRT_VERSION: str = trt.__version__
+_PLUGIN_LAYERS = ("PLUGIN", "PLUGIN_V2", "PLUGIN_V3")
+
+
+@dataclass(frozen=True, slots=True)
+class BuildSettings:
+    """What all stages of one run share.
+
+    Attributes:
+        plugin: the top-k plugin's library, None to build without.
+        workspace_bytes: scratch that a tactic may take, None for all there is.
+        timing_cache: file that keeps measured tactics between builds, None for none.
+        workarounds: to apply.
+        verbose: print TensorRT's whole log.
+    """
+
+    plugin: Path | None
+    workspace_bytes: int | None
+    timing_cache: Path | None
+    workarounds: tuple[Workaround, ...]
+    verbose: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltPlan:
+    """A plan in TensorRT's memory, and what it is made of.
+
+    Attributes:
+        memory: the serialized engine; use it as a buffer, a copy would double it.
+        layers: of the network after parsing.
+        plugin_layers: of these, the top-k plugin's.
+        flags: builder flags that were on, by name.
+        seconds: that parsing and building took.
+    """
+
+    memory: trt.IHostMemory
+    layers: int
+    plugin_layers: int
+    flags: tuple[str, ...]
+    seconds: float
+
+
+class Log(trt.ILogger):
+    """Keeps warnings and errors for messages, and prints everything where asked to."""
+
+    def __init__(self, *, verbose: bool) -> None:
+        trt.ILogger.__init__(self)
+        self.lines: list[LogLine] = []
+        self._verbose = verbose
+
+    def log(self, severity: trt.ILogger.Severity, msg: str) -> None:
+        """TensorRT's callback; it must not raise."""
+        if severity.name not in ("INFO", "VERBOSE"):
+            self.lines.append(LogLine(severity.name, msg))
+        if self._verbose:
+            print(f"tensorrt {severity.name}: {msg}", file=sys.stderr)
+
+
+class Monitor(trt.IProgressMonitor):
+    """Hands TensorRT's phases to a BuildProgress, and stops the build when the user interrupts."""
+
+    def __init__(self, progress: BuildProgress) -> None:
+        trt.IProgressMonitor.__init__(self)
+        self.interrupted = False
+        self._progress = progress
+
+    def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+        """TensorRT's callback."""
+        self._progress.start(phase_name, parent_phase, num_steps)
+
+    def step_complete(self, phase_name: str, step: int) -> bool:
+        """TensorRT's callback; False stops the build."""
+        self._progress.step(phase_name, step)
+        return not self.interrupted
+
+    def phase_finish(self, phase_name: str) -> None:
+        """TensorRT's callback."""
+        self._progress.finish(phase_name)
+
+
+def build_plan(
+    graph: PreparedGraph,
+    profiles: Sequence[Sequence[InputRange]],
+    settings: BuildSettings,
+    progress: BuildProgress,
+) -> BuiltPlan:
+    """Parse and build.
+
+    Args:
+        graph: the prepared graph.
+        profiles: optimization profiles, each a range for every input.
+        settings: of the run.
+        progress: shown while it lasts.
+
+    Raises:
+        BackendError: TensorRT cannot parse or build the graph, or left the plugin out.
+        KeyboardInterrupt: the user stopped the build.
+    """
+    started = time.perf_counter()
+    log, monitor = Log(verbose=settings.verbose), Monitor(progress)
+    with applied(settings.workarounds), _stops(monitor), progress.stage(graph.file.name):
+        builder = trt.Builder(log)
+        if settings.plugin is not None and trt.get_plugin_registry().load_library(str(settings.plugin)) is None:
+            raise BackendError(
+                f"{settings.plugin}: TensorRT {TENSORRT_VERSION} cannot load it. Build it for this version: make plugin"
+            )
+        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        names = _parse(graph, network, log)
+        plugin_layers = sum(network.get_layer(index).type.name in _PLUGIN_LAYERS for index in range(network.num_layers))
+        _check_plugin(graph, plugin_layers, asked=settings.plugin is not None)
+        config = builder.create_builder_config()
+        _configure(config, settings, log)
+        config.progress_monitor = monitor
+        for number, ranges in enumerate(profiles):
+            profile = builder.create_optimization_profile()
+            for entry in ranges:
+                profile.set_shape(entry.name, entry.min, entry.opt, entry.max)
+            if config.add_optimization_profile(profile) != number:
+                raise BackendError(builder_message(graph.file.name, TENSORRT_VERSION, log.lines, names))
+        memory = builder.build_serialized_network(network, config)
+        if monitor.interrupted:
+            raise KeyboardInterrupt
+        if memory is None or any(line.is_error and line.severity == "WARNING" for line in log.lines):
+            raise BackendError(builder_message(graph.file.name, TENSORRT_VERSION, log.lines, names))
+        _save_timing_cache(config, settings)
+        return BuiltPlan(memory, network.num_layers, plugin_layers, _flags(config), time.perf_counter() - started)
+
+
+def _parse(graph: PreparedGraph, network: trt.INetworkDefinition, log: Log) -> list[str]:
+    """Fill the network; returns the names of its layers."""
+    parser = trt.OnnxParser(network, log)
+    # the path is the model's file: TensorRT looks for the weights in its folder
+    if not parser.parse(graph.content, str(graph.file.resolve())):
+        faults = [parser.get_error(index) for index in range(parser.num_errors)]
+        told = [ParserFault(fault.node_name(), fault.node_operator(), fault.desc()) for fault in faults]
+        raise BackendError(parser_message(graph.file.name, TENSORRT_VERSION, told, log.lines))
+    return [network.get_layer(index).name for index in range(network.num_layers)]
+
+
+def _check_plugin(graph: PreparedGraph, plugin_layers: int, *, asked: bool) -> None:
+    """The first layer has exactly one plugin layer where it was asked for; nothing else has any."""
+    expected = 1 if asked and graph.has_topk else 0
+    if plugin_layers != expected:
+        raise BackendError(
+            f"{graph.file.name}: got {plugin_layers} plugin layers, expected {expected}. "
+            "Build the plugin for this TensorRT (make plugin), or build without it (--plugin none)"
+        )
+
+
+def _configure(config: trt.IBuilderConfig, settings: BuildSettings, log: Log) -> None:
+    # on by default, it rounds float32 products to 10 bits: enough to change which tokens are kept
+    config.clear_flag(trt.BuilderFlag.TF32)
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    config.max_aux_streams = 0  # the decode step is captured as one CUDA graph on one stream
+    if settings.workspace_bytes is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, settings.workspace_bytes)
+    if settings.timing_cache is not None:
+        known = settings.timing_cache.read_bytes() if settings.timing_cache.is_file() else b""
+        if not config.set_timing_cache(config.create_timing_cache(known), ignore_mismatch=False):
+            log.lines.append(LogLine("INFO", f"{settings.timing_cache}: of another GPU or TensorRT, begun anew"))
+            config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
+
+
+def _save_timing_cache(config: trt.IBuilderConfig, settings: BuildSettings) -> None:
+    if settings.timing_cache is None:
+        return
+    cache = config.get_timing_cache()
+    if cache is not None:
+        settings.timing_cache.parent.mkdir(parents=True, exist_ok=True)
+        partial = settings.timing_cache.with_name(settings.timing_cache.name + ".partial")
+        partial.write_bytes(cache.serialize())
+        partial.replace(settings.timing_cache)
+
+
+def _flags(config: trt.IBuilderConfig) -> tuple[str, ...]:
+    return tuple(sorted(name for name, flag in trt.BuilderFlag.__members__.items() if config.get_flag(flag)))
+
+
+@contextmanager
+def _stops(monitor: Monitor) -> Iterator[None]:
+    """Let an interrupt end the build at its next step instead of tearing TensorRT down in the middle."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        del number, frame
+        monitor.interrupted = True
+
+    previous = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)

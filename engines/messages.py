@@ -1,0 +1,107 @@
+"""What TensorRT says when it refuses a graph, as one message that a person can act on.
+
+In: the parser's errors, or the lines logged while a plan was built. Out: the stage, the node by its name in the
+graph, the reason, and what helps where that is known.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from engines.prepare import PLUGIN_OP
+
+_REASONS_SHOWN = 3
+_REASON_CHARACTERS = 400
+# Ops of the inplace profile that parsers before 10.15 do not know.
+_INPLACE_OPS = {"Attention", "RMSNormalization", "RotaryEmbedding", "TensorScatter"}
+# A shape that contradicts a limit only warns at build; the engine then fails when it is run with it.
+_FATAL_WARNINGS = ("not self-consistent",)
+_MEMORY_WORDS = ("out of memory", "outofmemory", "insufficient memory", "cudaerrormemoryallocation", "std::bad_alloc")
+# "Error Code 4: Internal Error (", "[graph.cpp::compute::12]" and the like, before and after what matters
+_ERROR_CODE = re.compile(r"^(?:I\w+::\w+: )?Error Code \d+: (?:[A-Z]\w+ ?)*(?:Error )?", re.IGNORECASE)
+_SOURCE_LINE = re.compile(r"\[?\b[\w./]+\.(?:cpp|h|cu)(?:::\w+)*(?:[:\s]*(?:line )?\d+)?\]?:?\s*")
+
+
+@dataclass(frozen=True, slots=True)
+class LogLine:
+    """One line of TensorRT's log; severity by its name, such as "ERROR"."""
+
+    severity: str
+    text: str
+
+    @property
+    def is_error(self) -> bool:
+        """Whether the build failed, or would fail when run, because of it."""
+        return "ERROR" in self.severity or any(words in self.text for words in _FATAL_WARNINGS)
+
+
+@dataclass(frozen=True, slots=True)
+class ParserFault:
+    """One error of the parser: the node's name and op type (empty where it is no node's), and the reason."""
+
+    node: str
+    op_type: str
+    reason: str
+
+
+def parser_message(file: str, tensorrt: str, faults: Sequence[ParserFault], log: Iterable[LogLine]) -> str:
+    """Why a graph was not parsed.
+
+    Args:
+        file: of the graph.
+        tensorrt: version of the library.
+        faults: of the parser.
+        log: lines logged while parsing, used where the parser tells no error.
+    """
+    reasons = [_fault(fault) for fault in faults] or [_plain(line.text) for line in log if line.is_error]
+    ops = {fault.op_type for fault in faults}
+    advice = ""
+    if ops & _INPLACE_OPS:
+        advice = " Use the portable profile, which has none of these ops: --profile portable"
+    elif PLUGIN_OP in ops:
+        advice = (
+            " The plugin was asked for and TensorRT does not find it: build it for this TensorRT (make plugin), "
+            "or build without it (--plugin none)"
+        )
+    return f"{file}: TensorRT {tensorrt} cannot parse it. {_shown(reasons)}{advice}"
+
+
+def builder_message(file: str, tensorrt: str, log: Iterable[LogLine], node_names: Iterable[str]) -> str:
+    """Why no plan came out, or one that must not be used.
+
+    Args:
+        file: of the graph.
+        tensorrt: version of the library.
+        log: lines logged while building.
+        node_names: of the graph, to find the one that TensorRT names.
+    """
+    lines = [line.text for line in log if line.is_error]
+    text = " ".join(lines)
+    # the longest first: "self_attn/q" is part of "self_attn/q_proj"
+    node = next((name for name in sorted(node_names, key=len, reverse=True) if len(name) > 1 and name in text), None)
+    where = f" Node {node}:" if node else ""
+    advice = ""
+    if any(word in text.lower() for word in _MEMORY_WORDS):
+        advice = (
+            " Free memory (close other programs; on a Jetson also the desktop), or make the engines smaller: "
+            "--max-visual-tokens, --max-prompt-tokens, --max-context, --batch, --workspace-gib"
+        )
+    return f"{file}: TensorRT {tensorrt} cannot build it.{where} {_shown([_plain(line) for line in lines])}{advice}"
+
+
+def _fault(fault: ParserFault) -> str:
+    op_type = f" ({fault.op_type})" if fault.op_type else ""
+    return f"Node {fault.node}{op_type}: {_plain(fault.reason)}" if fault.node else _plain(fault.reason)
+
+
+def _plain(text: str) -> str:
+    """The reason without TensorRT's error code and source line."""
+    short = " ".join(_SOURCE_LINE.sub("", _ERROR_CODE.sub("", text.strip())).split())
+    return short[:_REASON_CHARACTERS] + ("..." if len(short) > _REASON_CHARACTERS else "")
+
+
+def _shown(reasons: Sequence[str]) -> str:
+    """The first reasons, each once."""
+    unique = list(dict.fromkeys(reason for reason in reasons if reason)) or ["TensorRT gave no reason"]
+    more = f" (and {len(unique) - _REASONS_SHOWN} more)" if len(unique) > _REASONS_SHOWN else ""
+    return "; ".join(reason.rstrip(".") for reason in unique[:_REASONS_SHOWN]) + more + "."

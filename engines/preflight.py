@@ -1,0 +1,159 @@
+"""The command python -m engines.preflight: every graph of a bundle through NVIDIA's parser and builder, without a GPU.
+
+In: bundles, the limits of the engines, and the plugin where it is built. Out: a row a graph, whether TensorRT's
+parser and builder take it as the engine builder gives it to them. It runs the builder's own code; see gpuless.py for
+what a pass means.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from engines import gpuless
+from engines.options import add_limits, existing_file, limits
+from engines.prepare import prepare
+from engines.profiles import plan_profiles
+from hawk_trt.bundle import Bundle
+from hawk_trt.commands.output import note, print_json
+from hawk_trt.errors import BackendError, HawkError
+from hawk_trt.stages import INPLACE, STAGES
+
+_FAILED = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One graph.
+
+    Attributes:
+        graph: its file, with its dtype.
+        plugin: whether it was built with the plugin.
+        layers: of the network, 0 where it was refused.
+        plugin_layers: of these, the plugin's.
+        plan_bytes: size of the plan, 0 where it was refused.
+        seconds: that parsing and building took.
+        refusal: why it was refused, None where it was built.
+    """
+
+    graph: str
+    plugin: bool
+    layers: int
+    plugin_layers: int
+    plan_bytes: int
+    seconds: float
+    refusal: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """All graphs, and what took or refused them."""
+
+    library: str
+    rows: tuple[Row, ...]
+    passed: bool
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns its exit status: 0 all graphs built, 1 one was refused, 2 wrong usage."""
+    args = _parser().parse_args(arguments)
+    try:
+        if gpuless.LIBRARIES not in os.environ:
+            again = [sys.executable, "-m", "engines.preflight", *(sys.argv[1:] if arguments is None else arguments)]
+            os.execve(sys.executable, again, gpuless.environment())
+        return _run(args)
+    except (HawkError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return _FAILED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m engines.preflight",
+        description="Parse and build every graph of a bundle with NVIDIA's own parser and builder; needs no GPU.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("bundles", type=Path, nargs="+", metavar="BUNDLE", help="folder that an export wrote")
+    parser.add_argument(
+        "--plugin", type=Path, metavar="PATH", help="top-k plugin, built for TensorRT 11: build with it too"
+    )
+    add_limits(parser)
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    return parser
+
+
+def _run(args: argparse.Namespace) -> int:
+    from engines.builder import TENSORRT_VERSION  # only now is there a tensorrt to import
+
+    plugin = None if args.plugin is None else existing_file(args.plugin, "--plugin")
+    bundles = [Bundle.load(folder) for folder in args.bundles]
+    rows = tuple(row for bundle in bundles for row in _check(args, bundle, plugin))
+    library = f"TensorRT-RTX's parser and builder through the bindings of TensorRT {TENSORRT_VERSION}"
+    report = Report(library, rows, all(row.refusal is None for row in rows))
+    if args.json:
+        print_json(report)
+    else:
+        _print(report, Console())
+    if plugin is None:
+        note("with the plugin: not checked, none was given (make plugin, then --plugin PATH)")
+    return 0 if report.passed else _FAILED
+
+
+def _check(args: argparse.Namespace, bundle: Bundle, plugin: Path | None) -> Iterator[Row]:
+    """Build every graph of a bundle that engines are built from."""
+    from engines.builder import BuildSettings, build_plan
+    from engines.progress import BuildProgress
+
+    manifest = bundle.manifest
+    profiles = [name for name in manifest.profiles if (name, manifest.dtype) != (INPLACE, "float32")]
+    for library in (None, plugin) if plugin else (None,):
+        size = limits(args, manifest, plugin=library is not None)
+        settings = BuildSettings(library, None, None, ())
+        for profile in profiles:
+            for stage in STAGES:
+                graph = prepare(bundle, stage, profile, max_context=size.context, plugin=library is not None)
+                name = f"{manifest.dtype} {graph.file.name}"
+                if library is not None and not graph.has_topk:
+                    continue  # the same graph as without
+                try:
+                    with BuildProgress() as progress:
+                        ranges = plan_profiles(manifest, stage, graph.inputs, size)
+                        built = build_plan(graph, ranges, settings, progress)
+                except BackendError as error:
+                    yield Row(name, library is not None, 0, 0, 0, 0.0, str(error))
+                    continue
+                plan_bytes = memoryview(built.memory).nbytes
+                yield Row(name, library is not None, built.layers, built.plugin_layers, plan_bytes, built.seconds, None)
+
+
+def _print(report: Report, console: Console) -> None:
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for column in ("graph", "plugin"):
+        table.add_column(column, no_wrap=True)
+    for column in ("layers", "of these plugin", "plan MB", "seconds"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("")
+    for row in report.rows:
+        verdict = "[green]built[/green]" if row.refusal is None else "[red]REFUSED[/red]"
+        numbers = (str(row.layers), str(row.plugin_layers), f"{row.plan_bytes / 1e6:.1f}", f"{row.seconds:.1f}")
+        table.add_row(row.graph, "with" if row.plugin else "without", *numbers, verdict)
+    console.print(table)
+    for row in report.rows:
+        if row.refusal is not None:
+            console.print(f"REFUSED {row.refusal}", style="red", markup=False, soft_wrap=True)
+    good = sum(row.refusal is None for row in report.rows)
+    console.print(
+        f"{report.library}: {good} of {len(report.rows)} graphs built", style="green" if report.passed else "red"
+    )
+
+
+if __name__ == "__main__":
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # the bindings' destructors do not survive this mix

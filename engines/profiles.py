@@ -1,0 +1,171 @@
+"""Optimization profiles: what the engines must take, from the manifest and the flags, as min, opt and max per input.
+
+In: limits, the manifest, the inputs of a prepared graph. Out: one profile for prefill and one for decode (vision:
+one), and an early refusal of what TensorRT would only warn of at build and fail at when run.
+"""
+
+import math
+from collections.abc import Iterable
+
+from engines.prepare import CONTEXT_LEN
+from engines.vision_ranges import TYPICAL_VISUAL_TOKENS, Range, vision_ranges
+from hawk_trt.bundle import Manifest, TensorEntry
+from hawk_trt.engine_manifest import InputRange, Limits
+from hawk_trt.errors import InvalidInput
+from hawk_trt.stages import INPLACE, PORTABLE, VISION
+
+# TensorRT's TopK takes no more in any version; beyond, it warns at build and fails when run.
+TOPK_LIMIT = 3840
+DEFAULT_VISUAL_TOKENS = 4096
+DEFAULT_TEXT_TOKENS = 1024
+_TYPICAL_TEXT_TOKENS = 128
+_TYPICAL_ANSWER_TOKENS = 128
+# The first with TensorScatter, RotaryEmbedding and RMSNormalization.
+_INPLACE_SINCE = (10, 15)
+
+
+def plan_limits(
+    manifest: Manifest,
+    *,
+    visual_tokens: int | None = None,
+    prompt_tokens: int | None = None,
+    context: int | None = None,
+    batch: int = 1,
+    plugin: bool,
+) -> Limits:
+    """Fill in what was not asked for, and refuse what cannot be.
+
+    Args:
+        manifest: of the bundle.
+        visual_tokens: of one prompt before pruning; None is 4096.
+        prompt_tokens: of one prompt before pruning; None adds 1024 of text to visual_tokens.
+        context: tokens kept and generated; None is 3840, or the model's context where that is shorter.
+        batch: prompts side by side.
+        plugin: whether the top-k plugin is used.
+
+    Raises:
+        InvalidInput: limits that contradict each other, the model or TensorRT.
+    """
+    longest = manifest.language.max_position_embeddings
+    visual_tokens = DEFAULT_VISUAL_TOKENS if visual_tokens is None else visual_tokens
+    prompt_tokens = visual_tokens + DEFAULT_TEXT_TOKENS if prompt_tokens is None else prompt_tokens
+    context = min(longest, TOPK_LIMIT) if context is None else context
+    for flag, value, least in (
+        ("--max-visual-tokens", visual_tokens, 1),
+        ("--max-prompt-tokens", prompt_tokens, visual_tokens + 1),
+        ("--max-context", context, 2),
+        ("--batch", batch, 1),
+    ):
+        if value < least:
+            because = " (the visual tokens and some text)" if flag == "--max-prompt-tokens" else ""
+            raise InvalidInput(f"{flag}: got {value}, expected at least {least}{because}")
+    if context > longest:
+        raise InvalidInput(f"--max-context: got {context}, expected at most {longest}, the model's own context")
+    limits = Limits(visual_tokens, prompt_tokens, context, batch)
+    if limits.kept_tokens > TOPK_LIMIT and not plugin:
+        raise InvalidInput(
+            f"--max-context: got {context} with prompts of up to {prompt_tokens} tokens, so that up to "
+            f"{limits.kept_tokens} tokens may be kept, and TensorRT's TopK takes {TOPK_LIMIT}: it builds with more and "
+            f"fails when run. Build the plugin, which has no such limit (make plugin, then --plugin PATH), or give "
+            f"--max-context {TOPK_LIMIT}"
+        )
+    return limits
+
+
+def choose_profile(manifest: Manifest, tensorrt: str, asked: str | None = None) -> str:
+    """The lowering to build: inplace from TensorRT 10.15, portable below and for float32.
+
+    Args:
+        manifest: of the bundle.
+        tensorrt: version of the library.
+        asked: "portable" or "inplace", None to choose.
+
+    Raises:
+        InvalidInput: the bundle does not hold it, or TensorRT or the dtype does not allow it.
+    """
+    version = tuple(int(part) for part in tensorrt.split(".")[:2])
+    too_old = version < _INPLACE_SINCE
+    best = PORTABLE if too_old or manifest.dtype == "float32" or INPLACE not in manifest.profiles else INPLACE
+    profile = asked or best
+    if profile == INPLACE and too_old:
+        since = ".".join(map(str, _INPLACE_SINCE))
+        raise InvalidInput(
+            f"--profile: got inplace with TensorRT {tensorrt}, whose KV cache ops begin with {since}. "
+            "Use --profile portable"
+        )
+    if profile == INPLACE and manifest.dtype == "float32":
+        raise InvalidInput(
+            "--profile: got inplace for a float32 bundle, and TensorRT's Attention has no float32 kernel. "
+            "Use --profile portable, or export with --dtype bfloat16"
+        )
+    if profile not in manifest.profiles:
+        raise InvalidInput(
+            f"--profile: this bundle holds {', '.join(manifest.profiles)}, TensorRT {tensorrt} needs {profile} "
+            f"for {manifest.dtype}. Export again with --profile {profile}"
+        )
+    return profile
+
+
+def plan_profiles(
+    manifest: Manifest, stage: str, inputs: Iterable[TensorEntry], limits: Limits
+) -> tuple[tuple[InputRange, ...], ...]:
+    """The optimization profiles of a stage: prefill and decode, or vision's one.
+
+    Args:
+        manifest: of the bundle.
+        stage: vision, first_layer or decoder.
+        inputs: of the prepared graph.
+        limits: the largest request.
+
+    Raises:
+        InvalidInput: a dimension that this version knows nothing of.
+    """
+    if stage == VISION:
+        ranges = [vision_ranges(manifest.vision, limits.visual_tokens)]
+    else:
+        ranges = [_prefill_ranges(manifest, limits), _decode_ranges(manifest, limits)]
+    inputs = tuple(inputs)
+    return tuple(tuple(_input_range(tensor, words) for tensor in inputs) for words in ranges)
+
+
+def _prefill_ranges(manifest: Manifest, limits: Limits) -> dict[str, Range]:
+    visual = min(limits.visual_tokens, TYPICAL_VISUAL_TOKENS)
+    prompt = min(limits.prompt_tokens, visual + _TYPICAL_TEXT_TOKENS)
+    kept = min(_typical_kept(manifest, limits), prompt)
+    return {
+        "batch": Range(1, limits.batch, limits.batch),
+        "seq_len": Range(1, prompt, limits.prompt_tokens),
+        "num_visual": Range(1, visual * limits.batch, limits.visual_tokens * limits.batch),
+        "num_kept_total": Range(1, kept, limits.kept_tokens),
+        "past_len": Range(0, 0, 0),
+        CONTEXT_LEN: Range(1, kept, limits.context),
+    }
+
+
+def _decode_ranges(manifest: Manifest, limits: Limits) -> dict[str, Range]:
+    typical = min(_typical_kept(manifest, limits) + _TYPICAL_ANSWER_TOKENS, limits.context)
+    return {
+        "batch": Range(1, limits.batch, limits.batch),
+        "seq_len": Range(1, 1, 1),
+        "num_visual": Range(1, 1, 1),
+        "num_kept_total": Range(1, 1, 1),
+        "past_len": Range(1, max(typical - 1, 1), limits.context - 1),
+        CONTEXT_LEN: Range(1, typical, limits.context),
+    }
+
+
+def _typical_kept(manifest: Manifest, limits: Limits) -> int:
+    """Tokens of a typical prompt that are kept: of its image the bundle's share, and its text."""
+    visual = min(limits.visual_tokens, TYPICAL_VISUAL_TOKENS)
+    return min(math.ceil(visual * manifest.keep_ratio) + _TYPICAL_TEXT_TOKENS, limits.kept_tokens)
+
+
+def _input_range(tensor: TensorEntry, ranges: dict[str, Range]) -> InputRange:
+    unknown = [size for size in tensor.shape if isinstance(size, str) and size not in ranges]
+    if unknown:
+        raise InvalidInput(
+            f"{tensor.name}: dimension {unknown[0]!r} has no range: this version cannot build engines for this family"
+        )
+    sizes = [Range(size, size, size) if isinstance(size, int) else ranges[size] for size in tensor.shape]
+    low, opt, high = (tuple(size[column] for size in sizes) for column in range(3))
+    return InputRange(tensor.name, low, opt, high)

@@ -1,0 +1,106 @@
+"""A bundle becomes an engine folder: plans, all that the runtime needs beside them, engines.json last.
+
+Plans go to a folder beside the destination, which takes its place at the end: checked, or not at all.
+"""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from engines.build_plan import BuildPlan
+from engines.contents import check_replaceable, copy_bundle, table_bytes, write
+from engines.memory import available_bytes, memory_warning
+from engines.prepare import PreparedGraph
+from engines.verify import Verification
+from hawk_trt.bundle import FileEntry, sha256_file
+from hawk_trt.engine_manifest import ENGINES_MANIFEST, EngineFolder, PlanEntry, engine_manifest_bytes
+from hawk_trt.errors import BackendError, BundleError
+from hawk_trt.staging import clean_up_after_killed, staged
+
+# For the small files, and for what a plan has beside its weights.
+_SPARE_BYTES = 256 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class StagePlan:
+    """One built plan as the writer needs it: its content, and what engines.json tells of it."""
+
+    content: memoryview
+    layers: int
+    plugin_layers: int
+    flags: tuple[str, ...]
+    seconds: float
+
+
+def write_engines(
+    plan: BuildPlan,
+    out: Path,
+    build: Callable[[PreparedGraph, PlanEntry], StagePlan],
+    check: Callable[[Path], Verification] | None,
+    warn: Callable[[str], None],
+) -> tuple[EngineFolder, Verification | None]:
+    """Build all plans and put the folder in its place.
+
+    Args:
+        plan: what is built.
+        out: the folder; engines that are there are replaced at the end.
+        build: makes the plan of one graph.
+        check: looks at the finished folder before it takes its place; None leaves that out.
+        warn: called with what the user should know before the first build.
+
+    Raises:
+        BackendError: a stage cannot be built, or the plans are wrong; wrong ones are kept in OUT.failed.
+        BundleError: out cannot be replaced or written, or the disk is full.
+    """
+    out = out.resolve()
+    check_replaceable(out)
+    clean_up_after_killed(out)
+    _check_free_space(out, plan)
+    warning = memory_warning(list(plan.graphs), available_bytes())
+    if warning is not None:
+        warn(warning)
+    with staged(out) as folder:
+        bundle = copy_bundle(plan.bundle, plan.manifest.bundle, folder)
+        files: dict[str, FileEntry] = {}
+        entries = []
+        for graph, entry in zip(plan.graphs, plan.manifest.plans, strict=True):
+            built = build(graph, entry)
+            files[entry.file] = write(folder / entry.file, built.content, weights=True)
+            entries.append(
+                replace(
+                    entry,
+                    layers=built.layers,
+                    plugin_layers=built.plugin_layers,
+                    flags=built.flags,
+                    seconds=round(built.seconds, 3),
+                )
+            )
+        name = None
+        if plan.plugin is not None and any(entry.plugin_layers for entry in entries):
+            name = plan.plugin.name
+            shutil.copyfile(plan.plugin, folder / name)
+            files[name] = FileEntry(sha256_file(folder / name), (folder / name).stat().st_size)
+        manifest = replace(plan.manifest, bundle=bundle, plans=tuple(entries), plugin=name, files=files)
+        write(folder / ENGINES_MANIFEST, memoryview(engine_manifest_bytes(manifest)), weights=False)
+        verification = None if check is None else check(folder)
+        if verification is not None and not verification.passed:
+            failed = out.with_name(f"{out.name}.failed")
+            shutil.rmtree(failed, ignore_errors=True)
+            folder.rename(failed)
+            raise BackendError(
+                f"the plans are wrong: {verification.failures}. They are in {failed}, to look into: docs/tensorrt.md"
+            )
+    return EngineFolder.load(out), verification
+
+
+def _check_free_space(out: Path, plan: BuildPlan) -> None:
+    """Refuse to begin what the disk cannot hold; the older folder stays until the new one is whole."""
+    parent = next(path for path in out.parents if path.exists())
+    needed = plan.weight_bytes + table_bytes(plan.bundle) + _SPARE_BYTES
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise BundleError(
+            f"{parent}: {free / 1e9:.2f} GB free, the engines need about {needed / 1e9:.2f} GB. "
+            "Free space, or choose another disk with --out"
+        )

@@ -1,0 +1,136 @@
+"""The vision towers without windows, Qwen2-VL's and Qwen3-VL's: every block attends over whole frames.
+
+In: frames of one size, [num_frames, num_patches, patch_dim], patches in the processor's order, where the patches of a
+merge block follow each other. All frames share positions, so they are a batch and need no mask.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from export import shapes
+from export.graph import GraphBuilder
+from export.layers import add_residual, layer_norm, linear, rotary, wide_linear
+from export.shapes import Shapes
+from export.vision.activations import gelu
+from export.vision.frame_attention import frame_attention
+
+NORM_EPSILON = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class Frames:
+    """What all blocks share.
+
+    Attributes:
+        cos, sin: float32 [num_frames, num_patches, head_dim / 2].
+        shape: int64 [4], (num_frames, num_patches, 3 * heads, head_dim).
+        heads: number of heads.
+        head_dim: size of each.
+    """
+
+    cos: ir.Value
+    sin: ir.Value
+    shape: ir.Value
+    heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True, slots=True)
+class Mlp:
+    """How a family's MLP names its two layers, and what lies between them."""
+
+    first: str
+    second: str
+    activation: Callable[[GraphBuilder, ir.Value], ir.Value]
+
+
+def frames(g: GraphBuilder, inputs: dict[str, ir.Value], vision: Mapping[str, Any]) -> Frames:
+    """Build the shared values from pixel_values and patch_positions, [num_patches, 2]: row and column."""
+    heads = vision["num_heads"]
+    head_dim = vision["hidden_size"] // heads
+    half = head_dim // 2
+    exponents = np.arange(0, half, 2, dtype=np.float32) / np.float32(half)
+    inv_freq = (1.0 / np.float32(vision["rope_theta"]) ** exponents).astype(np.float32)
+    with g.scope("frames"):
+        frame_shape = g.op("Shape", inputs["pixel_values"], start=0, end=2, name="frame_shape")
+        positions = g.cast(inputs["patch_positions"], "int64", "float32", "positions_float32")
+        places = g.unsqueeze(positions, 2, name="places")  # [num_patches, 2, 1]
+        angles = g.op("Mul", places, g.const(inv_freq, "float32"), name="angles_by_axis")
+        angles = g.reshape(angles, 0, half, name="angles")  # the row's, then the column's
+        table_shape = g.op("Concat", frame_shape, g.ints(half), axis=0, name="table_shape")
+        cos, sin = (g.op("Expand", g.op(op, angles, name=op.lower()), table_shape, name=op) for op in ("Cos", "Sin"))
+        shape = g.op("Concat", frame_shape, g.ints(3 * heads, head_dim), axis=0, name="qkv_shape")
+    return Frames(cos, sin, shape, heads, head_dim)
+
+
+def patch_embed(g: GraphBuilder, pixels: ir.Value, vision: Mapping[str, Any]) -> ir.Value:
+    """pixel_values -> [num_frames * num_patches, dim] in the residual dtype; the convolution is one product."""
+    dim = vision["hidden_size"]
+    patch_dim = vision["in_channels"] * vision["temporal_patch_size"] * vision["patch_size"] ** 2
+    with g.scope("patch_embed"):
+        flat = g.reshape(g.cast(pixels, "float32", g.dtype, "to_model"), -1, patch_dim, name="flat_pixels")
+        weight = "visual.patch_embed.proj"
+        bias = [g.weight(f"{weight}.bias")] if g.has_weight(f"{weight}.bias") else []
+        x = g.op("Gemm", flat, g.weight(f"{weight}.weight", (dim, patch_dim)), *bias, transB=1, name="proj")
+        return g.cast(x, g.dtype, g.residual, "to_residual")
+
+
+def block(g: GraphBuilder, x: ir.Value, shared: Frames, number: int, mlp: Mlp) -> ir.Value:
+    """One block. x: [num_frames * num_patches, dim], residual dtype."""
+    weight = f"visual.blocks.{number}"
+    with g.scope(f"blocks.{number}"):
+        h = layer_norm(g, x, f"{weight}.norm1", NORM_EPSILON, "norm1")
+        with g.scope("attn"):
+            out = _attention(g, linear(g, h, f"{weight}.attn.qkv", "qkv"), shared)
+            out = linear(g, out, f"{weight}.attn.proj", "proj")
+        x = add_residual(g, x, out, "add_attention")
+        h = layer_norm(g, x, f"{weight}.norm2", NORM_EPSILON, "norm2")
+        with g.scope("mlp"):
+            h = mlp.activation(g, linear(g, h, f"{weight}.mlp.{mlp.first}", mlp.first))
+            h = wide_linear(g, h, f"{weight}.mlp.{mlp.second}", mlp.second)
+        return g.op("Add", x, h, name="add_mlp")
+
+
+def merger(g: GraphBuilder, h: ir.Value, first: str, second: str) -> ir.Value:
+    """gelu(h W1) W2 of merged patches. h: [num_visual, dim * merge^2]; first, second: names of the layers."""
+    h = linear(g, h, first, "first")
+    return linear(g, gelu(g, h), second, "second")
+
+
+def tower_shapes(vision: Mapping[str, Any], mlp: Mlp, *, patch_bias: bool) -> Shapes:
+    """Names and shapes of the tensors of patch embedding and blocks."""
+    dim, inner, patch = vision["hidden_size"], vision["intermediate_size"], vision["patch_size"]
+    proj = "visual.patch_embed.proj"
+    found: Shapes = {
+        f"{proj}.weight": (dim, vision["in_channels"], vision["temporal_patch_size"], patch, patch),
+    }
+    if patch_bias:
+        found[f"{proj}.bias"] = (dim,)
+    for number in range(vision["depth"]):
+        weight = f"visual.blocks.{number}"
+        found |= {
+            **shapes.layer_norm(f"{weight}.norm1", dim),
+            **shapes.layer_norm(f"{weight}.norm2", dim),
+            **shapes.linear(f"{weight}.attn.qkv", 3 * dim, dim),
+            **shapes.linear(f"{weight}.attn.proj", dim, dim),
+            **shapes.linear(f"{weight}.mlp.{mlp.first}", inner, dim),
+            **shapes.linear(f"{weight}.mlp.{mlp.second}", dim, inner),
+        }
+    return found
+
+
+def _attention(g: GraphBuilder, qkv: ir.Value, shared: Frames) -> ir.Value:
+    """Attention inside each frame: [num_frames * num_patches, 3 * dim] -> [num_frames * num_patches, dim]."""
+    heads, head_dim = shared.heads, shared.head_dim
+    by_head = g.transpose(g.op("Reshape", qkv, shared.shape, name="split"), 0, 2, 1, 3, name="by_head")
+    query_key, value = g.ops("Split", by_head, g.ints(2 * heads, heads), axis=1, count=2, name="split_v")
+    turned = rotary(g, g.cast(query_key, g.dtype, "float32", "qk_float32"), shared.cos, shared.sin, "rotary")
+    turned = g.cast(turned, "float32", g.dtype, "qk_model")
+    query, key = g.ops("Split", turned, g.ints(heads, heads), axis=1, count=2, name="split_qk")
+    scaled = g.op("Mul", query, g.scalar(head_dim**-0.5), name="scale_q")
+    joined = g.transpose(frame_attention(g, scaled, key, value, heads), 0, 2, 1, 3, name="join_heads")
+    return g.reshape(joined, -1, heads * head_dim, name="flat")

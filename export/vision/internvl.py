@@ -1,0 +1,171 @@
+"""Vision graph of InternVL3's InternViT: tiles in, visual tokens out.
+
+Every tile is a sequence of its own, a class token and its patches, so attention needs no mask. Behind the last block
+the class token goes, blocks of patches become one token (pixel shuffle), and the projector brings them to the language
+model's width. Token-wise ops run on [num_tiles * (1 + patches), dim].
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import onnx_ir as ir
+
+from export import shapes
+from export.graph import GraphBuilder, Weights
+from export.layers import add_residual, head_norm, layer_norm, linear, rms_norm
+from export.shapes import Shapes
+from export.vision.activations import gelu
+from hawk_trt.stages import VISION, StageSpec
+
+WEIGHT_FILE = f"{VISION}.data"
+# Neither is in config.json: of the norms of queries and keys, and of the projector.
+_QK_EPSILON = 1e-6
+_PROJECTOR_EPSILON = 1e-5
+
+# transformers' names, with and without its model., and the original's; each pattern is tried on what the last one left.
+_RENAMES = (
+    (r"^(model\.)?(vision_tower|vision_model)\.", "visual."),
+    (r"^visual\.embeddings\.(cls_token|class_embedding)$", "visual.cls_token"),
+    (r"^visual\.embeddings\.position_embeddings?$", "visual.position_embeddings"),
+    (r"^visual\.embeddings\.(patch_embeddings\.projection|patch_embedding)\.", "visual.patch_embed."),
+    (r"^visual\.encoder\.layers?\.", "visual.blocks."),
+    (r"^(visual\..*)\.attention\.projection_layer\.", r"\1.attn.proj."),
+    (r"^(visual\..*)\.attention\.", r"\1.attn."),
+    (r"^(visual\..*)\.layernorm_before\.", r"\1.norm1."),
+    (r"^(visual\..*)\.layernorm_after\.", r"\1.norm2."),
+    (r"^(visual\..*)\.lambda_([12])$", r"\1.ls\2"),
+    (r"^(model\.)?(multi_modal_projector\.layer_norm|mlp1\.0)\.", "visual.merger.norm."),
+    (r"^(model\.)?(multi_modal_projector\.linear_1|mlp1\.1)\.", "visual.merger.linear_1."),
+    (r"^(model\.)?(multi_modal_projector\.linear_2|mlp1\.3)\.", "visual.merger.linear_2."),
+    (r"^language_model\.lm_head\.", "lm_head."),
+    (r"^(model\.)?language_model\.(model\.)?", "language_model."),
+)
+
+
+def internvl_names(name: str) -> tuple[str, ...]:
+    """Canonical names of a tensor of either make; the original has queries, keys and values in one."""
+    for pattern, replacement in _RENAMES:
+        name = re.sub(pattern, replacement, name)
+    if name.startswith("visual.") and ".attn.qkv." in name:
+        return tuple(name.replace(".qkv.", f".{part}_proj.") for part in "qkv")
+    return (name,)
+
+
+def internvl_shapes(vision: Mapping[str, Any]) -> Shapes:
+    """Names and shapes of all tensors of the tower and projector."""
+    dim, inner, patch, out = (vision[k] for k in ("hidden_size", "intermediate_size", "patch_size", "out_hidden_size"))
+    merged = dim * vision["spatial_merge_size"] ** 2
+    found: Shapes = {
+        "visual.cls_token": (1, 1, dim),
+        "visual.position_embeddings": (1, 1 + _patches(vision) ** 2, dim),
+        "visual.patch_embed.weight": (dim, vision["in_channels"], patch, patch),
+        "visual.patch_embed.bias": (dim,),
+        **shapes.layer_norm("visual.merger.norm", merged),
+        **shapes.linear("visual.merger.linear_1", out, merged),
+        **shapes.linear("visual.merger.linear_2", out, out),
+    }
+    for block in (f"visual.blocks.{index}" for index in range(vision["depth"])):
+        for norm in (f"{block}.norm1", f"{block}.norm2"):
+            found |= shapes.layer_norm(norm, dim) if vision["norm"] == "layer_norm" else {f"{norm}.weight": (dim,)}
+        for letter in "qkv":
+            found |= shapes.linear(f"{block}.attn.{letter}_proj", dim, dim, bias=vision["qkv_bias"])
+        if vision["qk_norm"]:
+            found |= {f"{block}.attn.{letter}_norm.weight": (dim,) for letter in "qk"}
+        found |= shapes.linear(f"{block}.attn.proj", dim, dim)
+        found |= shapes.linear(f"{block}.mlp.fc1", inner, dim) | shapes.linear(f"{block}.mlp.fc2", dim, inner)
+        found |= {f"{block}.ls1": (dim,), f"{block}.ls2": (dim,)}
+    return found
+
+
+def build_internvl_vision(
+    spec: StageSpec, vision: Mapping[str, Any], dtype: str, profile: str, weights: Weights
+) -> ir.Model:
+    """Build the vision graph of a profile."""
+    g = GraphBuilder(VISION, dtype, profile, weights, WEIGHT_FILE)
+    inputs = g.inputs(spec)
+    x = _embed(g, vision, inputs["pixel_values"])
+    for block in range(vision["depth"]):
+        x = _block(g, vision, x, f"blocks.{block}")
+    with g.scope("merger"):
+        h = layer_norm(g, _pixel_shuffle(g, vision, x), "visual.merger.norm", _PROJECTOR_EPSILON, "norm")
+        h = linear(g, h, "visual.merger.linear_1", "linear_1")
+        embeds = linear(g, gelu(g, h), "visual.merger.linear_2", "linear_2")
+    g.outputs(spec, {"visual_embeds": embeds})
+    return g.model()
+
+
+def _patches(vision: Mapping[str, Any]) -> int:
+    """Patches on a side of a tile."""
+    return int(vision["image_size"] // vision["patch_size"])
+
+
+def _embed(g: GraphBuilder, vision: Mapping[str, Any], pixels: ir.Value) -> ir.Value:
+    """[num_tiles, 3, side, side] float32 -> class token and patches, with positions: [tokens, dim], residual dtype."""
+    dim, side, patch, channels = vision["hidden_size"], _patches(vision), vision["patch_size"], vision["in_channels"]
+    tokens = side * side
+    with g.scope("patch_embed"):
+        x = g.cast(pixels, "float32", g.dtype, "to_model")
+        x = g.reshape(x, -1, channels, side, patch, side, patch, name="patch_grid")
+        x = g.transpose(x, 0, 2, 4, 1, 3, 5, name="by_patch")
+        x = g.reshape(x, -1, channels * patch**2, name="flat_patches")
+        weight = g.weight("visual.patch_embed.weight", (dim, channels * patch**2))
+        x = g.op("Gemm", x, weight, g.weight("visual.patch_embed.bias"), transB=1, name="proj")
+        x = g.reshape(x, -1, tokens, dim, name="by_tile")
+        one = g.op("Shape", x, start=0, end=1, name="num_tiles")
+        cls_shape = g.op("Concat", one, g.ints(1, dim), axis=0, name="cls_shape")
+        cls = g.op("Expand", g.weight("visual.cls_token"), cls_shape, name="cls_token")
+        x = g.op("Concat", cls, x, axis=1, name="with_cls_token")
+        x = g.op("Add", x, g.weight("visual.position_embeddings"), name="add_positions")
+        return g.cast(g.reshape(x, -1, dim, name="flat"), g.dtype, g.residual, "to_residual")
+
+
+def _block(g: GraphBuilder, vision: Mapping[str, Any], x: ir.Value, block: str) -> ir.Value:
+    """One block. x: [num_tiles * (1 + patches), dim], residual dtype."""
+    weight = f"visual.{block}"
+    norm, epsilon = layer_norm if vision["norm"] == "layer_norm" else rms_norm, vision["layer_norm_eps"]
+    with g.scope(block):
+        h = norm(g, x, f"{weight}.norm1", epsilon, "norm1")
+        with g.scope("attn"):
+            h = _attention(g, vision, h, f"{weight}.attn")
+        h = g.op("Mul", h, g.weight(f"{weight}.ls1"), name="ls1")
+        x = add_residual(g, x, h, "add_attention")
+        h = norm(g, x, f"{weight}.norm2", epsilon, "norm2")
+        with g.scope("mlp"):
+            h = linear(g, gelu(g, linear(g, h, f"{weight}.mlp.fc1", "fc1")), f"{weight}.mlp.fc2", "fc2")
+        h = g.op("Mul", h, g.weight(f"{weight}.ls2"), name="ls2")
+        return add_residual(g, x, h, "add_mlp")
+
+
+def _attention(g: GraphBuilder, vision: Mapping[str, Any], h: ir.Value, weight: str) -> ir.Value:
+    """Attention inside each tile: [tokens, dim] -> [tokens, dim], model dtype."""
+    dim, heads = vision["hidden_size"], vision["num_heads"]
+    head_dim, tokens = dim // heads, 1 + _patches(vision) ** 2
+    by_head = []
+    for letter in "qkv":
+        t = linear(g, h, f"{weight}.{letter}_proj", f"{letter}_proj")
+        if vision["qk_norm"] and letter != "v":
+            t = head_norm(g, t, f"{weight}.{letter}_norm", _QK_EPSILON, f"{letter}_norm")  # over all heads at once
+        t = g.reshape(t, -1, tokens, heads, head_dim, name=f"{letter}_split")
+        by_head.append(g.transpose(t, 0, 2, 1, 3, name=f"{letter}_heads"))
+    query, key, value = by_head
+    scale = float(head_dim**-0.5)
+    if g.inplace:
+        out = g.op("Attention", query, key, value, scale=scale, name="Attention")
+    else:
+        scaled = g.op("Mul", query, g.scalar(scale), name="scale_q")
+        scores = g.op("MatMul", scaled, g.transpose(key, 0, 1, 3, 2, name="k_transposed"), name="qk")
+        out = g.op("MatMul", g.op("Softmax", scores, axis=-1, name="softmax"), value, name="av")
+    out = g.reshape(g.transpose(out, 0, 2, 1, 3, name="join_heads"), -1, dim, name="flat")
+    return linear(g, out, f"{weight}.proj", "proj")
+
+
+def _pixel_shuffle(g: GraphBuilder, vision: Mapping[str, Any], x: ir.Value) -> ir.Value:
+    """Drop the class tokens and join blocks of merge x merge patches: [num_visual, merge^2 * dim], residual dtype."""
+    dim, side, merge = vision["hidden_size"], _patches(vision), vision["spatial_merge_size"]
+    with g.scope("pixel_shuffle"):
+        x = g.reshape(x, -1, 1 + side * side, dim, name="by_tile")
+        x = g.op("Slice", x, g.ints(1), g.ints(1 + side * side), g.ints(1), name="patches")
+        x = g.reshape(x, -1, side // merge, merge, side // merge, merge, dim, name="blocks")
+        x = g.transpose(x, 0, 1, 3, 2, 4, 5, name="by_block")
+        return g.reshape(x, -1, merge * merge * dim, name="joined")

@@ -1,0 +1,242 @@
+"""TensorRtBackend: the plans of an engine folder on one GPU, loaded once, and what requests share."""
+
+from collections.abc import Iterable
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import tensorrt as trt
+
+from hawk_trt.backends import Visual
+from hawk_trt.backends.cuda import CudaDevice
+from hawk_trt.backends.tensorrt.cache import KVCache
+from hawk_trt.backends.tensorrt.decode import DecodeStep
+from hawk_trt.backends.tensorrt.engine import Context, Engine
+from hawk_trt.backends.tensorrt.generation import TensorRtGeneration
+from hawk_trt.backends.tensorrt.log import Log
+from hawk_trt.backends.tensorrt.memory import Memory, tensor_sizes
+from hawk_trt.backends.tensorrt.staging import Staging
+from hawk_trt.backends.tensorrt.vision import Encoder, TensorRtVisual
+from hawk_trt.bundle import numpy_dtype
+from hawk_trt.engine_manifest import PREFILL, EngineFolder
+from hawk_trt.errors import BackendError
+from hawk_trt.layout import PrefillInputs
+from hawk_trt.machine import this_machine
+from hawk_trt.stages import FIRST_LAYER, STAGES
+
+_PLUGIN = ("WeightedTopK", "1", "")  # name, version, namespace
+_SCRATCH = "scratch"
+_CACHE = "cache"
+
+
+class TensorRtBackend:
+    """An engine folder in TensorRT. Make it with `load`.
+
+    Attributes:
+        engines: what was loaded.
+        manifest: its manifest.
+        cuda: the GPU.
+        memory: the one allocation that everything lies in.
+        staging: ways in and out of it.
+        contexts: execution contexts by stage and optimization profile.
+        cache: the KV cache.
+        encoder: runs the vision plan.
+        decode_step: replays decode steps.
+        events: of the end of the first layer and the end of the decoder in a prefill.
+        embedding_table: [vocab, hidden], memory-mapped.
+        max_context: columns that the KV cache holds.
+        max_vision_patches: of one vision call; one frame alone may have more.
+        turn: counts generations.
+        cache_checked: rows whose last logits tell whether the cache is finite; None after a run that failed.
+    """
+
+    name = "tensorrt"
+    max_vision_patches = 1  # a vision plan takes one frame
+    max_context: int | None
+
+    def __init__(self, engines: EngineFolder, cuda: CudaDevice) -> None:
+        manifest = engines.manifest
+        self.engines, self.manifest, self.cuda = engines, manifest, cuda
+        self.device = f"cuda:{cuda.index}"
+        self.profile = manifest.profile
+        self.embedding_table: npt.NDArray[Any] = np.asarray(engines.bundle.embedding_table())
+        self.max_context = manifest.limits.context
+        self.turn = 0
+        self.contexts: dict[tuple[str, int], Context] = {}
+        self._runtime: trt.Runtime | None = None
+        with ExitStack() as stack:
+            loaded = self._load_plans(stack)
+            sizes = {
+                _SCRATCH: max(engine.scratch_bytes for engine in loaded.values()),
+                _CACHE: KVCache.size_bytes(manifest),
+                **tensor_sizes(manifest),
+                **Encoder.sizes(engines),
+                **DecodeStep.sizes(engines),
+            }
+            self.memory = Memory(cuda, sizes)
+            self.staging = Staging(cuda)
+            self.events = (cuda.event(), cuda.event())
+            self.cache = KVCache(manifest, self.memory.addresses[_CACHE])
+            self.cache_checked: int | None = None  # the first start zeroes it
+            stack.callback(self.contexts.clear)
+            for stage, engine in loaded.items():
+                for profile in range(len(engine.entry.profiles)):
+                    context = engine.context(profile, self.memory.addresses[_SCRATCH], cuda.stream)
+                    stack.callback(context.close)
+                    self.contexts[stage, profile] = context
+            self.encoder = Encoder(self)
+            self.decode_step = DecodeStep(self)
+            stack.callback(self.decode_step.close)
+            self.staging.synchronize()
+            self._releases: ExitStack | None = stack.pop_all()
+
+    @classmethod
+    def load(cls, engines: EngineFolder, device: str, profile: str | None) -> "TensorRtBackend":
+        """Load the plans of a folder.
+
+        Args:
+            engines: the folder.
+            device: "cuda" or "cuda:N".
+            profile: the lowering that the folder must have; None takes what it has.
+
+        Raises:
+            BackendError: no such GPU, too little of its memory, or TensorRT refused.
+            BundleError: plans for another GPU or by another TensorRT, or of another profile.
+        """
+        kind, _, index = device.partition(":")
+        if kind != "cuda" or not (index or "0").isdigit():
+            raise BackendError(f'device: got {device!r}, TensorRT runs on "cuda" or "cuda:N"')
+        if profile is not None and profile != engines.manifest.profile:
+            raise BackendError(
+                f"profile: got {profile!r}, these engines are {engines.manifest.profile}. "
+                f"Leave it out, or rebuild with --profile {profile}: {engines.manifest.rebuild}"
+            )
+        # Before any TensorRT object: without a driver those crash.
+        cuda = CudaDevice(int(index or 0))
+        try:
+            engines.check_machine(this_machine(trt.__version__, cuda.index))
+            with cuda.active():
+                return cls(engines, cuda)
+        except BaseException:
+            cuda.close()
+            raise
+
+    def encode(self, feeds: Iterable[dict[str, npt.NDArray[Any]]], num_rows: int) -> TensorRtVisual:
+        """Run the vision stage, one call a feed, into num_rows rows; one zero row where there is none."""
+        with self.cuda.active():
+            return self.encoder.encode(feeds, num_rows)
+
+    def score(self, inputs: PrefillInputs, visual: Visual) -> npt.NDArray[np.float32]:
+        """HAWK scores alone: float32 [batch, seq_len]. Layer 0 runs on one token, and its cache is dropped."""
+        with self.cuda.active():
+            self._restart()
+            self.bind_prompt(inputs, visual, 1)
+            self.upload_prompt(inputs)
+            self.contexts[FIRST_LAYER, PREFILL].enqueue()
+            scores: npt.NDArray[np.float32] = self.read("scores", inputs.input_ids.shape, "float32")
+        return scores
+
+    def start(self, batch: int, columns: int) -> TensorRtGeneration:
+        """A generation whose KV cache holds up to `columns` tokens a row. It ends the one before.
+
+        Raises:
+            BackendError: more columns than the engines were built for.
+        """
+        if columns > self.cache.context:
+            raise BackendError(
+                f"KV cache: got {columns} tokens to keep and generate, these engines hold {self.cache.context}. "
+                f"Lower keep_ratio or max_new_tokens, or rebuild with a larger --max-context: {self.manifest.rebuild}"
+            )
+        with self.cuda.active():
+            self._restart()
+        return TensorRtGeneration(self, batch)
+
+    def bind_prompt(self, inputs: PrefillInputs, visual: Visual, num_kept_total: int) -> dict[str, int]:
+        """Set shapes and addresses of first_layer over a prompt; returns the sizes of all dimensions."""
+        if not isinstance(visual, TensorRtVisual):
+            raise BackendError(f"visual: got {type(visual).__name__}, expected what this backend's encode made")
+        visual.check(self)
+        batch, seq_len = inputs.input_ids.shape
+        dims = {"batch": batch, "seq_len": seq_len, "num_visual": visual.rows, "num_kept_total": num_kept_total}
+        dims |= self.cache.dims(num_kept_total)
+        self.contexts[FIRST_LAYER, PREFILL].bind(dims, self.addresses())
+        return dims
+
+    def upload_prompt(self, inputs: PrefillInputs) -> None:
+        """Enqueue the uploads of first_layer's inputs over a prompt; they fit where bind_prompt took them.
+
+        slots and context_slots are not among them: only their lengths count.
+        """
+        arrays = {
+            "text_embeds": self.embedding_table[inputs.input_ids],
+            "visual_rows": inputs.visual_rows,
+            "position_ids": inputs.position_ids,
+            "query_weights": inputs.query_weights,
+            "select_bias": inputs.select_bias,
+            "head_weights": inputs.head_weights,
+            "kv_start": inputs.kv_start,
+        }
+        if self.cache.inplace:
+            arrays["write_index"] = np.zeros(len(inputs.input_ids), np.int64)
+        for name, array in arrays.items():
+            self.staging.upload(self.memory.addresses[name], array)
+
+    def addresses(self) -> dict[str, int]:
+        """Address of every tensor of a prefill."""
+        return {**self.memory.addresses, **self.cache.addresses()}
+
+    def read(self, name: str, shape: tuple[int, ...], dtype: str) -> npt.NDArray[Any]:
+        """A host copy of a tensor, after all enqueued work."""
+        return self.staging.download(self.memory.addresses[name], shape, numpy_dtype(dtype))
+
+    def read_logits(self, batch: int) -> npt.NDArray[np.float32]:
+        """The last logits: float32 [batch, vocab]."""
+        logits: npt.NDArray[np.float32] = self.read(
+            "logits", (batch, self.manifest.bundle.language.vocab_size), "float32"
+        )
+        return logits
+
+    def close(self) -> None:
+        """Release everything. Closing again does nothing."""
+        releases, self._releases = self._releases, None
+        if releases is None:
+            return
+        try:
+            with self.cuda.active():
+                releases.close()
+        finally:
+            self.cuda.close()
+
+    def _load_plans(self, stack: ExitStack) -> dict[str, Engine]:
+        """Deserialise all plans, the plugin before them."""
+        log = Log()
+        self._runtime = trt.Runtime(log)
+        stack.callback(setattr, self, "_runtime", None)
+        plugin = self.engines.plugin
+        if plugin is not None:
+            registry = trt.get_plugin_registry()
+            # A library is registered once a process, whichever folder it came from.
+            if registry.get_creator(*_PLUGIN) is None and registry.load_library(str(plugin)) is None:
+                raise BackendError(f"{plugin}: TensorRT cannot load the plugin: {log.take()}. Rebuild: make plugin")
+        loaded = {}
+        for stage in STAGES:
+            entry = self.engines.plan(stage)
+            engine = Engine(self._runtime, log, self.engines.folder / entry.file, entry, self.manifest.rebuild)
+            stack.callback(engine.close)
+            loaded[stage] = engine
+        return loaded
+
+    def _restart(self) -> None:
+        """End the generation before, and zero the cache where it may hold what is not finite.
+
+        A masked column still counts with weight 0, and 0 x NaN is NaN. What the last logits of a generation saw
+        is all that it wrote, so if they are finite the cache is. What `score` writes, the first column of layer 0,
+        every prefill overwrites.
+        """
+        self.turn += 1
+        rows = self.cache_checked
+        if self.cache.inplace and (rows is None or not np.isfinite(self.read_logits(rows)).all()):
+            self.cuda.zero(self.memory.addresses[_CACHE], KVCache.size_bytes(self.manifest))
+        self.cache_checked = 0
+        self.cache.restart()

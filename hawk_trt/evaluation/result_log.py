@@ -1,0 +1,79 @@
+"""A JSONL file of results that a killed run goes on with.
+
+Its first line says what the results are of; a run of something else is refused. Each result is one line, written in
+one piece as soon as it is known. A line that a kill cut short is dropped when the file is opened again.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import msgspec
+
+from hawk_trt.errors import InvalidInput
+
+Record = TypeVar("Record")
+
+
+class ResultLog(Generic[Record]):
+    """The results known so far, in memory and on disk.
+
+    Attributes:
+        path: the file.
+        records: what it holds.
+    """
+
+    def __init__(self, path: Path, subject: Mapping[str, str], record_type: type[Record]) -> None:
+        """Open a log, or begin one.
+
+        Args:
+            path: the file; its folder is made where there is none.
+            subject: what the results are of: model, data set, settings.
+            record_type: dataclass of one result.
+
+        Raises:
+            InvalidInput: the file holds results of something else, or is no log.
+        """
+        self.path = path
+        self.records: list[Record] = []
+        first = msgspec.json.encode(dict(sorted(subject.items())))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = path.read_bytes() if path.exists() else b""
+        whole = content[: content.rfind(b"\n") + 1]
+        lines = whole.splitlines()
+        if lines:
+            self._check_subject(lines[0], subject)
+            self.records = self._read(lines[1:], record_type)
+        self._file = path.open("r+b" if path.exists() else "w+b", buffering=0)
+        self._file.truncate(len(whole))
+        self._file.seek(len(whole))
+        if not lines:
+            self._file.write(first + b"\n")
+
+    def append(self, record: Record) -> None:
+        """Keep a result, on disk before this returns."""
+        # One write a line, and no buffer of Python's: what was written stays when the process is killed.
+        self._file.write(msgspec.json.encode(record) + b"\n")
+        self.records.append(record)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _check_subject(self, line: bytes, subject: Mapping[str, str]) -> None:
+        try:
+            held = msgspec.json.decode(line, type=dict[str, str])
+        except msgspec.MsgspecError as error:
+            raise InvalidInput(f"{self.path}: not a file of results ({error}). Choose another --out") from error
+        for name in sorted({*held, *subject}):
+            if held.get(name) != subject.get(name):
+                raise InvalidInput(
+                    f"{self.path}: it holds results of another {name} ({held.get(name)}, not {subject.get(name)}). "
+                    "Choose another --out, or delete it"
+                )
+
+    def _read(self, lines: list[bytes], record_type: type[Record]) -> list[Record]:
+        try:
+            return [msgspec.json.decode(line, type=record_type) for line in lines]
+        except msgspec.MsgspecError as error:
+            raise InvalidInput(f"{self.path}: damaged ({error}). Delete it, or choose another --out") from error

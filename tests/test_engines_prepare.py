@@ -1,0 +1,168 @@
+"""The graph that TensorRT gets computes what the bundle's computes; ONNX Runtime runs both."""
+
+import shutil
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+
+from engines.prepare import DECOMPOSABLE, PLUGIN_OP, prepare
+from hawk_trt.bundle import Bundle
+from hawk_trt.errors import BundleError
+from hawk_trt.stages import BIAS_KEEP, DECODER, FIRST_LAYER, INPLACE, PORTABLE, PROFILES, STAGES
+
+CONTEXT = 48
+NEW = 5
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_bundle, tmp_path_factory):
+    """A copy of the tiny bundle, beside whose weights graphs can be written."""
+    folder = tmp_path_factory.mktemp("prepared") / "bundle"
+    shutil.copytree(tiny_bundle, folder)
+    return Bundle.load(folder)
+
+
+def prepared_model(bundle, stage, profile, *, plugin=False):
+    return onnx.load_from_string(prepare(bundle, stage, profile, max_context=CONTEXT, plugin=plugin).content)
+
+
+def session(bundle, model):
+    """Any graph beside the bundle's weights, without the attribute that only TensorRT knows."""
+    for node in model.graph.node:
+        for attribute in [entry for entry in node.attribute if entry.name == DECOMPOSABLE]:
+            node.attribute.remove(attribute)
+    path = bundle.folder / "prepared.onnx"
+    onnx.save(model, path)
+    return ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+
+def run(session, feeds):
+    names = [value.name for value in session.get_inputs()]
+    return dict(
+        zip(
+            [value.name for value in session.get_outputs()],
+            session.run(None, {name: feeds[name] for name in names}),
+            strict=True,
+        )
+    )
+
+
+def caches(bundle, stage, random):
+    """Random in every column, written or not."""
+    shapes = {tensor.name: tensor.shape for tensor in bundle.manifest.graph(stage, INPLACE).inputs}
+    cache = {}
+    for name in (name for name in shapes if name.startswith("past_")):
+        _, heads, _, dim = shapes[name]
+        cache[name] = random.standard_normal((2, heads, CONTEXT, dim), dtype=np.float32)
+    return cache
+
+
+def step_feeds(bundle, stage, random, written, seq_len):
+    """A prefill (nothing written) or a decode step of two rows."""
+    language = bundle.manifest.language
+    common = {
+        "write_index": np.full(2, written, np.int64),
+        "kv_start": np.array([0, 1], np.int64),
+        **caches(bundle, stage, random),
+    }
+    positions = np.broadcast_to(np.arange(written, written + seq_len), (3, 2, seq_len)).astype(np.int64)
+    if stage == DECODER:
+        hidden = random.standard_normal((2, seq_len, language.hidden_size), dtype=np.float32)
+        return {"hidden_states": hidden, "kept_position_ids": positions, **common}
+    visual_rows = np.full((2, seq_len), -1, np.int64)
+    bias = np.full((2, seq_len), BIAS_KEEP, np.float32)
+    kept = seq_len
+    if seq_len > 4:
+        visual_rows[:, 1:4], bias[:, 1:4], kept = [0, 1, 2], 0, seq_len - 2
+    return {
+        "text_embeds": random.standard_normal((2, seq_len, language.hidden_size), dtype=np.float32),
+        "visual_embeds": random.standard_normal((3, language.hidden_size), dtype=np.float32),
+        "visual_rows": visual_rows,
+        "position_ids": positions,
+        "query_weights": np.full((2, seq_len), 1 / seq_len, np.float32),
+        "select_bias": bias,
+        "head_weights": np.array(bundle.manifest.head_weights.values, np.float32),
+        "slots": np.zeros(kept, np.int64),
+        **common,
+    }
+
+
+@pytest.mark.parametrize("stage", [FIRST_LAYER, DECODER])
+def test_an_inplace_graph_computes_the_same_however_much_of_the_cache_attention_reads(bundle, stage):
+    original = session(bundle, onnx.load(bundle.folder / f"{stage}.inplace.onnx", load_external_data=False))
+    prepared = session(bundle, prepared_model(bundle, stage, INPLACE))
+    random = np.random.default_rng(0)
+    for written, seq_len in ((0, 12), (12, 1), (17, 1), (CONTEXT - 1, 1), (20, NEW)):
+        feeds = step_feeds(bundle, stage, random, written, seq_len)
+        expected = run(original, feeds)
+        for context_len in sorted({written + seq_len, min(written + seq_len + 7, CONTEXT), CONTEXT}):
+            got = run(prepared, {**feeds, "context_slots": np.zeros(context_len, np.int64)})
+            assert got.keys() == expected.keys()
+            for name, array in expected.items():
+                np.testing.assert_allclose(got[name], array, rtol=0, atol=2e-5, err_msg=f"{name} {context_len}")
+
+
+def test_attention_reads_no_more_of_the_cache_than_context_slots_says(bundle):
+    prepared = session(bundle, prepared_model(bundle, DECODER, INPLACE))
+    feeds = step_feeds(bundle, DECODER, np.random.default_rng(1), 12, 1)
+    short = {**feeds, "context_slots": np.zeros(13, np.int64)}
+    expected = run(prepared, short)["logits"]
+    for name in (name for name in feeds if name.startswith("past_")):
+        feeds[name][:, :, 13:] = np.nan  # 0 x NaN would show
+    np.testing.assert_array_equal(run(prepared, {**short, **feeds})["logits"], expected)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("profile", PROFILES)
+def test_a_prepared_graph_is_valid_onnx_with_the_inputs_and_outputs_that_are_told(bundle, stage, profile):
+    prepared = prepare(bundle, stage, profile, max_context=CONTEXT, plugin=False)
+    model = onnx.load_from_string(prepared.content)
+    for values, told in ((model.graph.input, prepared.inputs), (model.graph.output, prepared.outputs)):
+        shapes = [tuple(d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim) for value in values]
+        assert [value.name for value in values] == [entry.name for entry in told]
+        assert shapes == [entry.shape for entry in told]
+    session(bundle, model)
+    onnx.checker.check_model(bundle.folder / "prepared.onnx", full_check=True)
+    attentions = [node for node in onnx.load_from_string(prepared.content).graph.node if node.op_type == "Attention"]
+    assert bool(attentions) == (profile == INPLACE)
+    assert all(any(entry.name == DECOMPOSABLE and entry.i == 1 for entry in node.attribute) for node in attentions)
+
+
+def test_cache_outputs_come_straight_from_the_op_that_writes_them(bundle):
+    for stage in (FIRST_LAYER, DECODER):
+        graph = prepared_model(bundle, stage, INPLACE).graph
+        writers = {output: node.op_type for node in graph.node for output in node.output}
+        presents = [value.name for value in graph.output if value.name.startswith("present_")]
+        assert presents and {writers[name] for name in presents} == {"TensorScatter"}
+
+
+def test_with_the_plugin_no_function_body_is_left_to_fall_back_to(bundle):
+    for profile in PROFILES:
+        with_plugin, without = (prepared_model(bundle, FIRST_LAYER, profile, plugin=asked) for asked in (True, False))
+        assert not with_plugin.functions
+        assert [function.name for function in without.functions] == [PLUGIN_OP]
+        assert prepare(bundle, FIRST_LAYER, profile, max_context=CONTEXT, plugin=True).has_topk
+        assert not prepare(bundle, DECODER, profile, max_context=CONTEXT, plugin=True).has_topk
+
+
+def test_weights_stay_outside_and_are_counted(bundle):
+    graph = prepare(bundle, DECODER, PORTABLE, max_context=CONTEXT, plugin=False)
+    assert graph.weight_bytes > 20 * len(graph.content)
+    assert graph.weight_bytes <= bundle.manifest.files["decoder.data"].size_bytes
+
+
+def test_a_graph_of_another_version_is_refused(bundle):
+    path = bundle.folder / "decoder.inplace.onnx"
+    original = path.read_bytes()
+    model = onnx.load(path, load_external_data=False)
+    for node in model.graph.node:
+        if node.op_type == "Attention":
+            node.op_type = "FlexAttention"
+    path.write_bytes(model.SerializeToString())
+    try:
+        with pytest.raises(BundleError, match=r"not a graph of this version\. Export again"):
+            prepare(bundle, DECODER, INPLACE, max_context=CONTEXT, plugin=False)
+    finally:
+        path.write_bytes(original)
