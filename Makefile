@@ -1,11 +1,15 @@
 # What people and `make help` call; every recipe is one command, logic belongs in Python.
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo check lint types tests tests-slow export parity clean
+.PHONY: help setup demo check lint types tests tests-slow export parity accuracy clean
+.PHONY: plugin plugin-check gpu-check
+.PHONY: engines self-test preflight preflight-large types-tensorrt
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+GPU_PYTHON ?= $(BIN)/python
+TENSORRT_ROOT ?=
 
 # make demo MODEL=Qwen/Qwen2.5-VL-3B-Instruct OUT=artifacts/3b IMAGE=photo.jpg PROMPT="..."
 MODEL ?= examples/tiny-vlm
@@ -16,6 +20,10 @@ KEEP_RATIO ?= 0.2
 IMAGE ?= examples/tiny-vlm/samples/0-colour.png
 PROMPT ?= What colour is the heart?
 PICTURE ?= artifacts/demo.png
+# make engines BUNDLE=artifacts/3b FLAGS="--max-context 2048"
+BUNDLE ?= $(OUT)
+ENGINES ?= $(BUNDLE)-engines
+FLAGS ?=
 
 # Two sets of packages in one environment: all, with torch for parity and tests; or what a demo needs.
 FULL := $(VENV)/.full
@@ -23,20 +31,25 @@ LIGHT := $(VENV)/.light
 READY := $(if $(wildcard $(FULL)),$(FULL),$(LIGHT))
 
 help: ## Show this
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(FULL) ## Make .venv with all that development needs, torch included
 
 demo: export ## Ask the shipped tiny model about a shipped image, with 20 % of its visual tokens
 	@$(BIN)/hawk-trt run $(OUT) --image $(IMAGE) --prompt "$(PROMPT)" --keep-ratio $(KEEP_RATIO) --picture $(PICTURE)
 
-check: lint types tests ## Lint, types, tests: what CI runs
+check: lint types types-tensorrt tests ## Lint, types, tests: what CI runs
+
+CPP := $(wildcard $(addprefix plugins/,*.cu *.cuh *.cpp checks/*.cpp checks/*/*.h))
 
 lint: $(FULL)
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/clang-format --dry-run -Werror $(CPP)
 
 types: $(FULL)
 	$(BIN)/mypy
+
+types-tensorrt: $(FULL) ## mypy against the real Python API of TensorRT 10.3, 10.13, 10.16 and 11.4
+	$(BIN)/python -m tests.tensorrt_types
 
 tests: $(FULL)
 	$(BIN)/pytest -q -ra
@@ -50,6 +63,30 @@ export: $(READY) ## Checkpoint to ONNX bundle: MODEL=path-or-hub-id OUT=folder D
 parity: $(FULL) export ## Compare the bundle with PyTorch, stage by stage: MODEL=path OUT=folder
 	$(BIN)/hawk-trt parity $(OUT) --checkpoint $(MODEL)
 
+engines: $(READY) ## TensorRT plans of a bundle, on this GPU: BUNDLE=folder ENGINES=folder FLAGS="--max-context 2048"
+	$(BIN)/python -m engines $(BUNDLE) --out $(ENGINES) $(FLAGS)
+
+self-test: $(READY) ## Engines of the tiny model on this GPU, compared with ONNX Runtime: a report to attach to an issue
+	$(BIN)/python -m engines.self_test
+
+preflight: $(FULL) ## Every graph of a bundle through NVIDIA's parser and builder, without a GPU: BUNDLE=folder
+	$(BIN)/python -m engines.preflight $(BUNDLE) $(FLAGS)
+
+preflight-large: $(FULL) ## The same with graphs of 7B shapes and two layers: 3 minutes, 14 GB of memory
+	$(BIN)/pytest -q -s -m slow tests/test_engines_preflight.py
+
+plugin: ## The TensorRT plugin into build/plugins: TENSORRT_ROOT=folder where it is not in a usual place
+	cmake -S plugins -B build/plugins $(TENSORRT_ROOT:%=-DTENSORRT_ROOT=%) && cmake --build build/plugins
+
+plugin-check: $(FULL) ## The plugin without a GPU: contract and registries; TENSORRT_ROOT="one or more folders"
+	$(BIN)/python -m plugins.check $(TENSORRT_ROOT)
+
+gpu-check: ## The plugin on this GPU: answers, then time beside PyTorch; after make plugin, with GPU_PYTHON's PyTorch
+	$(GPU_PYTHON) -m plugins.gpu_check
+
+accuracy: $(FULL) export ## Right answers of the tiny model by selector, and what must hold of them: an hour on a laptop
+	$(BIN)/python -m benchmarks.accuracy $(OUT)
+
 clean: ## Remove what was generated; .venv stays
 	rm -rf artifacts build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
@@ -57,7 +94,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(FULL): pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install -c constraints.txt -e '.[cpu,export,video,parity,dev]' && touch $@
+	$(BIN)/python -m pip install -c constraints.txt -e '.[cpu,eval,export,video,parity,dev]' && touch $@
 
 $(LIGHT): pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install -c constraints.txt -e '.[cpu,export]' && touch $@

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from engines.build_plan import BuildPlan, differences, plan_build
-from engines.options import add_limits, existing_file, limits
+from engines.options import DEFAULT_PLUGIN, add_limits, existing_file, limits
 from engines.prepare import PreparedGraph
 from engines.profiles import choose_profile
 from engines.progress import BuildProgress
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 
 _FAILED = 1
 _INTERRUPTED = 130
-# Where make plugin puts it.
-_PLUGIN = Path("build/plugins/libhawk_trt_plugin.so")
 _NO_TENSORRT = (
     "tensorrt: not installed. On a Jetson it is part of JetPack: apt install python3-libnvinfer, and make the virtual "
     "environment with --system-site-packages. On other GPUs: pip install 'tensorrt>=10.3'. "
@@ -70,7 +68,9 @@ def _parser() -> argparse.ArgumentParser:
     add_limits(parser)
     group = parser.add_argument_group("the build")
     group.add_argument(
-        "--plugin", metavar="PATH", help=f"top-k plugin, or none (default: {_PLUGIN} where make plugin has built it)"
+        "--plugin",
+        metavar="PATH",
+        help=f"top-k plugin, or none (default: {DEFAULT_PLUGIN} where make plugin has built it)",
     )
     group.add_argument(
         "--workspace-gib", type=float, metavar="X", help="scratch that a kernel may take (default: all free memory)"
@@ -143,7 +143,7 @@ def _builder(settings: "BuildSettings", progress: BuildProgress) -> Callable[[Pr
 
     def build(graph: PreparedGraph, entry: PlanEntry) -> StagePlan:
         built = build_plan(graph, entry.profiles, settings, progress)
-        return StagePlan(memoryview(built.memory), built.layers, built.plugin_layers, built.flags, built.seconds)
+        return StagePlan(built.content, built.layers, built.plugin_layers, built.flags, built.seconds)
 
     return build
 
@@ -158,8 +158,8 @@ def _plugin(given: str | None) -> Path | None:
         return None
     if given is not None:
         return existing_file(Path(given), "--plugin")
-    if _PLUGIN.is_file():
-        return _PLUGIN.resolve()
+    if DEFAULT_PLUGIN.is_file():
+        return DEFAULT_PLUGIN.resolve()
     note("building without the top-k plugin: it is not built (make plugin); standard operators do its work")
     return None
 

@@ -12,17 +12,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any, SupportsInt
 
 import tensorrt as trt
 
 from engines.messages import LogLine, ParserFault, builder_message, parser_message
-from engines.prepare import PreparedGraph
+from engines.prepare import PLUGIN_OP, PreparedGraph
 from engines.progress import BuildProgress
 from engines.workarounds import Workaround, applied
 from hawk_trt.engine_manifest import InputRange
 from hawk_trt.errors import BackendError
 
 TENSORRT_VERSION: str = trt.__version__
+_PLUGIN = (PLUGIN_OP, "1", "")  # name, version, namespace
 _PLUGIN_LAYERS = ("PLUGIN", "PLUGIN_V2", "PLUGIN_V3")
 
 
@@ -50,14 +52,14 @@ class BuiltPlan:
     """A plan in TensorRT's memory, and what it is made of.
 
     Attributes:
-        memory: the serialized engine; use it as a buffer, a copy would double it.
+        content: the serialized engine, in TensorRT's own memory: a copy would double it.
         layers: of the network after parsing.
         plugin_layers: of these, the top-k plugin's.
         flags: builder flags that were on, by name.
         seconds: that parsing and building took.
     """
 
-    memory: trt.IHostMemory
+    content: memoryview
     layers: int
     plugin_layers: int
     flags: tuple[str, ...]
@@ -88,13 +90,13 @@ class Monitor(trt.IProgressMonitor):
         self.interrupted = False
         self._progress = progress
 
-    def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+    def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: SupportsInt) -> None:
         """TensorRT's callback."""
-        self._progress.start(phase_name, parent_phase, num_steps)
+        self._progress.start(phase_name, parent_phase, int(num_steps))
 
-    def step_complete(self, phase_name: str, step: int) -> bool:
+    def step_complete(self, phase_name: str, step: SupportsInt) -> bool:
         """TensorRT's callback; False stops the build."""
-        self._progress.step(phase_name, step)
+        self._progress.step(phase_name, int(step))
         return not self.interrupted
 
     def phase_finish(self, phase_name: str) -> None:
@@ -124,10 +126,8 @@ def build_plan(
     log, monitor = Log(verbose=settings.verbose), Monitor(progress)
     with applied(settings.workarounds), _stops(monitor), progress.stage(graph.file.name):
         builder = trt.Builder(log)
-        if settings.plugin is not None and trt.get_plugin_registry().load_library(str(settings.plugin)) is None:
-            raise BackendError(
-                f"{settings.plugin}: TensorRT {TENSORRT_VERSION} cannot load it. Build it for this version: make plugin"
-            )
+        if settings.plugin is not None:
+            _load_plugin(settings.plugin)
         network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         names = _parse(graph, network, log)
         plugin_layers = sum(network.get_layer(index).type.name in _PLUGIN_LAYERS for index in range(network.num_layers))
@@ -138,7 +138,7 @@ def build_plan(
         for number, ranges in enumerate(profiles):
             profile = builder.create_optimization_profile()
             for entry in ranges:
-                profile.set_shape(entry.name, entry.min, entry.opt, entry.max)
+                profile.set_shape(entry.name, *(trt.Dims(list(shape)) for shape in (entry.min, entry.opt, entry.max)))
             if config.add_optimization_profile(profile) != number:
                 raise BackendError(builder_message(graph.file.name, TENSORRT_VERSION, log.lines, names))
         memory = builder.build_serialized_network(network, config)
@@ -147,7 +147,18 @@ def build_plan(
         if memory is None or any(line.is_error and line.severity == "WARNING" for line in log.lines):
             raise BackendError(builder_message(graph.file.name, TENSORRT_VERSION, log.lines, names))
         _save_timing_cache(config, settings)
-        return BuiltPlan(memory, network.num_layers, plugin_layers, _flags(config), time.perf_counter() - started)
+        return BuiltPlan(
+            _buffer(memory), network.num_layers, plugin_layers, _flags(config), time.perf_counter() - started
+        )
+
+
+def _load_plugin(library: Path) -> None:
+    """Register the plugin, once a process."""
+    registry = trt.get_plugin_registry()
+    if registry.get_creator(*_PLUGIN) is None and registry.load_library(str(library)) is None:
+        raise BackendError(
+            f"{library}: TensorRT {TENSORRT_VERSION} cannot load it. Build it for this version: make plugin"
+        )
 
 
 def _parse(graph: PreparedGraph, network: trt.INetworkDefinition, log: Log) -> list[str]:
@@ -192,8 +203,14 @@ def _save_timing_cache(config: trt.IBuilderConfig, settings: BuildSettings) -> N
     if cache is not None:
         settings.timing_cache.parent.mkdir(parents=True, exist_ok=True)
         partial = settings.timing_cache.with_name(settings.timing_cache.name + ".partial")
-        partial.write_bytes(cache.serialize())
+        partial.write_bytes(_buffer(cache.serialize()))
         partial.replace(settings.timing_cache)
+
+
+def _buffer(memory: trt.IHostMemory) -> memoryview:
+    """TensorRT's memory as bytes; it lives as long as the view."""
+    untyped: Any = memory  # its types do not tell that it is a buffer
+    return memoryview(untyped)
 
 
 def _flags(config: trt.IBuilderConfig) -> tuple[str, ...]:

@@ -1,15 +1,14 @@
 """How much memory a build needs, before it starts: an hour of work that ends in an out-of-memory kill helps nobody."""
 
-from pathlib import Path
+from collections.abc import Sequence
 
 from engines.prepare import PreparedGraph
 
 # TensorRT holds the weights as read, in its network, for its tactics and in the plan: three to four times.
 BUILD_FACTOR = 4
-_MEMINFO = Path("/proc/meminfo")
 
 
-def memory_warning(graphs: list[PreparedGraph], available_bytes: int | None) -> str | None:
+def memory_warning(graphs: Sequence[PreparedGraph], available_bytes: int | None) -> str | None:
     """A warning where the largest stage may not fit, None where it does or nothing is known.
 
     Args:
@@ -24,16 +23,3 @@ def memory_warning(graphs: list[PreparedGraph], available_bytes: int | None) -> 
         f"{largest.stage}: {largest.weight_bytes / 1e9:.1f} GB of weights may need {needed / 1e9:.1f} GB of memory to "
         f"build, {available_bytes / 1e9:.1f} GB are free. If the build is killed: close other programs, add swap"
     )
-
-
-def available_bytes(meminfo: Path = _MEMINFO) -> int | None:
-    """Memory that can be had without swapping, None where the system does not tell."""
-    try:
-        lines = meminfo.read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    for line in lines:
-        name, _, value = line.partition(":")
-        if name == "MemAvailable":
-            return int(value.split()[0]) * 1024
-    return None

@@ -17,9 +17,9 @@ _INPLACE_OPS = {"Attention", "RMSNormalization", "RotaryEmbedding", "TensorScatt
 # A shape that contradicts a limit only warns at build; the engine then fails when it is run with it.
 _FATAL_WARNINGS = ("not self-consistent",)
 _MEMORY_WORDS = ("out of memory", "outofmemory", "insufficient memory", "cudaerrormemoryallocation", "std::bad_alloc")
-# "Error Code 4: Internal Error (", "[graph.cpp::compute::12]" and the like, before and after what matters
-_ERROR_CODE = re.compile(r"^(?:I\w+::\w+: )?Error Code \d+: (?:[A-Z]\w+ ?)*(?:Error )?", re.IGNORECASE)
+# "[graph.cpp::compute::12] ", and "IBuilder::build: Error Code 4: " behind it
 _SOURCE_LINE = re.compile(r"\[?\b[\w./]+\.(?:cpp|h|cu)(?:::\w+)*(?:[:\s]*(?:line )?\d+)?\]?:?\s*")
+_ERROR_CODE = re.compile(r"^(?:\w+::\w+: )?Error Code \d+: ")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +96,7 @@ def _fault(fault: ParserFault) -> str:
 
 def _plain(text: str) -> str:
     """The reason without TensorRT's error code and source line."""
-    short = " ".join(_SOURCE_LINE.sub("", _ERROR_CODE.sub("", text.strip())).split())
+    short = " ".join(_ERROR_CODE.sub("", _SOURCE_LINE.sub("", text).strip()).split())
     return short[:_REASON_CHARACTERS] + ("..." if len(short) > _REASON_CHARACTERS else "")
 
 

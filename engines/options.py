@@ -8,6 +8,9 @@ from hawk_trt.bundle import Manifest
 from hawk_trt.engine_manifest import Limits
 from hawk_trt.errors import InvalidInput
 
+# Where make plugin puts it.
+DEFAULT_PLUGIN = Path("build/plugins/libhawk_trt_plugin.so")
+
 
 def add_limits(parser: argparse.ArgumentParser) -> None:
     """Add what limits() reads."""

@@ -25,6 +25,8 @@ from hawk_trt.errors import BackendError, HawkError
 from hawk_trt.stages import INPLACE, STAGES
 
 _FAILED = 1
+# Of tables where there is no terminal to ask.
+_WIDTH = 140
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,52 +94,54 @@ def _run(args: argparse.Namespace) -> int:
 
     plugin = None if args.plugin is None else existing_file(args.plugin, "--plugin")
     bundles = [Bundle.load(folder) for folder in args.bundles]
-    rows = tuple(row for bundle in bundles for row in _check(args, bundle, plugin))
+    # all without it first: a plugin stays registered as long as the process lives
+    libraries = (None,) if plugin is None else (None, plugin)
+    rows = tuple(row for library in libraries for bundle in bundles for row in _check(args, bundle, library))
     library = f"TensorRT-RTX's parser and builder through the bindings of TensorRT {TENSORRT_VERSION}"
     report = Report(library, rows, all(row.refusal is None for row in rows))
     if args.json:
         print_json(report)
     else:
-        _print(report, Console())
+        _print(report, Console(width=None if sys.stdout.isatty() else _WIDTH))
     if plugin is None:
         note("with the plugin: not checked, none was given (make plugin, then --plugin PATH)")
     return 0 if report.passed else _FAILED
 
 
 def _check(args: argparse.Namespace, bundle: Bundle, plugin: Path | None) -> Iterator[Row]:
-    """Build every graph of a bundle that engines are built from."""
+    """Build every graph of a bundle that engines are built from; with the plugin, every one that it changes."""
     from engines.builder import BuildSettings, build_plan
     from engines.progress import BuildProgress
 
-    manifest = bundle.manifest
-    profiles = [name for name in manifest.profiles if (name, manifest.dtype) != (INPLACE, "float32")]
-    for library in (None, plugin) if plugin else (None,):
-        size = limits(args, manifest, plugin=library is not None)
-        settings = BuildSettings(library, None, None, ())
-        for profile in profiles:
-            for stage in STAGES:
-                graph = prepare(bundle, stage, profile, max_context=size.context, plugin=library is not None)
-                name = f"{manifest.dtype} {graph.file.name}"
-                if library is not None and not graph.has_topk:
-                    continue  # the same graph as without
-                try:
-                    with BuildProgress() as progress:
-                        ranges = plan_profiles(manifest, stage, graph.inputs, size)
-                        built = build_plan(graph, ranges, settings, progress)
-                except BackendError as error:
-                    yield Row(name, library is not None, 0, 0, 0, 0.0, str(error))
-                    continue
-                plan_bytes = memoryview(built.memory).nbytes
-                yield Row(name, library is not None, built.layers, built.plugin_layers, plan_bytes, built.seconds, None)
+    manifest, with_plugin = bundle.manifest, plugin is not None
+    size = limits(args, manifest, plugin=with_plugin)
+    settings = BuildSettings(plugin, None, None, ())
+    for profile in manifest.profiles:
+        if (profile, manifest.dtype) == (INPLACE, "float32"):
+            continue
+        for stage in STAGES:
+            graph = prepare(bundle, stage, profile, max_context=size.context, plugin=with_plugin)
+            if with_plugin and not graph.has_topk:
+                continue
+            name = f"{manifest.dtype} {graph.file.name}"
+            try:
+                with BuildProgress() as progress:
+                    ranges = plan_profiles(manifest, stage, graph.inputs, size)
+                    built = build_plan(graph, ranges, settings, progress)
+            except BackendError as error:
+                yield Row(name, with_plugin, 0, 0, 0, 0.0, str(error))
+            else:
+                counts = (built.layers, built.plugin_layers, built.content.nbytes)
+                yield Row(name, with_plugin, *counts, built.seconds, None)
 
 
 def _print(report: Report, console: Console) -> None:
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for column in ("graph", "plugin"):
         table.add_column(column, no_wrap=True)
-    for column in ("layers", "of these plugin", "plan MB", "seconds"):
+    for column in ("layers", "plugin's", "plan MB", "seconds"):
         table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for row in report.rows:
         verdict = "[green]built[/green]" if row.refusal is None else "[red]REFUSED[/red]"
         numbers = (str(row.layers), str(row.plugin_layers), f"{row.plan_bytes / 1e6:.1f}", f"{row.seconds:.1f}")

@@ -10,10 +10,11 @@ from pathlib import Path
 
 from engines.build_plan import BuildPlan
 from engines.contents import check_replaceable, copy_bundle, table_bytes, write
-from engines.memory import available_bytes, memory_warning
+from engines.memory import memory_warning
 from engines.prepare import PreparedGraph
 from engines.verify import Verification
 from hawk_trt.bundle import FileEntry, sha256_file
+from hawk_trt.doctor import available_memory_bytes
 from hawk_trt.engine_manifest import ENGINES_MANIFEST, EngineFolder, PlanEntry, engine_manifest_bytes
 from hawk_trt.errors import BackendError, BundleError
 from hawk_trt.staging import clean_up_after_killed, staged
@@ -57,7 +58,7 @@ def write_engines(
     check_replaceable(out)
     clean_up_after_killed(out)
     _check_free_space(out, plan)
-    warning = memory_warning(list(plan.graphs), available_bytes())
+    warning = memory_warning(plan.graphs, available_memory_bytes())
     if warning is not None:
         warn(warning)
     with staged(out) as folder:
@@ -65,17 +66,8 @@ def write_engines(
         files: dict[str, FileEntry] = {}
         entries = []
         for graph, entry in zip(plan.graphs, plan.manifest.plans, strict=True):
-            built = build(graph, entry)
-            files[entry.file] = write(folder / entry.file, built.content, weights=True)
-            entries.append(
-                replace(
-                    entry,
-                    layers=built.layers,
-                    plugin_layers=built.plugin_layers,
-                    flags=built.flags,
-                    seconds=round(built.seconds, 3),
-                )
-            )
+            done, files[entry.file] = _build_stage(graph, entry, build, folder)
+            entries.append(done)
         name = None
         if plan.plugin is not None and any(entry.plugin_layers for entry in entries):
             name = plan.plugin.name
@@ -83,6 +75,7 @@ def write_engines(
             files[name] = FileEntry(sha256_file(folder / name), (folder / name).stat().st_size)
         manifest = replace(plan.manifest, bundle=bundle, plans=tuple(entries), plugin=name, files=files)
         write(folder / ENGINES_MANIFEST, memoryview(engine_manifest_bytes(manifest)), weights=False)
+        EngineFolder(folder, manifest).check()  # what would not load never takes the place
         verification = None if check is None else check(folder)
         if verification is not None and not verification.passed:
             failed = out.with_name(f"{out.name}.failed")
@@ -92,6 +85,22 @@ def write_engines(
                 f"the plans are wrong: {verification.failures}. They are in {failed}, to look into: docs/tensorrt.md"
             )
     return EngineFolder.load(out), verification
+
+
+def _build_stage(
+    graph: PreparedGraph, entry: PlanEntry, build: Callable[[PreparedGraph, PlanEntry], StagePlan], folder: Path
+) -> tuple[PlanEntry, FileEntry]:
+    """Build and write one plan; its memory is free again when this returns."""
+    built = build(graph, entry)
+    file = write(folder / entry.file, built.content, weights=True)
+    done = replace(
+        entry,
+        layers=built.layers,
+        plugin_layers=built.plugin_layers,
+        flags=built.flags,
+        seconds=round(built.seconds, 3),
+    )
+    return done, file
 
 
 def _check_free_space(out: Path, plan: BuildPlan) -> None:

@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from export.checkpoint import Checkpoint
-from export.head_weights import read_head_weights
 from export.hub import download, is_hub_id
 from export.writer import ExportOptions, export, up_to_date
 from hawk_trt.bundle import Bundle
 from hawk_trt.errors import HawkError
+from hawk_trt.head_weights import read_head_weights
 from hawk_trt.stages import DTYPES, NORMALIZATIONS, PROFILES
 
 _FAILED = 1

@@ -8,7 +8,6 @@ Which tensors were asked for is remembered: one that nobody reads means a graph 
 
 import difflib
 import hashlib
-import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -20,9 +19,8 @@ import numpy as np
 from export.tensor_file import CheckpointTensor, TensorFile, read_tensor_file
 from export.vision import tensor_names
 from hawk_trt.errors import CheckpointError
+from hawk_trt.sidecars import CONFIG, GENERATION_CONFIG, read_json
 
-CONFIG = "config.json"
-GENERATION_CONFIG = "generation_config.json"
 EMBEDDINGS = "language_model.embed_tokens.weight"
 LM_HEAD = "lm_head.weight"
 
@@ -142,21 +140,6 @@ class Checkpoint:
             hint = f" The nearest are {', '.join(near)}." if near else ""
             raise CheckpointError(f"{self.folder}: no tensor {name}, which {CONFIG} asks for.{hint}")
         return self._tensors[name]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file of a checkpoint.
-
-    Raises:
-        CheckpointError: it cannot be read or holds something else.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: got {type(content).__name__}, expected a JSON object")
-    return content
 
 
 def _weight_files(folder: Path) -> tuple[TensorFile, ...]:

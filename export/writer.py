@@ -19,7 +19,6 @@ from export.checkpoint import EMBEDDINGS, LM_HEAD, Checkpoint
 from export.graphs import build_graphs
 from export.head_weights import default_head_weights
 from export.inventory import inventory
-from export.sidecars import SIDECARS, added_tokens, copy_sidecars
 from export.weights import WeightStore
 from hawk_trt import __version__
 from hawk_trt.bundle import (
@@ -40,6 +39,7 @@ from hawk_trt.bundle import (
 from hawk_trt.config import PruningConfig, check_head_weights
 from hawk_trt.errors import BundleError, CheckpointError, InvalidInput
 from hawk_trt.families import family_of
+from hawk_trt.sidecars import SIDECARS, added_tokens, read_sidecars
 from hawk_trt.stages import DTYPES, NORMALIZATIONS, PROFILES, LanguageConfig
 from hawk_trt.staging import clean_up_after_killed, staged
 
@@ -118,6 +118,7 @@ def export(
     if current is not None:
         return current
     family, plan = family_of(opened.config), _plan(opened, options, name)
+    template = family.chat_template(opened.config)
     for tensor_name, shape in inventory(family.name, plan.language, plan.vision).items():
         opened.expect(tensor_name, shape)
     weights = WeightStore(opened, options.dtype, options.link)
@@ -132,7 +133,10 @@ def export(
     _account_for_all(opened, plan.language)
     _check_free_space(out, weights.disk_bytes)
     with staged(out) as folder:
-        files = {name: _file_entry(folder / name) for name in copy_sidecars(opened.folder, folder)}
+        files = {}
+        for file_name, content in read_sidecars(opened.folder, template).items():
+            (folder / file_name).write_bytes(content)
+            files[file_name] = _file_entry(folder / file_name)
         entries = []
         for (profile, stage), graph in graphs.items():
             entry = _graph_entry(graph, stage, profile)

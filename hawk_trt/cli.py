@@ -25,6 +25,8 @@ COMMANDS = {
     "run": ("hawk_trt.commands.run", "answer a prompt about images and videos, with few of their tokens"),
     "explain": ("hawk_trt.commands.explain", "draw which visual tokens are kept, and what is answered from them"),
     "parity": ("hawk_trt.parity.command", "compare a bundle with PyTorch, stage by stage"),
+    "eval": ("hawk_trt.commands.evaluate", "answer a data set with every selector and keep ratio"),
+    "bench": ("hawk_trt.commands.bench", "measure time by stage and memory at several keep ratios"),
     "doctor": ("hawk_trt.commands.doctor", "say what works on this machine, and what would add the rest"),
 }
 

@@ -249,7 +249,7 @@ def read_engine_manifest(folder: Path) -> EngineManifest:
     if not path.is_file():
         raise BundleError(
             f"{folder}: no engines there ({ENGINES_MANIFEST} is missing). "
-            f"Build them from a bundle, on the GPU that is to run them: make engines BUNDLE=bundle OUT={folder}"
+            f"Build them from a bundle, on the GPU that is to run them: make engines BUNDLE=bundle ENGINES={folder}"
         )
     content = path.read_bytes()
     again = "Build again: make engines"

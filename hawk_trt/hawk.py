@@ -40,6 +40,7 @@ def head_scores(
     k_proj: tuple[Float32Array, Float32Array | None],
     num_heads: int,
     num_kv_heads: int,
+    qk_norms: tuple[Float32Array, Float32Array] | None = None,
 ) -> Float32Array:
     """Raw score of every token in every head.
 
@@ -52,15 +53,19 @@ def head_scores(
         k_proj: weight (num_kv_heads * head_dim, hidden) and bias or None.
         num_heads: query heads.
         num_kv_heads: key heads.
+        qk_norms: weights (head_dim) of the RMS norms of queries and keys, where the model has them; their
+            epsilon is norm_epsilon too.
 
     Returns:
         (num_heads, seq_len) float32.
     """
     x = inputs_embeds.astype(np.float32)
-    h = x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True, dtype=np.float32) + np.float32(norm_epsilon)) * norm_weight
+    h = _rms_norm(x, norm_weight, norm_epsilon)
     asked = query_weights > 0
     query = _project(h[asked], q_proj).reshape(-1, num_heads, q_proj[0].shape[0] // num_heads)
     key = _project(h, k_proj).reshape(len(h), num_kv_heads, -1)
+    if qk_norms is not None:
+        query, key = (_rms_norm(t, weight, norm_epsilon) for t, weight in zip((query, key), qk_norms, strict=True))
     key = np.repeat(key, num_heads // num_kv_heads, axis=1)
     mean_query = np.einsum("t,thd->hd", query_weights[asked], query)
     scores = np.einsum("hd,nhd->hn", mean_query, key) / np.float32(math.sqrt(query.shape[-1]))
@@ -136,6 +141,12 @@ def weighted_topk_keys(scores: Float32Array, select_bias: Float32Array) -> Float
     """What tokens compete by: the bias where it decides alone, else score plus bias. (batch, seq_len) each."""
     keys: Float32Array = np.where(np.abs(select_bias) >= np.float32(BIAS_KEEP), select_bias, scores + select_bias)
     return keys
+
+
+def _rms_norm(x: Float32Array, weight: Float32Array, epsilon: float) -> Float32Array:
+    rms = np.sqrt(np.mean(x * x, axis=-1, keepdims=True, dtype=np.float32) + np.float32(epsilon))
+    normal: Float32Array = x / rms * weight
+    return normal
 
 
 def _project(x: Float32Array, projection: tuple[Float32Array, Float32Array | None]) -> Float32Array:

@@ -62,16 +62,24 @@ class Processor:
             InvalidInput: a prompt, image or video that cannot be used, or a bundle without a tokenizer.
         """
         if self.chat is None:
-            raise InvalidInput("prompt: this bundle has no tokenizer, so it takes ModelInputs alone")
+            raise InvalidInput(
+                "prompt: this bundle has no tokenizer, so it takes ModelInputs alone. If the checkpoint has "
+                "vocab.json but no tokenizer.json, write it with transformers: "
+                "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR), and export again"
+            )
         encoded = self.chat.encode(prompt, images, videos)
         image_items = [item for item in encoded.visual if item.kind == "image"]
         video_items = [item for item in encoded.visual if item.kind == "video"]
         pictures = self._images(image_items, min_pixels, max_pixels)
-        clips, seconds = self._videos(video_items, min_pixels, max_pixels)
+        clips, seconds, times = self._videos(video_items, min_pixels, max_pixels)
         kinds = [item.kind for item in encoded.visual]
         grids = {"image": _grids(pictures), "video": _grids(clips)}
+        frame_times = {"image": iter([()] * len(image_items)), "video": iter(times)}
         expanded = [
-            self._family.placeholder(kind, next(grids[kind]), self._vision, self._special_tokens) for kind in kinds
+            self._family.placeholder(
+                kind, next(grids[kind]), next(frame_times[kind]), self._vision, self._special_tokens
+            )
+            for kind in kinds
         ]
         return self._family.model_inputs(
             self.chat.expand(encoded, expanded),
@@ -90,17 +98,18 @@ class Processor:
 
     def _videos(
         self, items: Sequence[VisualItem], min_pixels: int | None, max_pixels: int | None
-    ) -> tuple[Patches | None, list[float]]:
+    ) -> tuple[Patches | None, list[float], list[Sequence[float]]]:
         if not items:
-            return None, []
+            return None, [], []
         settings = _bounded(self._video_settings, min_pixels, max_pixels)
-        clips, seconds = [], []
+        clips, seconds, times = [], [], []
         for item in items:
             video = load_video(item.source, fps=item.fps, sampler=self._family.frame_numbers)
             clips.append(self._family.video_to_patches(video.frames, settings, self._vision))
             seconds.append(video.seconds_per_frame * self._vision["temporal_patch_size"])
+            times.append(video.times)
         pixels = np.concatenate([clip.pixel_values for clip in clips]) if len(clips) > 1 else clips[0].pixel_values
-        return Patches(pixels, np.concatenate([clip.grid_thw for clip in clips])), seconds
+        return Patches(pixels, np.concatenate([clip.grid_thw for clip in clips])), seconds, times
 
 
 def _grids(patches: Patches | None) -> Iterator[list[int]]:

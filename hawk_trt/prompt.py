@@ -128,7 +128,8 @@ class ChatTokenizer:
 
         Args:
             encoded: a prompt.
-            placeholders: texts and runs of tokens for each image and video, in the prompt's order.
+            placeholders: texts and runs of tokens for each image and video, in the prompt's order. Those that
+                bring vision_start and vision_end replace the ones around the placeholder too, if there are any.
 
         Returns:
             int64 [seq_len], the ids of the whole: texts that meet are read as one.
@@ -144,11 +145,20 @@ class ChatTokenizer:
                 "expected one with at least 1 token for each image and video"
             )
         waiting = iter(placeholders)
-        visual = (self._special_tokens.image, self._special_tokens.video)
+        special = self._special_tokens
+        visual = (special.image, special.video)
+        around = [TokenRun(-1 if n is None else n) for n in (special.vision_start, special.vision_end)]
+        left = [part for part in encoded.parts if part != ""]
         expanded: list[str | TokenRun] = []
-        for part in encoded.parts:
-            shown = isinstance(part, TokenRun) and part.token_id in visual
-            expanded += next(waiting) if shown else [part]
+        while left:
+            part = left.pop(0)
+            if not (isinstance(part, TokenRun) and part.token_id in visual):
+                expanded.append(part)
+                continue
+            parts = next(waiting)
+            if around[0] in parts and (expanded[-1:], left[:1]) == ([around[0]], [around[1]]):
+                del expanded[-1], left[0]
+            expanded += parts
         return self._token_ids(expanded)
 
     def _token_ids(self, parts: Sequence[str | TokenRun]) -> npt.NDArray[np.int64]:

@@ -177,6 +177,8 @@ def _limit(pool: IntArray, pruning: PruningConfig) -> int:
 def _pools(prompt: PromptLayout, pruning: PruningConfig) -> list[IntArray]:
     """The places of the visual tokens that compete with each other, one array a pool."""
     visual = prompt.visual_rows >= 0
+    if not visual.any():
+        return []
     if pruning.quota == "global":
         return [np.arange(int(visual.sum()))]
     groups = (prompt.items if pruning.quota == "per-image" else prompt.frames)[visual]

@@ -38,10 +38,12 @@ class Video:
             and a damaged file shows as InvalidInput then.
         seconds_per_frame: from one of these frames to the next. second_per_grid_ts is this times
             temporal_patch_size.
+        times: seconds of each frame from the start of the video.
     """
 
     frames: Sequence[npt.NDArray[np.uint8]]
     seconds_per_frame: float
+    times: Sequence[float]
 
 
 def load_video(
@@ -75,7 +77,7 @@ def load_video(
         raise InvalidInput(f"video: got {type(source).__name__}, expected a path, a sequence of images or an array")
     if not len(source):
         raise InvalidInput("video: got no frame, expected at least one")
-    return Video([load_image(frame) for frame in source], 1.0 / rate)
+    return Video([load_image(frame) for frame in source], 1.0 / rate, [number / rate for number in range(len(source))])
 
 
 def sample_indices(
@@ -106,4 +108,6 @@ def _open_file(path: Path, fps: float | None, max_frames: int, sampler: FrameSam
         raise BackendError("video files need PyAV. Install it: pip install av") from error
     index = index_file(path)
     numbers = sampler(index.total, index.fps, fps, max_frames)
-    return Video(FileFrames(index, tuple(numbers.tolist())), index.total / (len(numbers) * index.fps))
+    taken = tuple(numbers.tolist())
+    times = [number / index.fps for number in taken]
+    return Video(FileFrames(index, taken), index.total / (len(taken) * index.fps), times)

@@ -10,6 +10,7 @@
 // One source for TensorRT 10.3 to 11.x, and no TensorRT library to link: it calls nothing of the plugin registry
 // and of the logger, whose virtual tables differ between majors. What it refuses it says on stderr.
 #include <NvInferRuntime.h>
+#include <NvInferVersion.h>
 
 #include <cstdarg>
 #include <cstdio>
@@ -17,6 +18,8 @@
 #include <new>
 
 #include "weighted_topk_kernel.cuh"
+
+static_assert(NV_TENSORRT_MAJOR * 100 + NV_TENSORRT_MINOR >= 1003, "the plugin needs TensorRT 10.3 or newer");
 
 namespace {
 

@@ -154,7 +154,7 @@ def test_each_image_keeps_its_quota(ask, capsys):
         (["--video", "clip.mp4"], "template"),
         (["--prompt", "  "], "--prompt"),
         (["--device", "abacus"], "device: got 'abacus'"),
-        (["--backend", "tensorrt"], "tensorrt"),
+        (["--backend", "tensorrt"], "make engines"),
         (["--min-pixels", "100000000"], "min_pixels"),
     ],
 )

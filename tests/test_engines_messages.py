@@ -15,8 +15,8 @@ def test_a_parser_error_names_the_file_the_node_the_reason_and_what_helps():
     text = parser_message("first_layer.inplace.onnx", "10.3.0", [fault], [])
     assert text == (
         "first_layer.inplace.onnx: TensorRT 10.3.0 cannot parse it. Node layers.0/self_attn/Attention (Attention): "
-        "No importer registered for op: Attention. Attempting plugin. Use the portable profile, which has none of these "
-        "ops: --profile portable"
+        "No importer registered for op: Attention. Attempting plugin. Use the portable profile, which has none of "
+        "these ops: --profile portable"
     )
 
 
@@ -50,14 +50,18 @@ def test_a_builder_error_loses_its_code_and_source_line_and_names_the_node():
     text = builder_message("decoder.portable.onnx", "10.3.0", log, names)
     assert text.startswith(
         "decoder.portable.onnx: TensorRT 10.3.0 cannot build it. Node layers.3/self_attn/q_proj: "
-        "(Could not find any implementation for node"
+        "Internal Error (Could not find any implementation for node"
     )
     assert "harmless" not in text and "Error Code" not in text
 
 
 def test_too_little_memory_says_what_makes_engines_smaller():
-    log = [LogLine("ERROR", "Error Code 2: OutOfMemory (Requested size was 8589934592 bytes.)")]
-    assert "--max-context" in builder_message("decoder.onnx", "10.3.0", log, [])
+    log = [
+        LogLine("ERROR", "[a/tactic.cpp::search::12] Error Code 2: OutOfMemory (Requested size was 8589934592 bytes.)")
+    ]
+    text = builder_message("decoder.onnx", "10.3.0", log, [])
+    assert "cannot build it. OutOfMemory (Requested size was 8589934592 bytes.). Free memory" in text
+    assert "--max-context" in text
 
 
 def test_a_profile_beyond_a_limit_is_an_error_though_tensorrt_only_warns():

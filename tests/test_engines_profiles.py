@@ -98,12 +98,8 @@ def test_the_window_ranges_hold_every_frame_that_a_processor_makes(bundle):
 
 
 def test_what_is_tuned_for_is_the_bundles_share_of_a_typical_image(bundle):
-    (entry,) = [
-        entry
-        for entry in plan_profiles(
-            bundle.manifest, DECODER, (TensorEntry("hidden_states", "float32", ("num_kept_total",)),), LIMITS
-        )[PREFILL]
-    ]
+    inputs = (TensorEntry("hidden_states", "float32", ("num_kept_total",)),)
+    (entry,) = plan_profiles(bundle.manifest, DECODER, inputs, LIMITS)[PREFILL]
     assert entry.opt == (min(int(np.ceil(300 * 0.2)) + 128, 256),)
 
 

@@ -16,9 +16,9 @@ else:
     import tomli as tomllib  # pytest brings it
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = ("hawk_trt", "export", "engines", "examples", "tests")
-MAY_IMPORT = {"hawk_trt": set(), "export": {"hawk_trt"}, "engines": {"hawk_trt"}, "examples": {"hawk_trt"}}
-IMPORT_NAMES = {"pillow": "PIL", "onnxruntime-gpu": "onnxruntime"}
+FOLDERS = ("hawk_trt", "export", "engines", "plugins", "examples", "tests")
+MAY_IMPORT = {"hawk_trt": set(), **{name: {"hawk_trt"} for name in ("export", "engines", "plugins", "examples")}}
+IMPORT_NAMES = {"pillow": "PIL", "onnxruntime-gpu": "onnxruntime", "cuda-bindings": "cuda"}
 TORCH = {"torch", "transformers"}
 
 
@@ -53,20 +53,27 @@ def test_the_walk_sees_imports_at_all():
 
 
 @pytest.mark.parametrize("folder", MAY_IMPORT)
-def test_only_the_parity_reference_imports_torch(folder):
-    reference = {"hawk_trt/parity/reference.py", "hawk_trt/parity/reference_models.py"}
-    assert {path for path, name in imports(folder) if name in TORCH} <= reference
+def test_only_the_parity_reference_fastv_and_the_gpu_check_import_torch(folder):
+    reference = {"hawk_trt/parity/reference.py", "hawk_trt/parity/reference_models.py", "hawk_trt/evaluation/fastv.py"}
+    gpu_check = {f"plugins/gpu_{name}.py" for name in ("buffers", "check", "timing")}
+    assert {path for path, name in imports(folder) if name in TORCH} <= reference | gpu_check
 
 
 @pytest.mark.parametrize(
     ("folder", "extras"),
-    [("hawk_trt", ("cpu", "cuda", "video", "parity")), ("export", ("export",)), ("examples", ())],
+    [
+        ("hawk_trt", ("cpu", "cuda", "eval", "tensorrt", "video", "parity")),
+        ("export", ("export",)),
+        ("engines", ("export",)),
+        ("examples", ()),
+    ],
 )
 def test_every_package_that_is_imported_is_declared(folder, extras):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     requirements = [*project["dependencies"], *(r for extra in extras for r in project["optional-dependencies"][extra])]
     names = (re.match(r"[\w.-]+", requirement).group().lower() for requirement in requirements)
     declared = {IMPORT_NAMES.get(name, name.replace("-", "_")) for name in names}
+    declared.add("tensorrt")  # in no extra, since JetPack brings it and pip has one a CUDA version
     allowed = declared | sys.stdlib_module_names | {folder} | MAY_IMPORT[folder]
     assert not {(path, name) for path, name in imports(folder) if name not in allowed}
 

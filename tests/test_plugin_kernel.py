@@ -110,14 +110,29 @@ def test_the_norm_of_16384_positions_is_accurate(kernel_file):
     assert np.abs(scores - exact).max() < 1e-6 * np.abs(exact).max()
 
 
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+@pytest.mark.parametrize("score", [0.0, -2.5, 1e-30, 1e30, -1e30])
+def test_scores_that_are_all_equal_or_extreme_stay_finite(kernel_file, normalization, score):
+    for seq_len in (40, 800):
+        case = random_case(6, Sizes(1, 3, seq_len, seq_len // 2))
+        case.head_scores[:, 0] = score
+        case.head_scores[:, 1] = np.where(np.arange(seq_len) % 3, score, 0)
+        kept, scores = run(KernelLibrary(kernel_file, normalization), case)
+        assert np.isfinite(scores).all()
+        assert disagreement(case, normalization, kept, scores) is None
+
+
 def test_a_bias_decides_alone(kernel_file):
     case = random_case(11, Sizes(1, 4, 700, 3))
     chosen = np.array([5, 300, 699])
     case.select_bias[:] = BIAS_DROP
-    case.select_bias[0, chosen] = BIAS_KEEP
+    case.select_bias[0, chosen], case.visual_rows[0, chosen] = BIAS_KEEP, chosen
     kept, scores = run(KernelLibrary(kernel_file, "l2"), case)
     np.testing.assert_array_equal(kept[0], chosen)
     assert scores[case.visual_rows >= 0].any()
+    case.head_weights[0] = np.nan  # whatever the score
+    kept, _ = run(KernelLibrary(kernel_file, "l2"), case)
+    np.testing.assert_array_equal(kept[0], chosen)
 
 
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)

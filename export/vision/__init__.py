@@ -11,6 +11,8 @@ from export.names import qwen_names
 from export.shapes import Shapes
 from export.vision.internvl import build_internvl_vision, internvl_names, internvl_shapes
 from export.vision.qwen2_5_vl import build_qwen2_5_vl_vision, qwen2_5_vl_shapes
+from export.vision.qwen2_vl import build_qwen2_vl_vision, qwen2_vl_shapes
+from export.vision.qwen3_vl import build_qwen3_vl_vision, qwen3_vl_shapes
 from hawk_trt.errors import CheckpointError
 from hawk_trt.families import family_of
 from hawk_trt.stages import StageSpec
@@ -43,6 +45,8 @@ class VisionGraph:
 GRAPHS = {
     "internvl": VisionGraph(build_internvl_vision, internvl_shapes, internvl_names),
     "qwen2_5_vl": VisionGraph(build_qwen2_5_vl_vision, qwen2_5_vl_shapes),
+    "qwen2_vl": VisionGraph(build_qwen2_vl_vision, qwen2_vl_shapes),
+    "qwen3_vl": VisionGraph(build_qwen3_vl_vision, qwen3_vl_shapes),
 }
 
 

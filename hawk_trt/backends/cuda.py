@@ -9,6 +9,7 @@ import ctypes
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import TracebackType
 from typing import Any, TypeAlias
 
@@ -108,20 +109,19 @@ class CudaDevice:
 
     def __init__(self, index: int) -> None:
         self.index = index
-        self._releases: list[tuple[str, object]] = []  # what undoes each thing taken, in order of taking
-        self._failure: BackendError | None = None
+        self._releases: list[Callable[[], object]] = []  # what undoes each thing taken, in order of taking
         call("cuInit", 0)
         count = call("cuDeviceGetCount")
         if not 0 <= index < count:
             raise BackendError(f"device: got cuda:{index}, this machine has {count} GPU{'s' * (count != 1)}")
         device = call("cuDeviceGet", index)
         self._context = call("cuDevicePrimaryCtxRetain", device)
-        self._releases.append(("cuDevicePrimaryCtxRelease", device))
+        self._releases.append(partial(call, "cuDevicePrimaryCtxRelease", device))
         try:
             with self.active():
                 # Not tied to the legacy stream, so that others' work there neither waits nor is waited for.
                 self._stream = call("cuStreamCreate", int(driver.CUstream_flags.CU_STREAM_NON_BLOCKING))
-                self._releases.append(("cuStreamDestroy", self._stream))
+                self.on_close(partial(call, "cuStreamDestroy", self._stream))
         except BaseException:
             self.close()
             raise
@@ -159,19 +159,19 @@ class CudaDevice:
                 f"expected {size_bytes / _GIB:.2f} for caches and tensors. "
                 "Close what else uses the GPU, or build engines with a smaller --max-context or --max-prompt-tokens"
             ) from error
-        self._releases.append(("cuMemFree", memory))
+        self.on_close(partial(call, "cuMemFree", memory))
         return int(memory)
 
     def allocate_pinned(self, size_bytes: int) -> Pinned:
         """Page-locked host memory."""
         address = int(call("cuMemAllocHost", size_bytes))
-        self._releases.append(("cuMemFreeHost", address))
+        self.on_close(partial(call, "cuMemFreeHost", address))
         return Pinned(address, size_bytes)
 
     def event(self) -> object:
         """An event, for `record` and `seconds`."""
         event = call("cuEventCreate", int(driver.CUevent_flags.CU_EVENT_DEFAULT))
-        self._releases.append(("cuEventDestroy", event))
+        self.on_close(partial(call, "cuEventDestroy", event))
         return event
 
     def record(self, event: object) -> None:
@@ -227,6 +227,10 @@ class CudaDevice:
         finally:
             call("cuGraphDestroy", graph)
 
+    def on_close(self, release: Callable[[], object]) -> None:
+        """Let a function run when the device is closed, before those given earlier, its context current."""
+        self._releases.append(release)
+
     def close(self) -> None:
         """Give back everything, the last taken first. Closing again does nothing.
 
@@ -237,21 +241,13 @@ class CudaDevice:
         if not releases:
             return
         context, *rest = releases
-        self._release("cuCtxPushCurrent", self._context)
-        for function, handle in reversed(rest):
-            self._release(function, handle)
-        self._release("cuCtxPopCurrent")
-        self._release(*context)
-        failure, self._failure = self._failure, None
-        if failure is not None and sys.exc_info()[0] is None:
-            raise failure
-
-    def _release(self, function: str, *handles: object) -> None:
-        """One step of close; after a failed kernel every call fails, and the rest must be tried all the same."""
-        try:
-            call(function, *handles)
-        except BackendError as error:
-            self._failure = self._failure or error
+        failures: list[BackendError] = []
+        push, pop = partial(call, "cuCtxPushCurrent", self._context), partial(call, "cuCtxPopCurrent")
+        steps: list[Callable[[], object]] = [push, *reversed(rest), pop, context]
+        for release in steps:
+            _try(release, failures)
+        if failures and sys.exc_info()[0] is None:
+            raise failures[0]
 
     def __enter__(self) -> "CudaDevice":
         return self
@@ -260,3 +256,11 @@ class CudaDevice:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _try(release: Callable[[], object], failures: list[BackendError]) -> None:
+    """One step of close; after a failed kernel every call fails, and the rest must be tried all the same."""
+    try:
+        release()
+    except BackendError as error:
+        failures.append(error)

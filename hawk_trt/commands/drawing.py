@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,9 @@ def explanation(
         InvalidInput: the prompt has no visual token.
     """
     manifest = pipe.bundle.manifest
+    layout = pipe.layout(inputs)  # it knows the grids, whether the inputs hold them or their placeholders say them
+    grids = (layout.image_grid_thw, layout.video_grid_thw)
+    inputs = replace(inputs, image_grid_thw=grids[0], video_grid_thw=grids[1])
     return explain(text, inputs, results, manifest.special_tokens, int(manifest.vision["spatial_merge_size"]))
 
 
@@ -36,11 +40,20 @@ def draw(path: Path, explained: Explanation, args: argparse.Namespace, pipe: "Pi
         InvalidInput: an image cannot be read, or the picture not be written.
     """
     manifest = pipe.bundle.manifest
-    frames = [[Image.fromarray(load_image(source))] for source in args.image]
+    items = iter(explained.items)
+    frames: list[list[Image.Image]] = []
+    for source in args.image:
+        item = next(items)
+        parts = pipe.family.image_parts(load_image(source), item.grid[0], manifest.vision)
+        frames.append([Image.fromarray(parts[step]) for step in shown_steps(item)])
     every = int(manifest.vision["temporal_patch_size"])
-    for source, item in zip(args.video, explained.items[len(frames) :], strict=True):
+    for source in args.video:
         video = load_video(source, sampler=pipe.family.frame_numbers).frames
-        frames.append([Image.fromarray(video[step * every]) for step in shown_steps(item)])
+        steps = list(range(0, len(video), every))
+        while steps:  # one item for the video, or one for each of its frames
+            item = next(items)
+            frames.append([Image.fromarray(video[steps[step]]) for step in shown_steps(item)])
+            steps = steps[item.grid[0] :]
     model = f"{Path(manifest.source.name).name}, {manifest.dtype}"
     note = f"{model}. Scores: {manifest.normalization}, query {args.query}, quota {args.quota}."
     save(render(explained, frames, note=note), path)

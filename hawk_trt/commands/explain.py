@@ -19,12 +19,13 @@ def add_parser(subparsers: "options.Subparsers[argparse.ArgumentParser]") -> Non
     group = parser.add_argument_group("pruning")
     group.add_argument(
         "--keep-ratios",
-        type=_numbers,
+        type=options.numbers,
         default="0.1,0.2,0.4",
         metavar="R,R,...",
         help="shares of visual tokens kept, each in (0, 1] (default: %(default)s)",
     )
     options.add_pruning_options(group)
+    options.add_selector_options(group)
     group = parser.add_argument_group("output")
     group.add_argument(
         "--out", type=Path, default=Path("explain.png"), metavar="PNG", help="the picture (default: %(default)s)"
@@ -40,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     """
     if not (args.image or args.video):
         raise InvalidInput("prompt: it has no image or video, so there is nothing to explain. Add --image or --video")
-    prunings = [options.pruning(args, keep_ratio) for keep_ratio in args.keep_ratios]
+    prunings = [options.selected_pruning(args, keep_ratio) for keep_ratio in args.keep_ratios]
     text = options.prompt_text(args)
     pipe = options.open_pipeline(args)
     inputs = pipe.prepare(
@@ -67,9 +68,3 @@ def run(args: argparse.Namespace) -> int:
     note(f"picture: {args.out}")
     return 0
 
-
-def _numbers(text: str) -> list[float]:
-    try:
-        return [float(number) for number in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected numbers with commas between them") from None

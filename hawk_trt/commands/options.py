@@ -3,17 +3,16 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from hawk_trt.backends import BACKENDS, backend_for
 from hawk_trt.bundle import Bundle
-from hawk_trt.config import QUERIES, QUOTAS, PruningConfig
+from hawk_trt.config import QUERIES, QUOTAS, SELECTORS, PruningConfig
 from hawk_trt.engine_manifest import EngineFolder
 from hawk_trt.errors import InvalidInput
+from hawk_trt.head_weights import read_head_weights
 from hawk_trt.stages import PROFILES
 
 if TYPE_CHECKING:
@@ -21,11 +20,6 @@ if TYPE_CHECKING:
     from hawk_trt.requests import Message
 
 Subparsers = argparse._SubParsersAction  # argparse has no public name for it
-
-
-@dataclass(frozen=True, slots=True)
-class _HeadWeightsFile:
-    values: tuple[float, ...]
 
 
 def add_command(subparsers: "Subparsers[argparse.ArgumentParser]", name: str, summary: str) -> argparse.ArgumentParser:
@@ -72,12 +66,48 @@ def add_pruning_options(group: "argparse._ArgumentGroup") -> None:
         "--quota",
         choices=QUOTAS,
         default="global",
-        help="one selection over all images, or one for each (default: %(default)s)",
+        help="one selection over all images, one for each, or one for each frame (default: %(default)s)",
     )
     group.add_argument("--min-visual-tokens", type=int, default=1, help="keep at least so many (default: %(default)s)")
     group.add_argument(
         "--head-weights", type=Path, metavar="FILE", help="JSON, one weight a query head (default: the bundle's)"
     )
+
+
+def add_selector_options(group: "argparse._ArgumentGroup") -> None:
+    """Add what selected_pruning reads besides."""
+    group.add_argument(
+        "--selector", choices=SELECTORS, default="hawk", help="who chooses the kept tokens (default: %(default)s)"
+    )
+    group.add_argument(
+        "--selector-seed", type=int, default=0, metavar="N", help="of --selector random (default: %(default)s)"
+    )
+    add_score_options(group)
+
+
+def add_score_options(group: "argparse._ArgumentGroup") -> None:
+    """Add the options of selectors that rank by scores."""
+    group.add_argument(
+        "--keep-mass",
+        type=float,
+        metavar="P",
+        help="keep the fewest tokens that carry this share of the score mass, at most the keep ratio (default: off)",
+    )
+    group.add_argument(
+        "--diversity",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="share of the kept tokens chosen among near-ties for being unlike the others (default: %(default)s)",
+    )
+
+
+def numbers(text: str) -> list[float]:
+    """Numbers with commas between them, as an argparse type."""
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected numbers with commas between them") from None
 
 
 def open_pipeline(args: argparse.Namespace) -> "Pipeline":
@@ -139,23 +169,23 @@ def pruning(args: argparse.Namespace, keep_ratio: float) -> PruningConfig:
     """
     return PruningConfig(
         keep_ratio=keep_ratio,
-        head_weights=None if args.head_weights is None else read_head_weights(args.head_weights),
+        head_weights=None if args.head_weights is None else read_head_weights(args.head_weights).values,
         min_visual_tokens=args.min_visual_tokens,
         query=args.query,
         quota=args.quota,
     )
 
 
-def read_head_weights(path: Path) -> tuple[float, ...]:
-    """Read head weights from JSON: a list of numbers, or an object with that list as "values".
+def selected_pruning(args: argparse.Namespace, keep_ratio: float) -> PruningConfig:
+    """The pruning that the options ask for, with its selector.
 
     Raises:
-        InvalidInput: no such file, or something else in it.
+        InvalidInput: a value out of its range, or one that does not go with the selector.
     """
-    try:
-        content = msgspec.json.decode(path.read_bytes(), type=tuple[float, ...] | _HeadWeightsFile)
-        return content.values if isinstance(content, _HeadWeightsFile) else content
-    except OSError as error:
-        raise InvalidInput(f"--head-weights {path}: cannot be read ({error.strerror})") from error
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise InvalidInput(f'--head-weights {path}: expected [0.1, ...] or {{"values": [...]}} ({error})') from error
+    return replace(
+        pruning(args, keep_ratio),
+        selector=args.selector,
+        seed=args.selector_seed,
+        keep_mass=args.keep_mass,
+        diversity=args.diversity,
+    )

@@ -24,6 +24,7 @@ def add_parser(subparsers: "options.Subparsers[argparse.ArgumentParser]") -> Non
         "--keep-ratio", type=float, help="share of visual tokens kept, in (0, 1] (default: the bundle's)"
     )
     options.add_pruning_options(group)
+    options.add_selector_options(group)
     group = parser.add_argument_group("sampling")
     group.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
     group.add_argument(
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     """
     # All that can be refused without the model is refused before it is loaded.
     sampling = SamplingConfig(args.temperature, args.top_p, args.top_k, args.seed)
-    pruning = options.pruning(args, 1.0 if args.keep_ratio is None else args.keep_ratio)
+    pruning = options.selected_pruning(args, 1.0 if args.keep_ratio is None else args.keep_ratio)
     text = options.prompt_text(args)
     pipe = options.open_pipeline(args)
     if args.keep_ratio is None:

@@ -1,10 +1,11 @@
 """Data sets: questions about images or videos, with the answers that count as right.
 
-A data set is "tiny" (the task of the shipped model, made on the fly), a JSONL file, or a folder that holds samples.jsonl
-or samples.json. Each line, or each entry of the JSON list, is one sample; paths are relative to the file:
+A data set is "tiny" (the task of the shipped model, made on the fly), a JSONL file, or a folder that holds
+samples.jsonl or samples.json. Each line, or each entry of the JSON list, is one sample; paths are relative to the file:
 
 {"image": "a.png", "question": "What colour is the ring?", "answer": "purple"}
-{"id": "7", "images": ["a.png", "b.png"], "question": "Which is older?", "choices": ["the first", "the second"], "answer": "B"}
+{"id": "7", "images": ["a.png", "b.png"], "question": "Which is older?", "choices": ["the left", "the right"],
+ "answer": "B"}
 {"video": "a.mp4", "question": "What is said?", "answers": ["hello", "hi"]}
 """
 

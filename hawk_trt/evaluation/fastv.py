@@ -68,14 +68,14 @@ class FastV:
         transformers_logging.set_verbosity(logging.ERROR)  # its notes on config keys are of no use here
         try:
             # eager attention is the one that gives its weights
-            model = AutoModelForImageTextToText.from_pretrained(
+            model: Any = AutoModelForImageTextToText.from_pretrained(
                 str(checkpoint), dtype=torch.float32, attn_implementation="eager"
             )
         except (OSError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{checkpoint}: transformers cannot load it ({error})") from error
         finally:
             transformers_logging.set_verbosity(verbosity)
-        return cls(model.eval().to(device))
+        return cls(model.to(device))  # from_pretrained leaves it in eval mode
 
     @torch.inference_mode()
     def answer(

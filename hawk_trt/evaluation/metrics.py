@@ -17,7 +17,7 @@ _RELATIVE_TOLERANCE = 0.05
 _ANLS_THRESHOLD = 0.5
 _PEOPLE_ENOUGH = 3
 _ARTICLES = {"a", "an", "the"}
-_NUMBER_WORDS = "zero one two three four five six seven eight nine ten".split()
+_NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 

@@ -4,6 +4,7 @@ Its first line says what the results are of; a run of something else is refused.
 one piece as soon as it is known. A line that a kill cut short is dropped when the file is opened again.
 """
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -23,18 +24,30 @@ class ResultLog(Generic[Record]):
         records: what it holds.
     """
 
-    def __init__(self, path: Path, subject: Mapping[str, str], record_type: type[Record]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        subject: Mapping[str, str],
+        record_type: type[Record],
+        *,
+        option: str = "--out",
+        sync: bool = False,
+    ) -> None:
         """Open a log, or begin one.
 
         Args:
             path: the file; its folder is made where there is none.
             subject: what the results are of: model, data set, settings.
             record_type: dataclass of one result.
+            option: of the command line that chooses the file's folder, for messages.
+            sync: wait for the disk itself after each result, so that it also outlives the machine's own death.
 
         Raises:
             InvalidInput: the file holds results of something else, or is no log.
         """
         self.path = path
+        self._option = option
+        self._sync = sync
         self.records: list[Record] = []
         first = msgspec.json.encode(dict(sorted(subject.items())))
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,6 +67,8 @@ class ResultLog(Generic[Record]):
         """Keep a result, on disk before this returns."""
         # One write a line, and no buffer of Python's: what was written stays when the process is killed.
         self._file.write(msgspec.json.encode(record) + b"\n")
+        if self._sync:
+            os.fsync(self._file.fileno())
         self.records.append(record)
 
     def close(self) -> None:
@@ -64,16 +79,20 @@ class ResultLog(Generic[Record]):
         try:
             held = msgspec.json.decode(line, type=dict[str, str])
         except msgspec.MsgspecError as error:
-            raise InvalidInput(f"{self.path}: not a file of results ({error}). Choose another --out") from error
+            raise InvalidInput(
+                f"{self.path}: not a file of results ({error}). Choose another {self._option}"
+            ) from error
         for name in sorted({*held, *subject}):
             if held.get(name) != subject.get(name):
                 raise InvalidInput(
                     f"{self.path}: it holds results of another {name} ({held.get(name)}, not {subject.get(name)}). "
-                    "Choose another --out, or delete it"
+                    f"Choose another {self._option}, or delete it"
                 )
 
     def _read(self, lines: list[bytes], record_type: type[Record]) -> list[Record]:
         try:
             return [msgspec.json.decode(line, type=record_type) for line in lines]
         except msgspec.MsgspecError as error:
-            raise InvalidInput(f"{self.path}: damaged ({error}). Delete it, or choose another --out") from error
+            raise InvalidInput(
+                f"{self.path}: damaged ({error}). Delete it, or choose another {self._option}"
+            ) from error

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -73,40 +74,47 @@ def to_csv(rows: Sequence[Row]) -> str:
     stages = [field.name for field in fields(Timings)]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
+    means = ("num_visual", "num_kept", "num_tokens", "kv_bytes")
+    times = [f"{stage}_ms" for stage in stages]
     writer.writerow(
-        ["selector", "keep_ratio", "samples", "accuracy", "accuracy_low", "accuracy_high", "num_visual", "num_kept"]
-        + ["num_tokens", "kv_bytes", *(f"{stage}_ms" for stage in stages), "on_front"]
+        ("selector", "keep_ratio", "samples", "accuracy", "accuracy_low", "accuracy_high", *means, *times, "on_front")
     )
     for row in rows:
         times = [""] * len(stages) if row.latency_ms is None else [f"{row.latency_ms[stage]:.3f}" for stage in stages]
         accuracy = [f"{value:.4f}" for value in (row.accuracy.mean, row.accuracy.low, row.accuracy.high)]
-        means = [f"{value:.1f}" for value in (row.num_visual, row.num_kept, row.num_tokens, row.kv_bytes)]
-        writer.writerow([row.selector, row.keep_ratio, row.samples, *accuracy, *means, *times, int(row.on_front)])
+        own = [f"{getattr(row, name):.1f}" for name in means]
+        writer.writerow([row.selector, row.keep_ratio, row.samples, *accuracy, *own, *times, int(row.on_front)])
     return text.getvalue()
 
 
 def print_rows(rows: Sequence[Row], console: Console) -> None:
-    """Print the rows as a table."""
-    table = Table(title=f"{max(row.samples for row in rows)} samples; intervals of 95 %; times in ms, medians")
-    for name in ("selector", "keep", "kept", "accuracy"):
-        table.add_column(name, justify="left" if name == "selector" else "right", no_wrap=True)
-    for name in ("vision", "select", "first_layer", "decoder", "decode", "total", "KV, kB"):
-        table.add_column(name, justify="right")
+    """Print the rows as two tables, each of which fits a terminal of 80 columns."""
+    stages = [field.name for field in fields(Timings)]  # the total comes last
+    answers = _table("selector", "keep", "kept", "accuracy [95 %]", "total, ms", "KV, kB")
+    times = _table("median ms", "keep", *stages[:-1])
     for row in rows:
         accuracy = row.accuracy
-        shown = f"{100 * accuracy.mean:.1f} % [{100 * accuracy.low:.1f}, {100 * accuracy.high:.1f}]"
-        stages = ("vision", "select", "first_layer", "decoder", "decode", "total")
-        times = ["-" if row.latency_ms is None else f"{row.latency_ms[stage]:.2f}" for stage in stages]
-        table.add_row(
+        latencies = ["-" if row.latency_ms is None else f"{row.latency_ms[stage]:.2f}" for stage in stages]
+        answers.add_row(
             f"{row.selector}{' *' if row.on_front else ''}",
             f"{row.keep_ratio:g}",
             f"{row.num_kept:.1f} of {row.num_visual:.1f}",
-            shown,
-            *times,
+            f"{100 * accuracy.mean:.1f} % [{100 * accuracy.low:.1f}, {100 * accuracy.high:.1f}]",
+            latencies[-1],
             f"{row.kv_bytes / 1000:.1f}",
         )
-    table.caption = "* no other row is as accurate in less time (the Pareto front)"
-    console.print(table)
+        times.add_row(row.selector, f"{row.keep_ratio:g}", *latencies[:-1])
+    console.print(answers, times)
+    console.print(
+        f"{max(row.samples for row in rows)} samples. * is on the Pareto front: nothing is as accurate in less time."
+    )
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for place, name in enumerate(columns):
+        table.add_column(name, justify="right" if place else "left", no_wrap=True)
+    return table
 
 
 def _row(key: tuple[str, float], trials: Sequence[Trial]) -> Row:

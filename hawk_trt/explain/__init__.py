@@ -24,7 +24,7 @@ class VisualItem:
 
     Attributes:
         kind: "image" or "video".
-        grid: visual tokens in time, height and width; an image has one step in time.
+        grid: visual tokens in time, height and width; an image has one step in time, or one for each of its tiles.
         scores: float32 [time, height, width], HAWK's score of each token.
     """
 

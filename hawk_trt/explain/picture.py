@@ -4,14 +4,15 @@ Columns are the original, the scores and the keep ratios, with the answers above
 the frames of the videos. Small images are scaled up and large ones down, so that text and tokens stay legible.
 """
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 
 import numpy as np
 from PIL import Image, ImageDraw
 
+from hawk_trt.atomic_file import write_atomically
 from hawk_trt.errors import InvalidInput
 from hawk_trt.explain import Explanation, VisualItem
 from hawk_trt.explain.lettering import Lettering
@@ -104,9 +105,9 @@ def render(explanation: Explanation, frames: Sequence[Sequence[Image.Image]], *,
 
 
 def shown_steps(item: VisualItem) -> list[int]:
-    """The steps in time of an item that are drawn: all, or some evenly spaced ones of a longer video."""
+    """The steps of an item that are drawn: all, or some evenly spaced ones of a longer video."""
     count = item.grid[0]
-    if count <= MAX_FRAMES:
+    if item.kind == "image" or count <= MAX_FRAMES:
         return list(range(count))
     return [round(place) for place in np.linspace(0, count - 1, MAX_FRAMES).tolist()]
 
@@ -117,20 +118,9 @@ def save(picture: Image.Image, path: Path) -> None:
     Raises:
         InvalidInput: the path cannot be written.
     """
-    temporary: Path | None = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = Path(file.name)
-            picture.save(file, format="PNG")
-        temporary.chmod(0o644)  # a temporary file is made private
-        temporary.replace(path)
-        temporary = None
-    except OSError as error:
-        raise InvalidInput(f"{path}: the picture cannot be written there ({error.strerror or error})") from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+    png = io.BytesIO()
+    picture.save(png, format="PNG")
+    write_atomically(path, png.getvalue())
 
 
 def _rows(explanation: Explanation, frames: Sequence[Sequence[Image.Image]]) -> list[_Row]:
@@ -145,8 +135,8 @@ def _rows(explanation: Explanation, frames: Sequence[Sequence[Image.Image]]) -> 
         time, height, width = item.grid
         for step, picture in zip(shown, pictures, strict=True):
             place = f"{item.kind} {counts[item.kind]}"
-            if item.kind == "video":
-                place += f", step {step + 1} of {time}"
+            if item.kind == "video" or time > 1:
+                place += f", {'step' if item.kind == 'video' else 'tile'} {step + 1} of {time}"
             if step == shown[0]:
                 place += f": {picture.width} x {picture.height} pixels, {width} x {height} tokens"
             rows.append(_Row(place, picture.convert("RGB"), index, step))

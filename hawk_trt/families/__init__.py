@@ -87,6 +87,9 @@ class Family(Protocol):
             CheckpointError: an id that is no integer.
         """
 
+    def chat_template(self, config: Mapping[str, Any]) -> str | None:
+        """The Jinja of a checkpoint whose own files hold none that knows images; None where they do."""
+
     def vision_spec(self, vision: Mapping[str, Any], hidden_size: int) -> StageSpec:
         """Inputs and outputs of the vision graph."""
 
@@ -140,6 +143,14 @@ class Family(Protocol):
             InvalidInput: frames whose shapes cannot be used.
         """
 
+    def image_parts(
+        self, image: npt.NDArray[np.uint8], count: int, vision: Mapping[str, Any]
+    ) -> Sequence[npt.NDArray[np.uint8]]:
+        """The pictures that the steps of an image's grid show, RGB: the image itself, or its tiles.
+
+        count: steps of its grid_thw.
+        """
+
     def frame_numbers(self, total: int, video_fps: float, fps: float | None, max_frames: int) -> IntArray:
         """Which frames of a video file are taken: int64, ascending.
 
@@ -147,11 +158,17 @@ class Family(Protocol):
         """
 
     def placeholder(
-        self, kind: str, grid: Sequence[int], vision: Mapping[str, Any], special: SpecialTokens
+        self,
+        kind: str,
+        grid: Sequence[int],
+        times: Sequence[float],
+        vision: Mapping[str, Any],
+        special: SpecialTokens,
     ) -> tuple[str | TokenRun, ...]:
         """What the chat template's one placeholder of an image or video becomes: texts and runs of tokens.
 
-        kind: "image" or "video".  grid: its row of grid_thw.
+        kind: "image" or "video".  grid: its row of grid_thw.  times: seconds of each frame of a video, from its
+        start.  What brings tokens around it of its own takes the place of those that the template has around it.
         """
 
     def model_inputs(
@@ -184,12 +201,20 @@ class Family(Protocol):
         """
 
 
+# Close relatives of what is supported, and why they are not.
+_REFUSED = {
+    "Qwen3VLMoeForConditionalGeneration": "Its layers are mixtures of experts; take a dense Qwen3-VL, such as the 8B",
+}
+
+
 def families() -> tuple[Family, ...]:
     """All supported families."""
     from hawk_trt.families.internvl import InternVL  # here, since each family file imports this module
     from hawk_trt.families.qwen2_5_vl import Qwen25VL
+    from hawk_trt.families.qwen2_vl import Qwen2VL
+    from hawk_trt.families.qwen3_vl import Qwen3VL
 
-    return (Qwen25VL(), InternVL())
+    return (Qwen25VL(), Qwen2VL(), Qwen3VL(), InternVL())
 
 
 def family_by_name(name: str) -> Family:
@@ -215,4 +240,5 @@ def family_of(config: Mapping[str, Any]) -> Family:
         if set(got) & set(family.architectures):
             return family
     supported = ", ".join(name for family in families() for name in family.architectures)
-    raise CheckpointError(f"architecture: got {', '.join(got)}, supported are {supported}")
+    reasons = "".join(f". {_REFUSED[name]}" for name in got if name in _REFUSED)
+    raise CheckpointError(f"architecture: got {', '.join(got)}, supported are {supported}{reasons}")

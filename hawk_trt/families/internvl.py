@@ -41,6 +41,10 @@ class InternVL:
         """Ids of the special tokens; see internvl_config.special_tokens."""
         return internvl_config.special_tokens(config, generation, added_tokens)
 
+    def chat_template(self, config: Mapping[str, Any]) -> str | None:
+        """The template of the original checkpoints, whose tokenizer holds one for text alone."""
+        return internvl_config.chat_template(config)
+
     def vision_spec(self, vision: Mapping[str, Any], hidden_size: int) -> StageSpec:
         """Inputs and outputs of the vision graph; num_visual counts the tokens of all tiles, tile after tile."""
         side = vision["image_size"]
@@ -115,6 +119,12 @@ class InternVL:
         """Resize and normalise the frames of one video, one tile each; see internvl_tiles.video_to_tiles."""
         return internvl_tiles.video_to_tiles(frames, settings, vision)
 
+    def image_parts(
+        self, image: npt.NDArray[np.uint8], count: int, vision: Mapping[str, Any]
+    ) -> Sequence[npt.NDArray[np.uint8]]:
+        """The tiles of an image, the thumbnail last; see internvl_tiles.tiles_of."""
+        return list(internvl_tiles.tiles_of(image, count, vision))
+
     def frame_numbers(self, total: int, video_fps: float, fps: float | None, max_frames: int) -> IntArray:
         """The middles of equal parts of the video: 8 of them, or as many as fps asks for."""
         wanted = _DEFAULT_FRAMES if fps is None else int(total / video_fps * fps)
@@ -125,7 +135,12 @@ class InternVL:
         return numbers
 
     def placeholder(
-        self, kind: str, grid: Sequence[int], vision: Mapping[str, Any], special: SpecialTokens
+        self,
+        kind: str,
+        grid: Sequence[int],
+        times: Sequence[float],
+        vision: Mapping[str, Any],
+        special: SpecialTokens,
     ) -> tuple[str | TokenRun, ...]:
         """An image's tiles between <img> and </img>; a video's frames so, each a line that its number begins."""
         if special.image is None or special.vision_start is None or special.vision_end is None:

@@ -18,6 +18,28 @@ _SPELLINGS = {"image": "<IMG_CONTEXT>", "video": "<video>", "vision_start": "<im
 _SIZES = {"depth": "num_hidden_layers", "num_heads": "num_attention_heads"}
 _SAME_SIZES = ("hidden_size", "intermediate_size")
 _MAX_TILES = 12
+# ChatML. The original's code begins with a system turn of its own, the checkpoints of transformers do not; nor do we.
+_TEMPLATE_NAME = "internvl2_5"
+_TEMPLATE = """\
+{%- for message in messages %}
+    {{- '<|im_start|>' + message.role + '\n' }}
+    {%- if message.content is string %}
+        {{- message.content }}
+    {%- else %}
+        {%- for item in message.content %}
+            {%- if item.type == 'text' %}
+                {{- item.text }}
+            {%- else %}
+                {{- {'image': '<IMG_CONTEXT>', 'video': '<video>'}[item.type] + '\n' }}
+            {%- endif %}
+        {%- endfor %}
+    {%- endif %}
+    {{- '<|im_end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\n' }}
+{%- endif %}
+"""
 _NORMS = ("layer_norm", "rms_norm")
 # Settings of which the graphs know one value, which is also what an unsaid one means; by either make's name.
 _FIXED = {
@@ -121,6 +143,11 @@ def special_tokens(
     tokens = qwen_config.special_tokens({**config, "text_config": _text(config)[1]}, generation, known, _SPELLINGS)
     ends = () if tokens.im_end is None or tokens.im_end in tokens.eos else (tokens.im_end,)
     return replace(tokens, video=added_tokens.get(_SPELLINGS["video"]), eos=(*tokens.eos, *ends))
+
+
+def chat_template(config: Mapping[str, Any]) -> str | None:
+    """The Jinja of the "template" that an original checkpoint names; None for another, and for transformers' make."""
+    return _TEMPLATE if config.get("template") == _TEMPLATE_NAME else None
 
 
 def _text(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:

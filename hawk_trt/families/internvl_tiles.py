@@ -19,6 +19,7 @@ from hawk_trt.images import resize
 # ImageNet's, which all checkpoints of the family have.
 _MEAN = (0.485, 0.456, 0.406)
 _STD = (0.229, 0.224, 0.225)
+_BICUBIC = 3
 
 Image = npt.NDArray[np.uint8]
 
@@ -33,7 +34,7 @@ def image_settings(preprocessor: Mapping[str, Any], vision: Mapping[str, Any]) -
     """
     side = vision["image_size"]
     size = preprocessor.get("size") or side
-    sides = {size} if isinstance(size, int) else set(size.values())
+    sides = {size} if isinstance(size, int) else {value for value in size.values() if value is not None}
     if sides != {side}:
         raise wrong("size", size, f"tiles of {side} x {side} pixels, as config.json says")
 
@@ -103,13 +104,25 @@ def images_to_tiles(images: Sequence[Image], settings: ImageSettings, vision: Ma
     tables = value_tables(settings)
     start = 0
     for image, (columns, rows), thumb, count in zip(images, grids, thumbnails, counts, strict=True):
-        whole = resize(image, rows * side, columns * side, settings.resample)
-        cut = whole.reshape(rows, side, columns, side, 3).transpose(0, 2, 1, 3, 4).reshape(-1, side, side, 3)
-        _normalise(cut, tables, pixels[start : start + columns * rows])
+        _normalise(_cut(image, columns, rows, side, settings.resample), tables, pixels[start : start + columns * rows])
         if thumb:
-            _normalise(resize(image, side, side, settings.resample)[None], tables, pixels[start + count - 1 :][:1])
+            _normalise(_cut(image, 1, 1, side, settings.resample), tables, pixels[start + count - 1 : start + count])
         start += count
     return Patches(pixels, tile_grids(counts, vision))
+
+
+def tiles_of(image: Image, count: int, vision: Mapping[str, Any]) -> Image:
+    """The tiles that an image was cut into: uint8 [count, side, side, 3], the thumbnail last.
+
+    Args:
+        image: uint8 [height, width, 3].
+        count: of its tiles, the thumbnail among them.
+        vision: sizes of the vision tower.
+    """
+    side, thumb = vision["image_size"], vision["use_thumbnail"] and count > 1
+    columns, rows = tile_grid(image.shape[0], image.shape[1], side, count - thumb, count - thumb)
+    tiles = _cut(image, columns, rows, side, _BICUBIC)
+    return np.concatenate([tiles, _cut(image, 1, 1, side, _BICUBIC)]) if thumb else tiles
 
 
 def video_to_tiles(frames: Sequence[Image], settings: ImageSettings, vision: Mapping[str, Any]) -> Patches:
@@ -130,7 +143,7 @@ def video_to_tiles(frames: Sequence[Image], settings: ImageSettings, vision: Map
     tables = value_tables(settings)
     for number, frame in enumerate(frames):
         _check(frame)
-        _normalise(resize(frame, side, side, settings.resample)[None], tables, pixels[number : number + 1])
+        _normalise(_cut(frame, 1, 1, side, settings.resample), tables, pixels[number : number + 1])
     return Patches(pixels, tile_grids([len(frames)], vision))
 
 
@@ -138,6 +151,12 @@ def tile_grids(counts: Sequence[int], vision: Mapping[str, Any]) -> IntArray:
     """The grid_thw of items of so many tiles: int64 [items, 3], a tile as a step in time."""
     patches = vision["image_size"] // vision["patch_size"]
     return np.array([(count, patches, patches) for count in counts], dtype=np.int64).reshape(-1, 3)
+
+
+def _cut(image: Image, columns: int, rows: int, side: int, resample: int) -> Image:
+    """Resize to a grid of tiles and cut it: uint8 [tiles, side, side, 3], row by row."""
+    whole = resize(image, rows * side, columns * side, resample)
+    return whole.reshape(rows, side, columns, side, 3).transpose(0, 2, 1, 3, 4).reshape(-1, side, side, 3)
 
 
 def _normalise(tiles: Image, tables: npt.NDArray[np.float32], out: npt.NDArray[np.float32]) -> None:

@@ -47,6 +47,10 @@ class Qwen25VL:
         """Ids of the special tokens; see qwen_config.special_tokens."""
         return qwen_config.special_tokens(config, generation, added_tokens)
 
+    def chat_template(self, config: Mapping[str, Any]) -> str | None:
+        """None: the checkpoints hold it."""
+        return None
+
     def vision_spec(self, vision: Mapping[str, Any], hidden_size: int) -> StageSpec:
         """Inputs and outputs of the vision graph; see qwen_windows.vision_spec."""
         return qwen_windows.vision_spec(vision, hidden_size)
@@ -83,12 +87,23 @@ class Qwen25VL:
         """Resize, normalise and cut the frames of one video; see qwen_patches.video_to_patches."""
         return qwen_patches.video_to_patches(frames, settings, vision)
 
+    def image_parts(
+        self, image: npt.NDArray[np.uint8], count: int, vision: Mapping[str, Any]
+    ) -> Sequence[npt.NDArray[np.uint8]]:
+        """The image itself."""
+        return [image]
+
     def frame_numbers(self, total: int, video_fps: float, fps: float | None, max_frames: int) -> IntArray:
         """Which frames of a video file are taken; see video.sample_indices."""
         return sample_indices(total, video_fps, fps, max_frames)
 
     def placeholder(
-        self, kind: str, grid: Sequence[int], vision: Mapping[str, Any], special: SpecialTokens
+        self,
+        kind: str,
+        grid: Sequence[int],
+        times: Sequence[float],
+        vision: Mapping[str, Any],
+        special: SpecialTokens,
     ) -> tuple[str | TokenRun, ...]:
         """The placeholder once for each visual token."""
         return qwen_positions.placeholder(kind, grid, vision, special)

@@ -59,7 +59,7 @@ def patch_positions(height: int, width: int, merge: int) -> IntArray:
     rows, columns = np.mgrid[:height, :width]
     positions = np.stack((rows, columns), axis=-1).astype(np.int64)
     by_block = positions.reshape(height // merge, merge, width // merge, merge, 2).transpose(0, 2, 1, 3, 4)
-    flat = by_block.reshape(-1, 2)
+    flat: IntArray = by_block.reshape(-1, 2)
     flat.flags.writeable = False  # shared by every call with this size
     return flat
 

@@ -6,7 +6,7 @@ token follow each other. An image fills its temporal patch with itself, a video 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -97,7 +97,10 @@ def images_to_patches(
 
 
 def video_to_patches(
-    frames: Sequence[npt.NDArray[np.uint8]], settings: ImageSettings, vision: Mapping[str, Any]
+    frames: Sequence[npt.NDArray[np.uint8]],
+    settings: ImageSettings,
+    vision: Mapping[str, Any],
+    frame_size: Callable[[int, int], tuple[int, int]] | None = None,
 ) -> Patches:
     """Resize, normalise and cut the frames of one video, going through them once.
 
@@ -107,6 +110,7 @@ def video_to_patches(
         frames: uint8 [height, width, 3] each, all of one size.
         settings: pixel bounds, filter and normalisation of videos.
         vision: sizes of the vision tower.
+        frame_size: height and width of the resized frames from those given; None takes an image's rule.
 
     Raises:
         InvalidInput: no frame, a frame that is not RGB uint8, is too thin or of another size.
@@ -121,7 +125,7 @@ def video_to_patches(
     grid = (steps, 0, 0)
     for number, frame in enumerate(frames):
         if shape is None:
-            tall, wide = _target_size(frame, settings, vision)
+            tall, wide = _target_size(frame, settings, vision, frame_size)
             shape, grid = frame.shape, (steps, tall // patch, wide // patch)
             pixels = np.empty((math.prod(grid), patch_dim(vision)), dtype=np.float32)
         elif frame.shape != shape:
@@ -175,8 +179,15 @@ def _cut(
         out[:, :, :, :, channel, places] = table[blocks[channel]][:, :, :, :, None]
 
 
-def _target_size(image: npt.NDArray[np.uint8], settings: ImageSettings, vision: Mapping[str, Any]) -> tuple[int, int]:
+def _target_size(
+    image: npt.NDArray[np.uint8],
+    settings: ImageSettings,
+    vision: Mapping[str, Any],
+    rule: Callable[[int, int], tuple[int, int]] | None = None,
+) -> tuple[int, int]:
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
         raise InvalidInput(f"image: got {image.dtype}{list(image.shape)}, expected uint8[height, width, 3]")
+    if rule is not None:
+        return rule(image.shape[0], image.shape[1])
     factor = vision["patch_size"] * vision["spatial_merge_size"]
     return smart_resize(image.shape[0], image.shape[1], factor, settings.min_pixels, settings.max_pixels)

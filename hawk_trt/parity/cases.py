@@ -106,7 +106,7 @@ def _random_inputs(
     for kind, shown in patches.items():
         for grid in [] if shown is None else shown.grid_thw.tolist():
             kinds.append(kind)
-            parts = family.placeholder(kind, grid, vision, filled)
+            parts = family.placeholder(kind, grid, [frame / 2 for frame in range(num_frames)], vision, filled)
             if TokenRun(end) not in parts:  # then the templates have the tokens around an image
                 parts = (TokenRun(start), *parts, TokenRun(end))
             for part in parts:

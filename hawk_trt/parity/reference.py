@@ -122,6 +122,11 @@ class Reference:
             raise BackendError(f"torch cannot use device {device!r} ({error})") from error
         return cls(FAMILIES[model_type](model), head_weights, normalization)
 
+    @property
+    def model(self) -> ReferenceModel:
+        """The family's model."""
+        return self._model
+
     @torch.inference_mode()
     def embed(self, inputs: ModelInputs, tokens: PromptTokens) -> EmbeddedPrompt:
         """Run the vision tower and merge its embeddings into the prompt's.

@@ -1,7 +1,7 @@
 """TensorRtBackend: the plans of an engine folder on one GPU, loaded once, and what requests share."""
 
+import traceback
 from collections.abc import Iterable
-from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -12,9 +12,8 @@ from hawk_trt.backends import Visual
 from hawk_trt.backends.cuda import CudaDevice
 from hawk_trt.backends.tensorrt.cache import KVCache
 from hawk_trt.backends.tensorrt.decode import DecodeStep
-from hawk_trt.backends.tensorrt.engine import Context, Engine
+from hawk_trt.backends.tensorrt.engine import Context, Engine, Runtime
 from hawk_trt.backends.tensorrt.generation import TensorRtGeneration
-from hawk_trt.backends.tensorrt.log import Log
 from hawk_trt.backends.tensorrt.memory import Memory, tensor_sizes
 from hawk_trt.backends.tensorrt.staging import Staging
 from hawk_trt.backends.tensorrt.vision import Encoder, TensorRtVisual
@@ -25,7 +24,6 @@ from hawk_trt.layout import PrefillInputs
 from hawk_trt.machine import this_machine
 from hawk_trt.stages import FIRST_LAYER, STAGES
 
-_PLUGIN = ("WeightedTopK", "1", "")  # name, version, namespace
 _SCRATCH = "scratch"
 _CACHE = "cache"
 
@@ -64,32 +62,28 @@ class TensorRtBackend:
         self.max_context = manifest.limits.context
         self.turn = 0
         self.contexts: dict[tuple[str, int], Context] = {}
-        self._runtime: trt.Runtime | None = None
-        with ExitStack() as stack:
-            loaded = self._load_plans(stack)
-            sizes = {
-                _SCRATCH: max(engine.scratch_bytes for engine in loaded.values()),
-                _CACHE: KVCache.size_bytes(manifest),
-                **tensor_sizes(manifest),
-                **Encoder.sizes(engines),
-                **DecodeStep.sizes(engines),
-            }
-            self.memory = Memory(cuda, sizes)
-            self.staging = Staging(cuda)
-            self.events = (cuda.event(), cuda.event())
-            self.cache = KVCache(manifest, self.memory.addresses[_CACHE])
-            self.cache_checked: int | None = None  # the first start zeroes it
-            stack.callback(self.contexts.clear)
-            for stage, engine in loaded.items():
-                for profile in range(len(engine.entry.profiles)):
-                    context = engine.context(profile, self.memory.addresses[_SCRATCH], cuda.stream)
-                    stack.callback(context.close)
-                    self.contexts[stage, profile] = context
-            self.encoder = Encoder(self)
-            self.decode_step = DecodeStep(self)
-            stack.callback(self.decode_step.close)
-            self.staging.synchronize()
-            self._releases: ExitStack | None = stack.pop_all()
+        plans = self._load_plans()
+        sizes = {
+            _SCRATCH: max(engine.scratch_bytes for engine in plans.values()),
+            _CACHE: KVCache.size_bytes(manifest),
+            **tensor_sizes(manifest),
+            **Encoder.sizes(engines),
+            **DecodeStep.sizes(engines),
+        }
+        self.memory = Memory(cuda, sizes)
+        self.staging = Staging(cuda)
+        self.events = (cuda.event(), cuda.event())
+        self.cache = KVCache(manifest, self.memory.addresses[_CACHE])
+        self.cache_checked: int | None = None  # the first start zeroes it
+        for stage, engine in plans.items():
+            for profile in range(len(engine.entry.profiles)):
+                context = engine.context(profile, self.memory.addresses[_SCRATCH], cuda.stream)
+                cuda.on_close(context.close)
+                self.contexts[stage, profile] = context
+        self.encoder = Encoder(self)
+        self.decode_step = DecodeStep(self)
+        cuda.on_close(self.decode_step.close)
+        self.staging.synchronize()
 
     @classmethod
     def load(cls, engines: EngineFolder, device: str, profile: str | None) -> "TensorRtBackend":
@@ -118,7 +112,8 @@ class TensorRtBackend:
             engines.check_machine(this_machine(trt.__version__, cuda.index))
             with cuda.active():
                 return cls(engines, cuda)
-        except BaseException:
+        except BaseException as error:
+            traceback.clear_frames(error.__traceback__)  # they hold TensorRT objects, which go before the context
             cuda.close()
             raise
 
@@ -199,33 +194,21 @@ class TensorRtBackend:
 
     def close(self) -> None:
         """Release everything. Closing again does nothing."""
-        releases, self._releases = self._releases, None
-        if releases is None:
-            return
-        try:
-            with self.cuda.active():
-                releases.close()
-        finally:
-            self.cuda.close()
+        self.cuda.close()
 
-    def _load_plans(self, stack: ExitStack) -> dict[str, Engine]:
+    def _load_plans(self) -> dict[str, Engine]:
         """Deserialise all plans, the plugin before them."""
-        log = Log()
-        self._runtime = trt.Runtime(log)
-        stack.callback(setattr, self, "_runtime", None)
+        runtime = Runtime()
+        self.cuda.on_close(runtime.close)
         plugin = self.engines.plugin
         if plugin is not None:
-            registry = trt.get_plugin_registry()
-            # A library is registered once a process, whichever folder it came from.
-            if registry.get_creator(*_PLUGIN) is None and registry.load_library(str(plugin)) is None:
-                raise BackendError(f"{plugin}: TensorRT cannot load the plugin: {log.take()}. Rebuild: make plugin")
-        loaded = {}
+            runtime.load_plugin(plugin)
+        plans = {}
         for stage in STAGES:
             entry = self.engines.plan(stage)
-            engine = Engine(self._runtime, log, self.engines.folder / entry.file, entry, self.manifest.rebuild)
-            stack.callback(engine.close)
-            loaded[stage] = engine
-        return loaded
+            plans[stage] = runtime.load(self.engines.folder / entry.file, entry, self.manifest.rebuild)
+            self.cuda.on_close(plans[stage].close)
+        return plans
 
     def _restart(self) -> None:
         """End the generation before, and zero the cache where it may hold what is not finite.

@@ -24,6 +24,7 @@ _DTYPES = {
     "INT32": "int32",
     "BOOL": "bool",
 }
+_PLUGIN = ("WeightedTopK", "1", "")  # name, version, namespace
 # What to build with where a dimension is too large.
 _FLAGS = {
     "batch": "--batch",
@@ -31,6 +32,48 @@ _FLAGS = {
     "num_visual": "--max-visual-tokens",
     "num_kept_total": "--max-context",
 }
+
+
+class Runtime:
+    """TensorRT's runtime and its log. Make none without a GPU: its destructor crashes there."""
+
+    def __init__(self) -> None:
+        self._log = Log()
+        self._runtime: trt.Runtime | None = trt.Runtime(self._log)
+
+    def load_plugin(self, library: Path) -> None:
+        """Register the plugin. A process does so once, whichever folder the library came from.
+
+        Raises:
+            BackendError: TensorRT cannot load it.
+        """
+        registry = trt.get_plugin_registry()
+        if registry.get_creator(*_PLUGIN) is None and registry.load_library(str(library)) is None:
+            raise BackendError(f"{library}: TensorRT cannot load the plugin: {self._log.take()}. Rebuild: make plugin")
+
+    def load(self, path: Path, entry: PlanEntry, rebuild: str) -> "Engine":
+        """Deserialise a plan, memory-mapped: reading it would double it in memory.
+
+        Args:
+            path: the plan.
+            entry: what engines.json says about it.
+            rebuild: the command that makes it anew, for errors.
+
+        Raises:
+            BackendError: TensorRT cannot load it.
+        """
+        assert self._runtime is not None
+        self._log.take()  # what was said before is not the reason for what comes
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
+            engine = self._runtime.deserialize_cuda_engine(plan)
+        if engine is None:
+            reason = self._log.take()
+            raise BackendError(f"{path}: TensorRT {trt.__version__} cannot load it: {reason}. Rebuild: {rebuild}")
+        return Engine(engine, self._log, entry, rebuild)
+
+    def close(self) -> None:
+        """Release it; its engines must be gone."""
+        self._runtime = None
 
 
 class Engine:
@@ -41,21 +84,13 @@ class Engine:
         scratch_bytes: device memory that a context needs while it runs.
     """
 
-    def __init__(self, runtime: trt.Runtime, log: Log, path: Path, entry: PlanEntry, rebuild: str) -> None:
+    def __init__(self, engine: trt.ICudaEngine, log: Log, entry: PlanEntry, rebuild: str) -> None:
         self.entry = entry
+        self._engine: trt.ICudaEngine | None = engine
         self._log = log
         self._rebuild = rebuild
-        log.take()  # what was said before is not the reason for what comes
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
-            self._engine: trt.ICudaEngine | None = runtime.deserialize_cuda_engine(plan)
-        if self._engine is None:
-            raise BackendError(f"{path}: TensorRT {trt.__version__} cannot load it: {log.take()}. Rebuild: {rebuild}")
-        try:
-            self._check_interface(self._engine)
-        except BackendError:
-            self.close()
-            raise
-        self.scratch_bytes = int(self._engine.device_memory_size_v2)
+        self._check_interface(engine)
+        self.scratch_bytes = int(engine.device_memory_size_v2)
 
     def context(self, profile: int, scratch: int, stream: int) -> "Context":
         """An execution context for an optimization profile.

@@ -1,25 +1,28 @@
-"""The small files of a checkpoint that go into the bundle: configs, tokenizer, chat template, preprocessor.
+"""The small files of a checkpoint beside its weights: configs, tokenizer, chat template, preprocessor.
 
-In: a checkpoint folder. Out: copies in the bundle, as they are. None but config.json must be there: without a
-tokenizer or a preprocessor config the bundle takes tensors only.
+In: a checkpoint folder. Out: their contents, as a bundle holds them. None but config.json must be there: without a
+tokenizer or a preprocessor config only tensors can be prompts.
 """
 
 import json
 from pathlib import Path
+from typing import Any
 
-from export.checkpoint import CONFIG, GENERATION_CONFIG, read_json
 from hawk_trt.errors import CheckpointError
 
-_TOKENIZER = "tokenizer.json"
+CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
+TOKENIZER = "tokenizer.json"
+_TEMPLATE = "chat_template.jinja"
 _PREPROCESSOR = "preprocessor_config.json"
 # What transformers 5 writes instead of preprocessor_config.json, which is its "image_processor".
 _PROCESSOR = "processor_config.json"
 SIDECARS = (
     CONFIG,
     GENERATION_CONFIG,
-    _TOKENIZER,
+    TOKENIZER,
     "tokenizer_config.json",
-    "chat_template.jinja",
+    _TEMPLATE,
     "chat_template.json",
     _PREPROCESSOR,
     "video_preprocessor_config.json",
@@ -27,24 +30,26 @@ SIDECARS = (
 )
 
 
-def copy_sidecars(checkpoint: Path, folder: Path) -> list[str]:
-    """Copy what is there of SIDECARS; preprocessor_config.json is taken from processor_config.json if need be.
+def read_sidecars(checkpoint: Path, template: str | None = None) -> dict[str, bytes]:
+    """The contents of what is there of SIDECARS, by name.
 
-    Returns:
-        The names of the files written.
+    preprocessor_config.json is taken from processor_config.json if need be.
+
+    Args:
+        checkpoint: its folder.
+        template: taken as chat_template.jinja where the checkpoint has no such file.
 
     Raises:
-        CheckpointError: a file of the checkpoint cannot be read.
-        OSError: writing failed.
+        CheckpointError: a file cannot be read.
     """
     contents = {name: _read(checkpoint / name) for name in SIDECARS if (checkpoint / name).is_file()}
     if _PROCESSOR in contents and _PREPROCESSOR not in contents:
         image_processor = read_json(checkpoint / _PROCESSOR).get("image_processor")
         if image_processor:
             contents[_PREPROCESSOR] = json.dumps(image_processor, indent=2).encode()
-    for name, content in contents.items():
-        (folder / name).write_bytes(content)
-    return list(contents)
+    if template is not None and TOKENIZER in contents:
+        contents.setdefault(_TEMPLATE, template.encode())
+    return contents
 
 
 def added_tokens(checkpoint: Path) -> dict[str, int]:
@@ -53,13 +58,28 @@ def added_tokens(checkpoint: Path) -> dict[str, int]:
     Raises:
         CheckpointError: tokenizer.json is damaged.
     """
-    path = checkpoint / _TOKENIZER
+    path = checkpoint / TOKENIZER
     if not path.is_file():
         return {}
     try:
         return {str(token["content"]): int(token["id"]) for token in read_json(path).get("added_tokens") or ()}
     except (TypeError, KeyError, ValueError) as error:
         raise CheckpointError(f"{path}: its added_tokens are damaged ({error!r}), expected content and id") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of a checkpoint.
+
+    Raises:
+        CheckpointError: it cannot be read or holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: got {type(content).__name__}, expected a JSON object")
+    return content
 
 
 def _read(path: Path) -> bytes:

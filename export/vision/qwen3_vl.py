@@ -1,0 +1,84 @@
+"""Vision graph of Qwen3-VL: frames of one size in, visual tokens and DeepStack's features of them out.
+
+A learned table of positions is added to the patches, resampled by the places and weights that the host gives. Behind
+some blocks a merger of its own makes features that the language model's first layers add.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import onnx_ir as ir
+
+from export import shapes
+from export.graph import GraphBuilder, Weights
+from export.layers import layer_norm
+from export.shapes import Shapes
+from export.vision import frame_tower
+from export.vision.activations import gelu_tanh
+from hawk_trt.stages import VISION, StageSpec
+
+WEIGHT_FILE = f"{VISION}.data"
+_MLP = frame_tower.Mlp("linear_fc1", "linear_fc2", gelu_tanh)
+
+
+def qwen3_vl_shapes(vision: Mapping[str, Any]) -> Shapes:
+    """Names and shapes of all tensors of the vision tower."""
+    dim, out = vision["hidden_size"], vision["out_hidden_size"]
+    merged = dim * vision["spatial_merge_size"] ** 2
+    mergers = [f"visual.deepstack_merger_list.{level}" for level in range(len(vision["deepstack_visual_indexes"]))]
+    found = frame_tower.tower_shapes(vision, _MLP, patch_bias=True)
+    found["visual.pos_embed.weight"] = (vision["num_position_embeddings"], dim)
+    for merger, norm_size in (("visual.merger", dim), *((name, merged) for name in mergers)):
+        found |= shapes.layer_norm(f"{merger}.norm", norm_size)
+        found |= shapes.linear(f"{merger}.linear_fc1", merged, merged)
+        found |= shapes.linear(f"{merger}.linear_fc2", out, merged)
+    return found
+
+
+def build_qwen3_vl_vision(
+    spec: StageSpec, vision: Mapping[str, Any], dtype: str, profile: str, weights: Weights
+) -> ir.Model:
+    """Build the vision graph of a profile."""
+    g = GraphBuilder(VISION, dtype, profile, weights, WEIGHT_FILE)
+    inputs = g.inputs(spec)
+    shared = frame_tower.frames(g, inputs, vision)
+    x = _add_places(g, frame_tower.patch_embed(g, inputs["pixel_values"], vision), inputs, vision["hidden_size"])
+    deepstack = vision["deepstack_visual_indexes"]
+    levels: list[ir.Value] = []
+    for number in range(vision["depth"]):
+        x = frame_tower.block(g, x, shared, number, _MLP)
+        if number in deepstack:
+            level = len(levels)
+            with g.scope(f"deepstack_merger_list.{level}"):
+                features = _merger(g, x, f"visual.deepstack_merger_list.{level}", vision, norm_merged=True)
+                levels.append(g.unsqueeze(features, 0, name="level"))
+    with g.scope("merger"):
+        outputs = {"visual_embeds": _merger(g, x, "visual.merger", vision, norm_merged=False)}
+    if levels:
+        outputs["deepstack_embeds"] = g.op("Concat", *levels, axis=0, name="deepstack_embeds")
+    g.outputs(spec, outputs)
+    return g.model()
+
+
+def _add_places(g: GraphBuilder, x: ir.Value, inputs: dict[str, ir.Value], dim: int) -> ir.Value:
+    """Add the resampled table of positions to every frame. x: [num_frames * num_patches, dim], residual dtype."""
+    with g.scope("pos_embed"):
+        rows = g.op("Gather", g.weight("visual.pos_embed.weight"), inputs["place_index"], axis=0, name="neighbours")
+        rows = g.cast(rows, g.dtype, "float32", "neighbours_float32")  # [num_patches, 4, dim]
+        weighted = g.op("Mul", rows, g.unsqueeze(inputs["place_weight"], 2, name="weights"), name="weighted")
+        places = g.op("ReduceSum", weighted, g.ints(1), keepdims=0, name="places")  # [num_patches, dim]
+        by_frame = g.op("Shape", inputs["pixel_values"], start=0, end=2, name="frame_shape")
+        by_frame = g.op("Concat", by_frame, g.ints(dim), axis=0, name="by_frame_shape")
+        frames = g.op("Reshape", x, by_frame, name="by_frame")
+        placed = g.op("Add", frames, g.cast(places, "float32", g.residual, "places_residual"), name="add_places")
+        return g.reshape(placed, -1, dim, name="flat")
+
+
+def _merger(g: GraphBuilder, x: ir.Value, weight: str, vision: Mapping[str, Any], *, norm_merged: bool) -> ir.Value:
+    """Patches to tokens, [num_visual, hidden], normed before the patches of a block are joined or after."""
+    merged = vision["hidden_size"] * vision["spatial_merge_size"] ** 2
+    if norm_merged:
+        h = layer_norm(g, g.reshape(x, -1, merged, name="merge"), f"{weight}.norm", frame_tower.NORM_EPSILON, "norm")
+    else:
+        h = g.reshape(layer_norm(g, x, f"{weight}.norm", frame_tower.NORM_EPSILON, "norm"), -1, merged, name="merge")
+    return frame_tower.merger(g, h, f"{weight}.linear_fc1", f"{weight}.linear_fc2")

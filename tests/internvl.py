@@ -1,0 +1,141 @@
+"""Small random InternVL checkpoints, saved by transformers, and the same ones as the original make has them."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+TINY_VLM = Path(__file__).parent.parent / "examples" / "tiny-vlm"
+TILE_PX, TILE_TOKENS = 56, 4
+START, END, CONTEXT, VIDEO = 464, 465, 466, 467  # behind the shipped tokenizer's own
+IM_END, VOCAB_SIZE = 458, 467  # <video> is in templates alone, so it needs no embedding
+
+# As transformers' checkpoints have it; the jinja is ours.
+TEMPLATE = (
+    "{% for turn in messages %}<|im_start|>{{ turn.role }}\n"
+    "{% if turn.content is string %}{{ turn.content }}{% else %}{% for part in turn.content %}"
+    "{% if part.type == 'image' %}{{ '<IMG_CONTEXT>\n' }}{% elif part.type == 'video' %}{{ '<video>\n' }}"
+    "{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# transformers' names in what the original calls them, after the prefixes.
+_ORIGINAL = (
+    ("embeddings.cls_token", "embeddings.class_embedding"),
+    ("embeddings.position_embeddings", "embeddings.position_embedding"),
+    ("embeddings.patch_embeddings.projection", "embeddings.patch_embedding"),
+    ("encoder.layer.", "encoder.layers."),
+    ("attention.projection_layer", "attn.proj"),
+    ("attention.", "attn."),
+    ("layernorm_before", "norm1"),
+    ("layernorm_after", "norm2"),
+    ("lambda_", "ls"),
+)
+_PROJECTOR = {"layer_norm": "mlp1.0", "linear_1": "mlp1.1", "linear_2": "mlp1.3"}
+
+
+def save_checkpoint(folder, *, tied=False, seed=0, **tower):
+    """A random float32 model with tokenizer, template and preprocessor config; tower: more vision settings."""
+    import torch
+    from transformers import InternVLConfig, InternVLForConditionalGeneration, InternVLVisionConfig, Qwen2Config
+
+    torch.manual_seed(seed)
+    text = Qwen2Config(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=VOCAB_SIZE,
+        max_position_embeddings=4096,
+        rope_scaling={"factor": 2.0, "rope_type": "dynamic", "type": "dynamic"},
+        rope_theta=1e6,
+        tie_word_embeddings=tied,
+        eos_token_id=IM_END,
+    )
+    vision = InternVLVisionConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=48,
+        image_size=[TILE_PX, TILE_PX],
+        patch_size=[14, 14],
+        **{"attention_bias": True} | tower,
+    )
+    config = InternVLConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=CONTEXT,
+        image_seq_length=TILE_TOKENS,
+        tie_word_embeddings=tied,
+    )
+    model = InternVLForConditionalGeneration(config)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.copy_(float("norm" in name and name.endswith("weight")) + 0.15 * torch.randn(weight.shape))
+    model.save_pretrained(folder)
+    _write_texts(folder)
+    write(folder / "chat_template.jinja", TEMPLATE)
+    return folder
+
+
+def save_original(converted, folder):
+    """The checkpoint of save_checkpoint as the original make has it."""
+    tensors = load_file(converted / "model.safetensors")
+    renamed = {}
+    for name, tensor in tensors.items():
+        new = name.removeprefix("model.")
+        if new.startswith("multi_modal_projector."):
+            part, kind = new.removeprefix("multi_modal_projector.").split(".")
+            new = f"{_PROJECTOR[part]}.{kind}"
+        elif new.startswith("vision_tower."):
+            new = "vision_model." + new.removeprefix("vision_tower.")
+            for theirs, original in _ORIGINAL:
+                new = new.replace(theirs, original)
+        renamed[new] = tensor
+    for name in [name for name in renamed if ".attn.q_proj." in name]:
+        parts = [renamed.pop(name.replace("q_proj", f"{letter}_proj")) for letter in "qkv"]
+        renamed[name.replace("q_proj", "qkv")] = np.concatenate(parts)
+    folder.mkdir()
+    save_file(renamed, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((converted / "config.json").read_text())
+    text, vision = config["text_config"], config["vision_config"]
+    rope = text.pop("rope_parameters")
+    text |= {"architectures": ["Qwen2ForCausalLM"], "rope_theta": rope["rope_theta"], "eos_token_id": 456}
+    text["rope_scaling"] = {"factor": 2.0, "rope_type": "dynamic", "type": "dynamic"}
+    vision |= {"qkv_bias": vision.pop("attention_bias"), "qk_normalization": vision.pop("use_qk_norm")}
+    vision |= {"image_size": TILE_PX, "patch_size": 14}
+    original = {
+        "architectures": ["InternVLChatModel"],
+        "model_type": "internvl_chat",
+        "llm_config": text,
+        "vision_config": vision,
+        "downsample_ratio": 0.5,
+        "force_image_size": TILE_PX,
+        "ps_version": "v2",
+        "select_layer": -1,
+        "min_dynamic_patch": 1,
+        "max_dynamic_patch": 12,
+        "use_thumbnail": True,
+        "template": "internvl2_5",
+        "tie_word_embeddings": config["tie_word_embeddings"],
+    }
+    write(folder / "config.json", json.dumps(original))
+    _write_texts(folder, size=TILE_PX)
+    return folder
+
+
+def _write_texts(folder, size=None):
+    tokenizer = json.loads((TINY_VLM / "tokenizer.json").read_text())
+    for index, content in ((START, "<img>"), (END, "</img>"), (CONTEXT, "<IMG_CONTEXT>"), (VIDEO, "<video>")):
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        tokenizer["added_tokens"].append({"id": index, "content": content, "special": True, **flags})
+    write(folder / "tokenizer.json", json.dumps(tokenizer))
+    size = size or {"height": TILE_PX, "width": TILE_PX}
+    mean = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+    write(folder / "preprocessor_config.json", json.dumps({"size": size, "crop_to_patches": False, **mean}))
+
+
+def write(path, content):
+    """Write a text file."""
+    path.write_text(content, encoding="utf-8")

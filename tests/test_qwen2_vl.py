@@ -1,0 +1,243 @@
+"""Qwen2-VL: against transformers' own model, unpruned and with HAWK inserted, and its processors."""
+
+import dataclasses
+import json
+
+import numpy as np
+import onnx
+import pytest
+
+from export.__main__ import main as export
+from hawk_trt import Pipeline, PruningConfig
+from hawk_trt.cli import main as hawk_trt
+from hawk_trt.errors import CheckpointError
+from hawk_trt.families import family_by_name, family_of
+from hawk_trt.parity.prompt_rules import PromptTokens
+from hawk_trt.stages import DTYPES, PROFILES
+from image_processors import check_patches
+from random_models import (
+    EOS,
+    IM_END,
+    IM_END_OPTION,
+    IMAGE,
+    TOKEN_IDS,
+    VIDEO,
+    VISION_END,
+    VOCAB,
+    generate,
+    prompt,
+    save_random,
+)
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+import transformers
+
+from hawk_trt.parity.reference import Reference
+
+FAMILY = family_by_name("qwen2_vl")
+TOKENS = PromptTokens(image=IMAGE, video=VIDEO, vision_end=VISION_END, im_start=None, im_end=IM_END)
+STEPS = 5
+# A video of more frames than tokens on a side: there transformers 5 leaves the documented rule, so that only the
+# reference, which is given that rule's positions, is compared.
+LONG_VIDEO = {"videos": [(7, 4, 8)]}
+PROMPTS = {
+    "one image": {"images": [(1, 8, 12)]},
+    "several images": {"images": [(1, 8, 12), (1, 8, 12), (1, 4, 6)]},
+    "video": {"videos": [(3, 8, 8)]},
+    "image and videos": {"images": [(1, 8, 4)], "videos": [(2, 4, 8), (2, 6, 6)]},
+    "no image": {},
+}
+
+# config.json of Qwen2-VL-2B-Instruct and Qwen2-VL-7B-Instruct, without what no graph depends on.
+QWEN2_VL_2B = {
+    "architectures": ["Qwen2VLForConditionalGeneration"],
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "vision_start_token_id": 151652,
+    "vision_end_token_id": 151653,
+    "vision_token_id": 151654,
+    "image_token_id": 151655,
+    "video_token_id": 151656,
+    "hidden_act": "silu",
+    "hidden_size": 1536,
+    "intermediate_size": 8960,
+    "max_position_embeddings": 32768,
+    "max_window_layers": 28,
+    "model_type": "qwen2_vl",
+    "num_attention_heads": 12,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+    "rope_theta": 1000000.0,
+    "sliding_window": 32768,
+    "tie_word_embeddings": True,
+    "use_sliding_window": False,
+    "vision_config": {"hidden_size": 1536, "in_chans": 3, "model_type": "qwen2_vl", "spatial_patch_size": 14},
+    "vocab_size": 151936,
+}
+QWEN2_VL_7B = QWEN2_VL_2B | {
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "tie_word_embeddings": False,
+    "vision_config": {"in_chans": 3, "model_type": "qwen2_vl", "spatial_patch_size": 14},
+    "vocab_size": 152064,
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
+    config = transformers.Qwen2VLConfig(
+        text_config={
+            "vocab_size": VOCAB,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-6,
+            "rope_parameters": rope,
+            "bos_token_id": None,
+            "eos_token_id": EOS,
+        },
+        vision_config={"depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "mlp_ratio": 2},
+        **TOKEN_IDS,
+    )
+    model = transformers.Qwen2VLForConditionalGeneration(config).eval()
+    return save_random(model, tmp_path_factory.mktemp("qwen2_vl") / "checkpoint", 1), model
+
+
+@pytest.fixture(scope="module")
+def bundle(checkpoint, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("qwen2_vl") / "bundle"
+    assert export([str(checkpoint[0]), "--out", str(folder), *IM_END_OPTION]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reference(checkpoint):
+    return Reference.load(checkpoint[0], head_weights=(0.25,) * 4, normalization="l2")
+
+
+@pytest.fixture(scope="module", params=PROFILES)
+def pipe(request, bundle):
+    with Pipeline.load(bundle, profile=request.param) as pipe:
+        yield pipe
+
+
+def run(pipe, inputs, keep_ratio):
+    pruning = PruningConfig(keep_ratio=keep_ratio)
+    return pipe.generate(inputs, pruning=pruning, max_new_tokens=STEPS, ignore_eos=True, return_logits=True)
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_unpruned_it_generates_what_transformers_generates(pipe, checkpoint, name):
+    inputs = prompt(1176, **PROMPTS[name])
+    tokens, logits = generate(checkpoint[1], inputs, STEPS)
+    result = run(pipe, inputs, 1.0)
+    assert result.token_ids == tokens
+    np.testing.assert_allclose(result.logits, logits, rtol=0, atol=1e-3)  # 1e-5 seen
+
+
+@pytest.mark.parametrize("keep_ratio", [1.0, 0.3])
+@pytest.mark.parametrize("name", [*PROMPTS, "long video"])
+def test_it_equals_hawk_in_transformers(pipe, reference, name, keep_ratio):
+    inputs = prompt(1176, **(PROMPTS | {"long video": LONG_VIDEO})[name], seed=1)
+    result = run(pipe, inputs, keep_ratio)
+    expected = reference.run(reference.embed(inputs, TOKENS), PruningConfig(keep_ratio=keep_ratio), steps=STEPS)
+    np.testing.assert_array_equal(result.kept_indices, expected.kept_indices)
+    np.testing.assert_allclose(result.scores, expected.scores, rtol=0, atol=1e-5)
+    assert result.token_ids == list(expected.tokens)
+    np.testing.assert_allclose(result.logits, expected.logits, rtol=0, atol=1e-3)
+
+
+def test_a_batch_equals_its_rows_one_by_one(pipe):
+    rows = [prompt(1176, **shown, seed=number) for number, shown in enumerate(PROMPTS.values())]
+    options = {"pruning": PruningConfig(keep_ratio=0.3), "max_new_tokens": STEPS, "ignore_eos": True}
+    for inputs, result in zip(rows, pipe.generate_batch(rows, **options, return_logits=True), strict=True):
+        alone = run(pipe, inputs, 0.3)
+        assert result.token_ids == alone.token_ids
+        np.testing.assert_array_equal(result.kept_indices, alone.kept_indices)
+        np.testing.assert_allclose(result.logits, alone.logits, rtol=0, atol=1e-4)
+
+
+def test_how_long_a_frame_lasts_makes_no_difference(pipe):
+    inputs = prompt(1176, **PROMPTS["video"])
+    slow = dataclasses.replace(inputs, second_per_grid_ts=[3.7])
+    np.testing.assert_array_equal(run(pipe, inputs, 0.3).logits, run(pipe, slow, 0.3).logits)
+    times = pipe.layout(inputs).position_ids[0][inputs.input_ids == VIDEO]
+    assert (np.unique(times) - times[0]).tolist() == [0, 1, 2]
+
+
+def test_the_parity_command_agrees(bundle, checkpoint, capsys):
+    command = ["parity", str(bundle), "--checkpoint", str(checkpoint[0]), "--keep-ratio", "0.3", "--steps", "2"]
+    assert hawk_trt([*command, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["passed"]
+
+
+def test_every_graph_passes_the_checker_and_strict_shape_inference(checkpoint, tmp_path):
+    for dtype in DTYPES:
+        assert export([str(checkpoint[0]), "--out", str(tmp_path / dtype), "--dtype", dtype, *IM_END_OPTION]) == 0
+    files = sorted(tmp_path.glob("*/*.onnx"))
+    assert len(files) == 3 * 6
+    for file in files:
+        onnx.checker.check_model(file, full_check=True)
+        onnx.shape_inference.infer_shapes_path(
+            file, tmp_path / "inferred.onnx", check_type=True, strict_mode=True, data_prop=True
+        )
+    with Pipeline.load(tmp_path / "float16") as half, Pipeline.load(tmp_path / "float32") as full:
+        inputs = prompt(1176, **PROMPTS["several images"])
+        one, other = run(half, inputs, 1.0), run(full, inputs, 1.0)
+        np.testing.assert_allclose(one.scores, other.scores, rtol=0, atol=5e-3)
+        assert np.corrcoef(one.logits[0], other.logits[0])[0, 1] > 0.999
+
+
+@pytest.mark.parametrize(
+    ("config", "language", "vision"),
+    [(QWEN2_VL_2B, (1536, 28, 12, 2, True), 1536), (QWEN2_VL_7B, (3584, 28, 28, 4, False), 3584)],
+    ids=["2B", "7B"],
+)
+def test_the_released_configs_are_read(config, language, vision):
+    assert family_of(config).name == "qwen2_vl"
+    sizes = FAMILY.language_config(config)
+    got = (sizes.hidden_size, sizes.num_hidden_layers, sizes.num_attention_heads, sizes.num_key_value_heads)
+    assert (*got, sizes.tie_word_embeddings) == language
+    assert (sizes.head_dim, sizes.mrope_section, sizes.rope_theta) == (128, (16, 24, 24), 1e6)
+    assert not (sizes.qk_norm or sizes.mrope_interleaved or sizes.deepstack_levels)
+    assert FAMILY.vision_config(config) == {
+        "depth": 32, "hidden_size": 1280, "intermediate_size": 5120, "num_heads": 16, "in_channels": 3,
+        "patch_size": 14, "temporal_patch_size": 2, "spatial_merge_size": 2, "out_hidden_size": vision,
+        "rope_theta": 10000.0,
+    }  # fmt: skip
+
+
+def test_the_defaults_are_those_of_transformers():
+    read = FAMILY.vision_config(QWEN2_VL_7B)
+    default = transformers.Qwen2VLConfig(**QWEN2_VL_7B).vision_config
+    assert (read["depth"], read["hidden_size"], read["out_hidden_size"]) == (
+        default.depth, default.embed_dim, default.hidden_size,
+    )  # fmt: skip
+    assert read["intermediate_size"] == default.embed_dim * default.mlp_ratio
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("hidden_act", "gelu"), ("embed_dim", 0), ("hidden_size", 1000), ("num_heads", 3)]
+)
+def test_a_vision_setting_that_cannot_be_used_is_named(key, value):
+    config = QWEN2_VL_7B | {"vision_config": QWEN2_VL_7B["vision_config"] | {key: value}}
+    with pytest.raises(CheckpointError, match=rf"vision_config\.({key}|out_hidden_size)"):
+        FAMILY.vision_config(config)
+
+
+SIZES = [(28, 28), (57, 91), (224, 224), (333, 500), (768, 900), (30, 900), (999, 1500)]
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_patches_equal_those_of_transformers(size):
+    bounds = {"min_pixels": 3136, "max_pixels": 602112}
+    check_patches(FAMILY, FAMILY.vision_config(QWEN2_VL_2B), bounds, size)

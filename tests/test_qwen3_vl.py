@@ -1,0 +1,408 @@
+"""Qwen3-VL: against transformers' own model, unpruned and with HAWK inserted, and its processors."""
+
+import importlib
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import onnx
+import pytest
+
+from export.__main__ import main as export
+from hawk_trt import Pipeline, PruningConfig
+from hawk_trt.bundle import SpecialTokens
+from hawk_trt.cli import main as hawk_trt
+from hawk_trt.errors import CheckpointError, InvalidInput
+from hawk_trt.families import TokenRun, family_by_name, family_of
+from hawk_trt.families.qwen3_video import frame_numbers, frame_size, video_text
+from hawk_trt.families.qwen3_vl import interpolation
+from hawk_trt.hawk import head_scores, normalize
+from hawk_trt.images import resize
+from hawk_trt.parity.prompt_rules import PromptTokens
+from hawk_trt.stages import DTYPES, PROFILES
+from image_processors import check_patches
+from random_models import (
+    EOS,
+    IM_END,
+    IM_END_OPTION,
+    IMAGE,
+    TOKEN_IDS,
+    VIDEO,
+    VISION_END,
+    VISION_START,
+    VOCAB,
+    generate,
+    prompt,
+    save_random,
+)
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+import torch
+import transformers
+
+from hawk_trt.parity.reference import Reference
+
+FAMILY = family_by_name("qwen3_vl")
+PATCH_DIM = 1536
+TOKENS = PromptTokens(image=IMAGE, video=VIDEO, vision_end=VISION_END, im_start=None, im_end=IM_END)
+STEPS = 5
+PROMPTS = {
+    "one image": {"images": [(1, 8, 12)]},
+    "several images": {"images": [(1, 8, 12), (1, 8, 12), (1, 4, 6)]},
+    "video": {"videos": [(3, 8, 8)], "frame_spans": True},
+    "long video": {"videos": [(7, 4, 8)], "frame_spans": True},
+    "image and videos": {"images": [(1, 8, 4)], "videos": [(2, 4, 8), (2, 6, 6)], "frame_spans": True},
+    "no image": {},
+}
+
+# config.json of Qwen3-VL-4B-Instruct and Qwen3-VL-8B-Instruct, without what no graph depends on.
+QWEN3_VL_8B = {
+    "architectures": ["Qwen3VLForConditionalGeneration"],
+    "image_token_id": 151655,
+    "model_type": "qwen3_vl",
+    "text_config": {
+        "attention_bias": False,
+        "bos_token_id": 151643,
+        "dtype": "bfloat16",
+        "eos_token_id": 151645,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "max_position_embeddings": 262144,
+        "model_type": "qwen3_vl_text",
+        "num_attention_heads": 32,
+        "num_hidden_layers": 36,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": {"mrope_interleaved": True, "mrope_section": [24, 20, 20], "rope_type": "default"},
+        "rope_theta": 5000000,
+        "use_cache": True,
+        "vocab_size": 151936,
+    },
+    "tie_word_embeddings": False,
+    "video_token_id": 151656,
+    "vision_config": {
+        "deepstack_visual_indexes": [8, 16, 24],
+        "depth": 27,
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_size": 1152,
+        "in_channels": 3,
+        "intermediate_size": 4304,
+        "model_type": "qwen3_vl",
+        "num_heads": 16,
+        "num_position_embeddings": 2304,
+        "out_hidden_size": 4096,
+        "patch_size": 16,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+    },
+    "vision_end_token_id": 151653,
+    "vision_start_token_id": 151652,
+}
+QWEN3_VL_4B = QWEN3_VL_8B | {
+    "text_config": QWEN3_VL_8B["text_config"]
+    | {"hidden_size": 2560, "intermediate_size": 9728, "tie_word_embeddings": True},
+    "tie_word_embeddings": True,
+    "vision_config": QWEN3_VL_8B["vision_config"]
+    | {
+        "deepstack_visual_indexes": [5, 11, 17],
+        "depth": 24,
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "out_hidden_size": 2560,
+    },
+}
+PREPROCESSOR = {
+    "size": {"longest_edge": 16777216, "shortest_edge": 65536},
+    "patch_size": 16,
+    "temporal_patch_size": 2,
+    "merge_size": 2,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    rope = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [4, 2, 2], "mrope_interleaved": True}
+    config = transformers.Qwen3VLConfig(
+        text_config={
+            "vocab_size": VOCAB,
+            "hidden_size": 48,
+            "intermediate_size": 96,
+            "num_hidden_layers": 5,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-6,
+            "rope_parameters": rope,
+            "bos_token_id": None,
+            "eos_token_id": EOS,
+        },
+        vision_config={
+            "depth": 4,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_heads": 2,
+            "out_hidden_size": 48,
+            "num_position_embeddings": 36,
+            "deepstack_visual_indexes": [0, 1, 3],
+        },
+        **TOKEN_IDS,
+    )
+    model = transformers.Qwen3VLForConditionalGeneration(config).eval()
+    return save_random(model, tmp_path_factory.mktemp("qwen3_vl") / "checkpoint", 1), model
+
+
+@pytest.fixture(scope="module")
+def bundle(checkpoint, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("qwen3_vl") / "bundle"
+    assert export([str(checkpoint[0]), "--out", str(folder), *IM_END_OPTION]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reference(checkpoint):
+    return Reference.load(checkpoint[0], head_weights=(0.25,) * 4, normalization="l2")
+
+
+@pytest.fixture(scope="module", params=PROFILES)
+def pipe(request, bundle):
+    with Pipeline.load(bundle, profile=request.param) as pipe:
+        yield pipe
+
+
+def run(pipe, inputs, keep_ratio):
+    pruning = PruningConfig(keep_ratio=keep_ratio)
+    return pipe.generate(inputs, pruning=pruning, max_new_tokens=STEPS, ignore_eos=True, return_logits=True)
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_unpruned_it_generates_what_transformers_generates(pipe, checkpoint, name):
+    inputs = prompt(PATCH_DIM, **PROMPTS[name])
+    tokens, logits = generate(checkpoint[1], inputs, STEPS)
+    result = run(pipe, inputs, 1.0)
+    assert result.token_ids == tokens
+    np.testing.assert_allclose(result.logits, logits, rtol=0, atol=1e-3)  # 1e-5 seen
+
+
+@pytest.mark.parametrize("keep_ratio", [1.0, 0.3])
+@pytest.mark.parametrize("name", PROMPTS)
+def test_it_equals_hawk_in_transformers(pipe, reference, name, keep_ratio):
+    inputs = prompt(PATCH_DIM, **PROMPTS[name], seed=1)
+    result = run(pipe, inputs, keep_ratio)
+    expected = reference.run(reference.embed(inputs, TOKENS), PruningConfig(keep_ratio=keep_ratio), steps=STEPS)
+    np.testing.assert_array_equal(result.kept_indices, expected.kept_indices)
+    np.testing.assert_allclose(result.scores, expected.scores, rtol=0, atol=1e-5)
+    assert result.token_ids == list(expected.tokens)
+    np.testing.assert_allclose(result.logits, expected.logits, rtol=0, atol=1e-3)
+
+
+def test_a_batch_equals_its_rows_one_by_one(pipe):
+    rows = [prompt(PATCH_DIM, **shown, seed=number) for number, shown in enumerate(PROMPTS.values())]
+    options = {"pruning": PruningConfig(keep_ratio=0.3), "max_new_tokens": STEPS, "ignore_eos": True}
+    for inputs, result in zip(rows, pipe.generate_batch(rows, **options, return_logits=True), strict=True):
+        alone = run(pipe, inputs, 0.3)
+        assert result.token_ids == alone.token_ids
+        np.testing.assert_array_equal(result.kept_indices, alone.kept_indices)
+        np.testing.assert_allclose(result.logits, alone.logits, rtol=0, atol=1e-4)
+
+
+def test_scores_equal_the_numpy_oracle_with_norms_before_the_mean(pipe, checkpoint):
+    inputs = prompt(PATCH_DIM, **PROMPTS["several images"])
+    trace = pipe.trace(inputs, PruningConfig(keep_ratio=0.5), [])
+    language = checkpoint[1].model.language_model
+    visual = inputs.input_ids == IMAGE
+    embeds = language.embed_tokens(torch.from_numpy(inputs.input_ids)).detach().numpy()
+    embeds[visual] = trace.visual_embeds
+    layer = language.layers[0]
+    attention = layer.self_attn
+    norm, q_proj, k_proj, q_norm, k_norm = (
+        part.weight.detach().numpy()
+        for part in (layer.input_layernorm, attention.q_proj, attention.k_proj, attention.q_norm, attention.k_norm)
+    )
+    query = pipe.layout(inputs).query_weights
+    raw = head_scores(embeds, query, norm, 1e-6, (q_proj, None), (k_proj, None), 4, 2, (q_norm, k_norm))
+    expected = 0.25 * normalize(raw, visual, "l2").sum(axis=0)[visual]
+    np.testing.assert_allclose(trace.scores, expected, rtol=0, atol=1e-6)
+
+
+def test_every_level_of_deepstack_is_added_to_the_kept_tokens(checkpoint, tmp_path):
+    """Each level changes what comes out, by its own merger alone."""
+    folder, model = checkpoint
+    inputs = prompt(PATCH_DIM, **PROMPTS["one image"])
+    logits = []
+    for level in range(3):
+        bias = model.model.visual.deepstack_merger_list[level].linear_fc2.bias
+        kept = bias.detach().clone()
+        with torch.no_grad():
+            bias += 1.0
+        model.save_pretrained(tmp_path / f"{level}")
+        with torch.no_grad():
+            bias.copy_(kept)
+        assert export([str(tmp_path / f"{level}"), "--out", str(tmp_path / f"b{level}"), *IM_END_OPTION]) == 0
+        with Pipeline.load(tmp_path / f"b{level}") as pipe:
+            logits.append(run(pipe, inputs, 0.3).logits[0])
+    assert export([str(folder), "--out", str(tmp_path / "b"), *IM_END_OPTION]) == 0
+    with Pipeline.load(tmp_path / "b") as pipe:
+        logits.append(run(pipe, inputs, 0.3).logits[0])
+        trace = pipe.trace(inputs, PruningConfig(keep_ratio=0.3), [])
+    assert all(np.abs(one - other).max() > 1e-2 for n, one in enumerate(logits) for other in logits[:n])
+    with Pipeline.load(tmp_path / "b0") as pipe:
+        moved = pipe.trace(inputs, PruningConfig(keep_ratio=0.3), []).hidden_states - trace.hidden_states
+    visual = inputs.input_ids[trace.kept_indices] == IMAGE
+    np.testing.assert_allclose(moved[visual], 1.0, atol=1e-5)
+    np.testing.assert_allclose(moved[~visual], 0.0, atol=1e-6)
+
+
+def test_the_parity_command_agrees(bundle, checkpoint, capsys):
+    command = ["parity", str(bundle), "--checkpoint", str(checkpoint[0]), "--keep-ratio", "0.3", "--steps", "2"]
+    assert hawk_trt([*command, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["passed"]
+
+
+def test_every_graph_passes_the_checker_and_strict_shape_inference(checkpoint, tmp_path):
+    for dtype in DTYPES:
+        assert export([str(checkpoint[0]), "--out", str(tmp_path / dtype), "--dtype", dtype, *IM_END_OPTION]) == 0
+    files = sorted(tmp_path.glob("*/*.onnx"))
+    assert len(files) == 3 * 6
+    for file in files:
+        onnx.checker.check_model(file, full_check=True)
+        onnx.shape_inference.infer_shapes_path(
+            file, tmp_path / "inferred.onnx", check_type=True, strict_mode=True, data_prop=True
+        )
+    with Pipeline.load(tmp_path / "float16") as half, Pipeline.load(tmp_path / "float32") as full:
+        inputs = prompt(PATCH_DIM, **PROMPTS["several images"])
+        one, other = run(half, inputs, 1.0), run(full, inputs, 1.0)
+        np.testing.assert_allclose(one.scores, other.scores, rtol=0, atol=5e-3)
+        assert np.corrcoef(one.logits[0], other.logits[0])[0, 1] > 0.999
+
+
+@pytest.mark.parametrize(
+    ("config", "language", "vision"),
+    [
+        (QWEN3_VL_4B, (2560, 9728, True), (24, 1024, 4096, 2560, [5, 11, 17])),
+        (QWEN3_VL_8B, (4096, 12288, False), (27, 1152, 4304, 4096, [8, 16, 24])),
+    ],
+    ids=["4B", "8B"],
+)
+def test_the_released_configs_are_read(config, language, vision):
+    assert family_of(config).name == "qwen3_vl"
+    sizes = FAMILY.language_config(config)
+    assert (sizes.hidden_size, sizes.intermediate_size, sizes.tie_word_embeddings) == language
+    assert (sizes.num_hidden_layers, sizes.num_attention_heads, sizes.num_key_value_heads) == (36, 32, 8)
+    assert (sizes.head_dim, sizes.mrope_section, sizes.rope_theta) == (128, (24, 20, 20), 5e6)
+    assert (sizes.qk_norm, sizes.mrope_interleaved, sizes.deepstack_levels) == (True, True, 3)
+    depth, hidden, inner, out, levels = vision
+    assert FAMILY.vision_config(config) == {
+        "depth": depth, "hidden_size": hidden, "intermediate_size": inner, "num_heads": 16, "in_channels": 3,
+        "patch_size": 16, "temporal_patch_size": 2, "spatial_merge_size": 2, "out_hidden_size": out,
+        "rope_theta": 10000.0, "num_position_embeddings": 2304, "deepstack_visual_indexes": levels,
+    }  # fmt: skip
+
+
+def test_mixtures_of_experts_are_refused_by_name():
+    with pytest.raises(CheckpointError, match=r"Qwen3VLMoeForConditionalGeneration.*mixtures of experts.*8B"):
+        family_of(QWEN3_VL_8B | {"architectures": ["Qwen3VLMoeForConditionalGeneration"]})
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "words"),
+    [
+        ("text_config", {"attention_bias": True}, "attention_bias"),
+        ("text_config", {"head_dim": None}, "head_dim"),
+        ("text_config", {"num_hidden_layers": 3}, "num_hidden_layers: got 3, expected more than the 3"),
+        ("text_config", {"rope_scaling": {"mrope_interleaved": False, "mrope_section": [24, 20, 20]}}, "interleaved"),
+        ("text_config", {"rope_scaling": {"rope_type": "yarn", "mrope_section": [24, 20, 20]}}, "rope_type"),
+        ("vision_config", {"hidden_act": "gelu"}, "hidden_act"),
+        ("vision_config", {"num_position_embeddings": 2305}, "num_position_embeddings"),
+        ("vision_config", {"deepstack_visual_indexes": [8, 16, 27]}, "deepstack_visual_indexes"),
+        ("vision_config", {"deepstack_visual_indexes": [16, 8, 24]}, "ascending"),
+    ],
+)
+def test_a_setting_that_cannot_be_used_is_named(section, changes, words):
+    config = QWEN3_VL_8B | {section: QWEN3_VL_8B[section] | changes}
+    with pytest.raises(CheckpointError, match=words):
+        FAMILY.language_config(config)
+        FAMILY.vision_config(config)
+
+
+@pytest.mark.parametrize("grid", [(2, 2), (2, 96), (10, 6), (48, 48), (62, 94), (130, 4)], ids=str)
+def test_positions_are_interpolated_as_transformers_does(grid):
+    from transformers.vision_utils import get_vision_interpolation_indices_and_weights
+
+    index, weight = interpolation(*grid, 2, 48)
+    theirs = get_vision_interpolation_indices_and_weights(
+        torch.tensor([[1, *grid]]), 48, align_corners=True, spatial_merge_size=2
+    )
+    np.testing.assert_array_equal(index, theirs[0].numpy())
+    np.testing.assert_array_equal(weight, theirs[1].numpy())
+
+
+SIZES = [(28, 28), (57, 91), (224, 224), (333, 500), (768, 900), (30, 900), (999, 1500)]
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_patches_equal_those_of_transformers(size):
+    check_patches(FAMILY, FAMILY.vision_config(QWEN3_VL_8B), PREPROCESSOR, size)
+
+
+def their_video_processor():
+    """The functions of transformers' video processor that need no torchvision."""
+    return importlib.import_module("transformers.models.qwen3_vl.video_processing_qwen3_vl")
+
+
+@pytest.mark.parametrize("fps", [None, 0.5, 8.0])
+@pytest.mark.parametrize(("total", "video_fps"), [(1, 25.0), (3, 30.0), (100, 25.0), (301, 29.97), (50_000, 24.0)])
+def test_frames_of_a_file_are_those_that_transformers_takes(total, video_fps, fps):
+    theirs = their_video_processor().Qwen3VLVideoProcessor.sample_frames
+    settings = SimpleNamespace(fps=2, min_frames=4, max_frames=768)
+    expected = theirs(settings, SimpleNamespace(total_num_frames=total, fps=video_fps), fps=fps)
+    np.testing.assert_array_equal(frame_numbers(total, video_fps, fps, 768), expected)
+
+
+@pytest.mark.parametrize("bounds", [(4096, 25165824), (131072, 786432)], ids=["released", "default"])
+@pytest.mark.parametrize("frames", [2, 3, 5, 64, 768])
+@pytest.mark.parametrize("size", [(20, 30), (31, 500), (360, 640), (1080, 1920), (17, 33)], ids=str)
+def test_frames_are_resized_as_transformers_does(frames, size, bounds):
+    expected = their_video_processor().smart_resize(frames, *size, 2, 32, *bounds)
+    assert frame_size(frames, *size, 32, 2, *bounds) == expected
+
+
+def test_a_video_of_frames_is_cut_by_the_volume_of_all_of_them():
+    vision = FAMILY.vision_config(QWEN3_VL_8B)
+    settings = FAMILY.image_settings(PREPROCESSOR | {"size": {"longest_edge": 98304, "shortest_edge": 4096}}, vision)
+    frames = np.random.default_rng(0).integers(0, 256, (7, 160, 224, 3), dtype=np.uint8)
+    patches = FAMILY.video_to_patches(list(frames), settings, vision)
+    tall, wide = their_video_processor().smart_resize(7, 160, 224, 2, 32, 4096, 98304)
+    assert patches.grid_thw.tolist() == [[4, tall // 16, wide // 16]]
+    last = resize(frames[6], tall, wide, settings.resample)  # of an odd number, so it is shown twice
+    image = FAMILY.images_to_patches([last], settings, vision)
+    np.testing.assert_array_equal(patches.pixel_values[-len(image.pixel_values) :], image.pixel_values)
+    with pytest.raises(InvalidInput, match="1 to 200"):
+        FAMILY.video_to_patches([np.zeros((40, 9000, 3), np.uint8)], settings, vision)
+
+
+@pytest.mark.parametrize("frames", [1, 2, 5, 6])
+def test_a_video_is_told_with_the_times_of_its_frames(frames):
+    from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
+
+    special = SpecialTokens(IMAGE, VIDEO, VISION_START, VISION_END, None, IM_END, None, ())
+    numbers = [7 * n for n in range(frames)]
+    expected = Qwen3VLProcessor._calculate_timestamps(None, list(numbers), 25.0, 2)
+    parts = video_text([len(expected), 4, 6], 6, [number / 25.0 for number in numbers], special)
+    marks = (TokenRun(VISION_START), TokenRun(VIDEO, 6), TokenRun(VISION_END))
+    assert parts == tuple(part for time in expected for part in (f"<{time:.1f} seconds>", *marks))
+
+
+def test_each_frame_of_a_video_is_placed_as_an_image(pipe):
+    inputs = prompt(PATCH_DIM, **PROMPTS["video"])
+    visual = inputs.input_ids == VIDEO
+    frames = pipe.layout(inputs).position_ids[:, visual].reshape(3, 3, 4, 4)
+    starts = frames[0, :, 0, 0]
+    assert np.all(np.diff(starts) == 4 + 4)  # the frame's height and width, then vision_end, two words, vision_start
+    np.testing.assert_array_equal(frames[0], np.broadcast_to(starts[:, None, None], (3, 4, 4)))
+    np.testing.assert_array_equal(frames[1] - starts[:, None, None], np.tile(np.arange(4)[:, None], (3, 1, 4)))
