@@ -24,7 +24,7 @@ def build_decoder(config: LanguageConfig, dtype: str, profile: str, weights: Wei
         x, present = decoder_layer(g, config, context, x, layer, last_only=layer == last)
         outputs |= present
         if layer < config.deepstack_levels:
-            level = g.op("Gather", inputs["deepstack_states"], g.const(layer - 1, "int64"), axis=0, name="level")
+            level = g.op("Gather", inputs["deepstack_states"], g.const(layer - 1, "int64"), axis=2, name="level")
             x = add_residual(g, x, g.reshape(level, -1, config.hidden_size, name="flat_level"), "add_deepstack")
     x = rms_norm(g, x, "language_model.norm", config.rms_norm_eps, "norm")
     head = "language_model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"

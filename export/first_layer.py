@@ -89,17 +89,17 @@ def _kept_levels(
     """DeepStack's features of the kept tokens, 0 where one is text.
 
     Returns:
-        The level behind layer 0, [1, batch, num_kept_total, hidden], and the later ones as an output, if there are.
+        The level behind layer 0, [batch, num_kept_total, 1, hidden], and the later ones as an output, if there are.
     """
     zero = g.const(0, "int64")
     rows = g.op("GatherND", inputs["visual_rows"], index_vectors, batch_dims=1, name="kept_rows")
-    visual = g.unsqueeze(g.op("GreaterOrEqual", rows, zero, name="is_visual"), 2, name="is_visual_row")
-    levels = g.op("Gather", inputs["deepstack_embeds"], g.op("Max", rows, zero, name="row"), axis=1, name="by_token")
-    levels = g.op("Where", visual, levels, g.scalar(0.0), name="levels")  # [levels, batch, num_kept_total, hidden]
+    visual = g.unsqueeze(g.op("GreaterOrEqual", rows, zero, name="is_visual"), 2, 3, name="is_visual_row")
+    levels = g.op("Gather", inputs["deepstack_embeds"], g.op("Max", rows, zero, name="row"), axis=0, name="by_token")
+    levels = g.op("Where", visual, levels, g.scalar(0.0), name="levels")  # [batch, num_kept_total, levels, hidden]
     later = config.deepstack_levels - 1
     if not later:
         return levels, {}
-    first, rest = g.ops("Split", levels, g.ints(1, later), axis=0, count=2, name="split_levels")
+    first, rest = g.ops("Split", levels, g.ints(1, later), axis=2, count=2, name="split_levels")
     return first, {"deepstack_states": rest}
 
 

@@ -27,6 +27,7 @@ COMMANDS = {
     "parity": ("hawk_trt.parity.command", "compare a bundle with PyTorch, stage by stage"),
     "eval": ("hawk_trt.commands.evaluate", "answer a data set with every selector and keep ratio"),
     "bench": ("hawk_trt.commands.bench", "measure time by stage and memory at several keep ratios"),
+    "calibrate": ("hawk_trt.commands.calibrate", "measure how much each query head matters, by leaving it out"),
     "doctor": ("hawk_trt.commands.doctor", "say what works on this machine, and what would add the rest"),
 }
 

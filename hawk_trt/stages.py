@@ -161,12 +161,12 @@ def decoder_spec(config: LanguageConfig, profile: str) -> StageSpec:
 
 def deepstack_embeds_spec(levels: int, hidden: int) -> tuple[TensorSpec, ...]:
     """DeepStack's features of the visual tokens, from the vision graph to first_layer; nothing without levels."""
-    return (TensorSpec("deepstack_embeds", "model", (levels, "num_visual", hidden)),) if levels else ()
+    return (TensorSpec("deepstack_embeds", "model", ("num_visual", levels, hidden)),) if levels else ()
 
 
 def _deepstack_states_spec(config: LanguageConfig) -> tuple[TensorSpec, ...]:
     """What the decoder adds behind layers 1, 2, ..: DeepStack's features of the kept tokens, 0 for text."""
-    shape = (config.deepstack_levels - 1, "batch", "num_kept_total", config.hidden_size)
+    shape = ("batch", "num_kept_total", config.deepstack_levels - 1, config.hidden_size)
     return (TensorSpec("deepstack_states", "model", shape),) if config.deepstack_levels > 1 else ()
 
 

@@ -139,12 +139,12 @@ def shapes(sizes: Sizes = TINY, *, tied: bool = False) -> dict[str, tuple[int, .
 
 
 def random_tensors(
-    sizes: Sizes = TINY, *, tied: bool = False, dtype: str = "F32", seed: int = 0
+    sizes: Sizes = TINY, *, tied: bool = False, dtype: str = "F32", seed: int = 0, scale: float = 0.1
 ) -> dict[str, npt.NDArray[Any]]:
     """Random weights by canonical name: norms near 1, the rest small."""
     random = np.random.default_rng(seed)
     return {
-        name: ((1.0 if "norm" in name else 0.0) + 0.1 * random.standard_normal(shape)).astype(DTYPES[dtype])
+        name: ((1.0 if "norm" in name else 0.0) + scale * random.standard_normal(shape)).astype(DTYPES[dtype])
         for name, shape in shapes(sizes, tied=tied).items()
     }
 

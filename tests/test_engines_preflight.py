@@ -61,6 +61,18 @@ sys.stdout.flush()
 os._exit(0)
 """
 
+COMMAND = """
+import os, sys
+from engines import __main__ as command
+from hawk_trt.engine_manifest import Machine
+
+command.this_machine = lambda tensorrt: Machine(tensorrt, "13.0", None, "no GPU", "8.7")
+status = command.main(sys.argv[1:])
+sys.stdout.flush()
+sys.stderr.flush()
+os._exit(status)
+"""
+
 
 @pytest.fixture(scope="module")
 def bundles(tiny_checkpoint, tiny_bundle, tmp_path_factory):
@@ -107,6 +119,22 @@ def test_a_refusal_is_one_message_with_the_node_and_what_helps(tiny_bundle, repo
     assert unknown.startswith("decoder.portable.onnx: TensorRT ") and "self_attn/q_proj (Germ)" in unknown
     assert "first_layer.portable.onnx" in plugin and "hawk/WeightedTopK" in plugin and "(make plugin)" in plugin
     assert "first_layer.portable.onnx: TensorRT " in top_k and "not self-consistent" in top_k
+
+
+def test_the_whole_command_builds_and_refuses_to_leave_plans_of_another_library(tiny_bundle, repository, tmp_path):
+    """TensorRT-RTX's plans are not TensorRT's: they are found out before they take their place."""
+    out, cache = tmp_path / "engines", tmp_path / "timing.cache"
+    options = [str(tiny_bundle), "--out", str(out), "--max-visual-tokens", "64", "--no-verify", "--plugin", "none"]
+    options += ["--timing-cache", str(cache), "--workspace-gib", "1"]
+    command = [sys.executable, "-c", COMMAND, *options]
+    done = subprocess.run(
+        command, cwd=repository, env=gpuless.environment(), capture_output=True, text=True, check=False
+    )
+    lines = done.stderr.splitlines()
+    assert lines[:3] == [f"building {stage}.portable.onnx" for stage in STAGES], done.stderr
+    assert "vision.plan: a plan of TensorRT-RTX, expected one of TensorRT. Rebuild: python -m engines" in lines[-1]
+    assert done.returncode == 1 and cache.stat().st_size > 100
+    assert [path.name for path in tmp_path.iterdir()] == ["timing.cache"]
 
 
 @pytest.mark.slow

@@ -57,12 +57,8 @@ def test_metrics_score_as_their_papers_say(metric, answer, right, choices, score
 
 
 def test_edit_distance_counts_insertions_deletions_and_replacements():
-    assert [edit_distance(a, b) for a, b in (("", ""), ("abc", ""), ("kitten", "sitting"), ("ab", "ba"))] == [
-        0,
-        3,
-        3,
-        2,
-    ]
+    pairs = (("", ""), ("abc", ""), ("kitten", "sitting"), ("ab", "ba"))
+    assert [edit_distance(left, right) for left, right in pairs] == [0, 3, 3, 2]
 
 
 def test_a_share_has_wilsons_interval():
@@ -138,7 +134,7 @@ def test_files_that_are_no_data_set_are_refused(tmp_path, content, message):
 def test_a_data_set_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(InvalidInput, match="expected tiny, a JSONL file or a folder"):
         load_dataset(str(tmp_path / "none.jsonl"), None, 0)
-    with pytest.raises(InvalidInput, match="this folder holds no samples.jsonl"):
+    with pytest.raises(InvalidInput, match="this folder holds no samples"):
         load_dataset(str(tmp_path), None, 0)
 
 
@@ -261,13 +257,13 @@ def test_eval_goes_on_with_its_results_and_refuses_those_of_something_else(tiny_
 
 def test_a_killed_eval_goes_on_where_it_was(tiny_bundle, tmp_path):
     results = tmp_path / "results.jsonl"
-    argv = [sys.executable, "-m", "hawk_trt", "eval", str(tiny_bundle), "--out", str(tmp_path), "--count", "40"]
+    argv = [sys.executable, "-m", "hawk_trt", "eval", str(tiny_bundle), "--out", str(tmp_path), "--count", "20"]
     argv += ["--selectors", "hawk,random", "--keep-ratios", "0.2,0.1", "--max-new-tokens", "4"]
 
     def lines():
         return results.read_bytes().count(b"\n") if results.exists() else 0
 
-    for enough in (8, 30):
+    for enough in (5, 20):
         with subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
             while lines() < enough and process.poll() is None:
                 time.sleep(0.01)
@@ -279,7 +275,7 @@ def test_a_killed_eval_goes_on_where_it_was(tiny_bundle, tmp_path):
     whole = results.read_bytes()
     assert whole.startswith(known)
     trials = [json.loads(line) for line in whole.splitlines()[1:]]
-    assert len(trials) == len({(t["sample"], t["selector"], t["keep_ratio"]) for t in trials}) == 160
+    assert len(trials) == len({(t["sample"], t["selector"], t["keep_ratio"]) for t in trials}) == 80
 
 
 @pytest.mark.parametrize(
@@ -386,5 +382,6 @@ def test_eval_runs_fastv_in_pytorch_beside_the_others(tiny_bundle, tiny_checkpoi
     assert rows["fastv"]["latency_ms"] is None
     assert rows["fastv"]["num_kept"] == rows["hawk"]["num_kept"] == 7
     # two of four layers hold every token
-    assert rows["fastv"]["kv_bytes"] == (rows["unpruned"]["kv_bytes"] + rows["hawk"]["kv_bytes"]) / 2
+    both = (rows["unpruned"]["kv_bytes"] + rows["hawk"]["kv_bytes"]) / 2
+    assert rows["fastv"]["kv_bytes"] == pytest.approx(both)
     assert rows["fastv"]["accuracy"]["mean"] == 1.0

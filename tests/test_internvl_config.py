@@ -209,9 +209,7 @@ def test_what_the_graph_cannot_compute_is_refused_by_its_key(section, changes, m
 def test_rope_scaling_that_changes_positions_within_the_context_is_refused(scaling):
     config = original()
     config["llm_config"]["rope_scaling"] = scaling
-    with pytest.raises(
-        CheckpointError, match=r"rope_type: got '(linear|yarn)', expected default or dynamic"
-    ):
+    with pytest.raises(CheckpointError, match=r"rope_type: got '(linear|yarn)', expected default or dynamic"):
         FAMILY.language_config(config)
 
 

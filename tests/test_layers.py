@@ -55,6 +55,7 @@ def test_the_walk_sees_imports_at_all():
 @pytest.mark.parametrize("folder", MAY_IMPORT)
 def test_only_the_parity_reference_fastv_and_the_gpu_check_import_torch(folder):
     reference = {"hawk_trt/parity/reference.py", "hawk_trt/parity/reference_models.py", "hawk_trt/evaluation/fastv.py"}
+    reference |= {"hawk_trt/calibration/ablation.py"}
     gpu_check = {f"plugins/gpu_{name}.py" for name in ("buffers", "check", "timing")}
     assert {path for path, name in imports(folder) if name in TORCH} <= reference | gpu_check
 
@@ -62,7 +63,7 @@ def test_only_the_parity_reference_fastv_and_the_gpu_check_import_torch(folder):
 @pytest.mark.parametrize(
     ("folder", "extras"),
     [
-        ("hawk_trt", ("cpu", "cuda", "eval", "tensorrt", "video", "parity")),
+        ("hawk_trt", ("cpu", "cuda", "eval", "tensorrt", "video", "parity", "ray", "lmms-eval")),
         ("export", ("export",)),
         ("engines", ("export",)),
         ("examples", ()),

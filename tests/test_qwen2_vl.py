@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import onnx
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from export.__main__ import main as export
 from hawk_trt import Pipeline, PruningConfig
@@ -31,6 +33,7 @@ from random_models import (
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
+import torch
 import transformers
 
 from hawk_trt.parity.reference import Reference
@@ -38,6 +41,7 @@ from hawk_trt.parity.reference import Reference
 FAMILY = family_by_name("qwen2_vl")
 TOKENS = PromptTokens(image=IMAGE, video=VIDEO, vision_end=VISION_END, im_start=None, im_end=IM_END)
 STEPS = 5
+FLOAT16_MAX = 65504.0
 # A video of more frames than tokens on a side: there transformers 5 leaves the documented rule, so that only the
 # reference, which is given that rule's positions, is compared.
 LONG_VIDEO = {"videos": [(7, 4, 8)]}
@@ -195,6 +199,39 @@ def test_every_graph_passes_the_checker_and_strict_shape_inference(checkpoint, t
         one, other = run(half, inputs, 1.0), run(full, inputs, 1.0)
         np.testing.assert_allclose(one.scores, other.scores, rtol=0, atol=5e-3)
         assert np.corrcoef(one.logits[0], other.logits[0])[0, 1] > 0.999
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_float16_holds_where_the_vision_mlp_passes_its_range(checkpoint, tmp_path, profile):
+    shutil.copytree(checkpoint[0], tmp_path / "checkpoint")
+    tensors = load_file(tmp_path / "checkpoint" / "model.safetensors")
+    for name in tensors:
+        if "visual.blocks.0.mlp" in name:
+            tensors[name] = tensors[name] * np.float32(400)
+    save_file(tensors, tmp_path / "checkpoint" / "model.safetensors", {"format": "pt"})
+    inputs = prompt(1176, **PROMPTS["one image"])
+    results = []
+    for dtype in ("float16", "float32"):
+        command = [str(tmp_path / "checkpoint"), "--out", str(tmp_path / dtype), "--dtype", dtype, "--profile", profile]
+        assert export([*command, *IM_END_OPTION]) == 0
+        with Pipeline.load(tmp_path / dtype) as pipe:
+            results.append(run(pipe, inputs, 0.5))
+    half, full = results
+    assert np.isfinite(half.logits).all()
+    assert half.token_ids == full.token_ids
+    np.testing.assert_allclose(half.scores, full.scores, rtol=0, atol=5e-3)
+
+
+def test_the_vision_mlp_of_that_test_does_pass_the_range(checkpoint):
+    """Else the test above would pass whatever the emission."""
+    mlp = checkpoint[1].model.visual.blocks[0].mlp
+    entered = []
+    hook = mlp.register_forward_pre_hook(lambda _module, args: entered.append(args[0].clone()))
+    generate(checkpoint[1], prompt(1176, **PROMPTS["one image"]), 1)
+    hook.remove()
+    with torch.inference_mode():
+        inner = mlp.act(400 * mlp.fc1(entered[0]))
+        assert inner.abs().max() < FLOAT16_MAX < (400 * mlp.fc2(inner)).abs().max()
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 
 from export.__main__ import main as export
 from hawk_trt import Pipeline, PruningConfig
-from hawk_trt.bundle import SpecialTokens
+from hawk_trt.bundle import Bundle, SpecialTokens
 from hawk_trt.cli import main as hawk_trt
 from hawk_trt.errors import CheckpointError, InvalidInput
 from hawk_trt.families import TokenRun, family_by_name, family_of
@@ -19,6 +19,7 @@ from hawk_trt.families.qwen3_vl import interpolation
 from hawk_trt.hawk import head_scores, normalize
 from hawk_trt.images import resize
 from hawk_trt.parity.prompt_rules import PromptTokens
+from hawk_trt.prompt import ChatTokenizer
 from hawk_trt.stages import DTYPES, PROFILES
 from image_processors import check_patches
 from random_models import (
@@ -396,6 +397,24 @@ def test_a_video_is_told_with_the_times_of_its_frames(frames):
     parts = video_text([len(expected), 4, 6], 6, [number / 25.0 for number in numbers], special)
     marks = (TokenRun(VISION_START), TokenRun(VIDEO, 6), TokenRun(VISION_END))
     assert parts == tuple(part for time in expected for part in (f"<{time:.1f} seconds>", *marks))
+
+
+def test_a_video_takes_the_place_of_its_placeholder_and_of_the_tokens_around_it(tiny_bundle):
+    """As one string, since text before the first time joins it: the tokens that encoding the whole string gives."""
+    from tokenizers import Tokenizer
+
+    bundle = Bundle.load(tiny_bundle)
+    special = bundle.manifest.special_tokens
+    chat = ChatTokenizer.from_bundle(bundle)
+    content = [{"type": "text", "text": "Look:"}, {"type": "video", "video": [np.zeros((56, 56, 3), np.uint8)] * 4}]
+    encoded = chat.encode([{"role": "user", "content": [*content, {"type": "text", "text": "What is red?"}]}])
+    ids = chat.expand(encoded, [video_text([2, 4, 4], 4, [0.0, 0.5, 1.0, 1.5], special)])
+    start, video, end = "<|vision_start|>", "<|video_pad|>", "<|vision_end|>"
+    text = chat.tokenizer.decode(encoded.input_ids.tolist(), skip_special_tokens=False)
+    assert f"Look:{start}{video}{end}What is red?" in text
+    told = "".join(f"<{time} seconds>{start}{4 * video}{end}" for time in (0.2, 1.2))
+    plain = Tokenizer.from_str(bundle.read_text("tokenizer.json"))
+    assert ids.tolist() == plain.encode(text.replace(start + video + end, told)).ids
 
 
 def test_each_frame_of_a_video_is_placed_as_an_image(pipe):

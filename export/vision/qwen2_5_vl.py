@@ -214,4 +214,3 @@ def _segment_attention(g: GraphBuilder, qkv: ir.Value, segments: _Segments, head
         scores = g.op("Add", scores, segments.mask, name="masked")
         out = g.op("MatMul", g.op("Softmax", scores, axis=-1, name="softmax"), value, name="av")
     return g.transpose(out, 0, 2, 1, 3, name="join_heads")
-

@@ -51,11 +51,11 @@ def build_qwen3_vl_vision(
             level = len(levels)
             with g.scope(f"deepstack_merger_list.{level}"):
                 features = _merger(g, x, f"visual.deepstack_merger_list.{level}", vision, norm_merged=True)
-                levels.append(g.unsqueeze(features, 0, name="level"))
+                levels.append(g.unsqueeze(features, 1, name="level"))
     with g.scope("merger"):
         outputs = {"visual_embeds": _merger(g, x, "visual.merger", vision, norm_merged=False)}
     if levels:
-        outputs["deepstack_embeds"] = g.op("Concat", *levels, axis=0, name="deepstack_embeds")
+        outputs["deepstack_embeds"] = g.op("Concat", *levels, axis=1, name="deepstack_embeds")
     g.outputs(spec, outputs)
     return g.model()
 

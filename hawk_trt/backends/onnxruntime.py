@@ -20,7 +20,7 @@ from hawk_trt.stages import BIAS_KEEP, DECODER, FIRST_LAYER, INPLACE, PORTABLE, 
 class OrtVisual:
     """What the vision stage made, by first_layer's input names.
 
-    visual_embeds: [rows, hidden]; deepstack_embeds, where the family has them: [levels, rows, hidden].
+    visual_embeds: [rows, hidden]; deepstack_embeds, where the family has them: [rows, levels, hidden].
     """
 
     def __init__(self, values: Mapping[str, ort.OrtValue], device: Device, dtype: str) -> None:
@@ -91,7 +91,7 @@ class OnnxRuntimeBackend:
             binding.run()
             parts.append(binding.results())
         values = {
-            output.name: self.place.concatenate([part[output.name] for part in parts], dtype, len(output.shape) - 2)
+            output.name: self.place.concatenate([part[output.name] for part in parts], dtype)
             for output in stage.entry.outputs
         }
         return OrtVisual(values, self.place, dtype)
@@ -101,7 +101,7 @@ class OnnxRuntimeBackend:
         language = self.bundle.manifest.language
         specs = {
             "visual_embeds": (1, language.hidden_size),
-            "deepstack_embeds": (language.deepstack_levels, 1, language.hidden_size),
+            "deepstack_embeds": (1, language.deepstack_levels, language.hidden_size),
         }
         names = [spec.name for spec in self.stages[FIRST_LAYER].entry.inputs]
         dtype = self.bundle.manifest.dtype
@@ -236,7 +236,7 @@ class _DecodeStep:
             "kept_position_ids": place.empty((language.position_axes, batch, 1), "int64"),
         }
         if language.deepstack_levels > 1:
-            shape = (language.deepstack_levels - 1, batch, 1, language.hidden_size)
+            shape = (batch, 1, language.deepstack_levels - 1, language.hidden_size)
             chained["deepstack_states"] = place.empty(shape, manifest.dtype)
         feeds = {
             "text_embeds": self._embeds.value,

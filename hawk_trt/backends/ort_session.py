@@ -82,11 +82,11 @@ class Device:
         _host_value(bits).update_inplace(value)
         return bits
 
-    def concatenate(self, parts: Sequence[ort.OrtValue], dtype: str, axis: int) -> ort.OrtValue:
-        """Tensors joined along an axis; through the host where there are several."""
+    def concatenate(self, parts: Sequence[ort.OrtValue], dtype: str) -> ort.OrtValue:
+        """Tensors [rows, ..] one below the other; through the host where there are several."""
         if len(parts) == 1:
             return parts[0]
-        return self.upload(np.concatenate([self.download(part, dtype) for part in parts], axis))
+        return self.upload(np.concatenate([self.download(part, dtype) for part in parts]))
 
 
 class Buffer:

@@ -52,7 +52,8 @@ class AblatedModel:
             return list(range(len(prompt.ids)))
         equal = (1.0 / self._num_heads,) * self._num_heads
         trace = self._reference.run(prompt, PruningConfig(keep_ratio=keep_ratio, head_weights=equal))
-        return np.flatnonzero(np.isin(prompt.places, trace.kept_indices)).tolist()
+        kept: list[int] = np.flatnonzero(np.isin(prompt.places, trace.kept_indices)).tolist()
+        return kept
 
     @torch.inference_mode()
     def answer(

@@ -61,8 +61,8 @@ def importance(tables: Sequence[FloatArray]) -> Importance:
     weights = _average(shares)[0]
     if np.isnan(weights).any():
         raise InvalidInput(
-            "no head matters: without any one of them the scores stay as they are. Take more or harder questions, "
-            "or a wider --scope"
+            "no head matters more than another: without any one of them the scores are the same. Take more or harder "
+            "questions, or a wider --scope"
         )
     low, high = _bootstrap(tables)
     return Importance(
@@ -74,10 +74,11 @@ def importance(tables: Sequence[FloatArray]) -> Importance:
 
 
 def _shares(drops: FloatArray) -> FloatArray:
-    """d' / sum d' of each row [rows, heads], NaN where the sum is 0."""
+    """Each row's d' / sum d': [rows, heads], NaN where the sum is 0."""
     above = drops - drops.min(axis=1, keepdims=True)
     total = above.sum(axis=1, keepdims=True)
-    return np.divide(above, total, out=np.full_like(above, np.nan), where=total > _NOTHING)
+    shares: FloatArray = np.divide(above, total, out=np.full_like(above, np.nan), where=total > _NOTHING)
+    return shares
 
 
 def _average(shares: Sequence[FloatArray]) -> FloatArray:
@@ -85,7 +86,9 @@ def _average(shares: Sequence[FloatArray]) -> FloatArray:
     stacked = np.stack(shares)
     told = ~np.isnan(stacked)
     count = told.sum(axis=0)
-    return np.divide(np.where(told, stacked, 0.0).sum(axis=0), count, out=np.full(count.shape, np.nan), where=count > 0)
+    total = np.where(told, stacked, 0.0).sum(axis=0)
+    weights: FloatArray = np.divide(total, count, out=np.full(count.shape, np.nan), where=count > 0)
+    return weights
 
 
 def _bootstrap(tables: Sequence[FloatArray]) -> tuple[FloatArray, FloatArray]:

@@ -202,4 +202,5 @@ def score_table(samples: Sequence[str], records: Sequence[Scores], num_heads: in
     for record in records:
         if record.sample in rows:
             table[rows[record.sample], np.array(record.heads) - BASELINE] = record.scores
-    return table[~np.isnan(table).any(axis=1)]
+    complete: npt.NDArray[np.float64] = table[~np.isnan(table).any(axis=1)]
+    return complete

@@ -1,6 +1,7 @@
 """A progress bar with the time left on a terminal, a line now and then elsewhere; on stderr."""
 
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
@@ -23,9 +24,12 @@ def progress(items: Iterable[Item], total: int, what: str) -> Iterator[Item]:
         what: their name, in the plural.
     """
     if not sys.stderr.isatty():
+        begun = time.monotonic()
         for number, item in enumerate(items, start=1):
             if number * _LINES // total > (number - 1) * _LINES // total:
-                note(f"{number} of {total} {what}")
+                seconds_left = (time.monotonic() - begun) / number * (total - number)
+                left = f", about {seconds_left:.0f} s left" if seconds_left >= 1 else ""
+                note(f"{number} of {total} {what}{left}")
             yield item
         return
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

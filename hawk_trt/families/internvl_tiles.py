@@ -156,7 +156,8 @@ def tile_grids(counts: Sequence[int], vision: Mapping[str, Any]) -> IntArray:
 def _cut(image: Image, columns: int, rows: int, side: int, resample: int) -> Image:
     """Resize to a grid of tiles and cut it: uint8 [tiles, side, side, 3], row by row."""
     whole = resize(image, rows * side, columns * side, resample)
-    return whole.reshape(rows, side, columns, side, 3).transpose(0, 2, 1, 3, 4).reshape(-1, side, side, 3)
+    tiles: Image = whole.reshape(rows, side, columns, side, 3).transpose(0, 2, 1, 3, 4).reshape(-1, side, side, 3)
+    return tiles
 
 
 def _normalise(tiles: Image, tables: npt.NDArray[np.float32], out: npt.NDArray[np.float32]) -> None:

@@ -1,0 +1,188 @@
+"""`hawk-trt calibrate`: how much each query head matters, measured by leaving it out; a weights file at the end."""
+
+import argparse
+import fcntl
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from importlib import metadata
+from pathlib import Path
+
+from rich.console import Console
+
+from hawk_trt.commands import options
+from hawk_trt.commands.output import note, print_json
+from hawk_trt.commands.progress import progress
+from hawk_trt.errors import InvalidInput
+from hawk_trt.evaluation.datasets import TINY, Dataset
+from hawk_trt.evaluation.metrics import METRICS
+from hawk_trt.evaluation.result_log import ResultLog
+from hawk_trt.stages import DTYPES
+
+SUMMARY = "measure how much each query head matters, by leaving it out (needs torch)"
+
+
+def add_parser(subparsers: "options.Subparsers[argparse.ArgumentParser]") -> None:
+    """Add the command's options."""
+    parser = options.add_command(subparsers, "calibrate", SUMMARY)
+    parser.add_argument("checkpoint", type=Path, help="a checkpoint folder")
+    group = parser.add_argument_group("questions")
+    group.add_argument(
+        "--dataset",
+        action="append",
+        help=f"{TINY} (the task of the shipped model), a JSONL file, or a folder with samples.jsonl, a line being "
+        '{"image": "a.png", "question": "...", "answer": "..."}; repeatable, each has the same say '
+        f"(default: {TINY})",
+    )
+    group.add_argument(
+        "--metric", action="append", choices=METRICS, help="of all data sets, or one of each (default: exact-match)"
+    )
+    group.add_argument("--count", type=int, help=f"of each data set (default: all of a file, 100 of {TINY})")
+    group.add_argument("--seed", type=int, default=0, help="of the samples' order (default: %(default)s)")
+    group.add_argument("--max-new-tokens", type=int, default=32, help="longest answer (default: %(default)s)")
+    group.add_argument("--max-pixels", type=int, help="shrink larger images to this area (default: the checkpoint's)")
+    group = parser.add_argument_group("what is left out")
+    group.add_argument(
+        "--scope",
+        choices=("first-layer", "all-layers"),
+        default="first-layer",
+        help="leave the head out of layer 0, or the head of that number out of every layer (default: %(default)s)",
+    )
+    group.add_argument(
+        "--keep-ratio",
+        type=float,
+        default=1.0,
+        help="share of visual tokens, chosen with equal heads; 1 measures the unpruned model, as the paper does "
+        "(default: %(default)s)",
+    )
+    group = parser.add_argument_group("where it runs")
+    group.add_argument("--device", default="cpu", help="of torch (default: %(default)s)")
+    group.add_argument("--dtype", choices=DTYPES, default="float32", help="of the model (default: %(default)s)")
+    group.add_argument(
+        "--heads-at-once", type=int, default=8, help="answers side by side; fewer need less memory (default: 8)"
+    )
+    group.add_argument(
+        "--shards",
+        type=int,
+        metavar="N",
+        help="N workers on a Ray cluster, each on a GPU of its own with --device cuda",
+    )
+    group.add_argument("--ray-address", help="of the cluster (default: RAY_ADDRESS, else this machine alone)")
+    group = parser.add_argument_group("output")
+    group.add_argument(
+        "--out", type=Path, default=Path("head-weights.json"), metavar="FILE", help="weights (default: %(default)s)"
+    )
+    group.add_argument(
+        "--work",
+        type=Path,
+        default=Path("calibration"),
+        metavar="DIR",
+        help="every answer, which the next run goes on with (default: %(default)s)",
+    )
+    group.add_argument("--json", action="store_true", help="print the weights file")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Answer what is not answered yet, and weigh.
+
+    Raises:
+        HawkError: the checkpoint, a data set or an option cannot be used, or the results there are of something else.
+    """
+    # torch, when missing, is said before anything is read
+    from hawk_trt.calibration import ablation  # noqa: F401 - for its check
+    from hawk_trt.calibration.checkpoint import open_checkpoint
+    from hawk_trt.calibration.importance import importance
+    from hawk_trt.calibration.report import make_report, print_report, verdict, write_report
+    from hawk_trt.calibration.shards import do_here, do_on_ray
+    from hawk_trt.calibration.work import Plan, Scores, Source, score_table, units_left
+
+    for name in ("heads_at_once", "shards"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise InvalidInput(f"--{name.replace('_', '-')}: got {value}, expected at least 1")
+    names = args.dataset or [TINY]
+    metrics = args.metric or ["exact-match"]
+    if len(metrics) not in (1, len(names)):
+        raise InvalidInput(f"--metric: got {len(metrics)} for {len(names)} data sets, expected one, or one of each")
+    metrics = metrics * (len(names) // len(metrics))
+    plan = Plan(
+        checkpoint=args.checkpoint.resolve(),
+        sources=tuple(
+            Source(name if name == TINY else str(Path(name).resolve()), metric, args.count, args.seed)
+            for name, metric in zip(names, metrics, strict=True)
+        ),
+        scope=args.scope,
+        keep_ratio=args.keep_ratio,
+        max_new_tokens=args.max_new_tokens,
+        max_pixels=args.max_pixels,
+        dtype=args.dtype,
+        device=args.device,
+    )
+    bundle = open_checkpoint(plan.checkpoint)
+    num_heads = bundle.manifest.language.num_attention_heads
+    datasets = [source.load() for source in plan.sources]
+    samples = [[sample.id for sample in dataset] for dataset in datasets]
+    with ExitStack() as stack:
+        stack.enter_context(_alone_in(args.work))
+        logs = [
+            ResultLog(
+                args.work / f"{source.name}.jsonl",
+                _subject(args, bundle.manifest.source.fingerprint, dataset, source.metric),
+                Scores,
+                option="--work",
+                sync=True,
+            )
+            for source, dataset in zip(plan.sources, datasets, strict=True)
+        ]
+        for log in logs:
+            stack.callback(log.close)
+        left = list(units_left(samples, [log.records for log in logs], num_heads, args.heads_at_once))
+        total, to_go = sum(map(len, samples)) * (1 + num_heads), sum(len(unit.heads) for unit in left)
+        note(f"{total} answers: {num_heads} heads and the whole model; {total - to_go} known in {args.work}")
+        if left:
+            done = do_on_ray(plan, left, args.shards, args.ray_address) if args.shards else do_here(plan, left)
+            for unit, scores in progress(done, len(left), f"units of up to {args.heads_at_once} answers"):
+                logs[unit.source].append(scores)
+        tables = [score_table(ids, log.records, num_heads) for ids, log in zip(samples, logs, strict=True)]
+    versions = {package: metadata.version(package) for package in ("torch", "transformers")}
+    report = make_report(plan, bundle, datasets, tables, importance(tables), versions)
+    write_report(report, args.out)
+    if args.json:
+        print_json(report)
+    else:
+        print_report(report, Console())
+    note(f"weights: {args.out}. Use them: --head-weights {args.out}, here or in python -m export")
+    if not report.differs_from_uniform and args.json:
+        note(verdict(report))
+    return 0
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Keep a second run from writing to the same results; the lock of a killed run is gone with it.
+
+    Raises:
+        InvalidInput: another run holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InvalidInput(
+                f"{folder}: another run is writing there. Wait for it, or choose another --work"
+            ) from error
+        yield
+
+
+def _subject(args: argparse.Namespace, model: str, dataset: Dataset, metric: str) -> dict[str, str]:
+    """What the results of a data set are of: another run goes on with them where all of it is the same."""
+    return {
+        "model": model,
+        "dtype": args.dtype,
+        "dataset": dataset.fingerprint,
+        "metric": metric,
+        "scope": args.scope,
+        "keep_ratio": f"{args.keep_ratio:g}",
+        "max_new_tokens": str(args.max_new_tokens),
+        "max_pixels": str(args.max_pixels),
+    }
