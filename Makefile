@@ -72,7 +72,7 @@ self-test: $(READY) ## Engines of the tiny model on this GPU, compared with ONNX
 preflight: $(FULL) ## Every graph of a bundle through NVIDIA's parser and builder, without a GPU: BUNDLE=folder
 	$(BIN)/python -m engines.preflight $(BUNDLE) $(FLAGS)
 
-preflight-large: $(FULL) ## The same with graphs of 7B shapes and two layers: 3 minutes, 14 GB of memory
+preflight-large: $(FULL) ## The same with graphs of 7B shapes and two layers: 4 minutes, 14 GB of memory
 	$(BIN)/pytest -q -s -m slow tests/test_engines_preflight.py
 
 plugin: ## The TensorRT plugin into build/plugins: TENSORRT_ROOT=folder where it is not in a usual place
@@ -84,7 +84,7 @@ plugin-check: $(FULL) ## The plugin without a GPU: contract and registries; TENS
 gpu-check: ## The plugin on this GPU: answers, then time beside PyTorch; after make plugin, with GPU_PYTHON's PyTorch
 	$(GPU_PYTHON) -m plugins.gpu_check
 
-accuracy: $(FULL) export ## Right answers of the tiny model by selector, and what must hold of them: an hour on a laptop
+accuracy: $(FULL) export ## Right answers of the tiny model by selector, and what must hold of them: ten minutes
 	$(BIN)/python -m benchmarks.accuracy $(OUT)
 
 clean: ## Remove what was generated; .venv stays

@@ -9,7 +9,6 @@ visual tokens, the most that native resolution allows. Out: a table, and exit 1 
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -45,8 +44,9 @@ def make_bundle(folder: Path, depth: int, profile: str) -> Path:
 
 
 def peak_gb() -> float:
-    """Peak resident memory of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    """Peak resident memory of this process so far; ru_maxrss would count what its parent had when it started it."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:"))) * 1024 / 1e9
 
 
 def measure(bundle: Path, side: int, profile: str, keep_ratio: float) -> dict[str, float]:

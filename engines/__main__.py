@@ -17,7 +17,7 @@ from engines.options import DEFAULT_PLUGIN, add_limits, existing_file, limits
 from engines.prepare import PreparedGraph
 from engines.profiles import choose_profile
 from engines.progress import BuildProgress
-from engines.verify import Verification, verify
+from engines.verify import Verification, reference_folder, verify
 from engines.workarounds import workarounds_for
 from engines.writer import StagePlan, write_engines
 from hawk_trt.bundle import Bundle
@@ -101,8 +101,8 @@ def _run(args: argparse.Namespace, rebuild: str) -> None:
     size_limits = limits(args, bundle.manifest, plugin=plugin is not None)
     if args.workspace_gib is not None and args.workspace_gib <= 0:
         raise InvalidInput(f"--workspace-gib: got {args.workspace_gib:g}, expected more than 0")
-    if args.reference is not None:
-        Bundle.load(args.reference)
+    if not args.no_verify:
+        reference_folder(bundle, args.reference)  # what is wrong with it is said before the build, not after
     try:
         from engines.builder import TENSORRT_VERSION, BuildSettings  # the rest of the command works without it
     except ModuleNotFoundError as error:

@@ -7,6 +7,7 @@ differs (which the kept set's own row judges), so that a stage is judged by what
 """
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from engines.verify_rows import Compared, VerifyRow, compared_rows, finite_rows
 from hawk_trt.bundle import Bundle
 from hawk_trt.config import PruningConfig
 from hawk_trt.engine_manifest import Limits
-from hawk_trt.errors import InvalidInput
+from hawk_trt.errors import BackendError, InvalidInput
 from hawk_trt.parity.cases import ParityCase, tensor_cases
 from hawk_trt.parity.tolerances import TOLERANCES
 from hawk_trt.pipeline import Pipeline
@@ -62,11 +63,11 @@ def verify(engines: Path, bundle: Bundle, reference: Path | None, limits: Limits
     Raises:
         HawkError: the plans or the reference cannot be loaded or run.
     """
-    against = _reference(bundle, reference)
+    against = reference_folder(bundle, reference)
     with Pipeline.load(engines, backend="tensorrt", device="cuda") as plans:
         cases = [case for case in tensor_cases(bundle.manifest, _SEED) if _fits(plans, case, limits)]
         if not cases:
-            raise InvalidInput("--max-prompt-tokens: too small for any prompt of the check; give --no-verify")
+            return Verification(None, "the limits are smaller than any prompt of the check: nothing was run", (), True)
         if against is None:
             rows = tuple(finite_rows([(case.name, trace(plans, case.inputs, None)) for case in cases]))
             why = (
@@ -90,10 +91,25 @@ def _compared(plans: Pipeline, other: Pipeline, case: ParityCase) -> Compared:
     return Compared(case.name, got, own, forced)
 
 
-def _reference(bundle: Bundle, reference: Path | None) -> Path | None:
-    """The bundle to compare with, None where ONNX Runtime's CPU has none that it can run."""
+def reference_folder(bundle: Bundle, reference: Path | None) -> Path | None:
+    """The bundle to compare with, None where ONNX Runtime's CPU has none that it can run.
+
+    Raises:
+        BackendError: there is no ONNX Runtime.
+        BundleError: no bundle at `reference`.
+        InvalidInput: it is of another checkpoint, or not float32.
+    """
     if reference is None:
-        return None if bundle.manifest.dtype == "bfloat16" else bundle.folder
+        if bundle.manifest.dtype == "bfloat16":
+            return None
+        reference = bundle.folder
+    if find_spec("onnxruntime") is None:
+        raise BackendError(
+            "onnxruntime: not installed, and the check after the build compares with it. pip install 'hawk-trt[cpu]', "
+            "or leave the check out with --no-verify"
+        )
+    if reference == bundle.folder:
+        return reference
     other = Bundle.load(reference).manifest
     if other.dtype != "float32" or (other.family, other.language, other.normalization) != (
         bundle.manifest.family,

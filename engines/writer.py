@@ -16,7 +16,7 @@ from engines.verify import Verification
 from hawk_trt.bundle import FileEntry, sha256_file
 from hawk_trt.doctor import available_memory_bytes
 from hawk_trt.engine_manifest import ENGINES_MANIFEST, EngineFolder, PlanEntry, engine_manifest_bytes
-from hawk_trt.errors import BackendError, BundleError
+from hawk_trt.errors import BackendError, BundleError, HawkError
 from hawk_trt.staging import clean_up_after_killed, staged
 
 # For the small files, and for what a plan has beside its weights.
@@ -76,15 +76,31 @@ def write_engines(
         manifest = replace(plan.manifest, bundle=bundle, plans=tuple(entries), plugin=name, files=files)
         write(folder / ENGINES_MANIFEST, memoryview(engine_manifest_bytes(manifest)), weights=False)
         EngineFolder(folder, manifest).check()  # what would not load never takes the place
-        verification = None if check is None else check(folder)
-        if verification is not None and not verification.passed:
-            failed = out.with_name(f"{out.name}.failed")
-            shutil.rmtree(failed, ignore_errors=True)
-            folder.rename(failed)
-            raise BackendError(
-                f"the plans are wrong: {verification.failures}. They are in {failed}, to look into: docs/tensorrt.md"
-            )
+        verification = None if check is None else _checked(check, folder, out)
     return EngineFolder.load(out), verification
+
+
+def _checked(check: Callable[[Path], Verification], folder: Path, out: Path) -> Verification:
+    """The check's findings where it passes; else the plans, an hour's work maybe, are kept aside."""
+    try:
+        verification = check(folder)
+    except HawkError as error:
+        failed = _keep_aside(folder, out)
+        raise BackendError(f"the plans could not be checked: {error} They are in {failed}") from error
+    if not verification.passed:
+        failed = _keep_aside(folder, out)
+        raise BackendError(
+            f"the plans are wrong: {verification.failures}. They are in {failed}, to look into: docs/tensorrt.md"
+        )
+    return verification
+
+
+def _keep_aside(folder: Path, out: Path) -> Path:
+    """Move a folder beside its destination, in the place of an earlier one."""
+    failed = out.with_name(f"{out.name}.failed")
+    shutil.rmtree(failed, ignore_errors=True)
+    folder.rename(failed)
+    return failed
 
 
 def _build_stage(

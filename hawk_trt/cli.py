@@ -28,6 +28,7 @@ COMMANDS = {
     "eval": ("hawk_trt.commands.evaluate", "answer a data set with every selector and keep ratio"),
     "bench": ("hawk_trt.commands.bench", "measure time by stage and memory at several keep ratios"),
     "calibrate": ("hawk_trt.commands.calibrate", "measure how much each query head matters, by leaving it out"),
+    "advise": ("hawk_trt.commands.advise", "predict the time to answer by keep ratio, and recommend one"),
     "doctor": ("hawk_trt.commands.doctor", "say what works on this machine, and what would add the rest"),
 }
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 VisualKind: TypeAlias = Literal["image", "video"]
 
 _ROLES = ("system", "user", "assistant")
-_KEYS = {"text": ("type", "text"), "image": ("type", "image"), "video": ("type", "video", "fps")}
+_KEYS = {"text": ("type", "text"), "image": ("type", "image"), "video": ("type", "video", "fps", "max_frames")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +29,13 @@ class VisualItem:
         kind: "image" or "video".
         source: what the caller gave, an ImageInput or a VideoInput by kind, not yet opened.
         fps: frames a second to sample from a video, None for the default.
+        max_frames: the most to sample from it, None for the default.
     """
 
     kind: VisualKind
     source: Any  # kind decides which of the two it is, which no annotation can say
     fps: float | None = None
+    max_frames: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +69,7 @@ def read_prompt(
     Args:
         prompt: a string, one user turn with all images, then all videos, before it; or chat messages, each a
             mapping with "role" and "content", the content a string or a list of items: {"type": "text", "text": ...},
-            {"type": "image", "image": ...}, {"type": "video", "video": ..., "fps": ...}.
+            {"type": "image", "image": ...}, {"type": "video", "video": ..., "fps": ..., "max_frames": ...}.
         images: sources of a string's images, or of the image items without one, in order.
         videos: the same for videos.
 
@@ -117,7 +119,12 @@ def _item(item: object, where: str) -> str | VisualItem:
         raise InvalidInput(f"{where}: got {_shape(item)}, expected no keys but {_listed(_KEYS[kind])}")
     if kind == "text":
         return _text(item.get("text"), where)
-    return VisualItem("image" if kind == "image" else "video", item.get(kind), _fps(item.get("fps"), where))
+    return VisualItem(
+        "image" if kind == "image" else "video",
+        item.get(kind),
+        _fps(item.get("fps"), where),
+        _max_frames(item.get("max_frames"), where),
+    )
 
 
 def _with_sources(
@@ -169,6 +176,12 @@ def _fps(value: object, where: str) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value > 0):
         raise InvalidInput(f"{where}: got fps {value!r}, expected a number above 0, frames a second")
     return float(value)
+
+
+def _max_frames(value: object, where: str) -> int | None:
+    if value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+        return value
+    raise InvalidInput(f"{where}: got max_frames {value!r}, expected an integer above 0")
 
 
 def _shape(value: object) -> str:

@@ -27,6 +27,8 @@ from hawk_trt.layout import PromptLayout, prompt_layout
 from hawk_trt.processor import Processor
 from hawk_trt.requests import ModelInputs, Request, Result
 from hawk_trt.run import Run
+from hawk_trt.streamed_rows import StreamedRows
+from hawk_trt.vision_cache import DEFAULT_VISION_CACHE_MB, VisionCache, one_by_one
 
 if TYPE_CHECKING:
     from hawk_trt.requests import ImageInput, Message, VideoInput
@@ -58,9 +60,11 @@ class Pipeline:
         bundle: what it was loaded from.
         backend: what runs it.
         family: what its model asks of the host.
+        vision_cache: embeddings of images and videos asked about before.
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend) -> None:
+    def __init__(self, bundle: Bundle, backend: Backend, vision_cache_mb: float = DEFAULT_VISION_CACHE_MB) -> None:
+        self.vision_cache = VisionCache(backend, vision_cache_mb)
         self.bundle = bundle
         self.backend = backend
         self.family: Family = family_by_name(bundle.manifest.family)
@@ -75,6 +79,7 @@ class Pipeline:
         profile: str | None = None,
         *,
         verify: bool = False,
+        vision_cache_mb: float = DEFAULT_VISION_CACHE_MB,
     ) -> "Pipeline":
         """Load a bundle, or the engines made from one.
 
@@ -84,21 +89,26 @@ class Pipeline:
             device: "cpu", "cuda" or "cuda:N"; None is "cpu" in ONNX Runtime and "cuda" in TensorRT.
             profile: "portable" or "inplace"; None takes the best that the folder holds.
             verify: also hash the weight files, which takes as long as reading them.
+            vision_cache_mb: megabytes of visual embeddings to keep, so that another question about an image or video
+                does not run the vision stage again; 0 keeps none. Videos of more than 16,384 patches are not kept. The default, 256, is 27 images of 1,296 tokens of
+                the 7B in bfloat16. On a GPU that ONNX Runtime runs they stay there; TensorRT's are kept on the host.
 
         Raises:
+            InvalidInput: vision_cache_mb is not a number of megabytes.
             BundleError: nothing to load there, damaged files, or none of the profile or for this machine.
             BackendError: a backend or device that cannot be used here.
         """
         if backend == "tensorrt":
             engines = EngineFolder.load(path, verify=verify)
-            return cls(engines.bundle, load_backend(engines, backend, device, profile))
+            return cls(engines.bundle, load_backend(engines, backend, device, profile), vision_cache_mb)
         if backend_for(path) == "tensorrt":
             raise BundleError(f'{path}: holds TensorRT engines. Load them with backend="tensorrt"')
         bundle = Bundle.load(path, verify=verify)
-        return cls(bundle, load_backend(bundle, backend, device, profile))
+        return cls(bundle, load_backend(bundle, backend, device, profile), vision_cache_mb)
 
     def close(self) -> None:
         """Release the model."""
+        self.vision_cache.clear()
         self.backend.close()
 
     def __enter__(self) -> "Pipeline":
@@ -289,28 +299,47 @@ class Pipeline:
         return layout
 
     def encode(self, rows: Sequence[ModelInputs], layouts: Sequence[PromptLayout]) -> Visual:
-        """Run the vision stage for all rows: embeddings of each row's images, then its videos."""
-        return self.backend.encode(self._feeds(rows, layouts), sum(layout.num_rows for layout in layouts))
+        """Visual embeddings of all rows: those of each row's images, then its videos."""
+        return self.encode_rows(rows, layouts)[0]
+
+    def encode_rows(self, rows: Sequence[ModelInputs], layouts: Sequence[PromptLayout]) -> tuple[Visual, list[int]]:
+        """As encode, and of each row how many images and videos the vision stage did not run for."""
+        patches = list(self._patches(rows, layouts))
+        streamed = any(isinstance(own.pixel_values, StreamedRows) for _, own in patches)  # to hash is to read twice
+        if not patches or streamed or not self.vision_cache.max_bytes:
+            feeds = (feed for _, own in patches for feed in self._feeds(own))
+            return self.backend.encode(feeds, sum(layout.num_rows for layout in layouts)), [0] * len(rows)
+        items = [(row, item) for row, own in patches for item in one_by_one(own)]
+        visual, known = self.vision_cache.encode([item for _, item in items], self._encode_item)
+        cached = [0] * len(rows)
+        for (row, _), hit in zip(items, known, strict=True):
+            cached[row] += hit
+        return visual, cached
 
     def chat_tokenizer(self) -> Any:  # noqa: ANN401 - the tokenizers package has no types
         """The tokenizer, None where the bundle has none."""
         return None if self._processor.chat is None else self._processor.chat.tokenizer
 
-    def _feeds(
-        self, rows: Sequence[ModelInputs], layouts: Sequence[PromptLayout]
-    ) -> Iterator[dict[str, npt.NDArray[Any]]]:
-        for inputs, layout in zip(rows, layouts, strict=True):
+    def _encode_item(self, item: Patches) -> Visual:
+        tokens = self.family.tokens_per_item(item.grid_thw, self.bundle.manifest.vision)
+        return self.backend.encode(self._feeds(item), int(tokens.sum()))
+
+    def _feeds(self, patches: Patches) -> Iterator[dict[str, npt.NDArray[Any]]]:
+        return self.family.vision_feeds(patches, self.bundle.manifest.vision, self.backend.max_vision_patches)
+
+    def _patches(self, rows: Sequence[ModelInputs], layouts: Sequence[PromptLayout]) -> Iterator[tuple[int, Patches]]:
+        """The images and the videos of each row, with its number."""
+        for row, (inputs, layout) in enumerate(zip(rows, layouts, strict=True)):
             for name, pixels, grid in (
                 ("pixel_values", inputs.pixel_values, layout.image_grid_thw),
                 ("pixel_values_videos", inputs.pixel_values_videos, layout.video_grid_thw),
             ):
                 if (pixels is None) != (not len(grid)):
                     raise InvalidInput(f"{name}: got it without its grid_thw, or the grid without it; expected both")
-                if pixels is None:
-                    continue
-                patches = Patches(np.asarray(pixels, np.float32), grid)
-                most = self.backend.max_vision_patches
-                yield from self.family.vision_feeds(patches, self.bundle.manifest.vision, most)
+                if pixels is not None:
+                    # a long video is read as the vision stage gets to it
+                    whole = pixels if isinstance(pixels, StreamedRows) else np.asarray(pixels, np.float32)
+                    yield row, Patches(whole, grid)
 
 
 class TextStream:

@@ -9,11 +9,12 @@ import numpy as np
 
 from hawk_trt.bundle import Bundle
 from hawk_trt.errors import BundleError, InvalidInput
-from hawk_trt.families import Family, ImageSettings, Patches
+from hawk_trt.families import Family, ImageSettings, Patches, TokenRun
 from hawk_trt.images import load_image
 from hawk_trt.messages import VisualItem
 from hawk_trt.prompt import ChatTokenizer
 from hawk_trt.requests import ModelInputs
+from hawk_trt.streamed_rows import joined_rows
 from hawk_trt.video import load_video
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 _PREPROCESSOR = "preprocessor_config.json"
 _VIDEO_PREPROCESSOR = "video_preprocessor_config.json"
+# What the Qwen2-VL video processor shares among the frames of a video, where the model's context is no shorter.
+_MAX_VIDEO_TOKENS = 128_000
 
 
 class Processor:
@@ -34,10 +37,10 @@ class Processor:
         self.chat = ChatTokenizer.from_bundle(bundle)
         self._family = family
         self._vision = bundle.manifest.vision
+        self._context = bundle.manifest.language.max_position_embeddings
         images = _read(bundle, _PREPROCESSOR)
-        videos = _read(bundle, _VIDEO_PREPROCESSOR) or images
         self._image_settings = None if images is None else family.image_settings(images, self._vision)
-        self._video_settings = None if videos is None else family.image_settings(videos, self._vision)
+        self._video_settings = self._settings_for_videos(_read(bundle, _VIDEO_PREPROCESSOR))
         self._special_tokens = bundle.manifest.special_tokens
 
     def __call__(
@@ -59,7 +62,8 @@ class Processor:
             max_pixels: shrink larger images to this area; None takes the checkpoint's.
 
         Raises:
-            InvalidInput: a prompt, image or video that cannot be used, or a bundle without a tokenizer.
+            InvalidInput: a prompt, image or video that cannot be used, more tokens than the model's context, or a
+                bundle without a tokenizer.
         """
         if self.chat is None:
             raise InvalidInput(
@@ -81,8 +85,10 @@ class Processor:
             )
             for kind in kinds
         ]
+        input_ids = self.chat.expand(encoded, expanded)
+        self._check_context(len(input_ids), expanded)
         return self._family.model_inputs(
-            self.chat.expand(encoded, expanded),
+            input_ids,
             kinds,
             pictures,
             clips,
@@ -104,12 +110,33 @@ class Processor:
         settings = _bounded(self._video_settings, min_pixels, max_pixels)
         clips, seconds, times = [], [], []
         for item in items:
-            video = load_video(item.source, fps=item.fps, sampler=self._family.frame_numbers)
+            video = load_video(item.source, item.fps, item.max_frames, self._family.frame_numbers)
             clips.append(self._family.video_to_patches(video.frames, settings, self._vision))
             seconds.append(video.seconds_per_frame * self._vision["temporal_patch_size"])
             times.append(video.times)
-        pixels = np.concatenate([clip.pixel_values for clip in clips]) if len(clips) > 1 else clips[0].pixel_values
+        pixels = joined_rows([clip.pixel_values for clip in clips])
         return Patches(pixels, np.concatenate([clip.grid_thw for clip in clips])), seconds, times
+
+    def _settings_for_videos(self, own: Mapping[str, Any] | None) -> ImageSettings | None:
+        """Settings of videos: the checkpoint's own ones for them, else those of images with the family's bound."""
+        settings = self._image_settings if own is None else self._family.image_settings(own, self._vision)
+        if settings is None:
+            return None
+        most = self._family.max_frame_pixels
+        if own is None and most is not None:
+            settings = replace(settings, max_pixels=max(min(settings.max_pixels, most), settings.min_pixels))
+        return replace(settings, max_video_tokens=min(self._context, _MAX_VIDEO_TOKENS))
+
+    def _check_context(self, num_tokens: int, expanded: Sequence[Sequence[str | TokenRun]]) -> None:
+        """Refuse more tokens than the model's context before a frame or patch of a video is made."""
+        if num_tokens <= self._context:
+            return
+        visual = sum(part.count for parts in expanded for part in parts if isinstance(part, TokenRun))
+        raise InvalidInput(
+            f"prompt: got {num_tokens} tokens, {visual} of them of images and videos, expected at most "
+            f"{self._context}, the model's context. Take smaller pictures: --max-pixels (max_pixels=); "
+            "or fewer frames of a video: --fps, --max-frames"
+        )
 
 
 def _grids(patches: Patches | None) -> Iterator[list[int]]:

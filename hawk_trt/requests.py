@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from hawk_trt.streamed_rows import StreamedRows
+
 if TYPE_CHECKING:
     from PIL.Image import Image as PillowImage
 
@@ -26,7 +28,8 @@ class ModelInputs:
         attention_mask: int64, the same shape; 0 at padding; None is all ones.
         pixel_values: float32 [num_patches, patch_dim] (Qwen) or [tiles, 3, 448, 448] (InternVL).
         image_grid_thw: int64 [images, 3], patches in time, height and width.
-        pixel_values_videos: as pixel_values, of the videos.
+        pixel_values_videos: as pixel_values, of the videos; those that prepare makes of a long video are made
+            while they are read, and numpy.asarray makes the array.
         video_grid_thw: int64 [videos, 3].
         second_per_grid_ts: float32 [videos], seconds that one temporal patch spans; None is 1.0 each.
     """
@@ -35,7 +38,7 @@ class ModelInputs:
     attention_mask: npt.ArrayLike | None = None
     pixel_values: npt.NDArray[Any] | None = None
     image_grid_thw: npt.ArrayLike | None = None
-    pixel_values_videos: npt.NDArray[Any] | None = None
+    pixel_values_videos: npt.NDArray[Any] | StreamedRows | None = None
     video_grid_thw: npt.ArrayLike | None = None
     second_per_grid_ts: npt.ArrayLike | None = None
 
@@ -83,6 +86,8 @@ class Result:
         scores: float32 [num_visual], HAWK's score of each visual token in prompt order, before any bias.
         timings: seconds by stage.
         logits: float32 [steps, vocab] where asked for; row i is what token_ids[i] was chosen from.
+        num_cached: images and videos of the prompt (InternVL: frames) that the vision stage did not run for, since
+            the vision cache knew them.
     """
 
     text: str | None
@@ -94,3 +99,4 @@ class Result:
     scores: npt.NDArray[np.float32]
     timings: Timings = field(default_factory=Timings)
     logits: npt.NDArray[np.float32] | None = None
+    num_cached: int = 0

@@ -81,7 +81,7 @@ class Run:
         """Run the stages over the prompts; returns the token chosen for each row."""
         backend = self._pipe.backend
         begun = time.perf_counter()
-        self.visual = self._pipe.encode(self._rows, self.layouts)
+        self.visual, self._cached = self._pipe.encode_rows(self._rows, self.layouts)
         encoded = time.perf_counter()
         inputs, scores = self._select()
         if backend.max_context is not None:  # the answer also ends where the cache does; its last token is not cached
@@ -138,6 +138,7 @@ class Run:
             kept_indices=layout.source_index[kept],
             scores=self._scores[row],
             timings=self._timings,
+            num_cached=self._cached[row],
             logits=np.stack(self._logits[row]) if self._return_logits else None,
         )
 

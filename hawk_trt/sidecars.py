@@ -15,8 +15,10 @@ GENERATION_CONFIG = "generation_config.json"
 TOKENIZER = "tokenizer.json"
 _TEMPLATE = "chat_template.jinja"
 _PREPROCESSOR = "preprocessor_config.json"
-# What transformers 5 writes instead of preprocessor_config.json, which is its "image_processor".
+_VIDEO_PREPROCESSOR = "video_preprocessor_config.json"
+# What transformers 5 writes instead of these two, and under which of its keys they are.
 _PROCESSOR = "processor_config.json"
+_PARTS = {_PREPROCESSOR: "image_processor", _VIDEO_PREPROCESSOR: "video_processor"}
 SIDECARS = (
     CONFIG,
     GENERATION_CONFIG,
@@ -25,7 +27,7 @@ SIDECARS = (
     _TEMPLATE,
     "chat_template.json",
     _PREPROCESSOR,
-    "video_preprocessor_config.json",
+    _VIDEO_PREPROCESSOR,
     _PROCESSOR,
 )
 
@@ -33,7 +35,7 @@ SIDECARS = (
 def read_sidecars(checkpoint: Path, template: str | None = None) -> dict[str, bytes]:
     """The contents of what is there of SIDECARS, by name.
 
-    preprocessor_config.json is taken from processor_config.json if need be.
+    The preprocessors' files are taken from processor_config.json if need be.
 
     Args:
         checkpoint: its folder.
@@ -43,10 +45,10 @@ def read_sidecars(checkpoint: Path, template: str | None = None) -> dict[str, by
         CheckpointError: a file cannot be read.
     """
     contents = {name: _read(checkpoint / name) for name in SIDECARS if (checkpoint / name).is_file()}
-    if _PROCESSOR in contents and _PREPROCESSOR not in contents:
-        image_processor = read_json(checkpoint / _PROCESSOR).get("image_processor")
-        if image_processor:
-            contents[_PREPROCESSOR] = json.dumps(image_processor, indent=2).encode()
+    whole = read_json(checkpoint / _PROCESSOR) if _PROCESSOR in contents else {}
+    for name, key in _PARTS.items():
+        if name not in contents and whole.get(key):
+            contents[name] = json.dumps(whole[key], indent=2).encode()
     if template is not None and TOKENIZER in contents:
         contents.setdefault(_TEMPLATE, template.encode())
     return contents

@@ -49,7 +49,7 @@ class Video:
 def load_video(
     source: "VideoInput",
     fps: float | None = None,
-    max_frames: int = MAX_FRAMES,
+    max_frames: int | None = None,
     sampler: FrameSampler | None = None,
 ) -> Video:
     """Open a video.
@@ -57,7 +57,7 @@ def load_video(
     Args:
         source: a path (also file://), a sequence of images, or uint8 [frames, height, width, 3].
         fps: frames a second to sample from a file, or at which the given frames were taken; None is 2.
-        max_frames: sampled from a file at most.
+        max_frames: sampled from a file at most; None is 768.
         sampler: the family's rule for files, None for sample_indices.
 
     Raises:
@@ -67,10 +67,11 @@ def load_video(
     rate = DEFAULT_FPS if fps is None else fps
     if not (math.isfinite(rate) and rate > 0):
         raise InvalidInput(f"fps: got {fps}, expected a number above 0, frames a second")
-    if max_frames < FRAME_MULTIPLE:
+    most = MAX_FRAMES if max_frames is None else max_frames
+    if most < FRAME_MULTIPLE:
         raise InvalidInput(f"max_frames: got {max_frames}, expected at least {FRAME_MULTIPLE}")
     if isinstance(source, str | os.PathLike):
-        return _open_file(local_path(source, "video"), fps, max_frames, sampler or sample_indices)
+        return _open_file(local_path(source, "video"), fps, most, sampler or sample_indices)
     if isinstance(source, np.ndarray) and source.ndim != 4:
         raise InvalidInput(f"video: got {source.dtype}{list(source.shape)}, expected uint8[frames, height, width, 3]")
     if isinstance(source, bytes) or not isinstance(source, np.ndarray | Sequence):

@@ -64,6 +64,19 @@ def prompt(
     )
 
 
+def released_shapes(config: Any, model_class: Any) -> dict[str, tuple[int, ...]]:
+    """Canonical names and shapes of all tensors of transformers' model of a config.json, without making them."""
+    import torch
+
+    from export.names import qwen_names
+
+    with torch.device("meta"):
+        model = model_class(model_class.config_class(**config))
+    tied = ("lm_head.weight",) if config["tie_word_embeddings"] else ()
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+    return {qwen_names(name)[0]: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
 def generate(model: Any, inputs: ModelInputs, steps: int) -> tuple[list[int], npt.NDArray[np.float32]]:
     """What transformers' own generate makes of a prompt: its tokens and the logits they were chosen from."""
     import torch

@@ -27,7 +27,7 @@ from hawk_trt.head_weights import read_head_weights
 HEADS = 8
 HEAD_DIM = 32
 PLANTED = 5
-QUESTIONS = 6
+QUESTIONS = 4
 
 
 def silenced(checkpoint, folder, heads, layers):
@@ -112,9 +112,9 @@ def test_a_data_set_in_which_no_head_matters_has_no_say():
 
 def test_chance_is_not_taken_for_importance_and_importance_not_for_chance():
     rng = np.random.default_rng(0)
-    chance = [rng.random((60, 9)) < 0.8 for _ in range(40)]
+    chance = [rng.random((60, 9)) < 0.8 for _ in range(20)]
     told = sum(importance([table.astype(float)]).differs_from_uniform for table in chance)
-    assert told <= 6  # 2 of 40 are expected at 5 %
+    assert told <= 4  # 1 of 20 is expected at 5 %
     real = (rng.random((60, 9)) < 0.8).astype(float)
     real[:, 4] = rng.random(60) < 0.4
     assert importance([real]).differs_from_uniform
@@ -131,11 +131,10 @@ def test_intervals_shrink_with_more_questions():
 @pytest.mark.parametrize(("scope", "layers"), [("first-layer", [0]), ("all-layers", range(4))])
 def test_a_head_left_out_is_a_head_whose_columns_of_o_proj_are_zero(tiny_checkpoint, tmp_path, scope, layers):
     ours = Worker(plan(tiny_checkpoint, scope))
-    for head in (2, 5):
-        edited = Worker(plan(silenced(tiny_checkpoint, tmp_path / str(head), [head], layers)))
-        for number in range(2):
-            left_out = ours.do(Unit(0, number, (head,)))[1].answers
-            assert left_out == edited.do(Unit(0, number, (BASELINE,)))[1].answers
+    edited = Worker(plan(silenced(tiny_checkpoint, tmp_path / "edited", [2], layers)))
+    for number in range(2):
+        left_out = ours.do(Unit(0, number, (2,)))[1].answers
+        assert left_out == edited.do(Unit(0, number, (BASELINE,)))[1].answers
 
 
 @pytest.mark.parametrize("keep_ratio", [1.0, 0.2])
@@ -159,7 +158,7 @@ def test_heads_side_by_side_answer_as_they_do_alone(tiny_checkpoint):
 def test_neither_the_order_of_the_heads_nor_how_many_go_together_changes_the_scores(planted):
     checkpoint, dataset = planted
     worker = Worker(plan(checkpoint, dataset=dataset))
-    ids = [sample.id for sample in plan(checkpoint, dataset=dataset).sources[0].load()]
+    ids = [sample.id for sample in plan(checkpoint, dataset=dataset).sources[0].load()][:2]
     tables = []
     for at_once, backwards in ((9, False), (4, True)):
         units = list(units_left([ids], [[]], HEADS, at_once))
@@ -205,14 +204,14 @@ def test_a_run_killed_twice_ends_with_the_same_weights(planted, uninterrupted, t
     log = tmp_path / "work" / "own.jsonl"
     argv = command(*planted, tmp_path)
     lines = 0
-    for more in (2, 5):
+    for more in (3, 3):
         with subprocess.Popen([sys.executable, "-m", "hawk_trt", *argv], stderr=subprocess.DEVNULL) as process:
             while process.poll() is None and (not log.exists() or log.read_bytes().count(b"\n") < lines + more):
                 time.sleep(0.01)
             os.kill(process.pid, signal.SIGKILL)
         assert process.returncode == -signal.SIGKILL
         lines = log.read_bytes().count(b"\n")
-    assert 1 + 5 < lines < 1 + 3 * QUESTIONS
+    assert 1 + 5 <= lines < 1 + 3 * QUESTIONS
     with log.open("ab") as file:
         file.write(b'{"sample":"q0","heads":[0')  # what a kill within a write leaves
     assert main(argv) == 0
@@ -221,11 +220,11 @@ def test_a_run_killed_twice_ends_with_the_same_weights(planted, uninterrupted, t
 
 def test_a_finished_run_goes_on_with_more_questions_and_measures_only_those(planted, tmp_path, capsys):
     argv = command(*planted, tmp_path)
-    assert main([*argv, "--count", "2"]) == 0
+    assert main([*argv, "--count", "1"]) == 0
     first = (tmp_path / "work" / "own.jsonl").read_bytes()
     capsys.readouterr()
-    assert main([*argv, "--count", "3"]) == 0
-    assert "27 answers: 8 heads and the whole model; 18 known" in capsys.readouterr().err
+    assert main([*argv, "--count", "2"]) == 0
+    assert "18 answers: 8 heads and the whole model; 9 known" in capsys.readouterr().err
     assert (tmp_path / "work" / "own.jsonl").read_bytes().startswith(first)
 
 

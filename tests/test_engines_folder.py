@@ -15,10 +15,11 @@ from engines.build_plan import differences, plan_build
 from engines.contents import EMBEDDINGS_FILE
 from engines.memory import memory_warning
 from engines.profiles import plan_limits
-from engines.verify import Verification
+from engines.verify import Verification, reference_folder
 from engines.verify_rows import VerifyRow
 from engines.workarounds import WORKAROUNDS
 from engines.writer import StagePlan, write_engines
+from export.__main__ import main as export
 from hawk_trt.bundle import Bundle
 from hawk_trt.engine_manifest import (
     ENGINES_MANIFEST,
@@ -243,6 +244,25 @@ def test_wrong_plans_never_take_the_place_and_are_kept_aside(bundle, tmp_path):
         write_engines(planned(bundle), out, stand_in, check, pytest.fail)
     assert checked and not out.exists()
     assert EngineFolder.load(tmp_path / "engines.failed")
+
+
+def test_plans_that_could_not_be_checked_are_kept_aside_too(bundle, tmp_path):
+    def check(folder):
+        raise BackendError(f"{EngineFolder.load(folder).manifest.machine.gpu}: gone.")
+
+    with pytest.raises(BackendError, match=r"could not be checked: Orin: gone\. They are in .*engines\.failed"):
+        write_engines(planned(bundle), tmp_path / "engines", stand_in, check, pytest.fail)
+    assert [path.name for path in tmp_path.iterdir()] == ["engines.failed"]
+
+
+def test_a_reference_of_another_dtype_or_score_is_refused_before_the_build(bundle, tiny_checkpoint, tmp_path, capsys):
+    other = tmp_path / "softmax"
+    assert export([str(tiny_checkpoint), "--out", str(other), "--normalization", "softmax"]) == 0
+    assert reference_folder(bundle, None) == bundle.folder
+    bfloat16 = replace(bundle, manifest=replace(bundle.manifest, dtype="bfloat16"))
+    assert reference_folder(bfloat16, None) is None and reference_folder(bfloat16, bundle.folder) == bundle.folder
+    assert main([str(bundle.folder), "--out", str(tmp_path / "engines"), "--reference", str(other)]) == 1
+    assert "with softmax scores, expected a float32 export of the same checkpoint" in capsys.readouterr().err
 
 
 def test_too_little_memory_is_said_before_the_first_build(bundle, tmp_path, monkeypatch):

@@ -296,6 +296,18 @@ def test_prompts_become_the_ids_and_tiles_that_transformers_makes(folder, pipe):
     np.testing.assert_array_equal(inputs.pixel_values[3:], images.pixel_values)
 
 
+def test_the_vision_cache_knows_each_image_and_frame_by_its_tiles(folder, pipe):
+    images, frames = [noise(112, 60), noise(50, 50)], [noise(60, 40), noise(61, 40)[:, :60], noise(60, 40)]
+    pipe.vision_cache.clear()
+    ask = {"pruning": PruningConfig(keep_ratio=0.3), "max_new_tokens": STEPS, "return_logits": True}
+    with Pipeline.load(folder / "layer_norm.bundle", profile=pipe.backend.profile, vision_cache_mb=0) as plain:
+        for shown, num_cached in ((images[:1], 1), (images[::-1], 4)):  # a frame comes twice, later all but one image
+            got, expected = (p.generate("What is red?", shown, [frames], **ask) for p in (pipe, plain))
+            assert (got.num_cached, got.token_ids) == (num_cached, expected.token_ids)
+            np.testing.assert_array_equal(got.kept_indices, expected.kept_indices)
+            np.testing.assert_allclose(got.logits, expected.logits, rtol=0, atol=1e-4)
+
+
 def test_max_pixels_bounds_the_tiles_of_a_prompt(pipe):
     image = noise(400, 200)
     free = pipe.prepare("?", [image])

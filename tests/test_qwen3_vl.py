@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,6 +10,7 @@ import onnx
 import pytest
 
 from export.__main__ import main as export
+from export.inventory import inventory
 from hawk_trt import Pipeline, PruningConfig
 from hawk_trt.bundle import Bundle, SpecialTokens
 from hawk_trt.cli import main as hawk_trt
@@ -34,6 +36,7 @@ from random_models import (
     VOCAB,
     generate,
     prompt,
+    released_shapes,
     save_random,
 )
 
@@ -212,6 +215,17 @@ def test_a_batch_equals_its_rows_one_by_one(pipe):
         np.testing.assert_allclose(result.logits, alone.logits, rtol=0, atol=1e-4)
 
 
+def test_the_vision_cache_keeps_the_features_of_every_level(bundle, pipe):
+    one, two = (prompt(PATCH_DIM, images=[(1, 4, 8)] * count, seed=9) for count in (1, 2))
+    two.pixel_values[: len(one.pixel_values)] = one.pixel_values
+    run(pipe, one, 0.3)
+    got = run(pipe, two, 0.3)
+    with Pipeline.load(bundle, profile=pipe.backend.profile, vision_cache_mb=0) as plain:
+        expected = run(plain, two, 0.3)
+    assert (got.num_cached, expected.num_cached, got.token_ids) == (1, 0, expected.token_ids)
+    np.testing.assert_allclose(got.logits, expected.logits, rtol=0, atol=1e-4)
+
+
 def test_scores_equal_the_numpy_oracle_with_norms_before_the_mean(pipe, checkpoint):
     inputs = prompt(PATCH_DIM, **PROMPTS["several images"])
     trace = pipe.trace(inputs, PruningConfig(keep_ratio=0.5), [])
@@ -343,12 +357,29 @@ def test_positions_are_interpolated_as_transformers_does(grid):
     np.testing.assert_array_equal(weight, theirs[1].numpy())
 
 
+@pytest.mark.parametrize("config", [QWEN3_VL_4B, QWEN3_VL_8B], ids=["4B", "8B"])
+def test_the_released_sizes_have_the_tensors_that_the_exporter_expects(config):
+    expected = inventory(FAMILY.name, FAMILY.language_config(config), FAMILY.vision_config(config))
+    assert expected == released_shapes(config, transformers.Qwen3VLForConditionalGeneration)
+
+
 SIZES = [(28, 28), (57, 91), (224, 224), (333, 500), (768, 900), (30, 900), (999, 1500)]
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_patches_equal_those_of_transformers(size):
     check_patches(FAMILY, FAMILY.vision_config(QWEN3_VL_8B), PREPROCESSOR, size)
+
+
+def test_both_preprocessors_are_found_where_transformers_5_writes_them(checkpoint, tmp_path):
+    video = PREPROCESSOR | {"size": {"longest_edge": 25165824, "shortest_edge": 4096}}
+    shutil.copytree(checkpoint[0], tmp_path / "model")
+    whole = {"image_processor": PREPROCESSOR, "video_processor": video}
+    (tmp_path / "model" / "processor_config.json").write_text(json.dumps(whole))
+    assert export([str(tmp_path / "model"), "--out", str(tmp_path / "bundle")]) == 0
+    bundle = Bundle.load(tmp_path / "bundle")
+    for name, expected in (("preprocessor_config.json", PREPROCESSOR), ("video_preprocessor_config.json", video)):
+        assert json.loads(bundle.read_text(name)) == expected
 
 
 def their_video_processor():

@@ -109,10 +109,10 @@ def test_a_second_generation_ends_the_first_and_says_so(pipes):
 
 def test_an_overwritten_encode_is_refused(pipes):
     plans = pipes[0]
-    inputs = plans.prepare(SAMPLES[0].question, [SAMPLES[0].image])
-    layouts = [plans.layout(inputs)]
-    first = plans.encode([inputs], layouts)
-    second = plans.encode([inputs], layouts)
+    first, second = (
+        plans.encode([inputs], [plans.layout(inputs)])
+        for inputs in (plans.prepare(s.question, [s.image]) for s in SAMPLES[:2])
+    )
     np.testing.assert_array_equal(second.numpy().shape, (64, 256))
     with pytest.raises(BackendError, match="overwritten"):
         first.numpy()

@@ -91,7 +91,7 @@ def block(g: GraphBuilder, x: ir.Value, shared: Frames, number: int, mlp: Mlp) -
         h = layer_norm(g, x, f"{weight}.norm2", NORM_EPSILON, "norm2")
         with g.scope("mlp"):
             h = mlp.activation(g, linear(g, h, f"{weight}.mlp.{mlp.first}", mlp.first))
-            h = g.cast(linear(g, h, f"{weight}.mlp.{mlp.second}", mlp.second), g.dtype, g.residual, 'c')
+            h = wide_linear(g, h, f"{weight}.mlp.{mlp.second}", mlp.second)
         return g.op("Add", x, h, name="add_mlp")
 
 

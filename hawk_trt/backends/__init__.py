@@ -1,13 +1,14 @@
 """Backends: what runs the three stages. A backend keeps weights; a Generation keeps one request's KV cache.
 
 backend.encode(feeds, num_rows)            vision          -> Visual
+backend.keep(visual), .join(visuals)                       -> Visual
 backend.score(inputs, visual)              first_layer     -> scores alone, nothing kept
 backend.start(batch, columns) -> Generation
 .prefill(inputs, visual)               first_layer and decoder over the prompt
 .decode(inputs)                        both over one token a row
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,6 +26,10 @@ BACKENDS = ("onnxruntime", "tensorrt")
 
 class Visual(Protocol):
     """Visual embeddings where the backend keeps them: [rows, hidden] in the model's dtype."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes, DeepStack's features included."""
 
     def numpy(self) -> npt.NDArray[Any]:
         """A host copy."""
@@ -102,6 +107,12 @@ class Backend(Protocol):
 
     def encode(self, feeds: Iterable[dict[str, npt.NDArray[Any]]], num_rows: int) -> Visual:
         """Run the vision stage, one call a feed, into num_rows rows; one zero row where there is none."""
+
+    def keep(self, visual: Visual) -> Visual:
+        """What encode made, as it may lie around while encode runs again: itself, or a copy for join alone."""
+
+    def join(self, parts: Sequence[Visual]) -> Visual:
+        """What keep gave, one below the other, for a prefill; at least one part."""
 
     def score(self, inputs: PrefillInputs, visual: Visual) -> npt.NDArray[np.float32]:
         """HAWK scores alone: float32 [batch, seq_len]."""

@@ -1,7 +1,7 @@
 """The ONNX Runtime backend: the three stages on the CPU, or on a GPU through the CUDA provider."""
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,11 @@ class OrtVisual:
         self.values = values
         self._device = device
         self._dtype = dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its tensors."""
+        return sum(value.tensor_size_in_bytes() for value in self.values.values())
 
     def numpy(self) -> npt.NDArray[Any]:
         """A host copy of the embeddings."""
@@ -89,11 +94,17 @@ class OnnxRuntimeBackend:
         for feed in feeds:
             binding = stage.bind({name: self.place.upload(array) for name, array in feed.items()}, {})
             binding.run()
-            parts.append(binding.results())
-        values = {
-            output.name: self.place.concatenate([part[output.name] for part in parts], dtype)
-            for output in stage.entry.outputs
-        }
+            parts.append(OrtVisual(binding.results(), self.place, dtype))
+        return self.join(parts)
+
+    def keep(self, visual: Visual) -> OrtVisual:
+        """Itself: every encode makes new tensors."""
+        return self._own(visual)
+
+    def join(self, parts: Sequence[Visual]) -> OrtVisual:
+        """The rows of all, one below the other; a single part is not copied."""
+        dtype, own = self.bundle.manifest.dtype, [self._own(part).values for part in parts]
+        values = {name: self.place.concatenate([part[name] for part in own], dtype) for name in own[0]}
         return OrtVisual(values, self.place, dtype)
 
     def no_visual(self) -> dict[str, ort.OrtValue]:
@@ -122,12 +133,10 @@ class OnnxRuntimeBackend:
 
     def prompt_feeds(self, inputs: PrefillInputs, visual: Visual, num_kept_total: int) -> dict[str, ort.OrtValue]:
         """Inputs of first_layer over a prompt, but for the cache."""
-        if not isinstance(visual, OrtVisual):
-            raise BackendError(f"visual: got {type(visual).__name__}, expected what this backend's encode made")
         upload = self.place.upload
         return {
             "text_embeds": upload(self.embedding_table[inputs.input_ids]),
-            **visual.values,
+            **self._own(visual).values,
             "visual_rows": upload(inputs.visual_rows),
             "position_ids": upload(inputs.position_ids),
             "query_weights": upload(inputs.query_weights),
@@ -140,6 +149,12 @@ class OnnxRuntimeBackend:
     def close(self) -> None:
         """Release the sessions."""
         self.stages.clear()
+
+    @staticmethod
+    def _own(visual: Visual) -> OrtVisual:
+        if not isinstance(visual, OrtVisual):
+            raise BackendError(f"visual: got {type(visual).__name__}, expected what this backend's encode made")
+        return visual
 
 
 def _load_stages(bundle: Bundle, profile: str, place: Device) -> dict[str, Stage]:

@@ -44,6 +44,8 @@ def add_prompt_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("prompt")
     group.add_argument("--image", action="append", default=[], help="an image before the prompt; repeatable")
     group.add_argument("--video", action="append", default=[], help="a video before the prompt; repeatable")
+    group.add_argument("--fps", type=float, help="frames a second to take from a video (default: the model's, mostly 2)")
+    group.add_argument("--max-frames", type=int, metavar="N", help="most frames to take from a video (default: 768)")
     group.add_argument("--prompt", required=True, help="the question, or - to read it from stdin")
     group.add_argument("--system", help="a system message (default: the chat template's own, if it has one)")
     group.add_argument("--min-pixels", type=int, help="enlarge smaller images to this area (default: the checkpoint's)")
@@ -123,7 +125,8 @@ def open_pipeline(args: argparse.Namespace) -> "Pipeline":
 
         verify(args.bundle)
     backend = args.backend or backend_for(args.bundle)
-    return Pipeline.load(args.bundle, backend=backend, device=args.device, profile=args.profile)
+    # no command asks twice about an image, but for those that measure
+    return Pipeline.load(args.bundle, backend=backend, device=args.device, profile=args.profile, vision_cache_mb=0)
 
 
 def load_bundle(folder: Path) -> Bundle:
@@ -151,14 +154,23 @@ def prompt_text(args: argparse.Namespace) -> str:
 
 
 def messages(args: argparse.Namespace, text: str) -> "str | Sequence[Message]":
-    """The prompt as the pipeline takes it: the text alone, or chat messages where there is a system message."""
-    if args.system is None:
+    """The prompt as the pipeline takes it: the text alone, or chat messages where it has to say more.
+
+    Raises:
+        InvalidInput: sampling of a video that is out of its range, or without a video.
+    """
+    for name, value, least in (("--fps", args.fps, 0), ("--max-frames", args.max_frames, 1)):
+        if value is not None and not value > least:
+            raise InvalidInput(f"{name}: got {value:g}, expected {'above 0' if not least else 'at least 2'}")
+        if value is not None and not args.video:
+            raise InvalidInput(f"{name}: got it without a --video to take frames from; leave it out")
+    sampling = {"fps": args.fps, "max_frames": args.max_frames}
+    if args.system is None and all(value is None for value in sampling.values()):
         return text
-    content = [{"type": "image"} for _ in args.image] + [{"type": "video"} for _ in args.video]
-    return [
-        {"role": "system", "content": args.system},
-        {"role": "user", "content": [*content, {"type": "text", "text": text}]},
-    ]
+    content: list[dict[str, object]] = [{"type": "image"} for _ in args.image]
+    content += [{"type": "video", **sampling} for _ in args.video]
+    system = [] if args.system is None else [{"role": "system", "content": args.system}]
+    return [*system, {"role": "user", "content": [*content, {"type": "text", "text": text}]}]
 
 
 def pruning(args: argparse.Namespace, keep_ratio: float) -> PruningConfig:

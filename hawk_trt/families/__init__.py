@@ -15,6 +15,7 @@ from hawk_trt.bundle import SpecialTokens
 from hawk_trt.errors import CheckpointError
 from hawk_trt.requests import ModelInputs
 from hawk_trt.stages import LanguageConfig, StageSpec
+from hawk_trt.streamed_rows import StreamedRows
 
 IntArray: TypeAlias = npt.NDArray[np.int64]
 
@@ -27,6 +28,7 @@ class ImageSettings:
     """How images are resized and normalised, from preprocessor_config.json.
 
     min_pixels and max_pixels bound the area after resizing; mean and std are per RGB channel, on [0, 1].
+    max_video_tokens, where it is given, makes the frames of a long video smaller: see qwen_video.
     """
 
     min_pixels: int
@@ -35,6 +37,7 @@ class ImageSettings:
     std: tuple[float, float, float]
     rescale_factor: float
     resample: int
+    max_video_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +45,12 @@ class Patches:
     """Images or videos as the vision stage takes them.
 
     Attributes:
-        pixel_values: float32 [num_patches, patch_dim], in the order of the checkpoint's own processor.
+        pixel_values: float32 [num_patches, patch_dim], in the order of the checkpoint's own processor; of a long
+            video made while it is read.
         grid_thw: int64 [items, 3], patches in time, height and width of each image or video.
     """
 
-    pixel_values: npt.NDArray[np.float32]
+    pixel_values: npt.NDArray[np.float32] | StreamedRows
     grid_thw: npt.NDArray[np.int64]
 
 
@@ -59,10 +63,18 @@ class TokenRun:
 
 
 class Family(Protocol):
-    """What the runtime and the exporter ask of a model family."""
+    """What the runtime and the exporter ask of a model family.
+
+    Attributes:
+        name: in bundles.
+        architectures: of config.json.
+        max_frame_pixels: the largest area of a video frame where the checkpoint says no bounds for videos, None for
+            that of images.
+    """
 
     name: str
     architectures: tuple[str, ...]
+    max_frame_pixels: int | None
 
     def language_config(self, config: Mapping[str, Any]) -> LanguageConfig:
         """Sizes of the language model from config.json.

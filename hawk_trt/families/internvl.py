@@ -26,6 +26,7 @@ class InternVL:
 
     name = "internvl"
     architectures: tuple[str, ...] = ("InternVLForConditionalGeneration", "InternVLChatModel")
+    max_frame_pixels: int | None = None
 
     def language_config(self, config: Mapping[str, Any]) -> LanguageConfig:
         """Sizes of the language model; see internvl_config.language_config."""
@@ -170,7 +171,7 @@ class InternVL:
         given = {"image": images, "video": videos}
         present = [patches for patches in given.values() if patches is not None]
         if len(present) < 2:
-            return ModelInputs(input_ids, pixel_values=present[0].pixel_values if present else None)
+            return ModelInputs(input_ids, pixel_values=np.asarray(present[0].pixel_values) if present else None)
         tiles = {kind: _items(patches) for kind, patches in given.items() if patches is not None}
         return ModelInputs(input_ids, pixel_values=np.concatenate([next(tiles[kind]) for kind in kinds]))
 

@@ -20,6 +20,7 @@ from hawk_trt.families import (
     qwen_config,
     qwen_patches,
     qwen_positions,
+    qwen_video,
     qwen_windows,
 )
 from hawk_trt.requests import ModelInputs
@@ -32,6 +33,7 @@ class Qwen25VL:
 
     name = "qwen2_5_vl"
     architectures: tuple[str, ...] = ("Qwen2_5_VLForConditionalGeneration",)
+    max_frame_pixels: int | None = qwen_video.MAX_FRAME_PIXELS
 
     def language_config(self, config: Mapping[str, Any]) -> LanguageConfig:
         """Sizes of the language model; see qwen_config.language_config."""
@@ -84,8 +86,8 @@ class Qwen25VL:
     def video_to_patches(
         self, frames: Sequence[npt.NDArray[np.uint8]], settings: ImageSettings, vision: Mapping[str, Any]
     ) -> Patches:
-        """Resize, normalise and cut the frames of one video; see qwen_patches.video_to_patches."""
-        return qwen_patches.video_to_patches(frames, settings, vision)
+        """Resize, normalise and cut the frames of one video; see qwen_video.video_to_patches."""
+        return qwen_video.video_to_patches(frames, settings, vision)
 
     def image_parts(
         self, image: npt.NDArray[np.uint8], count: int, vision: Mapping[str, Any]

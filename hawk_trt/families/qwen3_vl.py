@@ -23,7 +23,7 @@ from hawk_trt.families import (
     qwen3_video,
     qwen_config,
     qwen_frames,
-    qwen_patches,
+    qwen_video,
 )
 from hawk_trt.families.qwen2_vl import Qwen2VL
 from hawk_trt.families.settings import expect, integer, wrong
@@ -37,6 +37,7 @@ class Qwen3VL(Qwen2VL):
 
     name = "qwen3_vl"
     architectures: tuple[str, ...] = ("Qwen3VLForConditionalGeneration",)
+    max_frame_pixels: int | None = None
 
     def language_config(self, config: Mapping[str, Any]) -> LanguageConfig:
         """Sizes of the language model: queries and keys are normed, mRoPE's axes take turns, DeepStack adds."""
@@ -93,7 +94,7 @@ class Qwen3VL(Qwen2VL):
             bounds = (settings.min_pixels, settings.max_pixels)
             return qwen3_video.frame_size(len(frames), height, width, factor, together, *bounds)
 
-        return qwen_patches.video_to_patches(frames, settings, vision, frame_size)
+        return qwen_video.video_to_patches(frames, settings, vision, frame_size)
 
     def frame_numbers(self, total: int, video_fps: float, fps: float | None, max_frames: int) -> IntArray:
         """Which frames of a video file are taken; see qwen3_video.frame_numbers."""

@@ -18,6 +18,7 @@ from hawk_trt.families import IntArray, Patches
 from hawk_trt.families.qwen_patches import patch_dim
 from hawk_trt.families.qwen_positions import check_grid
 from hawk_trt.stages import TensorSpec
+from hawk_trt.streamed_rows import StreamedRows
 
 _PLANS_KEPT = 16
 
@@ -49,8 +50,8 @@ def frame_batches(patches: Patches, vision: Mapping[str, Any], max_patches: int)
         InvalidInput: pixel_values and grid_thw do not fit each other, or not the model.
     """
     grid = check_grid("grid_thw", patches.grid_thw, vision["spatial_merge_size"])
-    pixels = _check_pixels(patches.pixel_values, grid, patch_dim(vision))
-    return _batches(pixels, grid, max_patches)  # a generator of its own: errors come at the call
+    _check_pixels(patches.pixel_values, grid, patch_dim(vision))
+    return _batches(patches.pixel_values, grid, max_patches)  # a generator of its own: errors come at the call
 
 
 @lru_cache(maxsize=_PLANS_KEPT)
@@ -81,7 +82,9 @@ def frame_feeds(batch: FrameBatch, vision: Mapping[str, Any]) -> dict[str, npt.N
     return {"pixel_values": batch.pixel_values, "patch_positions": positions}
 
 
-def _batches(pixels: npt.NDArray[np.float32], grid: IntArray, max_patches: int) -> Iterator[FrameBatch]:
+def _batches(
+    pixels: npt.NDArray[np.float32] | StreamedRows, grid: IntArray, max_patches: int
+) -> Iterator[FrameBatch]:
     start = 0
     for frames, height, width in _runs(grid):
         num_patches = height * width
@@ -103,11 +106,10 @@ def _runs(grid: IntArray) -> list[tuple[int, int, int]]:
     return runs
 
 
-def _check_pixels(pixels: npt.NDArray[np.float32], grid: IntArray, dim: int) -> npt.NDArray[np.float32]:
+def _check_pixels(pixels: npt.NDArray[np.float32] | StreamedRows, grid: IntArray, dim: int) -> None:
     got = f"{pixels.dtype}{list(pixels.shape)}"
     if pixels.ndim != 2 or pixels.shape[1] != dim or not np.issubdtype(pixels.dtype, np.floating):
         raise InvalidInput(f"pixel_values: got {got}, expected float32[num_patches, {dim}]")
     rows = int(grid.prod(axis=1).sum())
     if len(pixels) != rows:
         raise InvalidInput(f"pixel_values: got {got}, expected {rows} rows for grid_thw {grid.tolist()}")
-    return pixels

@@ -1,12 +1,12 @@
-"""From RGB images and video frames to the patches of the Qwen vision towers.
+"""From RGB images to the patches of the Qwen vision towers; qwen_video.py does the same for videos.
 
 An image is resized to multiples of patch x merge within the settings' pixel bounds, normalised, and cut into
 rows of [channel, temporal patch, patch, patch], ordered by merge block: the m x m patches that become one
-token follow each other. An image fills its temporal patch with itself, a video with successive frames.
+token follow each other. An image fills its temporal patch with itself.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -84,7 +84,7 @@ def images_to_patches(
     Raises:
         InvalidInput: an image that is not RGB uint8, is empty, or is too thin.
     """
-    sizes = [_target_size(image, settings, vision) for image in images]
+    sizes = [target_size(image, settings, vision) for image in images]
     patch = vision["patch_size"]
     grid = np.array([(1, tall // patch, wide // patch) for tall, wide in sizes], dtype=np.int64).reshape(-1, 3)
     pixels = np.empty((int(grid.prod(axis=1).sum()), patch_dim(vision)), dtype=np.float32)
@@ -92,50 +92,8 @@ def images_to_patches(
     ends = np.cumsum(grid.prod(axis=1)).tolist()
     for image, (tall, wide), count, end in zip(images, sizes, grid.prod(axis=1).tolist(), ends, strict=True):
         resized = resize(image, tall, wide, settings.resample)
-        _cut(resized, tables, pixels[end - count : end], vision, slice(None))
+        cut(resized, tables, pixels[end - count : end], vision, slice(None))
     return Patches(pixels, grid)
-
-
-def video_to_patches(
-    frames: Sequence[npt.NDArray[np.uint8]],
-    settings: ImageSettings,
-    vision: Mapping[str, Any],
-    frame_size: Callable[[int, int], tuple[int, int]] | None = None,
-) -> Patches:
-    """Resize, normalise and cut the frames of one video, going through them once.
-
-    The last frame is repeated to a multiple of temporal_patch_size.
-
-    Args:
-        frames: uint8 [height, width, 3] each, all of one size.
-        settings: pixel bounds, filter and normalisation of videos.
-        vision: sizes of the vision tower.
-        frame_size: height and width of the resized frames from those given; None takes an image's rule.
-
-    Raises:
-        InvalidInput: no frame, a frame that is not RGB uint8, is too thin or of another size.
-    """
-    if not len(frames):
-        raise InvalidInput("video: got no frame, expected at least one")
-    patch, together = vision["patch_size"], vision["temporal_patch_size"]
-    steps = -(-len(frames) // together)
-    tables = value_tables(settings)
-    pixels = np.empty((0, 0), dtype=np.float32)
-    shape: tuple[int, ...] | None = None
-    grid = (steps, 0, 0)
-    for number, frame in enumerate(frames):
-        if shape is None:
-            tall, wide = _target_size(frame, settings, vision, frame_size)
-            shape, grid = frame.shape, (steps, tall // patch, wide // patch)
-            pixels = np.empty((math.prod(grid), patch_dim(vision)), dtype=np.float32)
-        elif frame.shape != shape:
-            raise InvalidInput(f"video: frame {number} is {list(frame.shape)}, expected {list(shape)} as the first")
-        step, place = divmod(number, together)
-        rows = pixels[step * grid[1] * grid[2] :][: grid[1] * grid[2]]
-        last = number == len(frames) - 1
-        resized = resize(frame, grid[1] * patch, grid[2] * patch, settings.resample)
-        _cut(resized, tables, rows, vision, slice(place, None if last else place + 1))
-    return Patches(pixels, np.array([grid], dtype=np.int64))
 
 
 def model_inputs(
@@ -147,7 +105,7 @@ def model_inputs(
     """The tensors of a prompt: images and videos apart, each with its grids."""
     return ModelInputs(
         input_ids=input_ids,
-        pixel_values=None if images is None else images.pixel_values,
+        pixel_values=None if images is None else np.asarray(images.pixel_values),
         image_grid_thw=None if images is None else images.grid_thw,
         pixel_values_videos=None if videos is None else videos.pixel_values,
         video_grid_thw=None if videos is None else videos.grid_thw,
@@ -160,7 +118,7 @@ def patch_dim(vision: Mapping[str, Any]) -> int:
     return int(vision["in_channels"] * vision["temporal_patch_size"] * vision["patch_size"] ** 2)
 
 
-def _cut(
+def cut(
     image: npt.NDArray[np.uint8],
     tables: npt.NDArray[np.float32],
     rows: npt.NDArray[np.float32],
@@ -179,15 +137,22 @@ def _cut(
         out[:, :, :, :, channel, places] = table[blocks[channel]][:, :, :, :, None]
 
 
-def _target_size(
-    image: npt.NDArray[np.uint8],
-    settings: ImageSettings,
-    vision: Mapping[str, Any],
-    rule: Callable[[int, int], tuple[int, int]] | None = None,
-) -> tuple[int, int]:
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-        raise InvalidInput(f"image: got {image.dtype}{list(image.shape)}, expected uint8[height, width, 3]")
-    if rule is not None:
-        return rule(image.shape[0], image.shape[1])
+def target_size(image: npt.NDArray[np.uint8], settings: ImageSettings, vision: Mapping[str, Any]) -> tuple[int, int]:
+    """Height and width that an image is resized to.
+
+    Raises:
+        InvalidInput: it is not RGB uint8, is empty, or too thin.
+    """
+    check_rgb(image)
     factor = vision["patch_size"] * vision["spatial_merge_size"]
     return smart_resize(image.shape[0], image.shape[1], factor, settings.min_pixels, settings.max_pixels)
+
+
+def check_rgb(image: npt.NDArray[np.uint8]) -> None:
+    """Refuse what is no RGB image.
+
+    Raises:
+        InvalidInput: it is not uint8 [height, width, 3], or empty.
+    """
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+        raise InvalidInput(f"image: got {image.dtype}{list(image.shape)}, expected uint8[height, width, 3]")

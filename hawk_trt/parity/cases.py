@@ -75,10 +75,10 @@ def tensor_cases(manifest: Manifest, seed: int, *, only_video: bool = False) -> 
         shown = {}
     if manifest.special_tokens.video is not None:
         shown["video of 6 frames"] = ([], 6)
-    return [ParityCase(name, _random_inputs(manifest, rng, sizes, frames)) for name, (sizes, frames) in shown.items()]
+    return [ParityCase(name, random_inputs(manifest, rng, sizes, frames)) for name, (sizes, frames) in shown.items()]
 
 
-def _random_inputs(
+def random_inputs(
     manifest: Manifest, rng: np.random.Generator, sizes: list[tuple[int, int]], num_frames: int
 ) -> ModelInputs:
     """A prompt with images of these widths and heights, or with a video of so many frames."""

@@ -88,7 +88,7 @@ class Qwen25VL:
         merge = int(self._sizes.spatial_merge_size)
         return frames, rows // merge, columns // merge
 
-    def _vision_inputs(self, pixel_values: npt.NDArray[Any], grid_thw: npt.ArrayLike | None) -> tuple[Tensor, Tensor]:
+    def _vision_inputs(self, pixel_values: npt.ArrayLike, grid_thw: npt.ArrayLike | None) -> tuple[Tensor, Tensor]:
         weight = self.lm_head.weight
         pixels = torch.from_numpy(np.ascontiguousarray(pixel_values, dtype=np.float32))
         return pixels.to(weight.device, weight.dtype), torch.tensor(_rows(grid_thw), device=weight.device)

@@ -1,8 +1,8 @@
 """TensorRtBackend: the plans of an engine folder on one GPU, loaded once, and what requests share."""
 
 import traceback
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,7 @@ from hawk_trt.backends.tensorrt.engine import Context, Engine, Runtime
 from hawk_trt.backends.tensorrt.generation import TensorRtGeneration
 from hawk_trt.backends.tensorrt.memory import Memory, tensor_sizes
 from hawk_trt.backends.tensorrt.staging import Staging
-from hawk_trt.backends.tensorrt.vision import Encoder, TensorRtVisual
+from hawk_trt.backends.tensorrt.vision import Encoder, HostVisual, TensorRtVisual
 from hawk_trt.bundle import numpy_dtype
 from hawk_trt.engine_manifest import PREFILL, EngineFolder
 from hawk_trt.errors import BackendError
@@ -24,6 +24,7 @@ from hawk_trt.layout import PrefillInputs
 from hawk_trt.machine import this_machine
 from hawk_trt.stages import FIRST_LAYER, STAGES
 
+_OwnVisual = TypeVar("_OwnVisual", TensorRtVisual, HostVisual)
 _SCRATCH = "scratch"
 _CACHE = "cache"
 
@@ -122,6 +123,16 @@ class TensorRtBackend:
         with self.cuda.active():
             return self.encoder.encode(feeds, num_rows)
 
+    def keep(self, visual: Visual) -> HostVisual:
+        """A copy on the host, since every encode overwrites the one before."""
+        with self.cuda.active():
+            return self.encoder.keep(_own(visual, TensorRtVisual))
+
+    def join(self, parts: Sequence[Visual]) -> TensorRtVisual:
+        """Rows of what keep gave, one below the other, where first_layer reads them."""
+        with self.cuda.active():
+            return self.encoder.join([_own(part, HostVisual) for part in parts])
+
     def score(self, inputs: PrefillInputs, visual: Visual) -> npt.NDArray[np.float32]:
         """HAWK scores alone: float32 [batch, seq_len]. Layer 0 runs on one token, and its cache is dropped."""
         with self.cuda.active():
@@ -149,11 +160,10 @@ class TensorRtBackend:
 
     def bind_prompt(self, inputs: PrefillInputs, visual: Visual, num_kept_total: int) -> dict[str, int]:
         """Set shapes and addresses of first_layer over a prompt; returns the sizes of all dimensions."""
-        if not isinstance(visual, TensorRtVisual):
-            raise BackendError(f"visual: got {type(visual).__name__}, expected what this backend's encode made")
-        visual.check(self)
+        own = _own(visual, TensorRtVisual)
+        own.check(self)
         batch, seq_len = inputs.input_ids.shape
-        dims = {"batch": batch, "seq_len": seq_len, "num_visual": visual.rows, "num_kept_total": num_kept_total}
+        dims = {"batch": batch, "seq_len": seq_len, "num_visual": own.rows, "num_kept_total": num_kept_total}
         dims |= self.cache.dims(num_kept_total)
         self.contexts[FIRST_LAYER, PREFILL].bind(dims, self.addresses())
         return dims
@@ -223,3 +233,9 @@ class TensorRtBackend:
             self.cuda.zero(self.memory.addresses[_CACHE], KVCache.size_bytes(self.manifest))
         self.cache_checked = 0
         self.cache.restart()
+
+
+def _own(visual: Visual, kind: type[_OwnVisual]) -> _OwnVisual:
+    if not isinstance(visual, kind):
+        raise BackendError(f"visual: got {type(visual).__name__}, expected {kind.__name__}, made by this backend")
+    return visual
