@@ -4,6 +4,7 @@
 .PHONY: help setup demo check lint types tests tests-slow export parity accuracy clean
 .PHONY: plugin plugin-check gpu-check
 .PHONY: engines self-test preflight preflight-large types-tensorrt
+.PHONY: bench bench-shape
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -24,6 +25,10 @@ PICTURE ?= artifacts/demo.png
 BUNDLE ?= $(OUT)
 ENGINES ?= $(BUNDLE)-engines
 FLAGS ?=
+# make bench SHAPE=qwen2.5-vl-3b LAYERS=4: random weights of that shape
+SHAPE ?=
+LAYERS ?=
+VISION_LAYERS ?=
 
 # Two sets of packages in one environment: all, with torch for parity and tests; or what a demo needs.
 FULL := $(VENV)/.full
@@ -83,6 +88,13 @@ plugin-check: $(FULL) ## The plugin without a GPU: contract and registries; TENS
 
 gpu-check: ## The plugin on this GPU: answers, then time beside PyTorch; after make plugin, with GPU_PYTHON's PyTorch
 	$(GPU_PYTHON) -m plugins.gpu_check
+
+bench: $(READY) $(if $(SHAPE),bench-shape,export) ## Time and memory by stage: MODEL=path-or-hub-id, or SHAPE=qwen2.5-vl-3b LAYERS=4; FLAGS="--sides 448"
+	$(BIN)/hawk-trt bench $(if $(SHAPE),artifacts/$(SHAPE)-random,$(OUT)) $(FLAGS)
+
+bench-shape: $(READY)
+	$(BIN)/python -m export --shape $(SHAPE) $(LAYERS:%=--layers %) $(VISION_LAYERS:%=--vision-layers %) \
+	  --out artifacts/$(SHAPE)-random --dtype $(DTYPE) $(PROFILE:%=--profile %)
 
 accuracy: $(FULL) export ## Right answers of the tiny model by selector, and what must hold of them: ten minutes
 	$(BIN)/python -m benchmarks.accuracy $(OUT)

@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from export.checkpoint import Checkpoint
 from export.hub import download, is_hub_id
+from export.random_checkpoint import random_checkpoint
+from export.real_shapes import SHAPES, shape_config
 from export.writer import ExportOptions, export, up_to_date
 from hawk_trt.bundle import Bundle
 from hawk_trt.errors import HawkError
@@ -29,10 +32,20 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
     parser = _parser()
     args = parser.parse_args(arguments)
-    if args.revision is not None and not is_hub_id(args.checkpoint):
-        parser.error(f"--revision: only for a hub id (owner/name), got {args.checkpoint}")
+    if (args.checkpoint is None) == (args.shape is None):
+        parser.error("expected a CHECKPOINT, or --shape for one of random weights")
+    if args.revision is not None and (args.shape or not is_hub_id(args.checkpoint)):
+        parser.error(f"--revision: only for a hub id (owner/name), got {args.shape or args.checkpoint}")
+    if args.shape and args.link:
+        parser.error("--link: random weights lie in no file")
+    if not args.shape and (args.layers or args.vision_layers):
+        parser.error("--layers, --vision-layers: only with --shape; a checkpoint has its own")
     try:
-        _run(args)
+        if args.shape:
+            _run_shape(args)
+        else:
+            name = args.checkpoint if is_hub_id(args.checkpoint) else None
+            _run(args, Checkpoint.open(download(name, args.revision) if name else args.checkpoint), name)
     except (HawkError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return _FAILED
@@ -42,10 +55,17 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _run(args: argparse.Namespace) -> None:
+def _run_shape(args: argparse.Namespace) -> None:
+    """Export random weights of a released model's shape."""
+    config = shape_config(args.shape, args.layers, args.vision_layers)
+    if args.im_end_token_id is None:
+        args.im_end_token_id = config["eos_token_id"]  # <|im_end|>; there is no tokenizer to say it
+    with tempfile.TemporaryDirectory() as folder:
+        _run(args, random_checkpoint(Path(folder), config), f"{args.shape}, random weights")
+
+
+def _run(args: argparse.Namespace, checkpoint: Checkpoint, name: str | None) -> None:
     start = time.perf_counter()
-    name = args.checkpoint if is_hub_id(args.checkpoint) else None
-    checkpoint = Checkpoint.open(download(name, args.revision) if name else args.checkpoint)
     options = ExportOptions(
         dtype=args.dtype,
         profiles=tuple(args.profile or PROFILES),
@@ -59,7 +79,7 @@ def _run(args: argparse.Namespace) -> None:
     current = None if args.force else up_to_date(checkpoint, args.out.resolve(), options, name)
     if current is None:
         with _progress() as progress:
-            bundle = export(checkpoint.folder, args.out, options, name=name, progress=progress)
+            bundle = export(checkpoint, args.out, options, name=name, progress=progress)
     else:
         bundle = current
     _report(bundle, args.out, time.perf_counter() - start, up_to_date=current is not None, as_json=args.json)
@@ -71,7 +91,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Export a Hugging Face checkpoint to an ONNX bundle.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint folder, or a hub id such as owner/name")
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", nargs="?", help="a checkpoint folder, or a hub id such as owner/name"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the bundle's folder")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and activations")
     parser.add_argument(
@@ -88,6 +110,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--head-weights", type=Path, metavar="FILE", help="JSON: importance of each query head of layer 0"
     )
+    parser.add_argument(
+        "--shape", choices=SHAPES, help="random weights of a released model's shape instead, to measure speed with"
+    )
+    parser.add_argument("--layers", type=int, metavar="N", help="of --shape, fewer than the model's")
+    parser.add_argument("--vision-layers", type=int, metavar="N", help="of --shape, fewer than the model's")
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")
     parser.add_argument("--force", action="store_true", help="export again even if nothing changed")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")

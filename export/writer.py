@@ -88,7 +88,7 @@ class ExportOptions:
 
 
 def export(
-    checkpoint: str | Path,
+    checkpoint: str | Path | Checkpoint,
     out: str | Path,
     options: ExportOptions | None = None,
     *,
@@ -98,7 +98,7 @@ def export(
     """Export a checkpoint, or return the bundle that is there if it is up to date.
 
     Args:
-        checkpoint: a Hugging Face checkpoint folder.
+        checkpoint: a Hugging Face checkpoint folder, or one that is open.
         out: the bundle's folder; a bundle that is there is replaced at the end.
         options: None takes the defaults.
         name: of the checkpoint, as the manifest says it; None takes the folder's.
@@ -110,7 +110,7 @@ def export(
         BundleError: out cannot be replaced or written, or the disk is full.
     """
     options = options or ExportOptions()
-    opened = Checkpoint.open(checkpoint)
+    opened = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.open(checkpoint)
     out = Path(out).resolve()
     _check_replaceable(out, opened.folder)
     clean_up_after_killed(out)

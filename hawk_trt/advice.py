@@ -2,7 +2,7 @@
 
     preprocess, vision    fixed by the image
     first_layer, decoder  a + b K + c K C       K kept tokens, text and visual; C columns of the KV cache
-    a decode step         a + b C               C on average over the answer; the first has a fixed cost besides
+    a decode step         a + b C               C on average over the answer; the first ones cost a little more
     the rest of the host  fixed
 
 All coefficients are at least 0. What is recommended is time alone: how right the answers stay, `hawk-trt eval` says.
@@ -66,7 +66,7 @@ class StageTimes:
         first_layer: prefill.
         decoder: prefill.
         rest: of the host.
-        begin: of decoding, once an answer.
+        begin: what the first decode steps cost more than later ones, all together.
         step: a decode step, with all that the host does for a token.
     """
 

@@ -47,7 +47,12 @@ class Sizes:
 
 
 TINY = Sizes()
+QWEN_3B = Sizes(2048, 11008, 36, 16, 2, 151936, 1280, 3420, 32, 16, (7, 15, 23, 31))
 QWEN_7B = Sizes(3584, 18944, 28, 28, 4, 152064, 1280, 3420, 32, 16, (7, 15, 23, 31))
+QWEN_32B = Sizes(5120, 27648, 64, 40, 8, 152064, 1280, 3456, 32, 16, (7, 15, 23, 31))
+QWEN_72B = Sizes(8192, 29568, 80, 64, 8, 152064, 1280, 3456, 32, 16, (7, 15, 23, 31))
+# The 3B alone ties its lm_head to its embeddings.
+QWEN_MODELS = {"3B": QWEN_3B, "7B": QWEN_7B, "32B": QWEN_32B, "72B": QWEN_72B}
 
 
 def config(sizes: Sizes = TINY, *, tied: bool = False, nested: bool = False) -> dict[str, Any]:
@@ -183,12 +188,14 @@ def make_checkpoint(
     return folder
 
 
-def make_sparse_checkpoint(folder: Path, sizes: Sizes = QWEN_7B, *, dtype: str = "BF16", shards: int = 5) -> Path:
+def make_sparse_checkpoint(
+    folder: Path, sizes: Sizes = QWEN_7B, *, dtype: str = "BF16", shards: int = 5, tied: bool = False
+) -> Path:
     """Write a checkpoint whose tensors are holes in sparse files: real sizes, no disk space."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "config.json", config(sizes))
+    write_json(folder / "config.json", config(sizes, tied=tied))
     itemsize = np.dtype(DTYPES[dtype]).itemsize
-    all_shapes = shapes(sizes)
+    all_shapes = shapes(sizes, tied=tied)
     total = sum(int(np.prod(shape)) for shape in all_shapes.values()) * itemsize
     groups: list[dict[str, tuple[int, ...]]] = [{} for _ in range(shards)]
     position = 0

@@ -113,6 +113,8 @@ class Stage:
         self.device = device
         options = ort.SessionOptions()
         options.log_severity_level = 3  # errors alone: warnings go to stderr, which belongs to the progress bar
+        # each stage has threads of its own: those of one would spin while the next computes
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         with _translated(f"{path.name}: could not be loaded"):
             self.session = ort.InferenceSession(str(path), options, providers=device.providers())
         if device.kind == "cuda" and self.session.get_providers()[0] != "CUDAExecutionProvider":

@@ -1,0 +1,74 @@
+"""Large images in bounded memory: the vision stage grows with the patches and first_layer with the tokens, not squared.
+
+Widths are small here, so that a square of patches or tokens would be most of the memory; the 7B's real width is
+measured by `make bench-native`.
+"""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from checkpoints import Sizes, make_checkpoint
+
+from export.__main__ import main as export
+from hawk_trt.stages import PROFILES
+
+SIZES = Sizes(64, 96, 2, 4, 2, 320, 32, 48, 2, 2, (1,))
+
+# Peak memory of a process of its own, before and after one image of so many patches on a side.
+MEASURE = """
+import json, sys
+from pathlib import Path
+import numpy as np
+from hawk_trt import ModelInputs, Pipeline, PruningConfig
+
+def peak_mb():
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in status if line.startswith("VmHWM:")) / 1024
+
+bundle, profile, side, frames = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+pipe = Pipeline.load(bundle, profile=profile)
+special = pipe.bundle.manifest.special_tokens
+num_visual = frames * side * side // 4
+pixels = np.random.default_rng(0).standard_normal((frames * side * side, 1176), dtype=np.float32)
+ids = [3, special.vision_start, *[special.image] * num_visual, special.vision_end, 7, 8, 9]
+inputs = ModelInputs(input_ids=ids, pixel_values=pixels, image_grid_thw=[[1, side, side]] * frames)
+before = peak_mb()
+result = pipe.generate(inputs, pruning=PruningConfig(keep_ratio=0.1), max_new_tokens=2, ignore_eos=True)
+print(json.dumps({"num_kept": result.num_kept, "finite": bool(np.isfinite(result.scores).all()),
+                  "grown_mb": peak_mb() - before}))
+"""
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    checkpoint = make_checkpoint(tmp_path_factory.mktemp("native") / "checkpoint", sizes=SIZES)
+    folder = checkpoint.parent / "bundle"
+    assert export([str(checkpoint), "--out", str(folder)]) == 0
+    return folder
+
+
+def measure(bundle, profile, side, images=1):
+    command = [sys.executable, "-c", MEASURE, str(bundle), profile, str(side), str(images)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_memory_grows_with_the_patches_of_an_image_and_not_with_their_square(bundle, profile):
+    small, large = measure(bundle, profile, 64), measure(bundle, profile, 128)
+    for result, patches in ((small, 64**2), (large, 128**2)):
+        assert result["finite"] and result["num_kept"] == int(np.ceil(patches // 4 * 0.1))
+    # 16,384 patches of 2 heads would take 2,147 MB of scores at once, 4,096 an eighth of one image's pixels more
+    assert large["grown_mb"] < 6 * max(small["grown_mb"], 40), (small, large)
+    assert large["grown_mb"] < 500, large
+
+
+def test_first_layer_over_16384_visual_tokens_makes_no_square_of_them(bundle):
+    # 64 images of 256 tokens: the vision stage is cheap, and S x S float32 would be 1,075 MB
+    result = measure(bundle, "inplace", 32, images=64)
+    assert result["finite"] and result["num_kept"] == 1639
+    assert result["grown_mb"] < 600, result
