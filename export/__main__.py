@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from export.checkpoint import Checkpoint
+from export.head_weights import UNIFORM
 from export.hub import download, is_hub_id
 from export.random_checkpoint import random_checkpoint
 from export.real_shapes import SHAPES, shape_config
@@ -24,6 +25,10 @@ from hawk_trt.stages import DTYPES, NORMALIZATIONS, PROFILES
 
 _FAILED = 1
 _INTERRUPTED = 130
+_UNIFORM_NOTE = (
+    "note: no head weights are published for this model, so all its query heads count the same. "
+    "Measure them: hawk-trt calibrate CHECKPOINT --out FILE, then export with --head-weights FILE"
+)
 # Between two lines where no bar can be drawn.
 _PLAIN_SECONDS = 2.0
 
@@ -80,6 +85,8 @@ def _run(args: argparse.Namespace, checkpoint: Checkpoint, name: str | None) -> 
     if current is None:
         with _progress() as progress:
             bundle = export(checkpoint, args.out, options, name=name, progress=progress)
+        if bundle.manifest.head_weights.source == UNIFORM:
+            print(_UNIFORM_NOTE, file=sys.stderr)
     else:
         bundle = current
     _report(bundle, args.out, time.perf_counter() - start, up_to_date=current is not None, as_json=args.json)

@@ -151,7 +151,7 @@ def test_each_image_keeps_its_quota(ask, capsys):
         (["--seed", "-1"], "seed"),
         (["--head-weights", "no-such-file.json"], "no-such-file.json"),
         (["--image", "no-such-image.png"], "no-such-image.png"),
-        (["--video", "clip.mp4"], "template"),
+        (["--video", "no-such-clip.mp4"], "no-such-clip.mp4"),
         (["--prompt", "  "], "--prompt"),
         (["--device", "abacus"], "device: got 'abacus'"),
         (["--backend", "tensorrt"], "make engines"),

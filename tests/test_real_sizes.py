@@ -6,13 +6,14 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from checkpoints import QWEN_3B, QWEN_MODELS, Sizes, make_checkpoint, make_sparse_checkpoint, shapes, write_json
+from checkpoints import QWEN_MODELS, Sizes, make_checkpoint, make_sparse_checkpoint, shapes, write_json
 
 from export.__main__ import main as export
 from export.checkpoint import Checkpoint
 from export.graphs import build_graphs
 from export.head_weights import UNIFORM, default_head_weights
 from export.inventory import inventory
+from export.real_shapes import shape_config
 from export.weights import WeightStore
 from hawk_trt.bundle import read_manifest
 from hawk_trt.families import family_by_name, family_of
@@ -20,7 +21,7 @@ from hawk_trt.stages import DECODER, FIRST_LAYER, PROFILES, VISION, decoder_spec
 
 FAMILY = family_by_name("qwen2_5_vl")
 
-# config.json of Qwen2.5-VL-3B-Instruct, and where those of the others differ from it.
+# config.json of Qwen2.5-VL-3B-Instruct; those of the others differ in sizes alone.
 RELEASED_3B = {
     "architectures": ["Qwen2_5_VLForConditionalGeneration"],
     "attention_dropout": 0.0,
@@ -67,30 +68,23 @@ RELEASED_3B = {
     "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
     "vocab_size": 151936,
 }
-# hidden_size, intermediate_size, layers, heads, key/value heads, vocabulary, the vision MLP's width
-OTHERS = {
-    "7B": (3584, 18944, 28, 28, 4, 152064, 3420),
-    "32B": (5120, 27648, 64, 40, 8, 152064, 3456),
-    "72B": (8192, 29568, 80, 64, 8, 152064, 3456),
-}
 # Parameters that the model cards round to 3.75, 8.29, 33.5 and 73.4 billion.
 PARAMETERS = {"3B": 3.755e9, "7B": 8.292e9, "32B": 33.453e9, "72B": 73.411e9}
 
 
 def released(name):
-    if name == "3B":
-        return RELEASED_3B
-    hidden, inner, layers, heads, kv_heads, vocab, vision_inner = OTHERS[name]
-    vision = RELEASED_3B["vision_config"] | {"out_hidden_size": hidden, "intermediate_size": vision_inner}
+    """RELEASED_3B with the sizes of another model."""
+    sizes = QWEN_MODELS[name]
+    vision = {"out_hidden_size": sizes.hidden_size, "intermediate_size": sizes.vision_intermediate_size}
     return RELEASED_3B | {
-        "hidden_size": hidden,
-        "intermediate_size": inner,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "vocab_size": vocab,
-        "tie_word_embeddings": False,
-        "vision_config": vision,
+        "hidden_size": sizes.hidden_size,
+        "intermediate_size": sizes.intermediate_size,
+        "num_hidden_layers": sizes.layers,
+        "num_attention_heads": sizes.heads,
+        "num_key_value_heads": sizes.kv_heads,
+        "vocab_size": sizes.vocab_size,
+        "tie_word_embeddings": name == "3B",
+        "vision_config": RELEASED_3B["vision_config"] | vision,
     }
 
 
@@ -179,7 +173,8 @@ def test_a_linked_export_of_the_3bs_shapes_keeps_its_tied_head_once(tmp_path):
     assert export([str(folder), "--out", str(tmp_path / "out"), "--dtype", "bfloat16", "--link"]) == 0
     manifest = read_manifest(tmp_path / "out")
     assert manifest.embeddings.file.endswith(".safetensors")
-    assert {file for file, entry in manifest.files.items() if entry.weights} == {p.name for p in folder.glob("*.safet*")}
+    linked = {name for name, entry in manifest.files.items() if entry.weights}
+    assert linked == {path.name for path in folder.glob("*.safetensors")}
 
 
 def test_an_export_without_calibrated_weights_says_so_once_and_what_to_do(tmp_path, capsys):
@@ -201,9 +196,7 @@ def test_given_head_weights_are_not_remarked_upon(tmp_path, capsys):
     assert "head weights" not in capsys.readouterr().err
 
 
-def test_the_tables_of_sizes_agree():
-    assert QWEN_MODELS["3B"] == QWEN_3B
-    for name, (hidden, inner, layers, heads, kv_heads, vocab, vision_inner) in OTHERS.items():
-        sizes = QWEN_MODELS[name]
-        got = (sizes.hidden_size, sizes.intermediate_size, sizes.layers, sizes.heads, sizes.kv_heads, sizes.vocab_size)
-        assert (*got, sizes.vision_intermediate_size) == (hidden, inner, layers, heads, kv_heads, vocab, vision_inner)
+def test_the_shapes_of_random_exports_are_those_of_the_released_configs(name):
+    config, shape = released(name), shape_config(f"qwen2.5-vl-{name.lower()}")
+    assert FAMILY.language_config(shape) == FAMILY.language_config(config)
+    assert FAMILY.vision_config(shape) == FAMILY.vision_config(config)

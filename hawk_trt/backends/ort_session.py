@@ -16,6 +16,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from hawk_trt.bundle import GraphEntry, numpy_dtype
 from hawk_trt.errors import BackendError
+from hawk_trt.stages import VISION
 
 # ONNX's TensorProto.DataType of the dtypes that the stages use
 _ONNX_TYPES = {"float32": 1, "int32": 6, "int64": 7, "bool": 9, "float16": 10, "bfloat16": 16}
@@ -112,6 +113,9 @@ class Stage:
         self.entry = entry
         self.device = device
         options = ort.SessionOptions()
+        if entry.stage == VISION:
+            # Images differ in size: an arena would hold on to what the largest took, a third more than it needs.
+            options.enable_cpu_mem_arena = False
         options.log_severity_level = 3  # errors alone: warnings go to stderr, which belongs to the progress bar
         # each stage has threads of its own: those of one would spin while the next computes
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")

@@ -1,0 +1,68 @@
+"""Random models on disk, for us and for peers: a checkpoint as transformers reads it, and the bundle of the same file.
+
+The vocabulary is cut with the layers, so that lm_head keeps the share of the work that it has in the whole model.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from export.checkpoint import Checkpoint
+from export.random_checkpoint import random_checkpoint
+from export.real_shapes import shape_config
+from export.writer import ExportOptions, export
+
+_ALIGNMENT = 4096
+# What newer saves call the tensors, after their canonical prefixes.
+_PREFIXES = {"visual.": "model.visual.", "language_model.": "model.language_model."}
+_IDS = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id", "eos_token_id")
+
+
+def cut_config(shape: str, layers: int, vision_layers: int) -> dict[str, Any]:
+    """config.json of a released model with fewer layers and the vocabulary cut in proportion.
+
+    The special tokens become the last ids.
+    """
+    whole, config = shape_config(shape), shape_config(shape, layers, vision_layers)
+    text = config["text_config"]
+    text["vocab_size"] = text["vocab_size"] * layers // whole["text_config"]["num_hidden_layers"] // 64 * 64
+    return config | {name: text["vocab_size"] - 1 - number for number, name in enumerate(_IDS)}
+
+
+def make_model(folder: Path, config: dict[str, Any]) -> tuple[Path, Path]:
+    """Write a float32 checkpoint of random weights and a bundle over the same file; what is there is taken.
+
+    Returns:
+        The folders of the checkpoint and of the bundle.
+    """
+    checkpoint, bundle = folder / "checkpoint", folder / "bundle"
+    if not (checkpoint / "model.safetensors").is_file():
+        checkpoint.mkdir(parents=True, exist_ok=True)
+        _write_tensors(checkpoint / "model.safetensors", random_checkpoint(checkpoint, config))
+    export(checkpoint, bundle, ExportOptions(link=True, im_end_token_id=config["eos_token_id"]))
+    return checkpoint, bundle
+
+
+def _write_tensors(path: Path, checkpoint: Checkpoint) -> None:
+    """Stream all tensors into a safetensors file, whose data begins on a page."""
+    described: dict[str, Any] = {}
+    position = 0
+    names = checkpoint.unused()  # nothing was asked for yet: all of them
+    for name in names:
+        shape = checkpoint.tensor(name).shape
+        written = next((new + name.removeprefix(old) for old, new in _PREFIXES.items() if name.startswith(old)), name)
+        end = position + 4 * math.prod(shape)
+        described[written] = {"dtype": "F32", "shape": shape, "data_offsets": [position, end]}
+        position = end
+    header = json.dumps({"__metadata__": {"format": "pt"}, **described}).encode()
+    header += b" " * (-(len(header) + 8) % _ALIGNMENT)
+    partial = path.with_suffix(".partial")
+    with partial.open("wb") as out:
+        out.write(len(header).to_bytes(8, "little") + header)
+        for name in names:
+            for block in checkpoint.tensor(name).blocks():
+                out.write(block.view(np.uint8).data)
+    partial.rename(path)
