@@ -2,6 +2,7 @@
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help setup demo check lint types tests tests-slow export parity accuracy clean
+.PHONY: check-models bench-native real
 .PHONY: plugin plugin-check gpu-check
 .PHONY: engines self-test preflight preflight-large types-tensorrt
 .PHONY: bench bench-shape
@@ -98,6 +99,15 @@ bench-shape: $(READY)
 
 accuracy: $(FULL) export ## Right answers of the tiny model by selector, and what must hold of them: ten minutes
 	$(BIN)/python -m benchmarks.accuracy $(OUT)
+
+check-models: $(FULL) ## Real sizes, random weights: 32B and 72B linked, two layers of the 3B and 7B against numpy
+	$(BIN)/python -m benchmarks.real_sizes $(FLAGS)
+
+bench-native: $(FULL) ## Memory and time of images up to 16,384 visual tokens at the 7B's width; whole: FLAGS="--depth 32"
+	$(BIN)/python -m benchmarks.native_resolution $(FLAGS)
+
+real: parity ## A released checkpoint: export, parity, an answer about IMAGE; MODEL=path-or-hub-id OUT=folder
+	$(BIN)/hawk-trt run $(OUT) --image $(IMAGE) --prompt "$(PROMPT)" --keep-ratio $(KEEP_RATIO) --max-new-tokens 32
 
 clean: ## Remove what was generated; .venv stays
 	rm -rf artifacts build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

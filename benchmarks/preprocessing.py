@@ -1,7 +1,7 @@
 """Pre-processing against transformers' own PIL image processors: 30 image sizes and 6 videos a family.
 
-Videos are compared frame by frame, since transformers' video processors need torchvision: each sampled frame of a file
-goes through the image processor alone. Out: a row of BENCHMARKS.md for each family, the largest differences of any value
+Videos are compared frame by frame, as transformers' video processors need torchvision: each sampled frame of a file
+goes through the image processor alone. Out: a row of BENCHMARKS.md a family, the largest differences of any value
 after normalisation (0 is equal bit for bit), once with a Pillow that resizes the width first, as versions before 13 do
 and as hawk_trt does with any, and once with the Pillow that is installed: `python -m benchmarks.preprocessing`.
 """

@@ -33,6 +33,13 @@ _UNIFORM_NOTE = (
 _PLAIN_SECONDS = 2.0
 
 
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, but not those that are None: the help says what happens then."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
     parser = _parser()
@@ -96,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m export",
         description="Export a Hugging Face checkpoint to an ONNX bundle.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_Formatter,
     )
     parser.add_argument(
         "checkpoint", metavar="CHECKPOINT", nargs="?", help="a checkpoint folder, or a hub id such as owner/name"

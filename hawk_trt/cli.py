@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser(argv: Sequence[str]) -> tuple[argparse.ArgumentParser, ModuleType | None]:
     """The parser, with the options of the one command that argv names, and its module."""
     parser = argparse.ArgumentParser(
-        prog="hawk-trt", description="Qwen2.5-VL with HAWK visual token pruning.", allow_abbrev=False
+        prog="hawk-trt", description="Vision-language models with HAWK visual token pruning.", allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"hawk-trt {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")

@@ -90,8 +90,9 @@ class Pipeline:
             profile: "portable" or "inplace"; None takes the best that the folder holds.
             verify: also hash the weight files, which takes as long as reading them.
             vision_cache_mb: megabytes of visual embeddings to keep, so that another question about an image or video
-                does not run the vision stage again; 0 keeps none. Videos of more than 16,384 patches are not kept. The default, 256, is 27 images of 1,296 tokens of
-                the 7B in bfloat16. On a GPU that ONNX Runtime runs they stay there; TensorRT's are kept on the host.
+                does not run the vision stage again; 0 keeps none. The default, 256, is 27 images of 1,296 tokens of
+                the 7B in bfloat16. Videos of more than 16,384 patches are not kept. On a GPU that ONNX Runtime
+                runs they stay there; TensorRT's are kept on the host.
 
         Raises:
             InvalidInput: vision_cache_mb is not a number of megabytes.

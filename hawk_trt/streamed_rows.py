@@ -88,8 +88,6 @@ def joined_rows(parts: "Sequence[Float32Array | StreamedRows]") -> "Float32Array
         return np.concatenate([np.asarray(part) for part in parts])
 
     def pieces() -> Iterator[Float32Array]:
-        return chain.from_iterable(
-            part.pieces() if isinstance(part, StreamedRows) else iter((part,)) for part in parts
-        )
+        return chain.from_iterable(part.pieces() if isinstance(part, StreamedRows) else iter((part,)) for part in parts)
 
     return StreamedRows(sum(len(part) for part in parts), parts[0].shape[1], pieces)

@@ -237,8 +237,8 @@ def test_an_original_checkpoint_answers_prompts_as_the_converted_one(folder, pip
     assert export([str(checkpoint), "--out", str(tmp_path / "bundle"), "--link"]) == 0
     with Pipeline.load(tmp_path / "bundle") as other:
         assert IM_END in other.bundle.manifest.special_tokens.eos
-        image = Image.effect_noise((100, 160), 80).convert("RGB")
-        results = [p.generate("What is it?", [image], max_new_tokens=5, return_logits=True) for p in (pipe, other)]
+        asked = {"images": [noise(100, 160)], "max_new_tokens": 5, "ignore_eos": True, "return_logits": True}
+        results = [p.generate("What is it?", **asked) for p in (pipe, other)]
     assert results[0].token_ids == results[1].token_ids
     np.testing.assert_allclose(results[0].logits, results[1].logits, rtol=0, atol=1e-4)
 

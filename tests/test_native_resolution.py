@@ -10,8 +10,8 @@ import sys
 
 import numpy as np
 import pytest
-from checkpoints import Sizes, make_checkpoint
 
+from checkpoints import Sizes, make_checkpoint
 from export.__main__ import main as export
 from hawk_trt.stages import PROFILES
 
@@ -71,4 +71,5 @@ def test_first_layer_over_16384_visual_tokens_makes_no_square_of_them(bundle):
     # 64 images of 256 tokens: the vision stage is cheap, and S x S float32 would be 1,075 MB
     result = measure(bundle, "inplace", 32, images=64)
     assert result["finite"] and result["num_kept"] == 1639
-    assert result["grown_mb"] < 600, result
+    # 510 to 620 seen; the scores of one head alone, as a square, would be 1,070
+    assert result["grown_mb"] < 800, result

@@ -11,14 +11,14 @@ from dataclasses import replace
 import ml_dtypes
 import numpy as np
 import pytest
-from checkpoints import NEWER, TINY, config, make_checkpoint, write_json, write_raw_safetensors, write_safetensors
-from random_models import prompt
 
+from checkpoints import NEWER, TINY, config, make_checkpoint, write_json, write_raw_safetensors, write_safetensors
 from export.__main__ import main as export
 from hawk_trt import Pipeline, PruningConfig
 from hawk_trt.errors import InvalidInput
 from hawk_trt.parity.prompt_rules import PromptTokens
 from hawk_trt.stages import PROFILES
+from random_models import prompt
 
 WEIGHT = "model.layers.0.mlp.down_proj"
 # What quantisers write into config.json, and the tensor that tells on them where a config lost it.

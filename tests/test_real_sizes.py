@@ -1,4 +1,4 @@
-"""Qwen2.5-VL 3B, 7B, 32B and 72B by their released config.json: sizes, weights and graphs, without a byte of weights."""
+"""Qwen2.5-VL 3B, 7B, 32B and 72B by their released config.json: sizes, weights and graphs, all weights holes."""
 
 import json
 
@@ -6,8 +6,8 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from checkpoints import QWEN_MODELS, Sizes, make_checkpoint, make_sparse_checkpoint, shapes, write_json
 
+from checkpoints import QWEN_MODELS, Sizes, make_checkpoint, make_sparse_checkpoint, shapes, write_json
 from export.__main__ import main as export
 from export.checkpoint import Checkpoint
 from export.graphs import build_graphs
@@ -116,7 +116,7 @@ def test_the_released_config_gives_the_sizes_and_the_number_of_parameters(name):
 
 
 @pytest.mark.parametrize("profile", PROFILES)
-def test_every_weight_has_its_place_and_every_graph_its_contract(checkpoint, name, profile):
+def test_every_weight_has_its_place_and_every_graph_its_contract(checkpoint, profile):
     opened = Checkpoint.open(checkpoint)
     language, vision = FAMILY.language_config(opened.config), FAMILY.vision_config(opened.config)
     for tensor, shape in inventory(FAMILY.name, language, vision).items():
@@ -146,7 +146,7 @@ def test_every_weight_has_its_place_and_every_graph_its_contract(checkpoint, nam
     assert len(caches) == language.num_hidden_layers - 1
 
 
-def test_shapes_are_inferred_through_every_graph(checkpoint, name):
+def test_shapes_are_inferred_through_every_graph(checkpoint):
     opened = Checkpoint.open(checkpoint)
     language, vision = FAMILY.language_config(opened.config), FAMILY.vision_config(opened.config)
     graphs = build_graphs(FAMILY, language, vision, WeightStore(opened, "float32"), "float32", "inplace", "l2")

@@ -65,7 +65,10 @@ def pipe(tiny_bundle):
 
 def video_message(source, **sampling):
     return [
-        {"role": "user", "content": [{"type": "video", "video": source, **sampling}, {"type": "text", "text": QUESTION}]}
+        {
+            "role": "user",
+            "content": [{"type": "video", "video": source, **sampling}, {"type": "text", "text": QUESTION}],
+        }
     ]
 
 
@@ -209,7 +212,7 @@ def test_joined_rows_are_streamed_where_a_part_is():
     assert isinstance(joined_rows([first, second]), np.ndarray)
 
 
-def test_a_file_that_breaks_while_its_patches_are_read_is_an_error_that_names_it(pipe, clip, tmp_path, monkeypatch):
+def test_a_file_that_breaks_while_its_patches_are_read_is_an_error_that_names_it(pipe, tmp_path, monkeypatch):
     monkeypatch.setattr(qwen_video, "STREAMED_FROM_PATCHES", 1)
     path = tmp_path / "holed.mp4"
     content = bytearray(write_clip(tmp_path / "whole.mp4", 60).read_bytes())

@@ -113,9 +113,6 @@ class Stage:
         self.entry = entry
         self.device = device
         options = ort.SessionOptions()
-        if entry.stage == VISION:
-            # Images differ in size: an arena would hold on to what the largest took, a third more than it needs.
-            options.enable_cpu_mem_arena = False
         options.log_severity_level = 3  # errors alone: warnings go to stderr, which belongs to the progress bar
         # each stage has threads of its own: those of one would spin while the next computes
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -148,6 +145,10 @@ class Binding:
         self._stage = stage
         self._binding = stage.session.io_binding()
         self._outputs: list[str] = []
+        self._options = ort.RunOptions()
+        if stage.entry.stage == VISION and stage.device.kind == "cpu":
+            # Images differ in size: else the arena holds on to what the largest took, gigabytes at native resolution.
+            self._options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
 
     def input(self, name: str, value: ort.OrtValue) -> None:
         """Bind, or bind anew, an input."""
@@ -170,7 +171,7 @@ class Binding:
             BackendError: ONNX Runtime failed, with its message.
         """
         with _translated(f"{self._stage.entry.file}: failed"):
-            self._stage.session.run_with_iobinding(self._binding)
+            self._stage.session.run_with_iobinding(self._binding, self._options)
 
     def results(self) -> dict[str, ort.OrtValue]:
         """Outputs of the last run by name."""

@@ -82,9 +82,7 @@ def frame_feeds(batch: FrameBatch, vision: Mapping[str, Any]) -> dict[str, npt.N
     return {"pixel_values": batch.pixel_values, "patch_positions": positions}
 
 
-def _batches(
-    pixels: npt.NDArray[np.float32] | StreamedRows, grid: IntArray, max_patches: int
-) -> Iterator[FrameBatch]:
+def _batches(pixels: npt.NDArray[np.float32] | StreamedRows, grid: IntArray, max_patches: int) -> Iterator[FrameBatch]:
     start = 0
     for frames, height, width in _runs(grid):
         num_patches = height * width

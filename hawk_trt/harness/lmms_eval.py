@@ -42,12 +42,13 @@ class HawkTrt(lmms):
         min_pixels: int | None = None,
         max_pixels: int | None = None,
         fps: float | None = None,
+        max_frames: int | None = None,
         system_prompt: str | None = None,
         backend: str | None = None,
         profile: str | None = None,
         device: str | None = None,
         batch_size: int | str = 1,
-        max_batch_size: int | None = None,
+        max_batch_size: int | None = None,  # noqa: ARG002 - lmms-eval passes it to every model
     ) -> None:
         """Load the bundle.
 
@@ -61,6 +62,7 @@ class HawkTrt(lmms):
             min_pixels: enlarge smaller images to this area; None takes the checkpoint's.
             max_pixels: shrink larger images to this area; None takes the checkpoint's.
             fps: frames a second taken from videos; None takes the family's.
+            max_frames: most frames taken from a video; None takes the default.
             system_prompt: before every conversation that has none.
             backend: None takes TensorRT for engines, else ONNX Runtime.
             profile: of the graphs; None takes the best.
@@ -78,7 +80,7 @@ class HawkTrt(lmms):
         )
         pipe = Pipeline.load(bundle, backend=backend or backend_for(bundle), device=device, profile=profile)
         self._answering = Answering(pipe, pruning, min_pixels, max_pixels)
-        self._fps = fps
+        self._video = {name: value for name, value in (("fps", fps), ("max_frames", max_frames)) if value is not None}
         self._system = system_prompt
         self._batch_size = int(batch_size) if str(batch_size).isdecimal() else 1
 
@@ -108,15 +110,15 @@ class HawkTrt(lmms):
         _, make_messages, _, doc_id, task, split = request.args
         given = make_messages(self.task_dict[task][split][doc_id])
         messages: list[Message] = [
-            {"role": turn["role"], "content": list(_items(turn["content"], self._fps))} for turn in given
+            {"role": turn["role"], "content": list(_items(turn["content"], self._video))} for turn in given
         ]
         if self._system is not None and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": self._system})
         return messages
 
 
-def _items(content: Any, fps: float | None) -> Iterator[dict[str, Any]]:  # noqa: ANN401 - a text or a list of mappings
-    """The items of a turn, from lmms-eval's form: {"type": "image", "url": ...}."""
+def _items(content: Any, video: Mapping[str, float]) -> Iterator[dict[str, Any]]:  # noqa: ANN401 - a text or a list of mappings
+    """The items of a turn, from lmms-eval's form: {"type": "image", "url": ...}; video: what a video takes besides."""
     for item in [{"type": "text", "text": content}] if isinstance(content, str) else content:
         kind = item["type"]
         if kind == "text":
@@ -124,7 +126,7 @@ def _items(content: Any, fps: float | None) -> Iterator[dict[str, Any]]:  # noqa
         elif kind == "image":
             yield {"type": "image", "image": item["url"]}
         elif kind == "video" and item.get("start_time") is None and item.get("end_time") is None:
-            yield {"type": "video", "video": item["url"], **({} if fps is None else {"fps": fps})}
+            yield {"type": "video", "video": item["url"], **video}
         else:
             what = "a part of a video" if kind == "video" else kind
             raise InvalidInput(f"messages: got {what}, expected text, images and whole videos")
