@@ -105,7 +105,7 @@ def reference_folder(bundle: Bundle, reference: Path | None) -> Path | None:
         reference = bundle.folder
     if find_spec("onnxruntime") is None:
         raise BackendError(
-            "onnxruntime: not installed, and the check after the build compares with it. pip install 'hawk-trt[cpu]', "
+            "onnxruntime: not installed, and the check after the build compares with it. pip install onnxruntime, "
             "or leave the check out with --no-verify"
         )
     if reference == bundle.folder:

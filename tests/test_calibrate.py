@@ -147,6 +147,47 @@ def test_the_whole_models_answers_are_the_pipelines(tiny_checkpoint, tiny_bundle
             assert worker.do(Unit(0, number, (3, BASELINE)))[1].answers[1] == expected
 
 
+def test_internvl_answers_as_its_bundle_does(tmp_path):
+    from internvl import save_checkpoint
+
+    checkpoint = tmp_path / "model"
+    save_checkpoint(checkpoint)
+    assert export([str(checkpoint), "--out", str(tmp_path / "bundle")]) == 0
+    worker = Worker(plan(checkpoint, keep_ratio=0.3))
+    pruning = PruningConfig(keep_ratio=0.3)
+    with Pipeline.load(tmp_path / "bundle") as pipe:
+        for number, sample in enumerate(generate(7, 2)):
+            expected = pipe.generate(sample.question, [sample.image], pruning=pruning, max_new_tokens=6).text
+            assert worker.do(Unit(0, number, (BASELINE, 2)))[1].answers[0] == expected
+
+
+@pytest.mark.parametrize("keep_ratio", [1.0, 0.3])
+def test_features_of_several_depths_reach_every_row(tmp_path, keep_ratio):
+    import transformers
+
+    from hawk_trt.calibration.ablation import AblatedModel
+    from hawk_trt.parity.prompt_rules import PromptTokens
+    from hawk_trt.parity.reference import Reference
+    from random_models import IM_END, IMAGE, TOKEN_IDS, VIDEO, VISION_END, VOCAB, prompt, save_random
+
+    sizes = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 4, "vocab_size": VOCAB, "head_dim": 16}
+    rope = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [4, 2, 2], "mrope_interleaved": True}
+    vision = {"depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 48}
+    config = transformers.Qwen3VLConfig(
+        text_config=sizes | {"num_attention_heads": 4, "num_key_value_heads": 2, "rope_parameters": rope},
+        vision_config=vision | {"num_position_embeddings": 36, "deepstack_visual_indexes": [0, 1, 2]},
+        **TOKEN_IDS,
+    )
+    checkpoint = save_random(transformers.Qwen3VLForConditionalGeneration(config), tmp_path / "model", 1)
+    reference = Reference.load(checkpoint, head_weights=(0.25,) * 4, normalization="l2")
+    tokens = PromptTokens(image=IMAGE, video=VIDEO, vision_end=VISION_END, im_start=None, im_end=IM_END)
+    embedded = reference.embed(prompt(1536, images=[(1, 8, 12), (1, 4, 6)]), tokens)
+    model = AblatedModel(reference, "first-layer", stop_tokens=())
+    expected = list(reference.run(embedded, PruningConfig(keep_ratio=keep_ratio), steps=5).tokens)
+    rows = model.answer(embedded, model.kept(embedded, keep_ratio), [None, 1, None], 5)
+    assert rows[0] == rows[2] == expected
+
+
 def test_heads_side_by_side_answer_as_they_do_alone(tiny_checkpoint):
     worker = Worker(plan(tiny_checkpoint, "all-layers"))
     heads = tuple(range(BASELINE, HEADS))
@@ -317,7 +358,7 @@ def test_a_folder_without_a_checkpoint_or_without_a_tokenizer_is_refused(tiny_ch
 
 @pytest.mark.slow
 def test_a_ray_cluster_finds_the_same_weights(planted, uninterrupted, tmp_path):
-    pytest.importorskip("ray", reason="Ray is not installed: pip install 'hawk-trt[ray]'")
+    pytest.importorskip("ray", reason="Ray is not installed: pip install ray")
     argv = [*command(*planted, tmp_path), "--shards", "2"]
     done = subprocess.run([sys.executable, "-m", "hawk_trt", *argv], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -311,7 +311,7 @@ def test_a_sample_that_cannot_be_read_is_named(tiny_bundle, tmp_path, capsys):
 def test_without_matplotlib_all_but_the_plots_is_there(tiny_bundle, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert evaluate(tiny_bundle, tmp_path, "--count", 1, "--selectors", "hawk") == 0
-    assert "pip install 'hawk-trt[eval]'" in capsys.readouterr().err
+    assert "pip install matplotlib" in capsys.readouterr().err
     assert {path.name for path in tmp_path.iterdir()} == {"results.jsonl", "summary.json", "summary.csv"}
 
 

@@ -151,7 +151,7 @@ from hawk_trt.cli import main
 sys.exit(main(["parity", {str(tensor_bundle)!r}, "--checkpoint", "any"]))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 1 and "pip install 'hawk-trt[parity]'" in done.stderr
+    assert done.returncode == 1 and "pip install torch transformers safetensors" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,9 @@ try:
     from torch import Tensor
     from transformers import DynamicCache
 except ImportError as error:
-    raise InvalidInput(f"calibrate needs torch and transformers ({error}): pip install 'hawk-trt[parity]'") from error
+    raise InvalidInput(
+        f"calibrate needs torch and transformers ({error}): pip install torch transformers safetensors"
+    ) from error
 
 FIRST_LAYER = "first-layer"
 ALL_LAYERS = "all-layers"

@@ -26,7 +26,8 @@ def do_on_ray(plan: Plan, units: Sequence[Unit], shards: int, address: str | Non
         plan: of the work.
         units: the work.
         shards: workers side by side.
-        address: of the cluster; None is the one that RAY_ADDRESS names, else one of this machine alone.
+        address: of the cluster; None is the one that RAY_ADDRESS names, else one that runs on this machine, else one
+            that is started here.
 
     Raises:
         InvalidInput: Ray is not installed.
@@ -37,7 +38,7 @@ def do_on_ray(plan: Plan, units: Sequence[Unit], shards: int, address: str | Non
         from ray.exceptions import RayError, RayTaskError
         from ray.util import ActorPool
     except ImportError as error:
-        raise InvalidInput(f"--shards needs Ray ({error}): pip install 'hawk-trt[ray]'") from error
+        raise InvalidInput(f"--shards needs Ray ({error}): pip install ray") from error
     gpus = int(plan.device.startswith("cuda"))
     try:
         ray.init(address=address, log_to_driver=False)

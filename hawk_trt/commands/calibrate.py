@@ -66,7 +66,9 @@ def add_parser(subparsers: "options.Subparsers[argparse.ArgumentParser]") -> Non
         metavar="N",
         help="N workers on a Ray cluster, each on a GPU of its own with --device cuda",
     )
-    group.add_argument("--ray-address", help="of the cluster (default: RAY_ADDRESS, else this machine alone)")
+    group.add_argument(
+        "--ray-address", help="of the cluster (default: RAY_ADDRESS, else one on this machine, started if need be)"
+    )
     group = parser.add_argument_group("output")
     group.add_argument(
         "--out", type=Path, default=Path("head-weights.json"), metavar="FILE", help="weights (default: %(default)s)"

@@ -31,7 +31,7 @@ try:
     from transformers.utils import logging as transformers_logging
 except ImportError as error:
     raise InvalidInput(
-        f"selector fastv needs torch and transformers ({error}): pip install 'hawk-trt[parity]'"
+        f"selector fastv needs torch and transformers ({error}): pip install torch transformers safetensors"
     ) from error
 
 if TYPE_CHECKING:

@@ -28,7 +28,7 @@ def plot_rows(rows: Sequence[Row], title: str) -> dict[str, bytes]:
     try:
         from matplotlib.figure import Figure  # an extra that only plots need
     except ImportError as error:
-        raise InvalidInput(f"plots need matplotlib ({error}): pip install 'hawk-trt[eval]'") from error
+        raise InvalidInput(f"plots need matplotlib ({error}): pip install matplotlib") from error
     colours = {name: f"C{place}" for place, name in enumerate(dict.fromkeys(row.selector for row in rows))}
     drawn = {}
     for name, draw in (("accuracy_by_keep_ratio", _by_keep_ratio), ("accuracy_by_time", _by_time)):

@@ -37,7 +37,7 @@ try:
     from hawk_trt.parity.reference_models import FAMILIES, ReferenceModel
 except ImportError as error:
     raise ParityError(
-        f"the PyTorch reference needs torch and transformers ({error}): pip install 'hawk-trt[parity]'"
+        f"the PyTorch reference needs torch and transformers ({error}): pip install torch transformers safetensors"
     ) from error
 
 
