@@ -138,10 +138,10 @@ def _measure(
     peak = _peak_bytes()
     if peak is not None:
         found.peak_bytes = max(peak, found.peak_bytes or 0)
-    found.score.append(1e3 * _score_seconds(pipe, inputs, pruning))
+    found.score.append(1e3 * score_seconds(pipe, inputs, pruning))
 
 
-def _score_seconds(pipe: "Pipeline", inputs: ModelInputs, pruning: PruningConfig) -> float:
+def score_seconds(pipe: "Pipeline", inputs: ModelInputs, pruning: PruningConfig) -> float:
     """Time of first_layer with one token kept: merge, scores, top-k, gather, and next to no layer 0."""
     layout = pipe.layout(inputs)
     visual = pipe.encode([inputs], [layout])

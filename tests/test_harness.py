@@ -1,6 +1,6 @@
 """The adapters of the benchmark harnesses: against the packages where they are installed, else against their bases."""
 
-import importlib
+import importlib.util
 import json
 import subprocess
 import sys

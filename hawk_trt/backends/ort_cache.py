@@ -42,9 +42,7 @@ class KVCache:
 
     def tensors(self, layer: int) -> tuple[ort.OrtValue, ort.OrtValue]:
         """A layer's keys and values."""
-        key, value = (
-            self._tensors[name(layer, past=True), name(layer, past=False)] for name in (key_name, value_name)
-        )
+        key, value = (self._tensors[name(layer, past=True), name(layer, past=False)] for name in (key_name, value_name))
         return key, value
 
     def inputs(self, stage: str) -> dict[str, ort.OrtValue]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from hawk_trt.calibration.work import FIRST_LAYER
 from hawk_trt.config import PruningConfig
 from hawk_trt.errors import InvalidInput
 from hawk_trt.parity.reference import EmbeddedPrompt, Reference
@@ -25,10 +26,6 @@ except ImportError as error:
         f"calibrate needs torch and transformers ({error}): pip install torch transformers safetensors"
     ) from error
 
-FIRST_LAYER = "first-layer"
-ALL_LAYERS = "all-layers"
-SCOPES = (FIRST_LAYER, ALL_LAYERS)
-
 
 class AblatedModel:
     """A checkpoint's model that answers without a head."""
@@ -38,7 +35,7 @@ class AblatedModel:
 
         Args:
             reference: it.
-            scope: where the head is left out, one of SCOPES.
+            scope: where the head is left out, one of work.SCOPES.
             stop_tokens: ids that end an answer.
         """
         self._reference = reference

@@ -22,6 +22,10 @@ from hawk_trt.processor import Processor
 if TYPE_CHECKING:
     from hawk_trt.parity.reference import EmbeddedPrompt
 
+FIRST_LAYER = "first-layer"
+ALL_LAYERS = "all-layers"
+SCOPES = (FIRST_LAYER, ALL_LAYERS)
+
 # Stands for no head at all: the answer of the whole model.
 BASELINE = -1
 
@@ -56,7 +60,7 @@ class Plan:
     Attributes:
         checkpoint: its folder.
         sources: data sets.
-        scope: where heads are left out: "first-layer" or "all-layers".
+        scope: where heads are left out, one of SCOPES.
         keep_ratio: of visual tokens, chosen with equal heads; 1.0 measures the unpruned model, as the paper does.
         max_new_tokens: longest answer.
         max_pixels: larger images are shrunk to this area; None takes the checkpoint's.
@@ -75,6 +79,8 @@ class Plan:
 
     def __post_init__(self) -> None:
         PruningConfig(keep_ratio=self.keep_ratio)
+        if self.scope not in SCOPES:
+            raise InvalidInput(f"scope: got {self.scope!r}, expected one of {', '.join(SCOPES)}")
         if self.max_new_tokens < 1:
             raise InvalidInput(f"max_new_tokens: got {self.max_new_tokens}, expected at least 1")
         names = [source.name for source in self.sources]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from hawk_trt.calibration.work import FIRST_LAYER, SCOPES, Plan, Scores, Source, score_table, units_left
 from hawk_trt.commands import options
 from hawk_trt.commands.output import note, print_json
 from hawk_trt.commands.progress import progress
@@ -43,8 +44,8 @@ def add_parser(subparsers: "options.Subparsers[argparse.ArgumentParser]") -> Non
     group = parser.add_argument_group("what is left out")
     group.add_argument(
         "--scope",
-        choices=("first-layer", "all-layers"),
-        default="first-layer",
+        choices=SCOPES,
+        default=FIRST_LAYER,
         help="leave the head out of layer 0, or the head of that number out of every layer (default: %(default)s)",
     )
     group.add_argument(
@@ -95,7 +96,6 @@ def run(args: argparse.Namespace) -> int:
     from hawk_trt.calibration.importance import importance
     from hawk_trt.calibration.report import make_report, print_report, verdict, write_report
     from hawk_trt.calibration.shards import do_here, do_on_ray
-    from hawk_trt.calibration.work import Plan, Scores, Source, score_table, units_left
 
     for name in ("heads_at_once", "shards"):
         value = getattr(args, name)

@@ -67,4 +67,3 @@ def run(args: argparse.Namespace) -> int:
     draw(args.out, explained, args, pipe)
     note(f"picture: {args.out}")
     return 0
-
