@@ -80,6 +80,7 @@ class Pipeline:
         *,
         verify: bool = False,
         vision_cache_mb: float = DEFAULT_VISION_CACHE_MB,
+        threads: int | None = None,
     ) -> "Pipeline":
         """Load a bundle, or the engines made from one.
 
@@ -93,19 +94,20 @@ class Pipeline:
                 does not run the vision stage again; 0 keeps none. The default, 256, is 27 images of 1,296 tokens of
                 the 7B in bfloat16. Videos of more than 16,384 patches are not kept. On a GPU that ONNX Runtime
                 runs they stay there; TensorRT's are kept on the host.
+            threads: of the CPU, for each stage in ONNX Runtime; None takes one a core.
 
         Raises:
-            InvalidInput: vision_cache_mb is not a number of megabytes.
+            InvalidInput: vision_cache_mb is not a number of megabytes, or threads not one of threads.
             BundleError: nothing to load there, damaged files, or none of the profile or for this machine.
             BackendError: a backend or device that cannot be used here.
         """
         if backend == "tensorrt":
             engines = EngineFolder.load(path, verify=verify)
-            return cls(engines.bundle, load_backend(engines, backend, device, profile), vision_cache_mb)
+            return cls(engines.bundle, load_backend(engines, backend, device, profile, threads), vision_cache_mb)
         if backend_for(path) == "tensorrt":
             raise BundleError(f'{path}: holds TensorRT engines. Load them with backend="tensorrt"')
         bundle = Bundle.load(path, verify=verify)
-        return cls(bundle, load_backend(bundle, backend, device, profile), vision_cache_mb)
+        return cls(bundle, load_backend(bundle, backend, device, profile, threads), vision_cache_mb)
 
     def close(self) -> None:
         """Release the model."""

@@ -318,3 +318,15 @@ def test_neither_torch_nor_transformers_is_imported_by_a_run(tiny_bundle, tmp_pa
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_threads_are_those_of_every_session(tiny_bundle):
+    with Pipeline.load(tiny_bundle, threads=1) as one, Pipeline.load(tiny_bundle) as many:
+        got, expected = (
+            {stage.session.get_session_options().intra_op_num_threads for stage in pipe.backend.stages.values()}
+            for pipe in (one, many)
+        )
+    assert (got, expected) == ({1}, {0})
+    for threads in (0, 1.5, True):
+        with pytest.raises(InvalidInput, match="threads: got"):
+            Pipeline.load(tiny_bundle, threads=threads)

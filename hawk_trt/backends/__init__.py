@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from hawk_trt.bundle import Bundle
 from hawk_trt.engine_manifest import ENGINES_MANIFEST, EngineFolder
-from hawk_trt.errors import BackendError
+from hawk_trt.errors import BackendError, InvalidInput
 from hawk_trt.layout import PrefillInputs
 
 BACKENDS = ("onnxruntime", "tensorrt")
@@ -129,7 +129,9 @@ def backend_for(folder: str | Path) -> str:
     return "tensorrt" if (Path(folder) / ENGINES_MANIFEST).is_file() else "onnxruntime"
 
 
-def load_backend(source: Bundle | EngineFolder, name: str, device: str | None, profile: str | None) -> Backend:
+def load_backend(
+    source: Bundle | EngineFolder, name: str, device: str | None, profile: str | None, threads: int | None = None
+) -> Backend:
     """Load a bundle, or the engines made from one, in a backend.
 
     Args:
@@ -137,11 +139,15 @@ def load_backend(source: Bundle | EngineFolder, name: str, device: str | None, p
         name: of the backend.
         device: "cpu", "cuda" or "cuda:N"; None is "cpu" in ONNX Runtime and "cuda" in TensorRT.
         profile: the lowering; None takes the best there is.
+        threads: of the CPU, for each stage in ONNX Runtime; None takes one a core.
 
     Raises:
+        InvalidInput: threads is not a number of them, or given to TensorRT.
         BackendError: an unknown backend or device, or a runtime that is not installed.
         BundleError: the bundle does not hold the profile, or the engines are not for this machine.
     """
+    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
+        raise InvalidInput(f"threads: got {threads!r}, expected an integer of at least 1")
     if name == "onnxruntime" and isinstance(source, Bundle):
         try:
             from hawk_trt.backends.onnxruntime import OnnxRuntimeBackend  # a runtime is loaded when asked for
@@ -151,8 +157,10 @@ def load_backend(source: Bundle | EngineFolder, name: str, device: str | None, p
             raise BackendError(
                 "onnxruntime: not installed. pip install onnxruntime, or onnxruntime-gpu for a GPU"
             ) from error
-        return OnnxRuntimeBackend.load(source, device or "cpu", profile)
+        return OnnxRuntimeBackend.load(source, device or "cpu", profile, threads)
     if name == "tensorrt" and isinstance(source, EngineFolder):
+        if threads is not None:
+            raise InvalidInput(f"threads: got {threads}, which are ONNX Runtime's; leave them out with engines")
         try:
             from hawk_trt.backends.tensorrt.backend import TensorRtBackend
         except ImportError as error:

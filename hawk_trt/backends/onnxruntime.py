@@ -61,15 +61,15 @@ class OnnxRuntimeBackend:
         self.embedding_table = bundle.embedding_table()
 
     @classmethod
-    def load(cls, bundle: Bundle, device: str, profile: str | None) -> "OnnxRuntimeBackend":
-        """Load the graphs of a profile (None: inplace where the bundle holds it).
+    def load(cls, bundle: Bundle, device: str, profile: str | None, threads: int | None = None) -> "OnnxRuntimeBackend":
+        """Load the graphs of a profile (None: inplace where the bundle holds it); threads: None takes one a core.
 
         Raises:
             BackendError: the device or the dtype cannot be used here.
             BundleError: the bundle does not hold the profile.
         """
         manifest = bundle.manifest
-        place = Device(device)
+        place = Device(device, threads)
         if manifest.dtype == "bfloat16" and place.kind == "cpu":
             raise BackendError(
                 "dtype: got a bfloat16 bundle, which ONNX Runtime's CPU provider cannot run. "

@@ -31,9 +31,11 @@ class Device:
     Attributes:
         kind: "cpu" or "cuda".
         index: number of the GPU.
+        threads: of the CPU for a session, None for one a core.
     """
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, threads: int | None = None) -> None:
+        self.threads = threads
         self.kind, _, index = device.partition(":")
         if self.kind not in ("cpu", "cuda") or not (index or "0").isdigit():
             raise BackendError(f'device: got {device!r}, expected "cpu", "cuda" or "cuda:N"')
@@ -116,6 +118,7 @@ class Stage:
         options.log_severity_level = 3  # errors alone: warnings go to stderr, which belongs to the progress bar
         # each stage has threads of its own: those of one would spin while the next computes
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.intra_op_num_threads = device.threads or 0  # 0 is ONNX Runtime's own choice
         with _translated(f"{path.name}: could not be loaded"):
             self.session = ort.InferenceSession(str(path), options, providers=device.providers())
         if device.kind == "cuda" and self.session.get_providers()[0] != "CUDAExecutionProvider":

@@ -36,6 +36,7 @@ def add_pipeline_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda for engines, else cpu)")
     group.add_argument("--profile", choices=PROFILES, help="which graphs of the bundle (default: the best that run)")
+    group.add_argument("--threads", type=int, metavar="N", help="of the CPU (default: one a core)")
     group.add_argument("--verify", action="store_true", help="check the weight files by hash before loading them")
 
 
@@ -126,7 +127,9 @@ def open_pipeline(args: argparse.Namespace) -> "Pipeline":
         verify(args.bundle)
     backend = args.backend or backend_for(args.bundle)
     # no command asks twice about an image, but for those that measure
-    return Pipeline.load(args.bundle, backend=backend, device=args.device, profile=args.profile, vision_cache_mb=0)
+    return Pipeline.load(
+        args.bundle, backend=backend, device=args.device, profile=args.profile, vision_cache_mb=0, threads=args.threads
+    )
 
 
 def load_bundle(folder: Path) -> Bundle:
