@@ -1,11 +1,11 @@
 # What people and `make help` call; every recipe is one command, logic belongs in Python.
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: bench-export bench-start help setup demo check lint types tests tests-slow export parity accuracy clean
+.PHONY: bench-claims bench-export bench-start help setup demo check lint types tests tests-slow export parity accuracy clean
 .PHONY: check-models bench-native real
 .PHONY: plugin plugin-check gpu-check
 .PHONY: engines self-test preflight preflight-large types-tensorrt
-.PHONY: bench bench-shape
+.PHONY: bench bench-shape bench-claims bench-peers peers bench-memory
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -97,6 +97,22 @@ bench-shape: $(READY)
 	$(BIN)/python -m export --shape $(SHAPE) $(LAYERS:%=--layers %) $(VISION_LAYERS:%=--vision-layers %) \
 	  --out artifacts/$(SHAPE)-random --dtype $(DTYPE) $(PROFILE:%=--profile %)
 
+bench-claims: $(FULL) ## What pruning must bring on the CPU, and transformers beside it: ten minutes, 8 GB of memory
+	$(BIN)/python -m benchmarks.claims $(FLAGS)
+
+bench-memory: $(READY) export ## Memory over 1,000 answers
+	$(BIN)/python -m benchmarks.memory_growth $(OUT) $(FLAGS)
+
+bench-peers: $(FULL) ## The same weights, image and prompt in transformers, OpenVINO GenAI and onnxruntime-genai; after make peers
+	$(BIN)/python -m benchmarks.peers $(FLAGS)
+
+peers: ## Environments of the peers that do not share ours, below artifacts/peers
+	$(PYTHON) -m venv artifacts/peers/openvino
+	artifacts/peers/openvino/bin/python -m pip install -r benchmarks/peers/openvino.txt
+	artifacts/peers/openvino/bin/python -m pip install --no-deps optimum-intel==2.2.0
+	$(PYTHON) -m venv artifacts/peers/onnxruntime-genai
+	artifacts/peers/onnxruntime-genai/bin/python -m pip install -r benchmarks/peers/onnxruntime-genai.txt
+
 accuracy: $(FULL) export ## Right answers of the tiny model by selector, and what must hold of them: ten minutes
 	$(BIN)/python -m benchmarks.accuracy $(OUT)
 
@@ -111,6 +127,9 @@ real: parity ## A released checkpoint: export, parity, an answer about IMAGE; MO
 
 bench-export: $(FULL) ## Time and memory of an export of 7B shapes against copying the files: 18 GB of disk, 3 minutes
 	$(BIN)/python -m benchmarks.export_7b
+
+bench-claims: $(FULL) ## What pruning must bring at the 7B's width, beside transformers: ten minutes, 8 GB of memory
+	$(BIN)/python -m benchmarks.claims --out artifacts/claims
 
 bench-start: $(FULL) export ## Import time, start-up time and peak memory of the runtime
 	$(BIN)/python benchmarks/start.py $(OUT)

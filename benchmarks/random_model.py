@@ -1,10 +1,12 @@
 """Random models on disk, for us and for peers: a checkpoint as transformers reads it, and the bundle of the same file.
 
 The vocabulary is cut with the layers, so that lm_head keeps the share of the work that it has in the whole model.
+Tokenizer, chat template and preprocessor are those of the shipped tiny model, with the bounds of Qwen's own images.
 """
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +20,23 @@ from export.writer import ExportOptions, export
 _ALIGNMENT = 4096
 # What newer saves call the tensors, after their canonical prefixes.
 _PREFIXES = {"visual.": "model.visual.", "language_model.": "model.language_model."}
-_IDS = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id", "eos_token_id")
+_IDS = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id")
+_TINY = Path(__file__).parent.parent / "examples" / "tiny-vlm"
+_SIDECARS = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+_PREPROCESSOR = "preprocessor_config.json"
+_MAX_PIXELS = 16384 * 28 * 28
 
 
 def cut_config(shape: str, layers: int, vision_layers: int) -> dict[str, Any]:
     """config.json of a released model with fewer layers and the vocabulary cut in proportion.
 
-    The special tokens become the last ids.
+    The special tokens are the tiny model's.
     """
     whole, config = shape_config(shape), shape_config(shape, layers, vision_layers)
     text = config["text_config"]
     text["vocab_size"] = text["vocab_size"] * layers // whole["text_config"]["num_hidden_layers"] // 64 * 64
-    return config | {name: text["vocab_size"] - 1 - number for number, name in enumerate(_IDS)}
+    tiny = json.loads((_TINY / "config.json").read_text())
+    return config | {name: tiny[name] for name in _IDS} | {"eos_token_id": tiny["text_config"]["eos_token_id"]}
 
 
 def make_model(folder: Path, config: dict[str, Any]) -> tuple[Path, Path]:
@@ -39,10 +46,15 @@ def make_model(folder: Path, config: dict[str, Any]) -> tuple[Path, Path]:
         The folders of the checkpoint and of the bundle.
     """
     checkpoint, bundle = folder / "checkpoint", folder / "bundle"
-    if not (checkpoint / "model.safetensors").is_file():
+    if not (checkpoint / _PREPROCESSOR).is_file():  # the last that is written
         checkpoint.mkdir(parents=True, exist_ok=True)
         _write_tensors(checkpoint / "model.safetensors", random_checkpoint(checkpoint, config))
-    export(checkpoint, bundle, ExportOptions(link=True, im_end_token_id=config["eos_token_id"]))
+        for name in _SIDECARS:
+            shutil.copyfile(_TINY / name, checkpoint / name)
+        preprocessor = json.loads((_TINY / _PREPROCESSOR).read_text())
+        preprocessor["size"]["longest_edge"] = _MAX_PIXELS
+        (checkpoint / _PREPROCESSOR).write_text(json.dumps(preprocessor), encoding="utf-8")
+    export(checkpoint, bundle, ExportOptions(link=True))
     return checkpoint, bundle
 
 
