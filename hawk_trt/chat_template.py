@@ -14,6 +14,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from hawk_trt.errors import BundleError, InvalidInput
 from hawk_trt.messages import Turn
+from hawk_trt.tools import JsonObject
 
 
 class ChatTemplate:
@@ -33,18 +34,35 @@ class ChatTemplate:
         self.source = source
         self._variables = dict(variables)
 
-    def render(self, turns: Sequence[Turn]) -> str:
+    def render(self, turns: Sequence[Turn], tools: Sequence[JsonObject] = ()) -> str:
         """Render turns and the beginning of the assistant's answer.
 
+        Args:
+            turns: the messages.
+            tools: JSON objects that tell the model what it may call.
+
         Raises:
-            InvalidInput: the template does not compile, or refuses these turns.
+            InvalidInput: the template does not compile, takes no tools where there are some, or refuses these turns.
         """
-        messages = [{"role": turn.role, "content": _content(turn)} for turn in turns]
+        messages = [{"role": turn.role, "content": _content(turn), **turn.more} for turn in turns]
         try:
-            return self._compiled.render(messages=messages, add_generation_prompt=True, **self._variables)
+            self._check_tools(turns, tools)
+            return self._compiled.render(
+                messages=messages, tools=list(tools) or None, add_generation_prompt=True, **self._variables
+            )
         # A template is a program: beside Jinja's own errors it meets Python's, as for "a" + 1 or a missing key.
         except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise InvalidInput(f"chat template: {error}. Change the messages, or the bundle's chat template") from error
+
+    def _check_tools(self, turns: Sequence[Turn], tools: Sequence[JsonObject]) -> None:
+        """Refuse what the template would leave out without a word."""
+        calls = any("tool_calls" in turn.more for turn in turns)
+        for name, given in (("tools", bool(tools)), ("tool_calls", calls)):
+            if given and name not in self.source:
+                raise InvalidInput(
+                    f"{name}: got some, but the bundle's chat template takes none. Leave them out, or put a "
+                    "chat_template.jinja that does into the checkpoint folder and export again: make export"
+                )
 
     @cached_property
     def _compiled(self) -> jinja2.Template:

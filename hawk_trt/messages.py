@@ -6,18 +6,21 @@ A turn's content is a string, or texts and visual items in the order in which th
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from hawk_trt.errors import InvalidInput
+from hawk_trt.tools import JsonObject, checked_objects, strings, with_strings
 
 if TYPE_CHECKING:
     from hawk_trt.requests import ImageInput, Message, VideoInput
 
 VisualKind: TypeAlias = Literal["image", "video"]
 
-_ROLES = ("system", "user", "assistant")
+_ROLES = ("system", "user", "assistant", "tool")
+# Of a message beside role and content. An answer that only calls tools has no content.
+_MORE_KEYS = {"assistant": {"tool_calls"}, "tool": {"name", "tool_call_id"}}
 _KEYS = {"text": ("type", "text"), "image": ("type", "image"), "video": ("type", "video", "fps", "max_frames")}
 
 
@@ -40,15 +43,22 @@ class VisualItem:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One chat message."""
+    """One chat message.
+
+    Attributes:
+        role: of who says it.
+        content: a string, or texts and visual items.
+        more: tool_calls of the assistant, name and tool_call_id of a tool.
+    """
 
     role: str
     content: str | tuple[str | VisualItem, ...]
+    more: JsonObject = field(default_factory=dict)
 
     def texts(self) -> tuple[str, ...]:
-        """Its texts, in order."""
+        """Its texts, in order, and what strings else it has."""
         parts = (self.content,) if isinstance(self.content, str) else self.content
-        return tuple(part for part in parts if isinstance(part, str))
+        return (*(part for part in parts if isinstance(part, str)), *strings(self.more))
 
     def visual(self) -> tuple[VisualItem, ...]:
         """Its images and videos, in order."""
@@ -56,9 +66,11 @@ class Turn:
 
     def with_texts(self, change: Callable[[str], str]) -> "Turn":
         """The same with each text changed."""
+        more = with_strings(self.more, change)
         if isinstance(self.content, str):
-            return replace(self, content=change(self.content))
-        return replace(self, content=tuple(change(part) if isinstance(part, str) else part for part in self.content))
+            return replace(self, content=change(self.content), more=more)
+        parts = tuple(change(part) if isinstance(part, str) else part for part in self.content)
+        return replace(self, content=parts, more=more)
 
 
 def read_prompt(
@@ -69,7 +81,8 @@ def read_prompt(
     Args:
         prompt: a string, one user turn with all images, then all videos, before it; or chat messages, each a
             mapping with "role" and "content", the content a string or a list of items: {"type": "text", "text": ...},
-            {"type": "image", "image": ...}, {"type": "video", "video": ..., "fps": ..., "max_frames": ...}.
+            {"type": "image", "image": ...}, {"type": "video", "video": ..., "fps": ..., "max_frames": ...}. An
+            assistant's may have tool_calls, a tool's name and tool_call_id, as the template knows them.
         images: sources of a string's images, or of the image items without one, in order.
         videos: the same for videos.
 
@@ -96,16 +109,31 @@ def read_prompt(
 
 
 def _turn(message: object, where: str) -> Turn:
-    if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
-        raise InvalidInput(f"{where}: got {_shape(message)}, expected a mapping of role and content")
-    role, content = message["role"], message["content"]
+    if not isinstance(message, Mapping) or "role" not in message:
+        raise InvalidInput(f"{where}: got {_shape(message)}, expected a mapping of role, content")
+    role = message["role"]
     if role not in _ROLES:
         raise InvalidInput(f"{where}: got role {role!r}, expected {_listed(_ROLES)}")
+    allowed = ("role", "content", *sorted(_MORE_KEYS.get(role, ())))
+    if not set(message) <= set(allowed) or not ("content" in message or message.get("tool_calls")):
+        raise InvalidInput(f"{where}: got {_shape(message)}, expected a mapping of {_listed(allowed)}")
+    more = _more(message, where)
+    content = message.get("content")
+    if content is None and "tool_calls" in more:
+        content = ""
     if isinstance(content, str):
-        return Turn(role, _text(content, where))
+        return Turn(role, _text(content, where), more)
     if not isinstance(content, Sequence) or isinstance(content, bytes):
         raise InvalidInput(f"{where}: got {_shape(content)} as content, expected a string or a list of items")
-    return Turn(role, tuple(_item(item, f"{where} item {index}") for index, item in enumerate(content)))
+    return Turn(role, tuple(_item(item, f"{where} item {index}") for index, item in enumerate(content)), more)
+
+
+def _more(message: Mapping[str, Any], where: str) -> JsonObject:
+    """What a message has beside role and content."""
+    more: dict[str, Any] = {key: _text(message[key], f"{where} {key}") for key in _MORE_KEYS["tool"] & set(message)}
+    if message.get("tool_calls"):
+        more["tool_calls"] = checked_objects(message["tool_calls"], f"{where} tool_calls")
+    return more
 
 
 def _item(item: object, where: str) -> str | VisualItem:
@@ -147,7 +175,7 @@ def _with_sources(
         return replace(part, source=next(sources[part.kind]))
 
     return tuple(
-        turn if isinstance(turn.content, str) else Turn(turn.role, tuple(filled(part) for part in turn.content))
+        turn if isinstance(turn.content, str) else replace(turn, content=tuple(filled(part) for part in turn.content))
         for turn in turns
     )
 

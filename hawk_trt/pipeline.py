@@ -32,6 +32,7 @@ from hawk_trt.vision_cache import DEFAULT_VISION_CACHE_MB, VisionCache, one_by_o
 
 if TYPE_CHECKING:
     from hawk_trt.requests import ImageInput, Message, VideoInput
+    from hawk_trt.tools import JsonObject
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,19 +129,30 @@ class Pipeline:
         images: "Sequence[ImageInput]" = (),
         videos: "Sequence[VideoInput]" = (),
         *,
+        tools: "Sequence[JsonObject]" = (),
         min_pixels: int | None = None,
         max_pixels: int | None = None,
     ) -> ModelInputs:
-        """Turn a prompt into tensors, in the layout of the checkpoint's own processor.
+        """Turn a prompt into tensors, in the layout of the checkpoint's own processor; generate takes these too.
+
+        Args:
+            prompt: a string (images, then videos, come before it), chat messages, or tensors.
+            images: paths, bytes, PIL images or uint8 arrays.
+            videos: paths, lists of images, or uint8 arrays [frames, height, width, 3].
+            tools: what the chat template tells the model that it may call, JSON objects.
+            min_pixels: enlarge smaller images to this area.
+            max_pixels: shrink larger images to this area.
 
         Raises:
-            InvalidInput: a prompt, image or video that cannot be used.
+            InvalidInput: a prompt, image or video that cannot be used, or tools that the template does not take.
         """
         if isinstance(prompt, ModelInputs):
-            if len(images) or len(videos):
-                raise InvalidInput("images, videos: got some beside ModelInputs, which hold their own; leave them out")
+            if len(images) or len(videos) or len(tools):
+                raise InvalidInput(
+                    "images, videos, tools: got some beside ModelInputs, which hold their own; leave them out"
+                )
             return prompt
-        return self._processor(prompt, images, videos, min_pixels=min_pixels, max_pixels=max_pixels)
+        return self._processor(prompt, images, videos, tools=tools, min_pixels=min_pixels, max_pixels=max_pixels)
 
     def generate(
         self,

@@ -15,6 +15,7 @@ from hawk_trt.messages import VisualItem
 from hawk_trt.prompt import ChatTokenizer
 from hawk_trt.requests import ModelInputs
 from hawk_trt.streamed_rows import joined_rows
+from hawk_trt.tools import JsonObject
 from hawk_trt.video import load_video
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class Processor:
         images: "Sequence[ImageInput]" = (),
         videos: "Sequence[VideoInput]" = (),
         *,
+        tools: Sequence[JsonObject] = (),
         min_pixels: int | None = None,
         max_pixels: int | None = None,
     ) -> ModelInputs:
@@ -58,6 +60,7 @@ class Processor:
             prompt: a string or chat messages.
             images: of the prompt, or of its items without a source.
             videos: the same.
+            tools: what the chat template tells the model that it may call, JSON objects.
             min_pixels: enlarge smaller images to this area; None takes the checkpoint's.
             max_pixels: shrink larger images to this area; None takes the checkpoint's.
 
@@ -71,7 +74,7 @@ class Processor:
                 "vocab.json but no tokenizer.json, write it with transformers: "
                 "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR), and export again"
             )
-        encoded = self.chat.encode(prompt, images, videos)
+        encoded = self.chat.encode(prompt, images, videos, tools)
         image_items = [item for item in encoded.visual if item.kind == "image"]
         video_items = [item for item in encoded.visual if item.kind == "video"]
         pictures = self._images(image_items, min_pixels, max_pixels)

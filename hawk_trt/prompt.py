@@ -19,6 +19,7 @@ from hawk_trt.errors import BundleError, InvalidInput
 from hawk_trt.escape import Escape
 from hawk_trt.families import TokenRun
 from hawk_trt.messages import VisualItem, read_prompt
+from hawk_trt.tools import JsonObject, checked_objects, strings, with_strings
 
 if TYPE_CHECKING:
     from hawk_trt.requests import ImageInput, Message, VideoInput
@@ -99,6 +100,7 @@ class ChatTokenizer:
         prompt: "str | Sequence[Message]",
         images: "Sequence[ImageInput]" = (),
         videos: "Sequence[VideoInput]" = (),
+        tools: Sequence[JsonObject] = (),
     ) -> EncodedPrompt:
         """Turn a string or chat messages into token ids; messages.read_prompt says what they may hold.
 
@@ -106,14 +108,17 @@ class ChatTokenizer:
             InvalidInput: a prompt that cannot be read, no chat template, or one that refuses this prompt.
         """
         turns = read_prompt(prompt, images, videos)
+        tools = checked_objects(tools, "tools")
         if self._template is None:
             raise InvalidInput(
                 "prompt: this bundle has no chat template, expected ModelInputs. Or put a chat_template.jinja "
                 "into the checkpoint folder and export again: make export"
             )
-        texts = [text for turn in turns for text in turn.texts()]
+        texts = [*(text for turn in turns for text in turn.texts()), *strings(tools)]
         escape = Escape(self._special_ids, [*texts, self._template.source])
-        rendered = self._template.render([turn.with_texts(escape.apply) for turn in turns])
+        rendered = self._template.render(
+            [turn.with_texts(escape.apply) for turn in turns], with_strings(tools, escape.apply)
+        )
         parts: list[str | TokenRun] = []
         for piece, special in escape.split(rendered):
             parts += [piece] if special is None else [piece, TokenRun(self._special_ids[special])]

@@ -92,15 +92,14 @@ def test_sampling_defaults_of_generation_config_change_nothing(tiny_checkpoint, 
     assert results[0] == results[1]
 
 
-def test_tools_are_refused_rather_than_left_out(tiny_bundle):
+def test_tools_are_refused_where_the_template_would_leave_them_out(tiny_bundle):
     tools = [{"type": "function", "function": {"name": "look"}}]
     with Pipeline.load(tiny_bundle) as pipe:
-        for message, what in (
-            ({"role": "user", "content": "Look.", "tools": tools}, "tools"),
-            ({"role": "tool", "content": "seen"}, "role 'tool'"),
-        ):
-            with pytest.raises(InvalidInput, match=what):
-                pipe.prepare([message])
+        with pytest.raises(InvalidInput, match="tools: got some, but the bundle's chat template takes none"):
+            pipe.prepare("Look.", tools=tools)
+        call = {"role": "assistant", "tool_calls": tools}
+        with pytest.raises(InvalidInput, match="tool_calls: got some"):
+            pipe.prepare([{"role": "user", "content": "Look."}, call, {"role": "user", "content": "Well?"}])
         told = pipe.prepare([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Look."}])
         assert "Be brief." in pipe.chat_tokenizer().decode(told.input_ids.tolist(), skip_special_tokens=False)
 
