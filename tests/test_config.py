@@ -117,6 +117,11 @@ def test_a_config_saved_again_by_transformers_reads_the_same(tmp_path):
     assert FAMILY.vision_config(saved) == FAMILY.vision_config(HUB)
 
 
+def test_a_config_that_transformers_4_49_saved_without_its_own_defaults_reads_the_same():
+    config = hub(vision_config={"hidden_size": 1280, "in_chans": 3, "spatial_patch_size": 14, "tokens_per_second": 2})
+    assert FAMILY.vision_config(config) == FAMILY.vision_config(HUB)
+
+
 def test_text_config_wins_where_it_holds_the_key():
     config = hub(
         text_config={"hidden_size": 1792, "num_attention_heads": 14, "num_key_value_heads": 2, "rms_norm_eps": None}

@@ -31,6 +31,20 @@ _VISION_SIZES = (
     "out_hidden_size",
 )
 _VISION_ROPE_THETA = 10000.0
+# transformers 4.49 leaves out of a config.json that it saves what equals its own defaults.
+_WINDOWED_VISION_DEFAULTS = {
+    "depth": 32,
+    "hidden_act": "silu",
+    "intermediate_size": 3420,
+    "num_heads": 16,
+    "patch_size": 14,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "tokens_per_second": 4,
+    "window_size": 112,
+    "out_hidden_size": 3584,
+    "fullatt_block_indexes": [7, 15, 23, 31],
+}
 
 
 def language_config(config: Mapping[str, Any], *, mrope: bool = True, own_head_dim: bool = False) -> LanguageConfig:
@@ -86,7 +100,7 @@ def windowed_vision_config(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         CheckpointError: a setting is missing or not supported.
     """
-    vision, where = vision_section(config), "vision_config."
+    vision, where = _WINDOWED_VISION_DEFAULTS | dict(vision_section(config)), "vision_config."
     sizes = vision_sizes(config, vision, "silu")
     sizes["tokens_per_second"] = number(vision, "tokens_per_second", where)
     sizes["window_size"] = integer(vision, "window_size", where)
