@@ -1,11 +1,12 @@
 # What people and `make help` call; every recipe is one command, logic belongs in Python.
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: bench-claims bench-export bench-start help setup demo check lint types tests tests-slow export parity accuracy clean
-.PHONY: check-models bench-native real
+.PHONY: help setup demo check lint types tests tests-slow export parity accuracy clean
+.PHONY: check-models check-serving bench-native real
+.PHONY: advise calibrate train-tiny
 .PHONY: plugin plugin-check gpu-check
 .PHONY: engines self-test preflight preflight-large types-tensorrt
-.PHONY: bench bench-shape bench-claims bench-peers peers bench-memory
+.PHONY: bench bench-batching bench-shape bench-claims bench-export bench-growth bench-load bench-memory bench-peers bench-quantised bench-start peers
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -69,6 +70,15 @@ export: $(READY) ## Checkpoint to ONNX bundle: MODEL=path-or-hub-id OUT=folder D
 parity: $(FULL) export ## Compare the bundle with PyTorch, stage by stage: MODEL=path OUT=folder
 	$(BIN)/hawk-trt parity $(OUT) --checkpoint $(MODEL)
 
+advise: $(READY) export ## Which keep ratio pays on this machine: MODEL=path-or-hub-id IMAGE=photo.jpg PROMPT="..."
+	$(BIN)/hawk-trt advise $(OUT) --image $(IMAGE) --prompt "$(PROMPT)" $(FLAGS)
+
+calibrate: $(FULL) ## Head weights of a checkpoint: MODEL=path-or-hub-id FLAGS="--dataset questions.jsonl --device cuda"
+	$(BIN)/hawk-trt calibrate $(MODEL) --out $(OUT)-head-weights.json --work $(OUT)-calibration $(FLAGS)
+
+train-tiny: $(FULL) ## The shipped tiny model trained anew, on one thread: half an hour to an hour
+	$(BIN)/python -m examples.tiny_training --out artifacts/tiny-vlm-new $(FLAGS)
+
 engines: $(READY) ## TensorRT plans of a bundle, on this GPU: BUNDLE=folder ENGINES=folder FLAGS="--max-context 2048"
 	$(BIN)/python -m engines $(BUNDLE) --out $(ENGINES) $(FLAGS)
 
@@ -97,24 +107,33 @@ bench-shape: $(READY)
 	$(BIN)/python -m export --shape $(SHAPE) $(LAYERS:%=--layers %) $(VISION_LAYERS:%=--vision-layers %) \
 	  --out artifacts/$(SHAPE)-random --dtype $(DTYPE) $(PROFILE:%=--profile %)
 
-bench-claims: $(FULL) ## What pruning must bring on the CPU, and transformers beside it: ten minutes, 8 GB of memory
-	$(BIN)/python -m benchmarks.claims $(FLAGS)
-
-bench-memory: $(READY) export ## Memory over 1,000 answers
+bench-memory: $(READY) export ## Memory over 1,000 answers of the tiny model: two minutes
 	$(BIN)/python -m benchmarks.memory_growth $(OUT) $(FLAGS)
 
-bench-peers: $(FULL) ## The same weights, image and prompt in transformers, OpenVINO GenAI and onnxruntime-genai; after make peers
-	$(BIN)/python -m benchmarks.peers $(FLAGS)
+bench-batching: $(READY) ## Concurrent requests in shared steps against one by one, 1 to 32 clients; BUNDLE=folder, else the 3B's width
+	$(BIN)/python -m benchmarks.batching $(if $(filter file,$(origin BUNDLE)),,$(BUNDLE)) $(FLAGS)
 
-peers: ## Environments of the peers that do not share ours, below artifacts/peers
-	$(PYTHON) -m venv artifacts/peers/openvino
-	artifacts/peers/openvino/bin/python -m pip install -r benchmarks/peers/openvino.txt
-	artifacts/peers/openvino/bin/python -m pip install --no-deps optimum-intel==2.2.0
-	$(PYTHON) -m venv artifacts/peers/onnxruntime-genai
-	artifacts/peers/onnxruntime-genai/bin/python -m pip install -r benchmarks/peers/onnxruntime-genai.txt
+bench-growth: $(FULL) ## Time and memory against the sizes of prompt, images, answer and cache: docs/growth.png
+	$(BIN)/python -m benchmarks.growth $(FLAGS)
+
+bench-quantised: $(FULL) ## int8 and int4 weights against float32: right answers of the tiny model, then speed at the 3B's width
+	$(BIN)/python -m benchmarks.quantised_quality --out artifacts/quantised
+	$(BIN)/python -m benchmarks.quantised_speed $(FLAGS)
+
+bench-load: $(FULL) ## Time to load the 3B's width, the graphs optimised at load or before, and the disk that takes
+	$(BIN)/python -m benchmarks.load_time $(FLAGS)
+
+peers: ## An environment for each peer below artifacts/peers, 4 GB and more: which ones, FLAGS="openvino"
+	$(PYTHON) -m benchmarks.peers.environments $(FLAGS)
+
+bench-peers: $(FULL) ## transformers, OpenVINO GenAI and onnxruntime-genai on our weights, image and prompt; after make peers
+	$(BIN)/python -m benchmarks.peers $(FLAGS)
 
 accuracy: $(FULL) export ## Right answers of the tiny model by selector, and what must hold of them: ten minutes
 	$(BIN)/python -m benchmarks.accuracy $(OUT)
+
+check-serving: $(FULL) export ## The server under 100 clients, 2,000 requests for its memory, and a long fuzz: ten minutes
+	$(BIN)/python -m benchmarks.serving_load $(OUT) $(FLAGS) && HAWK_FUZZ_EXAMPLES=300 $(BIN)/pytest -q tests/test_serving_openapi.py
 
 check-models: $(FULL) ## Real sizes, random weights: 32B and 72B linked, two layers of the 3B and 7B against numpy
 	$(BIN)/python -m benchmarks.real_sizes $(FLAGS)
@@ -129,7 +148,7 @@ bench-export: $(FULL) ## Time and memory of an export of 7B shapes against copyi
 	$(BIN)/python -m benchmarks.export_7b
 
 bench-claims: $(FULL) ## What pruning must bring at the 7B's width, beside transformers: ten minutes, 8 GB of memory
-	$(BIN)/python -m benchmarks.claims --out artifacts/claims
+	$(BIN)/python -m benchmarks.claims $(FLAGS)
 
 bench-start: $(FULL) export ## Import time, start-up time and peak memory of the runtime
 	$(BIN)/python benchmarks/start.py $(OUT)
@@ -141,7 +160,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(FULL): pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install -c constraints.txt -e '.[cpu,eval,export,video,parity,dev]' && touch $@
+	$(BIN)/python -m pip install -c constraints.txt -e '.[cpu,eval,export,video,parity,serve,dev]' && touch $@
 
 $(LIGHT): pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install -c constraints.txt -e '.[cpu,export]' && touch $@

@@ -189,6 +189,7 @@ def _report(engines: EngineFolder, verification: Verification | None, seconds: f
             "up_to_date": seconds is None,
             "profile": manifest.profile,
             "dtype": manifest.bundle.dtype,
+            "weights": manifest.bundle.weights,
             "machine": manifest.machine,
             "limits": manifest.limits,
             "plugin": manifest.plugin,
@@ -204,7 +205,7 @@ def _report(engines: EngineFolder, verification: Verification | None, seconds: f
     console.print(f"{engines.folder}: {what}", markup=False, highlight=False, soft_wrap=True)
     size_limits = manifest.limits
     lines = (
-        f"{manifest.bundle.dtype}, {manifest.profile}, for {manifest.machine}",
+        f"{manifest.bundle.precision}, {manifest.profile}, for {manifest.machine}",
         f"prompts of up to {size_limits.prompt_tokens} tokens, {size_limits.visual_tokens} of them visual; "
         f"{size_limits.context} kept and generated; batch {size_limits.batch}",
         *(f"{plan.stage}: {size(plan_bytes[plan.stage])}, {plan.layers} layers"

@@ -123,7 +123,7 @@ def _check(args: argparse.Namespace, bundle: Bundle, plugin: Path | None) -> Ite
             graph = prepare(bundle, stage, profile, max_context=size.context, plugin=with_plugin)
             if with_plugin and not graph.has_topk:
                 continue
-            name = f"{manifest.dtype} {graph.file.name}"
+            name = f"{manifest.precision} {graph.file.name}"
             try:
                 with BuildProgress() as progress:
                     ranges = plan_profiles(manifest, stage, graph.inputs, size)

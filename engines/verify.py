@@ -19,7 +19,7 @@ from hawk_trt.config import PruningConfig
 from hawk_trt.engine_manifest import Limits
 from hawk_trt.errors import BackendError, InvalidInput
 from hawk_trt.parity.cases import ParityCase, tensor_cases
-from hawk_trt.parity.tolerances import TOLERANCES
+from hawk_trt.parity.tolerances import tolerance_of
 from hawk_trt.pipeline import Pipeline
 from hawk_trt.selection import kept_count
 
@@ -78,7 +78,7 @@ def verify(engines: Path, bundle: Bundle, reference: Path | None, limits: Limits
         with Pipeline.load(against) as other:
             prompts = [_compared(plans, other, case) for case in cases]
     finite = finite_rows([(prompt.name, prompt.got) for prompt in prompts])
-    rows = (*finite, *compared_rows(prompts, TOLERANCES[bundle.manifest.dtype]))
+    rows = (*finite, *compared_rows(prompts, tolerance_of(bundle.manifest)))
     name = f"{against} in ONNX Runtime on the CPU"
     return Verification(name, "", rows, not any(row.failures for row in rows))
 

@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
@@ -14,13 +15,14 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from export.checkpoint import Checkpoint
 from export.head_weights import UNIFORM
-from export.hub import download, is_hub_id
+from export.quantisation import BLOCK_SIZES, WEIGHT_BITS
 from export.random_checkpoint import random_checkpoint
 from export.real_shapes import SHAPES, shape_config
 from export.writer import ExportOptions, export, up_to_date
-from hawk_trt.bundle import Bundle
+from hawk_trt.bundle import Bundle, WeightFormat
 from hawk_trt.errors import HawkError
 from hawk_trt.head_weights import read_head_weights
+from hawk_trt.hub import download, is_hub_id
 from hawk_trt.stages import DTYPES, NORMALIZATIONS, PROFILES
 
 _FAILED = 1
@@ -29,6 +31,8 @@ _UNIFORM_NOTE = (
     "note: no head weights are published for this model, so all its query heads count the same. "
     "Measure them: hawk-trt calibrate CHECKPOINT --out FILE, then export with --head-weights FILE"
 )
+_INTEGERS = {f"int{bits}": bits for bits in WEIGHT_BITS}
+_BLOCK_SIZE = 64
 # Between two lines where no bar can be drawn.
 _PLAIN_SECONDS = 2.0
 
@@ -52,6 +56,10 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--link: random weights lie in no file")
     if not args.shape and (args.layers or args.vision_layers):
         parser.error("--layers, --vision-layers: only with --shape; a checkpoint has its own")
+    if args.dtype not in _INTEGERS and (args.activations or args.block_size):
+        parser.error(f"--activations, --block-size: only with --dtype {' or '.join(_INTEGERS)}, got {args.dtype}")
+    if args.dtype in _INTEGERS and args.link:
+        parser.error(f"--link: {args.dtype} weights are made from the checkpoint's, so they cannot be its own files")
     try:
         if args.shape:
             _run_shape(args)
@@ -78,8 +86,10 @@ def _run_shape(args: argparse.Namespace) -> None:
 
 def _run(args: argparse.Namespace, checkpoint: Checkpoint, name: str | None) -> None:
     start = time.perf_counter()
+    bits = _INTEGERS.get(args.dtype)
     options = ExportOptions(
-        dtype=args.dtype,
+        dtype=args.dtype if bits is None else args.activations or "float32",
+        weights=None if bits is None else WeightFormat(bits, args.block_size or _BLOCK_SIZE),
         profiles=tuple(args.profile or PROFILES),
         normalization=args.normalization,
         link=args.link,
@@ -109,7 +119,21 @@ def _parser() -> argparse.ArgumentParser:
         "checkpoint", metavar="CHECKPOINT", nargs="?", help="a checkpoint folder, or a hub id such as owner/name"
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the bundle's folder")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and activations")
+    parser.add_argument(
+        "--dtype",
+        choices=(*DTYPES, *_INTEGERS),
+        default="float32",
+        help="of weights and activations; int8 and int4: of the language model's matrices (docs/quantised.md)",
+    )
+    parser.add_argument(
+        "--activations", choices=DTYPES, help="dtype of all else beside int8 and int4 weights (default: float32)"
+    )
+    parser.add_argument(
+        "--block-size",
+        type=int,
+        choices=BLOCK_SIZES,
+        help=f"of int8 and int4 weights: how many share a scale (default: {_BLOCK_SIZE})",
+    )
     parser.add_argument(
         "--profile", choices=PROFILES, action="append", help="lowering of the graphs; repeatable (default: both)"
     )
@@ -176,6 +200,7 @@ def _report(bundle: Bundle, out: Path, seconds: float, *, up_to_date: bool, as_j
             "up_to_date": up_to_date,
             "family": manifest.family,
             "dtype": manifest.dtype,
+            "weights": None if manifest.weights is None else asdict(manifest.weights),
             "profiles": manifest.profiles,
             "normalization": manifest.normalization,
             "linked": manifest.source.linked,
@@ -189,7 +214,8 @@ def _report(bundle: Bundle, out: Path, seconds: float, *, up_to_date: bool, as_j
     linked = ", weights linked" if manifest.source.linked else ""
     print(f"{out}: {what}")
     print(
-        f"  {manifest.family}, {manifest.dtype}, {' and '.join(manifest.profiles)}, {size_bytes / 1e9:.3f} GB{linked}"
+        f"  {manifest.family}, {manifest.precision}, {' and '.join(manifest.profiles)}, "
+        f"{size_bytes / 1e9:.3f} GB{linked}"
     )
     print(f"  normalization {manifest.normalization}, head weights: {manifest.head_weights.source}")
 

@@ -80,6 +80,14 @@ class Checkpoint:
         """Whether the checkpoint holds a tensor of this canonical name."""
         return name in self._tensors
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of the tensor of a canonical name, which does not count as used.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        return self._find(name).shape
+
     def tensor(self, name: str) -> CheckpointTensor:
         """The tensor of a canonical name, which counts as used from now on.
 

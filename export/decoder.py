@@ -4,7 +4,7 @@ import onnx_ir as ir
 
 from export.attention import attention_context, decoder_layer
 from export.graph import GraphBuilder, Weights
-from export.layers import add_residual, rms_norm
+from export.layers import add_residual, linear, rms_norm
 from hawk_trt.stages import DECODER, LanguageConfig, decoder_spec
 
 WEIGHT_FILE = f"{DECODER}.data"
@@ -27,8 +27,7 @@ def build_decoder(config: LanguageConfig, dtype: str, profile: str, weights: Wei
             level = g.op("Gather", inputs["deepstack_states"], g.const(layer - 1, "int64"), axis=2, name="level")
             x = add_residual(g, x, g.reshape(level, -1, config.hidden_size, name="flat_level"), "add_deepstack")
     x = rms_norm(g, x, "language_model.norm", config.rms_norm_eps, "norm")
-    head = "language_model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
-    logits = g.op("Gemm", x, g.weight(head), transB=1, name="lm_head")
+    logits = linear(g, x, "language_model.embed_tokens" if config.tie_word_embeddings else "lm_head", "lm_head")
     if g.dtype == "float32":
         outputs["logits"] = logits
     else:

@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from hawk_trt.bundle import numpy_dtype
+from export.quantisation import QUANTISED_OPSET
+from hawk_trt.bundle import WeightFormat, numpy_dtype
 from hawk_trt.stages import INPLACE, StageSpec, TensorSpec, residual_dtype
 
 # portable: the ops of opset 18, which TensorRT 10.3 parses. inplace: opset 24 has Attention, TensorScatter,
@@ -35,6 +36,9 @@ class Weights(Protocol):
 
     def initializer(self, stage_file: str, name: str, shape: tuple[int, ...] | None = None) -> ir.Value:
         """An external-data initializer of a checkpoint tensor, reshaped where a shape is given."""
+
+    def quantised(self, stage_file: str, name: str) -> tuple[ir.Value, ir.Value, WeightFormat] | None:
+        """Initializers of a matrix's integers [in, out] and scales, None where it stays in floating point."""
 
     def has(self, name: str) -> bool:
         """Whether the checkpoint holds the tensor."""
@@ -126,6 +130,20 @@ class GraphBuilder:
         self._graph.register_initializer(value)
         return value
 
+    def matrix(self, name: str, scope: str) -> ir.Value | None:
+        """A quantised matrix as floats [in, out], None where the checkpoint's [out, in] is to be used as it is."""
+        found = self._weights.quantised(self._weight_file, name)
+        if found is None:
+            return None
+        integers, scales, weights = found
+        for value in (integers, scales):
+            self._graph.register_initializer(value)
+        opset = self._graph.opset_imports[""]
+        self._graph.opset_imports[""] = max(opset or 0, QUANTISED_OPSET)
+        return self.op(
+            "DequantizeLinear", integers, scales, axis=0, block_size=weights.block_size, name=f"{scope}/dequantised"
+        )
+
     def has_weight(self, name: str) -> bool:
         """Whether the checkpoint holds the tensor."""
         return self._weights.has(name)
@@ -174,6 +192,7 @@ class GraphBuilder:
         """The finished model."""
         for function in self.functions:
             self._graph.opset_imports[function.domain] = 1
+            function.opset_imports[""] = self._graph.opset_imports[""]
         return ir.Model(
             self._graph, ir_version=IR_VERSIONS[self.profile], producer_name="hawk_trt", functions=self.functions
         )

@@ -16,9 +16,12 @@ _FLOAT16_HEADROOM = 64.0
 
 def linear(g: GraphBuilder, x: ir.Value, weight: str, name: str) -> ir.Value:
     """X W^T + b: [tokens, in] -> [tokens, out], with the bias where the checkpoint has one."""
-    bias = f"{weight}.bias"
-    operands = [x, g.weight(f"{weight}.weight")] + ([g.weight(bias)] if g.has_weight(bias) else [])
-    return g.op("Gemm", *operands, transB=1, name=name)
+    bias = [g.weight(f"{weight}.bias")] if g.has_weight(f"{weight}.bias") else []
+    matrix = g.matrix(f"{weight}.weight", name)
+    if matrix is None:
+        return g.op("Gemm", x, g.weight(f"{weight}.weight"), *bias, transB=1, name=name)
+    y = g.op("MatMul", x, matrix, name=name)
+    return g.op("Add", y, *bias, name=f"{name}/add_bias") if bias else y
 
 
 def rms_norm(g: GraphBuilder, x: ir.Value, weight: str, epsilon: float, name: str) -> ir.Value:
@@ -116,7 +119,11 @@ def wide_linear(g: GraphBuilder, x: ir.Value, weight: str, name: str) -> ir.Valu
 
 def _unscaled_linear(g: GraphBuilder, scaled: ir.Value, weight: str, name: str) -> ir.Value:
     """The linear layer of an input that was scaled down by the headroom: float16 -> float32."""
-    y = g.op("Gemm", scaled, g.weight(f"{weight}.weight"), transB=1, name=name)
+    matrix = g.matrix(f"{weight}.weight", name)
+    if matrix is None:
+        y = g.op("Gemm", scaled, g.weight(f"{weight}.weight"), transB=1, name=name)
+    else:
+        y = g.op("MatMul", scaled, matrix, name=name)
     y = g.op("Mul", g.cast(y, "float16", "float32", "float32"), g.const(_FLOAT16_HEADROOM, "float32"), name="unscaled")
     if not g.has_weight(f"{weight}.bias"):
         return y

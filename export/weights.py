@@ -1,8 +1,9 @@
 """Where each weight of a bundle lies, decided while graphs are built, and the streaming that puts it there.
 
-In: a checkpoint and a dtype. Out: external-data initializers for the graphs, then the .data files themselves,
-or, linked, the checkpoint's own files. A weight is placed once, at the first request; every profile and stage that
-asks again shares the place. No more than a few blocks of weights are ever in memory.
+In: a checkpoint, a dtype, and how matrices are quantised, if they are. Out: external-data initializers for the
+graphs, then the .data files themselves, or, linked, the checkpoint's own files. A weight is placed once, at the first
+request; every profile and stage that asks again shares the place. No more than a few blocks of weights are ever in
+memory, or one quantised matrix.
 """
 
 import errno
@@ -21,8 +22,9 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from export.checkpoint import EMBEDDINGS, Checkpoint
+from export.quantisation import is_quantised, layout, quantise
 from export.tensor_file import CheckpointTensor, alternating_buffers
-from hawk_trt.bundle import FileEntry, TableEntry, numpy_dtype, sha256_file
+from hawk_trt.bundle import FileEntry, TableEntry, WeightFormat, numpy_dtype, sha256_file
 from hawk_trt.errors import BundleError, CheckpointError
 
 EMBEDDINGS_FILE = "embed_tokens.data"
@@ -32,6 +34,7 @@ _IR_DTYPES = {
     "float16": ir.DataType.FLOAT16,
     "bfloat16": ir.DataType.BFLOAT16,
 }
+_INTEGERS = {4: ir.DataType.INT4, 8: ir.DataType.INT8}
 # Vector loads want 64 bytes; large tensors begin on a page, so that they can be memory-mapped alone.
 _ALIGNMENT = 64
 _PAGE = 4096
@@ -40,12 +43,13 @@ _PAGE_ALIGNED_FROM_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """A tensor and where it lies in the bundle: file, offset of its first byte, size."""
+    """A tensor and where it lies in the bundle: file, offset of its first byte, size; how it is quantised, if it is."""
 
     tensor: CheckpointTensor
     file: str
     offset: int
     nbytes: int
+    weights: WeightFormat | None = None
 
 
 @dataclass(slots=True)
@@ -56,12 +60,14 @@ class WeightStore:
         checkpoint: they come from.
         dtype: they get: float32, float16 or bfloat16.
         link: use the checkpoint's own files, hard-linked, instead of copies.
+        weights: how the language model's matrices are quantised, None where they are not.
     """
 
     checkpoint: Checkpoint
     dtype: str
     link: bool = False
-    _placements: dict[str, Placement] = field(default_factory=dict, repr=False)
+    weights: WeightFormat | None = None
+    _placements: dict[tuple[str, WeightFormat | None], Placement] = field(default_factory=dict, repr=False)
     _sizes: dict[str, int] = field(default_factory=dict, repr=False)
 
     def has(self, name: str) -> bool:
@@ -85,11 +91,31 @@ class WeightStore:
             raise CheckpointError(
                 f"{placement.tensor.file}: tensor {name}: shape {list(stored)}, config.json asks for {list(shape)}"
             )
-        dtype, final_shape = _IR_DTYPES[self.dtype], ir.Shape(stored if shape is None else shape)
-        data = ir.ExternalTensor(
-            placement.file, placement.offset, placement.nbytes, dtype, shape=final_shape, name=name
-        )
-        return ir.Value(name=name, type=ir.TensorType(dtype), shape=final_shape, const_value=data)
+        shape = stored if shape is None else shape
+        return _external(name, placement.file, placement.offset, placement.nbytes, _IR_DTYPES[self.dtype], shape)
+
+    def quantised(self, stage_file: str, name: str) -> tuple[ir.Value, ir.Value, WeightFormat] | None:
+        """New initializers of a quantised matrix, or None where it stays in floating point.
+
+        Args:
+            stage_file: the file it is placed in if it has no place yet.
+            name: canonical name of the tensor.
+
+        Returns:
+            The integers [in, out], the scales [in / block_size, out] and how they were made.
+
+        Raises:
+            CheckpointError: no such tensor.
+        """
+        if self.weights is None or not is_quantised(name, self.checkpoint.shape(name), self.weights):
+            return None
+        placement = self._place(stage_file, name, self.weights)
+        file, start, (rows, columns) = placement.file, placement.offset, placement.tensor.shape
+        nbytes, scales_start, scales_nbytes = layout((rows, columns), self.weights, self.dtype)
+        integers = _external(f"{name}/integers", file, start, nbytes, _INTEGERS[self.weights.bits], (columns, rows))
+        blocks = (columns // self.weights.block_size, rows)
+        scales = _external(f"{name}/scales", file, start + scales_start, scales_nbytes, _IR_DTYPES[self.dtype], blocks)
+        return integers, scales, self.weights
 
     def table(self, name: str = EMBEDDINGS) -> TableEntry:
         """The place of the token embedding table; where a graph has it already (tied), that place.
@@ -140,20 +166,24 @@ class WeightStore:
         with ThreadPoolExecutor(max_workers=2) as workers:
             return {name: self._write_file(folder / name, workers, advance) for name in self._sizes}
 
-    def _place(self, stage_file: str, name: str) -> Placement:
+    def _place(self, stage_file: str, name: str, weights: WeightFormat | None = None) -> Placement:
         """The tensor's place, the next free one of stage_file at its first request."""
-        if name in self._placements:
-            return self._placements[name]
+        if (name, weights) in self._placements:
+            return self._placements[name, weights]
         tensor = self.checkpoint.tensor(name)
         if self.link:
             placement = self._place_linked(tensor)
         else:
             nbytes = math.prod(tensor.shape) * numpy_dtype(self.dtype).itemsize
+            if weights is not None:
+                rows, columns = tensor.shape
+                _, scales_start, scales_nbytes = layout((rows, columns), weights, self.dtype)
+                nbytes = scales_start + scales_nbytes
             alignment = _PAGE if nbytes >= _PAGE_ALIGNED_FROM_BYTES else _ALIGNMENT
             offset = -(-self._sizes.get(stage_file, 0) // alignment) * alignment
-            placement = Placement(tensor, stage_file, offset, nbytes)
+            placement = Placement(tensor, stage_file, offset, nbytes, weights)
             self._sizes[stage_file] = offset + nbytes
-        self._placements[name] = placement
+        self._placements[name, weights] = placement
         return placement
 
     def _place_linked(self, tensor: CheckpointTensor) -> Placement:
@@ -201,9 +231,25 @@ class WeightStore:
                 continue
             if placement.offset > position:
                 yield memoryview(bytes(placement.offset - position))
-            for block in _converted(placement.tensor, self.dtype):
+            for block in self._content(placement):
                 yield block.view(np.uint8).data  # as bytes, since the buffer protocol knows no bfloat16
             position = placement.offset + placement.nbytes
+
+    def _content(self, placement: Placement) -> Iterator[npt.NDArray[Any]]:
+        """What is written at a placement: 1-D arrays."""
+        if placement.weights is None:
+            yield from _converted(placement.tensor, self.dtype)
+            return
+        integers, scales = quantise(placement.tensor, placement.weights, self.dtype)
+        yield integers.reshape(-1)
+        yield np.zeros(placement.nbytes - integers.nbytes - scales.nbytes, np.uint8)
+        yield scales.reshape(-1)
+
+
+def _external(name: str, file: str, offset: int, nbytes: int, dtype: ir.DataType, shape: tuple[int, ...]) -> ir.Value:
+    """An initializer whose data lies in an external file."""
+    data = ir.ExternalTensor(file, offset, nbytes, dtype, shape=ir.Shape(shape), name=name)
+    return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape), const_value=data)
 
 
 def _write_all(out: FileIO, block: memoryview) -> None:

@@ -19,10 +19,12 @@ from export.checkpoint import EMBEDDINGS, LM_HEAD, Checkpoint
 from export.graphs import build_graphs
 from export.head_weights import default_head_weights
 from export.inventory import inventory
+from export.quantisation import BLOCK_SIZES, WEIGHT_BITS
 from export.weights import WeightStore
 from hawk_trt import __version__
 from hawk_trt.bundle import (
     MANIFEST,
+    PLAIN_SCHEMA_VERSION,
     SCHEMA_VERSION,
     Bundle,
     FileEntry,
@@ -32,6 +34,7 @@ from hawk_trt.bundle import (
     Source,
     TableEntry,
     TensorEntry,
+    WeightFormat,
     manifest_bytes,
     manifest_digest,
     sha256_file,
@@ -54,7 +57,7 @@ class ExportOptions:
     """How a checkpoint is exported.
 
     Attributes:
-        dtype: of weights and activations; scores are float32 in any.
+        dtype: of activations, and of weights that are not quantised; scores are float32 in any.
         profiles: which lowerings the bundle holds, over the same weights.
         normalization: of the scores, baked into the graphs.
         link: hard-link the checkpoint's files instead of copying them; needs their dtype.
@@ -62,6 +65,7 @@ class ExportOptions:
         vision_end_token_id: instead of the checkpoint's.
         head_weights: the bundle's default; None takes the released ones where they fit, else uniform ones.
         force: export again even if nothing changed.
+        weights: how the language model's matrices are quantised; None leaves them in the dtype.
 
     Raises:
         InvalidInput: a value that is not supported.
@@ -75,6 +79,7 @@ class ExportOptions:
     vision_end_token_id: int | None = None
     head_weights: HeadWeights | None = None
     force: bool = False
+    weights: WeightFormat | None = None
 
     def __post_init__(self) -> None:
         for name, got, allowed in (
@@ -84,7 +89,20 @@ class ExportOptions:
         ):
             if not got or not set(got) <= set(allowed):
                 raise InvalidInput(f"{name}: got {', '.join(map(str, got))}, expected of {', '.join(allowed)}")
+        if self.weights is not None:
+            _check_weights(self.weights, link=self.link)
         object.__setattr__(self, "profiles", tuple(profile for profile in PROFILES if profile in self.profiles))
+
+
+def _check_weights(weights: WeightFormat, *, link: bool) -> None:
+    for name, got, allowed in (("bits", weights.bits, WEIGHT_BITS), ("block_size", weights.block_size, BLOCK_SIZES)):
+        if got not in allowed:
+            raise InvalidInput(f"weights: {name}: got {got}, expected one of {', '.join(map(str, allowed))}")
+    if link:
+        raise InvalidInput(
+            f"link: got int{weights.bits} weights, which are made from the checkpoint's and cannot be its own files. "
+            "Drop --link, or give --dtype float32, float16 or bfloat16"
+        )
 
 
 def export(
@@ -121,7 +139,7 @@ def export(
     template = family.chat_template(opened.config)
     for tensor_name, shape in inventory(family.name, plan.language, plan.vision).items():
         opened.expect(tensor_name, shape)
-    weights = WeightStore(opened, options.dtype, options.link)
+    weights = WeightStore(opened, options.dtype, options.link, options.weights)
     graphs = {
         (profile, stage): graph
         for profile in plan.profiles
@@ -184,7 +202,7 @@ def _plan(checkpoint: Checkpoint, options: ExportOptions, name: str | None) -> M
     if options.vision_end_token_id is not None:
         tokens = replace(tokens, vision_end=options.vision_end_token_id)
     return Manifest(
-        schema_version=SCHEMA_VERSION,
+        schema_version=PLAIN_SCHEMA_VERSION if options.weights is None else SCHEMA_VERSION,
         family=family.name,
         source=Source(
             name or checkpoint.folder.resolve().name, architecture, checkpoint.fingerprint(SIDECARS), options.link
@@ -201,6 +219,7 @@ def _plan(checkpoint: Checkpoint, options: ExportOptions, name: str | None) -> M
         head_weights=head_weights,
         files={},
         versions=_versions(),
+        weights=options.weights,
     )
 
 

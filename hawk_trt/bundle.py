@@ -24,7 +24,9 @@ from hawk_trt.errors import BundleError
 from hawk_trt.stages import LanguageConfig
 
 MANIFEST = "bundle.json"
-SCHEMA_VERSION = 1
+# Of bundles with quantised weights; all others are of version 1, which older hawk_trt reads too.
+SCHEMA_VERSION = 2
+PLAIN_SCHEMA_VERSION = 1
 _HASH_BLOCK_BYTES = 1 << 20
 
 
@@ -106,8 +108,23 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True)
+class WeightFormat:
+    """How the language model's matrices are stored where they are no floats.
+
+    bits: of each integer, 4 or 8. block_size: so many of them along a matrix's input share one scale.
+    """
+
+    bits: int
+    block_size: int
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
-    """bundle.json. vision: the family's own sizes of the vision tower."""
+    """bundle.json.
+
+    vision: the family's own sizes of the vision tower. dtype: of all graph inputs, outputs and activations, and of the
+    weights but for the matrices that `weights` describes.
+    """
 
     schema_version: int
     family: str
@@ -124,6 +141,14 @@ class Manifest:
     head_weights: HeadWeights
     files: dict[str, FileEntry]
     versions: dict[str, str]
+    weights: WeightFormat | None = None
+
+    @property
+    def precision(self) -> str:
+        """The dtype as it is shown: "float32", or "int4 weights in blocks of 64, float32"."""
+        if self.weights is None:
+            return self.dtype
+        return f"int{self.weights.bits} weights in blocks of {self.weights.block_size}, {self.dtype}"
 
     def graph(self, stage: str, profile: str) -> GraphEntry:
         """The graph of a stage in a profile.

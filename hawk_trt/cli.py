@@ -23,6 +23,7 @@ from hawk_trt.errors import HawkError
 # Name: (module, what it does).
 COMMANDS = {
     "run": ("hawk_trt.commands.run", "answer a prompt about images and videos, with few of their tokens"),
+    "serve": ("hawk_trt.commands.serve", "serve the OpenAI protocol over HTTP"),
     "explain": ("hawk_trt.commands.explain", "draw which visual tokens are kept, and what is answered from them"),
     "parity": ("hawk_trt.parity.command", "compare a bundle with PyTorch, stage by stage"),
     "eval": ("hawk_trt.commands.evaluate", "answer a data set with every selector and keep ratio"),

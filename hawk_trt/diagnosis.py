@@ -10,11 +10,11 @@ from hawk_trt.backends import Generation, Visual
 _HELP = "float16 overflows on some inputs: export again with --dtype bfloat16 or float32"
 
 
-def first_not_finite(visual: Visual, generation: Generation, num_layers: int, row: int) -> str:
+def first_not_finite(visual: Visual | None, generation: Generation, num_layers: int, row: int) -> str:
     """Say where the first value that is not finite was made.
 
     Args:
-        visual: visual embeddings of the batch.
+        visual: visual embeddings of the batch, None where they were looked at before.
         generation: after the step that went wrong.
         num_layers: of the language model, layer 0 included.
         row: of the batch.
@@ -22,7 +22,7 @@ def first_not_finite(visual: Visual, generation: Generation, num_layers: int, ro
     Returns:
         A sentence that names stage and layer, and what helps.
     """
-    if not np.isfinite(visual.numpy().astype(np.float32)).all():
+    if visual is not None and not np.isfinite(visual.numpy().astype(np.float32)).all():
         return f"The first value that is not finite is in vision's visual_embeds. {_HELP}"
     for layer in range(num_layers):
         key, value = (tensor[row].astype(np.float32) for tensor in generation.cache(layer))

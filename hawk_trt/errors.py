@@ -6,6 +6,9 @@ HawkError
  |- BundleError                       a bundle or engine folder that is damaged, stale, foreign or of a newer schema
  |- BackendError                      a runtime that is missing, lacks a device or a dtype, or failed while running
  |- ParityError                       a comparison that cannot be made (not one that is out of tolerance)
+ |- QueueFull                         a server has as many requests waiting as it takes; try again later
+ |- Stopping                          a server takes no more requests, or ends before this one is done
+ |- DeadlinePassed                    a request was not done at its time limit
 
 A message says what was got, what was expected and the command that helps.
 """
@@ -14,9 +17,12 @@ __all__ = [
     "BackendError",
     "BundleError",
     "CheckpointError",
+    "DeadlinePassed",
     "HawkError",
     "InvalidInput",
     "ParityError",
+    "QueueFull",
+    "Stopping",
 ]
 
 
@@ -42,3 +48,15 @@ class BackendError(HawkError):
 
 class ParityError(HawkError):
     """A parity comparison cannot be made."""
+
+
+class QueueFull(HawkError):
+    """As many requests wait as may; the same request can be taken later."""
+
+
+class Stopping(HawkError):
+    """The server ends: it takes no more requests, and gives up what it could not finish."""
+
+
+class DeadlinePassed(HawkError):
+    """A request was not done at its time limit."""

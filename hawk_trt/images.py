@@ -58,7 +58,9 @@ _DAMAGED = (
 _DECODING = threading.Lock()
 
 
-def load_image(source: "ImageInput") -> npt.NDArray[np.uint8]:
+def load_image(
+    source: "ImageInput", *, max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] | None = None
+) -> npt.NDArray[np.uint8]:
     """Decode an image, upright and in RGB.
 
     EXIF orientation is applied, transparency is composited on white (as the Qwen processors do), 16-bit grey is
@@ -67,6 +69,8 @@ def load_image(source: "ImageInput") -> npt.NDArray[np.uint8]:
     Args:
         source: a path (also file:// or a data: URL), the bytes of a file, a PIL image, or uint8 [height, width],
             [height, width, 1], [.., 3] (RGB) or [.., 4] (RGBA).
+        max_pixels: the most that are decoded.
+        formats: of files, by Pillow's names; None is all that Pillow reads.
 
     Returns:
         uint8 [height, width, 3], possibly read-only.
@@ -75,17 +79,17 @@ def load_image(source: "ImageInput") -> npt.NDArray[np.uint8]:
         InvalidInput: missing, unreadable, not an image, damaged, empty or too large; it names the source.
     """
     if isinstance(source, np.ndarray):
-        return _from_array(source)
+        return _from_array(source, max_pixels)
     if isinstance(source, Image.Image):
         with _decoding("image (PIL)"):
-            return _decode(source, "image (PIL)")
+            return _decode(source, "image (PIL)", max_pixels)
     if isinstance(source, bytes | bytearray | memoryview):
-        return _from_file(io.BytesIO(source), "image (bytes)")
+        return _from_file(io.BytesIO(source), "image (bytes)", max_pixels, formats)
     if isinstance(source, str) and source.startswith("data:"):
-        return _from_file(io.BytesIO(_data_url_bytes(source)), "image (data URL)")
+        return _from_file(io.BytesIO(data_url_bytes(source)), "image (data URL)", max_pixels, formats)
     path = local_path(source, "image")
     with path.open("rb") as file:
-        return _from_file(file, str(path))
+        return _from_file(file, str(path), max_pixels, formats)
 
 
 def resize(image: npt.NDArray[np.uint8], height: int, width: int, resample: int) -> npt.NDArray[np.uint8]:
@@ -136,17 +140,17 @@ def local_path(source: "str | os.PathLike[str]", what: str) -> Path:
     return path
 
 
-def check_size(width: int, height: int, name: str) -> None:
+def check_size(width: int, height: int, name: str, max_pixels: int = MAX_PIXELS) -> None:
     """Refuse an image or video frame that is empty or too large to decode.
 
     Raises:
-        InvalidInput: a side of zero pixels, or more than MAX_PIXELS in all.
+        InvalidInput: a side of zero pixels, or more than max_pixels in all.
     """
     if width < 1 or height < 1:
         raise InvalidInput(f"{name}: got {width} x {height} pixels, expected at least 1 x 1")
-    if width * height > MAX_PIXELS:
+    if width * height > max_pixels:
         raise InvalidInput(
-            f"{name}: got {width} x {height} = {width * height:,} pixels, expected at most {MAX_PIXELS:,}. "
+            f"{name}: got {width} x {height} = {width * height:,} pixels, expected at most {max_pixels:,}. "
             "Scale it down first"
         )
 
@@ -173,13 +177,13 @@ def _decoding(name: str) -> Iterator[None]:
             ) from error
 
 
-def _from_file(file: IO[bytes], name: str) -> npt.NDArray[np.uint8]:
-    with _decoding(name), Image.open(file) as image:
-        return _decode(image, name)
+def _from_file(file: IO[bytes], name: str, max_pixels: int, formats: tuple[str, ...] | None) -> npt.NDArray[np.uint8]:
+    with _decoding(name), Image.open(file, formats=formats) as image:
+        return _decode(image, name, max_pixels)
 
 
-def _decode(image: Image.Image, name: str) -> npt.NDArray[np.uint8]:
-    check_size(image.width, image.height, name)
+def _decode(image: Image.Image, name: str, max_pixels: int) -> npt.NDArray[np.uint8]:
+    check_size(image.width, image.height, name, max_pixels)
     rgb = _to_rgb(image, name)
     turn = _TRANSPOSE_OF_ORIENTATION.get(_orientation(image))
     return np.asarray(rgb if turn is None else rgb.transpose(turn))
@@ -213,7 +217,7 @@ def _grey16_to_rgb(image: Image.Image, name: str) -> Image.Image:
     return Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
 
 
-def _from_array(array: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+def _from_array(array: npt.NDArray[np.uint8], max_pixels: int) -> npt.NDArray[np.uint8]:
     got = f"image (array): got {array.dtype}{list(array.shape)}"
     if array.dtype != np.uint8:
         raise InvalidInput(f"{got}, expected uint8. Scale the values to 0..255 and cast them")
@@ -221,13 +225,18 @@ def _from_array(array: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         array = array[:, :, 0]
     if array.ndim != 2 and (array.ndim != 3 or array.shape[2] not in (3, 4)):
         raise InvalidInput(f"{got}, expected uint8[height, width], [.., 1], [.., 3] (RGB) or [.., 4] (RGBA)")
-    check_size(array.shape[1], array.shape[0], "image (array)")
+    check_size(array.shape[1], array.shape[0], "image (array)", max_pixels)
     if array.ndim == 3 and array.shape[2] == 3:
         return np.ascontiguousarray(array)
     return np.asarray(_to_rgb(Image.fromarray(np.ascontiguousarray(array)), "image (array)"))
 
 
-def _data_url_bytes(url: str) -> bytes:
+def data_url_bytes(url: str) -> bytes:
+    """What a data: URL of an image holds.
+
+    Raises:
+        InvalidInput: it is not base64.
+    """
     header, _, payload = url.partition(",")
     if not header.endswith(";base64"):
         raise InvalidInput(f"image: got {header[:60]!r}, expected data:image/...;base64,...")

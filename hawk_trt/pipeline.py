@@ -26,6 +26,7 @@ from hawk_trt.families import Family, Patches, family_by_name
 from hawk_trt.layout import PromptLayout, prompt_layout
 from hawk_trt.processor import Processor
 from hawk_trt.requests import ModelInputs, Request, Result
+from hawk_trt.row import Row
 from hawk_trt.run import Run
 from hawk_trt.streamed_rows import StreamedRows
 from hawk_trt.vision_cache import DEFAULT_VISION_CACHE_MB, VisionCache, one_by_one
@@ -223,8 +224,8 @@ class Pipeline:
         """As generate, but the answer's text comes in pieces: iterate, then read `.result`."""
         started = time.perf_counter()
         inputs = self.prepare(prompt, images, videos, min_pixels=min_pixels, max_pixels=max_pixels)
-        run = Run(self, [inputs], pruning, max_new_tokens, sampling, stop, ignore_eos, return_logits, started)
-        return TextStream(run)
+        row = Row(self, inputs, pruning, max_new_tokens, sampling, stop, ignore_eos, return_logits)
+        return TextStream(Run(self, [row], started))
 
     def generate_batch(
         self,
@@ -246,18 +247,21 @@ class Pipeline:
             BackendError: the runtime failed.
         """
         started = time.perf_counter()
-        rows = []
+        prompts = []
         for number, request in enumerate(requests):
             entry = request if isinstance(request, Request) else Request(request)
             try:
-                rows.append(
+                prompts.append(
                     self.prepare(entry.prompt, entry.images, entry.videos, min_pixels=min_pixels, max_pixels=max_pixels)
                 )
             except InvalidInput as error:
                 raise InvalidInput(f"requests[{number}]: {error}") from error
-        if not rows:
+        if not prompts:
             return []
-        run = Run(self, rows, pruning, max_new_tokens, sampling, stop, ignore_eos, return_logits, started)
+        rows = [
+            Row(self, inputs, pruning, max_new_tokens, sampling, stop, ignore_eos, return_logits) for inputs in prompts
+        ]
+        run = Run(self, rows, started)
         for _ in run.steps():
             pass
         return run.results()
@@ -273,12 +277,13 @@ class Pipeline:
         Raises:
             InvalidInput: something that cannot be used as given.
         """
-        run = Run(self, [inputs], pruning, len(forced_tokens) + 1, None, (), True, True, time.perf_counter())
-        layout = run.layouts[0]
-        run.prefill()
+        row = Row(self, inputs, pruning, len(forced_tokens) + 1, None, (), True, True)
+        run = Run(self, [row], time.perf_counter())
+        layout = row.layout
+        run.take(run.prefill())
         hidden = run.generation.hidden_states()[0]
         for token in forced_tokens:
-            run.decode(np.array([token], np.int64))
+            run.take(run.decode(np.array([token], np.int64)))
         result = run.results()[0]
         assert result.logits is not None
         embeds = run.visual.numpy().astype(np.float32)[layout.visual_rows[layout.visual_rows >= 0]]

@@ -302,7 +302,7 @@ def test_two_runs_do_not_write_to_the_same_results(planted, tmp_path, capsys):
     import fcntl
 
     (tmp_path / "work").mkdir()
-    with (tmp_path / "work" / ".lock").open("w") as file:
+    with (tmp_path / "work" / f"{planted[1].stem}.jsonl").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         assert main(command(*planted, tmp_path)) == 1
     assert "another run is writing there" in capsys.readouterr().err
@@ -349,11 +349,33 @@ def test_what_cannot_be_used_is_one_line(tiny_checkpoint, tmp_path, monkeypatch,
 
 def test_a_folder_without_a_checkpoint_or_without_a_tokenizer_is_refused(tiny_checkpoint, tmp_path, capsys):
     assert main(["calibrate", str(tmp_path), "--work", str(tmp_path / "w")]) == 1
-    assert "hf download" in capsys.readouterr().err
+    assert "or a hub id: hawk-trt calibrate OWNER/NAME" in capsys.readouterr().err
     copy = shutil.copytree(tiny_checkpoint, tmp_path / "model")
     (copy / "tokenizer.json").unlink()
     assert main(["calibrate", str(copy), "--work", str(tmp_path / "w")]) == 1
     assert "no tokenizer.json there" in capsys.readouterr().err
+
+
+def test_a_hub_id_is_taken_from_the_cache_and_names_the_model(planted, uninterrupted, tmp_path, monkeypatch, capsys):
+    from huggingface_hub import constants
+
+    checkpoint, dataset = planted
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    kept = tmp_path / "hub" / "models--owner--name"
+    shutil.copytree(checkpoint, kept / "snapshots" / commit)
+    (kept / "refs").mkdir()
+    (kept / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    for options in ([], ["--revision", commit]):
+        assert main([*command("owner/name", dataset, tmp_path), *options]) == 0
+        report, folder_report = (json.loads(p.read_text()) for p in (tmp_path / "weights.json", uninterrupted))
+        assert report["model"] == {**folder_report["model"], "name": "owner/name"}
+        assert report["values"] == folder_report["values"]
+    capsys.readouterr()
+    assert main(command("owner/other", dataset, tmp_path)) == 1
+    assert "owner/other: no such folder, and the hub cannot be reached" in capsys.readouterr().err
+    assert main([*command(checkpoint, dataset, tmp_path), "--revision", "main"]) == 1
+    assert "--revision: only for a hub id (owner/name), got" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -24,11 +24,11 @@ from checkpoints import (
     write_safetensors,
 )
 from export.checkpoint import Checkpoint
-from export.hub import download, is_hub_id
 from export.inventory import inventory
 from export.tensor_file import read_tensor_file
 from hawk_trt.errors import CheckpointError
 from hawk_trt.families import family_of
+from hawk_trt.hub import download, is_hub_id
 
 NORM = "language_model.norm.weight"
 

@@ -34,7 +34,7 @@ def test_doctor_suggests_the_packages_of_the_extras(monkeypatch):
     assert not any(capability.works for capability in report.capabilities)
     suggested = {(capability.command or "").rpartition("pip install ")[2] for capability in report.capabilities}
     declared = extras_of_pyproject()
-    for extra in ("cpu", "cuda", "video", "export", "parity"):
+    for extra in ("cpu", "cuda", "video", "export", "parity", "serve"):
         assert " ".join(declared[extra]) in suggested
 
 
@@ -87,7 +87,7 @@ def test_doctor_prints_findings_and_imports_neither_torch_nor_transformers():
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     findings = json.loads(done.stdout)
-    assert {"run on CPU", "run on CUDA", "export", "parity", "video", "TensorRT"} == {
+    assert {"run on CPU", "run on CUDA", "export", "parity", "serve", "video", "TensorRT"} == {
         capability["name"] for capability in findings["capabilities"]
     }
     assert findings["disk_free_bytes"] > 0

@@ -174,6 +174,22 @@ def test_a_log_of_something_else_is_refused_and_left_alone(tmp_path):
         assert path.read_text() == content
 
 
+def test_one_log_at_a_time_holds_a_file(tmp_path):
+    path, subject = tmp_path / "results.jsonl", {"bundle": "a"}
+    log = ResultLog(path, subject, Trial)
+    log.append(trial(0))
+    held = path.read_bytes()
+    with path.open("ab") as file:
+        file.write(b'{"half a li')  # what the holder is writing just now
+    with pytest.raises(InvalidInput, match=r"another run is writing there. Wait for it, or choose another --work"):
+        ResultLog(path, subject, Trial, option="--work")
+    assert path.read_bytes() == held + b'{"half a li'
+    log.close()
+    again = ResultLog(path, subject, Trial)
+    assert again.records == [trial(0)]
+    again.close()
+
+
 def row(name, total_ms, accuracy):
     latency_ms = (
         None
@@ -253,6 +269,21 @@ def test_eval_goes_on_with_its_results_and_refuses_those_of_something_else(tiny_
         assert evaluate(tiny_bundle, tmp_path, option, value) == 1
         assert f"it holds results of another {name}" in capsys.readouterr().err
     assert (tmp_path / "results.jsonl").read_bytes() == grown
+
+
+def test_a_second_eval_does_not_write_among_the_results_of_the_first(tiny_bundle, tmp_path, capsys):
+    argv = [sys.executable, "-m", "hawk_trt", "eval", str(tiny_bundle), "--out", str(tmp_path), "--count", "100"]
+    results = tmp_path / "results.jsonl"
+    with subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while not results.exists() or results.read_bytes().count(b"\n") < 2:
+            assert process.poll() is None
+            time.sleep(0.01)
+        assert main(argv[3:]) == 1
+        os.kill(process.pid, signal.SIGKILL)
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert f"{results}: another run is writing there" in err
+    assert main([*argv[3:-1], "1", "--keep-ratios", "0.2"]) == 0  # the lock of a killed run is gone with it
 
 
 def test_a_killed_eval_goes_on_where_it_was(tiny_bundle, tmp_path):

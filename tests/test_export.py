@@ -409,7 +409,7 @@ def test_wrong_usage_exits_2(tmp_path, checkpoint, capsys):
     out = ["--out", str(tmp_path / "out")]
     for arguments in (
         [str(checkpoint)],
-        [str(checkpoint), *out, "--dtype", "int8"],
+        [str(checkpoint), *out, "--dtype", "int2"],
         [str(checkpoint), *out, "--profile", "fast"],
         [str(checkpoint), *out, "--im-end-token-id", "x"],
         [str(checkpoint), *out, "--revision", "main"],

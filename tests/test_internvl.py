@@ -18,8 +18,10 @@ from hawk_trt.bundle import Bundle
 from hawk_trt.cli import main as hawk
 from hawk_trt.errors import CheckpointError, InvalidInput
 from hawk_trt.hawk import num_kept
+from hawk_trt.serving.batcher import Batcher, Job
 from hawk_trt.stages import NORMALIZATIONS, PROFILES
 from internvl import CONTEXT, END, IM_END, START, TILE_PX, TILE_TOKENS, VIDEO
+from served import assert_served_as_alone
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -348,6 +350,15 @@ def test_max_pixels_bounds_the_tiles_of_a_prompt(pipe):
 def test_tensors_that_do_not_fit_are_refused_by_name(pipe, change, message):
     with pytest.raises(InvalidInput, match=message):
         pipe.generate(change(tensors([3, 2])), max_new_tokens=1)
+
+
+def test_a_server_answers_unlike_prompts_side_by_side_as_alone(pipe):
+    jobs = [
+        Job(tensors(runs, seed=n), PruningConfig((0.3, 1.0)[n % 2]), 4 + 5 * n, ignore_eos=True, return_logits=True)
+        for n, runs in enumerate([*PROMPTS.values(), [2], [4]])
+    ]
+    with Batcher(pipe) as batcher:
+        assert_served_as_alone(pipe, batcher, jobs)
 
 
 def test_a_batch_of_prompts_equals_its_rows_one_by_one(pipe):

@@ -53,20 +53,22 @@ def test_the_walk_sees_imports_at_all():
 
 
 @pytest.mark.parametrize("folder", MAY_IMPORT)
-def test_only_the_parity_reference_fastv_and_the_gpu_check_import_torch(folder):
+def test_only_the_parity_reference_fastv_calibration_training_and_the_gpu_check_import_torch(folder):
     reference = {"hawk_trt/parity/reference.py", "hawk_trt/parity/reference_models.py", "hawk_trt/evaluation/fastv.py"}
     reference |= {"hawk_trt/calibration/ablation.py"}
     gpu_check = {f"plugins/gpu_{name}.py" for name in ("buffers", "check", "timing")}
-    assert {path for path, name in imports(folder) if name in TORCH} <= reference | gpu_check
+    training = {"__main__", "cell_heads", "checkpoint", "lessons", "network", "trainer"}
+    training = {f"examples/tiny_training/{name}.py" for name in training}
+    assert {path for path, name in imports(folder) if name in TORCH} <= reference | gpu_check | training
 
 
 @pytest.mark.parametrize(
     ("folder", "extras"),
     [
-        ("hawk_trt", ("cpu", "cuda", "eval", "tensorrt", "video", "parity", "ray", "lmms-eval")),
+        ("hawk_trt", ("cpu", "cuda", "eval", "tensorrt", "video", "parity", "ray", "lmms-eval", "serve")),
         ("export", ("export",)),
         ("engines", ("export",)),
-        ("examples", ()),
+        ("examples", ("parity",)),
     ],
 )
 def test_every_package_that_is_imported_is_declared(folder, extras):

@@ -17,6 +17,7 @@ from hawk_trt.families import family_by_name, family_of
 from hawk_trt.families.qwen3_vl import interpolation
 from hawk_trt.hawk import head_scores, normalize
 from hawk_trt.parity.prompt_rules import PromptTokens
+from hawk_trt.serving.batcher import Batcher, Job
 from hawk_trt.stages import DTYPES, PROFILES
 from image_processors import check_patches
 from random_models import (
@@ -33,6 +34,7 @@ from random_models import (
     released_shapes,
     save_random,
 )
+from served import assert_served_as_alone
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -207,6 +209,16 @@ def test_a_batch_equals_its_rows_one_by_one(pipe):
         assert result.token_ids == alone.token_ids
         np.testing.assert_array_equal(result.kept_indices, alone.kept_indices)
         np.testing.assert_allclose(result.logits, alone.logits, rtol=0, atol=1e-4)
+
+
+def test_a_server_answers_unlike_prompts_side_by_side_as_alone(pipe):
+    rows = [prompt(PATCH_DIM, **shown, seed=number) for number, shown in enumerate(PROMPTS.values())]
+    jobs = [
+        Job(inputs, PruningConfig((0.3, 1.0)[n % 2]), 4 + 5 * n, ignore_eos=True, return_logits=True)
+        for n, inputs in enumerate([*rows, *rows])
+    ]
+    with Batcher(pipe) as batcher:
+        assert_served_as_alone(pipe, batcher, jobs)
 
 
 def test_the_vision_cache_keeps_the_features_of_every_level(bundle, pipe):

@@ -4,6 +4,7 @@ backend.encode(feeds, num_rows)            vision          -> Visual
 backend.keep(visual), .join(visuals)                       -> Visual
 backend.score(inputs, visual)              first_layer     -> scores alone, nothing kept
 backend.start(batch, columns) -> Generation
+backend.gather(parts, columns) -> Generation            rows of several generations as one, for their next steps
 .prefill(inputs, visual)               first_layer and decoder over the prompt
 .decode(inputs)                        both over one token a row
 """
@@ -75,6 +76,10 @@ class PrefillOutputs:
 class Generation(Protocol):
     """One request, or one batch of them, with its KV cache."""
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its KV cache."""
+
     def prefill(self, inputs: PrefillInputs, visual: Visual, *, logits: bool) -> PrefillOutputs:
         """Run first_layer and decoder over the prompt."""
 
@@ -97,6 +102,7 @@ class Backend(Protocol):
         profile: the lowering that it runs.
         max_vision_patches: of one vision call; one frame alone may have more.
         max_context: columns that a KV cache can have, None where a request takes what it needs.
+        can_gather: whether there is gather; without it one generation ends before the next starts.
     """
 
     name: str
@@ -104,6 +110,7 @@ class Backend(Protocol):
     profile: str
     max_vision_patches: int
     max_context: int | None
+    can_gather: bool
 
     def encode(self, feeds: Iterable[dict[str, npt.NDArray[Any]]], num_rows: int) -> Visual:
         """Run the vision stage, one call a feed, into num_rows rows; one zero row where there is none."""
@@ -119,6 +126,15 @@ class Backend(Protocol):
 
     def start(self, batch: int, columns: int) -> Generation:
         """A generation whose KV cache holds up to `columns` tokens a row."""
+
+    def gather(self, parts: "Sequence[tuple[Generation, int]]", columns: int) -> Generation:
+        """Rows of several generations as one, which decodes on from where each is.
+
+        Args:
+            parts: a generation and the number of one of its rows, for each row of the new one. They are used up,
+                also where this fails.
+            columns: that its KV cache holds a row.
+        """
 
     def close(self) -> None:
         """Release everything."""

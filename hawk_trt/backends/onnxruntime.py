@@ -8,13 +8,16 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from hawk_trt.backends import DecodeInputs, PrefillOutputs, StepOutputs, Visual
+from hawk_trt.backends import DecodeInputs, Generation, PrefillOutputs, StepOutputs, Visual
 from hawk_trt.backends.ort_cache import KVCache
 from hawk_trt.backends.ort_session import Buffer, Device, Stage
-from hawk_trt.bundle import Bundle
+from hawk_trt.bundle import Bundle, Manifest
 from hawk_trt.errors import BackendError
 from hawk_trt.layout import PrefillInputs
 from hawk_trt.stages import BIAS_KEEP, DECODER, FIRST_LAYER, INPLACE, PORTABLE, STAGES, VISION
+
+# The first ONNX Runtime that fuses DequantizeLinear with MatMul for int8 as for int4, with a bias as without.
+_QUANTISED_FROM = (1, 25)
 
 
 class OrtVisual:
@@ -51,6 +54,7 @@ class OnnxRuntimeBackend:
     name = "onnxruntime"
     max_vision_patches = 16384  # bounds the memory of a call
     max_context: int | None = None  # each request takes what it needs
+    can_gather = True
 
     def __init__(self, bundle: Bundle, place: Device, profile: str, stages: Mapping[str, Stage]) -> None:
         self.bundle = bundle
@@ -75,6 +79,7 @@ class OnnxRuntimeBackend:
                 "dtype: got a bfloat16 bundle, which ONNX Runtime's CPU provider cannot run. "
                 "Export again with --dtype float32 or float16, or load it with device='cuda'"
             )
+        _check_weights(manifest)
         if profile is not None:
             return cls(bundle, place, profile, _load_stages(bundle, profile, place))
         if set(manifest.profiles) == {INPLACE, PORTABLE}:
@@ -98,8 +103,13 @@ class OnnxRuntimeBackend:
         return self.join(parts)
 
     def keep(self, visual: Visual) -> OrtVisual:
-        """Itself: every encode makes new tensors."""
-        return self._own(visual)
+        """On the CPU a copy: an output kept would hold on to all the memory that ONNX Runtime took for its run."""
+        own = self._own(visual)
+        if self.device != "cpu":
+            return own
+        dtype = self.bundle.manifest.dtype
+        copies = {name: self.place.upload(self.place.download(value, dtype)) for name, value in own.values.items()}
+        return OrtVisual(copies, self.place, dtype)
 
     def join(self, parts: Sequence[Visual]) -> OrtVisual:
         """The rows of all, one below the other; a single part is not copied."""
@@ -129,7 +139,16 @@ class OnnxRuntimeBackend:
 
     def start(self, batch: int, columns: int) -> "OrtGeneration":
         """A generation whose KV cache holds up to `columns` tokens a row."""
-        return OrtGeneration(self, batch, columns)
+        return OrtGeneration(self, KVCache(self, batch, columns))
+
+    def gather(self, parts: "Sequence[tuple[Generation, int]]", columns: int) -> "OrtGeneration":
+        """Rows of several generations as one; on a GPU their caches go through the host."""
+        own = []
+        for generation, row in parts:
+            if not isinstance(generation, OrtGeneration):
+                raise BackendError(f"gather: got {type(generation).__name__}, expected what this backend's start made")
+            own.append((generation, row))
+        return OrtGeneration.gather(self, own, columns)
 
     def prompt_feeds(self, inputs: PrefillInputs, visual: Visual, num_kept_total: int) -> dict[str, ort.OrtValue]:
         """Inputs of first_layer over a prompt, but for the cache."""
@@ -157,6 +176,17 @@ class OnnxRuntimeBackend:
         return visual
 
 
+def _check_weights(manifest: Manifest) -> None:
+    """Refuse an ONNX Runtime that would turn quantised weights into floats again at every step, in seconds a token."""
+    version = tuple(int(part) for part in ort.__version__.split(".")[:2])
+    if manifest.weights is not None and version < _QUANTISED_FROM:
+        raise BackendError(
+            f"weights: got int{manifest.weights.bits}, which ONNX Runtime {ort.__version__} cannot multiply by, "
+            f"expected {'.'.join(map(str, _QUANTISED_FROM))} or newer. pip install -U onnxruntime (it needs "
+            "Python 3.11), or export again with --dtype float32"
+        )
+
+
 def _load_stages(bundle: Bundle, profile: str, place: Device) -> dict[str, Stage]:
     entries = [bundle.manifest.graph(stage, profile) for stage in STAGES]
     return {entry.stage: Stage(bundle.folder / entry.file, entry, place) for entry in entries}
@@ -165,12 +195,32 @@ def _load_stages(bundle: Bundle, profile: str, place: Device) -> dict[str, Stage
 class OrtGeneration:
     """One request in ONNX Runtime: its KV cache and, after the prefill, its decode step."""
 
-    def __init__(self, backend: OnnxRuntimeBackend, batch: int, columns: int) -> None:
+    def __init__(self, backend: OnnxRuntimeBackend, cache: KVCache) -> None:
         self._backend = backend
-        self._cache = KVCache(backend, batch, columns)
+        self._cache = cache
         self._step: _DecodeStep | None = None
         self._fixed: dict[str, ort.OrtValue] = {}
         self._hidden_states: ort.OrtValue | None = None
+
+    @classmethod
+    def gather(
+        cls, backend: OnnxRuntimeBackend, parts: "Sequence[tuple[OrtGeneration, int]]", columns: int
+    ) -> "OrtGeneration":
+        """Rows of several generations as one, ready to decode."""
+        for generation, _ in parts:
+            generation._step = None  # its bindings hold on to the cache
+        cache = KVCache.gather(backend, [(generation._cache, row) for generation, row in parts], columns)
+        gathered = cls(backend, cache)
+        gathered._fixed = {
+            "kv_start": backend.place.upload(cache.starts),
+            "head_weights": parts[0][0]._fixed["head_weights"],  # a step has nothing to score
+        }
+        return gathered
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its KV cache."""
+        return self._cache.nbytes
 
     def prefill(self, inputs: PrefillInputs, visual: Visual, *, logits: bool) -> PrefillOutputs:
         """Run first_layer and decoder over the prompt."""
@@ -189,6 +239,7 @@ class OrtGeneration:
         decoder.run()
         results = decoder.results()
         cache.take(DECODER, results)
+        cache.starts[:] = inputs.kv_start
         cache.advance(inputs.num_kept_total)
         self._fixed = {name: feeds[name] for name in ("kv_start", "head_weights")}
         self._hidden_states = outputs["hidden_states"]

@@ -77,9 +77,12 @@ class Device:
 
     def download(self, value: ort.OrtValue, dtype: str) -> npt.NDArray[Any]:
         """A host copy."""
+        return np.array(self.peek(value, dtype))
+
+    def peek(self, value: ort.OrtValue, dtype: str) -> npt.NDArray[Any]:
+        """The tensor on the host. It may share the tensor's memory, and then is valid as long as that lives."""
         if dtype != "bfloat16":
-            # OrtValue.numpy() may share the tensor's memory, which the next step overwrites
-            array: npt.NDArray[Any] = np.array(value.numpy())
+            array: npt.NDArray[Any] = value.numpy()
             return array
         bits = np.empty(value.shape(), numpy_dtype(dtype))
         _host_value(bits).update_inplace(value)
@@ -148,6 +151,7 @@ class Binding:
         self._stage = stage
         self._binding = stage.session.io_binding()
         self._outputs: list[str] = []
+        self._inputs: dict[str, ort.OrtValue] = {}  # their arrays' memory is theirs, not the binding's
         self._options = ort.RunOptions()
         if stage.entry.stage == VISION and stage.device.kind == "cpu":
             # Images differ in size: else the arena holds on to what the largest took, gigabytes at native resolution.
@@ -155,6 +159,7 @@ class Binding:
 
     def input(self, name: str, value: ort.OrtValue) -> None:
         """Bind, or bind anew, an input."""
+        self._inputs[name] = value
         self._binding.bind_ortvalue_input(name, value)
 
     def output(self, name: str, value: ort.OrtValue | None) -> None:

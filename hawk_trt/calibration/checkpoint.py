@@ -34,16 +34,19 @@ class CheckpointBundle(Bundle):
         return self.texts.get(name)
 
 
-def open_checkpoint(folder: Path) -> CheckpointBundle:
+def open_checkpoint(folder: Path, hub_id: str | None = None) -> CheckpointBundle:
     """Read the small files of a checkpoint, and its fingerprint.
+
+    Args:
+        folder: where it lies.
+        hub_id: where it was downloaded from, which then is its name; None names it by its folder.
 
     Raises:
         CheckpointError: no checkpoint there, one that is not supported, or one without a tokenizer.
     """
     if not (folder / CONFIG).is_file():
         raise CheckpointError(
-            f"{folder}: no {CONFIG} there, expected a checkpoint folder. From the hub: "
-            "hf download OWNER/NAME --local-dir DIR"
+            f"{folder}: no {CONFIG} there, expected a checkpoint folder, or a hub id: hawk-trt calibrate OWNER/NAME"
         )
     config = read_json(folder / CONFIG)
     generation = read_json(folder / GENERATION_CONFIG) if (folder / GENERATION_CONFIG).is_file() else {}
@@ -60,7 +63,7 @@ def open_checkpoint(folder: Path) -> CheckpointBundle:
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
         family=family.name,
-        source=Source(folder.resolve().name, architecture, _fingerprint(folder, contents)),
+        source=Source(hub_id or folder.resolve().name, architecture, _fingerprint(folder, contents)),
         dtype="float32",
         normalization="l2",
         profiles=(),

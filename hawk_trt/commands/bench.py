@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
         next(ticks, None)  # the bar ends with its last item
         report = _Report(
             bundle=str(args.bundle),
-            dtype=pipe.bundle.manifest.dtype,
+            dtype=pipe.bundle.manifest.precision,
             backend=pipe.backend.name,
             device=pipe.backend.device,
             profile=pipe.backend.profile,

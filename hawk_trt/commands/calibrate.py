@@ -1,9 +1,8 @@
 """`hawk-trt calibrate`: how much each query head matters, measured by leaving it out; a weights file at the end."""
 
 import argparse
-import fcntl
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from hawk_trt.errors import InvalidInput
 from hawk_trt.evaluation.datasets import TINY, Dataset
 from hawk_trt.evaluation.metrics import METRICS
 from hawk_trt.evaluation.result_log import ResultLog
+from hawk_trt.hub import download, is_hub_id
 from hawk_trt.stages import DTYPES
 
 SUMMARY = "measure how much each query head matters, by leaving it out (needs torch)"
@@ -25,7 +25,8 @@ SUMMARY = "measure how much each query head matters, by leaving it out (needs to
 def add_parser(subparsers: "options.Subparsers[argparse.ArgumentParser]") -> None:
     """Add the command's options."""
     parser = options.add_command(subparsers, "calibrate", SUMMARY)
-    parser.add_argument("checkpoint", type=Path, help="a checkpoint folder")
+    parser.add_argument("checkpoint", help="a checkpoint folder, or a hub id such as owner/name")
+    parser.add_argument("--revision", help="branch, tag or commit of a hub id")
     group = parser.add_argument_group("questions")
     group.add_argument(
         "--dataset",
@@ -106,8 +107,11 @@ def run(args: argparse.Namespace) -> int:
     if len(metrics) not in (1, len(names)):
         raise InvalidInput(f"--metric: got {len(metrics)} for {len(names)} data sets, expected one, or one of each")
     metrics = metrics * (len(names) // len(metrics))
+    hub_id = args.checkpoint if is_hub_id(args.checkpoint) else None
+    if args.revision is not None and hub_id is None:
+        raise InvalidInput(f"--revision: only for a hub id (owner/name), got {args.checkpoint}")
     plan = Plan(
-        checkpoint=args.checkpoint.resolve(),
+        checkpoint=Path(args.checkpoint).resolve(),
         sources=tuple(
             Source(name if name == TINY else str(Path(name).resolve()), metric, args.count, args.seed)
             for name, metric in zip(names, metrics, strict=True)
@@ -119,24 +123,28 @@ def run(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         device=args.device,
     )
-    bundle = open_checkpoint(plan.checkpoint)
-    num_heads = bundle.manifest.language.num_attention_heads
     datasets = [source.load() for source in plan.sources]
+    if hub_id:  # after all that could be wrong without it
+        note(f"{hub_id}: downloading what is not in the Hugging Face cache of this machine")
+        plan = replace(plan, checkpoint=download(hub_id, args.revision))
+    bundle = open_checkpoint(plan.checkpoint, hub_id)
+    num_heads = bundle.manifest.language.num_attention_heads
     samples = [[sample.id for sample in dataset] for dataset in datasets]
     with ExitStack() as stack:
-        stack.enter_context(_alone_in(args.work))
         logs = [
-            ResultLog(
-                args.work / f"{source.name}.jsonl",
-                _subject(args, bundle.manifest.source.fingerprint, dataset, source.metric),
-                Scores,
-                option="--work",
-                sync=True,
+            stack.enter_context(
+                closing(
+                    ResultLog(
+                        args.work / f"{source.name}.jsonl",
+                        _subject(args, bundle.manifest.source.fingerprint, dataset, source.metric),
+                        Scores,
+                        option="--work",
+                        sync=True,
+                    )
+                )
             )
             for source, dataset in zip(plan.sources, datasets, strict=True)
         ]
-        for log in logs:
-            stack.callback(log.close)
         left = list(units_left(samples, [log.records for log in logs], num_heads, args.heads_at_once))
         total, to_go = sum(map(len, samples)) * (1 + num_heads), sum(len(unit.heads) for unit in left)
         note(f"{total} answers: {num_heads} heads and the whole model; {total - to_go} known in {args.work}")
@@ -156,24 +164,6 @@ def run(args: argparse.Namespace) -> int:
     if not report.differs_from_uniform and args.json:
         note(verdict(report))
     return 0
-
-
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Keep a second run from writing to the same results; the lock of a killed run is gone with it.
-
-    Raises:
-        InvalidInput: another run holds it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InvalidInput(
-                f"{folder}: another run is writing there. Wait for it, or choose another --work"
-            ) from error
-        yield
 
 
 def _subject(args: argparse.Namespace, model: str, dataset: Dataset, metric: str) -> dict[str, str]:

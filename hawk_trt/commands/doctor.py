@@ -87,7 +87,8 @@ def _print_bundle(bundle: BundleReport) -> None:
     total_bytes = sum(entry.size_bytes for entry in manifest.files.values())
     lines = {
         "model": f"{manifest.source.name} ({manifest.source.architecture})",
-        "graphs": f"{manifest.dtype}, profiles {', '.join(manifest.profiles)}, normalization {manifest.normalization}",
+        "graphs": f"{manifest.precision}, profiles {', '.join(manifest.profiles)}, "
+        f"normalization {manifest.normalization}",
         "sizes": f"{language.num_hidden_layers} layers, hidden size {language.hidden_size}, "
         f"{language.num_attention_heads} query and {language.num_key_value_heads} key-value heads, "
         f"up to {language.max_position_embeddings} positions",

@@ -204,7 +204,8 @@ def _subject(args: argparse.Namespace, pipe: "Pipeline", dataset: Dataset) -> di
 
 def _title(pipe: "Pipeline", dataset: Dataset) -> str:
     manifest = pipe.bundle.manifest
-    return f"{Path(manifest.source.name).name}, {manifest.dtype}, on {Path(dataset.name).name}: {dataset.count} samples"
+    model = f"{Path(manifest.source.name).name}, {manifest.precision}"
+    return f"{model}, on {Path(dataset.name).name}: {dataset.count} samples"
 
 
 def _numbers(text: str) -> list[float]:

@@ -4,9 +4,10 @@ import argparse
 from pathlib import Path
 
 from hawk_trt.commands import options
-from hawk_trt.commands.drawing import draw, explanation
+from hawk_trt.commands.drawing import draw
 from hawk_trt.commands.output import note, print_json
 from hawk_trt.errors import InvalidInput
+from hawk_trt.explain.prompt import explanation
 
 SUMMARY = "draw which visual tokens are kept, and what is answered from them"
 

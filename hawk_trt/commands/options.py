@@ -113,8 +113,12 @@ def numbers(text: str) -> list[float]:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected numbers with commas between them") from None
 
 
-def open_pipeline(args: argparse.Namespace) -> "Pipeline":
+def open_pipeline(args: argparse.Namespace, vision_cache_mb: float = 0) -> "Pipeline":
     """Load the bundle that the options name.
+
+    Args:
+        args: of the command.
+        vision_cache_mb: for a command that may be asked twice about an image, unlike most.
 
     Raises:
         HawkError: it cannot be loaded as asked for.
@@ -126,9 +130,13 @@ def open_pipeline(args: argparse.Namespace) -> "Pipeline":
 
         verify(args.bundle)
     backend = args.backend or backend_for(args.bundle)
-    # no command asks twice about an image, but for those that measure
     return Pipeline.load(
-        args.bundle, backend=backend, device=args.device, profile=args.profile, vision_cache_mb=0, threads=args.threads
+        args.bundle,
+        backend=backend,
+        device=args.device,
+        profile=args.profile,
+        vision_cache_mb=vision_cache_mb,
+        threads=args.threads,
     )
 
 

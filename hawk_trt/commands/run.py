@@ -6,9 +6,10 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from hawk_trt.commands import options
-from hawk_trt.commands.drawing import draw, explanation
+from hawk_trt.commands.drawing import draw
 from hawk_trt.commands.output import note, print_json
 from hawk_trt.config import SamplingConfig
+from hawk_trt.explain.prompt import explanation
 from hawk_trt.requests import Result, Timings
 
 SUMMARY = "answer a prompt about images and videos, with few of their tokens"

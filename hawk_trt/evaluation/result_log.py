@@ -1,9 +1,11 @@
 """A JSONL file of results that a killed run goes on with.
 
 Its first line says what the results are of; a run of something else is refused. Each result is one line, written in
-one piece as soon as it is known. A line that a kill cut short is dropped when the file is opened again.
+one piece as soon as it is known. A line that a kill cut short is dropped when the file is opened again. One process at
+a time holds the file; the lock of a killed one is gone with it.
 """
 
+import fcntl
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -43,25 +45,20 @@ class ResultLog(Generic[Record]):
             sync: wait for the disk itself after each result, so that it also outlives the machine's own death.
 
         Raises:
-            InvalidInput: the file holds results of something else, or is no log.
+            InvalidInput: the file holds results of something else, is no log, or another run is writing to it.
         """
         self.path = path
         self._option = option
         self._sync = sync
         self.records: list[Record] = []
-        first = msgspec.json.encode(dict(sorted(subject.items())))
         path.parent.mkdir(parents=True, exist_ok=True)
-        content = path.read_bytes() if path.exists() else b""
-        whole = content[: content.rfind(b"\n") + 1]
-        lines = whole.splitlines()
-        if lines:
-            self._check_subject(lines[0], subject)
-            self.records = self._read(lines[1:], record_type)
-        self._file = path.open("r+b" if path.exists() else "w+b", buffering=0)
-        self._file.truncate(len(whole))
-        self._file.seek(len(whole))
-        if not lines:
-            self._file.write(first + b"\n")
+        self._file = path.open("a+b", buffering=0)
+        try:
+            self._lock()
+            self._begin(subject, record_type)
+        except BaseException:  # whoever cannot have the log does not hold its lock either
+            self._file.close()
+            raise
 
     def append(self, record: Record) -> None:
         """Keep a result, on disk before this returns."""
@@ -74,6 +71,26 @@ class ResultLog(Generic[Record]):
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InvalidInput(
+                f"{self.path}: another run is writing there. Wait for it, or choose another {self._option}"
+            ) from error
+
+    def _begin(self, subject: Mapping[str, str], record_type: type[Record]) -> None:
+        """Read what there is, drop a line that was cut short, and write the first one to an empty file."""
+        content = self.path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        lines = whole.splitlines()
+        if lines:
+            self._check_subject(lines[0], subject)
+            self.records = self._read(lines[1:], record_type)
+        self._file.truncate(len(whole))
+        if not lines:
+            self._file.write(msgspec.json.encode(dict(sorted(subject.items()))) + b"\n")
 
     def _check_subject(self, line: bytes, subject: Mapping[str, str]) -> None:
         try:

@@ -18,7 +18,7 @@ from hawk_trt.parity.cases import DEFAULT_PROMPT, ParityCase, generated_cases, g
 from hawk_trt.parity.compare import compare_selection, compare_stage, compare_tokens
 from hawk_trt.parity.prompt_rules import PromptTokens
 from hawk_trt.parity.report import CaseReport, ParityReport, print_report
-from hawk_trt.parity.tolerances import TOLERANCES, Tolerance
+from hawk_trt.parity.tolerances import Tolerance, tolerance_of
 from hawk_trt.stages import DTYPES
 
 if TYPE_CHECKING:
@@ -80,16 +80,16 @@ def run(args: argparse.Namespace) -> int:
         device=args.reference_device,
         dtype=args.reference_dtype,
     )
-    tokens = prompt_tokens(bundle)
-    reports = tuple(_compare_all(pipe, reference, cases, prunings, tokens, args.steps, TOLERANCES[manifest.dtype]))
+    tokens, tolerance = prompt_tokens(bundle), tolerance_of(manifest)
+    reports = tuple(_compare_all(pipe, reference, cases, prunings, tokens, args.steps, tolerance))
     failures = tuple(failure for case in reports for failure in case.failures)
     report = ParityReport(
         bundle=str(args.bundle),
         checkpoint=str(args.checkpoint),
         backend=f"{pipe.backend.name} on {pipe.backend.device}",
-        dtype=manifest.dtype,
+        dtype=manifest.precision,
         reference_dtype=args.reference_dtype,
-        tolerance=TOLERANCES[manifest.dtype],
+        tolerance=tolerance,
         cases=reports,
         failures=failures,
         passed=not failures,

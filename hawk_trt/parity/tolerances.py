@@ -1,4 +1,4 @@
-"""What parity may differ by, a dtype of the bundle, with what was measured beside each.
+"""What parity may differ by, a dtype of the bundle and a format of its weights, with what was measured beside each.
 
 Cosine is blind to scale and a norm ratio to direction, so both are gated. Errors are relative to the
 largest value of the reference: a large model's outliers would make an absolute number meaningless.
@@ -9,7 +9,9 @@ float16: ONNX Runtime's CPU against PyTorch in float32. bfloat16: PyTorch in bfl
 since ONNX Runtime's CPU cannot run it; there the random model is beyond the decoder's limits in half of the runs.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from hawk_trt.bundle import Manifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,3 +79,40 @@ TOLERANCES = {
         kl=0.1,  # 8e-3 | 0.12
     ),
 }
+
+# Of quantised weights, by their bits: what int8 and int4 cost, in the worst of blocks of 32 to 128. Vision, scores and
+# kept set are the dtype's. On the random model int4 is beyond the decoder's limits: there is no direction to keep.
+_FIRST_LAYER = {
+    8: StageTolerance(0.995, 4e-2, 8e-2),  # 2e-4, 9e-3, 1.5e-2 | 7e-4, 1e-2, 2.8e-2
+    4: StageTolerance(0.85, 0.4, 0.5),  # 1.6e-2, 0.16, 0.16 | 7e-2, 0.11, 0.28
+}
+_DECODER = {
+    8: StageTolerance(0.95, 6e-2, 0.3),  # 1e-5, 3e-2, 2e-2 | 2.4e-2, 2.1e-2, 0.19
+    4: StageTolerance(0.95, 0.6, 0.5),  # 1.3e-3, 0.32, 0.25 | 0.51, 0.13, 0.99
+}
+_KL = {
+    8: 0.4,  # 8e-3 | 0.22
+    4: 2.5,  # 1.3 | 4.1
+}
+
+
+def tolerance_of(manifest: Manifest) -> Tolerance:
+    """What a bundle may differ by: its dtype's, or where its weights are quantised and that is more, theirs."""
+    dtype = TOLERANCES[manifest.dtype]
+    if manifest.weights is None:
+        return dtype
+    bits = manifest.weights.bits
+    return replace(
+        dtype,
+        first_layer=_looser(dtype.first_layer, _FIRST_LAYER[bits]),
+        decoder=_looser(dtype.decoder, _DECODER[bits]),
+        kl=max(dtype.kl, _KL[bits]),
+    )
+
+
+def _looser(one: StageTolerance, other: StageTolerance) -> StageTolerance:
+    return StageTolerance(
+        min(one.cosine, other.cosine),
+        max(one.norm_ratio, other.norm_ratio),
+        max(one.max_error, other.max_error),
+    )

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import tensorrt as trt
 
-from hawk_trt.backends import Visual
+from hawk_trt.backends import Generation, Visual
 from hawk_trt.backends.cuda import CudaDevice
 from hawk_trt.backends.tensorrt.cache import KVCache
 from hawk_trt.backends.tensorrt.decode import DecodeStep
@@ -53,6 +53,7 @@ class TensorRtBackend:
     name = "tensorrt"
     max_vision_patches = 1  # a vision plan takes one frame
     max_context: int | None
+    can_gather = False  # there is one KV cache, whose rows are all of one generation
 
     def __init__(self, engines: EngineFolder, cuda: CudaDevice) -> None:
         manifest = engines.manifest
@@ -157,6 +158,13 @@ class TensorRtBackend:
         with self.cuda.active():
             self._restart()
         return TensorRtGeneration(self, batch)
+
+    def gather(self, parts: "Sequence[tuple[Generation, int]]", columns: int) -> TensorRtGeneration:
+        """Refused: generations do not lie side by side here."""
+        raise BackendError(
+            f"gather: got {len(parts)} rows for {columns} columns, and TensorRT holds one generation at a time. "
+            "Put the prompts into one batch"
+        )
 
     def bind_prompt(self, inputs: PrefillInputs, visual: Visual, num_kept_total: int) -> dict[str, int]:
         """Set shapes and addresses of first_layer over a prompt; returns the sizes of all dimensions."""

@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hawk_trt.backends import DecodeInputs, PrefillOutputs, StepOutputs, Visual
+from hawk_trt.backends.tensorrt.cache import KVCache
 from hawk_trt.bundle import numpy_dtype
 from hawk_trt.engine_manifest import PREFILL
 from hawk_trt.errors import BackendError
@@ -25,6 +26,11 @@ class TensorRtGeneration:
         self._batch = batch
         self._turn = backend.turn
         self._kept = 0  # positions in the last step's hidden_states
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the engines' one KV cache."""
+        return KVCache.size_bytes(self._backend.manifest)
 
     def prefill(self, inputs: PrefillInputs, visual: Visual, *, logits: bool) -> PrefillOutputs:
         """Run first_layer and decoder over the prompt.

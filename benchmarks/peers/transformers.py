@@ -1,0 +1,44 @@
+"""transformers, float32, unpruned or with HAWK inserted as hawk_trt's parity reference does it; compiled on request.
+
+Prompt and image become tensors by hawk_trt's own code, whose time counts, since transformers' own takes torchvision.
+"""
+
+import time
+
+import torch
+
+from benchmarks.peers.worker import Answer, Ask, arguments, serve
+from benchmarks.torch_stages import TorchStages
+from hawk_trt.bundle import Bundle
+from hawk_trt.families import family_by_name
+from hawk_trt.parity.command import prompt_tokens
+from hawk_trt.processor import Processor
+
+
+def main() -> None:
+    """Answer requests; --model is the bundle, beside its checkpoint."""
+    args = arguments()
+    torch.set_num_threads(args.threads)
+    bundle = Bundle.load(args.model)
+    processor = Processor(bundle, family_by_name(bundle.manifest.family))
+    model = TorchStages(args.model.parent / "checkpoint", bundle.manifest.head_weights.values, prompt_tokens(bundle))
+    if args.compiled:
+        model.compile()
+
+    def answer(ask: Ask) -> Answer:
+        begun = time.perf_counter()
+        inputs = processor(args.prompt, [args.image], [], min_pixels=None, max_pixels=None)
+        prepared = 1e3 * (time.perf_counter() - begun)
+        times = model.run(inputs, ask.keep_ratio, ask.max_new_tokens)
+        return Answer(
+            first_token_ms=prepared + times.vision + times.prefill,
+            token_ms=times.decode_step,
+            num_tokens=len(times.token_ids),
+            text=processor.chat.tokenizer.decode(times.token_ids) if processor.chat else "",
+        )
+
+    serve(("torch", "transformers"), answer)
+
+
+if __name__ == "__main__":
+    main()

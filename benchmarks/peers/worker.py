@@ -1,0 +1,77 @@
+"""What every peer's process does: load, say its versions, then answer one request a line until the input ends.
+
+Standard library only, since it runs in every peer's environment. A request and an answer are a line of JSON each: the
+fields of Ask and of Answer.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One request.
+
+    Attributes:
+        keep_ratio: share of the visual tokens to keep.
+        max_new_tokens: to generate, whatever they are.
+        text_ids: a prompt of these tokens and no image; None is the prompt and the image of the command line.
+    """
+
+    keep_ratio: float
+    max_new_tokens: int
+    text_ids: list[int] | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer of a peer.
+
+    Attributes:
+        first_token_ms: from prompt and image file to the first token.
+        token_ms: of each later token, the mean.
+        num_tokens: generated.
+        text: the answer; of a prompt of tokens, its tokens.
+        cpu_ms: CPU time of all threads, from the prompt to the last token.
+    """
+
+    first_token_ms: float
+    token_ms: float
+    num_tokens: int
+    text: str
+    cpu_ms: float = 0.0
+
+    @property
+    def total_ms(self) -> float:
+        """From the prompt to the last token."""
+        return self.first_token_ms + self.token_ms * (self.num_tokens - 1)
+
+
+def arguments() -> argparse.Namespace:
+    """What the parent process says: the model's folder, the image, the prompt and how many threads."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--image", type=Path, required=True)
+    parser.add_argument("--prompt", required=True)
+    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--compiled", action="store_true")
+    return parser.parse_args()
+
+
+def serve(packages: tuple[str, ...], answer: Callable[[Ask], Answer]) -> None:
+    """Say the versions of packages, then answer requests."""
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print belongs to stderr
+    print(json.dumps({name: metadata.version(name) for name in packages}), file=out, flush=True)
+    for line in sys.stdin:
+        started = time.process_time()
+        result = answer(Ask(**json.loads(line)))
+        fields = asdict(result) | {"cpu_ms": 1e3 * (time.process_time() - started)}
+        print(json.dumps(fields), file=out, flush=True)

@@ -1,0 +1,1 @@
+"""How examples/tiny-vlm was trained: python -m examples.tiny_training --out DIR."""

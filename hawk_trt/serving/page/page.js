@@ -1,0 +1,291 @@
+// The page: an image and a question go to the server; its answer, the kept tokens and the times come back.
+
+import { ServerError, ask, servedModel, useKey } from "./chat.js";
+import { isRankedByScore, keptAt } from "./kept.js";
+import { cleared, drawKept, drawScores, panelsOf } from "./overlay.js";
+
+const KINDS = ["image/png", "image/jpeg", "image/webp", "image/gif", "image/bmp"];
+const STAGES = [
+  ["preprocess", "Image and prompt"],
+  ["vision", "Vision"],
+  ["select", "Choice of tokens"],
+  ["first_layer", "First layer"],
+  ["decoder", "Decoder"],
+  ["decode", "Decode steps"],
+];
+
+const element = (id) => document.getElementById(id);
+const percent = new Intl.NumberFormat("en-GB", { maximumFractionDigits: 1 });
+const whole = new Intl.NumberFormat("en-GB");
+
+let model = null; // as /v1/models tells of it
+let image = null; // its data: URL
+let details = null; // of the last answer about this image
+let running = null; // the AbortController of the question under way
+let afterKey = start; // what to do once there is a key
+let keyGiven = false;
+
+async function start() {
+  try {
+    model = await servedModel();
+  } catch (error) {
+    element("model").textContent = "";
+    showError(error, start);
+    return;
+  }
+  element("model").textContent = `${model.id} · ${model.hawk.family}, ${model.hawk.dtype}`;
+  element("selector").replaceChildren(...model.hawk.selectors.map((name) => new Option(name, name)));
+  element("selector").value = model.hawk.selector;
+  element("ratio").value = Math.round(model.hawk.keep_ratio * 100);
+  showRatio();
+}
+
+// The image
+
+function takeImage(file) {
+  hideError();
+  if (!KINDS.includes(file.type)) {
+    showMessage(`${file.name || "The file"}: got ${file.type || "an unknown kind"}, expected PNG, JPEG, WebP, GIF or BMP.`);
+    return;
+  }
+  const reader = new FileReader();
+  reader.onerror = () => showMessage(`${file.name}: it cannot be read.`);
+  reader.onload = () => {
+    stop();
+    image = reader.result;
+    details = null;
+    const old = element("picture").src;
+    element("picture").src = element("thumbnail-picture").src = URL.createObjectURL(file);
+    if (old) URL.revokeObjectURL(old);
+    element("empty").hidden = true;
+    element("frame").hidden = false;
+    element("drop").classList.add("full");
+    element("result").hidden = element("earlier").hidden = true;
+    element("asked").replaceChildren();
+    show();
+    element("question").focus({ preventScroll: true });
+  };
+  reader.readAsDataURL(file);
+}
+
+function imageOf(transfer) {
+  return Array.from(transfer?.files ?? []).find((file) => file.type.startsWith("image/")) ?? transfer?.files[0];
+}
+
+for (const id of ["choose", "camera"]) {
+  element(id).addEventListener("change", ({ target }) => {
+    if (target.files[0]) takeImage(target.files[0]);
+    target.value = ""; // so that the same file can be chosen again
+  });
+}
+element("picture").addEventListener("error", () => {
+  image = null;
+  element("empty").hidden = false;
+  element("frame").hidden = true;
+  element("drop").classList.remove("full");
+  showMessage("This file cannot be shown as an image. It may be damaged.");
+});
+addEventListener("paste", (event) => {
+  const file = imageOf(event.clipboardData);
+  if (file) {
+    event.preventDefault();
+    takeImage(file);
+  }
+});
+// the whole window takes a drop, since a browser would otherwise leave the page for the image
+for (const kind of ["dragover", "dragleave", "drop"]) {
+  addEventListener(kind, (event) => {
+    event.preventDefault();
+    element("drop").classList.toggle("over", kind === "dragover");
+    const file = kind === "drop" && imageOf(event.dataTransfer);
+    if (file) takeImage(file);
+  });
+}
+
+// The question
+
+element("form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  question();
+});
+element("question").addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+    event.preventDefault();
+    element("form").requestSubmit();
+  }
+});
+element("stop").addEventListener("click", stop);
+
+function stop() {
+  running?.abort();
+}
+
+async function question() {
+  hideError();
+  if (!model) await start();
+  if (!model || running) return;
+  const text = element("question").value.trim();
+  const content = [...(image ? [{ type: "image_url", image_url: { url: image } }] : []), { type: "text", text }];
+  const body = {
+    model: model.id,
+    messages: [{ role: "user", content }],
+    temperature: 0,
+    pruning: { keep_ratio: ratio(), selector: element("selector").value },
+  };
+  if (image?.length > model.hawk.max_body_bytes) {
+    const megabytes = (bytes) => percent.format(bytes / 1e6);
+    showMessage(`The image has ${megabytes(image.length)} MB as it is sent; this server takes ${megabytes(model.hawk.max_body_bytes)} MB.`);
+    return;
+  }
+  const mine = (running = new AbortController());
+  const answer = element("answer");
+  element("result").hidden = false;
+  element("times").hidden = true;
+  element("usage").textContent = "";
+  answer.textContent = "";
+  answer.classList.add("growing");
+  busy(true);
+  try {
+    const told = await ask(body, mine.signal, (piece) => answer.append(piece));
+    if (mine.signal.aborted) return;
+    details = told.details.images.length ? told.details : null;
+    showUsage(told.usage);
+    showTimes(told.details.seconds);
+    if (image) remember(told, answer.textContent);
+    show();
+  } catch (error) {
+    if (error.name === "AbortError") element("usage").textContent = "Stopped.";
+    else showError(error, question);
+  } finally {
+    answer.classList.remove("growing");
+    running = null;
+    busy(false);
+  }
+}
+
+function busy(is) {
+  element("ask").disabled = is;
+  element("stop").hidden = !is;
+}
+
+// What came back
+
+function showUsage({ prompt_tokens, completion_tokens, visual_tokens, kept_visual_tokens }) {
+  const visual = visual_tokens ? `${keptOf(kept_visual_tokens, visual_tokens)} · ` : "";
+  element("usage").textContent = `${visual}${whole.format(prompt_tokens)} tokens asked, ${whole.format(completion_tokens)} answered`;
+}
+
+function showTimes(seconds) {
+  const known = STAGES.reduce((sum, [name]) => sum + seconds[name], 0);
+  const rows = STAGES.filter(([name]) => name !== "select" || seconds.select > 0).map(([name, label]) => [label, seconds[name]]);
+  rows.push(["Waiting and the rest", Math.max(seconds.total - known, 0)], ["Total", seconds.total]);
+  element("stages").replaceChildren(...rows.map(([label, time]) => stageRow(label, time, time / seconds.total)));
+  element("times").hidden = false;
+}
+
+function stageRow(label, seconds, share) {
+  const row = document.createElement("tr");
+  const heading = document.createElement("th");
+  heading.scope = "row";
+  heading.textContent = label;
+  const bar = document.createElement("div");
+  bar.className = "bar";
+  bar.style.width = `${Math.min(share, 1) * 100}%`;
+  row.append(heading);
+  row.insertCell().append(bar);
+  row.insertCell().textContent = duration(seconds);
+  return row;
+}
+
+function duration(seconds) {
+  return seconds < 1 ? `${percent.format(seconds * 1000)} ms` : `${seconds.toFixed(2)} s`;
+}
+
+function remember(told, answer) {
+  const row = element("asked").insertRow(0);
+  const { kept_visual_tokens, visual_tokens } = told.usage;
+  const cells = [`${whole.format(kept_visual_tokens)} of ${whole.format(visual_tokens)}`, told.details.selector, duration(told.details.seconds.total), answer];
+  for (const text of cells) row.insertCell().textContent = text;
+  element("earlier").hidden = false;
+}
+
+// The kept tokens
+
+function ratio() {
+  return element("ratio").valueAsNumber / 100;
+}
+
+function showRatio() {
+  const text = `${element("ratio").value} %`;
+  element("percent").textContent = text;
+  element("ratio").setAttribute("aria-valuetext", text);
+  const asked = details && ratio() === details.keep_ratio && element("selector").value === details.selector;
+  element("ask").textContent = details && !asked ? `Ask again, ${text} kept` : "Ask";
+}
+
+function show() {
+  showRatio();
+  const panels = details ? panelsOf(details.images[0]) : [];
+  const kept = details && (keptAt(details, ratio()) ?? keptAt(details, details.keep_ratio));
+  const view = document.querySelector("input[name=view]:checked").value;
+  element("thumbnail").hidden = panels.length < 2;
+  for (const [index, id] of ["overlay", "thumbnail-overlay"].entries()) {
+    if (!panels[index] || view === "image") cleared(element(id));
+    else if (view === "kept") drawKept(element(id), panels[index], kept);
+    else drawScores(element(id), panels[index], details.images[0].scores);
+  }
+  element("count").textContent = countText(kept);
+  element("overlay").setAttribute("aria-label", details ? element("count").textContent : "No tokens yet");
+}
+
+function countText(kept) {
+  if (!details) return "Ask first; then move the slider to see which tokens stay.";
+  const text = keptOf(kept.size, details.images[0].scores.length);
+  if (ratio() === details.keep_ratio || isRankedByScore(details)) return text;
+  const asked = `${percent.format(details.keep_ratio * 100)} %`;
+  return `${text} at ${asked}. What ${details.selector} keeps at another ratio only the server can tell: ask again.`;
+}
+
+function keptOf(kept, all) {
+  return `${whole.format(kept)} of ${whole.format(all)} visual tokens kept (${percent.format((100 * kept) / all)} %)`;
+}
+
+element("ratio").addEventListener("input", show);
+element("selector").addEventListener("change", showRatio);
+for (const view of document.querySelectorAll("input[name=view]")) view.addEventListener("change", show);
+new ResizeObserver(show).observe(element("overlay"));
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", show);
+
+// What went wrong
+
+function showError(error, again) {
+  if (error instanceof ServerError && error.status === 401) {
+    element("key-form").hidden = false;
+    element("key").focus();
+    afterKey = again;
+    if (keyGiven) showMessage("The server does not know this key.");
+    return; // else the field says what is missing
+  }
+  showMessage(error instanceof ServerError ? error.message : `The page failed: ${error.message}`);
+}
+
+function showMessage(text) {
+  element("alert").textContent = text;
+  element("alert").hidden = false;
+}
+
+function hideError() {
+  element("alert").hidden = true;
+}
+
+element("key-form").addEventListener("submit", async (event) => {
+  event.preventDefault();
+  hideError();
+  useKey(element("key").value);
+  keyGiven = true;
+  element("key").value = "";
+  element("key-form").hidden = true;
+  await afterKey();
+});
+
+start();

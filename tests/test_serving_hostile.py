@@ -1,0 +1,168 @@
+"""What a server must refuse: each request gets a 4xx that says why, and the server answers the next one."""
+
+import json
+import re
+import struct
+import zlib
+from io import BytesIO
+
+import pytest
+from PIL import Image
+
+from serving import MODEL, SAMPLES, data_url, image, question, raw_request, serving
+
+PICTURE = SAMPLES / "0-colour.png"
+LIMITS = {"max_body_mb": 1.0, "max_images": 4, "max_messages": 8, "max_image_pixels": 1_000_000, "max_tokens": 32}
+
+
+@pytest.fixture(scope="module")
+def server(tiny_bundle):
+    with serving(tiny_bundle, max_prompt_tokens=500, remote_hosts=("images.example",), **LIMITS) as running:
+        yield running
+
+
+def with_picture(url, **fields):
+    return question("What is it?", url, **fields)
+
+
+def bomb(width=60_000, height=60_000):
+    """A PNG of a few hundred bytes that says it is of 3.6 gigapixels."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    rows = zlib.compress(bytes(100_000))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+def saved(kind, size=(8, 8)):
+    file = BytesIO()
+    Image.new("RGB", size).save(file, kind)
+    return file.getvalue()
+
+
+def message(**fields):
+    return question() | {"messages": [{"role": "user", "content": "Hello."} | fields]}
+
+
+def pruned(**fields):
+    return question("What is it?", PICTURE, pruning=fields)
+
+
+BODIES = {
+    "nothing at all": (b"", "body"),
+    "no JSON": (b"{'model'", "body"),
+    "no object": (b"[]", "body"),
+    "half a JSON": (json.dumps(question()).encode()[:-5], "body"),
+    "not UTF-8": (b'{"model": "\xff\xfe", "messages": [{"role": "user"}]}', "UTF-8"),
+    "nested a hundred thousand deep": (b'{"metadata":' + b"[" * 100_000, "body"),
+    "NaN as a number": (b'{"temperature": NaN, "model": "m", "messages": []}', "body"),
+    "half of a surrogate pair": (b'{"model": "m", "messages": [{"role": "user", "content": "\\ud800"}]}', "body"),
+    "no messages": ({"model": MODEL}, "messages"),
+    "an empty list of messages": (question() | {"messages": []}, "messages"),
+    "an unknown field": (question(frobnicate=1), "frobnicate"),
+    "an unknown role": (message(role="tool"), "tool"),
+    "no content": (message(content=None), "content"),
+    "an empty list of content": (message(content=[]), "content"),
+    "content of an unknown type": (message(content=[{"type": "video_url", "video_url": {"url": "x"}}]), "video_url"),
+    "content that is a number": (message(content=5), "content"),
+    "the assistant last": (question() | {"messages": [{"role": "assistant", "content": "x"}]}, "assistant"),
+    "an image of the system": (
+        question() | {"messages": [{"role": "system", "content": [image(PICTURE)]}, question()["messages"][0]]},
+        "system",
+    ),
+    "too many messages": (question() | {"messages": question()["messages"] * 9}, "messages"),
+    "too long a prompt": (question("word " * 2000), "tokens"),
+    "too many images": (question("What is it?", *[PICTURE] * 5), "images"),
+    "too many answer tokens": (question(max_tokens=33), "max_tokens"),
+    "no answer token": (question(max_tokens=0), "max_tokens"),
+    "a temperature below 0": (question(temperature=-1), "temperature"),
+    "a temperature that is infinite": (json.dumps(question(temperature=1)).replace("1,", "1e999,").encode(), "temp"),
+    "top_p above 1": (question(top_p=1.5), "top_p"),
+    "an empty stop": (question(stop=""), "stop"),
+    "too many stops": (question(stop=list("abcde")), "stop"),
+    "a seed that is a text": (question(seed="7"), "seed"),
+    "two choices": (question(n=2), "n"),
+    "tools": (question(tools=[{"type": "function", "function": {"name": "f"}}]), "tools"),
+    "logprobs": (question(logprobs=True), "logprobs"),
+    "logit_bias": (question(logit_bias={"5": 100}), "logit_bias"),
+    "a penalty": (question(frequency_penalty=0.5), "frequency_penalty"),
+    "JSON as the answer": (question(response_format={"type": "json_object"}), "response_format"),
+    "audio": (question(modalities=["text", "audio"]), "modalities"),
+    "stream_options without a stream": (question(stream_options={"include_usage": True}), "stream_options"),
+    "a keep ratio of 0": (pruned(keep_ratio=0), "pruning.keep_ratio"),
+    "a selector that is code": (pruned(selector="__import__('os')"), "pruning.selector"),
+    "a field of pruning that is unknown": (pruned(head_weights=[1]), "head_weights"),
+    "keep_mass for a selector without scores": (pruned(selector="random", keep_mass=0.5), "pruning.keep_mass"),
+    "a file of the server": (with_picture("file:///etc/passwd"), "image_url"),
+    "a path of the server": (with_picture("/etc/passwd"), "image_url"),
+    "a host that is not allowed": (with_picture("http://169.254.169.254/latest/meta-data"), "169.254.169.254"),
+    "no base64": (with_picture("data:image/png;base64,%%%"), "base64"),
+    "an empty image": (with_picture("data:image/png;base64,"), "got none"),
+    "a text as an image": (with_picture(data_url(b"hello, this is text")), "not an image"),
+    "a truncated image": (with_picture(data_url(PICTURE.read_bytes()[:200])), "damaged"),
+    "a decompression bomb": (with_picture(data_url(bomb())), "pixels"),
+    "a format that starts programs": (with_picture(data_url(saved("EPS"), "png")), "not an image"),
+    "more pixels than allowed, in two images": (
+        question("What is it?", *[data_url(saved("PNG", (900, 700)))] * 2),
+        "content[1]",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_a_wrong_request_is_refused_with_a_reason_and_the_server_goes_on(server, name):
+    body, reason = BODIES[name]
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    refused = server.http.post("/v1/chat/completions", content=content, headers={"content-type": "application/json"})
+    assert refused.status_code == 400, refused.text
+    error = refused.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["type"] == "invalid_request_error"
+    assert reason in error["message"] or reason in (error["param"] or "")
+    assert not re.search(r"Traceback|/[a-z]+/[a-z_]+/|\.py|0x[0-9a-f]{6}", error["message"]), error["message"]
+    assert server.http.get("/ready").status_code == 200
+    assert server.service.open == 0
+
+
+HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: application/json\r\n"
+RAW = {
+    "no HTTP": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", 400),
+    "two lengths": (HEAD + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\nhello", 400),
+    "a length below 0": (HEAD + b"Content-Length: -1\r\n\r\n", 400),
+    "a huge header": (b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\nX-Big: " + b"a" * 100_000 + b"\r\n\r\n", 431),
+    "a huge path": (b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", 414),
+    "chunks that are none": (HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n", 400),
+    "a body that says it is large": (HEAD + b"Content-Length: 1000000000\r\nExpect: 100-continue\r\n\r\n", 413),
+    "form fields": (HEAD.replace(b"application/json", b"text/plain") + b"Content-Length: 2\r\n\r\n{}", 415),
+    "another method": (b"DELETE /v1/chat/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", 405),
+    "another path": (b"GET /../../etc/passwd HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", 404),
+}
+
+
+@pytest.mark.parametrize("name", RAW)
+def test_wrong_http_is_refused_and_the_server_goes_on(server, name):
+    content, status = RAW[name]
+    answer = raw_request(server.port, content)
+    assert answer.startswith(b"HTTP/1.1 %d " % status), answer[:200]
+    assert server.http.get("/ready").status_code == 200
+    assert server.service.open == 0
+
+
+@pytest.mark.parametrize("length", ["told", "chunked"])
+def test_a_body_that_is_too_large_is_refused_even_to_a_client_that_sends_it_all(server, length):
+    body = json.dumps(with_picture("data:image/png;base64," + "A" * 8_000_000)).encode()
+    content = body if length == "told" else (body[place : place + 65536] for place in range(0, len(body), 65536))
+    refused = server.http.post("/v1/chat/completions", content=content, headers={"content-type": "application/json"})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (413, "body_too_large")
+    assert server.service.open == 0
+
+
+def test_values_that_ask_for_nothing_are_taken(server):
+    neutral = {
+        "n": 1, "logprobs": False, "frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}, "tools": [],
+        "response_format": {"type": "text"}, "user": "me", "metadata": {"a": "b"}, "store": False, "top_p": 0,
+        "service_tier": "auto", "modalities": ["text"], "tool_choice": None, "stream": None, "stop": None,
+    }  # fmt: skip
+    assert server.ask(**neutral).status_code == 200

@@ -1,0 +1,170 @@
+"""The training of the tiny model: its forward pass, its lessons, and that the same seed gives the same weights."""
+
+import hashlib
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from export.__main__ import main as export
+from hawk_trt import Pipeline
+from hawk_trt.errors import InvalidInput
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from examples.tiny_task import QUESTION_KINDS  # noqa: E402 - what follows needs torch
+from examples.tiny_training.checkpoint import WEIGHTS, write_checkpoint  # noqa: E402
+from examples.tiny_training.lessons import NO_LABEL, Teacher  # noqa: E402
+from examples.tiny_training.network import Network  # noqa: E402
+from examples.tiny_training.recipe import STAGES, Pictures, Stage  # noqa: E402
+from examples.tiny_training.trainer import Trainer  # noqa: E402
+
+FEW = (Pictures(112, 2, (2, 3)), Pictures(224, 1, (3, 4)))
+SHORT = (Stage("tokens", "vision", 2, FEW, 0.5, 1e-3, 0.5), Stage("questions", "language", 2, FEW, 0.5, 1e-3, 0.0))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def teacher(tiny_checkpoint):
+    return Teacher(tiny_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_checkpoint):
+    return transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(tiny_checkpoint, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("size", [112, 224, 336])
+@torch.no_grad()
+def test_the_training_computes_what_transformers_does_for_each_question_alone(teacher, model, size):
+    patches, packed = teacher.questions(np.random.default_rng(size), Pictures(size, 2, (4, 9)), 0.5)
+    network = Network(model, torch.float32)
+    visual = network.visual_tokens(patches)
+    logits, wanted = network.answer_logits(visual, packed)
+    rows = torch.zeros(*wanted.shape, logits.shape[-1])
+    rows[wanted] = logits
+    image = model.config.image_token_id
+    for picture, question in ((0, 0), (1, 7)):
+        segment, labels = packed.input_ids[picture, question], packed.labels[picture, question]
+        ids = torch.cat([packed.before, torch.full((visual.shape[1],), image), segment])[None]
+        count = len(patches.pixel_values) // 2
+        expected = model(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            mm_token_type_ids=(ids == image).int(),
+            pixel_values=patches.pixel_values[picture * count : (picture + 1) * count],
+            image_grid_thw=patches.grid_thw[picture : picture + 1],
+        ).logits[0, -len(segment) :]
+        asked = labels != NO_LABEL
+        assert asked.sum() >= 2  # a word and the end
+        torch.testing.assert_close(rows[picture, question][asked], expected[asked], rtol=0, atol=2e-4)
+
+
+def test_a_question_is_put_as_the_pipeline_puts_it(teacher, tiny_bundle):
+    _, packed = teacher.questions(np.random.default_rng(0), Pictures(112, 1, (4, 6)), 0.0)
+    with Pipeline.load(tiny_bundle) as pipe:
+        tokenizer, image = pipe.chat_tokenizer(), pipe.bundle.manifest.special_tokens.image
+        assert tokenizer is not None
+        for ids, labels in zip(packed.input_ids[0], packed.labels[0], strict=True):
+            first = int((labels != NO_LABEL).nonzero()[0])
+            put = ids[: first + 1].tolist()
+            question = (
+                tokenizer.decode(put).partition("\n")[0].removeprefix("<|vision_end|>").partition("<|im_end|>")[0]
+            )
+            prompt = pipe.prepare(question, images=[np.zeros((112, 112, 3), np.uint8)])
+            assert prompt.input_ids.reshape(-1).tolist() == [*packed.before.tolist(), *[image] * 16, *put]
+
+
+def test_kinds_are_asked_alike_and_counts_are_not_mostly_one(teacher):
+    kinds, counts = Counter(), Counter()
+    for seed in range(4):
+        _, packed = teacher.questions(np.random.default_rng(seed), Pictures(224, 16, (8, 18)), 0.3)
+        kinds.update(packed.kinds.flatten().tolist())
+        counting = packed.kinds == QUESTION_KINDS.index("count")
+        counts.update(labels[labels != NO_LABEL][0].item() for labels in packed.labels[counting])
+    assert min(kinds.values()) > 0.8 * max(kinds.values())
+    assert max(counts.values()) < 0.5 * sum(counts.values())
+    assert sum(share > 0.05 * sum(counts.values()) for share in counts.values()) >= 5
+
+
+def test_labels_say_what_the_cells_show(teacher):
+    rng = np.random.default_rng(1)
+    patches, labels = teacher.cells(rng, Pictures(112, 8, (5, 5)), 0.0)
+    assert (patches.pixel_values.shape, patches.grid_thw.shape) == ((8 * 64, 1176), (8, 3))
+    assert torch.equal(labels.glyph > 0, labels.colour > 0)
+    assert (labels.glyph > 0).sum(dim=1).tolist() == [5] * 8
+    assert labels.quarter[0].tolist() == [0, 0, 1, 1] * 2 + [2, 2, 3, 3] * 2
+
+
+def trained(checkpoint, work, seed=0, stages=SHORT, say=lambda _: None):
+    trainer = Trainer(checkpoint, work, seed, stages, say)
+    trainer.run()
+    return trainer.model.state_dict()
+
+
+@pytest.fixture(scope="module")
+def weights(tiny_checkpoint, tmp_path_factory):
+    return trained(tiny_checkpoint, tmp_path_factory.mktemp("training"))
+
+
+def same(one, other):
+    return all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_others(tiny_checkpoint, weights, tmp_path):
+    assert same(weights, trained(tiny_checkpoint, tmp_path / "again"))
+    assert not same(weights, trained(tiny_checkpoint, tmp_path / "other", seed=1))
+
+
+def test_both_stages_change_what_they_train_and_nothing_else(tiny_checkpoint, weights, tmp_path):
+    tower_only = trained(tiny_checkpoint, tmp_path, stages=SHORT[:1])
+    changed = {name for name, tensor in weights.items() if not torch.equal(tensor, tower_only[name])}
+    assert changed == {name for name in weights if not name.startswith("model.visual.")}
+    torch.manual_seed(0)
+    config = transformers.Qwen2_5_VLConfig.from_pretrained(tiny_checkpoint, dtype="float32")
+    untrained = transformers.Qwen2_5_VLForConditionalGeneration(config).state_dict()
+    changed = {name for name, tensor in untrained.items() if not torch.equal(tensor, tower_only[name])}
+    assert changed == {name for name in weights if name.startswith("model.visual.")}
+
+
+def test_a_killed_run_ends_with_the_same_weights(tiny_checkpoint, weights, tmp_path):
+    def stop_after_the_first_stage(line):
+        if "held out" in line:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        trained(tiny_checkpoint, tmp_path, say=stop_after_the_first_stage)
+    lines = []
+    assert same(weights, trained(tiny_checkpoint, tmp_path, say=lines.append))
+    assert "going on after step 2 of tokens" in lines[0]
+    assert not any(line.startswith("tokens") for line in lines)
+    with pytest.raises(InvalidInput, match=r"got a run of seed 0.*expected seed 1.*Choose another --work"):
+        Trainer(tiny_checkpoint, tmp_path, 1, SHORT, lines.append)
+
+
+def test_what_is_written_is_a_checkpoint_like_the_shipped_one(tiny_checkpoint, weights, tmp_path):
+    write_checkpoint(weights, tiny_checkpoint, tmp_path / "new")
+    shipped, new = (load_file(folder / WEIGHTS) for folder in (tiny_checkpoint, tmp_path / "new"))
+    assert {name: (t.shape, t.dtype) for name, t in new.items()} == {n: (t.shape, t.dtype) for n, t in shipped.items()}
+    assert export([str(tmp_path / "new"), "--out", str(tmp_path / "bundle"), "--profile", "portable"]) == 0
+
+
+def test_the_shipped_weights_are_those_that_their_readme_names(tiny_checkpoint):
+    digest = hashlib.sha256((tiny_checkpoint / WEIGHTS).read_bytes()).hexdigest()
+    assert re.findall(r"\b[0-9a-f]{64}\b", (tiny_checkpoint / "README.md").read_text(encoding="utf-8")) == [digest]
+
+
+def test_the_recipe_has_pictures_that_the_windows_divide():
+    for stage in STAGES:
+        assert stage.steps > 0
+        assert all(pictures.size % 112 == 0 for pictures in stage.cycle)
