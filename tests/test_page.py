@@ -3,6 +3,7 @@
 import re
 
 import pytest
+
 from serving import serving
 
 NAMES = ("style.css", "page.js", "chat.js", "kept.js", "overlay.js", "icon.svg")

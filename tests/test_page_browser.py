@@ -3,14 +3,15 @@
 import base64
 import re
 import shutil
+import time
 from contextlib import contextmanager
 
 import numpy as np
 import pytest
-from serving import SAMPLES, serving, wait_for
 
 from hawk_trt.config import PruningConfig
 from hawk_trt.hawk import num_kept
+from serving import SAMPLES, serving, wait_for
 
 pytestmark = pytest.mark.browser
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: make setup")
@@ -26,6 +27,8 @@ DROP = """async ([data, name, type]) => {
       new DragEvent(kind, { bubbles: true, cancelable: true, dataTransfer: transfer }));
   }
 }"""
+_REFUSED = "the server responded with a status of 4"
+_READING = "Multiple readback operations"  # what CELLS does, not the page
 # the alpha in the middle of every cell of the overlay: 0 where the image shows as it is
 CELLS = """([columns, rows]) => {
   const canvas = document.getElementById("overlay");
@@ -68,7 +71,7 @@ def opened(browser, server, width=1200, height=860, *, refusals=False, **options
     until(page, "document.getElementById('selector').length || !document.getElementById('key-form').hidden")
     yield page
     context.close()
-    assert not [text for text in wrong if not (refusals and "the server responded with a status of 4" in text)]
+    assert not [text for text in wrong if not (_READING in text or (refusals and _REFUSED in text))]
 
 
 def until(page, condition):
@@ -122,13 +125,11 @@ def test_a_dropped_image_is_answered_as_offline_and_its_kept_tokens_are_shown(br
         assert page.locator("#answer").text_content() == result.text
         assert "13 of 64 visual tokens kept (20.3 %)" in page.locator("#count").text_content()
         assert kept_cells(page) == visual_indices(result)
-        stages = dict(
-            zip(page.locator("#stages th").all_inner_texts(), page.locator("#stages td:last-child").all_inner_texts())
-        )
-        assert list(stages) == [
+        labels, times = (page.locator(f"#stages {cell}").all_inner_texts() for cell in ("th", "td:last-child"))
+        assert labels == [
             "Image and prompt", "Vision", "First layer", "Decoder", "Decode steps", "Waiting and the rest", "Total"
         ]  # fmt: skip
-        assert all(re.fullmatch(r"[\d.]+ (ms|s)", time) for time in stages.values())
+        assert all(re.fullmatch(r"[\d.]+ (ms|s)", time) for time in times)
         page.screenshot(path=repository / "artifacts" / "page-desktop.png", full_page=True)
         page.get_by_label("Scores").check()
         page.screenshot(path=repository / "artifacts" / "page-scores.png", full_page=True)
@@ -221,7 +222,8 @@ def test_a_phone_needs_no_scrolling_sideways(browser, server, repository, scheme
         assert page.get_by_text("Take photo").is_visible()
         small = page.evaluate(
             """[...document.querySelectorAll("button, .button, select, textarea, input[type=range]")]
-               .map((one) => [one.id, one.getBoundingClientRect().height]).filter(([, height]) => height && height < 36)"""
+               .map((one) => [one.id, one.getBoundingClientRect().height])
+               .filter(([, height]) => height && height < 36)"""
         )
         assert small == []
         page.screenshot(path=repository / "artifacts" / f"page-phone-{scheme}.png", full_page=True)
@@ -279,22 +281,14 @@ def test_a_key_is_asked_for_and_kept_in_memory_alone(browser, tiny_bundle):
         assert page.evaluate("[localStorage.length, sessionStorage.length, document.cookie]") == [0, 0, ""]
 
 
-def test_stopping_cancels_the_work_on_the_server(browser, server):
+def test_stopping_cancels_the_work_on_the_server(browser, server, monkeypatch):
+    batch, batcher = server.service.batcher._batch, server.service.batcher
+    step = batch.step
+    monkeypatch.setattr(batch, "step", lambda: (time.sleep(0.5), step())[1])
+    before = batcher.counters.cancelled
     with opened(browser, server) as page:
-        page.evaluate(
-            """() => {
-              const original = window.fetch;
-              window.fetch = (path, options) => {
-                if (options?.body) {
-                  const body = JSON.parse(options.body);
-                  options = { ...options, body: JSON.stringify({ ...body, temperature: 2, seed: 1 }) };
-                }
-                return original(path, options);
-              };
-            }"""
-        )
-        before = server.service.batcher.counters.cancelled
-        page.get_by_label("Question", exact=True).fill("Say anything.")
+        drop(page, SAMPLES / "1-where.png")
+        page.get_by_label("Question", exact=True).fill("In which corner is the circle?")
         page.evaluate(
             """async () => {
               document.getElementById("form").requestSubmit();
@@ -303,4 +297,4 @@ def test_stopping_cancels_the_work_on_the_server(browser, server):
             }"""
         )
         until(page, "document.getElementById('usage').textContent === 'Stopped.'")
-        wait_for(lambda: server.service.open == 0 and server.service.batcher.counters.cancelled == before + 1)
+        wait_for(lambda: server.service.open == 0 and batcher.counters.cancelled == before + 1)

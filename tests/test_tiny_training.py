@@ -16,14 +16,18 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from examples.tiny_task import QUESTION_KINDS  # noqa: E402 - what follows needs torch
+from examples.tiny_task.scene import draw_scene  # noqa: E402
 from examples.tiny_training.checkpoint import WEIGHTS, write_checkpoint  # noqa: E402
-from examples.tiny_training.lessons import NO_LABEL, Teacher  # noqa: E402
+from examples.tiny_training.lessons import NO_LABEL, Teacher, hide  # noqa: E402
 from examples.tiny_training.network import Network  # noqa: E402
 from examples.tiny_training.recipe import STAGES, Pictures, Stage  # noqa: E402
 from examples.tiny_training.trainer import Trainer  # noqa: E402
 
 FEW = (Pictures(112, 2, (2, 3)), Pictures(224, 1, (3, 4)))
-SHORT = (Stage("tokens", "vision", 2, FEW, 0.5, 1e-3, 0.5), Stage("questions", "language", 2, FEW, 0.5, 1e-3, 0.0))
+SHORT = (
+    Stage("tokens", "vision", 2, FEW, 0.5, 0.0, 1e-3, 0.5),
+    Stage("questions", "language", 2, FEW, 0.5, 0.5, 1e-3, 0.0),
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -68,6 +72,40 @@ def test_the_training_computes_what_transformers_does_for_each_question_alone(te
         asked = labels != NO_LABEL
         assert asked.sum() >= 2  # a word and the end
         torch.testing.assert_close(rows[picture, question][asked], expected[asked], rtol=0, atol=2e-4)
+
+
+@torch.no_grad()
+def test_what_is_hidden_is_as_if_it_were_pruned(teacher, model):
+    patches, packed = teacher.questions(np.random.default_rng(3), Pictures(224, 3, (6, 12)), 0.0, hiding=1.0)
+    assert 0 < packed.seen.sum() < packed.seen.numel()
+    network = Network(model, torch.float32)
+    visual = network.visual_tokens(patches)
+    logits, wanted = network.answer_logits(visual, packed)
+    rows = torch.zeros(*wanted.shape, logits.shape[-1])
+    rows[wanted] = logits
+    image = model.config.image_token_id
+    for picture in range(3):
+        segment, asked = packed.input_ids[picture, 0], wanted[picture, 0]
+        ids = torch.cat([packed.before, torch.full((64,), image), segment])[None]
+        positions, _ = model.model.get_rope_index(
+            ids, mm_token_type_ids=(ids == image).int(), image_grid_thw=patches.grid_thw[picture : picture + 1]
+        )
+        embeds = model.get_input_embeddings()(ids)
+        embeds[ids == image] = visual[picture]
+        kept = torch.ones_like(ids[0], dtype=torch.bool)
+        kept[ids[0] == image] = packed.seen[picture]
+        expected = model(inputs_embeds=embeds[:, kept], position_ids=positions[:, :, kept]).logits[0, -len(segment) :]
+        torch.testing.assert_close(rows[picture, 0][asked], expected[asked], rtol=0, atol=2e-4)
+
+
+def test_questions_are_about_what_is_seen():
+    rng = np.random.default_rng(0)
+    scene = draw_scene(rng, 224, 12, aligned=True)
+    for _ in range(20):
+        left, seen = hide(rng, scene)
+        assert set(left.things) <= set(scene.things)
+        cells = {thing: int(y) // 28 * 8 + int(x) // 28 for thing in scene.things for x, y in [thing.box.centre]}
+        assert {thing for thing, cell in cells.items() if seen[cell]} == set(left.things) != set()
 
 
 def test_a_question_is_put_as_the_pipeline_puts_it(teacher, tiny_bundle):

@@ -114,7 +114,7 @@ class Teacher:
         seen = np.ones((len(scenes), (pictures.size // CELL) ** 2), np.bool_)
         for i, scene in enumerate(scenes):
             if hiding and rng.random() < hiding:
-                scenes[i], seen[i] = _hide(rng, scene)
+                scenes[i], seen[i] = hide(rng, scene)
         asked = [[_question(rng, scene, kind) for kind in _kinds(rng)] for scene in scenes]
         packed = [[self._pack(question) for question in row] for row in asked]
         longest = max(len(ids) for row in packed for ids, _ in row)
@@ -149,7 +149,7 @@ def _scenes(rng: np.random.Generator, pictures: Pictures, straddling: float) -> 
     ]
 
 
-def _hide(rng: np.random.Generator, scene: Scene) -> tuple[Scene, npt.NDArray[np.bool_]]:
+def hide(rng: np.random.Generator, scene: Scene) -> tuple[Scene, npt.NDArray[np.bool_]]:
     """Hide the cells of some things and of some background: what is left of the scene, and bool [cells]."""
     side = scene.size // CELL
     seen = rng.random(side * side) < rng.random()

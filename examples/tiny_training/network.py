@@ -99,8 +99,8 @@ class Network:
         before = functional.embedding(packed.before, table).expand(count, -1, -1)
         x = torch.cat([before, visual.to(self.dtype), functional.embedding(packed.input_ids.flatten(1), table)], dim=1)
         cos, sin = self._token_angles(len(packed.before), num_visual, questions, segment)
-        hidden = torch.zeros(count, shared, dtype=self.dtype)
-        hidden[:, len(packed.before) :].masked_fill_(~packed.seen, float("-inf"))
+        bias = torch.zeros(count, shared, dtype=self.dtype)
+        bias[:, len(packed.before) :].masked_fill_(~packed.seen, float("-inf"))
         for layer in self._language.layers:
             attention = layer.self_attn
             y = self._norm(layer.input_layernorm, x)
@@ -108,7 +108,7 @@ class Network:
                 self._linear(part, y).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
                 for part in (attention.q_proj, attention.k_proj, attention.v_proj)
             )
-            out = _packed_attention(_rotate(query, cos, sin), _rotate(key, cos, sin), value, hidden, segment)
+            out = _packed_attention(_rotate(query, cos, sin), _rotate(key, cos, sin), value, bias, segment)
             x = x + self._linear(attention.o_proj, out)
             x = x + self._gated(layer.mlp, self._norm(layer.post_attention_layernorm, x))
         wanted = packed.labels != NO_LABEL
@@ -164,26 +164,26 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)
 
 
-def _packed_attention(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor, segment: int) -> Tensor:
+def _packed_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, segment: int) -> Tensor:
     """Causal attention within what all questions see, and of each question to that and to itself.
 
     Args:
         query: [batch, heads, row, head_dim].
         key: [batch, kv_heads, row, head_dim].
         value: of that shape.
-        hidden: [batch, shared], 0 for the tokens at the start of a row that are seen, else minus infinity.
+        bias: [batch, shared], 0 for the tokens at the start of a row that are seen, else minus infinity.
         segment: tokens of a question.
 
     Returns:
         [batch, row, heads * head_dim].
     """
-    groups, row, shared = query.shape[1] // key.shape[1], query.shape[2], hidden.shape[1]
-    hidden = hidden[:, None, None, None]
+    groups, row, shared = query.shape[1] // key.shape[1], query.shape[2], bias.shape[1]
+    bias = bias[:, None, None, None]
     query = (query * query.shape[-1] ** -0.5).unflatten(1, (-1, groups))
     first, rest = query[:, :, :, :shared], query[:, :, :, shared:]
     key_shared, value_shared = key[:, :, :shared].transpose(-1, -2), value[:, :, :shared]
 
-    scores = (first.flatten(2, 3) @ key_shared).unflatten(2, (groups, shared)) + (_causal(shared, query.dtype) + hidden)
+    scores = (first.flatten(2, 3) @ key_shared).unflatten(2, (groups, shared)) + (_causal(shared, query.dtype) + bias)
     out_shared = (scores.softmax(-1).flatten(2, 3) @ value_shared).unflatten(2, (groups, shared))
 
     questions = (row - shared) // segment
@@ -191,7 +191,7 @@ def _packed_attention(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor,
         part[:, :, shared:].unflatten(2, (questions, segment)).unsqueeze(2).expand(-1, -1, groups, -1, -1, -1)
         for part in (key, value)
     )
-    to_shared = (rest.flatten(2, 3) @ key_shared).unflatten(2, (groups, questions, segment)) + hidden[:, :, :, None]
+    to_shared = (rest.flatten(2, 3) @ key_shared).unflatten(2, (groups, questions, segment)) + bias[:, :, :, None]
     to_own = rest.unflatten(3, (questions, segment)) @ own_key.transpose(-1, -2) + _causal(segment, query.dtype)
     weights = torch.cat([to_shared, to_own], dim=-1).softmax(-1)
     on_shared, on_own = weights.split([shared, segment], dim=-1)

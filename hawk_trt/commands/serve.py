@@ -13,6 +13,7 @@ from hawk_trt.errors import BackendError, InvalidInput
 from hawk_trt.vision_cache import DEFAULT_VISION_CACHE_MB
 
 if TYPE_CHECKING:
+    from hawk_trt import Pipeline
     from hawk_trt.serving.settings import ServeSettings
 
 SUMMARY = "serve the OpenAI protocol over HTTP: chat completions with images, pruned as each request asks"
@@ -89,14 +90,11 @@ def run(args: argparse.Namespace) -> int:
         raise BackendError(
             f"{error.name}: not installed. pip install 'hawk-trt[serve]', or fastapi uvicorn prometheus-client"
         ) from error
-    settings = _settings(args)
+    settings = settings_of(args)
     if not settings.api_keys and not _is_loopback(args.host):
         note(f"warning: {args.host} is open to others and no key is set. Give one: --api-key-file or {KEY_VARIABLE}")
     configure_logging()
-    pipe = options.open_pipeline(args, args.vision_cache_mb)
-    if args.keep_ratio is None:
-        kept = replace(settings.pruning, keep_ratio=pipe.bundle.manifest.keep_ratio)
-        settings = replace(settings, pruning=kept)
+    pipe, settings = open_served(args, settings)
     with pipe, listen(args.host, args.port) as port:
         host, number = port.getsockname()[:2]
         note(f"serving {settings.model_name} at http://{f'[{host}]' if ':' in host else host}:{number}/v1")
@@ -105,7 +103,20 @@ def run(args: argparse.Namespace) -> int:
     return 0 if server.started else 1
 
 
-def _settings(args: argparse.Namespace) -> "ServeSettings":
+def open_served(args: argparse.Namespace, settings: "ServeSettings") -> "tuple[Pipeline, ServeSettings]":
+    """The pipeline that the options name, and the settings with the keep ratio of its bundle where they name none.
+
+    Raises:
+        HawkError: it cannot be loaded as asked for.
+    """
+    pipe = options.open_pipeline(args, args.vision_cache_mb)
+    if args.keep_ratio is None:
+        kept = replace(settings.pruning, keep_ratio=pipe.bundle.manifest.keep_ratio)
+        settings = replace(settings, pruning=kept)
+    return pipe, settings
+
+
+def settings_of(args: argparse.Namespace) -> "ServeSettings":
     """The settings that the options name.
 
     Raises:

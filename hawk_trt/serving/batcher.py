@@ -21,6 +21,7 @@ from hawk_trt.serving.job import Event, Failed, Finished, Job, Piece, Ticket
 
 __all__ = ["Batcher", "Counters", "Event", "Failed", "Finished", "Job", "Piece", "Ticket"]
 
+# Measured on two CPU cores (make bench-batching): up to 8 rows each answer takes less time, 16 brought nothing more.
 DEFAULT_MAX_BATCH = 8
 DEFAULT_MAX_QUEUE = 64
 _MB = 1_000_000

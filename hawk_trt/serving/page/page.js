@@ -78,6 +78,9 @@ for (const id of ["choose", "camera"]) {
     target.value = ""; // so that the same file can be chosen again
   });
 }
+element("picture").addEventListener("load", ({ target }) => {
+  element("frame").style.setProperty("--aspect", target.naturalWidth / target.naturalHeight);
+});
 element("picture").addEventListener("error", () => {
   image = null;
   element("empty").hidden = false;
