@@ -56,7 +56,7 @@ def test_both_onnxruntime_packages_are_removed_before_the_cuda_one_is_installed(
 
 
 def test_a_package_that_is_too_old_is_missing():
-    versions = {"safetensors": "0.4.3", "torch": "2.13.0+cpu", "transformers": "4.52.0"}
+    versions = {"huggingface_hub": "1.2", "safetensors": "0.4.3", "torch": "2.13.0+cpu", "transformers": "4.52.0"}
     capability = doctor._extra("parity", versions)
     assert not capability.works
     assert capability.detail == "transformers 4.52.0 is older than 5.0"

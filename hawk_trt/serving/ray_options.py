@@ -1,6 +1,6 @@
 """The arguments of a Ray Serve application: those of `hawk-trt serve`, and how many replicas of what size.
 
-Ray gives a dictionary, from `serve run ... NAME=VALUE` or from a config file; the same parser as the command's reads it.
+Ray gives a dictionary, from `serve run ... NAME=VALUE` or from a config file; the command's own parser reads it.
 """
 
 import argparse
@@ -51,7 +51,8 @@ def parse(words: list[str]) -> argparse.Namespace:
     Raises:
         InvalidInput: an unknown one, or a value of the wrong kind.
     """
-    commands = _Parser(prog="build").add_subparsers(parser_class=_Parser)
+    parent: argparse.ArgumentParser = _Parser(prog="build")
+    commands = parent.add_subparsers()
     serve.add_parser(commands)
     parser = commands.choices["serve"]
     group = parser.add_argument_group("replicas")
@@ -64,12 +65,11 @@ def parse(words: list[str]) -> argparse.Namespace:
         args.bundle = Path.cwd() / args.bundle
     if not args.bundle.is_dir():
         raise InvalidInput(
-            f"{_PATH}: {args.bundle} is no folder here. Give its absolute path, the same on every machine of the cluster"
+            f"{_PATH}: {args.bundle} is no folder here. Give an absolute path, the same on every machine of the cluster"
         )
-    if not 0 <= args.min_replicas <= args.max_replicas or not args.max_replicas:
-        raise InvalidInput(
-            f"replicas: got {args.min_replicas} to {args.max_replicas}, expected 0 <= min <= max, max >= 1"
-        )
+    if not (0 <= args.min_replicas <= args.max_replicas and args.max_replicas):
+        got = f"{args.min_replicas} to {args.max_replicas}"
+        raise InvalidInput(f"min_replicas, max_replicas: got {got}, expected 0 <= min <= max and max >= 1")
     args.backend = args.backend or backend_for(args.bundle)
     if args.num_gpus is None:
         args.num_gpus = 1.0 if args.backend == "tensorrt" or (args.device or "").startswith("cuda") else 0.0
