@@ -2,7 +2,7 @@
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help setup demo check lint types tests tests-slow export parity accuracy clean
-.PHONY: check-models check-serving bench-native real
+.PHONY: check-models check-page check-serving bench-native real
 .PHONY: advise calibrate train-tiny
 .PHONY: plugin plugin-check gpu-check
 .PHONY: engines self-test preflight preflight-large types-tensorrt
@@ -76,7 +76,7 @@ advise: $(READY) export ## Which keep ratio pays on this machine: MODEL=path-or-
 calibrate: $(FULL) ## Head weights of a checkpoint: MODEL=path-or-hub-id FLAGS="--dataset questions.jsonl --device cuda"
 	$(BIN)/hawk-trt calibrate $(MODEL) --out $(OUT)-head-weights.json --work $(OUT)-calibration $(FLAGS)
 
-train-tiny: $(FULL) ## The shipped tiny model trained anew, on one thread: half an hour to an hour
+train-tiny: $(FULL) ## The shipped tiny model trained anew, on one thread: about half an hour
 	$(BIN)/python -m examples.tiny_training --out artifacts/tiny-vlm-new $(FLAGS)
 
 engines: $(READY) ## TensorRT plans of a bundle, on this GPU: BUNDLE=folder ENGINES=folder FLAGS="--max-context 2048"
@@ -132,8 +132,12 @@ bench-peers: $(FULL) ## transformers, OpenVINO GenAI and onnxruntime-genai on ou
 accuracy: $(FULL) export ## Right answers of the tiny model by selector, and what must hold of them: ten minutes
 	$(BIN)/python -m benchmarks.accuracy $(OUT)
 
-check-serving: $(FULL) export ## The server under 100 clients, 2,000 requests for its memory, and a long fuzz: ten minutes
+check-serving: $(FULL) export ## The server under 100 clients, 2,000 requests for its memory, a long fuzz, Ray: ten minutes
 	$(BIN)/python -m benchmarks.serving_load $(OUT) $(FLAGS) && HAWK_FUZZ_EXAMPLES=300 $(BIN)/pytest -q tests/test_serving_openapi.py
+	$(BIN)/pytest -q -s -m ray
+
+check-page: $(FULL) ## The server's page in headless Chromium (apt-get install chromium), with screenshots in artifacts/
+	$(BIN)/pytest -q -m browser
 
 check-models: $(FULL) ## Real sizes, random weights: 32B and 72B linked, two layers of the 3B and 7B against numpy
 	$(BIN)/python -m benchmarks.real_sizes $(FLAGS)
@@ -160,7 +164,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(FULL): pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install -c constraints.txt -e '.[cpu,eval,export,video,parity,serve,dev]' && touch $@
+	$(BIN)/python -m pip install -c constraints.txt -e '.[cpu,eval,export,video,parity,serve,ray,dev]' && touch $@
 
 $(LIGHT): pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install -c constraints.txt -e '.[cpu,export]' && touch $@

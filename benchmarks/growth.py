@@ -1,18 +1,21 @@
 """How time and memory grow with the size of a request: `make bench-growth`.
 
 A small model with random weights, one thread, ONNX Runtime on the CPU. Four sizes grow, each on its own: tokens of the
-prompt, images, tokens of the answer, and columns of the KV cache that nobody writes to. Time is CPU time, which a busy
-machine changes little, the least of a few runs; memory is the peak of resident memory (VmHWM) above what was resident
-before. Then the operators of a prefill at two sizes, from ONNX Runtime's profiler: which of them grow faster than the
-prompt. Out: a CSV, a picture, and tables. A quarter of an hour, 6 GB of memory.
+prompt, images, tokens of the answer, and columns of the KV cache that nobody writes to. Every point has a process of
+its own. Time is CPU time, which a busy machine changes little, the least of a few runs; memory is the peak of resident
+memory (VmHWM) while the first of them ran, weights and interpreter included. Then the operators of a prefill at two
+sizes, from ONNX Runtime's profiler: which of them grow faster than the prompt. Out: a CSV, a picture, and tables. Ten
+minutes; the largest point takes 6 GB of memory, and is left out where that is not free.
 """
 
 import argparse
 import csv
+import json
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import astuple, dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -26,17 +29,25 @@ from benchmarks.timing import load
 from hawk_trt import ModelInputs, Pipeline, PruningConfig
 from hawk_trt.backends import DecodeInputs
 from hawk_trt.layout import collate
-from hawk_trt.stages import INPLACE, PORTABLE
+from hawk_trt.stages import INPLACE, PORTABLE, PROFILES
 
 Image = npt.NDArray[np.uint8]
 SIDE = 448  # an image of 256 visual tokens
-PROMPTS = (300, 512, 1024, 2048, 4096, 8192, 16384)
-IMAGES = (1, 2, 3, 4, 6, 8)
-OUTPUTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-COLUMNS = (512, 1024, 2048, 4096, 8192, 16384)
+ALL = "all kept"
+# What grows, the series of each axis, and its sizes.
+AXES = (
+    ("prompt", (ALL, "20 % kept"), (300, 512, 1024, 2048, 4096, 8192, 16384)),
+    ("images", ("20 % kept",), (1, 2, 3, 4, 6, 8)),
+    ("output", (INPLACE, PORTABLE), (1, 2, 4, 8, 16, 32, 64, 128, 256)),
+    ("cache", (INPLACE,), (512, 1024, 2048, 4096, 8192, 16384)),
+)
+OPERATOR_SIZES = (4096, 8192)
+_KEPT = 0.2
+_SHORT_PROMPT = 300
 _STEPS = 20
 _SECONDS = 8.0  # that the runs of one point may take before the last begins
 _MOST_RUNS = 7
+_SMALL_MB = 3000.0  # below it nobody looks whether so much is free
 
 
 @dataclass(frozen=True)
@@ -45,10 +56,10 @@ class Point:
 
     Attributes:
         axis: what grows.
-        series: keep ratio or profile.
+        series: share of the visual tokens kept, or profile.
         size: how far it has grown.
         cpu_ms: of one request; of one decode step where the cache grows.
-        peak_mb: that it takes above what was resident.
+        peak_mb: resident in its process, at most.
     """
 
     axis: str
@@ -73,63 +84,66 @@ def make_bundle(folder: Path) -> Path:
 
 
 def prompt(pipe: Pipeline, num_tokens: int) -> ModelInputs:
-    """Noise images of 256 tokens each, as many as fit, and words for the rest."""
+    """Noise images of 256 tokens each, as many as fit, and words for the rest; the images are encoded already."""
     special = pipe.bundle.manifest.special_tokens
     rng = np.random.default_rng(0)
-    patches, tokens = (SIDE // 14) ** 2, (SIDE // 28) ** 2
+    rows, tokens = SIDE // 14, (SIDE // 28) ** 2
     count = max(1, (num_tokens - 32) // (tokens + 2))
-    ids = [*[special.vision_start, *[special.image] * tokens, special.vision_end] * count]
+    ids = [special.vision_start, *[special.image] * tokens, special.vision_end] * count
     words = rng.integers(0, 400, num_tokens - len(ids)).tolist()
-    pixels = rng.standard_normal((count * patches, 1176), dtype=np.float32)
-    return ModelInputs(
-        np.array(words[:8] + ids + words[8:]), None, pixels, np.array([[1, SIDE // 14, SIDE // 14]] * count)
-    )
+    pixels = rng.standard_normal((count * rows**2, 1176), dtype=np.float32)
+    inputs = ModelInputs(np.array(words[:8] + ids + words[8:]), None, pixels, np.array([[1, rows, rows]] * count))
+    pipe.encode([inputs], [pipe.layout(inputs)])
+    return inputs
 
 
-def measure(run: Callable[[], object]) -> tuple[float, float]:
-    """CPU milliseconds, the least of a few runs, and the first one's peak of memory in MB."""
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: VmHWM begins anew
-    before = resident_mb()
-    times: list[float] = []
-    begun = time.perf_counter()
-    while not times or (len(times) < _MOST_RUNS and time.perf_counter() - begun < _SECONDS):
-        started = time.process_time()
-        run()
-        times.append(1e3 * (time.process_time() - started))
-        if len(times) == 1:
-            peak = resident_mb("VmHWM") - before
-    return min(times), peak
+def measure(bundle: Path, axis: str, series: str, size: int) -> Point:
+    """One point, in this process."""
+    profile = series if series in PROFILES else INPLACE
+    per_run = 1
+    with Pipeline.load(bundle, profile=profile, vision_cache_mb=0 if axis == "images" else 1024, threads=1) as pipe:
+        if axis == "prompt":
+            run = _asks(pipe, prompt(pipe, size), 1.0 if series == ALL else _KEPT, 1)
+        elif axis == "output":
+            run = _asks(pipe, prompt(pipe, _SHORT_PROMPT), _KEPT, size)
+        elif axis == "images":
+            images = [np.random.default_rng(n).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8) for n in range(size)]
+            run = _asks(pipe, "Why?", _KEPT, 1, images)
+        else:
+            run, per_run = _steps(pipe, size), _STEPS
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: VmHWM begins anew
+        times: list[float] = []
+        begun = time.perf_counter()
+        while not times or (len(times) < _MOST_RUNS and time.perf_counter() - begun < _SECONDS):
+            started = time.process_time()
+            run()
+            times.append(1e3 * (time.process_time() - started) / per_run)
+            if len(times) == 1:
+                peak = resident_mb("VmHWM")
+    return Point(axis, series, size, min(times), peak)
 
 
-def points(bundle: Path) -> Iterator[Point]:
-    """All of them, each with sessions of its own, since ONNX Runtime keeps what a run took."""
+def measure_all(model: Path) -> dict[tuple[str, str], list[Point]]:
+    """All points by axis and series, each measured in a process of its own."""
+    found: dict[tuple[str, str], list[Point]] = {}
+    for axis, series, sizes in ((axis, series, sizes) for axis, all_series, sizes in AXES for series in all_series):
+        row = found[axis, series] = []
+        for size in sizes:
+            # the scores of all tokens against each other grow with the square of their number
+            if row and row[-1].peak_mb * (size / row[-1].size) ** 2 > max(free_mb(), _SMALL_MB):
+                print(f"{axis}, {series}, {size}: left out, {free_mb():,.0f} MB are free", file=sys.stderr)
+                break
+            command = [sys.executable, "-m", "benchmarks.growth", "--model", str(model)]
+            command += ["--point", axis, series, str(size)]
+            row.append(Point(**json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)))
+            print(*astuple(row[-1]), sep=", ", file=sys.stderr)
+    return found
 
-    def fresh(profile: str = INPLACE, vision_cache_mb: float = 0) -> Pipeline:
-        return Pipeline.load(bundle, profile=profile, vision_cache_mb=vision_cache_mb, threads=1)
 
-    for keep_ratio in (1.0, 0.2):
-        for size in PROMPTS:
-            with fresh(vision_cache_mb=1024) as pipe:
-                inputs = prompt(pipe, size)
-                pipe.encode([inputs], [pipe.layout(inputs)])  # the vision stage has an axis of its own
-                ask = _asks(pipe, inputs, keep_ratio, 1)
-                yield Point("prompt", f"{keep_ratio:.0%} kept", size, *measure(ask))
-    for count in IMAGES:
-        with fresh() as pipe:
-            images = [np.random.default_rng(n).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8) for n in range(count)]
-            pipe.generate("Why?", images[:1], max_new_tokens=1)
-            yield Point("images", "20% kept", count, *measure(_asks(pipe, "Why?", 0.2, 1, images)))
-    for profile in (INPLACE, PORTABLE):
-        for size in OUTPUTS:
-            with fresh(profile, vision_cache_mb=64) as pipe:
-                inputs = prompt(pipe, 300)
-                pipe.encode([inputs], [pipe.layout(inputs)])
-                yield Point("output", profile, size, *measure(_asks(pipe, inputs, 0.2, size)))
-    for columns in COLUMNS:
-        with fresh() as pipe:
-            step = _steps(pipe, columns)
-            cpu_ms, peak_mb = measure(step)
-            yield Point("cache", INPLACE, columns, cpu_ms / _STEPS, peak_mb)
+def free_mb() -> float:
+    """Memory that processes can still have, Linux's MemAvailable."""
+    line = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
+    return int(line.split()[1]) / 1024
 
 
 def _asks(
@@ -140,19 +154,18 @@ def _asks(
 
 
 def _steps(pipe: Pipeline, columns: int) -> Callable[[], object]:
-    """Decode steps, always over the same 300 tokens, in a cache of so many columns."""
-    inputs = prompt(pipe, 300)
+    """Decode steps behind the short prompt, in a cache of so many columns; every run starts anew."""
+    inputs = prompt(pipe, _SHORT_PROMPT)
     layout = pipe.layout(inputs)
     heads = np.array(pipe.bundle.manifest.head_weights.values, np.float32)
+    prefill = collate([layout], [layout.num_visual], [None], heads)
     generation = pipe.backend.start(1, columns)
-    generation.prefill(
-        collate([layout], [layout.num_visual], [None], heads), pipe.encode([inputs], [layout]), logits=False
-    )
-    token, position = np.array([1]), np.array([layout.next_position])
+    generation.prefill(prefill, pipe.encode([inputs], [layout]), logits=False)
+    step = DecodeInputs(np.array([1]), np.array([layout.next_position]))
 
     def run() -> None:
         for _ in range(_STEPS):
-            generation.decode(DecodeInputs(token, position), logits=False)
+            generation.decode(step, logits=False)
 
     run()
     return run
@@ -169,37 +182,34 @@ def main() -> int:
     parser.add_argument("--model", type=Path, default=Path("artifacts/growth"), help="(default: %(default)s)")
     parser.add_argument("--csv", type=Path, default=Path("docs/growth.csv"), help="(default: %(default)s)")
     parser.add_argument("--picture", type=Path, default=Path("docs/growth.png"), help="(default: %(default)s)")
+    parser.add_argument("--point", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     bundle = make_bundle(args.model)
-    found: dict[tuple[str, str], list[Point]] = {}
-    for point in points(bundle):
-        found.setdefault((point.axis, point.series), []).append(point)
-        print(
-            f"{point.axis} {point.series} {point.size}: {point.cpu_ms:.1f} ms, {point.peak_mb:.1f} MB", file=sys.stderr
-        )
+    if args.point:
+        axis, series, size = args.point
+        print(json.dumps(asdict(measure(bundle, axis, series, int(size)))))
+        return 0
+    found = measure_all(args.model)
     with args.csv.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(field.name for field in fields(Point))
-        writer.writerows(
-            (*astuple(point)[:3], f"{point.cpu_ms:.3f}", f"{point.peak_mb:.2f}")
-            for row in found.values()
-            for point in row
-        )
+        for point in (point for row in found.values() for point in row):
+            writer.writerow((*astuple(point)[:3], f"{point.cpu_ms:.2f}", f"{point.peak_mb:.1f}"))
     draw(found, args.picture)
 
-    print(
-        f"one thread, {load()}; CPU time is the least of up to {_MOST_RUNS} runs, memory is VmHWM above what was there"
-    )
-    print(f"{'':26s}{'smallest':>28s}{'largest':>30s}{'exponent of the last step':>28s}")
+    print(f"one thread, {load()}; CPU time is the least of up to {_MOST_RUNS} runs, memory is VmHWM")
+    print(f"{'':22s}{'smallest':>30s}{'largest':>34s}   exponents of the last step: time, memory")
     for (axis, series), row in found.items():
-        cells = "".join(f"{f'{p.size:,}: {p.cpu_ms:,.1f} ms, {p.peak_mb:,.1f} MB':>30s}" for p in (row[0], row[-1]))
-        print(f"{f'{axis}, {series}':24s}{cells}{exponent(row[-2], row[-1], 'cpu_ms'):>20.2f}")
-    small, large = 4096, 8192
+        cells = [f"{point.size:,}: {point.cpu_ms:,.1f} ms, {point.peak_mb:,.0f} MB" for point in (row[0], row[-1])]
+        powers = "".join(f"{exponent(row[-2], row[-1], name):8.2f}" for name in ("cpu_ms", "peak_mb"))
+        print(f"{f'{axis}, {series}':22s}{cells[0]:>30s}{cells[1]:>34s}{powers}")
+    small, large = OPERATOR_SIZES
+    print(
+        f"\noperators of an unpruned prefill of {small:,} and {large:,} tokens, from {MIN_SHARE:.1%}: share, exponent"
+    )
     with Pipeline.load(bundle, profile=INPLACE, vision_cache_mb=1024, threads=1) as pipe:
-        growth = operator_growth(pipe, prompt(pipe, small), prompt(pipe, large))
-    print(f"\noperators of an unpruned prefill, {small:,} against {large:,} tokens; each of {MIN_SHARE:.0%} or more")
-    for one in growth:
-        print(f"{one.name:28s}{one.share:>8.1%}{one.exponent:>8.2f}")
+        for one in operator_growth(pipe, prompt(pipe, small), prompt(pipe, large)):
+            print(f"{one.name:28s}{one.share:>8.1%}{one.exponent:>8.2f}")
     return 0
 
 

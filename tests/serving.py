@@ -3,16 +3,10 @@
 import base64
 import json
 import socket
-import sys
 import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
-
-import pytest
-
-if sys.version_info < (3, 11):
-    pytest.skip("the clients that ask the server need Python 3.11", allow_module_level=True)
 
 import httpx2
 import openai

@@ -261,11 +261,11 @@ def test_a_run_killed_twice_ends_with_the_same_weights(planted, uninterrupted, t
 
 def test_a_finished_run_goes_on_with_more_questions_and_measures_only_those(planted, tmp_path, capsys):
     argv = command(*planted, tmp_path)
-    assert main([*argv, "--count", "1"]) == 0
+    assert main([*argv, "--count", "2"]) == 0
     first = (tmp_path / "work" / "own.jsonl").read_bytes()
     capsys.readouterr()
-    assert main([*argv, "--count", "2"]) == 0
-    assert "18 answers: 8 heads and the whole model; 9 known" in capsys.readouterr().err
+    assert main([*argv, "--count", "3"]) == 0
+    assert "27 answers: 8 heads and the whole model; 18 known" in capsys.readouterr().err
     assert (tmp_path / "work" / "own.jsonl").read_bytes().startswith(first)
 
 

@@ -130,6 +130,7 @@ def test_a_dropped_image_is_answered_as_offline_and_its_kept_tokens_are_shown(br
             "Image and prompt", "Vision", "First layer", "Decoder", "Decode steps", "Waiting and the rest", "Total"
         ]  # fmt: skip
         assert all(re.fullmatch(r"[\d.]+ (ms|s)", time) for time in times)
+        assert page.get_by_text("Take photo").is_hidden()
         page.screenshot(path=repository / "artifacts" / "page-desktop.png", full_page=True)
         page.get_by_label("Scores").check()
         page.screenshot(path=repository / "artifacts" / "page-scores.png", full_page=True)

@@ -1,6 +1,8 @@
 """The application on Ray Serve, with real replicas that are killed and replaced under load: `make check-serving`."""
 
+import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,6 +20,7 @@ import openai
 import pytest
 import yaml
 
+from export.__main__ import main as export
 from hawk_trt import Pipeline
 from hawk_trt.config import PruningConfig
 from serving import MODEL, question, samples, wait_for
@@ -25,7 +28,17 @@ from serving import MODEL, question, samples, wait_for
 pytestmark = pytest.mark.ray
 
 ROOT = Path(__file__).parent.parent
+UPDATE = """
+import sys, ray
+from ray import serve
+from hawk_trt.serving.ray_app import build
+ray.init(address=sys.argv[1], log_to_driver=False)
+arguments = {"path": sys.argv[2], "model_name": sys.argv[3], "keep_ratio": 0.2, "max_batch": 3}
+serve.run(build(arguments), name="hawk")
+print(ray.nodes()[0]["MetricsExportPort"])
+"""
 CLIENTS = 6
+_UNUSED_TOKEN = 457
 SECONDS = 300.0
 
 
@@ -45,7 +58,7 @@ class Cluster:
         file = folder / "serve.yaml"
         file.write_text(yaml.safe_dump(self.config), encoding="utf-8")
         self._mark = f"HAWK_TEST={uuid.uuid4().hex}"
-        environ = os.environ | {
+        self.environ = environ = os.environ | {
             "HAWK_TEST": self._mark.partition("=")[2],
             "PYTHONPATH": str(ROOT),
             "RAY_AUTH_MODE": "disabled",
@@ -66,16 +79,29 @@ class Cluster:
             return False
 
     def replicas(self):
-        """The processes of the replicas: those of this cluster, by what it was started with."""
-        found = set()
+        """The processes of the replicas."""
+        return {number for number, words in self.processes() if words[0].startswith(b"ray::ServeReplica:hawk:hawk")}
+
+    def address(self):
+        """Of the cluster, as ray.init takes it."""
+        prefix = b"--gcs-address="
+        return next(word[len(prefix) :].decode() for _, words in self.processes() for word in words if prefix in word)
+
+    def processes(self):
+        """Number and words of the processes of this cluster, known by what it was started with."""
         for folder in Path("/proc").glob("[0-9]*"):
             try:
                 environ, title = (folder / "environ").read_bytes(), (folder / "cmdline").read_bytes()
             except OSError:  # it ended meanwhile, or is not ours
                 continue
-            if self._mark.encode() in environ.split(b"\0") and title.startswith(b"ray::ServeReplica:hawk:hawk"):
-                found.add(int(folder.name))
-        return found
+            if self._mark.encode() in environ.split(b"\0"):
+                yield int(folder.name), title.split(b"\0")
+
+    def openai(self, retries):
+        """The official client."""
+        http = httpx2.Client(trust_env=False)
+        address = f"{self.url}/v1"
+        return openai.OpenAI(base_url=address, api_key="none", max_retries=retries, timeout=45, http_client=http)
 
     def close(self):
         self.http.close()
@@ -106,8 +132,19 @@ def free_port():
 
 
 @pytest.fixture(scope="module")
-def cluster(tiny_bundle, tmp_path_factory):
-    running = Cluster(tiny_bundle, tmp_path_factory.mktemp("ray"))
+def endless_bundle(tiny_checkpoint, tmp_path_factory):
+    """The tiny model without what ends an answer, so that streams last."""
+    folder = tmp_path_factory.mktemp("endless")
+    shutil.copytree(tiny_checkpoint, folder / "checkpoint")
+    file = folder / "checkpoint" / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": [_UNUSED_TOKEN]}))
+    assert export([str(folder / "checkpoint"), "--out", str(folder / "bundle")]) == 0
+    return folder / "bundle"
+
+
+@pytest.fixture(scope="module")
+def cluster(endless_bundle, tmp_path_factory):
+    running = Cluster(endless_bundle, tmp_path_factory.mktemp("ray"))
     try:
         wait_for(running.is_ready, 180)
         yield running
@@ -116,33 +153,30 @@ def cluster(tiny_bundle, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def expected(tiny_bundle):
+def expected(endless_bundle):
     """Picture, question and offline answer."""
-    with Pipeline.load(tiny_bundle, threads=1) as pipe:
+    pruning = PruningConfig(keep_ratio=0.2)
+    with Pipeline.load(endless_bundle, threads=1) as pipe:
         return [
-            (
-                picture,
-                text,
-                pipe.generate(text, [picture], pruning=PruningConfig(keep_ratio=0.2), max_new_tokens=8).text,
-            )
+            (picture, text, pipe.generate(text, [picture], pruning=pruning, max_new_tokens=8).text)
             for picture, text, _ in samples()
         ]
 
 
-def answer_of(client, body):
+def answer_of(client, body, on_chunk=lambda: None):
     if not body.get("stream"):
         return client.chat.completions.create(**body).choices[0].message.content
     with client.chat.completions.create(**body) as chunks:
-        seen = list(chunks)
+        seen = []
+        for chunk in chunks:
+            seen.append(chunk)
+            on_chunk()
     assert seen[-1].choices[0].finish_reason, "a stream that ends without a reason is a broken one"
     return "".join(chunk.choices[0].delta.content or "" for chunk in seen)
 
 
 def ask_until(stopped, cluster, expected, load, lock, number, retries):
-    http = httpx2.Client(trust_env=False)
-    with openai.OpenAI(
-        base_url=f"{cluster.url}/v1", api_key="none", max_retries=retries, timeout=45, http_client=http
-    ) as client:
+    with cluster.openai(retries) as client:
         turn = number
         while not stopped.is_set():
             picture, text, right = expected[turn % len(expected)]
@@ -221,3 +255,42 @@ def test_clients_that_try_again_by_themselves_hear_of_a_killed_replica_only_in_a
     assert not load.wrong
     assert load.slowest < 45
     print(load.errors)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_waits_for_a_replica_that_is_killed_is_told_so_at_once(cluster, stream):
+    wait_for(cluster.is_ready)
+    body = question("Say anything.", max_tokens=1000, stream=stream)
+    with cluster.openai(retries=0) as client, ThreadPoolExecutor(1) as other:
+        begun = threading.Event()
+        answer = other.submit(answer_of, client, body, begun.set)
+        begun.wait(1 if stream else 0.3)
+        for replica in cluster.replicas():
+            os.kill(replica, signal.SIGKILL)
+        with pytest.raises((openai.APIError, httpx2.TransportError)) as told:
+            answer.result(30)
+    print(f"\nstream={stream}, begun={begun.is_set()}: {told.type.__name__}: {told.value}")
+    assert begun.is_set() == stream
+    with cluster.openai(retries=5) as client:
+        answer_of(client, question("Say anything."))
+
+
+def test_an_update_under_load_drains_the_old_replicas_and_loses_nothing(cluster, expected, endless_bundle):
+    old = cluster.replicas()
+    with under_load(cluster, expected) as load:
+        wait_for(lambda: load.answered > 50, SECONDS)
+        update = [sys.executable, "-c", UPDATE, cluster.address(), endless_bundle, MODEL]
+        done = subprocess.run(update, env=cluster.environ, capture_output=True, text=True, timeout=180, check=False)
+        assert done.returncode == 0, done.stderr[-4000:]
+        wait_for(lambda: cluster.replicas() and not cluster.replicas() & old, 90)
+        before = load.answered
+        wait_for(lambda: load.answered > before + 100, SECONDS)
+    assert (load.errors, load.wrong) == ([], [])
+    with httpx2.Client(trust_env=False, timeout=30) as client:
+        address = f"http://{cluster.address().rpartition(':')[0]}:{done.stdout.split()[-1]}/metrics"
+        wait_for(lambda: "ray_hawk_requests_total{" in client.get(address).text, 60)
+        text = client.get(address).text
+    kept = [line for line in text.splitlines() if line.startswith("ray_hawk_tokens_total{") and "kept_visual" in line]
+    assert kept and all('deployment="hawk"' in line and "replica=" in line for line in kept)
+    assert "ray_hawk_first_token_seconds_bucket{" in text
+    assert "ray_serve_" in text

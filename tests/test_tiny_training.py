@@ -17,6 +17,7 @@ transformers = pytest.importorskip("transformers")
 
 from examples.tiny_task import QUESTION_KINDS  # noqa: E402 - what follows needs torch
 from examples.tiny_task.scene import draw_scene  # noqa: E402
+from examples.tiny_training import accuracy  # noqa: E402
 from examples.tiny_training.checkpoint import WEIGHTS, write_checkpoint  # noqa: E402
 from examples.tiny_training.lessons import NO_LABEL, Teacher, hide  # noqa: E402
 from examples.tiny_training.network import Network  # noqa: E402
@@ -195,6 +196,15 @@ def test_what_is_written_is_a_checkpoint_like_the_shipped_one(tiny_checkpoint, w
     shipped, new = (load_file(folder / WEIGHTS) for folder in (tiny_checkpoint, tmp_path / "new"))
     assert {name: (t.shape, t.dtype) for name, t in new.items()} == {n: (t.shape, t.dtype) for n, t in shipped.items()}
     assert export([str(tmp_path / "new"), "--out", str(tmp_path / "bundle"), "--profile", "portable"]) == 0
+
+
+def test_the_table_of_right_answers_has_a_line_for_each_kind_of_picture(tiny_bundle, tmp_path, capsys):
+    assert accuracy.main([str(tiny_bundle), "--count", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.count("|") for line in lines] == [4 + len(accuracy.WAYS)] * (2 + len(accuracy.SETTINGS))
+    assert "| 224 px, aligned, 10 to 16 glyphs | tiny-vlm | 100.0 % [20.7, 100.0] |" in lines[2]
+    assert accuracy.main([str(tmp_path)]) == 1
+    assert capsys.readouterr().err.startswith("error: ")
 
 
 def test_the_shipped_weights_are_those_that_their_readme_names(tiny_checkpoint):

@@ -150,7 +150,15 @@ def _scenes(rng: np.random.Generator, pictures: Pictures, straddling: float) -> 
 
 
 def hide(rng: np.random.Generator, scene: Scene) -> tuple[Scene, npt.NDArray[np.bool_]]:
-    """Hide the cells of some things and of some background: what is left of the scene, and bool [cells]."""
+    """Hide the cells of some things and of some background.
+
+    Args:
+        rng: decides which; at least one thing is left.
+        scene: what is there.
+
+    Returns:
+        What is left of it, on the whole picture, and what is seen: bool [cells], row by row.
+    """
     side = scene.size // CELL
     seen = rng.random(side * side) < rng.random()
     chosen = rng.permutation(len(scene.things))[: rng.integers(1, len(scene.things) + 1)]

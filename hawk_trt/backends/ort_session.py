@@ -6,6 +6,7 @@ what another wrote without a copy. On the CPU an OrtValue shares the memory of i
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,9 @@ class Stage:
         # each stage has threads of its own: those of one would spin while the next computes
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.intra_op_num_threads = device.threads or 0  # 0 is ONNX Runtime's own choice
+        if device.kind == "cpu":
+            _share_arena()
+            options.add_session_config_entry("session.use_env_allocators", "1")
         with _translated(f"{path.name}: could not be loaded"):
             self.session = ort.InferenceSession(str(path), options, providers=device.providers())
         if device.kind == "cuda" and self.session.get_providers()[0] != "CUDAExecutionProvider":
@@ -191,6 +195,13 @@ def _host_value(array: npt.NDArray[Any]) -> ort.OrtValue:
     if array.dtype.name == "bfloat16":
         return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), _ONNX_TYPES["bfloat16"])
     return ort.OrtValue.ortvalue_from_numpy(array)
+
+
+@cache
+def _share_arena() -> None:
+    """One CPU arena for all sessions: each of its own would keep what its largest run took while the others run."""
+    memory = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+    ort.create_and_register_allocator(memory, None)
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """What a server allows and how long it waits: every limit, with its default and what it is for."""
 
+import os
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -9,6 +10,11 @@ from hawk_trt.errors import InvalidInput
 
 def _limit(default: float | None, help: str) -> Any:  # noqa: ANN401 - as dataclasses.field, any type's default
     return field(default=default, metadata={"help": help})
+
+
+def _quarter_of_memory_mb() -> float:
+    """Of this machine, in megabytes: what running requests may take where nobody said otherwise."""
+    return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4_000_000)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +44,7 @@ class ServeSettings:
     page: bool = True
     max_batch: int = _limit(8, "requests that share a decode step")
     max_queue: int = _limit(64, "requests that wait; one more is told to come back")
-    max_cache_mb: float | None = _limit(None, "megabytes of KV cache of all running requests (default: no limit)")
+    max_cache_mb: float = _limit(_quarter_of_memory_mb(), "megabytes of KV cache of all running requests")
     max_waiting_mb: float = _limit(1024, "megabytes of bodies and image tensors of all requests together")
     max_body_mb: float = _limit(20, "megabytes of one request, and of one image that is fetched")
     max_messages: int = _limit(256, "messages of one request")

@@ -1,7 +1,10 @@
 // Tokens over an image: which are kept, or how they score.
 
 // Dark violet to yellow, evenly spaced and readable without colour vision.
-const RAMP = [[68, 1, 84], [71, 45, 123], [59, 82, 139], [44, 114, 142], [33, 145, 140], [40, 174, 128], [94, 201, 98], [173, 220, 48], [253, 231, 37]]; // prettier-ignore
+const RAMP = [
+  [68, 1, 84], [71, 45, 123], [59, 82, 139], [44, 114, 142], [33, 145, 140],
+  [40, 174, 128], [94, 201, 98], [173, 220, 48], [253, 231, 37],
+];
 
 /**
  * The panels of an image: the image itself and, where it was cut into tiles, the whole once more.
@@ -20,7 +23,8 @@ export function panelsOf({ grid: [steps, height, width], tiles }) {
 }
 
 function panel(columns, rows, tokenAt) {
-  const tokens = Array.from({ length: columns * rows }, (_, cell) => tokenAt(cell % columns, Math.floor(cell / columns)));
+  const tokens = [];
+  each(columns, rows, (x, y) => tokens.push(tokenAt(x, y)));
   return { columns, rows, tokens };
 }
 

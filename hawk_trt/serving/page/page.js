@@ -15,7 +15,7 @@ const STAGES = [
 ];
 
 const element = (id) => document.getElementById(id);
-const percent = new Intl.NumberFormat("en-GB", { maximumFractionDigits: 1 });
+const decimal = new Intl.NumberFormat("en-GB", { maximumFractionDigits: 1 });
 const whole = new Intl.NumberFormat("en-GB");
 
 let model = null; // as /v1/models tells of it
@@ -45,7 +45,8 @@ async function start() {
 function takeImage(file) {
   hideError();
   if (!KINDS.includes(file.type)) {
-    showMessage(`${file.name || "The file"}: got ${file.type || "an unknown kind"}, expected PNG, JPEG, WebP, GIF or BMP.`);
+    const got = `${file.name || "The file"}: got ${file.type || "an unknown kind"}`;
+    showMessage(`${got}, expected PNG, JPEG, WebP, GIF or BMP.`);
     return;
   }
   const reader = new FileReader();
@@ -136,8 +137,8 @@ async function question() {
     pruning: { keep_ratio: ratio(), selector: element("selector").value },
   };
   if (image?.length > model.hawk.max_body_bytes) {
-    const megabytes = (bytes) => percent.format(bytes / 1e6);
-    showMessage(`The image has ${megabytes(image.length)} MB as it is sent; this server takes ${megabytes(model.hawk.max_body_bytes)} MB.`);
+    const [has, most] = [image.length, model.hawk.max_body_bytes].map((bytes) => decimal.format(bytes / 1e6));
+    showMessage(`The image has ${has} MB as it is sent; this server takes ${most} MB.`);
     return;
   }
   const mine = (running = new AbortController());
@@ -175,12 +176,14 @@ function busy(is) {
 
 function showUsage({ prompt_tokens, completion_tokens, visual_tokens, kept_visual_tokens }) {
   const visual = visual_tokens ? `${keptOf(kept_visual_tokens, visual_tokens)} · ` : "";
-  element("usage").textContent = `${visual}${whole.format(prompt_tokens)} tokens asked, ${whole.format(completion_tokens)} answered`;
+  const all = `${whole.format(prompt_tokens)} tokens asked, ${whole.format(completion_tokens)} answered`;
+  element("usage").textContent = visual + all;
 }
 
 function showTimes(seconds) {
   const known = STAGES.reduce((sum, [name]) => sum + seconds[name], 0);
-  const rows = STAGES.filter(([name]) => name !== "select" || seconds.select > 0).map(([name, label]) => [label, seconds[name]]);
+  const shown = STAGES.filter(([name]) => name !== "select" || seconds.select > 0);
+  const rows = shown.map(([name, label]) => [label, seconds[name]]);
   rows.push(["Waiting and the rest", Math.max(seconds.total - known, 0)], ["Total", seconds.total]);
   element("stages").replaceChildren(...rows.map(([label, time]) => stageRow(label, time, time / seconds.total)));
   element("times").hidden = false;
@@ -201,14 +204,14 @@ function stageRow(label, seconds, share) {
 }
 
 function duration(seconds) {
-  return seconds < 1 ? `${percent.format(seconds * 1000)} ms` : `${seconds.toFixed(2)} s`;
+  return seconds < 1 ? `${decimal.format(seconds * 1000)} ms` : `${seconds.toFixed(2)} s`;
 }
 
 function remember(told, answer) {
   const row = element("asked").insertRow(0);
-  const { kept_visual_tokens, visual_tokens } = told.usage;
-  const cells = [`${whole.format(kept_visual_tokens)} of ${whole.format(visual_tokens)}`, told.details.selector, duration(told.details.seconds.total), answer];
-  for (const text of cells) row.insertCell().textContent = text;
+  const { seconds, selector } = told.details;
+  const kept = `${whole.format(told.usage.kept_visual_tokens)} of ${whole.format(told.usage.visual_tokens)}`;
+  for (const text of [kept, selector, duration(seconds.total), answer]) row.insertCell().textContent = text;
   element("earlier").hidden = false;
 }
 
@@ -232,6 +235,7 @@ function show() {
   const kept = details && (keptAt(details, ratio()) ?? keptAt(details, details.keep_ratio));
   const view = document.querySelector("input[name=view]:checked").value;
   element("thumbnail").hidden = panels.length < 2;
+  element("views").hidden = !details;
   for (const [index, id] of ["overlay", "thumbnail-overlay"].entries()) {
     if (!panels[index] || view === "image") cleared(element(id));
     else if (view === "kept") drawKept(element(id), panels[index], kept);
@@ -245,12 +249,12 @@ function countText(kept) {
   if (!details) return "Ask first; then move the slider to see which tokens stay.";
   const text = keptOf(kept.size, details.images[0].scores.length);
   if (ratio() === details.keep_ratio || isRankedByScore(details)) return text;
-  const asked = `${percent.format(details.keep_ratio * 100)} %`;
+  const asked = `${decimal.format(details.keep_ratio * 100)} %`;
   return `${text} at ${asked}. What ${details.selector} keeps at another ratio only the server can tell: ask again.`;
 }
 
 function keptOf(kept, all) {
-  return `${whole.format(kept)} of ${whole.format(all)} visual tokens kept (${percent.format((100 * kept) / all)} %)`;
+  return `${whole.format(kept)} of ${whole.format(all)} visual tokens kept (${decimal.format((100 * kept) / all)} %)`;
 }
 
 element("ratio").addEventListener("input", show);
