@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 if TYPE_CHECKING:
     from benchmarks.growth import Point
@@ -21,30 +21,27 @@ _LABELS = {
 def draw(found: "Mapping[tuple[str, str], Sequence[Point]]", path: Path) -> None:
     """Write a PNG."""
     figure = Figure(figsize=(14, 6.4), layout="constrained")
-    panes = figure.subplots(2, len(_LABELS), sharex="col")
+    panes = figure.subplots(2, len(_LABELS), sharex="col", sharey="row")
     for column, (axis, label) in enumerate(_LABELS.items()):
-        for (own_axis, series), row in found.items():
-            if own_axis != axis:
-                continue
+        time, memory = panes[:, column]
+        for row in (row for (own_axis, _), row in found.items() if own_axis == axis):
             sizes = [point.size for point in row]
-            panes[0, column].plot(sizes, [point.cpu_ms for point in row], "o-", ms=4, label=series)
-            panes[1, column].plot(sizes, [max(point.peak_mb, 0.1) for point in row], "o-", ms=4, label=series)
-        for pane in panes[:, column]:
+            time.plot(sizes, [point.cpu_ms for point in row], "o-", ms=4, label=row[0].series)
+            memory.plot(sizes, [point.peak_mb for point in row], "o-", ms=4)
+            # through the last point: where time would be, were it linear
+            time.plot([sizes[0], sizes[-1]], [row[-1].cpu_ms * sizes[0] / sizes[-1], row[-1].cpu_ms], "k:", lw=0.8)
+        time.plot([], [], "k:", lw=0.8, label="linear")
+        time.legend(fontsize=8)
+        memory.set_xlabel(label)
+        for pane in (time, memory):
             pane.set_xscale("log", base=2)
             pane.set_yscale("log")
             pane.grid(alpha=0.3)
-        _guide(panes[0, column])
-        panes[0, column].legend(fontsize=8)
-        panes[1, column].set_xlabel(label)
-        panes[1, column].xaxis.set_major_formatter("{x:,.0f}")
+            pane.xaxis.set_major_formatter("{x:,.0f}")
+            pane.yaxis.set_major_formatter("{x:,g}")
+            pane.yaxis.set_minor_formatter(NullFormatter())
     panes[0, 0].set_ylabel("CPU time of a request, ms")
-    panes[0, 3].set_ylabel("CPU time of a decode step, ms")
-    panes[1, 0].set_ylabel("peak memory (VmHWM) above idle, MB")
+    panes[0, -1].set_title("here of one decode step", fontsize=9)
+    panes[1, 0].set_ylabel("peak resident memory (VmHWM), MB")
+    panes[1, 0].set_ylim(bottom=100)
     figure.savefig(path, dpi=110)
-
-
-def _guide(pane: "Axes") -> None:
-    """A dotted line of slope 1 below the points, to see by what is linear."""
-    line = pane.lines[0]
-    sizes, times = line.get_xdata(), line.get_ydata()
-    pane.plot([sizes[0], sizes[-1]], [times[-1] * sizes[0] / sizes[-1], times[-1]], "k:", lw=0.8, label="linear")

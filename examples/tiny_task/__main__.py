@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--objects", type=int, nargs=2, default=(10, 16), metavar=("MIN", "MAX"), help="glyphs in a scene"
     )
     parser.add_argument(
-        "--straddle", action="store_true", help="let glyphs lie across cells: the model gets half of these wrong"
+        "--straddle", action="store_true", help="let glyphs lie across cells of 28 pixels, which is harder"
     )
     parser.add_argument(
         "--kinds", nargs="+", choices=QUESTION_KINDS, default=QUESTION_KINDS, help="kinds of question, in turn"

@@ -48,7 +48,7 @@ def generate(
         count: of samples.
         size: height and width of the pictures in pixels, a multiple of 28.
         objects: fewest and most glyphs in a scene, both included.
-        aligned: whether glyphs stay inside the cells of 28 pixels, as in nearly all of the model's training.
+        aligned: whether glyphs stay inside the cells of 28 pixels.
         kinds: of question.
 
     Raises:
