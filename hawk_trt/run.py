@@ -103,9 +103,10 @@ class Run:
 
     def take(self, outputs: StepOutputs) -> list[str]:
         """Add a step's tokens to the rows that are not finished; their new text."""
-        return ["" if row.finished else row.take(outputs, number, self._where) for number, row in enumerate(self.rows)]
+        return ["" if row.finished else row.take(outputs, number, self.where) for number, row in enumerate(self.rows)]
 
-    def _where(self, number: int) -> str:
+    def where(self, number: int) -> str:
+        """What first went wrong in a row's prefill or last step."""
         num_layers = self._pipe.bundle.manifest.language.num_hidden_layers
         return first_not_finite(self.visual, self.generation, num_layers, number)
 

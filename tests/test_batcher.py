@@ -222,18 +222,37 @@ def test_the_cache_stays_within_its_bound_and_no_job_overtakes_another(pipe, mon
     assert all(0 < size <= bound_mb * 1e6 for _, size in seen)
 
 
-def test_at_most_one_prompt_runs_between_two_steps(inplace, monkeypatch):
+def test_at_most_one_prefill_runs_between_two_steps(inplace, monkeypatch):
     order = []
     for owner, name in ((Batch, "step"), (Run, "prefill")):
         plain = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda *args, plain=plain, name=name: (order.append(name), plain(*args))[1])
     with Batcher(inplace) as batcher:
         gate = held(batcher, inplace)
-        for _ in range(6):
-            batcher.submit(text_job(inplace, 20), Heard())
+        for number in range(6):  # short and long in turn, so that none shares a prefill
+            words = "Hello? " * (1 + 30 * (number % 2))
+            batcher.submit(Job(inplace.prepare(words), KEPT, 20, ignore_eos=True), Heard())
         gate.gate.set()
     assert order.count("prefill") == 7
     assert "prefill prefill" not in " ".join(order)
+
+
+def test_prompts_of_like_length_that_wait_share_a_prefill(pipe):
+    inputs = [pipe.prepare(SAMPLES[n].question, [SAMPLES[n].image]) for n in range(5)]
+    jobs = [Job(one, KEPT, 4 + n, ignore_eos=True, return_logits=True) for n, one in enumerate(inputs)]
+    jobs.append(Job(inputs[0], PruningConfig(0.2, head_weights=(2.0,) * 4 + (1.0,) * 4), 4))  # they share no scores
+    expected = [alone(pipe, job) for job in jobs]
+    with Batcher(pipe) as batcher:
+        gate, heard = held(batcher, pipe), [Heard() for _ in jobs]
+        for job, client in zip(jobs, heard, strict=True):
+            batcher.submit(job, client)
+        gate.gate.set()
+        for client, result in zip(heard, expected, strict=True):
+            assert_same(client, result)
+        assert batcher.counters.prefills == 3
+    seconds = [client.result().timings for client in heard[:5]]
+    assert all(0 < times.decode < times.total for times in seconds)
+    assert seconds[0].decode < seconds[4].decode, "each row counts its own steps"
 
 
 def test_numbers_that_are_not_finite_end_their_own_row_alone(pipe):
