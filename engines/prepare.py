@@ -5,6 +5,7 @@
     inplace            cache_len becomes a number, since TensorRT's KV cache is static, and the input context_slots
                        is added: attention reads only as many columns of the cache as it is long
     FrameAttention     attention that TensorRT fuses, in place of the loop over tiles that ONNX Runtime runs
+    tiles of tokens    the token-wise parts of a vision tower without the Scan that bounds ONNX Runtime's memory
     Attention          TRT_decomposable lets TensorRT fall back to its parts where it has no fused kernel
 
 The builder and the preflight both build from this. But for TRT_decomposable, which ONNX Runtime refuses, the
@@ -24,6 +25,7 @@ from hawk_trt.stages import CONTEXT_SLOTS, INPLACE
 
 PLUGIN_OP = "WeightedTopK"
 FRAME_ATTENTION_OP = "FrameAttention"
+TILE_SCOPE = "token_tiles/"
 CACHE_LEN = "cache_len"
 CONTEXT_LEN = "context_len"
 DECOMPOSABLE = "TRT_decomposable"
@@ -71,6 +73,7 @@ def prepare(bundle: Bundle, stage: str, profile: str, *, max_context: int, plugi
     entry = bundle.manifest.graph(stage, profile)
     file = bundle.folder / entry.file
     model = onnx.load(file, load_external_data=False)
+    _unroll_tiles(model.graph, file)
     _fuse_frame_attention(model, attention_op=profile == INPLACE)
     if plugin:
         del model.functions[:]
@@ -96,6 +99,35 @@ def prepare(bundle: Bundle, stage: str, profile: str, *, max_context: int, plugi
         weight_bytes=sum(_external_bytes(tensor) for tensor in graph.initializer),
         has_topk=any(node.op_type == PLUGIN_OP for node in graph.node),
     )
+
+
+def _unroll_tiles(graph: onnx.GraphProto, file: Path) -> None:
+    """Run once what the exporter put into a loop over tiles of tokens: Pad, Reshape, Scan, Reshape, Slice."""
+    makers = {output: node for node in graph.node for output in node.output}
+    readers = {source: node for node in graph.node for source in node.input}
+    loops = [node for node in graph.node if node.op_type == "Scan"]
+    gone: set[str] = set()
+    bodies: dict[str, list[onnx.NodeProto]] = {}
+    for loop in loops:
+        cut = makers[loop.input[0]]
+        padded = makers[cut.input[0]]
+        joined = [readers[output] for output in loop.output]
+        outputs = [readers[node.output[0]] for node in joined]
+        around = [padded, cut, *joined, *outputs]
+        if {node.op_type for node in around} != {"Pad", "Reshape", "Slice"}:
+            raise BundleError(f"{file}: {loop.name} is no loop of this version. Export again: make export")
+        gone |= {node.name for node in around}
+        (body,) = (entry.g for entry in loop.attribute if entry.name == "body")
+        outer = {body.input[0].name: padded.input[0]}
+        outer |= {inner.name: node.output[0] for inner, node in zip(body.output, outputs, strict=True)}
+        for node in body.node:
+            node.input[:] = [outer.get(name, name) for name in node.input]
+            node.output[:] = [outer.get(name, name) for name in node.output]
+        bodies[loop.name] = list(body.node)
+    left = [node for node in graph.node if node.name not in gone and not node.name.startswith(TILE_SCOPE)]
+    nodes = [inner for node in left for inner in bodies.get(node.name, [node])]
+    del graph.node[:]
+    graph.node.extend(nodes)
 
 
 def _fuse_frame_attention(model: onnx.ModelProto, *, attention_op: bool) -> None:

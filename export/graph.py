@@ -3,7 +3,7 @@
 Weights enter as external tensors that a WeightStore has placed; nothing is read while a graph is built.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -59,6 +59,7 @@ class GraphBuilder:
         self.profile = profile
         self.functions: list[ir.Function] = []
         self._graph = ir.Graph([], [], nodes=[], name=name, opset_imports={"": OPSETS[profile]})
+        self._nodes = self._graph  # where nodes go: the graph, or a subgraph while that is built
         self._weights = weights
         self._weight_file = weight_file
         self._scopes: list[str] = []
@@ -117,10 +118,21 @@ class GraphBuilder:
         full = self._unique("/".join([*self._scopes, name]))
         suffixes = [""] if count == 1 else [f".{i}" for i in range(count)]
         outputs = [ir.Value(name=f"{full}{suffix}") for suffix in suffixes]
-        self._graph.append(
+        self._nodes.append(
             ir.node(op_type, list(inputs), attributes or None, domain=domain, outputs=outputs, name=full)
         )
         return outputs
+
+    def subgraph(self, build: Callable[[ir.Value], Sequence[ir.Value]]) -> ir.Graph:
+        """A body of one input, in the model's dtype, and the outputs that build returns; weights stay the graph's."""
+        name = self._unique("/".join([*self._scopes, "tile"]))
+        source = ir.Value(name=name, type=ir.TensorType(self.element_type))
+        outer, self._nodes = self._nodes, ir.Graph([source], [], nodes=[], name=name)
+        try:
+            self._nodes.outputs.extend(build(source))
+            return self._nodes
+        finally:
+            self._nodes = outer
 
     def weight(self, name: str, shape: tuple[int, ...] | None = None) -> ir.Value:
         """A checkpoint tensor as initializer, once a graph."""

@@ -84,6 +84,12 @@ def rotary(g: GraphBuilder, x: ir.Value, cos: ir.Value, sin: ir.Value, name: str
         return g.op("Concat", new_low, new_high, axis=-1, name="join")
 
 
+def rotary_float32(g: GraphBuilder, x: ir.Value, cos: ir.Value, sin: ir.Value, name: str) -> ir.Value:
+    """Rotary embedding computed in float32; model dtype in and out, cos and sin in float32."""
+    turned = rotary(g, g.cast(x, g.dtype, "float32", f"{name}_float32"), cos, sin, name)
+    return g.cast(turned, "float32", g.dtype, f"{name}_model")
+
+
 def gated_mlp(g: GraphBuilder, x: ir.Value, weight: str) -> ir.Value:
     """down(silu(gate(x)) * up(x)): [tokens, hidden] in the model's dtype -> [tokens, hidden] in the residual's."""
     with g.scope("mlp"):

@@ -95,6 +95,8 @@ def test_portable_graphs_use_no_op_newer_than_opset_18_and_no_foreign_domain(bun
         assert {o.domain: o.version for o in model.opset_import}[""] == 18
         assert model.ir_version == 10
         nodes = [*model.graph.node, *(n for function in model.functions for n in function.node)]
+        loops = (entry.g for node in nodes for entry in node.attribute if entry.type == onnx.AttributeProto.GRAPH)
+        nodes += [node for body in loops for node in body.node]
         assert not newer & {node.op_type for node in nodes}
         assert {node.domain for node in model.graph.node} <= {"", "hawk"}
 

@@ -13,7 +13,9 @@ import pytest
 
 from checkpoints import Sizes, make_checkpoint
 from export.__main__ import main as export
+from hawk_trt import ModelInputs
 from hawk_trt.stages import PROFILES
+from vision_tiles import assert_tiles_compute_the_same
 
 SIZES = Sizes(64, 96, 2, 4, 2, 320, 32, 48, 2, 2, (1,))
 
@@ -65,6 +67,13 @@ def test_memory_grows_with_the_patches_of_an_image_and_not_with_their_square(bun
     # 16,384 patches of 2 heads would take 2,147 MB of scores at once, 4,096 an eighth of one image's pixels more
     assert large["grown_mb"] < 6 * max(small["grown_mb"], 40), (small, large)
     assert large["grown_mb"] < 500, large
+
+
+def test_the_vision_stage_in_tiles_of_tokens_computes_the_same(tmp_path, monkeypatch):
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", sizes=SIZES)
+    pixels = np.random.default_rng(0).standard_normal((6 * 18, 1176), dtype=np.float32)
+    inputs = ModelInputs(input_ids=[0], pixel_values=pixels, image_grid_thw=[[1, 6, 18]])
+    assert_tiles_compute_the_same(checkpoint, tmp_path / "tiles", inputs, monkeypatch)
 
 
 def test_first_layer_over_16384_visual_tokens_makes_no_square_of_them(bundle):

@@ -35,6 +35,7 @@ from random_models import (
     released_shapes,
     save_random,
 )
+from vision_tiles import assert_tiles_compute_the_same
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -182,6 +183,11 @@ def test_how_long_a_frame_lasts_makes_no_difference(pipe):
     np.testing.assert_array_equal(run(pipe, inputs, 0.3).logits, run(pipe, slow, 0.3).logits)
     times = pipe.layout(inputs).position_ids[0][inputs.input_ids == VIDEO]
     assert (np.unique(times) - times[0]).tolist() == [0, 1, 2]
+
+
+def test_the_vision_stage_in_tiles_of_tokens_computes_the_same(checkpoint, tmp_path, monkeypatch):
+    inputs = prompt(1176, images=[(1, 6, 8)])
+    assert_tiles_compute_the_same(checkpoint[0], tmp_path / "tiles", inputs, monkeypatch, *IM_END_OPTION)
 
 
 def test_the_parity_command_agrees(bundle, checkpoint, capsys):

@@ -35,6 +35,7 @@ from random_models import (
     save_random,
 )
 from served import assert_served_as_alone
+from vision_tiles import assert_tiles_compute_the_same
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -277,6 +278,11 @@ def test_every_level_of_deepstack_is_added_to_the_kept_tokens(checkpoint, tmp_pa
     visual = inputs.input_ids[trace.kept_indices] == IMAGE
     np.testing.assert_allclose(moved[visual], 1.0, atol=1e-5)
     np.testing.assert_allclose(moved[~visual], 0.0, atol=1e-6)
+
+
+def test_the_vision_stage_in_tiles_of_tokens_computes_the_same(checkpoint, tmp_path, monkeypatch):
+    inputs = prompt(PATCH_DIM, images=[(1, 6, 8)])
+    assert_tiles_compute_the_same(checkpoint[0], tmp_path / "tiles", inputs, monkeypatch, *IM_END_OPTION)
 
 
 def test_the_parity_command_agrees(bundle, checkpoint, capsys):

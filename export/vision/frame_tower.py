@@ -4,7 +4,7 @@ In: frames of one size, [num_frames, num_patches, patch_dim], patches in the pro
 merge block follow each other. All frames share positions, so they are a batch and need no mask.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +13,11 @@ import onnx_ir as ir
 
 from export import shapes
 from export.graph import GraphBuilder
-from export.layers import add_residual, layer_norm, linear, rotary, wide_linear
+from export.layers import add_residual, layer_norm, linear, rotary_float32, wide_linear
 from export.shapes import Shapes
 from export.vision.activations import gelu
 from export.vision.frame_attention import frame_attention
+from export.vision.token_tiles import TokenTiles, query_key_value
 
 NORM_EPSILON = 1e-6
 
@@ -27,9 +28,10 @@ class Frames:
 
     Attributes:
         cos, sin: float32 [num_frames, num_patches, head_dim / 2].
-        shape: int64 [4], (num_frames, num_patches, 3 * heads, head_dim).
+        shape: int64 [4], (num_frames, num_patches, heads, head_dim).
         heads: number of heads.
         head_dim: size of each.
+        tiles: how token-wise parts run.
     """
 
     cos: ir.Value
@@ -37,6 +39,7 @@ class Frames:
     shape: ir.Value
     heads: int
     head_dim: int
+    tiles: TokenTiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +66,10 @@ def frames(g: GraphBuilder, inputs: dict[str, ir.Value], vision: Mapping[str, An
         angles = g.reshape(angles, 0, half, name="angles")  # the row's, then the column's
         table_shape = g.op("Concat", frame_shape, g.ints(half), axis=0, name="table_shape")
         cos, sin = (g.op("Expand", g.op(op, angles, name=op.lower()), table_shape, name=op) for op in ("Cos", "Sin"))
-        shape = g.op("Concat", frame_shape, g.ints(3 * heads, head_dim), axis=0, name="qkv_shape")
-    return Frames(cos, sin, shape, heads, head_dim)
+        extent = g.ops("Split", frame_shape, axis=0, num_outputs=2, count=2, name="extent")
+        shape = g.op("Concat", frame_shape, g.ints(heads, head_dim), axis=0, name="qkv_shape")
+    tiles = TokenTiles(g, g.op("Mul", *extent, name="num_tokens"))
+    return Frames(cos, sin, shape, heads, head_dim, tiles)
 
 
 def patch_embed(g: GraphBuilder, pixels: ir.Value, vision: Mapping[str, Any]) -> ir.Value:
@@ -82,16 +87,21 @@ def patch_embed(g: GraphBuilder, pixels: ir.Value, vision: Mapping[str, Any]) ->
 def block(g: GraphBuilder, x: ir.Value, shared: Frames, number: int, mlp: Mlp) -> ir.Value:
     """One block. x: [num_frames * num_patches, dim], residual dtype."""
     weight = f"visual.blocks.{number}"
+    dim = shared.heads * shared.head_dim
+
+    def feed_forward(tile: ir.Value) -> Sequence[ir.Value]:
+        with g.scope("mlp"):
+            inner = mlp.activation(g, linear(g, tile, f"{weight}.mlp.{mlp.first}", mlp.first))
+            return [wide_linear(g, inner, f"{weight}.mlp.{mlp.second}", mlp.second)]
+
     with g.scope(f"blocks.{number}"):
         h = layer_norm(g, x, f"{weight}.norm1", NORM_EPSILON, "norm1")
         with g.scope("attn"):
-            out = _attention(g, linear(g, h, f"{weight}.attn.qkv", "qkv"), shared)
+            out = _attention(g, query_key_value(g, shared.tiles, h, f"{weight}.attn.qkv", dim), shared)
             out = linear(g, out, f"{weight}.attn.proj", "proj")
         x = add_residual(g, x, out, "add_attention")
         h = layer_norm(g, x, f"{weight}.norm2", NORM_EPSILON, "norm2")
-        with g.scope("mlp"):
-            h = mlp.activation(g, linear(g, h, f"{weight}.mlp.{mlp.first}", mlp.first))
-            h = wide_linear(g, h, f"{weight}.mlp.{mlp.second}", mlp.second)
+        (h,) = shared.tiles.run(h, feed_forward, [dim])
         return g.op("Add", x, h, name="add_mlp")
 
 
@@ -123,14 +133,12 @@ def tower_shapes(vision: Mapping[str, Any], mlp: Mlp, *, patch_bias: bool) -> Sh
     return found
 
 
-def _attention(g: GraphBuilder, qkv: ir.Value, shared: Frames) -> ir.Value:
-    """Attention inside each frame: [num_frames * num_patches, 3 * dim] -> [num_frames * num_patches, dim]."""
+def _attention(g: GraphBuilder, parts: Sequence[ir.Value], shared: Frames) -> ir.Value:
+    """Attention inside each frame: three of [num_frames * num_patches, dim] -> [num_frames * num_patches, dim]."""
     heads, head_dim = shared.heads, shared.head_dim
-    by_head = g.transpose(g.op("Reshape", qkv, shared.shape, name="split"), 0, 2, 1, 3, name="by_head")
-    query_key, value = g.ops("Split", by_head, g.ints(2 * heads, heads), axis=1, count=2, name="split_v")
-    turned = rotary(g, g.cast(query_key, g.dtype, "float32", "qk_float32"), shared.cos, shared.sin, "rotary")
-    turned = g.cast(turned, "float32", g.dtype, "qk_model")
-    query, key = g.ops("Split", turned, g.ints(heads, heads), axis=1, count=2, name="split_qk")
+    by_frame = [g.op("Reshape", part, shared.shape, name="split") for part in parts]
+    query, key, value = (g.transpose(part, 0, 2, 1, 3, name="by_head") for part in by_frame)
+    query, key = (rotary_float32(g, part, shared.cos, shared.sin, "rotary") for part in (query, key))
     scaled = g.op("Mul", query, g.scalar(head_dim**-0.5), name="scale_q")
     joined = g.transpose(frame_attention(g, scaled, key, value, heads), 0, 2, 1, 3, name="join_heads")
     return g.reshape(joined, -1, heads * head_dim, name="flat")

@@ -5,7 +5,7 @@ whole frames in the full-attention ones. Patches come in window order, and all f
 full-attention layer needs neither gather nor mask.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +14,11 @@ import onnx_ir as ir
 
 from export import shapes
 from export.graph import GraphBuilder, Weights
-from export.layers import add_residual, gated_mlp, linear, rms_norm, rotary
+from export.layers import add_residual, gated_mlp, linear, rms_norm, rotary_float32
 from export.shapes import Shapes
 from export.vision.activations import gelu
 from export.vision.frame_attention import frame_attention
+from export.vision.token_tiles import TokenTiles, query_key_value
 from hawk_trt.stages import VISION, StageSpec
 
 WEIGHT_FILE = f"{VISION}.data"
@@ -32,7 +33,7 @@ class _Segments:
 
     Attributes:
         cos, sin: float32 [segments, segment_len, head_dim / 2].
-        shape: int64 [4], (segments, segment_len, 3 * heads, head_dim).
+        shape: int64 [4], (segments, segment_len, heads, head_dim).
         mask: portable: additive [segments, 1, 1, segment_len]; inplace: bool [segments, 1, len, len]; or None.
         index: int64 [num_windows, window_len] to gather by, None where a segment is a whole frame.
         slot: int64 [num_patches], where to find each patch again.
@@ -90,9 +91,10 @@ def build_qwen2_5_vl_vision(
         flat = g.reshape(g.cast(pixels, "float32", g.dtype, "to_model"), -1, patch_dim, name="flat_pixels")
         weight = g.weight("visual.patch_embed.proj.weight", (dim, patch_dim))
         x = g.cast(g.op("Gemm", flat, weight, transB=1, name="proj"), g.dtype, g.residual, "to_residual")
+    tiles = TokenTiles(g, g.op("Shape", x, start=0, end=1, name="num_tokens"))
     full = set(vision["fullatt_block_indexes"])
     for block in range(vision["depth"]):
-        x = _block(g, x, frames, whole if block in full else windows, block, heads, head_dim)
+        x = _block(g, x, frames, tiles, whole if block in full else windows, block, vision)
     with g.scope("merger"):
         h = rms_norm(g, x, "visual.merger.ln_q", _NORM_EPSILON, "ln_q")
         h = g.reshape(h, -1, dim * merge**2, name="merge")
@@ -135,7 +137,7 @@ def _windows(
     """Segments of the windowed layers."""
     index, used = inputs["window_index"], inputs["window_mask"]
     window_len = g.op("Shape", index, start=1, end=2, name="window_len")
-    shape = g.op("Concat", g.ints(-1), window_len, g.ints(3 * heads, head_dim), axis=0, name="segment_shape")
+    shape = g.op("Concat", g.ints(-1), window_len, g.ints(heads, head_dim), axis=0, name="segment_shape")
     table_shape = g.op("Concat", g.ints(-1), window_len, g.ints(head_dim // 2), axis=0, name="table_shape")
     tables = []
     for table, name in ((cos, "cos"), (sin, "sin")):
@@ -163,29 +165,33 @@ def _frames(
 ) -> _Segments:
     """Segments of the full-attention layers: the frames."""
     frame_len = g.op("Shape", pixels, start=1, end=2, name="frame_len")
-    shape = g.op("Concat", g.ints(-1), frame_len, g.ints(3 * heads, head_dim), axis=0, name="segment_shape")
+    shape = g.op("Concat", g.ints(-1), frame_len, g.ints(heads, head_dim), axis=0, name="segment_shape")
     to = g.op("Concat", frames, frame_len, g.ints(head_dim // 2), axis=0, name="table_shape")
     tables = [g.op("Expand", table, to, name=name) for table, name in ((cos, "cos"), (sin, "sin"))]
     return _Segments(tables[0], tables[1], shape, None, None, None)
 
 
 def _block(
-    g: GraphBuilder, x: ir.Value, frames: ir.Value, segments: _Segments, block: int, heads: int, head_dim: int
+    g: GraphBuilder,
+    x: ir.Value,
+    frames: ir.Value,
+    tiles: TokenTiles,
+    segments: _Segments,
+    block: int,
+    vision: Mapping[str, Any],
 ) -> ir.Value:
     """One block. x: [num_frames * num_patches, dim], residual dtype."""
     weight = f"visual.blocks.{block}"
-    dim = heads * head_dim
+    dim = vision["hidden_size"]
     with g.scope(f"blocks.{block}"):
         h = rms_norm(g, x, f"{weight}.norm1", _NORM_EPSILON, "norm1")
         with g.scope("attn"):
-            qkv = linear(g, h, f"{weight}.attn.qkv", "qkv")
+            parts = query_key_value(g, tiles, h, f"{weight}.attn.qkv", dim)
             if segments.index is not None:
-                by_frame = g.op("Concat", frames, g.ints(-1, 3 * dim), axis=0, name="by_frame_shape")
-                qkv = g.op("Reshape", qkv, by_frame, name="by_frame")
-                qkv = g.op("Gather", qkv, segments.index, axis=1, name="by_window")
-            out = _segment_attention(
-                g, g.op("Reshape", qkv, segments.shape, name="segments"), segments, heads, head_dim
-            )
+                by_frame = g.op("Concat", frames, g.ints(-1, dim), axis=0, name="by_frame_shape")
+                parts = [g.op("Reshape", part, by_frame, name="by_frame") for part in parts]
+                parts = [g.op("Gather", part, segments.index, axis=1, name="by_window") for part in parts]
+            out = _segment_attention(g, parts, segments, vision["num_heads"], dim // vision["num_heads"])
             if segments.slot is not None:
                 slots = g.op("Concat", frames, g.ints(-1, dim), axis=0, name="slots_shape")
                 out = g.op("Reshape", out, slots, name="slots")
@@ -193,16 +199,17 @@ def _block(
             out = linear(g, g.reshape(out, -1, dim, name="flat"), f"{weight}.attn.proj", "proj")
         x = add_residual(g, x, out, "add_attention")
         h = rms_norm(g, x, f"{weight}.norm2", _NORM_EPSILON, "norm2")
-        return g.op("Add", x, gated_mlp(g, h, f"{weight}.mlp"), name="add_mlp")
+        (h,) = tiles.run(h, lambda tile: [gated_mlp(g, tile, f"{weight}.mlp")], [dim])
+        return g.op("Add", x, h, name="add_mlp")
 
 
-def _segment_attention(g: GraphBuilder, qkv: ir.Value, segments: _Segments, heads: int, head_dim: int) -> ir.Value:
-    """Attention inside each segment: [segments, len, 3 * heads, dim] -> [segments, len, heads, dim]."""
-    by_head = g.transpose(qkv, 0, 2, 1, 3, name="by_head")
-    query_key, value = g.ops("Split", by_head, g.ints(2 * heads, heads), axis=1, count=2, name="split_v")
-    turned = rotary(g, g.cast(query_key, g.dtype, "float32", "qk_float32"), segments.cos, segments.sin, "rotary")
-    turned = g.cast(turned, "float32", g.dtype, "qk_model")
-    query, key = g.ops("Split", turned, g.ints(heads, heads), axis=1, count=2, name="split_qk")
+def _segment_attention(
+    g: GraphBuilder, parts: Sequence[ir.Value], segments: _Segments, heads: int, head_dim: int
+) -> ir.Value:
+    """Attention inside each segment: three of [tokens, dim] or [frames, windows, len, dim] -> [segments, len, dim]."""
+    by_segment = [g.op("Reshape", part, segments.shape, name="segments") for part in parts]
+    query, key, value = (g.transpose(part, 0, 2, 1, 3, name="by_head") for part in by_segment)
+    query, key = (rotary_float32(g, part, segments.cos, segments.sin, "rotary") for part in (query, key))
     scale = float(head_dim**-0.5)
     if segments.mask is None:
         out = frame_attention(g, g.op("Mul", query, g.scalar(scale), name="scale_q"), key, value, heads)
