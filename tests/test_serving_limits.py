@@ -115,7 +115,7 @@ def test_a_client_that_leaves_frees_its_place_and_memory(pipe, monkeypatch, stre
         nothing_left(server)
         counters = server.service.batcher.counters
         assert counters.finished + counters.cancelled == 2 + 4  # the warm-up's and these
-        assert counters.cancelled >= 3  # one was at its prompt, and may be short enough to end with the next step
+        assert counters.cancelled >= 2  # two may have been at a prompt they share, and end with the next step
         assert b'status="499"} 4.0' in server.http.get("/metrics").content
         assert server.ask().status_code == 200
 

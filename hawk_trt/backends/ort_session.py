@@ -126,7 +126,7 @@ class Stage:
         if device.kind == "cpu":
             _share_arena()
             options.add_session_config_entry("session.use_env_allocators", "1")
-        # Planned blocks ask for new memory where the arena has holes enough: 0.5 GB at native resolution, and no faster.
+        # Planned blocks ask for new memory where the arena has holes: 0.5 GB at native resolution, and no faster.
         options.enable_mem_pattern = entry.stage != VISION
         with _translated(f"{path.name}: could not be loaded"):
             self.session = ort.InferenceSession(str(path), options, providers=device.providers())
