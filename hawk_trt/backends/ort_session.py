@@ -21,6 +21,7 @@ from hawk_trt.stages import VISION
 
 # ONNX's TensorProto.DataType of the dtypes that the stages use
 _ONNX_TYPES = {"float32": 1, "int32": 6, "int64": 7, "bool": 9, "float16": 10, "bfloat16": 16}
+_ARENA_STEP = 256 << 20  # bytes
 _ORT_ERRORS = tuple(
     value for value in vars(ort_errors).values() if isinstance(value, type) and issubclass(value, Exception)
 )
@@ -201,9 +202,13 @@ def _host_value(array: npt.NDArray[Any]) -> ort.OrtValue:
 
 @cache
 def _share_arena() -> None:
-    """One CPU arena for all sessions: each of its own would keep what its largest run took while the others run."""
+    """One CPU arena for all sessions: each of its own would keep what its largest run took while the others run.
+
+    It grows by _ARENA_STEP, and by more only for a tensor that needs it: steps of 1 GB, ONNX Runtime's default, hold
+    several large tensors each, and a part that is still in use keeps the holes beside it.
+    """
     memory = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
-    ort.create_and_register_allocator(memory, None)
+    ort.create_and_register_allocator(memory, ort.OrtArenaCfg({"max_power_of_two_extend_bytes": _ARENA_STEP}))
 
 
 @contextmanager
