@@ -1,7 +1,7 @@
 """Time and peak memory of one image at native resolution, at the real width of the 7B: `make bench-native`.
 
 A random checkpoint has Qwen2.5-VL-7B's vision tower, cut to so many blocks (the last one attends over the whole
-image), and one language layer of the 7B's width. An image of SIDE x SIDE pixels goes through preprocessing, vision and
+image), and two language layers of the 7B's width. An image of SIDE x SIDE pixels goes through preprocessing, vision and
 first_layer in ONNX Runtime on the CPU, float32, in a process of its own. 3,584 pixels make 65,536 patches and 16,384
 visual tokens, the most that native resolution allows. Out: a table, and exit 1 where the peak passes the limit.
 """
@@ -29,7 +29,7 @@ TEXT = 32
 
 
 def tower_sizes(depth: int) -> Sizes:
-    """The 7B's tower of so many blocks, every eighth and the last with full attention, over one language layer."""
+    """The 7B's tower of so many blocks, every eighth and the last with full attention, over two language layers."""
     full = tuple(block for block in range(depth) if block % 8 == 7 or block == depth - 1)
     return Sizes(3584, 256, 2, 28, 4, 320, 1280, 3420, depth, 16, full)
 
