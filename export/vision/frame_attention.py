@@ -10,10 +10,12 @@ import onnx_ir as ir
 
 from export.function_body import FunctionBody
 from export.graph import HAWK_DOMAIN, OPSETS, GraphBuilder
+from hawk_trt.stages import INPLACE, PORTABLE
 
 NAME = "FrameAttention"
-# Queries of one tile: 65,536 keys then take 0.4 GB of scores over 16 heads. 128 is 5 % faster there, 64 11 % slower.
-TILE = 96
+# Queries of one tile. Over 65,536 keys and 16 heads, 96 take 0.4 GB of scores and 64 0.27 GB; 128 is 5 % faster there,
+# 64 is 6 to 9 % slower, but portable graphs rotate in several ops, whose values leave less of 8 GB.
+TILE = {INPLACE: 96, PORTABLE: 64}
 _SEQ_AXIS = 2
 
 
@@ -42,13 +44,14 @@ def build_function(profile: str, heads: int) -> ir.Function:
     inputs = [ir.Value(name=f"{NAME}/{name}") for name in ("query", "key", "value")]
     query, key, value = inputs
     body = FunctionBody(NAME)
-    zero, tile = body.const([0], np.int64), body.const([TILE], np.int64)
+    length = TILE[profile]
+    zero, tile = body.const([0], np.int64), body.const([length], np.int64)
     patches = body.op("Shape", query, start=_SEQ_AXIS, end=_SEQ_AXIS + 1, name="num_patches")
     missing = body.op("Mod", body.op("Neg", patches, name="minus_patches"), tile, name="missing")
     ends = body.op("Concat", body.const([0] * 6, np.int64), missing, zero, axis=0, name="pad_ends")
     padded = body.op("Pad", query, ends, name="padded")
-    # [frames, heads, tiles, TILE, head_dim]
-    cut = body.op("Concat", body.const([0, heads, -1, TILE], np.int64), _head_dim(body, query), axis=0, name="cut")
+    # [frames, heads, tiles, length, head_dim]
+    cut = body.op("Concat", body.const([0, heads, -1, length], np.int64), _head_dim(body, query), axis=0, name="cut")
     tiles = body.op("Reshape", padded, cut, name="tiles")
     columns = body.op("Transpose", key, perm=[0, 1, 3, 2], name="key_columns")
     done = body.op(
