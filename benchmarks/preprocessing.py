@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import av
 import numpy as np
@@ -94,11 +95,8 @@ def width_first() -> Iterator[None]:
         assert reducing_gap is None  # no processor asks for it
         return plain(plain(self, (size[0], self.height), resample), size, resample)
 
-    Image.Image.resize = two_passes  # type: ignore[assignment,method-assign]  # the arguments that processors give
-    try:
+    with patch.object(Image.Image, "resize", two_passes):
         yield
-    finally:
-        Image.Image.resize = plain  # type: ignore[method-assign]
 
 
 def compare_images(case: Case) -> tuple[float, int]:

@@ -6,8 +6,11 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from export.__main__ import main as export
+
 TINY_VLM = Path(__file__).parent.parent / "examples" / "tiny-vlm"
 TILE_PX, TILE_TOKENS = 56, 4
+TOWERS = {"layer_norm": {}, "rms_norm": {"norm_type": "rms_norm", "use_qk_norm": True, "attention_bias": False}}
 START, END, CONTEXT, VIDEO = 464, 465, 466, 467  # behind the shipped tokenizer's own
 IM_END, VOCAB_SIZE = 458, 467  # <video> is in templates alone, so it needs no embedding
 
@@ -32,6 +35,14 @@ _ORIGINAL = (
     ("lambda_", "ls"),
 )
 _PROJECTOR = {"layer_norm": "mlp1.0", "linear_1": "mlp1.1", "linear_2": "mlp1.3"}
+
+
+def export_towers(folder):
+    """A checkpoint of each tower, and beside it its bundle, NAME.bundle; returns the folder."""
+    for name, tower in TOWERS.items():
+        save_checkpoint(folder / name, **tower)
+        assert export([str(folder / name), "--out", str(folder / f"{name}.bundle")]) == 0
+    return folder
 
 
 def save_checkpoint(folder, *, tied=False, seed=0, **tower):

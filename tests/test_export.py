@@ -26,7 +26,6 @@ from checkpoints import (
     write_json,
 )
 from export.__main__ import main
-from export.head_weights import default_head_weights
 from export.writer import ExportOptions, export
 from hawk_trt.bundle import MANIFEST, Bundle, HeadWeights, manifest_bytes, read_manifest
 from hawk_trt.errors import BundleError, CheckpointError, InvalidInput
@@ -323,47 +322,6 @@ def test_a_preprocessor_nested_by_newer_saves_is_written_on_its_own(tmp_path, te
     assert json.loads(made.read_text("preprocessor_config.json")) == {"min_pixels": 3136}
 
 
-def test_the_released_head_weights_belong_to_the_7b_alone(tmp_path):
-    folder = make_sparse_checkpoint(tmp_path / "model")
-    parsed = json.loads((folder / "config.json").read_text())
-    family = family_of(parsed)
-    weights = default_head_weights(family.name, family.language_config(parsed))
-    raw = json.loads((ROOT / "hawk_trt/data/head_weights/qwen2.5-vl-7b.json").read_text())["raw"]
-    assert len(weights.values) == 28
-    assert "HAWK" in weights.source
-    np.testing.assert_allclose(weights.values, np.array(raw) / 1.2616, rtol=1e-12)
-    np.testing.assert_allclose(sum(weights.values), 1.0, rtol=1e-12)
-    smaller = family.language_config(parsed | {"num_hidden_layers": 27})
-    assert default_head_weights(family.name, smaller).values == (1 / 28,) * 28
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("[1, 2, 3]", "got 3 values, expected 4"),
-        ("[0, 0, 0, 0]", "all are 0"),
-        ("[1, 2, 3, NaN]", "finite"),
-        ("[1, 2, 3, -1]", "at least 0"),
-        ('["a", 1, 2, 3]', "numbers"),
-        ("{}", "no list of numbers"),
-        ("[1,", "not JSON"),
-    ],
-)
-def test_wrong_head_weights_are_refused(tmp_path, checkpoint, capsys, content, message):
-    path = tmp_path / "weights.json"
-    path.write_text(content)
-    assert main([str(checkpoint), "--out", str(tmp_path / "out"), "--head-weights", str(path)]) == 1
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-
-
-def test_head_weights_from_a_file_are_stored_with_their_source(tmp_path, checkpoint):
-    path = tmp_path / "weights.json"
-    write_json(path, {"values": [1, 2, 3, 4], "source": "calibrated on mine"})
-    assert main([str(checkpoint), "--out", str(tmp_path / "out"), "--head-weights", str(path)]) == 0
-    assert read_manifest(tmp_path / "out").head_weights == HeadWeights((1.0, 2.0, 3.0, 4.0), "calibrated on mine")
-
-
 def test_a_changed_byte_is_refused(tmp_path, checkpoint):
     out = export(checkpoint, tmp_path / "out").folder
 
@@ -425,35 +383,6 @@ def test_a_failure_is_one_line_on_stderr(tmp_path):
     assert_one_line_error(
         run("-m", "export", tmp_path / "nowhere", "--out", tmp_path / "out"), "nowhere: no such folder"
     )
-
-
-def test_a_hub_id_that_is_not_in_the_cache_says_what_to_do_without_a_network(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    assert main(["owner/name", "--out", str(tmp_path / "out")]) == 1
-    error = capsys.readouterr().err
-    assert "owner/name: no such folder, and the hub cannot be reached" in error
-    assert len(error.splitlines()) == 1
-
-
-@pytest.mark.parametrize("link", [False, True])
-def test_a_hub_id_is_read_from_the_cache_when_there_is_no_network(tmp_path, checkpoint, monkeypatch, link):
-    cache = tmp_path / "hub" / "models--owner--name"
-    snapshot, blobs = cache / "snapshots" / ("0" * 40), cache / "blobs"
-    snapshot.mkdir(parents=True)
-    blobs.mkdir()
-    (cache / "refs").mkdir()
-    (cache / "refs" / "main").write_text("0" * 40)
-    for number, path in enumerate(sorted(checkpoint.iterdir())):
-        shutil.copyfile(path, blobs / f"{number:064d}")
-        (snapshot / path.name).symlink_to(Path("../../blobs") / f"{number:064d}")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    assert main(["owner/name", "--out", str(tmp_path / "out"), *(["--link"] if link else [])]) == 0
-    made = Bundle.load(tmp_path / "out", verify=True)
-    assert made.manifest.source.name == "owner/name"
-    assert not any(path.is_symlink() for path in made.folder.iterdir())
-    assert (made.manifest.files.get("model.safetensors") is not None) == link
 
 
 def test_shapes_of_the_tests_are_those_of_the_exporter():

@@ -1,6 +1,5 @@
 """InternVL3 from checkpoint to answer: against transformers unpruned, against our oracle in transformers pruned."""
 
-import hashlib
 import json
 from dataclasses import replace
 from types import SimpleNamespace
@@ -16,11 +15,11 @@ from export.__main__ import main as export
 from hawk_trt import ModelInputs, Pipeline, PruningConfig, Request
 from hawk_trt.bundle import Bundle
 from hawk_trt.cli import main as hawk
-from hawk_trt.errors import CheckpointError, InvalidInput
+from hawk_trt.errors import InvalidInput
 from hawk_trt.hawk import num_kept
 from hawk_trt.serving.batcher import Batcher, Job
 from hawk_trt.stages import NORMALIZATIONS, PROFILES
-from internvl import CONTEXT, END, IM_END, START, TILE_PX, TILE_TOKENS, VIDEO
+from internvl import CONTEXT, END, IM_END, START, TILE_PX, TILE_TOKENS, TOWERS, VIDEO
 from served import assert_served_as_alone
 
 torch = pytest.importorskip("torch")
@@ -29,18 +28,13 @@ from hawk_trt.parity.command import prompt_tokens  # noqa: E402 - these need tor
 from hawk_trt.parity.reference import Reference  # noqa: E402
 
 STEPS = 6
-TOWERS = {"layer_norm": {}, "rms_norm": {"norm_type": "rms_norm", "use_qk_norm": True, "attention_bias": False}}
 # Tiles of each image or frame; a frame is one tile and has text before it.
 PROMPTS = {"one image": [7], "several images": [3, 1, 5], "video": [1] * 6, "none": []}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("internvl")
-    for name, tower in TOWERS.items():
-        internvl.save_checkpoint(folder / name, **tower)
-        assert export([str(folder / name), "--out", str(folder / f"{name}.bundle")]) == 0
-    return folder
+    return internvl.export_towers(tmp_path_factory.mktemp("internvl"))
 
 
 @pytest.fixture(scope="module", params=PROFILES)
@@ -207,53 +201,6 @@ def test_the_query_begins_behind_the_end_of_the_last_image(pipe):
     last_end = int(np.flatnonzero(inputs.input_ids == END)[-1])
     im_end = int(np.flatnonzero(inputs.input_ids == IM_END)[-1])
     assert asked.tolist() == list(range(last_end + 1, im_end))
-
-
-@pytest.mark.parametrize("tower", TOWERS)
-@pytest.mark.parametrize("prefix", ["", "model."])
-def test_all_makes_and_generations_of_names_give_the_same_graphs_and_weights(folder, tmp_path, tower, prefix):
-    checkpoint = internvl.save_original(folder / tower, tmp_path / "original")
-    if prefix:  # as transformers 4.52 to 5.0 saved it
-        checkpoint = tmp_path / "renamed"
-        checkpoint.mkdir()
-        for path in (folder / tower).iterdir():
-            (checkpoint / path.name).write_bytes(path.read_bytes())
-        weights = internvl.load_file(folder / tower / "model.safetensors")
-        renamed = {
-            name.replace("language_model.model.", "language_model.").replace("language_model.lm_head", "lm_head"): t
-            for name, t in weights.items()
-        }
-        renamed = {name if name.startswith("lm_head") else prefix + name: t for name, t in renamed.items()}
-        internvl.save_file(renamed, checkpoint / "model.safetensors", {"format": "pt"})
-    assert export([str(checkpoint), "--out", str(tmp_path / "bundle")]) == 0
-    digests = []
-    for bundle in (folder / f"{tower}.bundle", tmp_path / "bundle"):
-        files = sorted(path for path in bundle.iterdir() if path.suffix in (".onnx", ".data"))
-        digests.append({path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files})
-    assert len(digests[0]) == 2 * 3 + 4
-    assert digests[0] == digests[1]
-
-
-def test_an_original_checkpoint_answers_prompts_as_the_converted_one(folder, pipe, tmp_path):
-    checkpoint = internvl.save_original(folder / "layer_norm", tmp_path / "original")
-    assert export([str(checkpoint), "--out", str(tmp_path / "bundle"), "--link"]) == 0
-    with Pipeline.load(tmp_path / "bundle") as other:
-        assert IM_END in other.bundle.manifest.special_tokens.eos
-        asked = {"images": [noise(100, 160)], "max_new_tokens": 5, "ignore_eos": True, "return_logits": True}
-        results = [p.generate("What is it?", **asked) for p in (pipe, other)]
-    assert results[0].token_ids == results[1].token_ids
-    np.testing.assert_allclose(results[0].logits, results[1].logits, rtol=0, atol=1e-4)
-
-
-def test_a_fused_tensor_that_cannot_be_cut_is_an_error_that_names_it(folder, tmp_path):
-    checkpoint = internvl.save_original(folder / "layer_norm", tmp_path / "original")
-    weights = internvl.load_file(checkpoint / "model.safetensors")
-    name = "vision_model.encoder.layers.1.attn.qkv.weight"
-    internvl.save_file({**weights, name: weights[name][:-1]}, checkpoint / "model.safetensors", {"format": "pt"})
-    with pytest.raises(CheckpointError, match=rf"tensor {name}: shape \[95, 32\], expected rows in 3 equal parts"):
-        from export.checkpoint import Checkpoint
-
-        Checkpoint.open(checkpoint)
 
 
 def noise(width, height):

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from hawk_trt.bundle import Bundle, SpecialTokens
+from hawk_trt.bundle import SpecialTokens
 from hawk_trt.chat_template import template_source
 from hawk_trt.errors import BundleError, InvalidInput
 from hawk_trt.escape import Escape
@@ -308,40 +307,6 @@ def test_several_templates_without_a_default_are_an_error():
     named = [{"name": "a", "template": "a"}, {"name": "b", "template": "b"}]
     with pytest.raises(BundleError, match="expected a string or a list with one named default"):
         template_source(None, {}, {"chat_template": named})
-
-
-def bundle_of(folder, texts):
-    """A bundle as far as its text files go."""
-    for name, content in texts.items():
-        (folder / name).write_text(content, encoding="utf-8")
-    manifest = SimpleNamespace(files=dict.fromkeys(texts), special_tokens=special_tokens(TOKENIZERS["tiny"]))
-    return Bundle(folder, manifest)
-
-
-def test_a_bundle_gives_its_tokenizer_and_template(tmp_path):
-    names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-    bundle = bundle_of(tmp_path, {name: (TINY / name).read_text(encoding="utf-8") for name in names})
-    encoded = ChatTokenizer.from_bundle(bundle).encode("Which?", images=["a.png"])
-    assert (
-        encoded.input_ids.tolist()
-        == chat_tokenizer(template=TINY_TEMPLATE).encode("Which?", ["a.png"]).input_ids.tolist()
-    )
-
-
-def test_a_bundle_without_a_tokenizer_gives_none(tmp_path):
-    assert ChatTokenizer.from_bundle(bundle_of(tmp_path, {})) is None
-
-
-@pytest.mark.parametrize("content", ["{", "[]"])
-def test_a_damaged_tokenizer_config_is_a_bundle_error(tmp_path, content):
-    bundle = bundle_of(tmp_path, {"tokenizer.json": TOKENIZERS["tiny"], "tokenizer_config.json": content})
-    with pytest.raises(BundleError, match=r"tokenizer_config.json: .* make export"):
-        ChatTokenizer.from_bundle(bundle)
-
-
-def test_a_tokenizer_file_of_another_make_is_a_bundle_error():
-    with pytest.raises(BundleError, match="cannot read it"):
-        ChatTokenizer('{"version": "9"}', {}, None, special_tokens(TOKENIZERS["tiny"]))
 
 
 def test_placeholders_expand_to_their_visual_tokens():
