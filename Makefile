@@ -89,7 +89,7 @@ preflight: $(FULL) ## Every graph of a bundle through NVIDIA's parser and builde
 	$(BIN)/python -m engines.preflight $(BUNDLE) $(FLAGS)
 
 preflight-large: $(FULL) ## The same with graphs of 7B shapes and two layers: 4 minutes, 14 GB of memory
-	$(BIN)/pytest -q -s -m slow tests/test_engines_preflight.py
+	$(BIN)/pytest -q -s -m slow tests/engines/test_engines_preflight.py
 
 plugin: ## The TensorRT plugin into build/plugins: TENSORRT_ROOT=folder where it is not in a usual place
 	cmake -S plugins -B build/plugins $(TENSORRT_ROOT:%=-DTENSORRT_ROOT=%) && cmake --build build/plugins
@@ -133,7 +133,7 @@ accuracy: $(FULL) export ## Right answers of the tiny model by selector, and wha
 	$(BIN)/python -m benchmarks.accuracy $(OUT)
 
 check-serving: $(FULL) export ## The server under 100 clients, 2,000 requests for its memory, a long fuzz, Ray: ten minutes
-	$(BIN)/python -m benchmarks.serving_load $(OUT) $(FLAGS) && HAWK_FUZZ_EXAMPLES=300 $(BIN)/pytest -q tests/test_serving_openapi.py
+	$(BIN)/python -m benchmarks.serving_load $(OUT) $(FLAGS) && HAWK_FUZZ_EXAMPLES=300 $(BIN)/pytest -q tests/apps/serve/test_serving_openapi.py
 	$(BIN)/pytest -q -s -m ray
 
 check-page: $(FULL) ## The server's page in headless Chromium (apt-get install chromium), with screenshots in artifacts/

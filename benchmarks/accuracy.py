@@ -17,15 +17,14 @@ from itertools import cycle, islice
 from pathlib import Path
 
 from hawk_trt import Pipeline, PruningConfig
-from hawk_trt.bundle import manifest_digest
-from hawk_trt.commands.progress import progress
-from hawk_trt.evaluation.datasets import Dataset, Sample, load_dataset
-from hawk_trt.evaluation.fastv import FastV, FastVAnswerer
-from hawk_trt.evaluation.intervals import Interval, difference_interval, mean_interval
-from hawk_trt.evaluation.metrics import exact_match
-from hawk_trt.evaluation.result_log import ResultLog
-from hawk_trt.evaluation.summary import summarise
-from hawk_trt.evaluation.trials import (
+from hawk_trt.apps.cli.progress import progress
+from hawk_trt.apps.evaluate.datasets import Dataset, Sample, load_dataset
+from hawk_trt.apps.evaluate.fastv import FastV, FastVAnswerer
+from hawk_trt.apps.evaluate.intervals import Interval, difference_interval, mean_interval
+from hawk_trt.apps.evaluate.metrics import exact_match
+from hawk_trt.apps.evaluate.result_log import ResultLog
+from hawk_trt.apps.evaluate.summary import summarise
+from hawk_trt.apps.evaluate.trials import (
     UNPRUNED,
     Answerer,
     Cell,
@@ -36,9 +35,10 @@ from hawk_trt.evaluation.trials import (
     prepare,
     run_trials,
 )
-from hawk_trt.selectors import Candidates
-from hawk_trt.selectors.candidates import IntArray
-from hawk_trt.selectors.ranking import best
+from hawk_trt.bundle import manifest_digest
+from hawk_trt.pruning.selectors import Candidates
+from hawk_trt.pruning.selectors.candidates import IntArray
+from hawk_trt.pruning.selectors.ranking import best
 
 CHECKPOINT = Path(__file__).parent.parent / "examples" / "tiny-vlm"
 OTHER_QUESTION, FASTV = "another question", "fastv"

@@ -18,7 +18,7 @@ from pathlib import Path
 from export.checkpoint import Checkpoint
 from export.graphs import build_graphs
 from export.weights import WeightStore
-from hawk_trt.families import family_of
+from hawk_trt.models.family import family_of
 from hawk_trt.stages import PROFILES
 from tests.checkpoints import make_sparse_checkpoint
 

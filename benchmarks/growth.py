@@ -27,8 +27,8 @@ from benchmarks.memory_growth import resident_mb
 from benchmarks.random_model import cut_config, make_model
 from benchmarks.timing import load
 from hawk_trt import ModelInputs, Pipeline, PruningConfig
-from hawk_trt.backends import DecodeInputs
-from hawk_trt.layout import collate
+from hawk_trt.inputs.layout import collate
+from hawk_trt.runtime.protocol import DecodeInputs
 from hawk_trt.stages import INPLACE, PORTABLE, PROFILES
 
 Image = npt.NDArray[np.uint8]

@@ -20,8 +20,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from hawk_trt.families import Family, family_by_name
-from hawk_trt.video import load_video
+from hawk_trt.inputs.video import load_video
+from hawk_trt.models.family import Family, family_by_name
 
 Frame = npt.NDArray[np.uint8]
 Values = npt.NDArray[np.float32]

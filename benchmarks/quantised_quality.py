@@ -15,11 +15,11 @@ import numpy.typing as npt
 
 from export.writer import ExportOptions, export
 from hawk_trt import Pipeline, PruningConfig
+from hawk_trt.apps.cli.progress import progress
+from hawk_trt.apps.evaluate.datasets import Sample, load_dataset
+from hawk_trt.apps.evaluate.intervals import mean_interval
+from hawk_trt.apps.evaluate.metrics import exact_match
 from hawk_trt.bundle import WeightFormat
-from hawk_trt.commands.progress import progress
-from hawk_trt.evaluation.datasets import Sample, load_dataset
-from hawk_trt.evaluation.intervals import mean_interval
-from hawk_trt.evaluation.metrics import exact_match
 
 CHECKPOINT = Path(__file__).parent.parent / "examples" / "tiny-vlm"
 KEEP_RATIOS = (1.0, 0.2, 0.1)

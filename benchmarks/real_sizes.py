@@ -2,8 +2,8 @@
 
 Two things that the ordinary tests leave out. 32B and 72B, in sparse files of their real shapes, are exported by linking
 (a copy would be 67 and 147 GB). 3B and 7B of the real width, with random weights and so many layers, answer a pruned
-prompt about an image in ONNX Runtime on the CPU; scores and kept tokens are compared with hawk_trt/hawk.py, the plain
-form in numpy. Out: a table, and exit 1 where they differ.
+prompt about an image in ONNX Runtime on the CPU; scores and kept tokens are compared with the plain form of
+hawk_trt/pruning/hawk.py in numpy. Out: a table, and exit 1 where they differ.
 """
 
 import argparse
@@ -19,8 +19,8 @@ import onnx_ir as ir
 
 from hawk_trt import ModelInputs, Pipeline, PruningConfig
 from hawk_trt.bundle import Bundle
-from hawk_trt.hawk import head_scores, num_kept, weighted_topk
-from hawk_trt.layout import collate
+from hawk_trt.inputs.layout import collate
+from hawk_trt.pruning.hawk import head_scores, num_kept, weighted_topk
 from tests.checkpoints import QWEN_MODELS, make_sparse_checkpoint
 
 ROOT = Path(__file__).parent.parent

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 from hawk_trt import ModelInputs, Pipeline, PruningConfig
-from hawk_trt.bench import score_seconds
+from hawk_trt.apps.bench.bench import score_seconds
 
 STAGES = ("vision", "score", "first_layer", "decoder", "decode_step", "total")
 

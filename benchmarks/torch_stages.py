@@ -11,8 +11,8 @@ import torch
 
 from benchmarks.timing import Times
 from hawk_trt import ModelInputs, PruningConfig
-from hawk_trt.parity.prompt_rules import PromptTokens
-from hawk_trt.parity.reference import Reference
+from hawk_trt.apps.parity.prompt_rules import PromptTokens
+from hawk_trt.apps.parity.reference import Reference
 
 # All layers share one piece of code, which is compiled again for the cache of each; the default limit is 8.
 _RECOMPILE_LIMIT = 256

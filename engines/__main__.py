@@ -12,23 +12,24 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from engines.build_plan import BuildPlan, differences, plan_build
-from engines.options import DEFAULT_PLUGIN, add_limits, existing_file, limits
-from engines.prepare import PreparedGraph
-from engines.profiles import choose_profile
-from engines.progress import BuildProgress
-from engines.verify import Verification, reference_folder, verify
-from engines.workarounds import workarounds_for
-from engines.writer import StagePlan, write_engines
+from hawk_trt.apps.cli.output import note, print_json, size
 from hawk_trt.bundle import Bundle
-from hawk_trt.commands.output import note, print_json, size
-from hawk_trt.engine_manifest import EngineFolder, PlanEntry
+from hawk_trt.engine_folder import EngineFolder, PlanEntry
 from hawk_trt.errors import BackendError, HawkError, InvalidInput
-from hawk_trt.machine import this_machine
+from hawk_trt.runtime.tensorrt.machine import this_machine
 from hawk_trt.stages import PROFILES
 
+from .build_plan import BuildPlan, differences, plan_build
+from .options import DEFAULT_PLUGIN, add_limits, existing_file, limits
+from .prepare import PreparedGraph
+from .profiles import choose_profile
+from .progress import BuildProgress
+from .verify import Verification, reference_folder, verify
+from .workarounds import workarounds_for
+from .writer import StagePlan, write_engines
+
 if TYPE_CHECKING:
-    from engines.builder import BuildSettings
+    from .builder import BuildSettings
 
 _FAILED = 1
 _INTERRUPTED = 130
@@ -104,7 +105,7 @@ def _run(args: argparse.Namespace, rebuild: str) -> None:
     if not args.no_verify:
         reference_folder(bundle, args.reference)  # what is wrong with it is said before the build, not after
     try:
-        from engines.builder import TENSORRT_VERSION, BuildSettings  # the rest of the command works without it
+        from .builder import TENSORRT_VERSION, BuildSettings  # the rest of the command works without it
     except ModuleNotFoundError as error:
         if error.name != "tensorrt":
             raise
@@ -139,7 +140,7 @@ def _run(args: argparse.Namespace, rebuild: str) -> None:
 
 
 def _builder(settings: "BuildSettings", progress: BuildProgress) -> Callable[[PreparedGraph, PlanEntry], StagePlan]:
-    from engines.builder import build_plan  # _run has seen that TensorRT is there
+    from .builder import build_plan  # _run has seen that TensorRT is there
 
     def build(graph: PreparedGraph, entry: PlanEntry) -> StagePlan:
         built = build_plan(graph, entry.profiles, settings, progress)

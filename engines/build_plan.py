@@ -9,12 +9,9 @@ from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
-from engines.prepare import PreparedGraph, prepare
-from engines.profiles import plan_profiles
-from engines.workarounds import Workaround
 from hawk_trt import __version__
 from hawk_trt.bundle import MANIFEST, Bundle, sha256_file
-from hawk_trt.engine_manifest import (
+from hawk_trt.engine_folder import (
     ENGINES_SCHEMA_VERSION,
     EngineFolder,
     EngineManifest,
@@ -24,6 +21,10 @@ from hawk_trt.engine_manifest import (
 )
 from hawk_trt.errors import BundleError
 from hawk_trt.stages import STAGES
+
+from .prepare import PreparedGraph, prepare
+from .profiles import plan_profiles
+from .workarounds import Workaround
 
 # The code that decides what a plan is: another version of it makes plans stale.
 _DECIDES = ("builder.py", "prepare.py", "profiles.py", "vision_ranges.py", "workarounds.py")

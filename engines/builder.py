@@ -16,12 +16,13 @@ from typing import Any, SupportsInt
 
 import tensorrt as trt
 
-from engines.messages import LogLine, ParserFault, builder_message, parser_message
-from engines.prepare import PLUGIN_OP, PreparedGraph
-from engines.progress import BuildProgress
-from engines.workarounds import Workaround, applied
-from hawk_trt.engine_manifest import InputRange
+from hawk_trt.engine_folder import InputRange
 from hawk_trt.errors import BackendError
+
+from .messages import LogLine, ParserFault, builder_message, parser_message
+from .prepare import PLUGIN_OP, PreparedGraph
+from .progress import BuildProgress
+from .workarounds import Workaround, applied
 
 TENSORRT_VERSION: str = trt.__version__
 _PLUGIN = (PLUGIN_OP, "1", "")  # name, version, namespace

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from hawk_trt.bundle import Bundle, FileEntry, Manifest, TableEntry, numpy_dtype
-from hawk_trt.engine_manifest import ENGINES_MANIFEST, read_engine_manifest
+from hawk_trt.engine_folder import ENGINES_MANIFEST, read_engine_manifest
 from hawk_trt.errors import BundleError
 
 EMBEDDINGS_FILE = "embed_tokens.data"

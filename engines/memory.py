@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from engines.prepare import PreparedGraph
+from .prepare import PreparedGraph
 
 # TensorRT holds the weights as read, in its network, for its tactics and in the plan: three to four times.
 BUILD_FACTOR = 4

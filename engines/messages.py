@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from engines.prepare import PLUGIN_OP
+from .prepare import PLUGIN_OP
 
 _REASONS_SHOWN = 3
 _REASON_CHARACTERS = 400

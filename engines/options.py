@@ -3,10 +3,11 @@
 import argparse
 from pathlib import Path
 
-from engines.profiles import DEFAULT_TEXT_TOKENS, DEFAULT_VISUAL_TOKENS, TOPK_LIMIT, plan_limits
 from hawk_trt.bundle import Manifest
-from hawk_trt.engine_manifest import Limits
+from hawk_trt.engine_folder import Limits
 from hawk_trt.errors import InvalidInput
+
+from .profiles import DEFAULT_TEXT_TOKENS, DEFAULT_VISUAL_TOKENS, TOPK_LIMIT, plan_limits
 
 # Where make plugin puts it.
 DEFAULT_PLUGIN = Path("build/plugins/libhawk_trt_plugin.so")

@@ -15,14 +15,15 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from engines import gpuless
-from engines.options import add_limits, existing_file, limits
-from engines.prepare import prepare
-from engines.profiles import plan_profiles
+from hawk_trt.apps.cli.output import note, print_json
 from hawk_trt.bundle import Bundle
-from hawk_trt.commands.output import note, print_json
 from hawk_trt.errors import BackendError, HawkError
 from hawk_trt.stages import INPLACE, STAGES
+
+from . import gpuless
+from .options import add_limits, existing_file, limits
+from .prepare import prepare
+from .profiles import plan_profiles
 
 _FAILED = 1
 # Of tables where there is no terminal to ask.
@@ -90,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from engines.builder import TENSORRT_VERSION  # only now is there a tensorrt to import
+    from .builder import TENSORRT_VERSION  # only now is there a tensorrt to import
 
     plugin = None if args.plugin is None else existing_file(args.plugin, "--plugin")
     bundles = [Bundle.load(folder) for folder in args.bundles]
@@ -110,8 +111,8 @@ def _run(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace, bundle: Bundle, plugin: Path | None) -> Iterator[Row]:
     """Build every graph of a bundle that engines are built from; with the plugin, every one that it changes."""
-    from engines.builder import BuildSettings, build_plan
-    from engines.progress import BuildProgress
+    from .builder import BuildSettings, build_plan
+    from .progress import BuildProgress
 
     manifest, with_plugin = bundle.manifest, plugin is not None
     size = limits(args, manifest, plugin=with_plugin)

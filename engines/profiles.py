@@ -7,12 +7,13 @@ one), and an early refusal of what TensorRT would only warn of at build and fail
 import math
 from collections.abc import Iterable
 
-from engines.prepare import CONTEXT_LEN
-from engines.vision_ranges import TYPICAL_VISUAL_TOKENS, Range, vision_ranges
 from hawk_trt.bundle import Manifest, TensorEntry
-from hawk_trt.engine_manifest import InputRange, Limits
+from hawk_trt.engine_folder import InputRange, Limits
 from hawk_trt.errors import InvalidInput
 from hawk_trt.stages import INPLACE, PORTABLE, VISION
+
+from .prepare import CONTEXT_LEN
+from .vision_ranges import TYPICAL_VISUAL_TOKENS, Range, vision_ranges
 
 # TensorRT's TopK takes no more in any version; beyond, it warns at build and fails when run.
 TOPK_LIMIT = 3840

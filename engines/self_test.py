@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engines.options import DEFAULT_PLUGIN
-from hawk_trt.commands.output import note
-from hawk_trt.doctor import examine
+from hawk_trt.apps.cli.doctor_checks import examine
+from hawk_trt.apps.cli.output import note
 from hawk_trt.stages import DTYPES, INPLACE, PORTABLE
+
+from .options import DEFAULT_PLUGIN
 
 _CHECKPOINT = Path("examples/tiny-vlm")
 _PACKAGES = ("tensorrt", "tensorrt-cu12", "tensorrt-cu13", "cuda-bindings", "onnx", "onnxruntime", "numpy")

@@ -7,12 +7,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hawk_trt.backends import DecodeInputs
-from hawk_trt.config import PruningConfig
-from hawk_trt.layout import collate
+from hawk_trt.inputs.layout import collate
 from hawk_trt.pipeline import Pipeline
-from hawk_trt.requests import ModelInputs
-from hawk_trt.selection import kept_count
+from hawk_trt.pruning.selection import kept_count
+from hawk_trt.request import ModelInputs, PruningConfig
+from hawk_trt.runtime.protocol import DecodeInputs
 
 STEPS = 8
 Floats = npt.NDArray[np.float32]

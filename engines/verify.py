@@ -12,16 +12,17 @@ from pathlib import Path
 
 import numpy as np
 
-from engines.stage_trace import STEPS, trace
-from engines.verify_rows import Compared, VerifyRow, compared_rows, finite_rows
+from hawk_trt.apps.parity.cases import ParityCase, tensor_cases
+from hawk_trt.apps.parity.tolerances import tolerance_of
 from hawk_trt.bundle import Bundle
-from hawk_trt.config import PruningConfig
-from hawk_trt.engine_manifest import Limits
+from hawk_trt.engine_folder import Limits
 from hawk_trt.errors import BackendError, InvalidInput
-from hawk_trt.parity.cases import ParityCase, tensor_cases
-from hawk_trt.parity.tolerances import tolerance_of
 from hawk_trt.pipeline import Pipeline
-from hawk_trt.selection import kept_count
+from hawk_trt.pruning.selection import kept_count
+from hawk_trt.request import PruningConfig
+
+from .stage_trace import STEPS, trace
+from .verify_rows import Compared, VerifyRow, compared_rows, finite_rows
 
 _SEED = 0
 _FAILURES_SHOWN = 3

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from engines.stage_trace import Floats, StageTrace
-from hawk_trt.parity.compare import StageRow, compare_stage
-from hawk_trt.parity.tolerances import StageTolerance, Tolerance
+from hawk_trt.apps.parity.compare import StageRow, compare_stage
+from hawk_trt.apps.parity.tolerances import StageTolerance, Tolerance
 from hawk_trt.stages import DECODER, FIRST_LAYER, VISION
+
+from .stage_trace import Floats, StageTrace
 
 # A constant score has no spread; then any distance is too far.
 _LEAST_SPREAD = 1e-30

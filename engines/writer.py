@@ -8,16 +8,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from engines.build_plan import BuildPlan
-from engines.contents import check_replaceable, copy_bundle, table_bytes, write
-from engines.memory import memory_warning
-from engines.prepare import PreparedGraph
-from engines.verify import Verification
+from hawk_trt.apps.cli.doctor_checks import available_memory_bytes
 from hawk_trt.bundle import FileEntry, sha256_file
-from hawk_trt.doctor import available_memory_bytes
-from hawk_trt.engine_manifest import ENGINES_MANIFEST, EngineFolder, PlanEntry, engine_manifest_bytes
+from hawk_trt.engine_folder import ENGINES_MANIFEST, EngineFolder, PlanEntry, engine_manifest_bytes
 from hawk_trt.errors import BackendError, BundleError, HawkError
-from hawk_trt.staging import clean_up_after_killed, staged
+from hawk_trt.files import clean_up_after_killed, staged
+
+from .build_plan import BuildPlan
+from .contents import check_replaceable, copy_bundle, table_bytes, write
+from .memory import memory_warning
+from .prepare import PreparedGraph
+from .verify import Verification
 
 # For the small files, and for what a plan has beside its weights.
 _SPARE_BYTES = 256 << 20

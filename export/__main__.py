@@ -13,17 +13,18 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from export.checkpoint import Checkpoint
-from export.head_weights import UNIFORM
-from export.quantisation import BLOCK_SIZES, WEIGHT_BITS
-from export.random_checkpoint import random_checkpoint
-from export.real_shapes import SHAPES, shape_config
-from export.writer import ExportOptions, export, up_to_date
 from hawk_trt.bundle import Bundle, WeightFormat
 from hawk_trt.errors import HawkError
-from hawk_trt.head_weights import read_head_weights
-from hawk_trt.hub import download, is_hub_id
+from hawk_trt.inputs.hub import download, is_hub_id
+from hawk_trt.pruning.head_weights import read_head_weights
 from hawk_trt.stages import DTYPES, NORMALIZATIONS, PROFILES
+
+from .checkpoint import Checkpoint
+from .head_weights import UNIFORM
+from .quantisation import BLOCK_SIZES, WEIGHT_BITS
+from .random_checkpoint import random_checkpoint
+from .real_shapes import SHAPES, shape_config
+from .writer import ExportOptions, export, up_to_date
 
 _FAILED = 1
 _INTERRUPTED = 130

@@ -13,9 +13,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from export.graph import GraphBuilder
-from export.layers import add_residual, gated_mlp, head_norm, linear, rms_norm, rotary
 from hawk_trt.stages import LanguageConfig, key_name, value_name
+
+from .graph import GraphBuilder
+from .layers import add_residual, gated_mlp, head_norm, linear, rms_norm, rotary
 
 # Small enough that a float16 sum with it stays finite, large enough that exp() of it is 0.
 _MASKED = {"float32": -1e9, "bfloat16": -1e9, "float16": -1e4}

@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from export.tensor_file import CheckpointTensor, TensorFile, read_tensor_file
-from export.vision import tensor_names
 from hawk_trt.errors import CheckpointError
-from hawk_trt.sidecars import CONFIG, GENERATION_CONFIG, read_json
+from hawk_trt.inputs.sidecars import CONFIG, GENERATION_CONFIG, read_json
+
+from .tensor_file import CheckpointTensor, TensorFile, read_tensor_file
+from .vision import tensor_names
 
 EMBEDDINGS = "language_model.embed_tokens.weight"
 LM_HEAD = "lm_head.weight"

@@ -2,10 +2,11 @@
 
 import onnx_ir as ir
 
-from export.attention import attention_context, decoder_layer
-from export.graph import GraphBuilder, Weights
-from export.layers import add_residual, linear, rms_norm
 from hawk_trt.stages import DECODER, LanguageConfig, decoder_spec
+
+from .attention import attention_context, decoder_layer
+from .graph import GraphBuilder, Weights
+from .layers import add_residual, linear, rms_norm
 
 WEIGHT_FILE = f"{DECODER}.data"
 

@@ -16,11 +16,12 @@ from collections.abc import Callable
 
 import onnx_ir as ir
 
-from export.attention import attention_context, decoder_layer
-from export.graph import GraphBuilder, Weights
-from export.layers import add_residual, inverse_rms
-from export.weighted_topk import weighted_topk
 from hawk_trt.stages import FIRST_LAYER, LanguageConfig, first_layer_spec
+
+from .attention import attention_context, decoder_layer
+from .graph import GraphBuilder, Weights
+from .layers import add_residual, inverse_rms
+from .weighted_topk import weighted_topk
 
 WEIGHT_FILE = f"{FIRST_LAYER}.data"
 _LAYER = "language_model.layers.0"

@@ -11,9 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from export.quantisation import QUANTISED_OPSET
 from hawk_trt.bundle import WeightFormat, numpy_dtype
 from hawk_trt.stages import INPLACE, StageSpec, TensorSpec, residual_dtype
+
+from .quantisation import QUANTISED_OPSET
 
 # portable: the ops of opset 18, which TensorRT 10.3 parses. inplace: opset 24 has Attention, TensorScatter,
 # RMSNormalization and RotaryEmbedding. The IR versions are the oldest that carry those opsets.

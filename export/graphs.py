@@ -5,12 +5,13 @@ from typing import Any
 
 import onnx_ir as ir
 
-from export.decoder import build_decoder
-from export.first_layer import build_first_layer
-from export.graph import Weights
-from export.vision import GRAPHS
-from hawk_trt.families import Family
+from hawk_trt.models.family import Family
 from hawk_trt.stages import DECODER, FIRST_LAYER, VISION, LanguageConfig
+
+from .decoder import build_decoder
+from .first_layer import build_first_layer
+from .graph import Weights
+from .vision import GRAPHS
 
 
 def build_graphs(

@@ -3,7 +3,7 @@
 from importlib import resources
 
 from hawk_trt.bundle import HeadWeights
-from hawk_trt.head_weights import parse_head_weights
+from hawk_trt.pruning.head_weights import parse_head_weights
 from hawk_trt.stages import LanguageConfig
 
 UNIFORM = "uniform (not calibrated)"

@@ -7,10 +7,11 @@ bias or a config of another size is an error that names the tensor, not a wrong 
 from collections.abc import Mapping
 from typing import Any
 
-from export.checkpoint import EMBEDDINGS, LM_HEAD
-from export.shapes import Shapes, linear
-from export.vision import GRAPHS
 from hawk_trt.stages import LanguageConfig
+
+from .checkpoint import EMBEDDINGS, LM_HEAD
+from .shapes import Shapes, linear
+from .vision import GRAPHS
 
 
 def inventory(family: str, language: LanguageConfig, vision: Mapping[str, Any]) -> Shapes:

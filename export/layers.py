@@ -8,7 +8,7 @@ checkpoint's own files.
 import numpy as np
 import onnx_ir as ir
 
-from export.graph import GraphBuilder
+from .graph import GraphBuilder
 
 # How far beyond 65,504 the inner values of a float16 MLP may go: a power of two, so that scaling is exact.
 _FLOAT16_HEADROOM = 64.0

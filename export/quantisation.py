@@ -17,9 +17,10 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from export.tensor_file import CheckpointTensor
 from hawk_trt.bundle import WeightFormat, numpy_dtype
 from hawk_trt.errors import CheckpointError
+
+from .tensor_file import CheckpointTensor
 
 WEIGHT_BITS = (4, 8)
 BLOCK_SIZES = (32, 64, 128)

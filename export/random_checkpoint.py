@@ -15,11 +15,12 @@ from zlib import crc32
 import numpy as np
 import numpy.typing as npt
 
-from export.checkpoint import Checkpoint
-from export.inventory import inventory
-from export.tensor_file import CheckpointTensor, alternating_buffers
-from hawk_trt.families import family_of
-from hawk_trt.sidecars import CONFIG, GENERATION_CONFIG
+from hawk_trt.inputs.sidecars import CONFIG, GENERATION_CONFIG
+from hawk_trt.models.family import family_of
+
+from .checkpoint import Checkpoint
+from .inventory import inventory
+from .tensor_file import CheckpointTensor, alternating_buffers
 
 _FLOAT32 = np.dtype(np.float32)
 

@@ -12,9 +12,10 @@ where it is loaded. Names inside are prefixed: TensorRT 10.3's parser mixes up i
 import numpy as np
 import onnx_ir as ir
 
-from export.function_body import FunctionBody
-from export.graph import HAWK_DOMAIN, OPSETS, GraphBuilder
 from hawk_trt.stages import BIAS_KEEP
+
+from .function_body import FunctionBody
+from .graph import HAWK_DOMAIN, OPSETS, GraphBuilder
 
 NAME = "WeightedTopK"
 INPUTS = ("head_scores", "head_weights", "visual_rows", "select_bias", "slots")

@@ -21,11 +21,12 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from export.checkpoint import EMBEDDINGS, Checkpoint
-from export.quantisation import is_quantised, layout, quantise
-from export.tensor_file import CheckpointTensor, alternating_buffers
 from hawk_trt.bundle import FileEntry, TableEntry, WeightFormat, numpy_dtype, sha256_file
 from hawk_trt.errors import BundleError, CheckpointError
+
+from .checkpoint import EMBEDDINGS, Checkpoint
+from .quantisation import is_quantised, layout, quantise
+from .tensor_file import CheckpointTensor, alternating_buffers
 
 EMBEDDINGS_FILE = "embed_tokens.data"
 

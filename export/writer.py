@@ -15,12 +15,6 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from export.checkpoint import EMBEDDINGS, LM_HEAD, Checkpoint
-from export.graphs import build_graphs
-from export.head_weights import default_head_weights
-from export.inventory import inventory
-from export.quantisation import BLOCK_SIZES, WEIGHT_BITS
-from export.weights import WeightStore
 from hawk_trt import __version__
 from hawk_trt.bundle import (
     MANIFEST,
@@ -39,12 +33,19 @@ from hawk_trt.bundle import (
     manifest_digest,
     sha256_file,
 )
-from hawk_trt.config import PruningConfig, check_head_weights
 from hawk_trt.errors import BundleError, CheckpointError, InvalidInput
-from hawk_trt.families import family_of
-from hawk_trt.sidecars import SIDECARS, added_tokens, read_sidecars
+from hawk_trt.files import clean_up_after_killed, staged
+from hawk_trt.inputs.sidecars import SIDECARS, added_tokens, read_sidecars
+from hawk_trt.models.family import family_of
+from hawk_trt.request import PruningConfig, check_head_weights
 from hawk_trt.stages import DTYPES, NORMALIZATIONS, PROFILES, LanguageConfig
-from hawk_trt.staging import clean_up_after_killed, staged
+
+from .checkpoint import EMBEDDINGS, LM_HEAD, Checkpoint
+from .graphs import build_graphs
+from .head_weights import default_head_weights
+from .inventory import inventory
+from .quantisation import BLOCK_SIZES, WEIGHT_BITS
+from .weights import WeightStore
 
 _BUNDLE_SUFFIXES = (".onnx", ".data", ".safetensors")
 # For graphs and small files, beside the weights.

@@ -2,7 +2,7 @@
 
 import sys
 
-from hawk_trt.cli import main
+from hawk_trt.apps.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -17,23 +17,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from hawk_trt.backends import Backend, Visual, backend_for, load_backend
 from hawk_trt.bundle import Bundle
-from hawk_trt.config import PruningConfig, SamplingConfig
-from hawk_trt.engine_manifest import EngineFolder
+from hawk_trt.engine_folder import EngineFolder
 from hawk_trt.errors import BundleError, InvalidInput
-from hawk_trt.families import Family, Patches, family_by_name
-from hawk_trt.layout import PromptLayout, prompt_layout
-from hawk_trt.processor import Processor
-from hawk_trt.requests import ModelInputs, Request, Result
+from hawk_trt.inputs.layout import PromptLayout, prompt_layout
+from hawk_trt.inputs.processor import Processor
+from hawk_trt.inputs.streamed_rows import StreamedRows
+from hawk_trt.models.family import Family, Patches, family_by_name
+from hawk_trt.request import ModelInputs, PruningConfig, Request, Result, SamplingConfig
 from hawk_trt.row import Row
 from hawk_trt.run import Run
-from hawk_trt.streamed_rows import StreamedRows
-from hawk_trt.vision_cache import DEFAULT_VISION_CACHE_MB, VisionCache, one_by_one
+from hawk_trt.runtime.protocol import Backend, Visual, backend_for, load_backend
+from hawk_trt.runtime.vision_cache import DEFAULT_VISION_CACHE_MB, VisionCache, one_by_one
 
 if TYPE_CHECKING:
-    from hawk_trt.requests import ImageInput, Message, VideoInput
-    from hawk_trt.tools import JsonObject
+    from hawk_trt.inputs.tools import JsonObject
+    from hawk_trt.request import ImageInput, Message, VideoInput
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,12 +7,11 @@ import numpy as np
 import numpy.typing as npt
 
 from hawk_trt.answer import Answer
-from hawk_trt.backends import DecodeInputs, StepOutputs
-from hawk_trt.config import PruningConfig, SamplingConfig
 from hawk_trt.errors import BackendError, InvalidInput
-from hawk_trt.requests import ModelInputs, Result, Timings
+from hawk_trt.pruning.selection import asked_by, head_weights, kept_count
+from hawk_trt.request import ModelInputs, PruningConfig, Result, SamplingConfig, Timings
+from hawk_trt.runtime.protocol import DecodeInputs, StepOutputs
 from hawk_trt.sampling import Sampler
-from hawk_trt.selection import asked_by, head_weights, kept_count
 
 if TYPE_CHECKING:
     from hawk_trt.pipeline import Pipeline

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from hawk_trt.backends import PrefillOutputs, StepOutputs
-from hawk_trt.diagnosis import first_not_finite
-from hawk_trt.layout import PrefillInputs, collate
-from hawk_trt.requests import Result, Timings
+from hawk_trt.inputs.layout import PrefillInputs, collate
+from hawk_trt.pruning.selection import Source, choose, graph_chooses, kept_count
+from hawk_trt.request import Result, Timings
 from hawk_trt.row import Row, next_inputs
-from hawk_trt.selection import Source, choose, graph_chooses, kept_count
+from hawk_trt.runtime.diagnosis import first_not_finite
+from hawk_trt.runtime.protocol import PrefillOutputs, StepOutputs
 
 if TYPE_CHECKING:
     from hawk_trt.pipeline import Pipeline

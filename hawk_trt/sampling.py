@@ -7,8 +7,8 @@ row's own generator, so a row with a seed gives the same answer alone and in a b
 import numpy as np
 import numpy.typing as npt
 
-from hawk_trt.config import SamplingConfig
 from hawk_trt.errors import BackendError
+from hawk_trt.request import SamplingConfig
 
 
 class Sampler:

@@ -3,8 +3,9 @@
 import torch
 
 from hawk_trt.stages import BIAS_KEEP
-from plugins.cases import Case
-from plugins.kernel_library import Addresses, TopK
+
+from .cases import Case
+from .kernel_library import Addresses, TopK
 
 
 class Buffers:

@@ -16,13 +16,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from hawk_trt.commands.output import print_json
+from hawk_trt.apps.cli.output import print_json
 from hawk_trt.errors import BackendError, HawkError
 from hawk_trt.stages import NORMALIZATIONS
-from plugins.cases import Case, disagreement, random_case
-from plugins.gpu_buffers import Buffers
-from plugins.gpu_timing import HEADS, KEEP_RATIO, Timing, measure
-from plugins.kernel_library import KernelLibrary, PluginLibrary, Sizes, TopK
+
+from .cases import Case, disagreement, random_case
+from .gpu_buffers import Buffers
+from .gpu_timing import HEADS, KEEP_RATIO, Timing, measure
+from .kernel_library import KernelLibrary, PluginLibrary, Sizes, TopK
 
 _CHECKED_LENGTHS = (1, 2, 31, 256, 257, 512, 513, 1300, 4096, 16_384, 16_385, 32_769, 65_536)
 

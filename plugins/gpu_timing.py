@@ -14,9 +14,9 @@ from functools import partial
 import numpy as np
 import torch
 
-from plugins.cases import random_case
-from plugins.gpu_buffers import Buffers
-from plugins.kernel_library import Sizes, TopK
+from .cases import random_case
+from .gpu_buffers import Buffers
+from .kernel_library import Sizes, TopK
 
 LENGTHS = (1, 300, 512, 1300, 4096, 16_384, 65_536)
 HEADS = 28

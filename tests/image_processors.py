@@ -7,8 +7,8 @@ import numpy as np
 import PIL
 from PIL import Image
 
-from hawk_trt.families import Family
-from hawk_trt.images import resize
+from hawk_trt.inputs.images import resize
+from hawk_trt.models.family import Family
 
 
 def check_patches(

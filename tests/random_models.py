@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hawk_trt.requests import ModelInputs
+from hawk_trt.request import ModelInputs
 
 VOCAB, IMAGE, VIDEO, VISION_START, VISION_END, EOS, IM_END = 320, 319, 318, 317, 316, 315, 314
 TOKEN_IDS = {

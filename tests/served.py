@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from hawk_trt.serving.batcher import Failed, Finished, Piece
+from hawk_trt.apps.serve.batcher import Failed, Finished, Piece
 
 
 @dataclass

@@ -12,10 +12,10 @@ import httpx2
 import openai
 
 from hawk_trt import Pipeline
-from hawk_trt.config import PruningConfig
-from hawk_trt.serving.app import create_app
-from hawk_trt.serving.server import Server, listen
-from hawk_trt.serving.settings import ServeSettings
+from hawk_trt.apps.serve.app import create_app
+from hawk_trt.apps.serve.server import Server, listen
+from hawk_trt.apps.serve.settings import ServeSettings
+from hawk_trt.request import PruningConfig
 
 SAMPLES = Path(__file__).parent.parent / "examples" / "tiny-vlm" / "samples"
 MODEL = "tiny-vlm"

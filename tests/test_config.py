@@ -10,8 +10,8 @@ from transformers import Qwen2_5_VLConfig
 
 import golden
 from hawk_trt.errors import CheckpointError
-from hawk_trt.families import family_by_name, family_of
-from hawk_trt.families.qwen2_5_vl import Qwen25VL
+from hawk_trt.models.family import family_by_name, family_of
+from hawk_trt.models.qwen2_5_vl import Qwen25VL
 
 TINY = Path(__file__).parent.parent / "examples" / "tiny-vlm"
 FAMILY = Qwen25VL()

@@ -14,7 +14,7 @@ from engines.preflight import main as preflight
 from engines.self_test import main as self_test
 from examples.tiny_task.__main__ import main as tiny_task
 from export.__main__ import main as export
-from hawk_trt.cli import main as hawk
+from hawk_trt.apps.cli.main import main as hawk
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted(

@@ -54,8 +54,12 @@ def test_the_walk_sees_imports_at_all():
 
 @pytest.mark.parametrize("folder", MAY_IMPORT)
 def test_only_the_parity_reference_fastv_calibration_training_and_the_gpu_check_import_torch(folder):
-    reference = {"hawk_trt/parity/reference.py", "hawk_trt/parity/reference_models.py", "hawk_trt/evaluation/fastv.py"}
-    reference |= {"hawk_trt/calibration/ablation.py"}
+    reference = {
+        "hawk_trt/apps/parity/reference.py",
+        "hawk_trt/apps/parity/reference_models.py",
+        "hawk_trt/apps/evaluate/fastv.py",
+    }
+    reference |= {"hawk_trt/apps/evaluate/fastv.py", "hawk_trt/apps/calibrate/ablation.py"}
     gpu_check = {f"plugins/gpu_{name}.py" for name in ("buffers", "check", "timing")}
     training = {"__main__", "cell_heads", "checkpoint", "lessons", "network", "trainer"}
     training = {f"examples/tiny_training/{name}.py" for name in training}
@@ -83,7 +87,7 @@ def test_every_package_that_is_imported_is_declared(folder, extras):
 
 
 @pytest.mark.parametrize(
-    "module", ["hawk_trt", "hawk_trt.cli", "hawk_trt.pipeline", "export.__main__", "examples.tiny_task"]
+    "module", ["hawk_trt", "hawk_trt.apps.cli.main", "hawk_trt.pipeline", "export.__main__", "examples.tiny_task"]
 )
 def test_importing_loads_neither_torch_nor_transformers(module):
     code = f"import sys, {module}; print(*sorted({TORCH!r} & set(sys.modules)))"

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from hawk_trt.config import SamplingConfig
 from hawk_trt.errors import BackendError
+from hawk_trt.request import SamplingConfig
 from hawk_trt.sampling import Sampler
 
 LOGITS = np.log(

@@ -25,7 +25,7 @@ def transformers_model(tiny_checkpoint):
 @pytest.fixture(scope="module")
 def reference(tiny_checkpoint, tiny_bundle):
     pytest.importorskip("torch")
-    from hawk_trt.parity.reference import Reference
+    from hawk_trt.apps.parity.reference import Reference
 
     with Pipeline.load(tiny_bundle) as pipe:
         weights = pipe.bundle.manifest.head_weights.values
@@ -51,7 +51,7 @@ def unpruned_tokens(transformers_model, inputs, special):
 
 def check_answers(pipe, transformers_model, reference, samples):
     """Unpruned tokens and pruned choices of every sample; the share of right pruned answers."""
-    from hawk_trt.parity.command import prompt_tokens
+    from hawk_trt.apps.cli.parity import prompt_tokens
 
     special, tokens = pipe.bundle.manifest.special_tokens, prompt_tokens(pipe.bundle)
     pruning = PruningConfig(keep_ratio=0.1)

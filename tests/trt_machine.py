@@ -11,10 +11,10 @@ from engines.build_plan import plan_build
 from engines.profiles import plan_limits
 from engines.writer import write_engines
 from hawk_trt.bundle import Bundle
-from hawk_trt.engine_manifest import Machine
+from hawk_trt.engine_folder import Machine
 from tensorrt_standin import TensorRt, build
 
-_OURS = ("hawk_trt.backends.cuda", "hawk_trt.backends.tensorrt")
+_OURS = ("hawk_trt.runtime.tensorrt.cuda", "hawk_trt.runtime.tensorrt")
 
 
 def machine(version="10.16.1.11"):

@@ -10,8 +10,8 @@ from engines.prepare import DECOMPOSABLE, prepare
 from export.__main__ import main as export
 from export.vision import token_tiles
 from hawk_trt.bundle import Bundle
-from hawk_trt.families import Patches, family_by_name
-from hawk_trt.requests import ModelInputs
+from hawk_trt.models.family import Patches, family_by_name
+from hawk_trt.request import ModelInputs
 from hawk_trt.stages import PROFILES
 
 TILE = 10

@@ -9,10 +9,10 @@ import torch
 
 from benchmarks.peers.worker import Answer, Ask, arguments, serve
 from benchmarks.torch_stages import TorchStages
+from hawk_trt.apps.cli.parity import prompt_tokens
 from hawk_trt.bundle import Bundle
-from hawk_trt.families import family_by_name
-from hawk_trt.parity.command import prompt_tokens
-from hawk_trt.processor import Processor
+from hawk_trt.inputs.processor import Processor
+from hawk_trt.models.family import family_by_name
 
 
 def main() -> None:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from examples.tiny_task import QUESTION_KINDS, Sample, generate
 from hawk_trt import Pipeline, PruningConfig
+from hawk_trt.apps.evaluate.intervals import mean_interval
 from hawk_trt.errors import HawkError
-from hawk_trt.evaluation.intervals import mean_interval
 
 _MAX_NEW_TOKENS = 8
 

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from hawk_trt.atomic_file import write_atomically
+from hawk_trt.files import write_atomically
 
 WEIGHTS = "model.safetensors"
 # transformers' names and the hub's, the longer ones first.

@@ -21,7 +21,7 @@ from examples.tiny_task.glyphs import COLOURS, GLYPHS
 from examples.tiny_task.questions import ask
 from examples.tiny_task.scene import CELL, draw_scene
 from examples.tiny_training.recipe import QUESTIONS, Pictures
-from hawk_trt.families.qwen_patches import image_settings, images_to_patches
+from hawk_trt.models.qwen_patches import image_settings, images_to_patches
 
 BEFORE = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>"
 ASK, REPLY, END = "<|vision_end|>", "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>"

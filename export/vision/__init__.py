@@ -6,16 +6,17 @@ from typing import Any, Protocol
 
 import onnx_ir as ir
 
-from export.graph import Weights
-from export.names import qwen_names
-from export.shapes import Shapes
-from export.vision.internvl import build_internvl_vision, internvl_names, internvl_shapes
-from export.vision.qwen2_5_vl import build_qwen2_5_vl_vision, qwen2_5_vl_shapes
-from export.vision.qwen2_vl import build_qwen2_vl_vision, qwen2_vl_shapes
-from export.vision.qwen3_vl import build_qwen3_vl_vision, qwen3_vl_shapes
 from hawk_trt.errors import CheckpointError
-from hawk_trt.families import family_of
+from hawk_trt.models.family import family_of
 from hawk_trt.stages import StageSpec
+
+from ..graph import Weights
+from ..names import qwen_names
+from ..shapes import Shapes
+from ..vision.internvl import build_internvl_vision, internvl_names, internvl_shapes
+from ..vision.qwen2_5_vl import build_qwen2_5_vl_vision, qwen2_5_vl_shapes
+from ..vision.qwen2_vl import build_qwen2_vl_vision, qwen2_vl_shapes
+from ..vision.qwen3_vl import build_qwen3_vl_vision, qwen3_vl_shapes
 
 
 class VisionBuilder(Protocol):

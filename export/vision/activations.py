@@ -4,7 +4,7 @@ import math
 
 import onnx_ir as ir
 
-from export.graph import GraphBuilder
+from ..graph import GraphBuilder
 
 
 def gelu(g: GraphBuilder, x: ir.Value) -> ir.Value:

@@ -8,9 +8,10 @@ engine builder puts TensorRT's own attention in its place, which never stores th
 import numpy as np
 import onnx_ir as ir
 
-from export.function_body import FunctionBody
-from export.graph import HAWK_DOMAIN, OPSETS, GraphBuilder
 from hawk_trt.stages import INPLACE, PORTABLE
+
+from ..function_body import FunctionBody
+from ..graph import HAWK_DOMAIN, OPSETS, GraphBuilder
 
 NAME = "FrameAttention"
 # Queries of one tile. Over 65,536 keys and 16 heads, 96 take 0.4 GB of scores and 64 0.27 GB; 128 is 5 % faster there,

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from export import shapes
-from export.graph import GraphBuilder
-from export.layers import add_residual, layer_norm, linear, rotary_float32, wide_linear
-from export.shapes import Shapes
-from export.vision.activations import gelu
-from export.vision.frame_attention import frame_attention
-from export.vision.token_tiles import TokenTiles, query_key_value
+from .. import shapes
+from ..graph import GraphBuilder
+from ..layers import add_residual, layer_norm, linear, rotary_float32, wide_linear
+from ..shapes import Shapes
+from ..vision.activations import gelu
+from ..vision.frame_attention import frame_attention
+from ..vision.token_tiles import TokenTiles, query_key_value
 
 NORM_EPSILON = 1e-6
 

@@ -11,12 +11,13 @@ from typing import Any
 
 import onnx_ir as ir
 
-from export import shapes
-from export.graph import GraphBuilder, Weights
-from export.layers import add_residual, head_norm, layer_norm, linear, rms_norm
-from export.shapes import Shapes
-from export.vision.activations import gelu
 from hawk_trt.stages import VISION, StageSpec
+
+from .. import shapes
+from ..graph import GraphBuilder, Weights
+from ..layers import add_residual, head_norm, layer_norm, linear, rms_norm
+from ..shapes import Shapes
+from ..vision.activations import gelu
 
 WEIGHT_FILE = f"{VISION}.data"
 # Neither is in config.json: of the norms of queries and keys, and of the projector.

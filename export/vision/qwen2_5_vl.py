@@ -12,14 +12,15 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from export import shapes
-from export.graph import GraphBuilder, Weights
-from export.layers import add_residual, gated_mlp, linear, rms_norm, rotary_float32
-from export.shapes import Shapes
-from export.vision.activations import gelu
-from export.vision.frame_attention import frame_attention
-from export.vision.token_tiles import TokenTiles, query_key_value
 from hawk_trt.stages import VISION, StageSpec
+
+from .. import shapes
+from ..graph import GraphBuilder, Weights
+from ..layers import add_residual, gated_mlp, linear, rms_norm, rotary_float32
+from ..shapes import Shapes
+from ..vision.activations import gelu
+from ..vision.frame_attention import frame_attention
+from ..vision.token_tiles import TokenTiles, query_key_value
 
 WEIGHT_FILE = f"{VISION}.data"
 _NORM_EPSILON = 1e-6

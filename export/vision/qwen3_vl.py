@@ -9,13 +9,14 @@ from typing import Any
 
 import onnx_ir as ir
 
-from export import shapes
-from export.graph import GraphBuilder, Weights
-from export.layers import layer_norm
-from export.shapes import Shapes
-from export.vision import frame_tower
-from export.vision.activations import gelu_tanh
 from hawk_trt.stages import VISION, StageSpec
+
+from .. import shapes
+from ..graph import GraphBuilder, Weights
+from ..layers import layer_norm
+from ..shapes import Shapes
+from ..vision import frame_tower
+from ..vision.activations import gelu_tanh
 
 WEIGHT_FILE = f"{VISION}.data"
 _MLP = frame_tower.Mlp("linear_fc1", "linear_fc2", gelu_tanh)

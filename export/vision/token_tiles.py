@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 
 import onnx_ir as ir
 
-from export.graph import GraphBuilder
-from export.layers import linear
+from ..graph import GraphBuilder
+from ..layers import linear
 
 TILE = 4096
 SCOPE = "token_tiles"

@@ -1,0 +1,1 @@
+"""Time and memory by stage, and advice on the keep ratio."""

@@ -1,0 +1,215 @@
+"""What pruning gains on this machine: a small model of the stages' times, fitted to a few runs of them.
+
+    preprocess, vision    fixed by the image
+    first_layer, decoder  a + b K + c K C       K kept tokens, text and visual; C columns of the KV cache
+    a decode step         a + b C               C on average over the answer; the first ones cost a little more
+    the rest of the host  fixed
+
+All coefficients are at least 0. What is recommended is time alone: how right the answers stay, `hawk-trt eval` says.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from hawk_trt.errors import InvalidInput
+from hawk_trt.pruning.hawk import num_kept
+
+FloatArray = npt.NDArray[np.float64]
+
+# Pruning is not worth its loss of detail below this saving.
+_LEAST_SAVING = 0.1
+# Of the largest saving on offer, what a milder ratio must reach to be preferred.
+_MOST_OF_IT = 0.8
+_HALF = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """A prompt, and how the KV cache grows with an answer.
+
+    Attributes:
+        num_text: text tokens.
+        num_visual: visual tokens.
+        allocated: whether attention runs over all columns that a request will need from its start (in place in ONNX
+            Runtime), or over those written so far.
+    """
+
+    num_text: int
+    num_visual: int
+    allocated: bool
+
+    def kept(self, keep_ratio: float) -> int:
+        """K: text tokens and kept visual ones."""
+        return self.num_text + num_kept(self.num_visual, keep_ratio, 1)
+
+    def prefill_columns(self, keep_ratio: float, new_tokens: int) -> float:
+        """C in the prefill."""
+        return self.kept(keep_ratio) + (new_tokens - 1 if self.allocated else 0)
+
+    def step_columns(self, keep_ratio: float, new_tokens: int) -> float:
+        """C in a decode step, on average over the answer."""
+        return self.kept(keep_ratio) + (new_tokens - 1 if self.allocated else new_tokens / 2)
+
+
+@dataclass(frozen=True, slots=True)
+class StageTimes:
+    """One keep ratio, measured: medians in seconds, of an answer of new_tokens.
+
+    Attributes:
+        keep_ratio: of it.
+        new_tokens: of the answer.
+        image: preprocess and vision.
+        first_layer: prefill.
+        decoder: prefill.
+        rest: of the host.
+        begin: what the first decode steps cost more than later ones, all together.
+        step: a decode step, with all that the host does for a token.
+    """
+
+    keep_ratio: float
+    new_tokens: int
+    image: float
+    first_layer: float
+    decoder: float
+    rest: float
+    begin: float
+    step: float
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """Seconds of one keep ratio and answer length."""
+
+    keep_ratio: float
+    num_kept: int
+    new_tokens: int
+    first_token: float
+    total: float
+
+
+@dataclass(frozen=True, slots=True)
+class Recommendation:
+    """For one answer length: a keep ratio, or None for no pruning, and why.
+
+    Attributes:
+        new_tokens: of the answer.
+        keep_ratio: recommended.
+        saving: share of the total time that it saves.
+        reason: in a sentence.
+    """
+
+    new_tokens: int
+    keep_ratio: float | None
+    saving: float
+    reason: str
+
+
+class TimeModel:
+    """The fitted model.
+
+    Attributes:
+        size: of the prompt.
+        image_seconds: preprocess and vision.
+    """
+
+    def __init__(self, size: Size, times: Sequence[StageTimes]) -> None:
+        """Fit.
+
+        Args:
+            size: of the prompt that was measured.
+            times: at least two keep ratios; three or more tell the curve from the line.
+
+        Raises:
+            InvalidInput: fewer.
+        """
+        if len({time.keep_ratio for time in times}) < 2:
+            raise InvalidInput(f"keep ratios: got {len(times)} measured, expected at least two to see what they change")
+        self.size = size
+        self.image_seconds = float(np.median([time.image for time in times]))
+        self._rest = float(np.median([time.rest for time in times]))
+        self._begin = float(np.median([time.begin for time in times]))
+        prefills = [
+            (1.0, size.kept(time.keep_ratio), size.kept(time.keep_ratio) * columns)
+            for time in times
+            for columns in [size.prefill_columns(time.keep_ratio, time.new_tokens)]
+        ]
+        self._first_layer = _fit(prefills, [time.first_layer for time in times])
+        self._decoder = _fit(prefills, [time.decoder for time in times])
+        steps = [(1.0, size.step_columns(time.keep_ratio, time.new_tokens)) for time in times]
+        self._step = _fit(steps, [time.step for time in times])
+
+    def predict(self, keep_ratio: float, new_tokens: int) -> Prediction:
+        """Seconds to the first token, and of the whole answer."""
+        kept = self.size.kept(keep_ratio)
+        prefill = np.array([1.0, kept, kept * self.size.prefill_columns(keep_ratio, new_tokens)])
+        step = np.array([1.0, self.size.step_columns(keep_ratio, new_tokens)])
+        first_token = self.image_seconds + self._rest + float(prefill @ (self._first_layer + self._decoder))
+        decoding = self._begin + (new_tokens - 1) * float(step @ self._step) if new_tokens > 1 else 0.0
+        return Prediction(
+            keep_ratio, num_kept(self.size.num_visual, keep_ratio, 1), new_tokens, first_token, first_token + decoding
+        )
+
+    def recommend(self, keep_ratios: Sequence[float], new_tokens: int) -> Recommendation:
+        """The mildest ratio that saves most of what can be saved, or none where that is little."""
+        full = self.predict(1.0, new_tokens)
+        if not self.size.num_visual:
+            return Recommendation(new_tokens, None, 0.0, "there are no visual tokens to prune")
+        savings = {ratio: 1.0 - self.predict(ratio, new_tokens).total / full.total for ratio in keep_ratios}
+        best = max(savings.values())
+        if best < _LEAST_SAVING:
+            return Recommendation(new_tokens, None, best, self._why_not(full))
+        chosen = max(ratio for ratio, saving in savings.items() if saving >= _MOST_OF_IT * best)
+        reason = f"saves {_percent(savings[chosen])} of the time"
+        if savings[chosen] < best:
+            strongest = min(savings, key=lambda ratio: (-savings[ratio], ratio))
+            reason += f", and {strongest:g} no more than {_percent(best)}"
+        return Recommendation(new_tokens, chosen, savings[chosen], reason)
+
+    def _why_not(self, full: Prediction) -> str:
+        """What the time goes to that pruning cannot save."""
+        decoding = full.total - full.first_token
+        if self.image_seconds >= _HALF * full.total:
+            share = self.image_seconds / full.total
+            return (
+                f"vision-bound: {_percent(share)} of the time goes to the image before any token can be dropped. "
+                "Smaller images help (--max-pixels)"
+            )
+        if decoding >= _HALF * full.total:
+            return (
+                f"bound by decoding: {_percent(decoding / full.total)} of the time goes to the answer's "
+                f"{full.new_tokens} tokens, and a step costs nearly the same with a shorter prompt"
+            )
+        tokens = self.size.num_text + self.size.num_visual
+        return (
+            f"short prompt: it has {tokens} tokens, {self.size.num_visual} of them visual, and the stages take nearly "
+            "the same time with fewer"
+        )
+
+
+def _fit(rows: Sequence[tuple[float, ...]], seconds: Sequence[float]) -> FloatArray:
+    """Least squares of the relative error with no coefficient below 0: the best of all subsets of the columns."""
+    # of a time of 0 (a stage that a backend does not tell) the weight is 1, and the fit is 0
+    weight = np.array([1.0 / value if value > 0 else 1.0 for value in seconds])
+    design = np.array(rows) * weight[:, None]
+    target = np.array(seconds) * weight
+    columns = range(design.shape[1])
+    best, least = np.zeros(design.shape[1]), float(target @ target)
+    for count in range(1, len(columns) + 1):
+        for chosen in itertools.combinations(columns, count):
+            part = design[:, chosen]
+            scale = np.abs(part).max(axis=0)
+            solution = np.linalg.lstsq(part / scale, target, rcond=None)[0] / scale
+            left = float(np.square(part @ solution - target).sum())
+            if (solution >= 0).all() and left < least - 1e-12:
+                best = np.zeros(len(columns))
+                best[list(chosen)] = solution
+                least = left
+    return best
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"

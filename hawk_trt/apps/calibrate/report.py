@@ -1,0 +1,175 @@
+"""The weights file of a calibration: the weights, how sure they are, and all that they came from."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from hawk_trt import __version__
+from hawk_trt.apps.calibrate.checkpoint import CheckpointBundle
+from hawk_trt.apps.calibrate.importance import FloatArray, Importance
+from hawk_trt.apps.calibrate.work import Plan
+from hawk_trt.apps.evaluate.datasets import Dataset
+
+_SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetReport:
+    """One data set's part.
+
+    Attributes:
+        name: short.
+        fingerprint: of its content.
+        metric: by which answers were scored.
+        samples: answered.
+        seed: of their order.
+        baseline: mean score of the whole model.
+        drops: how much lower the mean score is without each head.
+        weights: that this data set alone gives; None where no head matters, and then it has no say.
+    """
+
+    name: str
+    fingerprint: str
+    metric: str
+    samples: int
+    seed: int
+    baseline: float
+    drops: tuple[float, ...]
+    weights: tuple[float, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelReport:
+    """The model that was measured; fingerprint: see calibration.checkpoint."""
+
+    name: str
+    architecture: str
+    fingerprint: str
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationReport:
+    """The weights file.
+
+    Attributes:
+        schema_version: of this form.
+        values: weight of each query head; they sum to 1.
+        source: all of it in one line.
+        intervals: 95 % of each weight, bootstrap over questions.
+        uniform_p_value: how often heads that are all alike would differ as much.
+        differs_from_uniform: whether that is below 5 %.
+        scope: where heads were left out.
+        keep_ratio: of visual tokens while measuring.
+        max_new_tokens: longest answer.
+        max_pixels: of images, None for the checkpoint's.
+        model: that was measured.
+        datasets: that were answered.
+        versions: of what measured.
+    """
+
+    schema_version: int
+    values: tuple[float, ...]
+    source: str
+    intervals: tuple[tuple[float, float], ...]
+    uniform_p_value: float
+    differs_from_uniform: bool
+    scope: str
+    keep_ratio: float
+    max_new_tokens: int
+    max_pixels: int | None
+    model: ModelReport
+    datasets: tuple[DatasetReport, ...]
+    versions: dict[str, str]
+
+
+def make_report(
+    plan: Plan,
+    bundle: CheckpointBundle,
+    datasets: Sequence[Dataset],
+    tables: Sequence[FloatArray],
+    found: Importance,
+    versions: dict[str, str],
+) -> CalibrationReport:
+    """Put together what was found and what it came from."""
+    reports = tuple(
+        DatasetReport(
+            name=source.name,
+            fingerprint=dataset.fingerprint,
+            metric=source.metric,
+            samples=len(table),
+            seed=source.seed,
+            baseline=float(np.mean(table[:, 0])),
+            drops=drops,
+            weights=weights,
+        )
+        for source, dataset, table, drops, weights in zip(
+            plan.sources, datasets, tables, found.drops, found.by_dataset, strict=True
+        )
+    )
+    model = bundle.manifest.source
+    counted = ", ".join(f"{report.samples} of {report.name}" for report in reports if report.weights is not None)
+    doubt = "" if found.differs_from_uniform else "; NOT TOLD FROM UNIFORM"
+    pruned = "unpruned" if plan.keep_ratio == 1.0 else f"keep ratio {plan.keep_ratio:g}"
+    return CalibrationReport(
+        schema_version=_SCHEMA_VERSION,
+        values=tuple(weight.mean for weight in found.weights),
+        source=f"hawk-trt calibrate: {model.name} ({model.fingerprint[:12]}), {plan.scope}, {pruned}, {counted}{doubt}",
+        intervals=tuple((weight.low, weight.high) for weight in found.weights),
+        uniform_p_value=found.uniform_p_value,
+        differs_from_uniform=found.differs_from_uniform,
+        scope=plan.scope,
+        keep_ratio=plan.keep_ratio,
+        max_new_tokens=plan.max_new_tokens,
+        max_pixels=plan.max_pixels,
+        model=ModelReport(model.name, model.architecture, model.fingerprint, plan.dtype),
+        datasets=reports,
+        versions={"hawk_trt": __version__, **versions},
+    )
+
+
+def write_report(report: CalibrationReport, path: Path) -> None:
+    """Write the weights file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def print_report(report: CalibrationReport, console: Console) -> None:
+    """Print the weights, and what they are worth."""
+    heads = len(report.values)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in ("head", "weight", "95 %", "x uniform", *(f"drop on {dataset.name}" for dataset in report.datasets)):
+        table.add_column(name, justify="right", no_wrap=True)
+    for head, (weight, (low, high)) in enumerate(zip(report.values, report.intervals, strict=True)):
+        drops = [f"{100 * dataset.drops[head]:+.2f}" for dataset in report.datasets]
+        table.add_row(str(head), f"{weight:.4f}", f"[{low:.4f}, {high:.4f}]", f"{weight * heads:.2f}", *drops)
+    console.print(table)
+    for dataset in report.datasets:
+        told = "" if dataset.weights is not None else "; no head matters more than another: it has no say"
+        console.print(
+            f"{dataset.name}: {dataset.samples} questions, {dataset.metric} {100 * dataset.baseline:.2f} % whole{told}"
+        )
+    console.print(verdict(report))
+
+
+def verdict(report: CalibrationReport) -> str:
+    """Whether the weights mean anything, in a sentence."""
+    p_value = f"p = {report.uniform_p_value:.4f}"
+    if report.differs_from_uniform:
+        return f"The heads differ: heads that all matter alike would seldom look so ({p_value}, permutation test)."
+    return (
+        f"These weights cannot be told from uniform ones: heads that all matter alike often look so ({p_value}, "
+        "permutation test). Prune with uniform weights, or calibrate with more questions: a larger --count goes on."
+    )

@@ -1,0 +1,176 @@
+"""`hawk-trt advise`: what pruning would gain on this machine, from a short measurement of its stages."""
+
+import argparse
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from hawk_trt.apps.bench.advice import Prediction, Recommendation, Size, StageTimes, TimeModel
+from hawk_trt.apps.bench.measurement import measure, prompt_size
+from hawk_trt.apps.cli import options
+from hawk_trt.apps.cli.output import note, print_json
+from hawk_trt.errors import InvalidInput
+from hawk_trt.request import PruningConfig, Result
+
+if TYPE_CHECKING:
+    from hawk_trt import Pipeline
+    from hawk_trt.request import ModelInputs
+
+SUMMARY = "predict the time to answer by keep ratio on this machine, and recommend one"
+_PROMPT = "Describe what is shown in this image."
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """What the command says.
+
+    Attributes:
+        bundle: that was measured.
+        runtime: backend, device and profile.
+        size: of the prompt.
+        measured: seconds of the stages.
+        predictions: seconds by keep ratio and answer length.
+        recommendations: one an answer length.
+    """
+
+    bundle: str
+    runtime: str
+    size: Size
+    measured: tuple[StageTimes, ...]
+    predictions: tuple[Prediction, ...]
+    recommendations: tuple[Recommendation, ...]
+
+
+def add_parser(subparsers: "options.Subparsers[argparse.ArgumentParser]") -> None:
+    """Add the command's options."""
+    parser = options.add_command(subparsers, "advise", SUMMARY)
+    options.add_pipeline_options(parser)
+    group = parser.add_argument_group("prompt")
+    group.add_argument("--image", action="append", default=[], help="an image like yours; repeatable (default: noise)")
+    group.add_argument(
+        "--image-size", type=int, default=1008, metavar="N", help="height and width of the noise (default: %(default)s)"
+    )
+    group.add_argument("--prompt", default=_PROMPT, help="a question like yours (default: %(default)r)")
+    group.add_argument("--min-pixels", type=int, help="enlarge smaller images to this area (default: the checkpoint's)")
+    group.add_argument("--max-pixels", type=int, help="shrink larger images to this area (default: the checkpoint's)")
+    group = parser.add_argument_group("what is compared")
+    group.add_argument(
+        "--keep-ratios",
+        type=options.numbers,
+        default="0.6,0.4,0.2,0.1",
+        metavar="R,R,...",
+        help="shares of visual tokens kept (default: %(default)s)",
+    )
+    group.add_argument(
+        "--max-new-tokens",
+        type=options.numbers,
+        default="1,32,128,512",
+        metavar="N,N,...",
+        help="lengths of the answer (default: %(default)s)",
+    )
+    group.add_argument(
+        "--seconds", type=float, default=20.0, help="for measuring, at least two rounds (default: %(default)s)"
+    )
+    group = parser.add_argument_group("output")
+    group.add_argument("--json", action="store_true", help="print all as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, predict, recommend.
+
+    Raises:
+        HawkError: the bundle or an option cannot be used.
+    """
+    ratios = sorted({1.0, *(PruningConfig(keep_ratio=ratio).keep_ratio for ratio in args.keep_ratios)}, reverse=True)
+    lengths = [int(length) for length in args.max_new_tokens]
+    if min(lengths) < 1 or lengths != args.max_new_tokens:
+        raise InvalidInput(f"--max-new-tokens: got {args.max_new_tokens}, expected integers of at least 1")
+    if args.image_size < 1:
+        raise InvalidInput(f"--image-size: got {args.image_size}, expected at least 1")
+    with options.open_pipeline(args) as pipe:
+        inputs = None if pipe.chat_tokenizer() is not None else _tensors(args, pipe)
+
+        def ask(pruning: PruningConfig, new_tokens: int) -> Result:
+            if inputs is not None:
+                return pipe.generate(inputs, pruning=pruning, max_new_tokens=new_tokens, ignore_eos=True)
+            return pipe.generate(
+                args.prompt,
+                images=args.image or [_noise(args.image_size)],
+                pruning=pruning,
+                max_new_tokens=new_tokens,
+                ignore_eos=True,
+                min_pixels=args.min_pixels,
+                max_pixels=args.max_pixels,
+            )
+
+        size = prompt_size(pipe, ask(PruningConfig(keep_ratio=1.0), 1))
+        note(f"measuring {size.num_text} text and {size.num_visual} visual tokens, about {args.seconds:g} s")
+        times = measure(ask, args.seconds)
+        backend = pipe.backend
+    model = TimeModel(size, times)
+    advice = Advice(
+        bundle=str(args.bundle),
+        runtime=f"{backend.name}, {backend.device}, {backend.profile}",
+        size=size,
+        measured=tuple(times),
+        predictions=tuple(model.predict(ratio, length) for ratio in ratios for length in lengths),
+        recommendations=tuple(model.recommend([r for r in ratios if r < 1.0], length) for length in lengths),
+    )
+    if args.json:
+        print_json(advice)
+    else:
+        _print(advice, lengths, Console())
+    return 0
+
+
+def _tensors(args: argparse.Namespace, pipe: "Pipeline") -> "ModelInputs":
+    """A prompt for a bundle without a tokenizer: noise between special tokens."""
+    from hawk_trt.apps.parity.cases import random_inputs  # only such bundles need it
+
+    if args.image:
+        raise InvalidInput("--image: this bundle has no tokenizer, so it is measured with noise; choose --image-size")
+    side = args.image_size
+    return random_inputs(pipe.bundle.manifest, np.random.default_rng(0), [(side, side)], 0)
+
+
+def _noise(side: int) -> "np.ndarray[tuple[int, ...], np.dtype[np.uint8]]":
+    return np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
+
+
+def _print(advice: Advice, lengths: list[int], console: Console) -> None:
+    size, full = advice.size, advice.measured[0]
+    console.print(
+        f"{advice.runtime}: {size.num_text} text and {size.num_visual} visual tokens. Unpruned, in ms: "
+        f"image {1000 * full.image:.1f}, first_layer {1000 * full.first_layer:.1f}, "
+        f"decoder {1000 * full.decoder:.1f}, rest {1000 * full.rest:.1f}, a token {1000 * full.step:.2f}"
+    )
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in ("keep", "kept", "first token", *(f"{length} tokens" for length in lengths if length > 1)):
+        table.add_column(name, justify="right", no_wrap=True)
+    rows: dict[float, list[Prediction]] = {}
+    for prediction in advice.predictions:
+        rows.setdefault(prediction.keep_ratio, []).append(prediction)
+    for ratio, predictions in rows.items():
+        totals = [
+            f"{_ms(one.total)} ({whole.total / one.total:.2f}x)"
+            for one, whole in zip(predictions, rows[1.0], strict=True)
+            if one.new_tokens > 1
+        ]
+        table.add_row(f"{ratio:g}", str(predictions[0].num_kept), _ms(predictions[0].first_token), *totals)
+    console.print("Predicted, in ms (and how many times as fast as unpruned):")
+    console.print(table)
+    for recommendation in advice.recommendations:
+        answer = f"{recommendation.new_tokens} token{'s' * (recommendation.new_tokens > 1)}"
+        if recommendation.keep_ratio is None:
+            console.print(f"{answer}: do not prune here: {recommendation.reason}.")
+        else:
+            console.print(f"{answer}: keep ratio {recommendation.keep_ratio:g}: {recommendation.reason}.")
+    console.print("This is time alone; how right the answers stay: hawk-trt eval.")
+
+
+def _ms(seconds: float) -> str:
+    return f"{1000 * seconds:.{0 if seconds >= 0.1 else 1}f}"

@@ -1,0 +1,102 @@
+"""`hawk-trt doctor`: what works on this machine, and whether a bundle is whole."""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+from hawk_trt.apps.cli import options
+from hawk_trt.apps.cli.doctor_checks import Report, examine
+from hawk_trt.apps.cli.output import note, print_json, size
+from hawk_trt.apps.cli.verification import verify
+from hawk_trt.bundle import Manifest, read_manifest
+from hawk_trt.errors import BundleError
+
+SUMMARY = "say what works on this machine, and what would add the rest"
+
+
+@dataclass(frozen=True, slots=True)
+class BundleReport:
+    """One bundle: its manifest where that can be read, and what is wrong with it, None if nothing is."""
+
+    folder: str
+    manifest: Manifest | None
+    problem: str | None
+
+
+def add_parser(subparsers: "options.Subparsers[argparse.ArgumentParser]") -> None:
+    """Add the command's options."""
+    parser = options.add_command(subparsers, "doctor", SUMMARY)
+    parser.add_argument("bundle", type=Path, nargs="?", help="also check this bundle, every file by hash")
+    parser.add_argument("--json", action="store_true", help="print all findings as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Examine the machine and, where one is named, the bundle.
+
+    Returns:
+        0, or 1 where nothing can be run at all or the bundle is damaged.
+    """
+    report = examine()
+    bundle = None if args.bundle is None else _check(args.bundle)
+    if args.json:
+        print_json(report, {} if bundle is None else {"bundle": bundle})
+    else:
+        _print_machine(report)
+        if bundle is not None:
+            _print_bundle(bundle)
+    if bundle is not None and bundle.problem is not None:
+        note(f"error: {bundle.problem}")
+        return 1
+    return 0 if report.works("run on CPU") or report.works("run on CUDA") else 1
+
+
+def _check(folder: Path) -> BundleReport:
+    manifest: Manifest | None = None
+    try:
+        manifest = read_manifest(folder)
+        verify(folder)
+    except BundleError as error:
+        return BundleReport(str(folder), manifest, str(error))
+    return BundleReport(str(folder), manifest, None)
+
+
+def _print_machine(report: Report) -> None:
+    print(f"hawk-trt {report.hawk_trt}, Python {report.python}, {report.machine}")
+    for gpu in report.gpus:
+        memory = "" if gpu.memory_free_mib is None else f", {gpu.memory_free_mib} of {gpu.memory_total_mib} MiB free"
+        print(f"{gpu.name}, compute capability {gpu.compute_capability}, driver {gpu.driver}{memory}")
+    memory = "unknown" if report.memory_available_bytes is None else size(report.memory_available_bytes)
+    print(f"memory available {memory}, disk free {size(report.disk_free_bytes)}")
+    installed = [f"{name} {found}" for name, found in report.packages.items() if found]
+    print(f"packages: {', '.join(installed)}")
+    print(f"onnxruntime providers: {', '.join(report.providers) or 'none'}\n")
+    width = max(len(capability.name) for capability in report.capabilities)
+    for capability in report.capabilities:
+        state = "works" if capability.works else "missing"
+        print(f"{state:<7}  {capability.name:<{width}}  {capability.detail}")
+        if capability.command is not None:
+            print(f"{'':<7}  {'':<{width}}  {capability.command}")
+
+
+def _print_bundle(bundle: BundleReport) -> None:
+    print(f"\n{bundle.folder}: {'whole, every file as exported' if bundle.problem is None else 'not usable'}")
+    if bundle.manifest is None:
+        return
+    manifest = bundle.manifest
+    language = manifest.language
+    total_bytes = sum(entry.size_bytes for entry in manifest.files.values())
+    lines = {
+        "model": f"{manifest.source.name} ({manifest.source.architecture})",
+        "graphs": f"{manifest.precision}, profiles {', '.join(manifest.profiles)}, "
+        f"normalization {manifest.normalization}",
+        "sizes": f"{language.num_hidden_layers} layers, hidden size {language.hidden_size}, "
+        f"{language.num_attention_heads} query and {language.num_key_value_heads} key-value heads, "
+        f"up to {language.max_position_embeddings} positions",
+        "pruning": f"keep ratio {manifest.keep_ratio:g}, head weights: {manifest.head_weights.source}",
+        "files": f"{len(manifest.files)}, {size(total_bytes)}{', weights linked' if manifest.source.linked else ''}",
+        "made with": ", ".join(f"{name} {found}" for name, found in manifest.versions.items()),
+    }
+    for name, line in lines.items():
+        print(f"  {name:<9}  {line}")
+    if manifest.dtype == "bfloat16":
+        print(f"  {'note':<9}  ONNX Runtime's CPU cannot run bfloat16: --device cuda, or export with --dtype float32")

@@ -1,0 +1,204 @@
+"""`hawk-trt parity`: a bundle against its checkpoint in PyTorch, stage by stage; exit 1 out of tolerance."""
+
+import argparse
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from rich.console import Console
+
+from hawk_trt.apps.cli import options
+from hawk_trt.apps.cli.output import note, print_json
+from hawk_trt.apps.parity.cases import DEFAULT_PROMPT, ParityCase, generated_cases, given_cases, tensor_cases
+from hawk_trt.apps.parity.compare import compare_selection, compare_stage, compare_tokens
+from hawk_trt.apps.parity.prompt_rules import PromptTokens
+from hawk_trt.apps.parity.report import CaseReport, ParityReport, print_report
+from hawk_trt.apps.parity.tolerances import Tolerance, tolerance_of
+from hawk_trt.bundle import Bundle
+from hawk_trt.errors import BundleError, InvalidInput, ParityError
+from hawk_trt.request import PruningConfig
+from hawk_trt.stages import DTYPES
+
+if TYPE_CHECKING:
+    from hawk_trt import Pipeline
+    from hawk_trt.apps.parity.reference import EmbeddedPrompt, Reference
+
+SUMMARY = "compare a bundle with its checkpoint in PyTorch, stage by stage"
+
+
+def add_parser(subparsers: "options.Subparsers[argparse.ArgumentParser]") -> None:
+    """Add the command's options."""
+    parser = options.add_command(subparsers, "parity", SUMMARY)
+    options.add_pipeline_options(parser)
+    group = parser.add_argument_group("pruning")
+    options.add_pruning_options(group)
+    group.add_argument(
+        "--keep-ratio", type=float, nargs="+", help="shares of visual tokens kept (default: the bundle's, and 1)"
+    )
+    group = parser.add_argument_group("what is compared (default: generated images, or tensors without a tokenizer)")
+    group.add_argument("--images", type=Path, nargs="+", default=[], help="images, each a case of its own")
+    group.add_argument("--videos", type=Path, nargs="+", default=[], help="videos, each a case of its own")
+    group.add_argument("--together", action="store_true", help="all images and videos in one prompt")
+    group.add_argument("--prompt", action="append", help=f"a question; repeatable (default: {DEFAULT_PROMPT!r})")
+    group.add_argument("--steps", type=int, default=8, help="tokens generated and compared (default: %(default)s)")
+    group.add_argument("--seed", type=int, default=0, help="of what is generated (default: %(default)s)")
+    group = parser.add_argument_group("reference")
+    group.add_argument(
+        "--checkpoint", required=True, help="the checkpoint folder that the bundle was exported from, or its hub id"
+    )
+    group.add_argument("--reference-device", default="cpu", help="of torch (default: %(default)s)")
+    group.add_argument(
+        "--reference-dtype", choices=DTYPES, default="float32", help="of the model in PyTorch (default: %(default)s)"
+    )
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compare, print the report; 0 in tolerance, 1 not.
+
+    Raises:
+        HawkError: the bundle, the checkpoint or an input cannot be used.
+    """
+    if args.steps < 1:
+        raise InvalidInput(f"--steps: got {args.steps}, expected at least 1")
+    # Missing torch is said before anything is loaded; the import is here since only this command needs it.
+    from hawk_trt.apps.parity.reference import Reference
+
+    bundle = options.load_bundle(args.bundle)
+    manifest = bundle.manifest
+    ratios = args.keep_ratio or sorted({manifest.keep_ratio, 1.0})
+    prunings = [options.pruning(args, ratio) for ratio in ratios]
+    pipe = options.open_pipeline(args)
+    cases = _cases(args, pipe, bundle)
+    note(f"loading {args.checkpoint} in PyTorch ({args.reference_dtype}, {args.reference_device})")
+    reference = Reference.load(
+        args.checkpoint,
+        head_weights=manifest.head_weights.values,
+        normalization=manifest.normalization,
+        device=args.reference_device,
+        dtype=args.reference_dtype,
+    )
+    tokens, tolerance = prompt_tokens(bundle), tolerance_of(manifest)
+    reports = tuple(_compare_all(pipe, reference, cases, prunings, tokens, args.steps, tolerance))
+    failures = tuple(failure for case in reports for failure in case.failures)
+    report = ParityReport(
+        bundle=str(args.bundle),
+        checkpoint=str(args.checkpoint),
+        backend=f"{pipe.backend.name} on {pipe.backend.device}",
+        dtype=manifest.precision,
+        reference_dtype=args.reference_dtype,
+        tolerance=tolerance,
+        cases=reports,
+        failures=failures,
+        passed=not failures,
+    )
+    if args.json:
+        print_json(report)
+    else:
+        print_report(report, Console())
+    return 0 if report.passed else 1
+
+
+def compare_case(
+    pipe: "Pipeline",
+    reference: "Reference",
+    case: ParityCase,
+    embedded: "EmbeddedPrompt",
+    pruning: PruningConfig,
+    steps: int,
+    tolerance: Tolerance,
+) -> CaseReport:
+    """Run one prompt on both sides and compare what each stage gave.
+
+    Args:
+        pipe: the bundle's.
+        reference: the checkpoint's.
+        case: the prompt.
+        embedded: the same prompt from reference.embed.
+        pruning: of both sides.
+        steps: tokens generated.
+        tolerance: what they may differ by.
+    """
+    result = pipe.generate(case.inputs, pruning=pruning, max_new_tokens=steps, ignore_eos=True)
+    # After the last token nothing is compared, so the bundle is not fed with it; nor is the reference.
+    trace = pipe.trace(case.inputs, pruning, forced_tokens=result.token_ids[:-1])
+    expected = reference.run(embedded, pruning, forced_tokens=result.token_ids)
+    selection = compare_selection(trace, expected, tolerance) if len(expected.visual_indices) else None
+    if not np.array_equal(result.kept_indices, trace.kept_indices) and selection is not None:
+        selection = replace(selection, failures=(*selection.failures, "generate and trace keep different tokens"))
+    aligned = expected
+    if not np.array_equal(trace.kept_indices, expected.kept_indices):
+        # What follows is compared over the same tokens; whether the sets may differ is the selection's affair.
+        aligned = reference.run(
+            embedded, pruning, forced_tokens=result.token_ids, kept_indices=trace.kept_indices.tolist()
+        )
+    stages = []
+    if selection is not None:
+        stages.append(compare_stage("vision", trace.visual_embeds, expected.visual_embeds, tolerance.vision))
+        stages.append(compare_stage("scores", trace.scores[None], expected.scores[None], tolerance.scores))
+    stages.append(compare_stage("first_layer", trace.hidden_states, aligned.hidden_states, tolerance.first_layer))
+    stages.append(compare_stage("decoder", trace.logits, aligned.logits, tolerance.decoder))
+    tokens = compare_tokens(result.token_ids, trace, aligned, tolerance)
+    return CaseReport(case.name, pruning.keep_ratio, tuple(stages), selection, tokens)
+
+
+def prompt_tokens(bundle: Bundle) -> PromptTokens:
+    """The token ids of the reference's rules, from a bundle's manifest and tokenizer.json."""
+    special = bundle.manifest.special_tokens
+    user: tuple[int, ...] = ()
+    left_out: frozenset[int] = frozenset()
+    text = bundle.read_text("tokenizer.json")
+    if text is not None:
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_str(text)
+        user = tuple(tokenizer.encode("user\n", add_special_tokens=False).ids)
+        added = tokenizer.get_added_tokens_decoder()
+        left_out = frozenset(index for index, token in added.items() if token.special)
+    return PromptTokens(
+        image=special.image,
+        video=special.video,
+        vision_end=special.vision_end,
+        im_start=special.im_start,
+        im_end=special.im_end,
+        user=user,
+        special=left_out,
+    )
+
+
+def _cases(args: argparse.Namespace, pipe: "Pipeline", bundle: Bundle) -> list[ParityCase]:
+    prompts: Sequence[str] = args.prompt or [DEFAULT_PROMPT]
+    has_tokenizer = "tokenizer.json" in bundle.manifest.files
+    if not has_tokenizer and (args.prompt or args.images or args.videos):
+        raise BundleError(
+            f"{bundle.folder}: it has no tokenizer, so it takes no --prompt, --images or --videos. Leave them out: "
+            "parity then compares tensors of its own"
+        )
+    if args.images or args.videos:
+        return given_cases(pipe, prompts, args.images, args.videos, together=args.together)
+    if args.query == "turn" and not has_tokenizer:
+        raise ParityError("--query turn: it needs a tokenizer, and this bundle has none. Use --query paper")
+    if not has_tokenizer:
+        return tensor_cases(bundle.manifest, args.seed)
+    cases = generated_cases(pipe, prompts, args.seed)
+    if args.query == "paper":  # a video of tensors has no user's turn
+        cases += tensor_cases(bundle.manifest, args.seed, only_video=True)
+    return cases
+
+
+def _compare_all(
+    pipe: "Pipeline",
+    reference: "Reference",
+    cases: Sequence[ParityCase],
+    prunings: Sequence[PruningConfig],
+    tokens: PromptTokens,
+    steps: int,
+    tolerance: Tolerance,
+) -> Iterator[CaseReport]:
+    for number, case in enumerate(cases, start=1):
+        note(f"case {number} of {len(cases)}: {case.name}")
+        embedded = reference.embed(case.inputs, tokens)
+        for pruning in prunings if embedded.visual else prunings[:1]:  # without visual tokens all are one
+            yield compare_case(pipe, reference, case, embedded, pruning, steps, tolerance)

@@ -1,0 +1,187 @@
+"""Data sets: questions about images or videos, with the answers that count as right.
+
+A data set is "tiny" (the task of the shipped model, made on the fly), a JSONL file, or a folder that holds
+samples.jsonl or samples.json. Each line, or each entry of the JSON list, is one sample; paths are relative to the file:
+
+{"image": "a.png", "question": "What colour is the ring?", "answer": "purple"}
+{"id": "7", "images": ["a.png", "b.png"], "question": "Which is older?", "choices": ["the left", "the right"],
+ "answer": "B"}
+{"video": "a.mp4", "question": "What is said?", "answers": ["hello", "hi"]}
+"""
+
+import hashlib
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+import numpy as np
+
+from hawk_trt.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from hawk_trt.request import ImageInput, VideoInput
+
+TINY = "tiny"
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_TINY_MODULE = "examples.tiny_task"
+_FILES = ("samples.jsonl", "samples.json")
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One question.
+
+    Attributes:
+        id: names it in the data set.
+        question: the text.
+        answers: what counts as right; for multiple choice the letter or the text of the right choice.
+        images: before the question, in this order; then videos.
+        videos: as the pipeline takes them.
+        choices: of multiple choice, A first.
+    """
+
+    id: str
+    question: str
+    answers: tuple[str, ...]
+    images: "tuple[ImageInput, ...]" = ()
+    videos: "tuple[VideoInput, ...]" = ()
+    choices: tuple[str, ...] = ()
+
+    @property
+    def prompt(self) -> str:
+        """The question, with its lettered choices where it has some."""
+        if not self.choices:
+            return self.question
+        lines = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, self.choices, strict=False)]
+        return "\n".join([self.question, *lines, "Answer with the letter of the right choice."])
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """Samples in a fixed order; a smaller count takes the first of a larger one.
+
+    Attributes:
+        name: as it was asked for.
+        fingerprint: sha256 of what the samples are, whatever their count.
+        count: of samples.
+        make: gives the samples anew.
+    """
+
+    name: str
+    fingerprint: str
+    count: int
+    make: Callable[[], Iterator[Sample]]
+
+    def __iter__(self) -> Iterator[Sample]:
+        return self.make()
+
+
+def load_dataset(name: str, count: int | None, seed: int) -> Dataset:
+    """Open a data set.
+
+    Args:
+        name: "tiny", a JSONL file or a folder.
+        count: samples taken; None takes all of a file, and 100 of the tiny task.
+        seed: of the tiny task's samples, or of the order in which a file's are taken.
+
+    Raises:
+        InvalidInput: no such data set, or a sample that is none.
+    """
+    if seed < 0 or (count is not None and count < 1):
+        raise InvalidInput(f"count, seed: got {count}, {seed}, expected at least 1 sample and a seed of at least 0")
+    if name == TINY:
+        return _tiny(100 if count is None else count, seed)
+    return _from_file(name, count, seed)
+
+
+def _tiny(count: int, seed: int) -> Dataset:
+    root = Path(__file__).resolve().parents[3]
+    if not root.joinpath(*_TINY_MODULE.split(".")).is_dir():
+        raise InvalidInput(
+            "dataset tiny: its generator is part of the repository and not of the installed package. Work from a "
+            "checkout (pip install -e .), or write samples there with python -m examples.tiny_task --out DIR "
+            "and pass DIR"
+        )
+    if str(root) not in sys.path:  # the console script does not put the repository there
+        sys.path.append(str(root))
+    generate = import_module(_TINY_MODULE).generate
+
+    def make() -> Iterator[Sample]:
+        for number, made in enumerate(generate(seed, count)):
+            yield Sample(str(number), made.question, (made.answer,), images=(made.image,))
+
+    digest = hashlib.sha256(f"{TINY} {seed}".encode())
+    for made in generate(seed, 5):  # enough to notice another generator: one question of each kind
+        digest.update(made.image.tobytes() + f"{made.question}\n{made.answer}\n".encode())
+    return Dataset(TINY, digest.hexdigest(), count, make)
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """One sample as written; of each pair one name is given."""
+
+    question: str
+    id: str | int | None = None
+    image: str | None = None
+    images: tuple[str, ...] = ()
+    video: str | None = None
+    videos: tuple[str, ...] = ()
+    answer: str | int | float | None = None
+    answers: tuple[str | int | float, ...] = ()
+    choices: tuple[str, ...] = ()
+
+
+def _from_file(name: str, count: int | None, seed: int) -> Dataset:
+    path = _file(Path(name))
+    content = path.read_bytes()
+    try:
+        if path.suffix == ".json":
+            entries = msgspec.json.decode(content, type=list[_Entry])
+        else:
+            entries = [msgspec.json.decode(line, type=_Entry) for line in content.splitlines() if line.strip()]
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise InvalidInput(
+            f'{path}: expected {{"image": ..., "question": ..., "answer": ...}} a line, in a .json a list of them '
+            f"({error})"
+        ) from error
+    samples = [_sample(path, number, entry) for number, entry in enumerate(entries)]
+    if not samples or len({sample.id for sample in samples}) < len(samples):
+        raise InvalidInput(f"{path}: got {len(samples)} samples, expected at least one, and each id once")
+    order = np.random.default_rng(seed).permutation(len(samples))[:count]
+    digest = hashlib.sha256(content + f" {seed}".encode())
+    return Dataset(name, digest.hexdigest(), len(order), lambda: (samples[place] for place in order))
+
+
+def _file(path: Path) -> Path:
+    if path.is_dir():
+        for name in _FILES:
+            if (path / name).is_file():
+                return path / name
+        raise InvalidInput(f"dataset {path}: this folder holds no {' or '.join(_FILES)}")
+    if not path.is_file():
+        raise InvalidInput(f"dataset: got {str(path)!r}, expected {TINY}, a JSONL file or a folder with {_FILES[0]}")
+    return path
+
+
+def _sample(path: Path, number: int, entry: _Entry) -> Sample:
+    answers = entry.answers if entry.answer is None else (entry.answer, *entry.answers)
+    if not answers:
+        raise InvalidInput(f"{path}: sample {number} has no answer")
+    if len(entry.choices) > len(LETTERS):
+        raise InvalidInput(f"{path}: sample {number} has {len(entry.choices)} choices, expected at most {len(LETTERS)}")
+
+    def places(one: str | None, several: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(str(path.parent / file) for file in ((one,) if one is not None else ()) + several)
+
+    return Sample(
+        id=str(number if entry.id is None else entry.id),
+        question=entry.question,
+        answers=tuple(str(answer) for answer in answers),
+        images=places(entry.image, entry.images),
+        videos=places(entry.video, entry.videos),
+        choices=entry.choices,
+    )

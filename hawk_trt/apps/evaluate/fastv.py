@@ -1,0 +1,188 @@
+"""FastV (Chen et al., 2024) in PyTorch: the tokens are dropped inside the decoder, so no bundle can run it.
+
+    phi(n)  mean over heads of layer K-1's softmax attention from the last prompt token to visual token n, K = 2
+    kept    after layer K-1, all text tokens and the visual tokens of largest phi; layers 0 to K-1 see every token
+
+The vision stage, the embeddings and the positions are the pipeline's, the decoder the checkpoint's own. Only this file
+and the parity reference import torch and transformers.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hawk_trt.apps.evaluate.datasets import Sample
+from hawk_trt.apps.evaluate.trials import Cell, PreparedSample, Trial, kv_bytes_per_token
+from hawk_trt.errors import CheckpointError, InvalidInput
+from hawk_trt.inputs.layout import PromptLayout
+from hawk_trt.pruning.selection import kept_count
+from hawk_trt.pruning.selectors.ranking import best
+from hawk_trt.request import PruningConfig
+
+try:
+    import torch
+    from torch import Tensor
+    from transformers import AutoModelForImageTextToText, DynamicCache
+    from transformers.utils import logging as transformers_logging
+except ImportError as error:
+    raise InvalidInput(
+        f"selector fastv needs torch and transformers ({error}): pip install torch transformers safetensors"
+    ) from error
+
+if TYPE_CHECKING:
+    from hawk_trt.pipeline import Pipeline
+
+FULL_LAYERS = 2  # K
+
+
+@dataclass(frozen=True, slots=True)
+class FastVAnswer:
+    """One answer: its tokens, kept positions of the prompt, phi of the visual tokens and logits of every step."""
+
+    token_ids: list[int]
+    kept: npt.NDArray[np.int64]
+    phi: npt.NDArray[np.float32]
+    logits: npt.NDArray[np.float32]
+
+
+class FastV:
+    """A checkpoint's decoder with FastV in it."""
+
+    def __init__(self, model: Any) -> None:  # noqa: ANN401 - a class of transformers, by its config
+        self._language = model.model.language_model
+        self._lm_head = model.lm_head
+
+    @classmethod
+    def load(cls, checkpoint: str | Path, *, device: str = "cpu") -> "FastV":
+        """Load a checkpoint folder or hub id in float32.
+
+        Raises:
+            CheckpointError: transformers cannot load it.
+        """
+        verbosity = transformers_logging.get_verbosity()
+        transformers_logging.set_verbosity(logging.ERROR)  # its notes on config keys are of no use here
+        try:
+            # eager attention is the one that gives its weights
+            model: Any = AutoModelForImageTextToText.from_pretrained(
+                str(checkpoint), dtype=torch.float32, attn_implementation="eager"
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"{checkpoint}: transformers cannot load it ({error})") from error
+        finally:
+            transformers_logging.set_verbosity(verbosity)
+        return cls(model.to(device))  # from_pretrained leaves it in eval mode
+
+    @torch.inference_mode()
+    def answer(
+        self,
+        prompt: PromptLayout,
+        visual_embeds: npt.NDArray[np.float32],
+        num_kept: int,
+        max_new_tokens: int,
+        stop_tokens: Sequence[int],
+    ) -> FastVAnswer:
+        """Answer one prompt greedily.
+
+        Args:
+            prompt: where everything lies.
+            visual_embeds: (num_visual, hidden) float32, in the order of the prompt.
+            num_kept: visual tokens kept.
+            max_new_tokens: longest answer.
+            stop_tokens: ids that end it.
+        """
+        device = self._lm_head.weight.device
+        visual = prompt.visual_rows >= 0
+        embeds = self._language.embed_tokens(torch.tensor(prompt.input_ids, device=device))
+        embeds[torch.tensor(visual, device=device)] = torch.tensor(visual_embeds, device=device)
+        positions = torch.tensor(prompt.position_ids, device=device)
+        cache = DynamicCache(config=self._language.config)
+        hidden, kept, phi = self._prefill(embeds, positions, visual, num_kept, cache)
+        tokens: list[int] = []
+        logits: list[Tensor] = []
+        while True:
+            logits.append(self._lm_head(self._language.norm(hidden[:, -1]))[0])
+            tokens.append(int(logits[-1].argmax()))
+            if len(tokens) == max_new_tokens or tokens[-1] in stop_tokens:
+                break
+            embeds = self._language.embed_tokens(torch.tensor(tokens[-1:], device=device))
+            position = torch.full((len(positions), 1), prompt.next_position + len(tokens) - 1, device=device)
+            hidden = self._layers(embeds[None], position, None, cache, 0, len(self._language.layers))
+        return FastVAnswer(tokens, kept, phi, torch.stack(logits).cpu().numpy())
+
+    def _prefill(
+        self, embeds: Tensor, positions: Tensor, visual: npt.NDArray[np.bool_], num_kept: int, cache: DynamicCache
+    ) -> tuple[Tensor, npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+        """The last layer's output [1, kept, hidden], the kept positions [kept] and phi [num_visual]."""
+        seen: list[Tensor] = []
+        attention = self._language.layers[FULL_LAYERS - 1].self_attn
+        hook = attention.register_forward_hook(lambda _module, _inputs, output: seen.append(output[1]))
+        try:
+            hidden = self._layers(embeds[None], positions, _causal_mask(embeds), cache, 0, FULL_LAYERS)
+        finally:
+            hook.remove()
+        phi = seen[0][0, :, -1].float().mean(dim=0).cpu().numpy()[visual]
+        keep = ~visual
+        keep[np.flatnonzero(visual)[best(phi, num_kept)]] = True
+        kept = np.flatnonzero(keep)
+        hidden, positions = hidden[:, kept], positions[:, kept]
+        layers = len(self._language.layers)
+        return self._layers(hidden, positions, _causal_mask(hidden[0]), cache, FULL_LAYERS, layers), kept, phi
+
+    def _layers(
+        self, hidden: Tensor, positions: Tensor, mask: Tensor | None, cache: DynamicCache, start: int, stop: int
+    ) -> Tensor:
+        rotary = self._language.rotary_emb(hidden, positions[:, None])
+        for layer in self._language.layers[start:stop]:
+            hidden = layer(
+                hidden, attention_mask=mask, position_embeddings=rotary, past_key_values=cache, use_cache=True
+            )
+        return hidden
+
+
+class FastVAnswerer:
+    """Answers with FastV; without times, since another runtime's are not comparable."""
+
+    def __init__(
+        self, fastv: FastV, pipe: "Pipeline", metric: Callable[[str, Sample], float], max_new_tokens: int
+    ) -> None:
+        self._fastv = fastv
+        self._pipe = pipe
+        self._metric = metric
+        self._max_new_tokens = max_new_tokens
+
+    def __call__(self, prepared: PreparedSample, cell: Cell) -> Trial:
+        """Answer one sample."""
+        manifest = self._pipe.bundle.manifest
+        prompt = self._pipe.layout(prepared.inputs)
+        rows = self._pipe.encode([prepared.inputs], [prompt]).numpy().astype(np.float32)
+        num_kept = kept_count(prompt, PruningConfig(keep_ratio=cell.pruning.keep_ratio))
+        stop = manifest.special_tokens.eos
+        visual_embeds = rows[prompt.visual_rows[prompt.visual_rows >= 0]]
+        answer = self._fastv.answer(prompt, visual_embeds, num_kept, self._max_new_tokens, stop)
+        text = self._pipe.chat_tokenizer().decode([token for token in answer.token_ids if token not in stop])
+        layers = manifest.language.num_hidden_layers
+        columns = FULL_LAYERS * prompt.num_tokens + (layers - FULL_LAYERS) * len(answer.kept)
+        return Trial(
+            sample=prepared.sample.id,
+            selector=cell.selector,
+            keep_ratio=cell.pruning.keep_ratio,
+            answer=text,
+            score=self._metric(text, prepared.sample),
+            num_visual=prompt.num_visual,
+            num_kept=num_kept,
+            num_tokens=len(answer.token_ids),
+            kv_bytes=columns * kv_bytes_per_token(manifest) // layers,
+            timings=None,
+        )
+
+
+def _causal_mask(hidden: Tensor) -> Tensor:
+    """Added to attention: 0 up to a token's own place, the lowest number behind it: [1, 1, n, n]."""
+    n = len(hidden)
+    lowest = torch.finfo(hidden.dtype).min
+    return torch.full((n, n), lowest, dtype=hidden.dtype, device=hidden.device).triu(1)[None, None]

@@ -1,0 +1,120 @@
+"""Metrics: how right an answer is, in [0, 1].
+
+exact-match        the words of one of the answers, whatever their case
+vqa-accuracy       as many people as gave it, three are enough (Antol et al., 2015)
+anls               1 - edit distance / length, 0 from a half on (Biten et al., 2019)
+relaxed-accuracy   a number within 5 %, else an exact match (Methani et al., 2020)
+multiple-choice    the letter or the text of the right choice
+"""
+
+import re
+import string
+from collections.abc import Callable
+
+from hawk_trt.apps.evaluate.datasets import LETTERS, Sample
+
+_RELATIVE_TOLERANCE = 0.05
+_ANLS_THRESHOLD = 0.5
+_PEOPLE_ENOUGH = 3
+_ARTICLES = {"a", "an", "the"}
+_NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def exact_match(answer: str, sample: Sample) -> float:
+    """1 where the answer is one of the sample's, but for case, spaces and a full stop at the end."""
+    return float(_plain(answer) in {_plain(right) for right in sample.answers})
+
+
+def vqa_accuracy(answer: str, sample: Sample) -> float:
+    """min(1, people who gave it / 3), averaged over leaving out one of them; one answer alone must match.
+
+    Articles and punctuation do not count, and number words are numbers.
+    """
+    given = _vqa_words(answer)
+    people = [_vqa_words(right) for right in sample.answers]
+    if len(people) == 1:
+        return float(given == people[0])
+    agreeing = people.count(given)
+    return sum(min(1.0, (agreeing - (person == given)) / _PEOPLE_ENOUGH) for person in people) / len(people)
+
+
+def anls(answer: str, sample: Sample) -> float:
+    """The best over the sample's answers of 1 - distance / longer length; 0 where half or more is wrong."""
+    return max(_closeness(_plain(answer), _plain(right)) for right in sample.answers)
+
+
+def relaxed_accuracy(answer: str, sample: Sample) -> float:
+    """1 where a number is within 5 % of one of the answers, or a text equals one."""
+    return float(any(_is_near(answer, right) for right in sample.answers) or exact_match(answer, sample))
+
+
+def multiple_choice(answer: str, sample: Sample) -> float:
+    """1 where the letter or the text that the answer gives is the right one's."""
+    right = {_choice(text, sample.choices) for text in sample.answers}
+    chosen = _choice(answer, sample.choices)
+    return float(chosen is not None and chosen in right)
+
+
+METRICS: dict[str, Callable[[str, Sample], float]] = {
+    "exact-match": exact_match,
+    "vqa-accuracy": vqa_accuracy,
+    "anls": anls,
+    "relaxed-accuracy": relaxed_accuracy,
+    "multiple-choice": multiple_choice,
+}
+
+
+def edit_distance(left: str, right: str) -> int:
+    """Fewest insertions, deletions and replacements of a character that turn one text into the other."""
+    row = list(range(len(right) + 1))
+    for i, a in enumerate(left, start=1):
+        diagonal, row[0] = row[0], i
+        for j, b in enumerate(right, start=1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (a != b))
+    return row[-1]
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.casefold().split()).removesuffix(".")
+
+
+def _vqa_words(text: str) -> str:
+    # a point or comma between digits belongs to a number
+    kept = re.sub(r"(?<=\d)([.,])(?=\d)", lambda match: "\0" if match[0] == "." else "", text.casefold())
+    words = kept.translate(_NO_PUNCTUATION).replace("\0", ".").split()
+    numbers = {word: str(value) for value, word in enumerate(_NUMBER_WORDS)}
+    return " ".join(numbers.get(word, word) for word in words if word not in _ARTICLES)
+
+
+def _closeness(left: str, right: str) -> float:
+    longer = max(len(left), len(right))
+    share = edit_distance(left, right) / longer if longer else 0.0
+    return 1.0 - share if share < _ANLS_THRESHOLD else 0.0
+
+
+def _is_near(answer: str, right: str) -> bool:
+    got, expected = _number(answer), _number(right)
+    if got is None or expected is None:
+        return False
+    return abs(got - expected) <= _RELATIVE_TOLERANCE * abs(expected)
+
+
+def _number(text: str) -> float | None:
+    plain = _plain(text).replace(",", "").removeprefix("$")
+    scale = 0.01 if plain.endswith("%") else 1.0
+    try:
+        return float(plain.removesuffix("%")) * scale
+    except ValueError:
+        return None
+
+
+def _choice(text: str, choices: tuple[str, ...]) -> int | None:
+    """Index of the choice that a text names: by its letter first in the text, else by its words."""
+    plain = _plain(text)
+    for index, choice in enumerate(choices):
+        if plain == _plain(choice):
+            return index
+    match = re.match(r"\W*(?:(?:the )?(?:answer|option|choice)(?: is)?:?\s*)?\(?([a-z])(?:\W|$)", plain)
+    index = LETTERS.find(match[1].upper()) if match else -1
+    return index if 0 <= index < len(choices) else None

@@ -1,0 +1,138 @@
+"""What a series of trials says: one row for each selector and keep ratio, as a table, CSV or JSON."""
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from hawk_trt.apps.evaluate.intervals import Interval, mean_interval
+from hawk_trt.apps.evaluate.trials import Cell, Trial
+from hawk_trt.request import Timings
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One selector at one keep ratio.
+
+    Attributes:
+        selector: who chose.
+        keep_ratio: as asked for.
+        samples: answered.
+        accuracy: mean score with its interval of 95 %.
+        num_visual: visual tokens a prompt, mean.
+        num_kept: of them kept, mean.
+        num_tokens: tokens generated, mean.
+        kv_bytes: keys and values of a prompt, mean.
+        latency_ms: median by stage; None where another runtime answered.
+        on_front: whether no other row is as accurate in less time.
+    """
+
+    selector: str
+    keep_ratio: float
+    samples: int
+    accuracy: Interval
+    num_visual: float
+    num_kept: float
+    num_tokens: float
+    kv_bytes: float
+    latency_ms: dict[str, float] | None
+    on_front: bool = False
+
+
+def summarise(trials: Sequence[Trial], cells: Sequence[Cell], samples: Sequence[str]) -> list[Row]:
+    """One row a cell, in the cells' order, over the given samples; cells without trials are left out."""
+    wanted = set(samples)
+    by_cell: dict[tuple[str, float], list[Trial]] = {cell.key: [] for cell in cells}
+    for trial in trials:
+        if trial.sample in wanted and (trial.selector, trial.keep_ratio) in by_cell:
+            by_cell[trial.selector, trial.keep_ratio].append(trial)
+    rows = [_row(key, found) for key, found in by_cell.items() if found]
+    front = pareto_front(rows)
+    return [replace(row, on_front=row in front) for row in rows]
+
+
+def pareto_front(rows: Sequence[Row]) -> list[Row]:
+    """Rows that no other beats: none is at least as accurate and faster, or more accurate and as fast."""
+    timed = [(row, row.latency_ms["total"], row.accuracy.mean) for row in rows if row.latency_ms is not None]
+    return [
+        row
+        for row, time_ms, accuracy in timed
+        if not any(
+            other_ms <= time_ms and other >= accuracy and (other_ms < time_ms or other > accuracy)
+            for _, other_ms, other in timed
+        )
+    ]
+
+
+def to_csv(rows: Sequence[Row]) -> str:
+    """The rows as CSV, times in milliseconds; an empty field is a time that was not measured."""
+    stages = [field.name for field in fields(Timings)]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    means = ("num_visual", "num_kept", "num_tokens", "kv_bytes")
+    times = [f"{stage}_ms" for stage in stages]
+    writer.writerow(
+        ("selector", "keep_ratio", "samples", "accuracy", "accuracy_low", "accuracy_high", *means, *times, "on_front")
+    )
+    for row in rows:
+        times = [""] * len(stages) if row.latency_ms is None else [f"{row.latency_ms[stage]:.3f}" for stage in stages]
+        accuracy = [f"{value:.4f}" for value in (row.accuracy.mean, row.accuracy.low, row.accuracy.high)]
+        own = [f"{getattr(row, name):.1f}" for name in means]
+        writer.writerow([row.selector, row.keep_ratio, row.samples, *accuracy, *own, *times, int(row.on_front)])
+    return text.getvalue()
+
+
+def print_rows(rows: Sequence[Row], console: Console) -> None:
+    """Print the rows as two tables, each of which fits a terminal of 80 columns."""
+    stages = [field.name for field in fields(Timings)]  # the total comes last
+    answers = _table("selector", "keep", "kept", "accuracy [95 %]", "total, ms", "KV, kB")
+    times = _table("median ms", "keep", *stages[:-1])
+    for row in rows:
+        accuracy = row.accuracy
+        latencies = ["-" if row.latency_ms is None else f"{row.latency_ms[stage]:.2f}" for stage in stages]
+        answers.add_row(
+            f"{row.selector}{' *' if row.on_front else ''}",
+            f"{row.keep_ratio:g}",
+            f"{row.num_kept:.1f} of {row.num_visual:.1f}",
+            f"{100 * accuracy.mean:.1f} % [{100 * accuracy.low:.1f}, {100 * accuracy.high:.1f}]",
+            latencies[-1],
+            f"{row.kv_bytes / 1000:.1f}",
+        )
+        times.add_row(row.selector, f"{row.keep_ratio:g}", *latencies[:-1])
+    console.print(answers, times)
+    console.print(
+        f"{max(row.samples for row in rows)} samples. * is on the Pareto front: nothing is as accurate in less time."
+    )
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for place, name in enumerate(columns):
+        table.add_column(name, justify="right" if place else "left", no_wrap=True)
+    return table
+
+
+def _row(key: tuple[str, float], trials: Sequence[Trial]) -> Row:
+    timings = [trial.timings for trial in trials if trial.timings is not None]
+    latency_ms = None
+    if timings:
+        latency_ms = {
+            field.name: 1000.0 * float(np.median([getattr(timing, field.name) for timing in timings]))
+            for field in fields(Timings)
+        }
+    return Row(
+        selector=key[0],
+        keep_ratio=key[1],
+        samples=len(trials),
+        accuracy=mean_interval([trial.score for trial in trials]),
+        num_visual=float(np.mean([trial.num_visual for trial in trials])),
+        num_kept=float(np.mean([trial.num_kept for trial in trials])),
+        num_tokens=float(np.mean([trial.num_tokens for trial in trials])),
+        kv_bytes=float(np.mean([trial.kv_bytes for trial in trials])),
+        latency_ms=latency_ms,
+    )

@@ -1,0 +1,167 @@
+"""Trials: one sample answered with one pruning, and whole series of them that go on where they stopped."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from hawk_trt.apps.evaluate.datasets import Dataset, Sample
+from hawk_trt.apps.evaluate.result_log import ResultLog
+from hawk_trt.bundle import Manifest, numpy_dtype
+from hawk_trt.request import ModelInputs, PruningConfig, Timings
+
+if TYPE_CHECKING:
+    from hawk_trt.pipeline import Pipeline
+
+UNPRUNED = "unpruned"
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One way to answer: a selector's name and its pruning."""
+
+    selector: str
+    pruning: PruningConfig
+
+    @property
+    def key(self) -> tuple[str, float]:
+        """Names it in results."""
+        return self.selector, self.pruning.keep_ratio
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One answer.
+
+    Attributes:
+        sample: its id.
+        selector: name of the cell.
+        keep_ratio: of the cell.
+        answer: the text.
+        score: in [0, 1].
+        num_visual: visual tokens in the prompt.
+        num_kept: visual tokens kept.
+        num_tokens: tokens generated.
+        kv_bytes: keys and values of the prompt, all layers.
+        timings: seconds by stage; None where another runtime answered.
+    """
+
+    sample: str
+    selector: str
+    keep_ratio: float
+    answer: str
+    score: float
+    num_visual: int
+    num_kept: int
+    num_tokens: int
+    kv_bytes: int
+    timings: Timings | None
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedSample:
+    """A sample as tensors, made once for all cells, and the seconds that this took."""
+
+    sample: Sample
+    inputs: ModelInputs
+    seconds: float
+
+
+Answerer = Callable[[PreparedSample, Cell], Trial]
+
+
+class PipelineAnswerer:
+    """Answers with a pipeline."""
+
+    def __init__(self, pipe: "Pipeline", metric: Callable[[str, Sample], float], max_new_tokens: int) -> None:
+        self._pipe = pipe
+        self._metric = metric
+        self._max_new_tokens = max_new_tokens
+        self._token_bytes = kv_bytes_per_token(pipe.bundle.manifest)
+
+    def __call__(self, prepared: PreparedSample, cell: Cell) -> Trial:
+        """Answer one sample."""
+        result = self._pipe.generate(prepared.inputs, pruning=cell.pruning, max_new_tokens=self._max_new_tokens)
+        # the tensors were made beforehand, and belong to the whole
+        timings = replace(
+            result.timings,
+            preprocess=result.timings.preprocess + prepared.seconds,
+            total=result.timings.total + prepared.seconds,
+        )
+        answer = result.text or ""
+        return Trial(
+            sample=prepared.sample.id,
+            selector=cell.selector,
+            keep_ratio=cell.pruning.keep_ratio,
+            answer=answer,
+            score=self._metric(answer, prepared.sample),
+            num_visual=result.num_visual,
+            num_kept=result.num_kept,
+            num_tokens=len(result.token_ids),
+            kv_bytes=len(result.kept_indices) * self._token_bytes,
+            timings=timings,
+        )
+
+
+def prepare(pipe: "Pipeline", sample: Sample, *, max_pixels: int | None = None) -> PreparedSample:
+    """Turn a sample into tensors.
+
+    Raises:
+        InvalidInput: an image or video that cannot be used.
+    """
+    begun = time.perf_counter()
+    inputs = pipe.prepare(sample.prompt, images=sample.images, videos=sample.videos, max_pixels=max_pixels)
+    return PreparedSample(sample, inputs, time.perf_counter() - begun)
+
+
+def missing(dataset: Dataset, cells: Sequence[Cell], log: ResultLog[Trial]) -> int:
+    """Trials that the log does not hold yet."""
+    known = {(trial.sample, trial.selector, trial.keep_ratio) for trial in log.records}
+    return sum((sample.id, *cell.key) not in known for sample in dataset for cell in cells)
+
+
+def run_trials(
+    dataset: Dataset,
+    cells: Sequence[Cell],
+    log: ResultLog[Trial],
+    make_inputs: Callable[[Sample], PreparedSample],
+    answerers: Callable[[Cell], Answerer],
+    seed: int,
+) -> Iterator[Trial]:
+    """Answer what the log does not hold yet, sample by sample, and give each trial once it is on disk.
+
+    Before the first, every cell answers once without being counted, so that no trial pays for a runtime's start.
+
+    Args:
+        dataset: the samples.
+        cells: the ways to answer each.
+        log: of earlier trials; it grows.
+        make_inputs: prepares a sample.
+        answerers: who answers in a cell.
+        seed: of random choices, which differ from sample to sample.
+    """
+    known = {(trial.sample, trial.selector, trial.keep_ratio) for trial in log.records}
+    warm: set[tuple[str, float]] = set()
+    for number, sample in enumerate(dataset):
+        left = [cell for cell in cells if (sample.id, *cell.key) not in known]
+        if not left:
+            continue
+        prepared = make_inputs(sample)
+        own_seed = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+        for cell in left:
+            own = replace(cell, pruning=replace(cell.pruning, seed=own_seed))
+            if cell.key not in warm:
+                answerers(cell)(prepared, own)
+                warm.add(cell.key)
+            trial = answerers(cell)(prepared, own)
+            log.append(trial)
+            yield trial
+
+
+def kv_bytes_per_token(manifest: Manifest) -> int:
+    """Bytes of the keys and values of one token in all layers."""
+    language = manifest.language
+    numbers = 2 * language.num_hidden_layers * language.num_key_value_heads * language.head_dim
+    return numbers * numpy_dtype(manifest.dtype).itemsize

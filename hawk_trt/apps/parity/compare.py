@@ -1,0 +1,255 @@
+"""The outputs of both sides -> rows of numbers, each with what is wrong with it.
+
+Stage rows hold cosine, norm ratio and largest error; a selection row the kept set and the scores behind
+it; a token row the teacher-forced distribution and the free-running tokens. Numpy in float64 only.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from hawk_trt.apps.parity.tolerances import StageTolerance, Tolerance
+from hawk_trt.apps.parity.trace import ReferenceTrace
+from hawk_trt.pipeline import Trace
+
+_Matrix = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class StageRow:
+    """One stage's output against the reference's.
+
+    Attributes:
+        stage: vision, scores, first_layer or decoder.
+        rows: vectors compared: visual tokens, kept tokens or decode steps.
+        cosine: mean over the rows.
+        cosine_min: of the worst row.
+        norm_ratio: |got| / |expected|, mean over the rows.
+        norm_ratio_worst: the one farthest from 1.
+        max_error: largest absolute difference of a value.
+        max_error_share: that, as a share of the largest reference value.
+        failures: what is out of tolerance, empty where nothing is.
+    """
+
+    stage: str
+    rows: int
+    cosine: float
+    cosine_min: float
+    norm_ratio: float
+    norm_ratio_worst: float
+    max_error: float
+    max_error_share: float
+    failures: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SelectionRow:
+    """The kept set against the reference's.
+
+    Attributes:
+        num_visual: visual tokens of the prompt.
+        num_kept: visual tokens that the reference keeps.
+        overlap: share of the reference's kept visual tokens that the bundle keeps too.
+        margin: the reference's last kept score - its first dropped one, the smallest over all top-ks;
+            None where nothing is dropped.
+        swap_distance: how far from the cut a wrongly kept or dropped token lies at most, as a share of
+            the spread of the scores; 0 where the sets are equal.
+        rank_correlation: Spearman's, of the scores.
+        score_error: largest absolute difference of a score.
+        score_error_share: without a shift common to all, as a share of the spread.
+        failures: what is out of tolerance, empty where nothing is.
+    """
+
+    num_visual: int
+    num_kept: int
+    overlap: float
+    margin: float | None
+    swap_distance: float
+    rank_correlation: float
+    score_error: float
+    score_error_share: float
+    failures: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRow:
+    """Teacher-forced distributions and free-running tokens against the reference's.
+
+    Attributes:
+        steps: decode steps compared, the prefill's among them.
+        argmax_agreement: share of steps whose most probable token is the same.
+        kl: largest KL(reference || bundle) of a step, in nats.
+        tokens_equal: whether the bundle's own greedy tokens are the reference's.
+        first_difference: the step where they part, None where they do not.
+        margin_there: the reference's best logit - its logit of the bundle's token there, as a share of
+            its largest logit; 0 where the tokens are equal.
+        failures: what is out of tolerance, empty where nothing is.
+    """
+
+    steps: int
+    argmax_agreement: float
+    kl: float
+    tokens_equal: bool
+    first_difference: int | None
+    margin_there: float
+    failures: tuple[str, ...]
+
+
+def compare_stage(stage: str, got: npt.ArrayLike, expected: npt.ArrayLike, tolerance: StageTolerance) -> StageRow:
+    """Compare two float arrays [rows, values].
+
+    Args:
+        stage: named in the row.
+        got: the bundle's output.
+        expected: the reference's.
+        tolerance: what they may differ by.
+    """
+    a, b = np.asarray(got, dtype=np.float64), np.asarray(expected, dtype=np.float64)
+    nan = float("nan")
+    if a.shape != b.shape:
+        return StageRow(stage, len(b), nan, nan, nan, nan, nan, nan, (f"shape: got {a.shape}, expected {b.shape}",))
+    norm_a, norm_b = np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1)
+    both_zero = (norm_a == 0) & (norm_b == 0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        cosine = np.where(both_zero, 1.0, (a * b).sum(1) / (norm_a * norm_b))
+        ratio = np.where(both_zero, 1.0, norm_a / norm_b)
+        error = float(np.abs(a - b).max())
+        share = error / float(np.abs(b).max()) if error else 0.0
+    worst = float(ratio[np.argmax(np.abs(ratio - 1.0))])  # argmax takes a NaN first
+    failures = (
+        _at_least("cosine", float(cosine.min()), tolerance.cosine)
+        + _at_most("norm ratio - 1", abs(worst - 1.0), tolerance.norm_ratio)
+        + _at_most("max error", share, tolerance.max_error)
+    )
+    return StageRow(
+        stage, len(b), float(cosine.mean()), float(cosine.min()), float(ratio.mean()), worst, error, share, failures
+    )
+
+
+def compare_selection(trace: Trace, reference: ReferenceTrace, tolerance: Tolerance) -> SelectionRow:
+    """Compare what is kept, and the scores that decided it.
+
+    Args:
+        trace: of the bundle.
+        reference: run with its own choice of tokens, at least one of them visual.
+        tolerance: what they may differ by.
+    """
+    expected = reference.scores.astype(np.float64)
+    got = np.asarray(trace.scores, dtype=np.float64)
+    num_visual, num_kept = len(expected), len(reference.kept_visual)
+    failures: tuple[str, ...] = ()
+    if got.shape != expected.shape:
+        return SelectionRow(
+            num_visual, num_kept, 0.0, None, float("nan"), float("nan"), float("nan"), float("nan"),
+            (f"scores: got {got.shape}, expected {expected.shape}",),
+        )  # fmt: skip
+    # Where all scores are alike, their differences are rounding: 1 % of the largest counts as spread.
+    spread = max(float(np.ptp(expected)), 0.01 * float(np.abs(expected).max()))
+    error = got - expected
+    # Kept or dropped does not depend on a shift of all scores, so it is no error here.
+    error_share = _share(float(np.abs(error - np.median(error)).max()), spread)
+    failures += _at_most("score error", error_share, tolerance.score_error)
+
+    kept = np.isin(np.arange(num_visual), reference.kept_visual)
+    got_kept = np.isin(reference.visual_indices, trace.kept_indices)
+    margins, distances = [], [0.0]
+    for group in np.unique(reference.topk_groups):
+        member = reference.topk_groups == group
+        if np.count_nonzero(member & kept) != np.count_nonzero(member & got_kept):
+            failures += (f"kept {np.count_nonzero(member & got_kept)} of a top-{np.count_nonzero(member & kept)}",)
+        if not np.any(member & kept) or not np.any(member & ~kept):
+            continue
+        last_kept, first_dropped = expected[member & kept].min(), expected[member & ~kept].max()
+        margins.append(float(last_kept - first_dropped))
+        swapped = expected[member & (kept != got_kept)]
+        distances += [_share(abs(float(s) - float(last_kept + first_dropped) / 2), spread) for s in swapped]
+    failures += _at_most("distance of a swapped token from the cut", max(distances), tolerance.score_error)
+    if not np.array_equal(trace.kept_indices, _kept_indices(reference, got_kept)):
+        failures += ("kept_indices: not all text and the kept visual tokens in ascending order",)
+    return SelectionRow(
+        num_visual,
+        num_kept,
+        overlap=float((kept & got_kept).sum() / max(num_kept, 1)),
+        margin=min(margins) if margins else None,
+        swap_distance=max(distances),
+        rank_correlation=rank_correlation(got, expected),
+        score_error=float(np.abs(error).max()),
+        score_error_share=error_share,
+        failures=failures,
+    )
+
+
+def compare_tokens(tokens: Sequence[int], trace: Trace, reference: ReferenceTrace, tolerance: Tolerance) -> TokenRow:
+    """Compare teacher-forced logits [steps, vocab] and free-running tokens.
+
+    The reference was forced to the bundle's tokens, so up to their first difference its most probable
+    tokens are its own free-running ones.
+
+    Args:
+        tokens: that the bundle chose when running freely.
+        trace: of the bundle, forced to them.
+        reference: forced to them too.
+        tolerance: what they may differ by.
+    """
+    expected = reference.logits.astype(np.float64)
+    got = np.asarray(trace.logits, dtype=np.float64)
+    if got.shape != expected.shape or len(tokens) != len(expected):
+        wrong = f"logits: got {got.shape} and {len(tokens)} tokens, expected {expected.shape}"
+        return TokenRow(len(expected), 0.0, float("nan"), False, 0, float("nan"), (wrong,))
+    with np.errstate(invalid="ignore"):  # infinities become NaN, and NaN fails
+        log_p, log_q = _log_softmax(expected), _log_softmax(got)
+        kl = float((np.exp(log_p) * (log_p - log_q)).sum(1).max())
+    best = expected.argmax(1)
+    different = np.flatnonzero(best != np.asarray(tokens))
+    first = int(different[0]) if len(different) else None
+    margin = 0.0
+    if first is not None:
+        margin = _share(float(expected[first].max() - expected[first, tokens[first]]), float(np.abs(expected).max()))
+    # Two logits that are each off by the largest error allowed can change places when twice that apart.
+    failures = _at_most("KL", kl, tolerance.kl) + _at_most(
+        "margin of the token chosen otherwise", margin, 2 * tolerance.decoder.max_error
+    )
+    agreement = float((best == got.argmax(1)).mean())
+    return TokenRow(len(expected), agreement, kl, first is None, first, margin, failures)
+
+
+def rank_correlation(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> float:
+    """Spearman's rank correlation; equal values share their mean rank, and two constants agree."""
+    ranks_a, ranks_b = _ranks(a), _ranks(b)
+    deviation_a, deviation_b = ranks_a - ranks_a.mean(), ranks_b - ranks_b.mean()
+    scale = float(np.sqrt((deviation_a**2).sum() * (deviation_b**2).sum()))
+    if scale == 0.0:
+        return float(np.array_equal(ranks_a, ranks_b))
+    return float((deviation_a * deviation_b).sum() / scale)
+
+
+def _ranks(values: npt.NDArray[np.float64]) -> _Matrix:
+    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(count)
+    return np.asarray((last - (count - 1) / 2)[place], dtype=np.float64)
+
+
+def _kept_indices(reference: ReferenceTrace, visual_kept: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+    """The reference's kept positions, had it kept these visual tokens."""
+    text = np.setdiff1d(reference.kept_indices, reference.visual_indices)
+    return np.sort(np.concatenate([text, reference.visual_indices[visual_kept]]))
+
+
+def _log_softmax(logits: _Matrix) -> _Matrix:
+    shifted = logits - logits.max(1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(1, keepdims=True)), dtype=np.float64)
+
+
+def _share(value: float, whole: float) -> float:
+    """Value / whole; no error is no error where all of the whole is one value."""
+    return value / whole if whole else (0.0 if value == 0.0 else float("inf"))
+
+
+def _at_least(name: str, value: float, limit: float) -> tuple[str, ...]:
+    return () if value >= limit else (f"{name} {value:.6g}, expected at least {limit:g}",)  # NaN fails
+
+
+def _at_most(name: str, value: float, limit: float) -> tuple[str, ...]:
+    return () if value <= limit else (f"{name} {value:.3g}, expected at most {limit:g}",)  # NaN fails

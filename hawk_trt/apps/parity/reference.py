@@ -1,0 +1,318 @@
+"""The PyTorch reference: the checkpoint's own model with HAWK inserted in plain, unabsorbed form.
+
+ModelInputs and a PruningConfig enter, a ReferenceTrace leaves. Every query and key projection is
+computed for every token and the whole decoder runs on the kept ones, straight from the method's equations:
+
+    q_i(t) = (Wq h_t + bq)_i      k_g(n) = (Wk h_n + bk)_g      h = layer 0's input norm of the embeddings
+    s_i(n) = mean_t q_i(t) . k_g(n) / sqrt(head_dim), no RoPE, NaN and infinities -> 0, normalised over n
+    score(n) = sum_i w_i s_i(n)
+
+Only this file and reference_models.py, which knows the families, import torch and transformers.
+"""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hawk_trt.apps.parity.prompt_rules import PromptTokens, VisualItem, frame_numbers, keep_best, query_range
+from hawk_trt.apps.parity.trace import ReferenceTrace
+from hawk_trt.errors import BackendError, CheckpointError, ParityError
+from hawk_trt.request import ModelInputs, PruningConfig
+
+try:
+    import torch
+    from safetensors import SafetensorError
+    from torch import Tensor
+    from torch.nn.functional import linear
+    from transformers import AutoConfig, DynamicCache
+    from transformers.utils import logging as transformers_logging
+
+    from hawk_trt.apps.parity.reference_models import FAMILIES, ReferenceModel
+except ImportError as error:
+    raise ParityError(
+        f"the PyTorch reference needs torch and transformers ({error}): pip install torch transformers safetensors"
+    ) from error
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddedPrompt:
+    """A prompt before layer 0, without its masked positions; made once, run with several prunings.
+
+    Attributes:
+        ids: token ids [seq_len].
+        places: int64 [seq_len], where each stood in the prompt as given.
+        visual: positions of the visual tokens among ids.
+        owners: the image or video of each visual token.
+        frames: the image or frame of a video, counted through all of them.
+        embeds: [seq_len, hidden], visual embeddings merged in.
+        deepstack: [num_visual, hidden] of each DeepStack level, nothing where the family has none.
+        position_ids: int64 [axes, seq_len].
+        tokens: ids of the special tokens.
+    """
+
+    ids: list[int]
+    places: npt.NDArray[np.int64]
+    visual: list[int]
+    owners: list[int]
+    frames: list[int]
+    embeds: Tensor
+    deepstack: tuple[Tensor, ...]
+    position_ids: Tensor
+    tokens: PromptTokens
+
+
+class Reference:
+    """A checkpoint's PyTorch model, run with HAWK."""
+
+    def __init__(self, model: ReferenceModel, head_weights: Sequence[float], normalization: str) -> None:
+        self._model = model
+        self._head_weights = tuple(head_weights)
+        self._normalization = normalization
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: str | Path,
+        *,
+        head_weights: Sequence[float],
+        normalization: str,
+        device: str = "cpu",
+        dtype: str = "float32",
+    ) -> "Reference":
+        """Load a checkpoint folder (or hub id).
+
+        Args:
+            checkpoint: the folder that the bundle was exported from.
+            head_weights: taken where a PruningConfig has none.
+            normalization: "l2", "softmax" or "minmax".
+            device: of torch.
+            dtype: of the model; scores are computed in float32 whatever it is.
+
+        Raises:
+            BackendError: torch lacks the device.
+            CheckpointError: it cannot be read, is incomplete or of another architecture.
+        """
+        verbosity = transformers_logging.get_verbosity()
+        transformers_logging.set_verbosity(logging.ERROR)  # its notes on config keys are of no use here
+        try:
+            model_type = AutoConfig.from_pretrained(str(checkpoint)).model_type
+            if model_type not in FAMILIES:
+                raise CheckpointError(f"model_type: got {model_type!r}, the reference knows {', '.join(FAMILIES)}")
+            model, info = FAMILIES[model_type].model_class.from_pretrained(
+                str(checkpoint), dtype=getattr(torch, dtype), output_loading_info=True
+            )
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise CheckpointError(f"{checkpoint}: transformers cannot load it ({error})") from error
+        finally:
+            transformers_logging.set_verbosity(verbosity)
+        # transformers fills in missing weights at random and goes on.
+        wrong = sorted({*info["missing_keys"], *info["unexpected_keys"], *map(str, info["mismatched_keys"])})
+        if wrong:
+            raise CheckpointError(f"{checkpoint}: its weights do not fit its config: {wrong[0]} ({len(wrong)} in all)")
+        try:
+            model = model.eval().to(device)
+        except (RuntimeError, AssertionError) as error:
+            raise BackendError(f"torch cannot use device {device!r} ({error})") from error
+        return cls(FAMILIES[model_type](model), head_weights, normalization)
+
+    @property
+    def model(self) -> ReferenceModel:
+        """The family's model."""
+        return self._model
+
+    @torch.inference_mode()
+    def embed(self, inputs: ModelInputs, tokens: PromptTokens) -> EmbeddedPrompt:
+        """Run the vision tower and merge its embeddings into the prompt's.
+
+        Raises:
+            ParityError: placeholders, grids and pixel values do not fit each other.
+        """
+        all_ids = np.ravel(np.asarray(inputs.input_ids, dtype=np.int64))
+        mask = np.ones_like(all_ids) if inputs.attention_mask is None else np.ravel(np.asarray(inputs.attention_mask))
+        images, videos = self._model.items(inputs)
+        owner_of, items = _owners(all_ids.tolist(), images, videos, tokens)
+        shown = mask != 0
+        places = np.flatnonzero(shown)
+        ids = all_ids[places].tolist()
+        visual = [position for position, place in enumerate(places) if owner_of[place] >= 0]
+        owners = [owner_of[places[position]] for position in visual]
+        frame_of = frame_numbers(owner_of, items)
+        frames = [frame_of[places[position]] for position in visual]
+
+        language = self._model.language
+        embeds = language.embed_tokens(torch.tensor(ids, device=language.embed_tokens.weight.device))
+        deepstack: tuple[Tensor, ...] = ()
+        if visual:
+            image_embeds, video_embeds = self._model.embed(inputs)
+            all_rows = torch.cat([(video_embeds if item.is_video else image_embeds).pop(0) for item in items])
+            placeholders = [place for place, owner in enumerate(owner_of) if owner >= 0]
+            own_rows = all_rows[np.flatnonzero(shown[placeholders])].to(embeds.dtype)
+            embeds[visual], *levels = own_rows.view(len(visual), -1, embeds.shape[1]).unbind(1)
+            deepstack = tuple(levels)
+        # A masked token takes no position, but a partly masked image or video keeps its whole grid.
+        placed = [place for place, owner in enumerate(owner_of) if shown[place] or owner in owners]
+        positions = self._model.positions([owner_of[place] for place in placed], items)
+        position_ids = torch.tensor(positions, device=embeds.device)[np.flatnonzero(shown[placed])].T
+        return EmbeddedPrompt(ids, places, visual, owners, frames, embeds, deepstack, position_ids, tokens)
+
+    @torch.inference_mode()
+    def run(
+        self,
+        prompt: EmbeddedPrompt,
+        pruning: PruningConfig,
+        *,
+        steps: int = 1,
+        forced_tokens: Sequence[int] | None = None,
+        kept_indices: Sequence[int] | None = None,
+    ) -> ReferenceTrace:
+        """Prune, prefill and decode; end-of-answer tokens do not end it.
+
+        Args:
+            prompt: from embed.
+            pruning: how to choose the kept tokens.
+            steps: tokens to choose greedily.
+            forced_tokens: these instead, whatever the logits say (teacher forcing).
+            kept_indices: keep these positions of the prompt as given, whatever the scores say.
+
+        Raises:
+            ParityError: query="turn" and no user turn.
+        """
+        visual = prompt.visual
+        query = query_range(prompt.ids, visual, prompt.tokens, pruning.query) if visual else []
+        raw = self._head_scores(prompt.embeds, query, visual)
+        weights = torch.tensor(pruning.head_weights or self._head_weights, dtype=raw.dtype, device=raw.device)
+        scores = (weights[:, None] * _normalize(raw, self._normalization)).sum(0)
+        groups = {"global": [0] * len(visual), "per-image": prompt.owners, "per-frame": prompt.frames}[pruning.quota]
+        ordinals = keep_best(scores.tolist(), groups, pruning)
+        if kept_indices is not None:
+            wanted = set(np.flatnonzero(np.isin(prompt.places, kept_indices)).tolist())
+            ordinals = [n for n, position in enumerate(visual) if position in wanted]
+        dropped = set(visual) - {visual[n] for n in ordinals}
+        kept = [position for position in range(len(prompt.ids)) if position not in dropped]
+
+        tokens = None if forced_tokens is None else [int(token) for token in forced_tokens]
+        hidden, logits, chosen = self._decode(prompt, kept, steps if tokens is None else len(tokens), tokens)
+        return ReferenceTrace(
+            visual_embeds=_numpy(prompt.embeds[visual]),
+            inputs_embeds=_numpy(prompt.embeds),
+            head_scores=_numpy(raw),
+            scores=_numpy(scores),
+            visual_indices=prompt.places[visual],
+            topk_groups=np.asarray(groups, dtype=np.int64),
+            kept_visual=np.asarray(ordinals, dtype=np.int64),
+            kept_indices=prompt.places[kept],
+            query_indices=prompt.places[query],
+            hidden_states=_numpy(hidden),
+            position_ids=prompt.position_ids.cpu().numpy(),
+            kept_position_ids=prompt.position_ids[:, kept].cpu().numpy(),
+            logits=_numpy(logits),
+            tokens=tuple(chosen),
+        )
+
+    def _head_scores(self, embeds: Tensor, query: list[int], visual: list[int]) -> Tensor:
+        # float32 throughout, as the method asks: bfloat16 scores lose up to a fifth of the kept set.
+        layer = self._model.language.layers[0]
+        attention = layer.self_attn
+        head_dim = int(attention.head_dim)
+        hidden = layer.input_layernorm(embeds.float())
+
+        def heads_of(name: str) -> Tensor:
+            projection, norm = getattr(attention, f"{name}_proj"), getattr(attention, f"{name}_norm", None)
+            bias = None if projection.bias is None else projection.bias.float()
+            projected = linear(hidden, projection.weight.float(), bias).view(len(embeds), -1, head_dim)
+            return projected if norm is None else norm(projected)
+
+        q, k = heads_of("q"), heads_of("k")
+        heads, group = q.shape[1], q.shape[1] // k.shape[1]
+        scores = [(q[query, head] @ k[visual, head // group].T / math.sqrt(head_dim)).mean(0) for head in range(heads)]
+        return torch.nan_to_num(torch.stack(scores), nan=0.0, posinf=0.0, neginf=0.0)
+
+    def _decode(
+        self, prompt: EmbeddedPrompt, kept: list[int], steps: int, forced: list[int] | None
+    ) -> tuple[Tensor, Tensor, list[int]]:
+        """What enters layer 1 [kept, hidden] in the prefill, logits [steps, vocab] and the tokens."""
+        language = self._model.language
+        entered: list[Tensor] = []
+        hook = language.layers[1].register_forward_pre_hook(lambda _module, args: entered.append(args[0]))
+        cache = DynamicCache(config=language.config)
+        embeds, positions = prompt.embeds[kept], prompt.position_ids[:, kept]
+        deepstack: dict[str, Any] = {}
+        if prompt.deepstack:
+            visual, still_there = set(prompt.visual), set(kept)
+            ordinals = [n for n, position in enumerate(prompt.visual) if position in still_there]
+            mask = torch.tensor([[position in visual for position in kept]], device=embeds.device)
+            levels = [level[ordinals] for level in prompt.deepstack]
+            deepstack = {"visual_pos_masks": mask, "deepstack_visual_embeds": levels}
+        following = int(prompt.position_ids.max()) + 1  # of the unpruned prompt: what comes next keeps its place
+        logits: list[Tensor] = []
+        tokens: list[int] = []
+        try:
+            for step in range(steps):
+                output = language(
+                    inputs_embeds=embeds[None],
+                    position_ids=positions[:, None] if len(positions) > 1 else positions,  # 1-D models take no axis
+                    past_key_values=cache,
+                    use_cache=True,
+                    **deepstack,
+                )
+                deepstack = {}  # what is generated is text
+                logits.append(self._model.lm_head(output.last_hidden_state[0, -1]).float())
+                tokens.append(int(logits[-1].argmax()) if forced is None else forced[step])
+                embeds = language.embed_tokens(torch.tensor(tokens[-1:], device=embeds.device))
+                positions = torch.full((len(positions), 1), following + step, device=embeds.device)
+        finally:
+            hook.remove()
+        return entered[0][0], torch.stack(logits), tokens
+
+
+def _normalize(raw: Tensor, normalization: str) -> Tensor:
+    """Normalise each head's scores [heads, num_visual] over the visual tokens."""
+    if raw.shape[1] == 0:
+        return raw
+    if normalization == "l2":
+        return raw / raw.square().sum(1, keepdim=True).sqrt().clamp_min(1e-12)
+    if normalization == "softmax":
+        return raw.softmax(1)
+    low, high = raw.amin(1, keepdim=True), raw.amax(1, keepdim=True)
+    return (raw - low) / (high - low).clamp_min(torch.finfo(torch.float32).eps)
+
+
+def _owners(
+    ids: Sequence[int], images: Sequence[VisualItem], videos: Sequence[VisualItem], tokens: PromptTokens
+) -> tuple[list[int], list[VisualItem]]:
+    """Item of each token (-1 for text), and the items in the order of the prompt."""
+    owners: list[int] = []
+    items: list[VisualItem] = []
+    left = 0
+    waiting = {False: list(images), True: list(videos)}
+    for token in ids:
+        if token not in (tokens.image, tokens.video):
+            owners.append(-1)
+            continue
+        is_video = token == tokens.video
+        if left == 0:
+            if not waiting[is_video]:
+                raise ParityError(
+                    f"input_ids: more placeholders than the {len(images)} images and {len(videos)} videos take"
+                )
+            items.append(waiting[is_video].pop(0))
+            left = items[-1].num_tokens
+        if items[-1].is_video != is_video:
+            raise ParityError(
+                "input_ids: an image's or a video's placeholders end early, expected as many as its grid says"
+            )
+        owners.append(len(items) - 1)
+        left -= 1
+    if left or waiting[False] or waiting[True]:
+        raise ParityError("input_ids: fewer placeholders than image_grid_thw and video_grid_thw say")
+    return owners, items
+
+
+def _numpy(tensor: Tensor) -> npt.NDArray[np.float32]:
+    return tensor.float().cpu().numpy()

@@ -1,0 +1,107 @@
+"""The application as a Ray Serve deployment: a replica for each GPU, or for a share of the CPUs.
+
+    serve run hawk_trt.apps.serve.ray_app:build path=/models/3b-engines max_replicas=4
+
+Ray starts, scales, routes to, watches and replaces the replicas; each is the same application as `hawk-trt serve` has.
+"""
+
+import asyncio
+
+import ray
+from fastapi import FastAPI
+from ray import serve
+from ray.serve.config import AutoscalingConfig, BackpressureConfig
+
+from hawk_trt.apps.cli.serve import open_served, settings_of
+from hawk_trt.apps.serve.app import create_app
+from hawk_trt.apps.serve.ray_metrics import RayMetrics
+from hawk_trt.apps.serve.ray_options import parse, words_of
+from hawk_trt.apps.serve.refusal import RETRY_SECONDS
+from hawk_trt.apps.serve.server import configure_logging
+from hawk_trt.apps.serve.service import Service
+from hawk_trt.errors import BackendError
+
+NAME = "hawk"
+_POLL_SECONDS = 0.05
+_HEALTH_SECONDS = 5.0
+_UPSCALE_SECONDS = 10.0
+_DOWNSCALE_SECONDS = 300.0
+_LAST_SECONDS = 10.0
+
+
+class Replica:
+    """What Ray asks a replica besides requests.
+
+    Attributes:
+        app: of this replica, which serve.ingress adds.
+    """
+
+    app: FastAPI
+
+    def __init__(self) -> None:
+        self._metrics = RayMetrics()
+
+    async def check_health(self) -> None:
+        """Return once the model is warm; Ray sends no request before that, and asks again all the time.
+
+        Raises:
+            BackendError: the model cannot answer any more, so Ray starts another replica.
+        """
+        service: Service = self.app.state.service
+        while service.state == "starting":
+            await asyncio.sleep(_POLL_SECONDS)
+        if service.state == "failed" or not (service.batcher.ready or service.state == "draining"):
+            raise BackendError(f"replica: it is {service.state} and cannot answer; its log says why")
+        self._metrics.update(service.metrics.text())
+
+
+def build(arguments: dict[str, object]) -> serve.Application:
+    """Make the application that `serve run`, `serve deploy` and `serve.run` take.
+
+    Args:
+        arguments: "path", a bundle or engines on every machine; any option of `hawk-trt serve` but host and port, as
+            "keep_ratio"; "min_replicas" and "max_replicas", 1 unless given; "num_gpus" of a replica, 1 for engines
+            and device cuda, else 0; "num_cpus" of a replica, those of "threads", else 1. A config file may override
+            everything about replicas below deployments, name hawk.
+
+    Raises:
+        InvalidInput: an argument that is unknown, missing or out of its range.
+    """
+    words = words_of(arguments)
+    options = parse(words)
+    settings = settings_of(options)
+    words[0] = str(options.bundle)
+
+    def make_app() -> FastAPI:
+        return _replica_app(words)
+
+    # engines take one generation at a time
+    batch = 1 if options.backend == "tensorrt" else settings.max_batch
+    deployment = serve.deployment(
+        name=NAME,
+        ray_actor_options={"num_gpus": options.num_gpus, "num_cpus": options.num_cpus},
+        autoscaling_config=AutoscalingConfig(
+            min_replicas=options.min_replicas,
+            max_replicas=options.max_replicas,
+            target_ongoing_requests=batch,
+            upscale_delay_s=_UPSCALE_SECONDS,
+            downscale_delay_s=_DOWNSCALE_SECONDS,
+        ),
+        # one batch runs and one is ready to follow; what waits longer, waits where any replica can take it
+        max_ongoing_requests=2 * batch,
+        max_queued_requests=settings.max_queue * options.max_replicas,
+        backpressure_config=BackpressureConfig(status_code=429, retry_after_s=RETRY_SECONDS),
+        graceful_shutdown_timeout_s=settings.request_seconds + _LAST_SECONDS,
+        health_check_period_s=_HEALTH_SECONDS,
+    )
+    application: serve.Application = deployment(serve.ingress(make_app)(Replica)).bind()
+    return application
+
+
+def _replica_app(words: list[str]) -> FastAPI:
+    """Load the model in a replica's process, which holds it until it ends."""
+    configure_logging()
+    options = parse(words)
+    if options.threads is None:
+        options.threads = max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1)))
+    return create_app(*open_served(options, settings_of(options)))

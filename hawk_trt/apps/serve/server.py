@@ -1,0 +1,108 @@
+"""The server process: uvicorn around the application, with an orderly end and no patience for half a request."""
+
+import asyncio
+import logging
+import signal
+import socket
+import time
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from hawk_trt.apps.serve.service import Service, log
+from hawk_trt.errors import InvalidInput
+
+_HEADER_SECONDS = 10.0
+_MAX_HEADER_BYTES = 32_768
+_LAST_SECONDS = 3
+_POLL_SECONDS = 0.05
+_BACKLOG = 1024
+_ANSWERING = object()
+
+
+class TimedProtocol(H11Protocol):
+    """A connection that is closed when the headers of a request do not come."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's own
+        """Begin to watch."""
+        super().connection_made(transport)
+        self._last: object = None  # the request after which the connection waited at the last look
+        self._watch = self.loop.call_later(_HEADER_SECONDS, self._look)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Watch no longer."""
+        self._watch.cancel()
+        super().connection_lost(exc)
+
+    def _look(self) -> None:
+        """Close a connection that has been between two requests since the last look."""
+        between = self.cycle is None or self.cycle.response_complete
+        if between and self._last is self.cycle:
+            self.transport.close()
+            return
+        self._last = self.cycle if between else _ANSWERING
+        self._watch = self.loop.call_later(_HEADER_SECONDS, self._look)
+
+
+class Server(uvicorn.Server):
+    """Serves until SIGTERM or SIGINT; then takes nothing new, finishes what runs, and ends. A second one ends it."""
+
+    def __init__(self, app: FastAPI) -> None:
+        self._service: Service = app.state.service
+        settings = self._service.settings
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=TimedProtocol,
+                ws="none",
+                limit_concurrency=settings.max_connections,
+                h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
+                timeout_graceful_shutdown=_LAST_SECONDS,
+                server_header=False,
+                log_config=None,
+                lifespan="on",
+            )
+        )
+        self._draining: asyncio.Task[None] | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - of signal.signal
+        """Drain at the first signal, end at the second."""
+        if self._service.state == "draining":
+            self.force_exit = self.should_exit = True
+            return
+        log.info("%s: finishing %d requests", signal.Signals(sig).name, self._service.open)
+        self._service.drain()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second: whether to end."""
+        if self._service.state == "draining" and self._draining is None:
+            self._draining = asyncio.create_task(self._drain())
+        return await super().on_tick(counter)
+
+    async def _drain(self) -> None:
+        """Wait for the running answers, within the limit; the port stays open, to say that the server is not ready."""
+        until = time.monotonic() + self._service.settings.drain_seconds
+        while self._service.open and time.monotonic() < until:
+            await asyncio.sleep(_POLL_SECONDS)
+        self.should_exit = True
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Open the port.
+
+    Raises:
+        InvalidInput: it cannot be opened.
+    """
+    try:
+        kind = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        return socket.create_server(kind[4][:2], family=kind[0], backlog=_BACKLOG)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InvalidInput(f"{host}:{port}: cannot listen there ({reason}). Choose others: --host, --port") from error
+
+
+def configure_logging() -> None:
+    """Log to stderr: what this project and uvicorn have to say, without what clients sent."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")

@@ -1,0 +1,85 @@
+"""What a server allows and how long it waits: every limit, with its default and what it is for."""
+
+import os
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from hawk_trt.errors import InvalidInput
+from hawk_trt.request import PruningConfig
+
+
+def _limit(default: float | None, help: str) -> Any:  # noqa: ANN401 - as dataclasses.field, any type's default
+    return field(default=default, metadata={"help": help})
+
+
+def _quarter_of_memory_mb() -> float:
+    """Of this machine, in megabytes: what running requests may take where nobody said otherwise."""
+    return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4_000_000)
+
+
+@dataclass(frozen=True, slots=True)
+class ServeSettings:
+    """The settings of one server; the help of each limit is its documentation.
+
+    Attributes:
+        model_name: what clients call the model.
+        pruning: of a request that says nothing of it.
+        temperature: of a request that names none; the protocol's default is 1.
+        remote_hosts: hosts that images may be fetched from: a name, or *.name for all below it, with :port unless
+            it is the scheme's own.
+        cors_origins: web origins whose pages may call the server.
+        api_keys: any of these opens the server; none leaves it open.
+        page: whether / is a page to ask from.
+
+    Raises:
+        InvalidInput: a limit below what any server could work with.
+    """
+
+    model_name: str
+    pruning: PruningConfig = field(default_factory=PruningConfig)
+    temperature: float = _limit(1.0, "of a request that names none; 0 is greedy")
+    remote_hosts: tuple[str, ...] = ()
+    cors_origins: tuple[str, ...] = ()
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
+    page: bool = True
+    max_batch: int = _limit(8, "requests that share a decode step")
+    max_queue: int = _limit(64, "requests that wait; one more is told to come back")
+    max_cache_mb: float = _limit(_quarter_of_memory_mb(), "megabytes of KV cache of all running requests")
+    max_waiting_mb: float = _limit(1024, "megabytes of bodies and image tensors of all requests together")
+    max_body_mb: float = _limit(20, "megabytes of one request, and of one image that is fetched")
+    max_messages: int = _limit(256, "messages of one request")
+    max_images: int = _limit(16, "images of one request")
+    max_image_pixels: int = _limit(33_554_432, "pixels of all images of one request, as sent")
+    max_pixels: int | None = _limit(None, "shrink larger images to this area (default: the checkpoint's)")
+    max_prompt_tokens: int | None = _limit(None, "tokens of one prompt (default: the model's context)")
+    max_tokens: int = _limit(1024, "tokens of one answer, and of one whose request names no limit")
+    max_connections: int = _limit(512, "open connections; one more is answered 503")
+    body_seconds: float = _limit(30.0, "to receive a request")
+    remote_seconds: float = _limit(10.0, "to fetch one image")
+    first_token_seconds: float = _limit(60.0, "until an answer begins, waiting in the queue included")
+    request_seconds: float = _limit(300.0, "until an answer is complete")
+    drain_seconds: float = _limit(30.0, "to finish answers after SIGTERM")
+    preprocess_threads: int = _limit(2, "threads that decode images and make prompts")
+
+    def __post_init__(self) -> None:
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if "help" not in entry.metadata or value is None or entry.name == "temperature":
+                continue
+            least = 1 if entry.type in (int, int | None) else 0.001
+            if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < float("inf"):
+                raise InvalidInput(f"{entry.name}: got {value!r}, expected a number of at least {least}")
+        if not 0.0 <= self.temperature <= 2.0:
+            raise InvalidInput(f"temperature: got {self.temperature!r}, expected a number in [0, 2]")
+        if not self.model_name:
+            raise InvalidInput("model_name: got an empty name, expected what clients shall call the model")
+
+    @property
+    def max_body_bytes(self) -> int:
+        """max_body_mb in bytes."""
+        return int(self.max_body_mb * 1_000_000)
+
+    @property
+    def max_open(self) -> int:
+        """Requests that are read, prepared, waiting or running at a time."""
+        return self.max_batch + self.max_queue

@@ -1,0 +1,290 @@
+"""Where everything of a prompt lies: positions, visual rows, query tokens; and prompts side by side as a batch.
+
+In: ModelInputs. Out: PromptLayout, one prompt without its padding, then PrefillInputs, the host inputs of
+first_layer for a left-padded batch. Nothing here touches pixels, weights or a runtime.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hawk_trt.bundle import SpecialTokens
+from hawk_trt.errors import InvalidInput
+from hawk_trt.models.family import IMAGE, VIDEO, Family
+from hawk_trt.request import ModelInputs
+from hawk_trt.stages import BIAS_DROP, BIAS_KEEP
+
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class PromptLayout:
+    """One prompt without padding; n real tokens, N of them visual.
+
+    Attributes:
+        input_ids: int64 [n].
+        source_index: int64 [n], each token's index in the prompt as given.
+        visual_rows: int64 [n], row in the prompt's visual embeddings (images, then videos), -1 for text.
+        items: int64 [n], which image or video (images, then videos) a visual token is of, -1 for text.
+        frames: int64 [n], which image or frame of a video, counted through all of them; -1 for text.
+        position_ids: int64 [axes, n].
+        query_weights: float32 [n], 1/T at the query tokens.
+        num_rows: rows of the prompt's visual embeddings, those of masked placeholders included.
+        image_grid_thw: int64 [images, 3], masked ones included.
+        video_grid_thw: int64 [videos, 3], masked ones included.
+    """
+
+    input_ids: IntArray
+    source_index: IntArray
+    visual_rows: IntArray
+    items: IntArray
+    frames: IntArray
+    position_ids: IntArray
+    query_weights: npt.NDArray[np.float32]
+    num_rows: int
+    image_grid_thw: IntArray
+    video_grid_thw: IntArray
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens, text and visual."""
+        return len(self.input_ids)
+
+    @property
+    def num_visual(self) -> int:
+        """Visual tokens."""
+        return int(np.count_nonzero(self.visual_rows >= 0))
+
+    @property
+    def next_position(self) -> int:
+        """Position of the first generated token: the one it has without pruning."""
+        return int(self.position_ids.max()) + 1
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillInputs:
+    """Host inputs of first_layer for a batch, by the names of the stage contract.
+
+    input_ids is int64 [batch, seq_len] for the embedding lookup; num_kept_total is the length of `slots`;
+    pads holds the left padding of each row.
+    """
+
+    input_ids: IntArray
+    visual_rows: IntArray
+    position_ids: IntArray
+    query_weights: npt.NDArray[np.float32]
+    select_bias: npt.NDArray[np.float32]
+    head_weights: npt.NDArray[np.float32]
+    kv_start: IntArray
+    num_kept_total: int
+    pads: IntArray
+
+
+def prompt_layout(
+    inputs: ModelInputs,
+    family: Family,
+    vision: Mapping[str, Any],
+    special: SpecialTokens,
+    query: str,
+    turn_query_mask: Callable[[IntArray], npt.NDArray[np.bool_]] | None,
+) -> PromptLayout:
+    """Lay out one prompt.
+
+    Args:
+        inputs: the prompt's tensors.
+        family: of the model.
+        vision: its vision sizes.
+        special: its special tokens.
+        query: "paper" or "turn".
+        turn_query_mask: marks the text tokens of the last user turn, None without a tokenizer.
+
+    Raises:
+        InvalidInput: shapes, masks, placeholders and grids that do not fit, or query="turn" without a tokenizer.
+    """
+    ids, real = _tokens(inputs)
+    kind = np.zeros(len(ids), np.int8)
+    for token, value in ((special.image, IMAGE), (special.video, VIDEO)):
+        if token is not None:
+            kind[ids == token] = value
+    grids = dict(zip((IMAGE, VIDEO), family.item_grids(inputs, kind, vision), strict=True))
+    rows, items, frames = _visual_places(kind, grids, family, vision)
+    seconds = _seconds(inputs.second_per_grid_ts, len(grids[VIDEO]))
+    # an image of which no placeholder is real takes no positions; one that is masked in part keeps all of its own
+    present = np.isin(np.arange(len(grids[IMAGE]) + len(grids[VIDEO])), items[real & (items >= 0)])
+    placed = real | np.append(present, False)[items]  # items of text are -1: the False
+    image_present, video_present = present[: len(grids[IMAGE])], present[len(grids[IMAGE]) :]
+    positions = family.position_ids(
+        kind[placed], grids[IMAGE][image_present], grids[VIDEO][video_present], seconds[video_present], vision
+    )[:, real[placed]]
+    real_ids = ids[real]
+    if query == "turn":
+        if turn_query_mask is None:
+            raise InvalidInput('query: "turn" needs a tokenizer, and this bundle has none; use query="paper"')
+        asked = turn_query_mask(real_ids)
+    else:
+        asked = paper_query_mask(real_ids, rows[real] >= 0, special)
+    count = int(asked.sum())
+    weights = np.where(asked, np.float32(1.0 / max(count, 1)), np.float32(0.0)).astype(np.float32)
+    return PromptLayout(
+        input_ids=real_ids,
+        source_index=np.flatnonzero(real),
+        visual_rows=rows[real],
+        items=items[real],
+        frames=frames[real],
+        position_ids=positions,
+        query_weights=weights,
+        num_rows=int((kind > 0).sum()),
+        image_grid_thw=grids[IMAGE],
+        video_grid_thw=grids[VIDEO],
+    )
+
+
+def paper_query_mask(ids: IntArray, visual: npt.NDArray[np.bool_], special: SpecialTokens) -> npt.NDArray[np.bool_]:
+    """The authors' query range, over a prompt without padding.
+
+    From behind the last vision_end (without one, behind the last visual token) up to the last im_end that is
+    strictly later (without one, the prompt's end). Where that is empty, the last vision_end itself (without
+    one, the last visual token). Nothing where there is no visual token.
+
+    Args:
+        ids: int64 [n].
+        visual: bool [n].
+        special: the ids that bound it.
+
+    Returns:
+        bool [n].
+    """
+    mask = np.zeros(len(ids), np.bool_)
+    if not visual.any():
+        return mask
+    ends = np.flatnonzero(ids == special.vision_end) if special.vision_end is not None else np.empty(0, np.int64)
+    last = int(ends[-1]) if len(ends) else int(np.flatnonzero(visual)[-1])
+    start = last + 1
+    stops = np.flatnonzero(ids == special.im_end) if special.im_end is not None else np.empty(0, np.int64)
+    stops = stops[stops > start]
+    stop = int(stops[-1]) if len(stops) else len(ids)
+    if start < stop:
+        mask[start:stop] = True
+    else:
+        mask[last] = True
+    return mask
+
+
+def collate(
+    prompts: Sequence[PromptLayout],
+    kept_counts: Sequence[int],
+    kept_rows: Sequence[npt.NDArray[np.bool_] | None],
+    head_weights: npt.NDArray[np.float32],
+) -> PrefillInputs:
+    """Lay prompts side by side, left-padded, so that every row keeps the same number K of positions.
+
+    K is the largest kept count; row i keeps K - K_i of its padding tokens besides its own K_i, and is padded
+    far enough for that.
+
+    Args:
+        prompts: the rows.
+        kept_counts: visual tokens kept in each.
+        kept_rows: bool [num_visual] of each prompt where the choice is made already, else None: the scores decide.
+        head_weights: float32 [heads].
+    """
+    totals = [p.num_tokens - p.num_visual + kept for p, kept in zip(prompts, kept_counts, strict=True)]
+    total = max(totals)
+    seq_len = max(p.num_tokens + total - own for p, own in zip(prompts, totals, strict=True))
+    batch = len(prompts)
+    input_ids = np.zeros((batch, seq_len), np.int64)
+    visual_rows = np.full((batch, seq_len), -1, np.int64)
+    position_ids = np.zeros((prompts[0].position_ids.shape[0], batch, seq_len), np.int64)
+    query_weights = np.zeros((batch, seq_len), np.float32)
+    select_bias = np.full((batch, seq_len), BIAS_DROP, np.float32)
+    offset = 0
+    for i, (prompt, own, chosen) in enumerate(zip(prompts, totals, kept_rows, strict=True)):
+        pad = seq_len - prompt.num_tokens
+        visual = prompt.visual_rows >= 0
+        input_ids[i, pad:] = np.where(visual, 0, prompt.input_ids)
+        visual_rows[i, pad:] = np.where(visual, prompt.visual_rows + offset, -1)
+        position_ids[:, i, pad:] = prompt.position_ids
+        query_weights[i, pad:] = prompt.query_weights
+        select_bias[i, pad - (total - own) : pad] = BIAS_KEEP
+        bias = np.where(visual, np.float32(0.0), np.float32(BIAS_KEEP))
+        if chosen is not None:
+            bias[visual] = np.where(chosen, BIAS_KEEP, BIAS_DROP)
+        select_bias[i, pad:] = bias
+        offset += prompt.num_rows
+    return PrefillInputs(
+        input_ids=input_ids,
+        visual_rows=visual_rows,
+        position_ids=position_ids,
+        query_weights=query_weights,
+        select_bias=select_bias,
+        head_weights=head_weights,
+        kv_start=np.array([total - own for own in totals], np.int64),
+        num_kept_total=total,
+        pads=np.array([seq_len - p.num_tokens for p in prompts], np.int64),
+    )
+
+
+def _tokens(inputs: ModelInputs) -> tuple[IntArray, npt.NDArray[np.bool_]]:
+    """input_ids [n] and which of them attention_mask calls real."""
+    if not np.size(inputs.input_ids):
+        raise InvalidInput("input_ids: got no token, expected int64[seq_len] with at least one")
+    ids = _vector("input_ids", inputs.input_ids)
+    if inputs.attention_mask is None:
+        return ids, np.ones(len(ids), np.bool_)
+    mask = _vector("attention_mask", inputs.attention_mask)
+    if len(mask) != len(ids):
+        raise InvalidInput(f"attention_mask: got {len(mask)} values, expected {len(ids)}, one a token of input_ids")
+    if not mask.any():
+        raise InvalidInput("attention_mask: all 0, so the prompt is padding only; expected at least one 1")
+    return ids, mask != 0
+
+
+def _vector(name: str, values: npt.ArrayLike) -> IntArray:
+    array = np.asarray(values)
+    if array.ndim == 2 and array.shape[0] == 1:
+        array = array[0]
+    if array.ndim != 1 or array.dtype.kind not in "iub":
+        raise InvalidInput(
+            f"{name}: got {array.dtype}{list(array.shape)}, expected int64[seq_len] or int64[1, seq_len]"
+        )
+    return array.astype(np.int64)
+
+
+def _seconds(values: npt.ArrayLike | None, num_videos: int) -> npt.NDArray[np.float32]:
+    if values is None:
+        return np.ones(num_videos, np.float32)
+    seconds = np.asarray(values, np.float32).reshape(-1)
+    if len(seconds) != num_videos or not np.isfinite(seconds).all() or (seconds < 0).any():
+        raise InvalidInput(
+            f"second_per_grid_ts: got {seconds.tolist()}, expected {num_videos} finite seconds, one a video"
+        )
+    return seconds
+
+
+def _visual_places(
+    kind: npt.NDArray[np.int8], grids: Mapping[int, IntArray], family: Family, vision: Mapping[str, Any]
+) -> tuple[IntArray, IntArray, IntArray]:
+    """Visual row, item and frame of every position, masked placeholders included; images first, then videos."""
+    rows = np.full(len(kind), -1, np.int64)
+    items = np.full(len(kind), -1, np.int64)
+    frames = np.full(len(kind), -1, np.int64)
+    row_offset = item_offset = frame_offset = 0
+    for value, name in ((IMAGE, "image"), (VIDEO, "video")):
+        where = np.flatnonzero(kind == value)
+        counts = family.tokens_per_item(grids[value], vision)
+        if len(where) != counts.sum():
+            raise InvalidInput(
+                f"input_ids: got {len(where)} {name} placeholders, expected {counts.sum()}: "
+                f"{name}_grid_thw {grids[value].tolist()} makes {counts.tolist()} visual tokens"
+            )
+        rows[where] = row_offset + np.arange(len(where))
+        items[where] = item_offset + np.repeat(np.arange(len(counts)), counts)
+        lengths = grids[value][:, 0] if value == VIDEO else np.ones(len(counts), np.int64)
+        per_frame = np.repeat(counts // lengths, lengths)
+        frames[where] = frame_offset + np.repeat(np.arange(len(per_frame)), per_frame)
+        row_offset += len(where)
+        item_offset += len(counts)
+        frame_offset += len(per_frame)
+    return rows, items, frames

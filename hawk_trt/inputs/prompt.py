@@ -1,0 +1,281 @@
+"""Text in: a prompt becomes token ids with one placeholder for each image or video, and the list of these.
+
+Special tokens come from the chat template alone: one that a user spells out is ordinary text. A prompt that spells
+none gets exactly the ids that encoding the whole rendered string gives.
+"""
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import astuple, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import AddedToken, Tokenizer
+
+from hawk_trt.bundle import Bundle, SpecialTokens
+from hawk_trt.errors import BundleError, InvalidInput
+from hawk_trt.inputs.chat_template import ChatTemplate, template_source
+from hawk_trt.inputs.escape import Escape
+from hawk_trt.inputs.messages import VisualItem, read_prompt
+from hawk_trt.inputs.tools import JsonObject, checked_objects, strings, with_strings
+from hawk_trt.models.family import TokenRun
+
+if TYPE_CHECKING:
+    from hawk_trt.request import ImageInput, Message, VideoInput
+
+_USER_HEADER = "user\n"
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPrompt:
+    """A prompt as token ids.
+
+    Attributes:
+        input_ids: int64 [seq_len], one placeholder for each image or video.
+        parts: the same as texts and special tokens.
+        visual: the images and videos, in the order of their placeholders.
+    """
+
+    input_ids: npt.NDArray[np.int64]
+    parts: tuple[str | TokenRun, ...]
+    visual: tuple[VisualItem, ...]
+
+
+class ChatTokenizer:
+    """The tokenizer and chat template of one checkpoint.
+
+    Attributes:
+        tokenizer: the tokenizer itself, for decoding.
+    """
+
+    def __init__(
+        self, tokenizer_json: str, config: Mapping[str, Any], template: str | None, special_tokens: SpecialTokens
+    ) -> None:
+        """Make a tokenizer from a checkpoint's texts.
+
+        Args:
+            tokenizer_json: tokenizer.json.
+            config: tokenizer_config.json; the template may use its bos_token, eos_token and the like.
+            template: Jinja; None where the checkpoint has none, then only decoding works.
+            special_tokens: ids that the runtime must know.
+
+        Raises:
+            BundleError: tokenizer.json cannot be read.
+        """
+        try:
+            self.tokenizer = Tokenizer.from_str(tokenizer_json)
+        except Exception as error:  # the tokenizers package raises no class of its own
+            raise BundleError(
+                f"tokenizer.json: the installed tokenizers package cannot read it ({error}). "
+                "Update it: pip install --upgrade tokenizers"
+            ) from error
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        self.tokenizer.encode_special_tokens = True  # pieces of text are text, whatever they spell
+        variables = _named_tokens(config)
+        _mark_special(self.tokenizer, {*variables.values(), *_declared_special(config)}, special_tokens)
+        added = self.tokenizer.get_added_tokens_decoder()
+        self._special_ids = {token.content: index for index, token in added.items() if token.special}
+        self._special_tokens = special_tokens
+        self._template = None if template is None else ChatTemplate(template, variables)
+
+    @classmethod
+    def from_bundle(cls, bundle: Bundle) -> "ChatTokenizer | None":
+        """Make the tokenizer of a bundle; None where it has no tokenizer.json.
+
+        Raises:
+            BundleError: one of its files cannot be read.
+        """
+        tokenizer_json = bundle.read_text("tokenizer.json")
+        if tokenizer_json is None:
+            return None
+        config = _read_json(bundle, "tokenizer_config.json")
+        jinja = bundle.read_text("chat_template.jinja")
+        template = template_source(jinja, _read_json(bundle, "chat_template.json"), config)
+        return cls(tokenizer_json, config, template, bundle.manifest.special_tokens)
+
+    def encode(
+        self,
+        prompt: "str | Sequence[Message]",
+        images: "Sequence[ImageInput]" = (),
+        videos: "Sequence[VideoInput]" = (),
+        tools: Sequence[JsonObject] = (),
+    ) -> EncodedPrompt:
+        """Turn a string or chat messages into token ids; messages.read_prompt says what they may hold.
+
+        Raises:
+            InvalidInput: a prompt that cannot be read, no chat template, or one that refuses this prompt.
+        """
+        turns = read_prompt(prompt, images, videos)
+        tools = checked_objects(tools, "tools")
+        if self._template is None:
+            raise InvalidInput(
+                "prompt: this bundle has no chat template, expected ModelInputs. Or put a chat_template.jinja "
+                "into the checkpoint folder and export again: make export"
+            )
+        texts = [*(text for turn in turns for text in turn.texts()), *strings(tools)]
+        escape = Escape(self._special_ids, [*texts, self._template.source])
+        rendered = self._template.render(
+            [turn.with_texts(escape.apply) for turn in turns], with_strings(tools, escape.apply)
+        )
+        parts: list[str | TokenRun] = []
+        for piece, special in escape.split(rendered):
+            parts += [piece] if special is None else [piece, TokenRun(self._special_ids[special])]
+        encoded = EncodedPrompt(
+            self._token_ids(parts), tuple(parts), tuple(item for turn in turns for item in turn.visual())
+        )
+        self._check_placeholders(encoded)
+        return encoded
+
+    def expand(self, encoded: EncodedPrompt, placeholders: Sequence[Sequence[str | TokenRun]]) -> npt.NDArray[np.int64]:
+        """Put into the place of each image and video placeholder what the family makes of it.
+
+        Args:
+            encoded: a prompt.
+            placeholders: texts and runs of tokens for each image and video, in the prompt's order. Those that
+                bring vision_start and vision_end replace the ones around the placeholder too, if there are any.
+
+        Returns:
+            int64 [seq_len], the ids of the whole: texts that meet are read as one.
+
+        Raises:
+            InvalidInput: more or fewer of them than placeholders, or one without a token.
+        """
+        if len(encoded.visual) != len(placeholders) or not all(
+            any(isinstance(part, TokenRun) and part.count > 0 for part in parts) for parts in placeholders
+        ):
+            raise InvalidInput(
+                f"visual tokens: got {len(placeholders)} expansions for {len(encoded.visual)} placeholders, "
+                "expected one with at least 1 token for each image and video"
+            )
+        waiting = iter(placeholders)
+        special = self._special_tokens
+        visual = (special.image, special.video)
+        around = [TokenRun(-1 if n is None else n) for n in (special.vision_start, special.vision_end)]
+        left = [part for part in encoded.parts if part != ""]
+        expanded: list[str | TokenRun] = []
+        while left:
+            part = left.pop(0)
+            if not (isinstance(part, TokenRun) and part.token_id in visual):
+                expanded.append(part)
+                continue
+            parts = next(waiting)
+            if around[0] in parts and (expanded[-1:], left[:1]) == ([around[0]], [around[1]]):
+                del expanded[-1], left[0]
+            expanded += parts
+        return self._token_ids(expanded)
+
+    def _token_ids(self, parts: Sequence[str | TokenRun]) -> npt.NDArray[np.int64]:
+        """The ids of texts and runs of tokens, one after another: int64 [seq_len]."""
+        token_ids: list[int] = []
+        text = ""
+        for part in (*parts, TokenRun(0, 0)):
+            if isinstance(part, str):
+                text += part
+                continue
+            token_ids += self.tokenizer.encode(text, add_special_tokens=False).ids if text else []
+            token_ids += [part.token_id] * part.count
+            text = ""
+        return np.array(token_ids, dtype=np.int64)
+
+    def turn_query_mask(self, input_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """The text of the last user turn, for query="turn".
+
+        Args:
+            input_ids: [seq_len] int64, placeholders expanded or not.
+
+        Returns:
+            [seq_len] bool, true between the last "<|im_start|>user", newline, and its <|im_end|>, except at visual and
+            special tokens. A token that joins the newline to the text after it counts as the newline.
+
+        Raises:
+            InvalidInput: no such turn, or one without text.
+        """
+        starts = np.flatnonzero(input_ids == self._special_tokens.im_start)[::-1]
+        begins = (self._after_header(input_ids, int(start) + 1) for start in starts)
+        begin = next((begin for begin in begins if begin is not None), None)
+        if begin is None:
+            raise InvalidInput('query: "turn" needs a user turn and this prompt has none. Use query="paper"')
+        ends = np.flatnonzero(input_ids[begin:] == self._special_tokens.im_end)
+        turn = input_ids[begin : begin + int(ends[0])] if ends.size else input_ids[begin:]
+        mask = np.zeros(input_ids.size, dtype=np.bool_)
+        mask[begin : begin + turn.size] = ~(self._is_visual(turn) | np.isin(turn, list(self._special_ids.values())))
+        if not mask.any():
+            raise InvalidInput('query: "turn" needs text in the last user turn and there is none. Use query="paper"')
+        return mask
+
+    def _after_header(self, input_ids: npt.NDArray[np.int64], begin: int) -> int | None:
+        """Where the text of a turn starts, None if the turn is not the user's."""
+        header = ""
+        for end in range(begin + 1, input_ids.size + 1):
+            header = self.tokenizer.decode(input_ids[begin:end].tolist(), skip_special_tokens=False)
+            if header.startswith(_USER_HEADER):
+                return end
+            if not _USER_HEADER.startswith(header):
+                break
+        return None
+
+    def _is_visual(self, input_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        placeholders = (self._special_tokens.image, self._special_tokens.video)
+        return np.isin(input_ids, [index for index in placeholders if index is not None])
+
+    def _check_placeholders(self, encoded: EncodedPrompt) -> None:
+        kinds = {self._special_tokens.image: "image", self._special_tokens.video: "video"}
+        placed = [kinds[index] for index in encoded.input_ids[self._is_visual(encoded.input_ids)].tolist()]
+        given = [item.kind for item in encoded.visual]
+        if placed != given:
+            raise InvalidInput(
+                f"prompt: got {_listed(given)}, but the bundle's chat template makes {_listed(placed)} of it. "
+                "Use a checkpoint whose template takes them, or pass ModelInputs"
+            )
+
+
+def _read_json(bundle: Bundle, name: str) -> Mapping[str, Any]:
+    text = bundle.read_text(name)
+    try:
+        content = {} if text is None else json.loads(text)
+    except json.JSONDecodeError as error:
+        raise BundleError(
+            f"{name}: not JSON ({error}). Mend it in the checkpoint and export again: make export"
+        ) from error
+    if not isinstance(content, Mapping):
+        raise BundleError(f"{name}: got a {type(content).__name__}, expected an object. Export again: make export")
+    return content
+
+
+def _named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """bos_token, eos_token and the like of tokenizer_config.json, by name."""
+    named = {name: _content(value) for name, value in config.items() if name.endswith("_token")}
+    return {name: content for name, content in named.items() if content is not None}
+
+
+def _declared_special(config: Mapping[str, Any]) -> set[str]:
+    """The other tokens that tokenizer_config.json calls special."""
+    added = (config.get("added_tokens_decoder") or {}).values()
+    entries = [entry for entry in added if isinstance(entry, Mapping) and entry.get("special")]
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        more = config.get(key) or ()
+        entries += more.values() if isinstance(more, Mapping) else more
+    return {content for entry in entries if (content := _content(entry))}
+
+
+def _content(entry: object) -> str | None:
+    """The spelling of a token, which configs give as a string or as an object."""
+    content = entry.get("content") if isinstance(entry, Mapping) else entry
+    return content if isinstance(content, str) else None
+
+
+def _mark_special(tokenizer: Tokenizer, declared: Collection[str], special_tokens: SpecialTokens) -> None:
+    """Make tokens special that tokenizer.json has as ordinary ones, without adding any."""
+    *ids, eos = astuple(special_tokens)
+    known = {tokenizer.id_to_token(index) for index in (*ids, *eos) if index is not None}
+    added = tokenizer.get_added_tokens_decoder()
+    for content in filter(None, known.union(declared)):
+        index = tokenizer.token_to_id(content)
+        if index is not None and not (index in added and added[index].special):
+            tokenizer.add_special_tokens([AddedToken(content, special=True, normalized=False)])
+
+
+def _listed(kinds: Sequence[str]) -> str:
+    return ", ".join(kinds) or "no image and no video"

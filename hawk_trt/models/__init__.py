@@ -1,0 +1,1 @@
+"""Model families: what each asks of the host."""

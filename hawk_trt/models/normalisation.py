@@ -1,0 +1,76 @@
+"""From 8-bit colours to what vision towers take: rescaled, then normalised a channel.
+
+Eight bits have 256 values, so both steps are one table a channel, computed once.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hawk_trt.errors import CheckpointError
+from hawk_trt.models.family import ImageSettings
+
+Channels = tuple[float, float, float]
+
+_BICUBIC = 3
+
+
+def image_settings(
+    preprocessor: Mapping[str, Any], pixels: tuple[int, int], mean: Channels, std: Channels
+) -> ImageSettings:
+    """Settings from preprocessor_config.json.
+
+    Args:
+        preprocessor: its content.
+        pixels: the least and the most of an image after resizing, which every family says in its own way.
+        mean: where the file does not say.
+        std: where the file does not say.
+
+    Raises:
+        CheckpointError: a setting that is not usable.
+    """
+    if preprocessor.get("do_resize") is False:
+        raise wrong("do_resize", False, "true (images are cut into whole patches)")
+    if pixels[0] > pixels[1]:
+        raise wrong("min_pixels", pixels[0], f"at most max_pixels {pixels[1]}")
+    resample = preprocessor.get("resample", _BICUBIC)
+    if resample not in range(6):
+        raise wrong("resample", resample, "one of Pillow's filters, 0 to 5")
+    normalised = preprocessor.get("do_normalize") is not False
+    rescaled = preprocessor.get("do_rescale") is not False
+    return ImageSettings(
+        min_pixels=pixels[0],
+        max_pixels=pixels[1],
+        mean=_channel_values("image_mean", preprocessor.get("image_mean", mean)) if normalised else (0.0, 0.0, 0.0),
+        std=_channel_values("image_std", preprocessor.get("image_std", std)) if normalised else (1.0, 1.0, 1.0),
+        rescale_factor=float(preprocessor.get("rescale_factor", 1 / 255)) if rescaled else 1.0,
+        resample=resample,
+    )
+
+
+def value_tables(settings: ImageSettings) -> npt.NDArray[np.float32]:
+    """The normalised value of each 8-bit value: float32 [3, 256].
+
+    Rounded where the checkpoint's processor rounds: the rescaled value to float32, then mean and std in float32.
+    """
+    rescaled = (np.arange(256, dtype=np.float64) * settings.rescale_factor).astype(np.float32)
+    mean = np.array(settings.mean, dtype=np.float32)[:, None]
+    std = np.array(settings.std, dtype=np.float32)[:, None]
+    table: npt.NDArray[np.float32] = (rescaled - mean) / std
+    return table
+
+
+def wrong(key: str, got: object, expected: str) -> CheckpointError:
+    """The error of a setting that cannot be used."""
+    return CheckpointError(f"preprocessor_config.json: {key}: got {got!r}, expected {expected}")
+
+
+def _channel_values(name: str, value: object) -> Channels:
+    values = tuple(value) if isinstance(value, list | tuple) else (value,) * 3
+    if len(values) != 3 or not all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
+        raise wrong(name, value, "three numbers, one a channel")
+    if name == "image_std" and 0 in values:
+        raise wrong(name, value, "numbers above 0")
+    return float(values[0]), float(values[1]), float(values[2])

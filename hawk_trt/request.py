@@ -1,0 +1,260 @@
+"""What a caller asks and what comes back: Request, ModelInputs, PruningConfig, SamplingConfig; Result, Timings.
+
+All are values: frozen, compared by content, the two configs checked at construction.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from hawk_trt.errors import InvalidInput
+from hawk_trt.inputs.streamed_rows import StreamedRows
+from hawk_trt.pruning.selectors import EQUAL_HEADS, SCORED, Selector
+from hawk_trt.pruning.selectors import SELECTORS as _SELECTORS
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as PillowImage
+
+    ImageInput: TypeAlias = str | PathLike[str] | bytes | PillowImage | npt.NDArray[np.uint8]
+    VideoInput: TypeAlias = str | PathLike[str] | npt.NDArray[np.uint8] | Sequence[ImageInput]
+    Message: TypeAlias = Mapping[str, Any]
+    Prompt: TypeAlias = "str | Sequence[Message] | ModelInputs"
+
+
+SELECTORS = tuple(_SELECTORS)
+QUERIES = ("paper", "turn")
+QUOTAS = ("global", "per-image", "per-frame")
+
+
+@dataclass(frozen=True, slots=True)
+class PruningConfig:
+    """How visual tokens are scored and how many are kept.
+
+    Attributes:
+        keep_ratio: share of visual tokens kept, in (0, 1]; 1.0 prunes nothing.
+        head_weights: importance of each query head of layer 0, used as given, never
+            rescaled; None takes the bundle's.
+        selector: who chooses the kept tokens: one of SELECTORS, or a function of Candidates and k.
+        min_visual_tokens: at least so many are kept (or all, where there are fewer).
+        query: "paper", the text after the last image up to the end of its turn, or "turn",
+            every text token of the last user turn.
+        quota: "global", one selection over all visual tokens; "per-image", one for each image or
+            video; or "per-frame", one for each image and each frame of a video.
+        keep_mass: keep the fewest tokens that carry this share of the score mass, in (0, 1], and no
+            more than keep_ratio allows; None keeps as many as keep_ratio says.
+        diversity: share of the kept tokens, in [0, 1], that are chosen among near-ties for being
+            unlike the others.
+        seed: of selector "random", at least 0.
+
+    Raises:
+        InvalidInput: a value is out of its range, or does not go with the selector.
+    """
+
+    keep_ratio: float = 0.2
+    head_weights: tuple[float, ...] | None = None
+    selector: str | Selector = "hawk"
+    min_visual_tokens: int = 1
+    query: str = "paper"
+    quota: str = "global"
+    keep_mass: float | None = None
+    diversity: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_number("keep_ratio", self.keep_ratio, "a number in (0, 1]")
+        if not 0.0 < self.keep_ratio <= 1.0:
+            raise InvalidInput(f"keep_ratio: got {self.keep_ratio}, expected a number in (0, 1]")
+        if (
+            isinstance(self.min_visual_tokens, bool)
+            or not isinstance(self.min_visual_tokens, int)
+            or self.min_visual_tokens < 1
+        ):
+            raise InvalidInput(f"min_visual_tokens: got {self.min_visual_tokens!r}, expected an integer of at least 1")
+        for name, value, allowed in (
+            ("selector", self.selector, SELECTORS),
+            ("query", self.query, QUERIES),
+            ("quota", self.quota, QUOTAS),
+        ):
+            if value not in allowed and not (name == "selector" and callable(value)):
+                raise InvalidInput(f"{name}: got {value!r}, expected one of {', '.join(allowed)}")
+        if self.head_weights is not None:
+            object.__setattr__(self, "head_weights", check_head_weights(self.head_weights))
+            if self.selector in EQUAL_HEADS:
+                raise InvalidInput(f"head_weights: selector {self.selector!r} weighs all heads alike; leave them out")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+            raise InvalidInput(f"seed: got {self.seed!r}, expected an integer of at least 0")
+        self._check_score_options()
+
+    def _check_score_options(self) -> None:
+        if self.keep_mass is not None:
+            _check_number("keep_mass", self.keep_mass, "a number in (0, 1]")
+            if not 0.0 < self.keep_mass <= 1.0:
+                raise InvalidInput(f"keep_mass: got {self.keep_mass}, expected a number in (0, 1]")
+        _check_number("diversity", self.diversity, "a number in [0, 1]")
+        if not 0.0 <= self.diversity <= 1.0:
+            raise InvalidInput(f"diversity: got {self.diversity}, expected a number in [0, 1]")
+        if (self.keep_mass is not None or self.diversity) and self.selector not in SCORED:
+            name = "diversity" if self.keep_mass is None else "keep_mass"
+            raise InvalidInput(
+                f"{name}: it needs a selector that ranks by scores ({', '.join(SCORED)}), got {self.selector!r}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingConfig:
+    """How the next token is drawn from the logits.
+
+    Attributes:
+        temperature: divides the logits; 0.0 is greedy, and then the others do nothing.
+        top_p: keeps the smallest set of tokens whose probability reaches it, in (0, 1].
+        top_k: keeps so many of the most probable tokens; 0 keeps all.
+        seed: of the draw; None draws afresh each time.
+
+    Raises:
+        InvalidInput: a value is out of its range.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_number("temperature", self.temperature, "a number of at least 0")
+        _check_number("top_p", self.top_p, "a number in (0, 1]")
+        if self.temperature < 0.0:
+            raise InvalidInput(f"temperature: got {self.temperature}, expected a number of at least 0")
+        if not 0.0 < self.top_p <= 1.0:
+            raise InvalidInput(f"top_p: got {self.top_p}, expected a number in (0, 1]")
+        if isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 0:
+            raise InvalidInput(f"top_k: got {self.top_k!r}, expected an integer of at least 0")
+        if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0):
+            raise InvalidInput(f"seed: got {self.seed!r}, expected None or an integer of at least 0")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most probable token is always taken."""
+        return self.temperature == 0.0
+
+
+def check_head_weights(weights: Sequence[float], num_heads: int | None = None) -> tuple[float, ...]:
+    """Return the weights as floats, or say what is wrong with them.
+
+    Args:
+        weights: one number a query head of layer 0.
+        num_heads: how many there must be, where that is known.
+
+    Raises:
+        InvalidInput: wrong length, a value that is not finite or below 0, or all zero.
+    """
+    try:
+        values = tuple(float(w) for w in weights)
+    except (TypeError, ValueError) as error:
+        raise InvalidInput(f"head_weights: got {weights!r}, expected a sequence of numbers") from error
+    if num_heads is not None and len(values) != num_heads:
+        raise InvalidInput(f"head_weights: got {len(values)} values, expected {num_heads}, one a query head of layer 0")
+    if not values or not all(math.isfinite(w) and w >= 0.0 for w in values):
+        raise InvalidInput(f"head_weights: got {_short(values)}, expected finite numbers of at least 0")
+    if not any(values):
+        raise InvalidInput(
+            "head_weights: all are 0, so every visual token scores the same; expected at least one above 0"
+        )
+    return values
+
+
+def _check_number(name: str, value: object, expected: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise InvalidInput(f"{name}: got {value!r}, expected {expected}")
+
+
+def _short(values: tuple[float, ...]) -> str:
+    shown = ", ".join(f"{v:g}" for v in values[:8])
+    return f"({shown}{', ...' if len(values) > 8 else ''})"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInputs:
+    """Tensors of one prompt in the layout of the checkpoint's own processor.
+
+    Attributes:
+        input_ids: int64 [seq_len] or [1, seq_len], placeholders already expanded.
+        attention_mask: int64, the same shape; 0 at padding; None is all ones.
+        pixel_values: float32 [num_patches, patch_dim] (Qwen) or [tiles, 3, 448, 448] (InternVL).
+        image_grid_thw: int64 [images, 3], patches in time, height and width.
+        pixel_values_videos: as pixel_values, of the videos; those that prepare makes of a long video are made
+            while they are read, and numpy.asarray makes the array.
+        video_grid_thw: int64 [videos, 3].
+        second_per_grid_ts: float32 [videos], seconds that one temporal patch spans; None is 1.0 each.
+    """
+
+    input_ids: npt.ArrayLike
+    attention_mask: npt.ArrayLike | None = None
+    pixel_values: npt.NDArray[Any] | None = None
+    image_grid_thw: npt.ArrayLike | None = None
+    pixel_values_videos: npt.NDArray[Any] | StreamedRows | None = None
+    video_grid_thw: npt.ArrayLike | None = None
+    second_per_grid_ts: npt.ArrayLike | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt of a batch: a string, chat messages or ModelInputs, with its images and videos."""
+
+    prompt: "Prompt"
+    images: "Sequence[ImageInput]" = ()
+    videos: "Sequence[VideoInput]" = ()
+
+
+@dataclass(slots=True)
+class Timings:
+    """Seconds by stage of one generation; a batch reports the whole batch's in each result.
+
+    preprocess: image decoding, resizing, patches, chat template, tokens, positions.
+    vision: the vision stage.  select: the host's choice of tokens, 0 where the graph makes it.
+    first_layer, decoder: the prefill of each.
+    decode: all decode steps together.  total: wall clock from call to result.
+    """
+
+    preprocess: float = 0.0
+    vision: float = 0.0
+    select: float = 0.0
+    first_layer: float = 0.0
+    decoder: float = 0.0
+    decode: float = 0.0
+    total: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One answer.
+
+    Attributes:
+        text: the answer, None without a tokenizer.
+        token_ids: int ids generated, the stop token included when it ended the answer.
+        finish_reason: "stop" or "length".
+        num_visual: visual tokens in the prompt.
+        num_kept: visual tokens kept.
+        kept_indices: int64 [kept], positions kept, text and visual, in the prompt as given, ascending,
+            without those whose attention_mask is 0.
+        scores: float32 [num_visual], HAWK's score of each visual token in prompt order, before any bias.
+        timings: seconds by stage.
+        logits: float32 [steps, vocab] where asked for; row i is what token_ids[i] was chosen from.
+        num_cached: images and videos of the prompt (InternVL: frames) that the vision stage did not run for, since
+            the vision cache knew them.
+    """
+
+    text: str | None
+    token_ids: list[int]
+    finish_reason: str
+    num_visual: int
+    num_kept: int
+    kept_indices: npt.NDArray[np.int64]
+    scores: npt.NDArray[np.float32]
+    timings: Timings = field(default_factory=Timings)
+    logits: npt.NDArray[np.float32] | None = None
+    num_cached: int = 0

@@ -1,0 +1,1 @@
+"""What runs the three stages: ONNX Runtime or TensorRT."""

@@ -1,0 +1,201 @@
+"""Backends: what runs the three stages. A backend keeps weights; a Generation keeps one request's KV cache.
+
+backend.encode(feeds, num_rows)            vision          -> Visual
+backend.keep(visual), .join(visuals)                       -> Visual
+backend.score(inputs, visual)              first_layer     -> scores alone, nothing kept
+backend.start(batch, columns) -> Generation
+backend.gather(parts, columns) -> Generation            rows of several generations as one, for their next steps
+.prefill(inputs, visual)               first_layer and decoder over the prompt
+.decode(inputs)                        both over one token a row
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from hawk_trt.bundle import Bundle
+from hawk_trt.engine_folder import ENGINES_MANIFEST, EngineFolder
+from hawk_trt.errors import BackendError, InvalidInput
+from hawk_trt.inputs.layout import PrefillInputs
+
+BACKENDS = ("onnxruntime", "tensorrt")
+
+
+class Visual(Protocol):
+    """Visual embeddings where the backend keeps them: [rows, hidden] in the model's dtype."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes, DeepStack's features included."""
+
+    def numpy(self) -> npt.NDArray[Any]:
+        """A host copy."""
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeInputs:
+    """Host inputs of a decode step.
+
+    token_ids: int64 [batch].  position_ids: int64 [batch], the same on all axes.
+    """
+
+    token_ids: npt.NDArray[np.int64]
+    position_ids: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutputs:
+    """What a step leaves on the host.
+
+    next_token: int64 [batch], the most probable.  logits: float32 [batch, vocab] where asked for.
+    """
+
+    next_token: npt.NDArray[np.int64]
+    logits: npt.NDArray[np.float32] | None
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillOutputs:
+    """What a prefill leaves on the host.
+
+    kept_indices: int64 [batch, num_kept_total].  scores: float32 [batch, seq_len].
+    first_layer_seconds, decoder_seconds: of the two stages.
+    """
+
+    step: StepOutputs
+    kept_indices: npt.NDArray[np.int64]
+    scores: npt.NDArray[np.float32]
+    first_layer_seconds: float
+    decoder_seconds: float
+
+
+class Generation(Protocol):
+    """One request, or one batch of them, with its KV cache."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its KV cache."""
+
+    def prefill(self, inputs: PrefillInputs, visual: Visual, *, logits: bool) -> PrefillOutputs:
+        """Run first_layer and decoder over the prompt."""
+
+    def decode(self, inputs: DecodeInputs, *, logits: bool) -> StepOutputs:
+        """Run both over one token a row."""
+
+    def hidden_states(self) -> npt.NDArray[np.float32]:
+        """first_layer's output of the last step: float32 [batch, num_kept_total, hidden]."""
+
+    def cache(self, layer: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """Host copies of a layer's keys and values: [batch, kv_heads, columns, head_dim], as far as written."""
+
+
+class Backend(Protocol):
+    """A loaded model.
+
+    Attributes:
+        name: of the backend.
+        device: "cpu", "cuda" or "cuda:N".
+        profile: the lowering that it runs.
+        max_vision_patches: of one vision call; one frame alone may have more.
+        max_context: columns that a KV cache can have, None where a request takes what it needs.
+        can_gather: whether there is gather; without it one generation ends before the next starts.
+    """
+
+    name: str
+    device: str
+    profile: str
+    max_vision_patches: int
+    max_context: int | None
+    can_gather: bool
+
+    def encode(self, feeds: Iterable[dict[str, npt.NDArray[Any]]], num_rows: int) -> Visual:
+        """Run the vision stage, one call a feed, into num_rows rows; one zero row where there is none."""
+
+    def keep(self, visual: Visual) -> Visual:
+        """What encode made, as it may lie around while encode runs again: itself, or a copy for join alone."""
+
+    def join(self, parts: Sequence[Visual]) -> Visual:
+        """What keep gave, one below the other, for a prefill; at least one part."""
+
+    def score(self, inputs: PrefillInputs, visual: Visual) -> npt.NDArray[np.float32]:
+        """HAWK scores alone: float32 [batch, seq_len]."""
+
+    def start(self, batch: int, columns: int) -> Generation:
+        """A generation whose KV cache holds up to `columns` tokens a row."""
+
+    def gather(self, parts: "Sequence[tuple[Generation, int]]", columns: int) -> Generation:
+        """Rows of several generations as one, which decodes on from where each is.
+
+        Args:
+            parts: a generation and the number of one of its rows, for each row of the new one. They are used up,
+                also where this fails.
+            columns: that its KV cache holds a row.
+        """
+
+    def close(self) -> None:
+        """Release everything."""
+
+
+def backend_for(folder: str | Path) -> str:
+    """The backend that a folder is made for: TensorRT where it holds engines."""
+    return "tensorrt" if (Path(folder) / ENGINES_MANIFEST).is_file() else "onnxruntime"
+
+
+def load_backend(
+    source: Bundle | EngineFolder, name: str, device: str | None, profile: str | None, threads: int | None = None
+) -> Backend:
+    """Load a bundle, or the engines made from one, in a backend.
+
+    Args:
+        source: a bundle for ONNX Runtime, an engine folder for TensorRT.
+        name: of the backend.
+        device: "cpu", "cuda" or "cuda:N"; None is "cpu" in ONNX Runtime and "cuda" in TensorRT.
+        profile: the lowering; None takes the best there is.
+        threads: of the CPU, for each stage in ONNX Runtime; None takes one a core.
+
+    Raises:
+        InvalidInput: threads is not a number of them, or given to TensorRT.
+        BackendError: an unknown backend or device, or a runtime that is not installed.
+        BundleError: the bundle does not hold the profile, or the engines are not for this machine.
+    """
+    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
+        raise InvalidInput(f"threads: got {threads!r}, expected an integer of at least 1")
+    if name == "onnxruntime" and isinstance(source, Bundle):
+        try:
+            from hawk_trt.runtime.onnxruntime import OnnxRuntimeBackend  # a runtime is loaded when asked for
+        except ModuleNotFoundError as error:
+            if error.name != "onnxruntime":
+                raise
+            raise BackendError(
+                "onnxruntime: not installed. pip install onnxruntime, or onnxruntime-gpu for a GPU"
+            ) from error
+        return OnnxRuntimeBackend.load(source, device or "cpu", profile, threads)
+    if name == "tensorrt" and isinstance(source, EngineFolder):
+        if threads is not None:
+            raise InvalidInput(f"threads: got {threads}, which are ONNX Runtime's; leave them out with engines")
+        try:
+            from hawk_trt.runtime.tensorrt.backend import TensorRtBackend
+        except ImportError as error:
+            raise BackendError(_missing(error)) from error
+        return TensorRtBackend.load(source, device or "cuda", profile)
+    raise BackendError(f"backend: got {name!r}, expected one of {', '.join(BACKENDS)}")
+
+
+def _missing(error: ImportError) -> str:
+    """What the TensorRT backend lacks, and what brings it."""
+    package = (error.name or "").partition(".")[0]
+    if package == "cuda":
+        return (
+            "cuda-bindings: not installed. pip install 'cuda-bindings==12.*' for CUDA 12 (JetPack 6), "
+            "'cuda-bindings==13.*' for CUDA 13"
+        )
+    if package == "tensorrt" and isinstance(error, ModuleNotFoundError):
+        return (
+            "tensorrt: not installed. On a Jetson it comes with JetPack, and a virtual environment sees it when made "
+            "with --system-site-packages; elsewhere: pip install tensorrt"
+        )
+    return f"tensorrt: cannot be loaded ({error}). Its libraries must be of one version and on the loader's path"

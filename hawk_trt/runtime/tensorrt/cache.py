@@ -1,0 +1,103 @@
+"""The KV cache on the GPU, for both profiles.
+
+inplace    one tensor [batch, kv_heads, context, head_dim] a layer, key and value, zeroed once; each is input and
+           output of its stage at one address, write_index says where a step writes, and attention reads the first
+           len(context_slots) columns
+portable   two sets of tensors: a step reads the past from one and writes it, longer, to the other
+"""
+
+from hawk_trt.engine_folder import EngineManifest
+from hawk_trt.errors import BackendError
+from hawk_trt.runtime.tensorrt.memory import aligned, tensor_bytes
+from hawk_trt.stages import INPLACE, key_name, value_name
+
+# Attention reads the cache in steps of so many columns: a step's shapes, and with them its CUDA graph, stay for
+# as many tokens, and at most so many columns are read in vain.
+CONTEXT_STEP = 256
+# The word of context_slots' only dimension.
+CONTEXT_LEN = "context_len"
+
+
+class KVCache:
+    """Keys and values of all layers, of one generation at a time.
+
+    Attributes:
+        inplace: whether steps write in place.
+        context: columns that it can hold.
+        length: columns written so far.
+    """
+
+    def __init__(self, manifest: EngineManifest, address: int) -> None:
+        self.inplace = manifest.profile == INPLACE
+        self.context = manifest.limits.context
+        self.length = 0
+        self._side = 0
+        self._names = _names(manifest)
+        slot = _slot_bytes(manifest)
+        self._sides = [
+            [address + (side * len(self._names) + i) * slot for i in range(len(self._names))]
+            for side in range(_sides(manifest))
+        ]
+
+    @staticmethod
+    def size_bytes(manifest: EngineManifest) -> int:
+        """Device memory that it takes."""
+        return _sides(manifest) * len(_names(manifest)) * _slot_bytes(manifest)
+
+    def restart(self) -> None:
+        """Begin a new generation; what was written stays, behind the mask."""
+        self.length = 0
+
+    def addresses(self) -> dict[str, int]:
+        """Address of every cache tensor, as input and as output."""
+        past, present = self._sides[self._side], self._sides[self._side - 1]
+        return {
+            name: address
+            for names, sources, targets in zip(self._names, past, present, strict=True)
+            for name, address in zip(names, (sources, targets), strict=True)
+        }
+
+    def dims(self, columns: int) -> dict[str, int]:
+        """Sizes of the cache's dimensions in a step that writes so many columns."""
+        total = self.length + columns
+        if not self.inplace:
+            return {"past_len": self.length, "total_len": total}
+        return {CONTEXT_LEN: min(-(-total // CONTEXT_STEP) * CONTEXT_STEP, self.context)}
+
+    def layer(self, layer: int) -> tuple[int, int]:
+        """Addresses of a layer's keys and values, as last written."""
+        key, value = self._sides[self._side][2 * layer : 2 * layer + 2]
+        return key, value
+
+    def advance(self, columns: int) -> None:
+        """Count columns as written."""
+        self.length += columns
+        self._side = (self._side + 1) % len(self._sides)
+
+    def check_room(self, columns: int) -> None:
+        """Refuse a write beyond the end: TensorRT would drop it silently.
+
+        Raises:
+            BackendError: the cache is full.
+        """
+        if self.length + columns > self.context:
+            raise BackendError(
+                f"KV cache: got {self.length + columns} columns to hold, these engines hold {self.context}. "
+                "Shorten the prompt or the answer, or rebuild with a larger --max-context: python -m engines"
+            )
+
+
+def _names(manifest: EngineManifest) -> list[tuple[str, str]]:
+    """Input and output name of every cache tensor."""
+    layers = range(manifest.bundle.language.num_hidden_layers)
+    return [(name(layer, past=True), name(layer, past=False)) for layer in layers for name in (key_name, value_name)]
+
+
+def _slot_bytes(manifest: EngineManifest) -> int:
+    language, limits = manifest.bundle.language, manifest.limits
+    shape = (limits.batch, language.num_key_value_heads, limits.context, language.head_dim)
+    return aligned(tensor_bytes(shape, manifest.bundle.dtype))
+
+
+def _sides(manifest: EngineManifest) -> int:
+    return 1 if manifest.profile == INPLACE else 2

@@ -1,0 +1,360 @@
+"""Evaluation: metrics, intervals, data sets, results that survive a kill, and the command itself."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from examples.tiny_task import generate
+from examples.tiny_task.__main__ import main as tiny_task
+from hawk_trt import Pipeline
+from hawk_trt.apps.cli.main import main
+from hawk_trt.apps.evaluate.datasets import Sample, load_dataset
+from hawk_trt.apps.evaluate.intervals import Interval, difference_interval, mean_interval
+from hawk_trt.apps.evaluate.metrics import METRICS, edit_distance
+from hawk_trt.apps.evaluate.result_log import ResultLog
+from hawk_trt.apps.evaluate.summary import Row, pareto_front, to_csv
+from hawk_trt.apps.evaluate.trials import Trial, kv_bytes_per_token
+from hawk_trt.errors import InvalidInput
+
+
+@pytest.mark.parametrize(
+    ("metric", "answer", "right", "choices", "score"),
+    [
+        ("exact-match", "  Top  LEFT. ", ("top left",), (), 1.0),
+        ("exact-match", "left", ("top left",), (), 0.0),
+        ("vqa-accuracy", "The Dog!", ("dog",), (), 1.0),
+        ("vqa-accuracy", "two", ("2", "2", "2", "2", "3"), (), 1.0),
+        ("vqa-accuracy", "3", ("2", "2", "2", "2", "3"), (), 4 / 15),  # 0 without itself, 1/3 without another
+        ("vqa-accuracy", "1,000.5", ("1000.5",), (), 1.0),
+        ("anls", "hello", ("Hallo", "no"), (), 0.8),
+        ("anls", "abcd", ("abxy",), (), 0.0),  # a half wrong is all wrong
+        ("relaxed-accuracy", "104", ("100",), (), 1.0),
+        ("relaxed-accuracy", "106", ("100",), (), 0.0),
+        ("relaxed-accuracy", "-95", ("-100",), (), 1.0),
+        ("relaxed-accuracy", "51 %", ("0.5",), (), 1.0),
+        ("relaxed-accuracy", "0.1", ("0",), (), 0.0),
+        ("relaxed-accuracy", "Yes", ("yes",), (), 1.0),
+        ("multiple-choice", "B", ("B",), ("cat", "dog"), 1.0),
+        ("multiple-choice", "(b) a dog", ("B",), ("cat", "dog"), 1.0),
+        ("multiple-choice", "The answer is B.", ("dog",), ("cat", "dog"), 1.0),
+        ("multiple-choice", "dog", ("B",), ("cat", "dog"), 1.0),
+        ("multiple-choice", "A", ("B",), ("cat", "dog"), 0.0),
+        ("multiple-choice", "C", ("B",), ("cat", "dog"), 0.0),
+        ("multiple-choice", "birds", ("B",), ("cat", "dog"), 0.0),
+        ("multiple-choice", "", ("B",), ("cat", "dog"), 0.0),
+    ],
+)
+def test_metrics_score_as_their_papers_say(metric, answer, right, choices, score):
+    assert METRICS[metric](answer, Sample("0", "?", right, choices=choices)) == pytest.approx(score)
+
+
+def test_edit_distance_counts_insertions_deletions_and_replacements():
+    pairs = (("", ""), ("abc", ""), ("kitten", "sitting"), ("ab", "ba"))
+    assert [edit_distance(left, right) for left, right in pairs] == [0, 3, 3, 2]
+
+
+def test_a_share_has_wilsons_interval():
+    interval = mean_interval([1.0] * 8 + [0.0] * 2)  # the textbook's 8 of 10
+    assert (round(interval.low, 4), interval.mean, round(interval.high, 4)) == (0.4902, 0.8, 0.9433)
+    assert mean_interval([1.0] * 10).high == 1.0
+    assert mean_interval([0.0] * 10).low == 0.0
+
+
+def test_other_scores_and_differences_have_bootstrap_intervals_of_the_normal_width():
+    values = np.random.default_rng(0).random(400)
+    half = 1.96 * values.std() / 20
+    interval = mean_interval(values.tolist())
+    assert interval.high - interval.mean == pytest.approx(half, rel=0.1)
+    assert interval.mean - interval.low == pytest.approx(half, rel=0.1)
+    # pairs that differ by the same have no spread, however much the scores themselves have
+    assert difference_interval(values.tolist(), (values - 0.25).tolist()) == pytest.approx(Interval(*[0.25] * 3))
+
+
+def test_the_tiny_task_is_a_data_set_of_any_length():
+    few, many = load_dataset("tiny", 3, 5), load_dataset("tiny", 6, 5)
+    assert [sample.question for sample in few] == [sample.question for sample in many][:3]
+    assert few.fingerprint == many.fingerprint != load_dataset("tiny", 3, 6).fingerprint
+    made = list(generate(5, 3))
+    for sample, expected in zip(few, made, strict=True):
+        assert (sample.question, sample.answers) == (expected.question, (expected.answer,))
+        assert np.array_equal(sample.images[0], expected.image)
+
+
+def test_a_folder_of_the_tiny_task_is_a_data_set(tmp_path):
+    assert tiny_task(["--out", str(tmp_path), "--count", "6", "--seed", "2"]) == 0
+    dataset = load_dataset(str(tmp_path), None, 0)
+    by_question = {sample.question: sample for sample in dataset}
+    for made in generate(2, 6):
+        sample = by_question[made.question]
+        assert sample.answers == (made.answer,)
+        with Image.open(sample.images[0]) as image:
+            assert np.array_equal(np.asarray(image), made.image)
+
+
+def test_a_jsonl_file_is_read_in_an_order_of_the_seed(tmp_path):
+    path = tmp_path / "some.jsonl"
+    entries = [{"image": f"{i}.png", "question": f"q{i}", "answer": i} for i in range(20)]
+    entries[3] = {"id": "x", "images": ["a.png", "b.png"], "video": "c.mp4", "question": "q3", "answers": ["1", 2.5]}
+    entries[4] = {"question": "Which?", "choices": ["left", "right"], "answer": "B"}
+    path.write_text("\n\n".join(map(json.dumps, entries)))
+    every = list(load_dataset(str(path), None, 1))
+    assert [sample.question for sample in load_dataset(str(path), 5, 1)] == [s.question for s in every][:5]
+    assert [s.id for s in every] != [s.id for s in load_dataset(str(path), None, 2)]
+    by_id = {sample.id: sample for sample in every}
+    assert by_id["x"].images == (str(tmp_path / "a.png"), str(tmp_path / "b.png"))
+    assert (by_id["x"].videos, by_id["x"].answers) == ((str(tmp_path / "c.mp4"),), ("1", "2.5"))
+    assert by_id["4"].prompt == "Which?\nA. left\nB. right\nAnswer with the letter of the right choice."
+    assert len(by_id) == 20
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "got 0 samples"),
+        ('{"question": "?"}', "sample 0 has no answer"),
+        ('{"answer": "?"}', "question"),
+        ("[1", 'expected {"image"'),
+        ('{"id": 1, "question": "?", "answer": "a"}\n' * 2, "each id once"),
+    ],
+)
+def test_files_that_are_no_data_set_are_refused(tmp_path, content, message):
+    (tmp_path / "samples.jsonl").write_text(content)
+    with pytest.raises(InvalidInput, match=message):
+        load_dataset(str(tmp_path), None, 0)
+
+
+def test_a_data_set_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(InvalidInput, match="expected tiny, a JSONL file or a folder"):
+        load_dataset(str(tmp_path / "none.jsonl"), None, 0)
+    with pytest.raises(InvalidInput, match="this folder holds no samples"):
+        load_dataset(str(tmp_path), None, 0)
+
+
+def trial(number):
+    return Trial(str(number), "hawk", 0.1, "héllo\n", 1.0, 64, 7, 2, 1000, None)
+
+
+def test_a_log_goes_on_behind_a_line_that_was_cut_short(tmp_path):
+    path, subject = tmp_path / "new" / "results.jsonl", {"bundle": "a", "dataset": "b"}
+    log = ResultLog(path, subject, Trial)
+    for number in range(3):
+        log.append(trial(number))
+    log.close()
+    whole = path.read_bytes()
+    for cut in range(len(whole)):
+        path.write_bytes(whole[:cut])
+        again = ResultLog(path, subject, Trial)
+        assert again.records == [trial(n) for n in range(max(0, whole[:cut].count(b"\n") - 1))]
+        again.append(trial(9))
+        again.close()
+        last = ResultLog(path, subject, Trial)
+        assert last.records == [*again.records]
+        last.close()
+
+
+def test_a_log_of_something_else_is_refused_and_left_alone(tmp_path):
+    path = tmp_path / "results.jsonl"
+    ResultLog(path, {"bundle": "a"}, Trial).close()
+    for subject in ({"bundle": "b"}, {"bundle": "a", "dataset": "c"}):
+        with pytest.raises(InvalidInput, match=r"it holds results of another (bundle|dataset).* Choose another --out"):
+            ResultLog(path, subject, Trial)
+    assert path.read_text() == '{"bundle":"a"}\n'
+    for content, message in (("hello\n", "not a file of results"), ('{"bundle":"a"}\n{}\n', "damaged")):
+        path.write_text(content)
+        with pytest.raises(InvalidInput, match=message):
+            ResultLog(path, {"bundle": "a"}, Trial)
+        assert path.read_text() == content
+
+
+def test_one_log_at_a_time_holds_a_file(tmp_path):
+    path, subject = tmp_path / "results.jsonl", {"bundle": "a"}
+    log = ResultLog(path, subject, Trial)
+    log.append(trial(0))
+    held = path.read_bytes()
+    with path.open("ab") as file:
+        file.write(b'{"half a li')  # what the holder is writing just now
+    with pytest.raises(InvalidInput, match=r"another run is writing there. Wait for it, or choose another --work"):
+        ResultLog(path, subject, Trial, option="--work")
+    assert path.read_bytes() == held + b'{"half a li'
+    log.close()
+    again = ResultLog(path, subject, Trial)
+    assert again.records == [trial(0)]
+    again.close()
+
+
+def row(name, total_ms, accuracy):
+    latency_ms = (
+        None
+        if total_ms is None
+        else dict.fromkeys(("preprocess", "vision", "select", "first_layer", "decoder", "decode", "total"), total_ms)
+    )
+    return Row(name, 0.5, 9, Interval(accuracy, accuracy, accuracy), 64, 32, 2, 1000, latency_ms)
+
+
+def test_the_pareto_front_holds_what_nothing_beats():
+    rows = [row("a", 10, 0.9), row("b", 5, 0.8), row("c", 7, 0.8), row("d", 5, 0.7), row("e", 20, 0.9)]
+    assert [r.selector for r in pareto_front([*rows, row("f", None, 1.0)])] == ["a", "b"]
+    assert "f,0.5,9,1.0000" in to_csv([row("f", None, 1.0)])
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny_bundle):
+    with Pipeline.load(tiny_bundle) as pipe:
+        yield pipe
+
+
+def evaluate(bundle, out, *options):
+    argv = ["eval", str(bundle), "--out", str(out), "--count", "6", "--selectors", "hawk,random,norm"]
+    return main([*argv, "--keep-ratios", "1,0.1", *map(str, options)])
+
+
+def test_eval_answers_sums_up_and_draws(tiny_bundle, pipe, tmp_path, capsys):
+    assert evaluate(tiny_bundle, tmp_path, "--json") == 0
+    out, err = capsys.readouterr()
+    report = json.loads(out)
+    assert (report["dataset"], report["samples"]) == ("tiny", 6)
+    rows = {row["selector"]: row for row in report["rows"]}
+    assert list(rows) == ["unpruned", "hawk", "random", "norm"]  # keep ratio 1 is one row
+    assert "24 of 24 answers" in err
+    trials = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()[1:]]
+    assert len(trials) == 24
+    samples = list(generate(0, 6))
+    for name, keep_ratio in (("unpruned", 1.0), ("hawk", 0.1)):
+        own = [t for t in trials if t["selector"] == name]
+        assert [t["score"] for t in own] == [float(t["answer"] == s.answer) for t, s in zip(own, samples, strict=True)]
+        assert rows[name]["accuracy"]["mean"] == pytest.approx(np.mean([t["score"] for t in own]))
+        assert {t["keep_ratio"] for t in own} == {keep_ratio}
+    assert rows["unpruned"]["accuracy"]["mean"] >= rows["hawk"]["accuracy"]["mean"] > rows["random"]["accuracy"]["mean"]
+    text = pipe.layout(pipe.prepare(samples[0].question, images=[samples[0].image])).num_tokens - 64
+    (first,) = (t for t in trials if (t["sample"], t["selector"]) == ("0", "hawk"))
+    # 4 layers, keys and values of 2 heads of 32 numbers of 4 bytes
+    assert first["kv_bytes"] == (7 + text) * kv_bytes_per_token(pipe.bundle.manifest) == (7 + text) * 4 * 2 * 2 * 32 * 4
+    assert (first["num_visual"], first["num_kept"]) == (64, 7)
+    assert first["timings"]["preprocess"] > 0
+    with (tmp_path / "summary.csv").open() as file:
+        assert [line["selector"] for line in csv.DictReader(file)] == list(rows)
+    assert json.loads((tmp_path / "summary.json").read_text())["rows"] == report["rows"]
+    for name in ("accuracy_by_keep_ratio", "accuracy_by_time"):
+        with Image.open(tmp_path / f"{name}.png") as image:
+            assert image.size > (500, 300)
+            assert len(image.convert("RGB").getcolors(1 << 20)) > 50
+
+
+def test_eval_goes_on_with_its_results_and_refuses_those_of_something_else(tiny_bundle, tmp_path, capsys):
+    assert evaluate(tiny_bundle, tmp_path) == 0
+    shown = capsys.readouterr().out
+    assert "hawk" in shown and "%" in shown and max(map(len, shown.splitlines())) <= 80
+    known = (tmp_path / "results.jsonl").read_bytes()
+    assert evaluate(tiny_bundle, tmp_path) == 0
+    assert "24 answers known, 0 to go" in capsys.readouterr().err
+    assert (tmp_path / "results.jsonl").read_bytes() == known
+    assert evaluate(tiny_bundle, tmp_path, "--count", 7, "--selectors", "hawk", "--keep-mass", 0.5) == 0
+    assert "7 answers known, 14 to go" not in capsys.readouterr().err
+    grown = (tmp_path / "results.jsonl").read_bytes()
+    assert grown.startswith(known) and b'"hawk, mass 0.5"' in grown
+    for option, value, name in (
+        ("--seed", 1, "dataset"),
+        ("--profile", "portable", "runtime"),
+        ("--quota", "per-image", "quota"),
+        ("--metric", "anls", "metric"),
+    ):
+        assert evaluate(tiny_bundle, tmp_path, option, value) == 1
+        assert f"it holds results of another {name}" in capsys.readouterr().err
+    assert (tmp_path / "results.jsonl").read_bytes() == grown
+
+
+def test_a_second_eval_does_not_write_among_the_results_of_the_first(tiny_bundle, tmp_path, capsys):
+    argv = [sys.executable, "-m", "hawk_trt", "eval", str(tiny_bundle), "--out", str(tmp_path), "--count", "100"]
+    results = tmp_path / "results.jsonl"
+    with subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while not results.exists() or results.read_bytes().count(b"\n") < 2:
+            assert process.poll() is None
+            time.sleep(0.01)
+        assert main(argv[3:]) == 1
+        os.kill(process.pid, signal.SIGKILL)
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert f"{results}: another run is writing there" in err
+    assert main([*argv[3:-1], "1", "--keep-ratios", "0.2"]) == 0  # the lock of a killed run is gone with it
+
+
+def test_a_killed_eval_goes_on_where_it_was(tiny_bundle, tmp_path):
+    results = tmp_path / "results.jsonl"
+    argv = [sys.executable, "-m", "hawk_trt", "eval", str(tiny_bundle), "--out", str(tmp_path), "--count", "20"]
+    argv += ["--selectors", "hawk,random", "--keep-ratios", "0.2,0.1", "--max-new-tokens", "4"]
+
+    def lines():
+        return results.read_bytes().count(b"\n") if results.exists() else 0
+
+    for enough in (5, 20):
+        with subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            while lines() < enough and process.poll() is None:
+                time.sleep(0.01)
+            os.kill(process.pid, signal.SIGKILL)
+        assert process.returncode == -signal.SIGKILL
+        known = results.read_bytes()
+        known = known[: known.rfind(b"\n") + 1]
+    assert main(argv[3:]) == 0
+    whole = results.read_bytes()
+    assert whole.startswith(known)
+    trials = [json.loads(line) for line in whole.splitlines()[1:]]
+    assert len(trials) == len({(t["sample"], t["selector"], t["keep_ratio"]) for t in trials}) == 80
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--dataset", "no-such-file.jsonl"], "dataset: got 'no-such-file.jsonl'"),
+        (["--count", "0"], "at least 1 sample"),
+        (["--keep-ratios", "0"], "keep_ratio: got 0.0"),
+        (["--selectors", "fastv"], "--checkpoint"),
+        (["--max-new-tokens", "0"], "--max-new-tokens: got 0"),
+    ],
+)
+def test_what_eval_cannot_use_is_one_line(tiny_bundle, tmp_path, capsys, options, message):
+    assert evaluate(tiny_bundle, tmp_path / "out", *options) == 1
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert message in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_selector_that_does_not_exist_is_wrong_usage(tiny_bundle, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        evaluate(tiny_bundle, tmp_path, "--selectors", "hawk,luck")
+    assert "got 'luck', expected some of hawk, uniform" in capsys.readouterr().err
+
+
+def test_a_sample_that_cannot_be_read_is_named(tiny_bundle, tmp_path, capsys):
+    (tmp_path / "some.jsonl").write_text('{"id": "seven", "image": "none.png", "question": "?", "answer": "!"}')
+    assert evaluate(tiny_bundle, tmp_path / "out", "--dataset", tmp_path / "some.jsonl") == 1
+    assert "sample seven: " in capsys.readouterr().err
+
+
+def test_without_matplotlib_all_but_the_plots_is_there(tiny_bundle, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert evaluate(tiny_bundle, tmp_path, "--count", 1, "--selectors", "hawk") == 0
+    assert "pip install matplotlib" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"results.jsonl", "summary.json", "summary.csv"}
+
+
+def test_eval_runs_fastv_in_pytorch_beside_the_others(tiny_bundle, tiny_checkpoint, tmp_path, capsys):
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    options = ("--selectors", "fastv,hawk", "--checkpoint", tiny_checkpoint, "--count", 3, "--json")
+    assert evaluate(tiny_bundle, tmp_path, *options) == 0
+    rows = {row["selector"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
+    assert rows["fastv"]["latency_ms"] is None
+    assert rows["fastv"]["num_kept"] == rows["hawk"]["num_kept"] == 7
+    # two of four layers hold every token
+    both = (rows["unpruned"]["kv_bytes"] + rows["hawk"]["kv_bytes"]) / 2
+    assert rows["fastv"]["kv_bytes"] == pytest.approx(both)
+    assert rows["fastv"]["accuracy"]["mean"] == 1.0

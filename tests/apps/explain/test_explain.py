@@ -1,0 +1,180 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from hawk_trt.apps.explain import Explanation, Selection, VisualItem, explain
+from hawk_trt.apps.explain.lettering import Lettering
+from hawk_trt.apps.explain.panels import colours, heat_panel, kept_panel
+from hawk_trt.apps.explain.picture import MAX_FRAMES, render, save
+from hawk_trt.bundle import SpecialTokens
+from hawk_trt.errors import InvalidInput
+from hawk_trt.request import ModelInputs, Result
+
+IMAGE, VIDEO, TEXT = 7, 8, 1
+TOKENS = SpecialTokens(
+    image=IMAGE, video=VIDEO, vision_start=None, vision_end=None, im_start=None, im_end=None, pad=None, eos=()
+)
+
+
+def result_of(num_visual, kept_indices, *, text="yes", num_kept=0):
+    scores = np.arange(num_visual, dtype=np.float32)
+    return Result(text, [3], "stop", num_visual, num_kept, np.array(kept_indices, np.int64), scores)
+
+
+def explanation_of(*grids, kind="image", ratios=(0.5,), prompt="What is it?"):
+    rng = np.random.default_rng(0)
+    items = tuple(VisualItem(kind, grid, rng.random(grid, np.float32)) for grid in grids)
+    total = sum(item.scores.size for item in items)
+    selections = tuple(
+        Selection(ratio, round(total * ratio), f"answer at {ratio}", tuple(item.scores < ratio for item in items))
+        for ratio in ratios
+    )
+    return Explanation(prompt, total, items, selections)
+
+
+def test_scores_and_kept_tokens_lie_on_the_grid_of_their_image():
+    # 2 x 3 tokens of an image after two text tokens; positions 3 and 7 of it are kept.
+    input_ids = np.array([TEXT, TEXT, *[IMAGE] * 6, TEXT])
+    inputs = ModelInputs(input_ids=input_ids, image_grid_thw=np.array([[1, 4, 6]]))
+    explained = explain("?", inputs, [(0.3, result_of(6, [0, 1, 3, 7, 8], num_kept=2))], TOKENS, 2)
+    assert explained.items[0].grid == (1, 2, 3)
+    assert explained.items[0].scores.tolist() == [[[0, 1, 2], [3, 4, 5]]]
+    assert explained.selections[0].kept[0].tolist() == [[[False, True, False], [False, False, True]]]
+    assert (explained.selections[0].num_kept, explained.num_visual) == (2, 6)
+
+
+def test_images_and_videos_in_any_order_get_their_own_scores():
+    input_ids = np.array([[*[VIDEO] * 2, TEXT, IMAGE, *[VIDEO] * 2]])
+    inputs = ModelInputs(
+        input_ids=input_ids, image_grid_thw=np.array([[1, 2, 2]]), video_grid_thw=np.array([[2, 2, 2], [2, 2, 2]])
+    )
+    explained = explain("?", inputs, [(0.4, result_of(5, [0, 2, 3]))], TOKENS, 2)
+    assert [item.kind for item in explained.items] == ["image", "video", "video"]
+    assert [item.scores.ravel().tolist() for item in explained.items] == [[2.0], [0.0, 1.0], [3.0, 4.0]]
+    assert [kept.ravel().tolist() for kept in explained.selections[0].kept] == [[True], [True, False], [False, False]]
+
+
+def test_padding_placeholders_are_no_visual_tokens():
+    inputs = ModelInputs(
+        input_ids=np.array([IMAGE, IMAGE, IMAGE, TEXT]),
+        attention_mask=np.array([0, 1, 1, 1]),
+        image_grid_thw=np.array([[1, 2, 4]]),
+    )
+    explained = explain("?", inputs, [(0.5, result_of(2, [2, 3]))], TOKENS, 2)
+    assert explained.selections[0].kept[0].tolist() == [[[False, True]]]
+
+
+def test_a_prompt_without_visual_tokens_has_nothing_to_explain():
+    with pytest.raises(InvalidInput, match="nothing to explain"):
+        explain("?", ModelInputs(input_ids=np.array([TEXT])), [(0.5, result_of(0, [0]))], TOKENS, 2)
+
+
+def test_grids_that_do_not_fit_the_prompt_are_refused():
+    inputs = ModelInputs(input_ids=np.array([IMAGE, IMAGE]), image_grid_thw=np.array([[1, 4, 6]]))
+    with pytest.raises(InvalidInput, match="hold 6 tokens, the prompt has 2"):
+        explain("?", inputs, [(0.5, result_of(2, [0]))], TOKENS, 2)
+
+
+def test_scores_of_another_prompt_are_refused():
+    inputs = ModelInputs(input_ids=np.array([IMAGE, IMAGE]), image_grid_thw=np.array([[1, 2, 4]]))
+    with pytest.raises(InvalidInput, match="got 3 values, expected 2"):
+        explain("?", inputs, [(0.5, result_of(3, [0]))], TOKENS, 2)
+
+
+def test_kept_tokens_keep_their_colours_and_dropped_ones_lose_them():
+    image = Image.new("RGB", (40, 20), (255, 0, 0))
+    pixels = np.asarray(kept_panel(image, np.array([[True, False]])))
+    assert pixels[10, 5].tolist() == [255, 0, 0]
+    red, green, blue = pixels[10, 35].astype(int)
+    assert red - green < 20 and blue > 100
+
+
+@pytest.mark.parametrize("grey", [0, 255])
+def test_dropped_tokens_differ_from_kept_ones_on_black_and_on_white(grey):
+    image = Image.new("RGB", (400, 200), (grey, grey, grey))
+    pixels = np.asarray(kept_panel(image, np.array([[True, False]]))).astype(int)
+    assert abs(pixels[100, 350] - grey).min() > 25
+
+
+def test_a_line_divides_large_cells_and_spares_small_ones():
+    mask = np.zeros((10, 10), np.bool_)
+    mask[4:6, 4:6] = True
+    white = {(255, 255, 255)}
+    for size, lined in ((200, True), (40, False)):
+        pixels = np.asarray(kept_panel(Image.new("RGB", (size, size), "white"), mask))
+        inside = pixels[int(size * 0.4) : int(size * 0.6), int(size * 0.4) : int(size * 0.6)]
+        assert ({tuple(pixel) for pixel in inside.reshape(-1, 3).tolist()} != white) is lined
+
+
+def test_the_ramp_grows_lighter_with_the_score():
+    luminance = colours(np.linspace(0.0, 1.0, 50)) @ np.array([0.299, 0.587, 0.114])
+    assert (np.diff(luminance) > 0).all()
+
+
+def test_a_heat_panel_is_lightest_where_the_score_is_highest():
+    panel = heat_panel(Image.new("RGB", (30, 10)), np.array([[0.0, 1.0, 0.5]], np.float32), (0.0, 1.0))
+    greys = np.asarray(panel.convert("L"))[5, [5, 15, 25]]
+    assert greys[1] > greys[2] > greys[0]
+
+
+def test_equal_scores_can_be_drawn():
+    heat_panel(Image.new("RGB", (30, 10)), np.ones((1, 3), np.float32), (1.0, 1.0))
+
+
+@pytest.mark.parametrize("size", [(224, 224), (3840, 2160), (28, 2800), (1, 1)])
+@pytest.mark.parametrize("ratios", [(0.2,), (0.1, 0.2, 0.4), tuple(np.linspace(0.05, 1.0, 12).tolist())])
+def test_a_picture_is_neither_tiny_nor_huge(size, ratios):
+    grid = (1, max(1, size[1] // 28), max(1, size[0] // 28))
+    picture = render(explanation_of(grid, ratios=ratios), [[Image.new("RGB", size, "orange")]], note="a model")
+    assert picture.mode == "RGB"
+    assert 450 <= picture.width <= 4100
+    assert 80 <= picture.height <= 1600
+
+
+def test_every_image_and_at_most_some_frames_of_a_video_are_drawn():
+    image = Image.new("RGB", (280, 140), "orange")
+    one = render(explanation_of((1, 5, 10)), [[image]]).height
+    assert render(explanation_of((1, 5, 10), (1, 5, 10)), [[image], [image]]).height > one + 140
+    few = render(explanation_of((MAX_FRAMES, 5, 10), kind="video"), [[image] * MAX_FRAMES]).height
+    assert render(explanation_of((40, 5, 10), kind="video"), [[image] * MAX_FRAMES]).height == few
+
+
+def test_frames_that_do_not_fit_are_refused():
+    with pytest.raises(InvalidInput, match=r"expected \[1\]"):
+        render(explanation_of((1, 2, 2)), [])
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["one two three " * 60, "x" * 900, "数一数图中有多少只猫。" * 40, "a\n\nb", "", "line\n" * 30],
+)
+def test_text_is_wrapped_to_its_width(text):
+    lettering = Lettering.of_size(16, text)
+    lines = lettering.wrap(text, 300, 5)
+    assert len(lines) <= 5
+    assert all(lettering.width_px(line) <= 300 for line in lines)
+    if len(text) > 100:
+        assert lines[-1].endswith("...")
+
+
+def test_no_word_is_lost_in_wrapping():
+    text = "The quick brown fox jumps over incomprehensibilities of 1234567890123456789012345678901234567890 dogs"
+    lines = Lettering.of_size(16).wrap(text, 200, 50)
+    assert "".join("".join(lines).split()) == "".join(text.split())
+
+
+def test_a_picture_that_cannot_be_written_leaves_nothing(tmp_path):
+    target = tmp_path / "kept.png"
+    target.mkdir()
+    with pytest.raises(InvalidInput, match=r"kept\.png"):
+        save(Image.new("RGB", (4, 4)), target)
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_picture_replaces_an_older_one(tmp_path):
+    target = tmp_path / "new folder" / "kept.png"
+    save(Image.new("RGB", (4, 4)), target)
+    save(Image.new("RGB", (8, 4)), target)
+    with Image.open(target) as written:
+        assert written.size == (8, 4)
+    assert [path.name for path in target.parent.iterdir()] == ["kept.png"]

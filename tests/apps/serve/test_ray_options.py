@@ -1,0 +1,51 @@
+"""The arguments of the Ray Serve application, without Ray."""
+
+import pytest
+
+from hawk_trt.apps.cli.serve import settings_of
+from hawk_trt.apps.serve.ray_options import parse, words_of
+from hawk_trt.errors import InvalidInput
+
+
+def options_of(**arguments):
+    return parse(words_of(arguments))
+
+
+def test_arguments_are_the_options_of_the_command_as_text_or_as_values(tiny_bundle):
+    as_text = {"path": str(tiny_bundle), "keep_ratio": "0.3", "max_batch": "4", "no_page": "true", "max_replicas": "3"}
+    as_values = {"path": str(tiny_bundle), "keep_ratio": 0.3, "max_batch": 4, "no_page": True, "max_replicas": 3}
+    assert options_of(**as_text) == options_of(**as_values)
+    options = options_of(**as_text, remote_host=["a.example", "b.example"], model_name="m", verify=False)
+    settings = settings_of(options)
+    assert (settings.pruning.keep_ratio, settings.max_batch, settings.page, settings.model_name) == (0.3, 4, False, "m")
+    assert settings.remote_hosts == ("a.example", "b.example")
+    assert (options.min_replicas, options.max_replicas, options.verify) == (1, 3, False)
+
+
+def test_a_replica_takes_a_gpu_where_it_uses_one_and_else_a_cpu_for_each_thread(tiny_bundle):
+    def resources(**arguments):
+        options = options_of(path=str(tiny_bundle), **arguments)
+        return options.num_gpus, options.num_cpus
+
+    assert resources() == (0, 1)
+    assert resources(threads=4) == (0, 4)
+    assert resources(device="cuda") == resources(backend="tensorrt") == (1, 1)
+    assert resources(device="cuda", num_gpus=0.5, num_cpus=2) == (0.5, 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"path": None}, "path: missing"),
+        ({"path": "no/such/folder"}, "no folder here. Give an absolute path"),
+        ({"port": 80}, "port: Ray Serve opens the port"),
+        ({"keep_ratio": "much"}, "argument --keep-ratio: invalid float value: 'much'"),
+        ({"keep_rate": 0.2}, "unrecognized arguments: --keep-rate=0.2"),
+        ({"model_name": True}, "argument --model-name: expected one argument"),
+        ({"min_replicas": 3}, "got 3 to 1, expected 0 <= min <= max"),
+        ({"max_replicas": 0, "min_replicas": 0}, "got 0 to 0"),
+    ],
+)
+def test_arguments_that_cannot_work_are_refused_by_name(tiny_bundle, arguments, reason):
+    with pytest.raises(InvalidInput, match="(?s)" + reason):
+        options_of(**{"path": str(tiny_bundle), **arguments})

@@ -1,0 +1,66 @@
+"""NVIDIA's polygraphy finds nothing to say against the graphs.
+
+float32 and float16 alone: numpy has no bfloat16, so polygraphy cannot make inputs for it.
+"""
+
+import contextlib
+import io
+import json
+import warnings
+
+import pytest
+
+from engines.profiles import plan_limits, plan_profiles
+from export.__main__ import main as export
+from hawk_trt.bundle import Bundle
+from hawk_trt.engine_folder import PREFILL
+from hawk_trt.stages import PORTABLE, PROFILES, STAGES
+
+SIZES = {"visual_tokens": 16, "prompt_tokens": 32, "context": 64}
+# Inputs that are indices or positions; in the generated inputs, the first of each.
+INDICES = ("visual_rows", "window_index", "window_slot", "merge_order", "write_index", "kv_start")
+
+
+@pytest.fixture(scope="module")
+def bundles(tiny_checkpoint, tiny_bundle, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lint") / "float16"
+    assert export([str(tiny_checkpoint), "--out", str(folder), "--dtype", "float16"]) == 0
+    return {"float32": Bundle.load(tiny_bundle), "float16": Bundle.load(folder)}
+
+
+def shapes(bundle, stage, profile):
+    """The tuned-for shapes of a prefill; a cache of the length that makes them one."""
+    limits = plan_limits(bundle.manifest, plugin=True, **SIZES)
+    inputs = bundle.manifest.graph(stage, profile).inputs
+    static = [
+        type(entry)(
+            entry.name, entry.dtype, tuple(limits.context if size == "cache_len" else size for size in entry.shape)
+        )
+        for entry in inputs
+    ]
+    ranges = plan_profiles(bundle.manifest, stage, static, limits)[PREFILL]
+    return {entry.name: entry.opt for entry in ranges}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_polygraphy_finds_no_fault_in_any_graph(bundles, dtype, profile, stage, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of its own imports
+        from polygraphy.tools import main as polygraphy
+    bundle = bundles[dtype]
+    graph = bundle.folder / bundle.manifest.graph(stage, profile).file
+    report = tmp_path / "lint.json"
+    known = shapes(bundle, stage, profile)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        status = polygraphy(
+            ["check", "lint", str(graph), "-o", str(report), "--input-shapes"]
+            + [f"{name}:{list(shape)}" for name, shape in known.items()]
+            + ["--val-range", *(f"{name}:[0,0]" for name in INDICES if name in known)]
+        )
+    errors = [entry for entry in json.loads(report.read_text())["lint_entries"] if entry["level"] == "error"]
+    assert status == 0 and not errors, printed.getvalue()[-3000:]
+    assert profile == PORTABLE or stage == "vision" or "write_index" in known

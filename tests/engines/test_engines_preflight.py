@@ -1,0 +1,156 @@
+"""Every exported graph through NVIDIA's real parser and builder, and what the engine builder makes of a refusal.
+
+Fetches NVIDIA's wheels (150 MB) once into the user's cache.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from checkpoints import QWEN_7B, make_sparse_checkpoint
+from engines import gpuless
+from export.__main__ import main as export
+from hawk_trt.apps.cli.doctor_checks import available_memory_bytes
+from hawk_trt.stages import PROFILES, STAGES
+
+pytestmark = pytest.mark.skipif(
+    platform.machine() != "x86_64", reason="NVIDIA's builder that needs no GPU exists for x86-64 alone"
+)
+
+PLUGIN = os.environ.get("HAWK_PREFLIGHT_PLUGIN")
+
+# Refusals in one process, since each loads the builder anew. The bindings' destructors do not survive this mix.
+REFUSALS = """
+import os, sys
+from dataclasses import replace
+import onnx
+from engines.builder import BuildSettings, build_plan
+from engines.prepare import prepare
+from engines.profiles import plan_profiles
+from engines.progress import BuildProgress
+from hawk_trt.bundle import Bundle
+from hawk_trt.engine_folder import Limits
+from hawk_trt.errors import BackendError
+
+bundle = Bundle.load(sys.argv[1])
+
+def refused(graph, limits):
+    try:
+        with BuildProgress() as progress:
+            profiles = plan_profiles(bundle.manifest, graph.stage, graph.inputs, limits)
+            build_plan(graph, profiles, BuildSettings(None, 1 << 30, None, ()), progress)
+    except BackendError as error:
+        print(error)
+    else:
+        print("built")
+
+small, large = Limits(64, 128, 128, 1), Limits(5000, 6000, 6000, 1)
+graph = prepare(bundle, "decoder", "portable", max_context=128, plugin=False)
+refused(graph, small)
+model = onnx.load_from_string(graph.content)
+next(node for node in model.graph.node if node.name.endswith("q_proj")).op_type = "Germ"
+refused(replace(graph, content=model.SerializeToString()), small)
+refused(prepare(bundle, "first_layer", "portable", max_context=128, plugin=True), small)
+refused(prepare(bundle, "first_layer", "portable", max_context=6000, plugin=False), large)
+sys.stdout.flush()
+os._exit(0)
+"""
+
+COMMAND = """
+import os, sys
+from engines import __main__ as command
+from hawk_trt.engine_folder import Machine
+
+command.this_machine = lambda tensorrt: Machine(tensorrt, "13.0", None, "no GPU", "8.7")
+status = command.main(sys.argv[1:])
+sys.stdout.flush()
+sys.stderr.flush()
+os._exit(status)
+"""
+
+
+@pytest.fixture(scope="module")
+def bundles(tiny_checkpoint, tiny_bundle, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("preflight")
+    for dtype in ("float16", "bfloat16"):
+        assert export([str(tiny_checkpoint), "--out", str(folder / dtype), "--dtype", dtype]) == 0
+    return [tiny_bundle, folder / "float16", folder / "bfloat16"]
+
+
+def test_every_graph_that_engines_are_built_from_passes_nvidias_parser_and_builder(bundles, repository):
+    command = [sys.executable, "-m", "engines.preflight", *map(str, bundles), "--batch", "2", "--json"]
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    report = json.loads(done.stdout)
+    built = {row["graph"]: row for row in report["rows"]}
+    expected = {f"float32 {stage}.portable.onnx" for stage in STAGES}
+    expected |= {
+        f"{dtype} {stage}.{profile}.onnx"
+        for dtype in ("float16", "bfloat16")
+        for stage in STAGES
+        for profile in PROFILES
+    }
+    assert set(built) == expected and report["passed"]
+    assert all(row["layers"] > 100 and row["plan_bytes"] > 1e6 for row in built.values())
+    assert "with the plugin: not checked" in done.stderr
+
+
+@pytest.mark.skipif(PLUGIN is None, reason="HAWK_PREFLIGHT_PLUGIN names no top-k plugin built for TensorRT 11")
+def test_the_plugin_takes_the_place_of_the_standard_operators(bundles, repository):
+    command = [sys.executable, "-m", "engines.preflight", *map(str, bundles), "--plugin", PLUGIN, "--json"]
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    rows = [row for row in json.loads(done.stdout)["rows"] if row["plugin"]]
+    assert len(rows) == 5 and {row["plugin_layers"] for row in rows} == {1}
+
+
+def test_a_refusal_is_one_message_with_the_node_and_what_helps(tiny_bundle, repository):
+    command = [sys.executable, "-c", REFUSALS, str(tiny_bundle)]
+    done = subprocess.run(
+        command, cwd=repository, env=gpuless.environment(), capture_output=True, text=True, check=False
+    )
+    good, unknown, plugin, top_k = done.stdout.splitlines()
+    assert good == "built", done.stderr
+    assert unknown.startswith("decoder.portable.onnx: TensorRT ") and "self_attn/q_proj (Germ)" in unknown
+    assert "first_layer.portable.onnx" in plugin and "hawk/WeightedTopK" in plugin and "(make plugin)" in plugin
+    assert "first_layer.portable.onnx: TensorRT " in top_k and "not self-consistent" in top_k
+
+
+def test_the_whole_command_builds_and_refuses_to_leave_plans_of_another_library(tiny_bundle, repository, tmp_path):
+    """TensorRT-RTX's plans are not TensorRT's: they are found out before they take their place."""
+    out, cache = tmp_path / "engines", tmp_path / "timing.cache"
+    options = [str(tiny_bundle), "--out", str(out), "--max-visual-tokens", "64", "--no-verify", "--plugin", "none"]
+    options += ["--timing-cache", str(cache), "--workspace-gib", "1"]
+    command = [sys.executable, "-c", COMMAND, *options]
+    done = subprocess.run(
+        command, cwd=repository, env=gpuless.environment(), capture_output=True, text=True, check=False
+    )
+    lines = done.stderr.splitlines()
+    assert lines[:3] == [f"building {stage}.portable.onnx" for stage in STAGES], done.stderr
+    assert "vision.plan: a plan of TensorRT-RTX, expected one of TensorRT. Rebuild: python -m engines" in lines[-1]
+    assert done.returncode == 1 and cache.stat().st_size > 100
+    assert [path.name for path in tmp_path.iterdir()] == ["timing.cache"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "graphs", "needed_bytes"), [("BF16", 6, 8e9), ("F16", 6, 8e9), ("F32", 3, 14e9)])
+def test_graphs_of_7b_shapes_pass_too(tmp_path, repository, dtype, graphs, needed_bytes):
+    """Two layers of the language model, a windowed and a full block of the tower, the real vocabulary; zero weights."""
+    free_bytes = available_memory_bytes()
+    if free_bytes is not None and free_bytes < needed_bytes:
+        pytest.skip(f"{free_bytes / 1e9:.1f} GB of memory are free, {needed_bytes / 1e9:.0f} are needed")
+    sizes = replace(QWEN_7B, layers=2, vision_depth=2, full_attention=(1,))
+    checkpoint = make_sparse_checkpoint(tmp_path / "checkpoint", sizes, dtype=dtype)
+    name = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}[dtype]
+    assert export([str(checkpoint), "--out", str(tmp_path / "bundle"), "--dtype", name, "--link"]) == 0
+    command = [sys.executable, "-m", "engines.preflight", str(tmp_path / "bundle"), "--json"]
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    rows = json.loads(done.stdout)["rows"]
+    print(*rows, sep="\n")
+    assert len(rows) == graphs and max(row["plan_bytes"] for row in rows) > 1e9

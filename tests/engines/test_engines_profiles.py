@@ -1,0 +1,178 @@
+"""What the engines must take, planned from the manifest and the flags."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from engines.prepare import CONTEXT_LEN, prepare
+from engines.profiles import TOPK_LIMIT, choose_profile, plan_limits, plan_profiles
+from engines.vision_ranges import vision_ranges
+from hawk_trt.bundle import Bundle, TensorEntry
+from hawk_trt.engine_folder import DECODE, PREFILL, Limits
+from hawk_trt.errors import InvalidInput
+from hawk_trt.models.qwen_windows import window_plan
+from hawk_trt.stages import DECODER, FIRST_LAYER, INPLACE, PORTABLE, PROFILES, STAGES, VISION
+
+LIMITS = Limits(visual_tokens=300, prompt_tokens=400, context=256, batch=2)
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_bundle):
+    return Bundle.load(tiny_bundle)
+
+
+def planned(bundle, stage, profile=INPLACE, limits=LIMITS):
+    graph = prepare(bundle, stage, profile, max_context=limits.context, plugin=False)
+    return [
+        {entry.name: (entry.min, entry.opt, entry.max) for entry in ranges}
+        for ranges in plan_profiles(bundle.manifest, stage, graph.inputs, limits)
+    ]
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_input_has_a_range_in_which_min_opt_and_max_ascend(bundle, stage, profile):
+    graph = prepare(bundle, stage, profile, max_context=LIMITS.context, plugin=False)
+    plans = plan_profiles(bundle.manifest, stage, graph.inputs, LIMITS)
+    assert len(plans) == (1 if stage == VISION else 2)
+    for ranges in plans:
+        assert [entry.name for entry in ranges] == [entry.name for entry in graph.inputs]
+        for entry in ranges:
+            assert all(low <= opt <= high for low, opt, high in zip(entry.min, entry.opt, entry.max, strict=True)), (
+                entry
+            )
+            assert all(entry.holds(shape) for shape in (entry.min, entry.opt, entry.max))
+
+
+@pytest.mark.parametrize("limits", [LIMITS, Limits(1, 2, 2, 1), Limits(16384, 20000, 4096, 8)])
+def test_one_word_has_one_size_in_all_inputs_of_a_profile(bundle, limits):
+    for stage in STAGES:
+        for profile in PROFILES:
+            graph = prepare(bundle, stage, profile, max_context=limits.context, plugin=False)
+            for ranges in plan_profiles(bundle.manifest, stage, graph.inputs, limits):
+                for column in ("min", "opt", "max"):
+                    sizes = {}
+                    for tensor, entry in zip(graph.inputs, ranges, strict=True):
+                        for word, size in zip(tensor.shape, getattr(entry, column), strict=True):
+                            assert sizes.setdefault(word, size) == size
+                    assert sizes.get("num_kept_total", 0) <= sizes.get("seq_len", sizes.get("num_kept_total", 0))
+
+
+def test_prefill_takes_the_limits_and_decode_one_token(bundle):
+    prefill, decode = planned(bundle, FIRST_LAYER)[PREFILL], planned(bundle, FIRST_LAYER)[DECODE]
+    hidden = bundle.manifest.language.hidden_size
+    assert prefill["text_embeds"][2] == (2, 400, hidden) and prefill["text_embeds"][0] == (1, 1, hidden)
+    assert prefill["visual_embeds"][2] == (600, hidden)  # of both rows
+    assert prefill["slots"][2] == (256,)  # what is kept goes into the cache
+    assert decode["text_embeds"] == ((1, 1, hidden), (2, 1, hidden), (2, 1, hidden))
+    assert decode["slots"] == ((1,), (1,), (1,))
+    assert decode["visual_embeds"] == ((1, hidden),) * 3
+    assert prefill["context_slots"][2] == decode["context_slots"][2] == (256,)
+    assert {shape[2] for shape in prefill["past_key.0"]} == {256}  # static
+
+
+def test_the_portable_cache_is_empty_in_prefill_and_one_short_of_full_in_decode(bundle):
+    prefill, decode = planned(bundle, DECODER, PORTABLE)
+    assert {shape[2] for shape in prefill["past_key.1"]} == {0}
+    assert (decode["past_key.1"][0][2], decode["past_key.1"][2][2]) == (1, 255)
+
+
+def test_the_window_ranges_hold_every_frame_that_a_processor_makes(bundle):
+    vision, tokens = bundle.manifest.vision, 200
+    ranges = vision_ranges(vision, tokens)
+    side = vision["window_size"] // (vision["spatial_merge_size"] * vision["patch_size"])
+    most = 0
+    for high in range(1, tokens + 1):
+        for wide in range(1, tokens // high + 1):
+            plan = window_plan(2 * high, 2 * wide, 2, side)
+            sizes = {
+                "num_merged": len(plan.merge_order),
+                "num_patches": len(plan.patch_positions),
+                "num_windows": len(plan.window_index),
+                "window_len": plan.window_index.shape[1],
+            }
+            most = max(most, sizes["num_windows"])
+            assert all(ranges[word].low <= size <= ranges[word].high for word, size in sizes.items()), (high, wide)
+    assert most == ranges["num_windows"].high  # and no larger than need be
+
+
+def test_what_is_tuned_for_is_the_bundles_share_of_a_typical_image(bundle):
+    inputs = (TensorEntry("hidden_states", "float32", ("num_kept_total",)),)
+    (entry,) = plan_profiles(bundle.manifest, DECODER, inputs, LIMITS)[PREFILL]
+    assert entry.opt == (min(int(np.ceil(300 * 0.2)) + 128, 256),)
+
+
+def test_defaults_fit_the_top_k_of_tensorrt_and_the_model(bundle):
+    limits = plan_limits(bundle.manifest, plugin=False)
+    assert limits == Limits(4096, 5120, TOPK_LIMIT, 1)
+    short = replace(bundle.manifest, language=replace(bundle.manifest.language, max_position_embeddings=512))
+    assert plan_limits(short, plugin=True).context == 512
+
+
+def test_more_kept_tokens_than_top_k_takes_are_refused_without_the_plugin(bundle):
+    asked = {"visual_tokens": 4096, "prompt_tokens": 5000, "context": 4000}
+    with pytest.raises(
+        InvalidInput, match=r"up to 4000 tokens may be kept, and TensorRT's TopK takes 3840.*make plugin"
+    ):
+        plan_limits(bundle.manifest, **asked, plugin=False)
+    assert plan_limits(bundle.manifest, **asked, plugin=True).kept_tokens == 4000
+    assert plan_limits(bundle.manifest, **{**asked, "visual_tokens": 99, "prompt_tokens": 3840}, plugin=False)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"visual_tokens": 0}, "--max-visual-tokens: got 0, expected at least 1"),
+        ({"visual_tokens": 100, "prompt_tokens": 100}, "--max-prompt-tokens: got 100, expected at least 101"),
+        ({"context": 1}, "--max-context: got 1, expected at least 2"),
+        ({"context": 100_000}, "--max-context: got 100000, expected at most 4096, the model's own context"),
+        ({"batch": 0}, "--batch: got 0, expected at least 1"),
+    ],
+)
+def test_limits_that_make_no_sense_are_refused_by_their_flag(bundle, asked, message):
+    with pytest.raises(InvalidInput, match=message):
+        plan_limits(bundle.manifest, **asked, plugin=True)
+
+
+def test_an_unknown_dimension_is_refused(bundle):
+    with pytest.raises(InvalidInput, match="dimension 'num_slices' has no range"):
+        plan_profiles(bundle.manifest, VISION, (TensorEntry("pixel_values", "float32", ("num_slices", 3)),), LIMITS)
+
+
+@pytest.mark.parametrize(
+    ("tensorrt", "dtype", "held", "chosen"),
+    [
+        ("10.3.0", "bfloat16", PROFILES, PORTABLE),
+        ("10.14.1", "bfloat16", PROFILES, PORTABLE),
+        ("10.15.1.29", "bfloat16", PROFILES, INPLACE),
+        ("11.4.0.106", "float16", PROFILES, INPLACE),
+        ("11.4.0.106", "float32", PROFILES, PORTABLE),
+        ("10.16.1.11", "bfloat16", (PORTABLE,), PORTABLE),
+    ],
+)
+def test_the_lowering_is_the_best_that_tensorrt_and_the_bundle_allow(bundle, tensorrt, dtype, held, chosen):
+    assert choose_profile(replace(bundle.manifest, dtype=dtype, profiles=held), tensorrt) == chosen
+
+
+@pytest.mark.parametrize(
+    ("tensorrt", "dtype", "held", "asked", "message"),
+    [
+        ("10.3.0", "bfloat16", PROFILES, INPLACE, "begin with 10.15. Use --profile portable"),
+        ("11.4.0", "float32", PROFILES, INPLACE, "no float32 kernel. Use --profile portable"),
+        ("10.3.0", "bfloat16", (INPLACE,), None, "this bundle holds inplace.*Export again with --profile portable"),
+        ("11.4.0", "bfloat16", (PORTABLE,), INPLACE, "this bundle holds portable.*Export again with --profile inplace"),
+    ],
+)
+def test_a_lowering_that_cannot_be_is_refused_with_what_helps(bundle, tensorrt, dtype, held, asked, message):
+    with pytest.raises(InvalidInput, match=message):
+        choose_profile(replace(bundle.manifest, dtype=dtype, profiles=held), tensorrt, asked)
+
+
+def test_context_slots_is_the_word_of_the_inplace_profiles_alone(bundle):
+    for stage in (FIRST_LAYER, DECODER):
+        for profile in PROFILES:
+            words = {
+                word for t in prepare(bundle, stage, profile, max_context=9, plugin=False).inputs for word in t.shape
+            }
+            assert (CONTEXT_LEN in words) == (profile == INPLACE)

@@ -1,0 +1,309 @@
+"""int8 and int4 weights: what is stored, that the runtime multiplies by it, and that the same tokens are kept."""
+
+import hashlib
+import json
+import re
+import shutil
+import tracemalloc
+
+import ml_dtypes
+import msgspec
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+from onnx.reference import ReferenceEvaluator
+
+from checkpoints import Sizes, make_checkpoint, make_sparse_checkpoint, random_tensors
+from engines.prepare import prepare
+from examples.tiny_task.samples import generate
+from export.__main__ import main
+from export.checkpoint import Checkpoint
+from export.quantisation import layout, quantise
+from export.writer import ExportOptions, export
+from hawk_trt import ModelInputs, Pipeline, PruningConfig
+from hawk_trt.apps.cli.main import main as hawk_trt
+from hawk_trt.apps.parity.tolerances import TOLERANCES, tolerance_of
+from hawk_trt.bundle import MANIFEST, Bundle, WeightFormat
+from hawk_trt.errors import BackendError, CheckpointError, InvalidInput
+from hawk_trt.runtime import onnxruntime as ort_backend
+from hawk_trt.runtime import session as ort_session
+from hawk_trt.stages import DECODER, FIRST_LAYER, INPLACE, PORTABLE, PROFILES, VISION
+
+NUMPY = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+MATRIX = re.compile(r"language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj\.weight|.*(embed_tokens|lm_head)\.weight")
+SCORING = {f"language_model.layers.0.self_attn.{letter}_proj.weight" for letter in "qk"}
+SMALL = Sizes(intermediate_size=128)
+INT8, INT4 = WeightFormat(8, 64), WeightFormat(4, 64)
+runs_integers = pytest.mark.skipif(
+    tuple(map(int, ort.__version__.split(".")[:2])) < (1, 25), reason=f"ONNX Runtime {ort.__version__} is below 1.25"
+)
+
+
+@pytest.fixture(scope="module")
+def bundles(tiny_checkpoint, tmp_path_factory):
+    """The tiny model in int8 and int4."""
+    folder = tmp_path_factory.mktemp("quantised")
+    return {w.bits: export(tiny_checkpoint, folder / str(w.bits), ExportOptions(weights=w)) for w in (INT8, INT4)}
+
+
+def one_matrix(tmp_path, values):
+    """A checkpoint whose o_proj of layer 1 has these values, and that tensor."""
+    tensors = random_tensors(SMALL)
+    name = "language_model.layers.1.self_attn.o_proj.weight"
+    return Checkpoint.open(make_checkpoint(tmp_path, tensors | {name: values}, sizes=SMALL)).tensor(name)
+
+
+def read_back(packed, scales, weights):
+    """What DequantizeLinear makes of the bytes, in onnx's reference: [in, out]."""
+    dtype = {4: onnx.TensorProto.INT4, 8: onnx.TensorProto.INT8}[weights.bits]
+    shape = (packed.shape[0], packed.shape[1] * 8 // weights.bits)
+    integers = onnx.helper.make_tensor("integers", dtype, shape, packed.tobytes(), raw=True)
+    scale = onnx.numpy_helper.from_array(scales.astype(np.float32), "scales")
+    node = onnx.helper.make_node(
+        "DequantizeLinear", ["integers", "scales"], ["floats"], axis=0, block_size=weights.block_size
+    )
+    out = onnx.helper.make_tensor_value_info("floats", onnx.TensorProto.FLOAT, shape)
+    graph = onnx.helper.make_graph([node], "g", [], [out], [integers, scale])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)])
+    return ReferenceEvaluator(model).run(None, {})[0]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("block_size", [32, 64])
+def test_integers_and_scales_give_the_matrix_back_to_half_a_step(tmp_path, bits, block_size, dtype):
+    weights = WeightFormat(bits, block_size)
+    matrix = np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32)
+    matrix[3, :block_size] = 0
+    packed, scales = quantise(one_matrix(tmp_path, matrix), weights, dtype)
+    assert scales.dtype == NUMPY[dtype]
+    assert packed.nbytes == layout((64, 64), weights, dtype)[0] == 64 * 64 * bits // 8
+    found = read_back(packed, scales, weights)
+    steps = np.repeat(scales.astype(np.float32), block_size, axis=0)
+    limit = (1 << bits - 1) - 1
+    inside = np.abs(matrix.T) <= limit * steps
+    assert np.abs(found - matrix.T)[inside].max() <= 0.5001 * steps.max()
+    assert np.all(np.abs(found - matrix.T) <= 2.0001 * steps)  # what was clipped lost no more than two
+    assert not found.T[3, :block_size].any()
+    relative = np.linalg.norm(found - matrix.T) / np.linalg.norm(matrix)
+    assert relative < {4: 0.11, 8: 0.008}[bits]  # a normal distribution: 0.090 and 0.098, 0.0053 and 0.0062
+
+
+def test_the_scale_that_loses_least_is_taken(tmp_path):
+    exact = np.tile(np.array([-7, 7, 3, -2, 0, 1, 5, -6], np.float32), (64, 8))  # 7 steps to the largest
+    _, scales = quantise(one_matrix(tmp_path / "a", exact), INT4, "float32")
+    np.testing.assert_array_equal(scales, 1)
+    exact[:, ::2] = -8  # now 8
+    packed, scales = quantise(one_matrix(tmp_path / "b", exact), INT4, "float32")
+    np.testing.assert_array_equal(scales, 1)
+    np.testing.assert_array_equal(read_back(packed, scales, INT4), exact.T)
+
+
+def test_what_is_no_number_cannot_be_quantised(tmp_path):
+    for place, value in enumerate((np.nan, np.inf)):
+        matrix = np.ones((64, 64), np.float32)
+        matrix[5, 5] = value
+        with pytest.raises(CheckpointError, match=r"o_proj\.weight: it holds an infinite value, NaN, or one too large"):
+            quantise(one_matrix(tmp_path / str(place), matrix), INT4, "float32")
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("tied", [True, False])
+def test_all_matrices_of_the_language_model_are_integers_but_those_that_score(tmp_path, profile, tied):
+    folder = make_checkpoint(tmp_path / "model", sizes=SMALL, tied=tied)
+    bundle = export(folder, tmp_path / "out", ExportOptions(weights=WeightFormat(4, 32), profiles=(profile,)))
+    floats, integers = set(), set()
+    for entry in bundle.manifest.graphs:
+        graph = ir.load(bundle.folder / entry.file)
+        for name, value in graph.graph.initializers.items():
+            if name.endswith("/integers"):
+                assert value.dtype == ir.DataType.INT4
+                integers.add(name.removesuffix("/integers"))
+            elif isinstance(value.const_value, ir.ExternalTensor) and not name.endswith("/scales"):
+                floats.add(name)
+        assert graph.opset_imports[""] == {VISION: {PORTABLE: 18, INPLACE: 24}[profile]}.get(
+            entry.stage, {PORTABLE: 21, INPLACE: 24}[profile]
+        )
+    expected = {name for name in random_tensors(SMALL, tied=tied) if MATRIX.fullmatch(name)} - SCORING
+    if not tied:
+        expected.remove("language_model.embed_tokens.weight")  # looked up, never multiplied
+    assert integers == expected
+    assert floats >= SCORING
+    assert not floats & integers
+    np.testing.assert_array_equal(
+        bundle.embedding_table(), random_tensors(SMALL, tied=tied)["language_model.embed_tokens.weight"]
+    )
+
+
+def test_a_matrix_that_does_not_fill_its_blocks_stays_in_floating_point(tmp_path):
+    folder = make_checkpoint(tmp_path / "model", sizes=Sizes(intermediate_size=96))
+    bundle = export(folder, tmp_path / "out", ExportOptions(weights=INT4))
+    names = set(ir.load(bundle.folder / "decoder.inplace.onnx").graph.initializers)
+    assert "language_model.layers.1.mlp.down_proj.weight" in names
+    assert "language_model.layers.1.mlp.up_proj.weight/integers" in names
+
+
+@runs_integers
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("profile", PROFILES)
+def test_onnx_runtime_multiplies_by_the_integers_themselves(bundles, tmp_path, bits, profile):
+    for stage, count in ((FIRST_LAYER, 5), (DECODER, 3 * 7 + 1)):
+        options = ort.SessionOptions()
+        options.log_severity_level = 4
+        options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+        ort.InferenceSession(
+            bundles[bits].folder / bundles[bits].manifest.graph(stage, profile).file, options, ["CPUExecutionProvider"]
+        )
+        nodes = [node.op_type for node in onnx.load(tmp_path / "optimised.onnx", load_external_data=False).graph.node]
+        assert nodes.count("MatMulNBits") == count
+        assert "DequantizeLinear" not in nodes
+
+
+@runs_integers
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_same_tokens_are_kept_with_the_same_scores(bundles, tiny_bundle, bits, profile):
+    with (
+        Pipeline.load(tiny_bundle, profile=profile) as floats,
+        Pipeline.load(bundles[bits].folder, profile=profile) as integers,
+    ):
+        for sample in generate(5, 5):
+            inputs = floats.prepare(sample.question, images=[sample.image])
+            for keep_ratio in (1.0, 0.2, 0.1):
+                one, other = (
+                    pipe.generate(inputs, pruning=PruningConfig(keep_ratio), max_new_tokens=1)
+                    for pipe in (floats, integers)
+                )
+                np.testing.assert_array_equal(one.kept_indices, other.kept_indices)
+                np.testing.assert_array_equal(one.scores, other.scores)
+
+
+@runs_integers
+@pytest.mark.parametrize(("bits", "keep_ratio", "least"), [(8, 1.0, 29), (8, 0.1, 27), (4, 1.0, 29), (4, 0.1, 27)])
+def test_the_tiny_model_still_knows_its_task(bundles, bits, keep_ratio, least):
+    right = 0
+    with Pipeline.load(bundles[bits].folder) as pipe:
+        for sample in generate(6, 30):
+            result = pipe.generate(
+                sample.question, images=[sample.image], pruning=PruningConfig(keep_ratio), max_new_tokens=8
+            )
+            right += result.text == sample.answer
+    assert right >= least
+
+
+@runs_integers
+@pytest.mark.parametrize("activations", ["float32", "float16"])
+def test_weights_that_fit_their_integers_exactly_change_nothing(tmp_path, monkeypatch, activations):
+    exact = random_tensors(SMALL)
+    for name in exact:
+        if MATRIX.fullmatch(name) and name not in SCORING:
+            integers = np.random.default_rng(len(name)).integers(-7, 8, exact[name].shape)
+            integers[:, ::32] = 7
+            exact[name] = (integers / 64).astype(np.float32)
+    folder = make_checkpoint(tmp_path / "model", exact, sizes=SMALL)
+    plain = export(folder, tmp_path / "plain", ExportOptions(dtype=activations))
+    quantised = export(folder, tmp_path / "int4", ExportOptions(dtype=activations, weights=WeightFormat(4, 32)))
+
+    class FloatActivations(ort.SessionOptions):
+        """Without ONNX Runtime's own rounding of activations to 8 bits."""
+
+        def __init__(self):
+            super().__init__()
+            self.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+
+    monkeypatch.setattr(ort_session.ort, "SessionOptions", FloatActivations)
+    logits = []
+    for bundle in (plain, quantised):
+        with Pipeline.load(bundle.folder) as pipe:
+            prompt = ModelInputs(np.arange(10, 40))
+            result = pipe.generate(prompt, max_new_tokens=4, ignore_eos=True, return_logits=True)
+            logits.append(result.logits)
+    np.testing.assert_allclose(logits[1], logits[0], rtol=0, atol={"float32": 2e-5, "float16": 2e-2}[activations])
+
+
+def test_engines_get_graphs_that_onnx_takes(bundles):
+    for stage in (FIRST_LAYER, DECODER):
+        for profile in PROFILES:
+            graph = prepare(bundles[4], stage, profile, max_context=64, plugin=False)
+            model = onnx.load_from_string(graph.content)
+            assert {node.op_type for node in model.graph.node} >= {"DequantizeLinear", "MatMul"}
+            assert graph.weight_bytes < (bundles[4].folder / f"{stage}.data").stat().st_size + 1e6
+
+
+def test_the_manifest_tells_the_format_and_only_such_bundles_need_the_newer_schema(bundles, tiny_bundle):
+    plain = Bundle.load(tiny_bundle).manifest
+    assert (plain.schema_version, plain.weights, plain.precision) == (1, None, "float32")
+    manifest = bundles[4].manifest
+    assert (manifest.schema_version, manifest.weights, manifest.dtype) == (2, INT4, "float32")
+    assert manifest.precision == "int4 weights in blocks of 64, float32"
+
+
+def test_a_bundle_from_before_there_were_quantised_ones_loads(tiny_bundle, tmp_path):
+    folder = tmp_path / "older"
+    shutil.copytree(tiny_bundle, folder)
+    fields = json.loads((folder / MANIFEST).read_text())
+    del fields["weights"], fields["manifest_sha256"]
+    digest = hashlib.sha256(msgspec.json.encode(fields)).hexdigest()
+    (folder / MANIFEST).write_text(json.dumps(fields | {"manifest_sha256": digest}))
+    assert Bundle.load(folder).manifest.weights is None
+
+
+def test_another_format_is_another_bundle(tiny_checkpoint, tmp_path, capsys):
+    def exported(*options):
+        assert main([str(tiny_checkpoint), "--out", str(tmp_path), "--json", *options]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    assert exported("--dtype", "int4")["weights"] == {"bits": 4, "block_size": 64}
+    assert exported("--dtype", "int4")["up_to_date"]
+    for options in (["--block-size", "128"], ["--activations", "float16"]):
+        assert not exported("--dtype", "int4", *options)["up_to_date"]
+    found = exported("--dtype", "int8", "--activations", "bfloat16")
+    assert (found["dtype"], found["weights"]["bits"]) == ("bfloat16", 8)
+
+
+def test_what_does_not_go_together_is_refused_by_name(tmp_path, capsys):
+    for options, message in (
+        (["--dtype", "int4", "--link"], "--link: int4 weights are made from the checkpoint's"),
+        (["--activations", "float16"], "--activations, --block-size: only with --dtype int4 or int8, got float32"),
+        (["--dtype", "int4", "--block-size", "48"], "invalid choice: 48"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main([str(tmp_path), "--out", str(tmp_path), *options])
+        assert message in capsys.readouterr().err
+    with pytest.raises(InvalidInput, match="link: got int4 weights"):
+        ExportOptions(weights=INT4, link=True)
+    with pytest.raises(InvalidInput, match="block_size: got 16, expected one of 32, 64, 128"):
+        ExportOptions(weights=WeightFormat(4, 16))
+
+
+def test_an_onnx_runtime_that_would_be_slow_says_so(bundles, monkeypatch):
+    monkeypatch.setattr(ort_backend.ort, "__version__", "1.24.4")
+    with pytest.raises(BackendError, match=r"weights: got int4, which ONNX Runtime 1\.24\.4 cannot multiply by"):
+        Pipeline.load(bundles[4].folder)
+
+
+def test_memory_grows_by_one_quantised_matrix(tmp_path):
+    folder = make_sparse_checkpoint(tmp_path / "model", Sizes(vocab_size=500_000), shards=1)
+    export(folder, tmp_path / "warm", ExportOptions(weights=WeightFormat(4, 32)))
+    tracemalloc.start()
+    try:
+        export(folder, tmp_path / "out", ExportOptions(weights=WeightFormat(4, 32)))
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < 24e6 + sum(layout((500_000, 64), WeightFormat(4, 32), "float32")[::2])
+
+
+@runs_integers
+def test_parity_holds_a_quantised_bundle_to_its_own_tolerance(bundles, tiny_checkpoint, capsys):
+    options = ["--keep-ratio", "0.2", "--steps", "4", "--json"]
+    assert hawk_trt(["parity", str(bundles[8].folder), "--checkpoint", str(tiny_checkpoint), *options]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["dtype"] == "int8 weights in blocks of 64, float32"
+    assert report["tolerance"]["scores"]["cosine"] == TOLERANCES["float32"].scores.cosine
+    errors = [row["max_error_share"] for case in report["cases"] for row in case["stages"] if row["stage"] == "decoder"]
+    assert max(errors) > TOLERANCES["float32"].decoder.max_error
+    int8, int4 = (tolerance_of(bundles[bits].manifest) for bits in (8, 4))
+    assert int4.kl > int8.kl > TOLERANCES["float32"].kl

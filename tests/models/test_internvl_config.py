@@ -1,0 +1,224 @@
+"""The config.json of the InternVL3 family: real sizes in both makes, and what is refused by name."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+
+from export.head_weights import default_head_weights
+from export.inventory import inventory
+from hawk_trt.errors import CheckpointError
+from hawk_trt.models.family import family_of
+from hawk_trt.models.internvl import InternVL
+
+FAMILY = InternVL()
+# Of the released checkpoints: hidden, intermediate, layers, heads, kv heads of the language side, and its parameters
+# with those of the tower and projector, in billions.
+RELEASED = {
+    "1B": (896, 4864, 24, 14, 2, 0.94),
+    "2B": (1536, 8960, 28, 12, 2, 2.09),
+    "8B": (3584, 18944, 28, 28, 4, 7.94),
+    "14B": (5120, 13824, 48, 40, 8, 15.1),
+    "38B": (5120, 27648, 64, 40, 8, 38.4),
+    "78B": (8192, 29568, 80, 64, 8, 78.4),
+}
+TOKENS = {
+    "<|endoftext|>": 151643, "<|im_start|>": 151644, "<|im_end|>": 151645,
+    "<img>": 151665, "</img>": 151666, "<IMG_CONTEXT>": 151667, "<video>": 151674,
+}  # fmt: skip
+
+
+def original(size="8B"):
+    """config.json of OpenGVLab/InternVL3-*."""
+    hidden, inner, layers, heads, kv_heads, _ = RELEASED[size]
+    large = size in ("38B", "78B")
+    return {
+        "architectures": ["InternVLChatModel"],
+        "downsample_ratio": 0.5,
+        "dynamic_image_size": True,
+        "force_image_size": 448,
+        "llm_config": {
+            "architectures": ["Qwen2ForCausalLM"],
+            "attention_dropout": 0.0,
+            "bos_token_id": 151643,
+            "eos_token_id": 151643,
+            "hidden_act": "silu",
+            "hidden_size": hidden,
+            "intermediate_size": inner,
+            "max_position_embeddings": 32768,
+            "max_window_layers": 70,
+            "model_type": "qwen2",
+            "moe_config": None,
+            "num_attention_heads": heads,
+            "num_hidden_layers": layers,
+            "num_key_value_heads": kv_heads,
+            "rms_norm_eps": 1e-06,
+            "rope_scaling": {"factor": 2.0, "rope_type": "dynamic", "type": "dynamic"},
+            "rope_theta": 1000000.0,
+            "sliding_window": None,
+            "use_sliding_window": False,
+            "vocab_size": 151674,
+        },
+        "max_dynamic_patch": 12,
+        "min_dynamic_patch": 1,
+        "model_type": "internvl_chat",
+        "pad2square": False,
+        "ps_version": "v2",
+        "select_layer": -1,
+        "system_message": None,
+        "template": "internvl2_5",
+        "tie_word_embeddings": False,
+        "use_thumbnail": True,
+        "vision_config": {
+            "architectures": ["InternVisionModel"],
+            "hidden_act": "gelu",
+            "hidden_size": 3200 if large else 1024,
+            "image_size": 448,
+            "intermediate_size": 12800 if large else 4096,
+            "layer_norm_eps": 1e-06,
+            "model_type": "intern_vit_6b",
+            "norm_type": "rms_norm" if large else "layer_norm",
+            "num_attention_heads": 25 if large else 16,
+            "num_channels": 3,
+            "num_hidden_layers": 45 if large else 24,
+            "patch_size": 14,
+            "qk_normalization": large,
+            "qkv_bias": not large,
+        },
+    }
+
+
+def converted(size="8B"):
+    """config.json of OpenGVLab/InternVL3-*-hf."""
+    config = original(size)
+    text, vision = config["llm_config"], config["vision_config"]
+    kept = ("hidden_act", "hidden_size", "intermediate_size", "layer_norm_eps", "norm_type")
+    return {
+        "architectures": ["InternVLForConditionalGeneration"],
+        "downsample_ratio": 0.5,
+        "image_seq_length": 256,
+        "image_token_id": 151667,
+        "model_type": "internvl",
+        "projector_hidden_act": "gelu",
+        "text_config": {**text, "eos_token_id": 151645},
+        "vision_config": {
+            **{key: vision[key] for key in kept},
+            "attention_bias": vision["qkv_bias"],
+            "image_size": [448, 448],
+            "model_type": "internvl_vision",
+            "num_attention_heads": vision["num_attention_heads"],
+            "num_channels": 3,
+            "num_hidden_layers": vision["num_hidden_layers"],
+            "patch_size": [14, 14],
+            "use_absolute_position_embeddings": True,
+            "use_mask_token": False,
+            "use_mean_pooling": True,
+            "use_qk_norm": vision["qk_normalization"],
+        },
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "default",
+    }
+
+
+@pytest.mark.parametrize("size", RELEASED)
+def test_released_sizes_are_read_alike_in_both_makes(size):
+    hidden, inner, layers, heads, kv_heads, billions = RELEASED[size]
+    language, vision = FAMILY.language_config(original(size)), FAMILY.vision_config(original(size))
+    assert (language, vision) == (FAMILY.language_config(converted(size)), FAMILY.vision_config(converted(size)))
+    assert (language.hidden_size, language.intermediate_size, language.num_hidden_layers) == (hidden, inner, layers)
+    assert (language.num_attention_heads, language.num_key_value_heads) == (heads, kv_heads)
+    assert (language.mrope_section, language.position_axes, language.rope_theta) == ((), 1, 1e6)
+    assert language.max_position_embeddings == 32768 and not language.tie_word_embeddings
+    assert FAMILY.tokens_per_item(np.array([[13, 32, 32]]), vision).tolist() == [13 * 256]
+    assert (vision["min_tiles"], vision["max_tiles"], vision["use_thumbnail"]) == (1, 12, True)
+    large = size in ("38B", "78B")
+    assert (vision["norm"], vision["qk_norm"], vision["qkv_bias"]) == (
+        ("rms_norm", True, False) if large else ("layer_norm", False, True)
+    )
+    parameters = sum(math.prod(shape) for shape in inventory("internvl", language, vision).values())
+    assert parameters / 1e9 == pytest.approx(billions, rel=0.01)
+
+
+def test_both_makes_are_the_family_and_tell_its_tokens():
+    for config in (original(), converted()):
+        assert family_of(config).name == "internvl"
+        tokens = FAMILY.special_tokens(config, {}, TOKENS)
+        assert (tokens.image, tokens.vision_start, tokens.vision_end) == (151667, 151665, 151666)
+        assert tokens.video == 151674  # beyond the vocabulary: it is in templates alone
+        assert 151645 in tokens.eos  # <|im_end|>, which the original leaves to its code
+    assert FAMILY.special_tokens(converted(), {}, {}).image == 151667
+
+
+def test_head_weights_start_uniform_though_the_8b_has_as_many_heads_as_the_published_vector():
+    for size in RELEASED:
+        language = FAMILY.language_config(original(size))
+        weights = default_head_weights("internvl", language)
+        assert weights.values == (1 / language.num_attention_heads,) * language.num_attention_heads
+        assert weights.source == "uniform (not calibrated)"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "model_type"),
+    [
+        ("InternLM2ForCausalLM", "internlm2"),
+        ("InternLM3ForCausalLM", "internlm3"),
+        ("LlamaForCausalLM", "llama"),
+        ("Phi3ForCausalLM", "phi3"),
+        ("Qwen3ForCausalLM", "qwen3"),
+        ("Qwen3MoeForCausalLM", "qwen3_moe"),
+    ],
+)
+def test_other_language_sides_of_the_family_are_refused_by_name(architecture, model_type):
+    config = original()
+    config["llm_config"] |= {"architectures": [architecture], "model_type": model_type}
+    with pytest.raises(CheckpointError, match=f"llm_config: got the language side {architecture}, expected Qwen2"):
+        FAMILY.language_config(config)
+    config = converted()
+    config["text_config"] |= {"architectures": None, "model_type": model_type}
+    with pytest.raises(CheckpointError, match=f"text_config: got the language side {model_type}, expected Qwen2"):
+        FAMILY.language_config(config)
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "message"),
+    [
+        (None, {"ps_version": "v1"}, "ps_version: got 'v1', expected v2"),
+        (None, {"select_layer": -2}, "select_layer: got -2, expected -1"),
+        (None, {"downsample_ratio": 0.4}, "downsample_ratio: got 0.4"),
+        (None, {"force_image_size": 224}, "force_image_size: got 224, expected 448"),
+        (None, {"image_seq_length": 64}, "image_seq_length: got 64, expected 256"),
+        (None, {"max_dynamic_patch": 0}, "max_dynamic_patch: got 0"),
+        (None, {"vision_config": None}, "vision_config: got nothing"),
+        (None, {"llm_config": None}, "text_config: got nothing"),
+        ("vision_config", {"image_size": [448, 336]}, r"vision_config.image_size: got \[448, 336\]"),
+        ("vision_config", {"norm_type": "batch_norm"}, "norm_type: got 'batch_norm', expected layer_norm or rms_norm"),
+        ("vision_config", {"num_attention_heads": 15}, "num_attention_heads: got 15, expected a divisor of 1024"),
+        ("vision_config", {"use_mean_pooling": False}, "use_mean_pooling: got False, expected True"),
+        ("vision_config", {"hidden_act": "silu"}, "hidden_act: got 'silu', expected gelu"),
+    ],
+)
+def test_what_the_graph_cannot_compute_is_refused_by_its_key(section, changes, message):
+    config = copy.deepcopy(original())
+    (config if section is None else config[section]).update(changes)
+    with pytest.raises(CheckpointError, match=message):
+        FAMILY.vision_config(config)
+
+
+@pytest.mark.parametrize("scaling", [{"type": "linear", "factor": 2.0}, {"rope_type": "yarn", "factor": 4.0}])
+def test_rope_scaling_that_changes_positions_within_the_context_is_refused(scaling):
+    config = original()
+    config["llm_config"]["rope_scaling"] = scaling
+    with pytest.raises(CheckpointError, match=r"rope_type: got '(linear|yarn)', expected default or dynamic"):
+        FAMILY.language_config(config)
+
+
+def test_without_dynamic_tiling_an_image_is_one_tile():
+    vision = FAMILY.vision_config({**original(), "dynamic_image_size": False})
+    assert (vision["min_tiles"], vision["max_tiles"]) == (1, 1)
+
+
+def test_the_original_gets_a_template_and_the_converted_keeps_its_own():
+    assert "<IMG_CONTEXT>" in FAMILY.chat_template(original())
+    assert FAMILY.chat_template(converted()) is None
+    assert FAMILY.chat_template({**original(), "template": "Hermes-2"}) is None

@@ -1,0 +1,123 @@
+"""What lies where: the one allocation, the KV cache, staging, and rows that cannot be written in place."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from examples.tiny_task import generate
+from hawk_trt import Pipeline
+from hawk_trt.engine_folder import EngineFolder
+from trt_machine import Machines, engine_folder
+
+SAMPLES = list(generate(14, 3))
+IMAGES = [s.image for s in SAMPLES]
+
+
+@pytest.fixture(scope="module")
+def folders(tiny_bundle, tmp_path_factory):
+    out = tmp_path_factory.mktemp("engines")
+    return {profile: engine_folder(tiny_bundle, out / profile, profile) for profile in ("inplace", "portable")}
+
+
+@pytest.fixture(autouse=True)
+def machines():
+    with Machines() as machines:
+        yield machines
+
+
+@pytest.mark.parametrize("profile", ["inplace", "portable"])
+def test_regions_are_aligned_apart_and_inside_one_allocation(folders, profile, machines):
+    with Pipeline.load(folders[profile], backend="tensorrt") as pipe:
+        memory = pipe.backend.memory
+        starts = sorted(memory.addresses.values())
+        assert all(start % 256 == 0 for start in starts)
+        assert len(set(starts)) == len(memory.addresses)
+        assert machines.driver.live()["device"] == 1
+        assert machines.driver.block(starts[0], memory.size_bytes) is not None
+        assert starts[-1] < starts[0] + memory.size_bytes
+
+
+def test_what_one_stage_writes_the_next_reads_at_one_address(folders):
+    engines = EngineFolder.load(folders["inplace"])
+    first, decoder = engines.plan("first_layer"), engines.plan("decoder")
+    handed = {t.name for t in first.outputs} & {t.name for t in decoder.inputs}
+    assert handed == {"hidden_states", "kept_position_ids"}
+    with Pipeline.load(folders["inplace"], backend="tensorrt") as pipe:
+        pipe.generate("What is red?", IMAGES[:1], max_new_tokens=2)
+        contexts = {key: context._context for key, context in pipe.backend.contexts.items()}
+    for profile in (0, 1):
+        for name in handed:
+            addresses = [contexts[stage, profile].addresses[name] for stage in ("first_layer", "decoder")]
+            assert addresses[0] == addresses[1]
+    vision, prefill = contexts["vision", 0], contexts["first_layer", 0]
+    assert vision.addresses["visual_embeds"] == prefill.addresses["visual_embeds"]
+    assert {context.scratch for context in contexts.values()} == {vision.scratch}
+
+
+def test_the_cache_of_an_inplace_plan_is_one_tensor_and_of_a_portable_plan_two(folders):
+    from hawk_trt.runtime.tensorrt.cache import KVCache
+
+    inplace, portable = (EngineFolder.load(folders[p]).manifest for p in ("inplace", "portable"))
+    layers, heads, context, dim, batch = 4, 2, 320, 32, 4
+    size = 2 * layers * batch * heads * context * dim * 4
+    assert KVCache.size_bytes(inplace) == size
+    assert KVCache.size_bytes(portable) == 2 * size
+    cache = KVCache(inplace, 1 << 20)
+    assert cache.addresses()["past_key.2"] == cache.addresses()["present_key.2"]
+    cache.advance(3)
+    assert cache.addresses()["past_key.2"] == cache.addresses()["present_key.2"]
+    assert cache.dims(1) == {"context_len": 256}
+    cache.advance(253)
+    assert cache.dims(1) == {"context_len": 320}  # the end, which is no multiple of 256
+    cache = KVCache(portable, 1 << 20)
+    before = cache.addresses()
+    cache.advance(3)
+    assert cache.addresses()["past_key.2"] == before["present_key.2"] != before["past_key.2"]
+    assert cache.dims(1) == {"past_len": 3, "total_len": 4}
+
+
+def test_arrays_larger_than_the_staging_buffer_go_in_parts(machines):
+    from hawk_trt.runtime.tensorrt.cuda import CudaDevice
+    from hawk_trt.runtime.tensorrt.staging import Staging
+
+    with CudaDevice(0) as device, device.active():
+        staging = Staging(device, size_bytes=1024)
+        arrays = [np.arange(n, dtype=np.int64) for n in (5, 700, 1, 0, 129)]
+        addresses = [device.allocate(array.nbytes) for array in arrays]
+        for address, array in zip(addresses, arrays, strict=True):
+            source = array.copy()
+            staging.upload(address, source)
+            source[:] = -7  # the caller's array is free at once
+        for address, array in zip(addresses, arrays, strict=True):
+            np.testing.assert_array_equal(staging.download(address, array.shape, array.dtype), array)
+    assert machines.driver.faults == []
+
+
+def test_a_pipeline_with_little_staging_answers_alike(folders, tiny_bundle, monkeypatch):
+    from hawk_trt.runtime.tensorrt import backend
+
+    staging = backend.Staging
+    monkeypatch.setattr(backend, "Staging", lambda device: staging(device, 4096))
+    with Pipeline.load(folders["inplace"], backend="tensorrt") as plans, Pipeline.load(tiny_bundle) as bundle:
+        got, expected = (pipe.generate("What is red?", IMAGES, max_new_tokens=3) for pipe in (plans, bundle))
+    assert got.token_ids == expected.token_ids
+    np.testing.assert_allclose(got.scores, expected.scores, rtol=0, atol=1e-6)
+
+
+def test_rows_that_do_not_start_at_a_multiple_of_the_alignment_are_moved(folders, tiny_bundle, machines, monkeypatch):
+    from hawk_trt.runtime.tensorrt import vision
+
+    monkeypatch.setattr(vision, "ALIGNMENT", 4096)  # the tiny model's rows have 1024 bytes
+    with Pipeline.load(folders["inplace"], backend="tensorrt") as plans, Pipeline.load(tiny_bundle) as bundle:
+        got, expected = (pipe.generate("What is red?", IMAGES, max_new_tokens=3) for pipe in (plans, bundle))
+    assert machines.driver.enqueued["copy"] == 3
+    np.testing.assert_allclose(got.scores, expected.scores, rtol=0, atol=1e-6)
+
+
+def test_the_backend_needs_no_torch(repository):
+    sources = list(Path(repository, "hawk_trt/runtime/tensorrt").glob("*.py"))
+    assert len(sources) > 8
+    for source in sources:
+        text = source.read_text(encoding="utf-8")
+        assert not any(f"import {name}" in text for name in ("torch", "pycuda", "cupy", "onnx"))

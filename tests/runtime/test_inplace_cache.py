@@ -1,0 +1,80 @@
+"""The in-place profile: a decode step moves and copies no key or value, by addresses and by memory that is written."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hawk_trt import ModelInputs, Pipeline
+from hawk_trt.inputs.layout import collate
+from hawk_trt.runtime.protocol import DecodeInputs
+from hawk_trt.stages import STAGES, VISION, key_name, value_name
+
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny_bundle):
+    with Pipeline.load(tiny_bundle, profile="inplace", threads=1) as pipe:
+        yield pipe
+
+
+def start(pipe, columns):
+    """A generation of so many columns, its prompt of four words prefilled; how to go on."""
+    inputs = ModelInputs(np.arange(4))
+    layout = pipe.layout(inputs)
+    generation = pipe.backend.start(1, columns)
+    heads = np.array(pipe.bundle.manifest.head_weights.values, np.float32)
+    outputs = generation.prefill(collate([layout], [0], [None], heads), pipe.encode([inputs], [layout]), logits=False)
+
+    def step(number):
+        inputs = DecodeInputs(outputs.step.next_token, np.array([layout.next_position + number]))
+        return generation.decode(inputs, logits=False)
+
+    return generation, step
+
+
+def written_mb():
+    """Resident memory; Linux shares one page among all that were never written to and does not count it."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    return int(line.split()[1]) / 1024
+
+
+def test_a_decode_step_leaves_keys_and_values_at_their_addresses(pipe):
+    generation, step = start(pipe, 4 + STEPS)
+    layers = range(pipe.bundle.manifest.language.num_hidden_layers)
+
+    def addresses():
+        return {
+            name(layer, past=False): tensor.data_ptr()
+            for layer in layers
+            for name, tensor in zip((key_name, value_name), generation._cache.tensors(layer), strict=True)
+        }
+
+    before = addresses()
+    assert len(set(before.values())) == 2 * len(layers)
+    for number in range(STEPS):
+        step(number)
+        assert addresses() == before
+        outputs = {}
+        for stage in STAGES:
+            if stage != VISION:
+                outputs |= generation._step._bindings[stage].results()
+        assert {name: outputs[name].data_ptr() for name in before} == before  # where ONNX Runtime says that it wrote
+
+
+def test_steps_write_no_more_of_a_large_cache_than_their_own_columns(pipe):
+    columns = 400_000
+    language = pipe.bundle.manifest.language
+    floats = 2 * language.num_hidden_layers * language.num_key_value_heads * columns * language.head_dim
+    cache_mb = 4 * floats / 2**20
+    before = written_mb()
+    generation, step = start(pipe, columns)
+    prefilled = written_mb()
+    for number in range(STEPS):
+        step(number)
+    stepped = written_mb()
+    # Pages may be 2 MB, and scores over all columns are written too; a copy would be all of the cache, 781 MB.
+    assert prefilled - before < 0.4 * cache_mb
+    assert stepped - prefilled < 0.05 * cache_mb
+    assert generation.cache(0)[0].shape[2] == 4 + STEPS
