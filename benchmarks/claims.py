@@ -23,7 +23,6 @@ from benchmarks.timing import STAGES, Times, interleave, load, median, ratio, ru
 from benchmarks.torch_stages import TorchStages
 from hawk_trt import ModelInputs, Pipeline, PruningConfig
 from hawk_trt.apps.cli.parity import prompt_tokens
-from hawk_trt.apps.evaluate.trials import kv_bytes_per_token
 from hawk_trt.stages import FIRST_LAYER
 
 KEPT = 0.2
@@ -98,7 +97,7 @@ def main() -> int:
             print("answers differ, so times cannot be compared", file=sys.stderr)
             return 1
         selector = selector_ms(pipe, inputs, args.out)
-        token_bytes = kv_bytes_per_token(pipe.bundle.manifest)
+        token_bytes = pipe.bundle.manifest.kv_bytes_per_token
     with Pipeline.load(bundle, threads=torch.get_num_threads()) as pipe:
         visions = [pipe.generate(inputs, max_new_tokens=1).timings.vision for _ in range(2)]
 

@@ -150,6 +150,13 @@ class Manifest:
             return self.dtype
         return f"int{self.weights.bits} weights in blocks of {self.weights.block_size}, {self.dtype}"
 
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of the keys and values of one token in all layers."""
+        language = self.language
+        numbers = 2 * language.num_hidden_layers * language.num_key_value_heads * language.head_dim
+        return numbers * numpy_dtype(self.dtype).itemsize
+
     def graph(self, stage: str, profile: str) -> GraphEntry:
         """The graph of a stage in a profile.
 

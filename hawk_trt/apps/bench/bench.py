@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hawk_trt.apps.evaluate.trials import kv_bytes_per_token
 from hawk_trt.errors import InvalidInput
 from hawk_trt.inputs.layout import collate
 from hawk_trt.pruning.selection import Source, head_weights, kept_count
@@ -121,7 +120,7 @@ def bench(
         for (prompt, pruning), found in zip(pairs, samples, strict=True):
             _measure(pipe, prompt, pruning, max_new_tokens, found if number >= warmup else _Samples([], [], []))
             step()
-    token_bytes = kv_bytes_per_token(pipe.bundle.manifest)
+    token_bytes = pipe.bundle.manifest.kv_bytes_per_token
     return [_row(prompt, pruning, found, token_bytes) for (prompt, pruning), found in zip(pairs, samples, strict=True)]
 
 

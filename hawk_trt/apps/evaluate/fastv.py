@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hawk_trt.apps.evaluate.datasets import Sample
-from hawk_trt.apps.evaluate.trials import Cell, PreparedSample, Trial, kv_bytes_per_token
+from hawk_trt.apps.evaluate.trials import Cell, PreparedSample, Trial
 from hawk_trt.errors import CheckpointError, InvalidInput
 from hawk_trt.inputs.layout import PromptLayout
 from hawk_trt.pruning.selection import kept_count
@@ -176,7 +176,7 @@ class FastVAnswerer:
             num_visual=prompt.num_visual,
             num_kept=num_kept,
             num_tokens=len(answer.token_ids),
-            kv_bytes=columns * kv_bytes_per_token(manifest) // layers,
+            kv_bytes=columns * manifest.kv_bytes_per_token // layers,
             timings=None,
         )
 

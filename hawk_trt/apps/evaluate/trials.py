@@ -9,7 +9,6 @@ import numpy as np
 
 from hawk_trt.apps.evaluate.datasets import Dataset, Sample
 from hawk_trt.apps.evaluate.result_log import ResultLog
-from hawk_trt.bundle import Manifest, numpy_dtype
 from hawk_trt.request import ModelInputs, PruningConfig, Timings
 
 if TYPE_CHECKING:
@@ -79,7 +78,7 @@ class PipelineAnswerer:
         self._pipe = pipe
         self._metric = metric
         self._max_new_tokens = max_new_tokens
-        self._token_bytes = kv_bytes_per_token(pipe.bundle.manifest)
+        self._token_bytes = pipe.bundle.manifest.kv_bytes_per_token
 
     def __call__(self, prepared: PreparedSample, cell: Cell) -> Trial:
         """Answer one sample."""
@@ -158,10 +157,3 @@ def run_trials(
             trial = answerers(cell)(prepared, own)
             log.append(trial)
             yield trial
-
-
-def kv_bytes_per_token(manifest: Manifest) -> int:
-    """Bytes of the keys and values of one token in all layers."""
-    language = manifest.language
-    numbers = 2 * language.num_hidden_layers * language.num_key_value_heads * language.head_dim
-    return numbers * numpy_dtype(manifest.dtype).itemsize

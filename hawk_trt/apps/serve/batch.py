@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from hawk_trt.apps.evaluate.trials import kv_bytes_per_token
 from hawk_trt.errors import BackendError
 from hawk_trt.pipeline import Pipeline
 from hawk_trt.row import Row, next_inputs
@@ -106,7 +105,7 @@ def columns_needed(rows: Iterable[Row]) -> int:
 def column_bytes(pipe: Pipeline) -> int:
     """Memory of one column of one row; a portable step writes a new cache beside the old."""
     copies = 1 if pipe.backend.profile == INPLACE else 2
-    return copies * kv_bytes_per_token(pipe.bundle.manifest)
+    return copies * pipe.bundle.manifest.kv_bytes_per_token
 
 
 def _length(row: Row) -> int:

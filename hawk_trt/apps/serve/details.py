@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hawk_trt.apps.explain.prompt import explanation
 from hawk_trt.models.internvl_tiles import tile_grid
 from hawk_trt.request import ModelInputs, PruningConfig, Result, Timings
 
@@ -40,15 +39,19 @@ def details_of(
     told["images"] = []
     if not result.num_visual:
         return told
-    explained = explanation(pipe, "", inputs, [(pruning.keep_ratio, result)])
-    for item, kept, (width, height) in zip(explained.items, explained.selections[0].kept, sizes, strict=True):
+    layout = pipe.layout(inputs)
+    visual = layout.visual_rows >= 0
+    items, is_kept = layout.items[visual], np.isin(layout.source_index[visual], result.kept_indices)
+    merge = int(pipe.bundle.manifest.vision["spatial_merge_size"])
+    for number, ((frames, rows, columns), (width, height)) in enumerate(zip(layout.image_grid_thw, sizes, strict=True)):
+        own = items == number
         told["images"].append(
             {
-                "grid": list(item.grid),
+                "grid": [int(frames), int(rows) // merge, int(columns) // merge],
                 "size": [width, height],
-                "tiles": _tiles(pipe, item.grid[0], width, height),
-                "scores": item.scores.ravel().tolist(),
-                "kept": np.flatnonzero(kept).tolist(),
+                "tiles": _tiles(pipe, int(frames), width, height),
+                "scores": result.scores[own].tolist(),
+                "kept": np.flatnonzero(is_kept[own]).tolist(),
             }
         )
     return told

@@ -21,7 +21,7 @@ from hawk_trt.apps.evaluate.intervals import Interval, difference_interval, mean
 from hawk_trt.apps.evaluate.metrics import METRICS, edit_distance
 from hawk_trt.apps.evaluate.result_log import ResultLog
 from hawk_trt.apps.evaluate.summary import Row, pareto_front, to_csv
-from hawk_trt.apps.evaluate.trials import Trial, kv_bytes_per_token
+from hawk_trt.apps.evaluate.trials import Trial
 from hawk_trt.errors import InvalidInput
 
 
@@ -236,7 +236,7 @@ def test_eval_answers_sums_up_and_draws(tiny_bundle, pipe, tmp_path, capsys):
     text = pipe.layout(pipe.prepare(samples[0].question, images=[samples[0].image])).num_tokens - 64
     (first,) = (t for t in trials if (t["sample"], t["selector"]) == ("0", "hawk"))
     # 4 layers, keys and values of 2 heads of 32 numbers of 4 bytes
-    assert first["kv_bytes"] == (7 + text) * kv_bytes_per_token(pipe.bundle.manifest) == (7 + text) * 4 * 2 * 2 * 32 * 4
+    assert first["kv_bytes"] == (7 + text) * pipe.bundle.manifest.kv_bytes_per_token == (7 + text) * 4 * 2 * 2 * 32 * 4
     assert (first["num_visual"], first["num_kept"]) == (64, 7)
     assert first["timings"]["preprocess"] > 0
     with (tmp_path / "summary.csv").open() as file:
