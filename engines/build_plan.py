@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 
 from hawk_trt import __version__
-from hawk_trt.bundle import MANIFEST, Bundle, sha256_file
+from hawk_trt.bundle import MANIFEST, Bundle
 from hawk_trt.engine_folder import (
     ENGINES_SCHEMA_VERSION,
     EngineFolder,
@@ -20,6 +20,7 @@ from hawk_trt.engine_folder import (
     PlanEntry,
 )
 from hawk_trt.errors import BundleError
+from hawk_trt.files import sha256_file
 from hawk_trt.stages import STAGES
 
 from .prepare import PreparedGraph, prepare

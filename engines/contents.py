@@ -6,6 +6,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+from hawk_trt import files
 from hawk_trt.bundle import Bundle, FileEntry, Manifest, TableEntry, numpy_dtype
 from hawk_trt.engine_folder import ENGINES_MANIFEST, read_engine_manifest
 from hawk_trt.errors import BundleError
@@ -21,37 +22,27 @@ def check_replaceable(out: Path) -> None:
     Raises:
         BundleError: out is a file, or a folder with other things in it.
     """
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise BundleError(f"{out}: a file, expected a folder or nothing. Choose another with --out")
-    present = sorted(path.name for path in out.iterdir())
     known: set[str] = set()
-    if ENGINES_MANIFEST in present:
+    if (out / ENGINES_MANIFEST).is_file():
         try:
             manifest = read_engine_manifest(out)
-        except BundleError:
-            known = {name for name in present if Path(name).suffix in _ENGINE_SUFFIXES}
+        except BundleError:  # a damaged one of ours
+            known = {path.name for path in out.iterdir() if path.suffix in _ENGINE_SUFFIXES}
         else:
             known = {ENGINES_MANIFEST, *manifest.files, *manifest.bundle.files}
-    foreign = [name for name in present if name not in known]
-    if foreign:
-        raise BundleError(
-            f"{out}: holds {', '.join(foreign[:3])}, which no engine build wrote and which would be lost. "
-            "Choose an empty folder with --out, or move it away"
-        )
+    files.check_replaceable(out, known.__contains__, "engine build")
 
 
 def copy_bundle(bundle: Bundle, manifest: Manifest, folder: Path) -> Manifest:
     """Put a bundle's small files and embedding table into a folder; returns its manifest with these alone."""
     graphs = {graph.file for graph in bundle.manifest.graphs}
-    files = {name: entry for name, entry in bundle.manifest.files.items() if not entry.weights and name not in graphs}
-    for name in files:
+    held = {name: entry for name, entry in bundle.manifest.files.items() if not entry.weights and name not in graphs}
+    for name in held:
         shutil.copyfile(bundle.folder / name, folder / name)
     table = bundle.manifest.embeddings
-    files[EMBEDDINGS_FILE] = _copy_table(bundle, folder / EMBEDDINGS_FILE)
+    held[EMBEDDINGS_FILE] = _copy_table(bundle, folder / EMBEDDINGS_FILE)
     place = TableEntry(EMBEDDINGS_FILE, 0, table.dtype, table.shape)
-    return replace(manifest, files=files, embeddings=place)
+    return replace(manifest, files=held, embeddings=place)
 
 
 def _copy_table(bundle: Bundle, path: Path) -> FileEntry:

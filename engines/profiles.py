@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from hawk_trt.bundle import Manifest, TensorEntry
 from hawk_trt.engine_folder import InputRange, Limits
 from hawk_trt.errors import InvalidInput
+from hawk_trt.runtime.versions import INPLACE_TENSORRT, at_least
 from hawk_trt.stages import INPLACE, PORTABLE, VISION
 
 from .prepare import CONTEXT_LEN
@@ -21,8 +22,6 @@ DEFAULT_VISUAL_TOKENS = 4096
 DEFAULT_TEXT_TOKENS = 1024
 _TYPICAL_TEXT_TOKENS = 128
 _TYPICAL_ANSWER_TOKENS = 128
-# The first with TensorScatter, RotaryEmbedding and RMSNormalization.
-_INPLACE_SINCE = (10, 15)
 
 
 def plan_limits(
@@ -84,14 +83,12 @@ def choose_profile(manifest: Manifest, tensorrt: str, asked: str | None = None) 
     Raises:
         InvalidInput: the bundle does not hold it, or TensorRT or the dtype does not allow it.
     """
-    version = tuple(int(part) for part in tensorrt.split(".")[:2])
-    too_old = version < _INPLACE_SINCE
+    too_old = not at_least(tensorrt, INPLACE_TENSORRT)
     best = PORTABLE if too_old or manifest.dtype == "float32" or INPLACE not in manifest.profiles else INPLACE
     profile = asked or best
     if profile == INPLACE and too_old:
-        since = ".".join(map(str, _INPLACE_SINCE))
         raise InvalidInput(
-            f"--profile: got inplace with TensorRT {tensorrt}, whose KV cache ops begin with {since}. "
+            f"--profile: got inplace with TensorRT {tensorrt}, whose KV cache ops begin with {INPLACE_TENSORRT}. "
             "Use --profile portable"
         )
     if profile == INPLACE and manifest.dtype == "float32":

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hawk_trt.apps.cli.doctor_checks import available_memory_bytes
-from hawk_trt.bundle import FileEntry, sha256_file
-from hawk_trt.engine_folder import ENGINES_MANIFEST, EngineFolder, PlanEntry, engine_manifest_bytes
-from hawk_trt.errors import BackendError, BundleError, HawkError
-from hawk_trt.files import clean_up_after_killed, staged
+from hawk_trt.bundle import FileEntry, file_entry, manifest_bytes
+from hawk_trt.engine_folder import ENGINES_MANIFEST, EngineFolder, PlanEntry
+from hawk_trt.errors import BackendError, HawkError
+from hawk_trt.files import check_free_space, clean_up_after_killed, staged
 
 from .build_plan import BuildPlan
 from .contents import check_replaceable, copy_bundle, table_bytes, write
@@ -58,7 +58,9 @@ def write_engines(
     out = out.resolve()
     check_replaceable(out)
     clean_up_after_killed(out)
-    _check_free_space(out, plan)
+    needed_bytes = plan.weight_bytes + table_bytes(plan.bundle) + _SPARE_BYTES
+    advice = "Free space, or choose another disk with --out"
+    check_free_space(out, needed_bytes, "the engines need", advice)
     warning = memory_warning(plan.graphs, available_memory_bytes())
     if warning is not None:
         warn(warning)
@@ -73,9 +75,9 @@ def write_engines(
         if plan.plugin is not None and any(entry.plugin_layers for entry in entries):
             name = plan.plugin.name
             shutil.copyfile(plan.plugin, folder / name)
-            files[name] = FileEntry(sha256_file(folder / name), (folder / name).stat().st_size)
+            files[name] = file_entry(folder / name)
         manifest = replace(plan.manifest, bundle=bundle, plans=tuple(entries), plugin=name, files=files)
-        write(folder / ENGINES_MANIFEST, memoryview(engine_manifest_bytes(manifest)), weights=False)
+        write(folder / ENGINES_MANIFEST, memoryview(manifest_bytes(manifest)), weights=False)
         EngineFolder(folder, manifest).check()  # what would not load never takes the place
         verification = None if check is None else _checked(check, folder, out)
     return EngineFolder.load(out), verification
@@ -118,15 +120,3 @@ def _build_stage(
         seconds=round(built.seconds, 3),
     )
     return done, file
-
-
-def _check_free_space(out: Path, plan: BuildPlan) -> None:
-    """Refuse to begin what the disk cannot hold; the older folder stays until the new one is whole."""
-    parent = next(path for path in out.parents if path.exists())
-    needed = plan.weight_bytes + table_bytes(plan.bundle) + _SPARE_BYTES
-    free = shutil.disk_usage(parent).free
-    if free < needed:
-        raise BundleError(
-            f"{parent}: {free / 1e9:.2f} GB free, the engines need about {needed / 1e9:.2f} GB. "
-            "Free space, or choose another disk with --out"
-        )

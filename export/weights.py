@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from hawk_trt.bundle import FileEntry, TableEntry, WeightFormat, numpy_dtype, sha256_file
+from hawk_trt.bundle import FileEntry, TableEntry, WeightFormat, file_entry, numpy_dtype
 from hawk_trt.errors import BundleError, CheckpointError
 
 from .checkpoint import EMBEDDINGS, Checkpoint
@@ -208,7 +208,7 @@ class WeightStore:
                 f"{source}: cannot be hard-linked into {folder.parent} ({error.strerror}). "
                 "Drop --link, or choose --out on the checkpoint's own file system"
             ) from error
-        return FileEntry(sha256_file(source, advance), source.stat().st_size, weights=True)
+        return file_entry(source, weights=True, progress=advance)
 
     def _write_file(self, path: Path, workers: ThreadPoolExecutor, advance: Callable[[int], None]) -> FileEntry:
         """Write one .data file; a block is written and hashed by two threads while the next is made."""

@@ -7,7 +7,6 @@ folders are swapped. An export that would change nothing does nothing.
 
 import hashlib
 import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib import metadata
@@ -21,7 +20,6 @@ from hawk_trt.bundle import (
     PLAIN_SCHEMA_VERSION,
     SCHEMA_VERSION,
     Bundle,
-    FileEntry,
     GraphEntry,
     HeadWeights,
     Manifest,
@@ -29,12 +27,12 @@ from hawk_trt.bundle import (
     TableEntry,
     TensorEntry,
     WeightFormat,
+    file_entry,
     manifest_bytes,
     manifest_digest,
-    sha256_file,
 )
 from hawk_trt.errors import BundleError, CheckpointError, InvalidInput
-from hawk_trt.files import clean_up_after_killed, staged
+from hawk_trt.files import check_free_space, check_replaceable, clean_up_after_killed, staged
 from hawk_trt.inputs.sidecars import SIDECARS, added_tokens, read_sidecars
 from hawk_trt.models.family import family_of
 from hawk_trt.request import PruningConfig, check_head_weights
@@ -150,17 +148,18 @@ def export(
     }
     table = weights.table()
     _account_for_all(opened, plan.language)
-    _check_free_space(out, weights.disk_bytes)
+    advice = "Free space, choose another disk with --out, or use --link where dtypes match"
+    check_free_space(out, weights.disk_bytes + _SPARE_BYTES, "the bundle needs", advice)
     with staged(out) as folder:
         files = {}
         for file_name, content in read_sidecars(opened.folder, template).items():
             (folder / file_name).write_bytes(content)
-            files[file_name] = _file_entry(folder / file_name)
+            files[file_name] = file_entry(folder / file_name)
         entries = []
         for (profile, stage), graph in graphs.items():
             entry = _graph_entry(graph, stage, profile)
             ir.save(graph, folder / entry.file)
-            files[entry.file] = _file_entry(folder / entry.file)
+            files[entry.file] = file_entry(folder / entry.file)
             entries.append(entry)
         files |= weights.write(folder, progress)
         manifest = replace(plan, graphs=tuple(entries), embeddings=table, files=files)
@@ -243,28 +242,12 @@ def _check_replaceable(out: Path, checkpoint: Path) -> None:
     """Refuse to replace anything but a bundle, or the checkpoint itself."""
     if checkpoint.resolve().is_relative_to(out):
         raise BundleError(f"{out}: holds the checkpoint that is to be exported. Choose another folder with --out")
-    if out.exists() and not out.is_dir():
-        raise BundleError(f"{out}: a file, expected a folder or nothing. Choose another with --out")
-    present = sorted(path.name for path in out.iterdir()) if out.exists() else []
-    foreign = [
-        name for name in present if name not in (MANIFEST, *SIDECARS) and Path(name).suffix not in _BUNDLE_SUFFIXES
-    ]
-    if present and (MANIFEST not in present or foreign):
-        raise BundleError(
-            f"{out}: holds {', '.join((foreign or present)[:3])}, which no export wrote and which would be lost. "
-            "Choose an empty folder with --out, or move it away"
-        )
-
-
-def _check_free_space(out: Path, needed_bytes: int) -> None:
-    """Refuse to begin what the disk cannot hold; the older bundle stays until the new one is whole."""
-    parent = next(path for path in out.parents if path.exists())
-    free_bytes = shutil.disk_usage(parent).free
-    if free_bytes < needed_bytes + _SPARE_BYTES:
-        raise BundleError(
-            f"{parent}: {free_bytes / 1e9:.2f} GB free, the bundle needs {(needed_bytes + _SPARE_BYTES) / 1e9:.2f} GB. "
-            "Free space, choose another disk with --out, or use --link where dtypes match"
-        )
+    replaces = (out / MANIFEST).is_file()
+    check_replaceable(
+        out,
+        lambda name: replaces and (name in (MANIFEST, *SIDECARS) or Path(name).suffix in _BUNDLE_SUFFIXES),
+        "export",
+    )
 
 
 def _graph_entry(graph: ir.Model, stage: str, profile: str) -> GraphEntry:
@@ -278,10 +261,6 @@ def _tensor_entry(value: ir.Value) -> TensorEntry:
     dtype = "float32" if value.dtype == ir.DataType.FLOAT else value.dtype.name.lower()
     shape = tuple(size if isinstance(size, int) else str(size) for size in value.shape)
     return TensorEntry(value.name, dtype, shape)
-
-
-def _file_entry(path: Path) -> FileEntry:
-    return FileEntry(sha256_file(path), path.stat().st_size)
 
 
 def _versions() -> dict[str, str]:

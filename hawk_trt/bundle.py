@@ -11,23 +11,25 @@ hashing 16 GB at each start would cost more than loading the model.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from hawk_trt.errors import BundleError
+from hawk_trt.files import read_json, sha256_file
 from hawk_trt.stages import LanguageConfig
 
 MANIFEST = "bundle.json"
 # Of bundles with quantised weights; all others are of version 1, which older hawk_trt reads too.
 SCHEMA_VERSION = 2
 PLAIN_SCHEMA_VERSION = 1
-_HASH_BLOCK_BYTES = 1 << 20
+_AGAIN = "Export again: make export"
+_Versioned = TypeVar("_Versioned")
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,19 +206,7 @@ class Bundle:
         Raises:
             BundleError: a file is missing or differs.
         """
-        for name, entry in self.manifest.files.items():
-            path = self.folder / name
-            if not path.is_file():
-                raise BundleError(f"{path}: missing. Export again: make export")
-            size_bytes = path.stat().st_size
-            if size_bytes != entry.size_bytes:
-                raise BundleError(
-                    f"{path}: got {size_bytes} bytes, expected {entry.size_bytes}. Export again: make export"
-                )
-            if (verify or not entry.weights) and sha256_file(path, progress) != entry.sha256:
-                raise BundleError(
-                    f"{path}: its content changed since the export (sha256 differs). Export again: make export"
-                )
+        check_files(self.folder, self.manifest.files, "the export", _AGAIN, verify=verify, progress=progress)
 
     def read_text(self, name: str) -> str | None:
         """Text of a small file of the bundle, None where it has none."""
@@ -236,52 +226,94 @@ def read_manifest(folder: Path) -> Manifest:
     Raises:
         BundleError: no bundle there, a damaged manifest, or one of a newer schema.
     """
-    path = folder / MANIFEST
+    absent = (
+        f"{folder}: no bundle there ({MANIFEST} is missing). Make one: make export MODEL=path-or-hub-id OUT={folder}"
+    )
+    return read_versioned(folder / MANIFEST, Manifest, SCHEMA_VERSION, absent, "the export", _AGAIN)
+
+
+def read_versioned(path: Path, kind: type[_Versioned], newest: int, absent: str, made: str, again: str) -> _Versioned:
+    """Read a manifest: of a bundle, or of the engines built from one.
+
+    Args:
+        path: of the file.
+        kind: its dataclass.
+        newest: schema version that can be read.
+        absent: the error where there is no file.
+        made: what wrote it, such as "the export".
+        again: the command that writes it anew, as a sentence.
+
+    Raises:
+        BundleError: not there, damaged, changed, or of a newer schema.
+    """
     if not path.is_file():
+        raise BundleError(absent)
+    fields = read_json(path, dict[str, Any], BundleError, again)
+    version = fields.get("schema_version")
+    if isinstance(version, int) and version > newest:
         raise BundleError(
-            f"{folder}: no bundle there ({MANIFEST} is missing). "
-            f"Make one: make export MODEL=path-or-hub-id OUT={folder}"
+            f"{path}: schema version {version}, this hawk_trt reads up to {newest}. Update hawk_trt, or with this "
+            f"version: {again}"
         )
-    content = path.read_bytes()
-    try:
-        version = msgspec.json.decode(content, type=_SchemaOnly).schema_version
-        if version > SCHEMA_VERSION:
-            raise BundleError(
-                f"{path}: schema version {version}, this hawk_trt reads up to {SCHEMA_VERSION}. "
-                "Update hawk_trt, or export again with this version: make export"
-            )
-        manifest = msgspec.json.decode(content, type=Manifest)
-    except msgspec.MsgspecError as error:
-        raise BundleError(f"{path}: damaged ({error}). Export again: make export") from error
-    # of the text, not of the manifest: a field that is newer than the bundle takes its default without breaking it
-    fields = msgspec.json.decode(content)
+    # of the text, not of the manifest: a field that is newer than the file takes its default without breaking it
     told = fields.pop("manifest_sha256", None)
+    try:
+        manifest = msgspec.convert(fields, kind)
+    except msgspec.ValidationError as error:
+        raise BundleError(f"{path}: damaged ({error}). {again}") from error
     if hashlib.sha256(msgspec.json.encode(fields)).hexdigest() != told:
-        raise BundleError(f"{path}: its content changed since the export (sha256 differs). Export again: make export")
+        raise BundleError(f"{path}: its content changed since {made} (sha256 differs). {again}")
     return manifest
 
 
-def manifest_bytes(manifest: Manifest) -> bytes:
-    """bundle.json as written: indented, and with its own sha256."""
+def manifest_bytes(manifest: object) -> bytes:
+    """A manifest as written: indented, and with its own sha256."""
     fields = msgspec.to_builtins(manifest)
     fields["manifest_sha256"] = manifest_digest(manifest)
     return msgspec.json.format(msgspec.json.encode(fields), indent=1)
 
 
-def manifest_digest(manifest: Manifest) -> str:
+def manifest_digest(manifest: object) -> str:
     """The sha256 of a manifest's compact JSON."""
     return hashlib.sha256(msgspec.json.encode(manifest)).hexdigest()
 
 
-def sha256_file(path: Path, progress: Callable[[int], None] | None = None) -> str:
-    """The sha256 of a file, in hex; progress is called with the bytes read."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_HASH_BLOCK_BYTES):
-            digest.update(block)
-            if progress is not None:
-                progress(len(block))
-    return digest.hexdigest()
+def check_files(
+    folder: Path,
+    files: Mapping[str, FileEntry],
+    made: str,
+    again: str,
+    *,
+    verify: bool,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Compare files with their manifest: by size and hash, weights by size alone unless verify.
+
+    Args:
+        folder: that holds them.
+        files: by name.
+        made: what wrote them, such as "the export".
+        again: the command that writes them anew, as a sentence.
+        verify: also hash weights.
+        progress: called with the bytes hashed.
+
+    Raises:
+        BundleError: a file is missing or differs.
+    """
+    for name, entry in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise BundleError(f"{path}: missing. {again}")
+        size_bytes = path.stat().st_size
+        if size_bytes != entry.size_bytes:
+            raise BundleError(f"{path}: got {size_bytes} bytes, expected {entry.size_bytes}. {again}")
+        if (verify or not entry.weights) and sha256_file(path, progress) != entry.sha256:
+            raise BundleError(f"{path}: its content changed since {made} (sha256 differs). {again}")
+
+
+def file_entry(path: Path, *, weights: bool = False, progress: Callable[[int], None] | None = None) -> FileEntry:
+    """What a manifest says of a file that is written; progress is called with the bytes hashed."""
+    return FileEntry(sha256_file(path, progress), path.stat().st_size, weights)
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:
@@ -292,8 +324,3 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
         name = ml_dtypes.bfloat16
     dtype: np.dtype[Any] = np.dtype(name)
     return dtype
-
-
-@dataclass(frozen=True, slots=True)
-class _SchemaOnly:
-    schema_version: int

@@ -10,15 +10,13 @@ In: such a folder. Out: its manifest, once nothing in it is damaged, stale or fo
 TensorRT sees a plan: it deserialises what it is given, or crashes.
 """
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
-
-from hawk_trt.bundle import Bundle, FileEntry, Manifest, TensorEntry, sha256_file
+from hawk_trt.bundle import Bundle, FileEntry, Manifest, TensorEntry, check_files, read_versioned
 from hawk_trt.errors import BundleError
+from hawk_trt.runtime.versions import same_version
 
 ENGINES_MANIFEST = "engines.json"
 ENGINES_SCHEMA_VERSION = 1
@@ -209,15 +207,8 @@ class EngineFolder:
             BundleError: a file is missing or differs.
         """
         rebuild = f"Rebuild: {self.manifest.rebuild}"
-        for name, entry in {**self.manifest.bundle.files, **self.manifest.files}.items():
-            path = self.folder / name
-            if not path.is_file():
-                raise BundleError(f"{path}: missing. {rebuild}")
-            size_bytes = path.stat().st_size
-            if size_bytes != entry.size_bytes:
-                raise BundleError(f"{path}: got {size_bytes} bytes, expected {entry.size_bytes}. {rebuild}")
-            if (verify or not entry.weights) and sha256_file(path, progress) != entry.sha256:
-                raise BundleError(f"{path}: its content changed since the build (sha256 differs). {rebuild}")
+        files = {**self.manifest.bundle.files, **self.manifest.files}
+        check_files(self.folder, files, "the build", rebuild, verify=verify, progress=progress)
         for plan in self.manifest.plans:
             path = self.folder / plan.file
             version, built = plan_version(path, rebuild), self.manifest.machine.tensorrt
@@ -245,40 +236,12 @@ def read_engine_manifest(folder: Path) -> EngineManifest:
     Raises:
         BundleError: none there, a damaged one, or one of a newer schema.
     """
-    path = folder / ENGINES_MANIFEST
-    if not path.is_file():
-        raise BundleError(
-            f"{folder}: no engines there ({ENGINES_MANIFEST} is missing). "
-            f"Build them from a bundle, on the GPU that is to run them: make engines BUNDLE=bundle ENGINES={folder}"
-        )
-    content = path.read_bytes()
-    again = "Build again: make engines"
-    try:
-        version = msgspec.json.decode(content, type=_SchemaOnly).schema_version
-        if version > ENGINES_SCHEMA_VERSION:
-            raise BundleError(
-                f"{path}: schema version {version}, this hawk_trt reads up to {ENGINES_SCHEMA_VERSION}. "
-                "Update hawk_trt, or build again with this version: make engines"
-            )
-        manifest = msgspec.json.decode(content, type=EngineManifest)
-        digest = msgspec.json.decode(content, type=_Digest).manifest_sha256
-    except msgspec.MsgspecError as error:
-        raise BundleError(f"{path}: damaged ({error}). {again}") from error
-    if engine_manifest_digest(manifest) != digest:
-        raise BundleError(f"{path}: its content changed since the build (sha256 differs). {again}")
-    return manifest
-
-
-def engine_manifest_bytes(manifest: EngineManifest) -> bytes:
-    """engines.json as written: indented, and with its own sha256."""
-    fields = msgspec.to_builtins(manifest)
-    fields["manifest_sha256"] = engine_manifest_digest(manifest)
-    return msgspec.json.format(msgspec.json.encode(fields), indent=1)
-
-
-def engine_manifest_digest(manifest: EngineManifest) -> str:
-    """The sha256 of a manifest's compact JSON."""
-    return hashlib.sha256(msgspec.json.encode(manifest)).hexdigest()
+    absent = (
+        f"{folder}: no engines there ({ENGINES_MANIFEST} is missing). "
+        f"Build them from a bundle, on the GPU that is to run them: make engines BUNDLE=bundle ENGINES={folder}"
+    )
+    path, again = folder / ENGINES_MANIFEST, "Build again: make engines"
+    return read_versioned(path, EngineManifest, ENGINES_SCHEMA_VERSION, absent, "the build", again)
 
 
 def plan_version(path: Path, advice: str) -> str:
@@ -298,18 +261,3 @@ def plan_version(path: Path, advice: str) -> str:
     if header[:4] != _PLAN_MAGIC or len(header) < _PLAN_VERSION_AT + 4:
         raise BundleError(f"{path}: not a TensorRT plan (begins with {header[:4]!r}). {advice}")
     return ".".join(str(part) for part in header[_PLAN_VERSION_AT:])
-
-
-def same_version(first: str, second: str) -> bool:
-    """Whether two versions are the same as far as both say: older TensorRT packages leave the build number out."""
-    return all(a == b for a, b in zip(first.split("."), second.split("."), strict=False))
-
-
-@dataclass(frozen=True, slots=True)
-class _SchemaOnly:
-    schema_version: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Digest:
-    manifest_sha256: str

@@ -1,5 +1,6 @@
-"""Files and folders written whole or not at all.
+"""Files and folders: JSON from outside read within bounds, hashes, and outputs written whole or not at all.
 
+read_json         a file's JSON, checked for size, depth and types
 write_atomically  a file: a temporary one beside it, then a rename
 staged            a folder: made beside its destination as .NAME.partial-PID, then swapped in. Leaving the context
                   without an error puts it in the destination's place and removes what was there, any error removes
@@ -9,17 +10,90 @@ staged            a folder: made beside its destination as .NAME.partial-PID, th
 
 import ctypes
 import errno
+import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import NamedTemporaryFile
+from typing import TypeVar
 
-from hawk_trt.errors import BundleError, InvalidInput
+import msgspec
 
+from hawk_trt.errors import BundleError, HawkError, InvalidInput
+
+# The largest JSON of a checkpoint is its tokenizer: 35 MB for a vocabulary of 262,144.
+MAX_JSON_BYTES = 256 << 20
+MAX_JSON_DEPTH = 64
+_HASH_BLOCK_BYTES = 1 << 20
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+_T = TypeVar("_T")
+
+
+def read_json(path: Path, kind: type[_T], error: type[HawkError], advice: str = "") -> _T:
+    """The JSON in a file that others may have written.
+
+    Args:
+        path: of the file.
+        kind: what it must hold, such as dict[str, Any] or a dataclass.
+        error: raised where it does not.
+        advice: what the reader of the error can do.
+
+    Raises:
+        HawkError: of the type `error`: it cannot be read, or parse_json refuses it.
+    """
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise error(f"{path}: got {path.stat().st_size} bytes of JSON, expected at most {MAX_JSON_BYTES}. {advice}")
+        content = path.read_bytes()
+    except OSError as problem:
+        raise error(f"{path}: cannot be read ({problem.strerror or problem}). {advice}".rstrip(". ")) from problem
+    return parse_json(content, kind, str(path), error, advice)
+
+
+def parse_json(content: bytes | str, kind: type[_T], name: str, error: type[HawkError], advice: str = "") -> _T:
+    """JSON that others may have written.
+
+    Args:
+        content: of a file.
+        kind: what it must hold, such as dict[str, Any] or a dataclass.
+        name: of the file, for the error.
+        error: raised where it does not.
+        advice: what the reader of the error can do.
+
+    Raises:
+        HawkError: of the type `error`: too large, nested too deeply, not JSON, or JSON of another kind.
+    """
+    if len(content) > MAX_JSON_BYTES:
+        raise error(f"{name}: got {len(content)} bytes of JSON, expected at most {MAX_JSON_BYTES}. {advice}".rstrip())
+    try:
+        value = msgspec.json.decode(content, type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as problem:
+        raise error(f"{name}: damaged ({problem}). {advice}".rstrip()) from problem
+    level: list[object] = [value]
+    for _ in range(MAX_JSON_DEPTH):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer if isinstance(outer, list) else ())
+            if isinstance(inner, dict | list)
+        ]
+    if level:
+        raise error(f"{name}: its JSON is nested deeper than {MAX_JSON_DEPTH} levels. {advice}".rstrip())
+    return value
+
+
+def sha256_file(path: Path, progress: Callable[[int], None] | None = None) -> str:
+    """The sha256 of a file, in hex; progress is called with the bytes read."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_HASH_BLOCK_BYTES):
+            digest.update(block)
+            if progress is not None:
+                progress(len(block))
+    return digest.hexdigest()
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -72,6 +146,41 @@ def staged(out: Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_replaceable(out: Path, is_ours: Callable[[str], bool], maker: str) -> None:
+    """Refuse to replace a folder that holds what was made by something else.
+
+    Args:
+        out: to be replaced; it need not be there.
+        is_ours: whether a file of this name may go.
+        maker: what makes such folders, for the error.
+
+    Raises:
+        BundleError: out is a file, or a folder with other things in it.
+    """
+    if out.exists() and not out.is_dir():
+        raise BundleError(f"{out}: a file, expected a folder or nothing. Choose another with --out")
+    foreign = sorted(path.name for path in out.iterdir() if not is_ours(path.name)) if out.exists() else []
+    if foreign:
+        raise BundleError(
+            f"{out}: holds {', '.join(foreign[:3])}, which no {maker} wrote and which would be lost. "
+            "Choose an empty folder with --out, or move it away"
+        )
+
+
+def check_free_space(out: Path, needed_bytes: int, what: str, advice: str) -> None:
+    """Refuse to begin what the disk cannot hold; the older folder stays until the new one is whole.
+
+    Raises:
+        BundleError: there is less space than needed.
+    """
+    parent = next(path for path in out.parents if path.exists())
+    free_bytes = shutil.disk_usage(parent).free
+    if free_bytes < needed_bytes:
+        raise BundleError(
+            f"{parent}: {free_bytes / 1e9:.2f} GB free, {what} about {needed_bytes / 1e9:.2f} GB. {advice}"
+        )
 
 
 def clean_up_after_killed(out: Path) -> None:

@@ -14,10 +14,8 @@ from hawk_trt.inputs.layout import PrefillInputs
 from hawk_trt.runtime.kv_cache import KVCache
 from hawk_trt.runtime.protocol import DecodeInputs, Generation, PrefillOutputs, StepOutputs, Visual
 from hawk_trt.runtime.session import Buffer, Device, Stage
+from hawk_trt.runtime.versions import QUANTISED_ONNX_RUNTIME, at_least
 from hawk_trt.stages import BIAS_KEEP, DECODER, FIRST_LAYER, INPLACE, PORTABLE, STAGES, VISION
-
-# The first ONNX Runtime that fuses DequantizeLinear with MatMul for int8 as for int4, with a bias as without.
-_QUANTISED_FROM = (1, 25)
 
 
 class OrtVisual:
@@ -178,11 +176,10 @@ class OnnxRuntimeBackend:
 
 def _check_weights(manifest: Manifest) -> None:
     """Refuse an ONNX Runtime that would turn quantised weights into floats again at every step, in seconds a token."""
-    version = tuple(int(part) for part in ort.__version__.split(".")[:2])
-    if manifest.weights is not None and version < _QUANTISED_FROM:
+    if manifest.weights is not None and not at_least(ort.__version__, QUANTISED_ONNX_RUNTIME):
         raise BackendError(
             f"weights: got int{manifest.weights.bits}, which ONNX Runtime {ort.__version__} cannot multiply by, "
-            f"expected {'.'.join(map(str, _QUANTISED_FROM))} or newer. pip install -U onnxruntime (it needs "
+            f"expected {QUANTISED_ONNX_RUNTIME} or newer. pip install -U onnxruntime (it needs "
             "Python 3.11), or export again with --dtype float32"
         )
 

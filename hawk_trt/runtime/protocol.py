@@ -21,6 +21,7 @@ from hawk_trt.bundle import Bundle
 from hawk_trt.engine_folder import ENGINES_MANIFEST, EngineFolder
 from hawk_trt.errors import BackendError, InvalidInput
 from hawk_trt.inputs.layout import PrefillInputs
+from hawk_trt.runtime.versions import missing_for_tensorrt
 
 BACKENDS = ("onnxruntime", "tensorrt")
 
@@ -180,22 +181,6 @@ def load_backend(
         try:
             from hawk_trt.runtime.tensorrt.backend import TensorRtBackend
         except ImportError as error:
-            raise BackendError(_missing(error)) from error
+            raise BackendError(missing_for_tensorrt(error)) from error
         return TensorRtBackend.load(source, device or "cuda", profile)
     raise BackendError(f"backend: got {name!r}, expected one of {', '.join(BACKENDS)}")
-
-
-def _missing(error: ImportError) -> str:
-    """What the TensorRT backend lacks, and what brings it."""
-    package = (error.name or "").partition(".")[0]
-    if package == "cuda":
-        return (
-            "cuda-bindings: not installed. pip install 'cuda-bindings==12.*' for CUDA 12 (JetPack 6), "
-            "'cuda-bindings==13.*' for CUDA 13"
-        )
-    if package == "tensorrt" and isinstance(error, ModuleNotFoundError):
-        return (
-            "tensorrt: not installed. On a Jetson it comes with JetPack, and a virtual environment sees it when made "
-            "with --system-site-packages; elsewhere: pip install tensorrt"
-        )
-    return f"tensorrt: cannot be loaded ({error}). Its libraries must be of one version and on the loader's path"

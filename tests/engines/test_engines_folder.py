@@ -20,17 +20,16 @@ from engines.verify_rows import VerifyRow
 from engines.workarounds import WORKAROUNDS
 from engines.writer import StagePlan, write_engines
 from export.__main__ import main as export
-from hawk_trt.bundle import Bundle
+from hawk_trt.bundle import Bundle, manifest_bytes
 from hawk_trt.engine_folder import (
     ENGINES_MANIFEST,
     ENGINES_SCHEMA_VERSION,
     EngineFolder,
     Machine,
-    engine_manifest_bytes,
     plan_version,
-    same_version,
 )
 from hawk_trt.errors import BackendError, BundleError
+from hawk_trt.runtime.versions import same_version
 from hawk_trt.stages import FIRST_LAYER, INPLACE, STAGES
 
 ORIN = Machine("10.16.1.11", "13.0", "580.1", "Orin", "8.7")
@@ -280,7 +279,7 @@ def test_too_little_memory_is_said_before_the_first_build(bundle, tmp_path, monk
 
 def test_a_manifest_is_the_same_after_writing_and_reading(folder):
     manifest = EngineFolder.load(folder).manifest
-    assert engine_manifest_bytes(manifest) == (folder / ENGINES_MANIFEST).read_bytes()
+    assert manifest_bytes(manifest) == (folder / ENGINES_MANIFEST).read_bytes()
     assert plan_version(folder / "vision.plan", "") == "10.16.1.11"
 
 

@@ -17,14 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from hawk_trt import __version__
+from hawk_trt.runtime.versions import EXTRAS, at_least
 
-# By extra of hawk-trt: the packages it brings, and the lowest version of each that works.
-EXTRAS: dict[str, dict[str, str]] = {
-    "video": {"av": "14.1"},
-    "export": {"huggingface_hub": "0.30", "onnx": "1.19", "onnx-ir": "0.1.12"},
-    "parity": {"huggingface_hub": "0.30", "safetensors": "0.4.3", "torch": "2.6", "transformers": "5.0"},
-    "serve": {"fastapi": "0.115", "h11": "0.14", "prometheus-client": "0.21", "starlette": "0.40", "uvicorn": "0.32"},
-}
 RUNTIME = ("jinja2", "ml_dtypes", "msgspec", "numpy", "pillow", "rich", "tokenizers")
 ONNX_RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
 TENSORRTS = ("tensorrt", "tensorrt-cu12", "tensorrt-cu13")
@@ -166,11 +160,6 @@ def available_memory_bytes() -> int | None:
     return int(found[1]) * 1024 if found else None
 
 
-def at_least(found: str, lowest: str) -> bool:
-    """Whether a version reaches another, by their leading numbers: "2.13.0+cpu" reaches "2.6"."""
-    return _numbers(found) >= _numbers(lowest)
-
-
 def provider_problem(provider: str) -> str | None:
     """Run a graph of one node on an execution provider of ONNX Runtime: None if it computes there, else why not."""
     onnxruntime = importlib.import_module("onnxruntime")
@@ -258,8 +247,3 @@ def _tensorrt(packages: dict[str, str | None], gpus: tuple[Gpu, ...]) -> Capabil
 
 def _onnxruntime(packages: dict[str, str | None]) -> str:
     return next((found for name in reversed(ONNX_RUNTIMES) if (found := packages[name])), "of an unknown version")
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    release = re.split(r"[^\d.]", text, maxsplit=1)[0]
-    return tuple(int(number) for number in release.split(".") if number)

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from hawk_trt.apps.cli import doctor_checks as doctor
-from hawk_trt.apps.cli.doctor_checks import EXTRAS, Gpu, at_least, examine, parse_gpus, provider_problem
+from hawk_trt.apps.cli.doctor_checks import Gpu, examine, parse_gpus, provider_problem
+from hawk_trt.runtime.versions import EXTRAS, at_least
 
 ROOT = Path(__file__).parents[3]
 ABSENT = dict.fromkeys((*doctor.RUNTIME, *doctor.ONNX_RUNTIMES, *doctor.TENSORRTS))

@@ -10,7 +10,8 @@ import pytest
 from cuda_standin import CUresult
 from examples.tiny_task import generate
 from hawk_trt import Pipeline, PruningConfig, Request
-from hawk_trt.engine_folder import ENGINES_MANIFEST, EngineFolder, engine_manifest_bytes
+from hawk_trt.bundle import manifest_bytes
+from hawk_trt.engine_folder import ENGINES_MANIFEST, EngineFolder
 from hawk_trt.errors import BackendError, BundleError
 from hawk_trt.runtime.protocol import DecodeInputs
 from trt_machine import Machines, engine_folder
@@ -49,7 +50,7 @@ def changed(folder, out, **fields):
         (out / file.name).hardlink_to(file)
     manifest = dataclasses.replace(EngineFolder.load(folder).manifest, **fields)
     (out / ENGINES_MANIFEST).unlink()
-    (out / ENGINES_MANIFEST).write_bytes(engine_manifest_bytes(manifest))
+    (out / ENGINES_MANIFEST).write_bytes(manifest_bytes(manifest))
     return out
 
 

@@ -1,0 +1,56 @@
+"""Which version of which package can do what, and what to install: the one place that knows.
+
+The doctor, the backends and the engine builder ask here. Versions are text such as "10.16.1.11" or "2.13.0+cpu".
+"""
+
+import re
+
+# The first ONNX Runtime that fuses DequantizeLinear with MatMul for int8 as for int4, with a bias as without.
+QUANTISED_ONNX_RUNTIME = "1.25"
+# The first TensorRT with TensorScatter, RotaryEmbedding and RMSNormalization, which the in-place KV cache needs.
+INPLACE_TENSORRT = "10.15"
+# By extra of hawk-trt: the packages that it brings, and the lowest version of each that works.
+EXTRAS: dict[str, dict[str, str]] = {
+    "video": {"av": "14.1"},
+    "export": {"huggingface_hub": "0.30", "onnx": "1.19", "onnx-ir": "0.1.12"},
+    "parity": {"huggingface_hub": "0.30", "safetensors": "0.4.3", "torch": "2.6", "transformers": "5.0"},
+    "serve": {"fastapi": "0.115", "h11": "0.14", "prometheus-client": "0.21", "starlette": "0.40", "uvicorn": "0.32"},
+}
+_INSTALL_CUDA_BINDINGS = (
+    "cuda-bindings: not installed, and TensorRT is driven through it. "
+    "pip install 'cuda-bindings==12.*' for CUDA 12 (JetPack 6), 'cuda-bindings==13.*' for CUDA 13"
+)
+_INSTALL_TENSORRT = (
+    "tensorrt: not installed. On a Jetson it is part of JetPack (apt install python3-libnvinfer), and a virtual "
+    "environment sees it when made with --system-site-packages. On other GPUs: pip install 'tensorrt>=10.3'"
+)
+
+
+def at_least(found: str, lowest: str) -> bool:
+    """Whether a version reaches another, by their leading numbers: "2.13.0+cpu" reaches "2.6"."""
+    return _numbers(found) >= _numbers(lowest)
+
+
+def up_to(found: str, highest: str) -> bool:
+    """Whether a version is within another as far as that is told: "10.14.1" is within "10.14"."""
+    return _numbers(found)[: len(_numbers(highest))] <= _numbers(highest)
+
+
+def same_version(first: str, second: str) -> bool:
+    """Whether two versions are the same as far as both say: older TensorRT packages leave the build number out."""
+    return all(a == b for a, b in zip(_numbers(first), _numbers(second), strict=False))
+
+
+def missing_for_tensorrt(error: ImportError) -> str:
+    """What TensorRT needs and does not find here, and what brings it."""
+    package = (error.name or "").partition(".")[0]
+    if package == "cuda":
+        return _INSTALL_CUDA_BINDINGS
+    if package == "tensorrt" and isinstance(error, ModuleNotFoundError):
+        return _INSTALL_TENSORRT
+    return f"tensorrt: cannot be loaded ({error}). Its libraries must be of one version and on the loader's path"
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    release = re.split(r"[^\d.]", text, maxsplit=1)[0]
+    return tuple(int(number) for number in release.split(".") if number)

@@ -1,0 +1,44 @@
+"""JSON from outside: read within bounds of size, depth and type, and refused in one sentence."""
+
+from typing import Any
+
+import pytest
+
+from hawk_trt import files
+from hawk_trt.errors import BundleError, CheckpointError
+from hawk_trt.files import parse_json, read_json
+
+Object = dict[str, Any]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", r"a\.json: damaged \(.*\)\. Download it again"),
+        (b'{"a": ', "damaged"),
+        (b"[1]", "Expected `object`, got `array`"),
+        (b'{"a": "\xff"}', "damaged"),
+        (b"[" * 100_000 + b"]" * 100_000, "damaged"),
+        (b'{"a": ' + b"[" * 64 + b"]" * 64 + b"}", "nested deeper than 64 levels. Download it again"),
+    ],
+)
+def test_json_that_cannot_be_used_is_refused_by_name_with_what_helps(content, message):
+    with pytest.raises(CheckpointError, match=message):
+        parse_json(content, Object, "a.json", CheckpointError, "Download it again")
+
+
+def test_json_within_the_bounds_is_read(tmp_path):
+    (tmp_path / "a.json").write_bytes(b'{"a": ' + b"[" * 60 + b"]" * 60 + b', "b": [1, {"c": 1e-6}]}')
+    assert read_json(tmp_path / "a.json", Object, CheckpointError)["b"] == [1, {"c": 1e-6}]
+    assert parse_json("[1, 2]", list[int], "a.json", CheckpointError) == [1, 2]
+
+
+def test_a_file_that_is_not_there_or_too_large_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    with pytest.raises(BundleError, match=r"a\.json: cannot be read \(No such file"):
+        read_json(tmp_path / "a.json", Object, BundleError)
+    monkeypatch.setattr(files, "MAX_JSON_BYTES", 10)
+    (tmp_path / "a.json").write_bytes(b"[" + b" " * 10 + b"]")
+    with pytest.raises(BundleError, match="got 12 bytes of JSON, expected at most 10"):
+        read_json(tmp_path / "a.json", list, BundleError)
+    with pytest.raises(BundleError, match="got 12 bytes"):
+        parse_json(b"[" + b" " * 10 + b"]", list, "a.json", BundleError)
