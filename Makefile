@@ -2,6 +2,7 @@
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help setup demo check lint types tests tests-slow export parity accuracy clean
+.PHONY: wheel check-wheel
 .PHONY: check-models check-page check-serving bench-native real
 .PHONY: advise calibrate train-tiny
 .PHONY: plugin plugin-check gpu-check
@@ -131,6 +132,12 @@ bench-peers: $(FULL) ## transformers, OpenVINO GenAI and onnxruntime-genai on ou
 
 accuracy: $(FULL) export ## Right answers of the tiny model by selector, and what must hold of them: ten minutes
 	$(BIN)/python -m benchmarks.accuracy $(OUT)
+
+wheel: $(FULL) ## The wheel into dist/: the core, the apps, export, engines, the plugin's sources and the tiny model
+	rm -rf build/lib dist && $(BIN)/python -m pip wheel -q --no-deps --no-build-isolation -w dist .
+
+check-wheel: wheel ## The wheel in an empty environment, away from the checkout: export, run, doctor; two minutes
+	$(BIN)/pytest -q -m wheel
 
 check-serving: $(FULL) export ## The server under 100 clients, 2,000 requests for its memory, a long fuzz, Ray: ten minutes
 	$(BIN)/python -m benchmarks.serving_load $(OUT) $(FLAGS) && HAWK_FUZZ_EXAMPLES=300 $(BIN)/pytest -q tests/apps/serve/test_serving_openapi.py

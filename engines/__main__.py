@@ -1,7 +1,6 @@
 """The command python -m engines: a bundle becomes TensorRT plans, on the GPU that is to run them."""
 
 import argparse
-import os
 import shlex
 import sys
 import time
@@ -16,11 +15,13 @@ from hawk_trt.apps.cli.output import note, print_json, size
 from hawk_trt.bundle import Bundle
 from hawk_trt.engine_folder import EngineFolder, PlanEntry
 from hawk_trt.errors import BackendError, HawkError, InvalidInput
+from hawk_trt.files import cache_folder
 from hawk_trt.runtime.tensorrt.machine import this_machine
 from hawk_trt.stages import PROFILES
 
 from .build_plan import BuildPlan, differences, plan_build
-from .options import DEFAULT_PLUGIN, add_limits, existing_file, limits
+from .options import add_limits, existing_file, limits
+from .plugin_library import find_or_compile, may_find
 from .prepare import PreparedGraph
 from .profiles import choose_profile
 from .progress import BuildProgress
@@ -40,12 +41,12 @@ _NO_TENSORRT = (
 )
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None, prog: str = "python -m engines") -> int:
     """Run the command; returns its exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
     given = sys.argv[1:] if arguments is None else arguments
-    args = _parser().parse_args(given)
+    args = _parser(prog).parse_args(given)
     try:
-        _run(args, rebuild=shlex.join(["python", "-m", "engines", *given]))
+        _run(args, rebuild=shlex.join([*prog.split(), *given]))
     except (HawkError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return _FAILED
@@ -55,9 +56,9 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m engines",
+        prog=prog,
         description="Build TensorRT plans from an ONNX bundle, on the GPU that is to run them.",
         allow_abbrev=False,
     )
@@ -71,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--plugin",
         metavar="PATH",
-        help=f"top-k plugin, or none (default: {DEFAULT_PLUGIN} where make plugin has built it)",
+        help="top-k plugin, or none (default: the one that make plugin built; else compiled where cmake and nvcc are)",
     )
     group.add_argument(
         "--workspace-gib", type=float, metavar="X", help="scratch that a kernel may take (default: all free memory)"
@@ -98,8 +99,9 @@ def _parser() -> argparse.ArgumentParser:
 def _run(args: argparse.Namespace, rebuild: str) -> None:
     started = time.perf_counter()
     bundle = Bundle.load(args.bundle)
-    plugin = _plugin(args.plugin)
-    size_limits = limits(args, bundle.manifest, plugin=plugin is not None)
+    named = None if args.plugin in (None, "none") else existing_file(Path(args.plugin), "--plugin")
+    expected = named is not None or (args.plugin is None and may_find())
+    limits(args, bundle.manifest, plugin=expected)  # what is wrong with them is said before anything is compiled
     if args.workspace_gib is not None and args.workspace_gib <= 0:
         raise InvalidInput(f"--workspace-gib: got {args.workspace_gib:g}, expected more than 0")
     if not args.no_verify:
@@ -110,9 +112,13 @@ def _run(args: argparse.Namespace, rebuild: str) -> None:
         if error.name != "tensorrt":
             raise
         raise BackendError(_NO_TENSORRT) from error
+    machine = this_machine(TENSORRT_VERSION)
+    plugin = named
+    if args.plugin is None:
+        plugin = find_or_compile(TENSORRT_VERSION, machine.compute_capability, note)
+    size_limits = limits(args, bundle.manifest, plugin=plugin is not None)
     profile = choose_profile(bundle.manifest, TENSORRT_VERSION, args.profile)
     workarounds = workarounds_for(TENSORRT_VERSION, size_limits.batch)
-    machine = this_machine(TENSORRT_VERSION)
     settings = BuildSettings(
         plugin=plugin,
         workspace_bytes=None if args.workspace_gib is None else int(args.workspace_gib * 2**30),
@@ -149,27 +155,10 @@ def _builder(settings: "BuildSettings", progress: BuildProgress) -> Callable[[Pr
     return build
 
 
-def _plugin(given: str | None) -> Path | None:
-    """The plugin to build with.
-
-    Raises:
-        InvalidInput: the one that was named is not there.
-    """
-    if given == "none":
-        return None
-    if given is not None:
-        return existing_file(Path(given), "--plugin")
-    if DEFAULT_PLUGIN.is_file():
-        return DEFAULT_PLUGIN.resolve()
-    note("building without the top-k plugin: it is not built (make plugin); standard operators do its work")
-    return None
-
-
 def _timing_cache(given: str | None, name: str) -> Path | None:
     if given == "none":
         return None
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(given) if given is not None else caches / "hawk_trt" / f"timing-{name}.cache"
+    return Path(given) if given is not None else cache_folder() / f"timing-{name}.cache"
 
 
 def _up_to_date(plan: BuildPlan, out: Path) -> bool:

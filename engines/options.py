@@ -9,9 +9,6 @@ from hawk_trt.errors import InvalidInput
 
 from .profiles import DEFAULT_TEXT_TOKENS, DEFAULT_VISUAL_TOKENS, TOPK_LIMIT, plan_limits
 
-# Where make plugin puts it.
-DEFAULT_PLUGIN = Path("build/plugins/libhawk_trt_plugin.so")
-
 
 def add_limits(parser: argparse.ArgumentParser) -> None:
     """Add what limits() reads."""

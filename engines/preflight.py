@@ -67,7 +67,12 @@ def main(arguments: list[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     try:
         if gpuless.LIBRARIES not in os.environ:
-            again = [sys.executable, "-m", "engines.preflight", *(sys.argv[1:] if arguments is None else arguments)]
+            again = [
+                sys.executable,
+                "-m",
+                f"{__package__}.preflight",
+                *(sys.argv[1:] if arguments is None else arguments),
+            ]
             os.execve(sys.executable, again, gpuless.environment())
         return _run(args)
     except (HawkError, OSError) as error:

@@ -20,7 +20,7 @@ from hawk_trt.apps.cli.doctor_checks import examine
 from hawk_trt.apps.cli.output import note
 from hawk_trt.stages import DTYPES, INPLACE, PORTABLE
 
-from .options import DEFAULT_PLUGIN
+from .plugin_library import DEFAULT_PLUGIN
 
 _CHECKPOINT = Path("examples/tiny-vlm")
 _PACKAGES = ("tensorrt", "tensorrt-cu12", "tensorrt-cu13", "cuda-bindings", "onnx", "onnxruntime", "numpy")

@@ -45,9 +45,9 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None, prog: str = "python -m export") -> int:
     """Run the command; returns its exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
-    parser = _parser()
+    parser = _parser(prog)
     args = parser.parse_args(arguments)
     if (args.checkpoint is None) == (args.shape is None):
         parser.error("expected a CHECKPOINT, or --shape for one of random weights")
@@ -110,9 +110,9 @@ def _run(args: argparse.Namespace, checkpoint: Checkpoint, name: str | None) -> 
     _report(bundle, args.out, time.perf_counter() - start, up_to_date=current is not None, as_json=args.json)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m export",
+        prog=prog,
         description="Export a Hugging Face checkpoint to an ONNX bundle.",
         formatter_class=_Formatter,
     )

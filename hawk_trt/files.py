@@ -96,6 +96,11 @@ def sha256_file(path: Path, progress: Callable[[int], None] | None = None) -> st
     return digest.hexdigest()
 
 
+def cache_folder() -> Path:
+    """This user's folder of things that can be made again: ~/.cache/hawk_trt, or below XDG_CACHE_HOME."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hawk_trt"
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file, making its folder; what was there stays until the new one is whole.
 

@@ -30,6 +30,8 @@ COMMANDS = {
     "bench": ("hawk_trt.apps.cli.bench", "measure time by stage and memory at several keep ratios"),
     "calibrate": ("hawk_trt.apps.cli.calibrate", "measure how much each query head matters, by leaving it out"),
     "advise": ("hawk_trt.apps.cli.advise", "predict the time to answer by keep ratio, and recommend one"),
+    "export": ("hawk_trt.export.__main__", "turn a Hugging Face checkpoint into a bundle of ONNX graphs"),
+    "build": ("hawk_trt.engines.__main__", "build TensorRT engines from a bundle, on the GPU that will run them"),
     "doctor": ("hawk_trt.apps.cli.doctor", "say what works on this machine, and what would add the rest"),
 }
 
@@ -50,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # an answer may hold what the terminal's encoding has not
             stream.reconfigure(errors="replace")
+    if argv[:1] in (["export"], ["build"]):  # these commands live outside hawk_trt/ and read their options themselves
+        return int(_import(COMMANDS[argv[0]][0]).main(argv[1:], prog=f"hawk-trt {argv[0]}"))
     try:
         parser, module = _parser(argv)
         args = parser.parse_args(argv)
@@ -86,11 +90,21 @@ def _parser(argv: Sequence[str]) -> tuple[argparse.ArgumentParser, ModuleType | 
     chosen = None
     for name, (module, summary) in COMMANDS.items():
         if name == wanted:
-            chosen = import_module(module)
+            chosen = _import(module)
             chosen.add_parser(subparsers)
         else:
             subparsers.add_parser(name, help=summary)
     return parser, chosen
+
+
+def _import(name: str) -> ModuleType:
+    """A command's module; export and engines lie beside hawk_trt in a checkout and inside it once installed."""
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name not in ("hawk_trt.export", "hawk_trt.engines"):
+            raise
+        return import_module(name.removeprefix("hawk_trt."))
 
 
 def _failed(message: str) -> int:
