@@ -22,7 +22,7 @@ from benchmarks.random_model import cut_config, make_model
 from benchmarks.timing import STAGES, Times, interleave, load, median, ratio, run_ours
 from benchmarks.torch_stages import TorchStages
 from hawk_trt import ModelInputs, Pipeline, PruningConfig
-from hawk_trt.apps.cli.parity import prompt_tokens
+from hawk_trt.apps.parity.prompt_rules import prompt_tokens
 from hawk_trt.stages import FIRST_LAYER
 
 KEPT = 0.2

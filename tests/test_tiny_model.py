@@ -51,7 +51,7 @@ def unpruned_tokens(transformers_model, inputs, special):
 
 def check_answers(pipe, transformers_model, reference, samples):
     """Unpruned tokens and pruned choices of every sample; the share of right pruned answers."""
-    from hawk_trt.apps.cli.parity import prompt_tokens
+    from hawk_trt.apps.parity.prompt_rules import prompt_tokens
 
     special, tokens = pipe.bundle.manifest.special_tokens, prompt_tokens(pipe.bundle)
     pruning = PruningConfig(keep_ratio=0.1)

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.peers.worker import Answer, Ask, arguments, serve
 from benchmarks.torch_stages import TorchStages
-from hawk_trt.apps.cli.parity import prompt_tokens
+from hawk_trt.apps.parity.prompt_rules import prompt_tokens
 from hawk_trt.bundle import Bundle
 from hawk_trt.inputs.processor import Processor
 from hawk_trt.models.family import family_by_name

@@ -24,7 +24,7 @@ from served import assert_served_as_alone
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
-from hawk_trt.apps.cli.parity import prompt_tokens  # noqa: E402 - these need torch
+from hawk_trt.apps.parity.prompt_rules import prompt_tokens  # noqa: E402 - these need torch
 from hawk_trt.apps.parity.reference import Reference  # noqa: E402
 
 STEPS = 6

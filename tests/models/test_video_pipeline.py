@@ -13,7 +13,7 @@ import pytest
 from export.__main__ import main as export
 from hawk_trt import Pipeline, PruningConfig
 from hawk_trt.apps.cli.main import main as hawk_trt
-from hawk_trt.apps.cli.parity import prompt_tokens
+from hawk_trt.apps.parity.prompt_rules import prompt_tokens
 from hawk_trt.errors import InvalidInput
 from hawk_trt.inputs.streamed_rows import StreamedRows, joined_rows
 from hawk_trt.models import qwen_video

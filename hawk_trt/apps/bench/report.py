@@ -4,11 +4,11 @@ import io
 from collections.abc import Sequence
 from itertools import groupby
 
+from rich import filesize
 from rich.console import Console
 from rich.table import Table
 
 from hawk_trt.apps.bench.bench import STAGES, BenchRow, Spread
-from hawk_trt.apps.cli.output import size
 from hawk_trt.errors import InvalidInput
 
 _PREFILL = ("preprocess", "vision", "first_layer", "decoder")
@@ -39,8 +39,8 @@ def print_rows(rows: Sequence[BenchRow], console: Console) -> None:
                 *(f"{row.stages[stage].median:.2f}" for stage in STAGES),
                 _against(row.first_token, whole.first_token if whole else None),
                 _against(row.total, whole.total if whole else None),
-                size(row.kv_bytes),
-                "-" if row.peak_bytes is None else size(row.peak_bytes),
+                filesize.decimal(row.kv_bytes),
+                "-" if row.peak_bytes is None else filesize.decimal(row.peak_bytes),
             )
         console.print(table)
     console.print("ms, medians; score is part of first layer; a ratio is how many times faster than keep 1")

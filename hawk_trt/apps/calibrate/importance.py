@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from hawk_trt.apps.evaluate.intervals import CONFIDENCE, Interval
 from hawk_trt.errors import InvalidInput
 
 FloatArray = npt.NDArray[np.float64]
 
+_CONFIDENCE = 0.95
 _RESAMPLES = 2000
 _PERMUTATIONS = 2000
 # Drops are differences of means of scores in [0, 1]; what is smaller is rounding.
@@ -29,13 +29,15 @@ class Importance:
     """What a calibration found.
 
     Attributes:
-        weights: of each head, with their bootstrap intervals over questions.
+        weights: of each head.
+        intervals: 95 % of each weight, bootstrap over questions.
         drops: d of each data set and head.
         by_dataset: each data set's own weights, None where no head matters there.
         uniform_p_value: how often heads that are all alike would differ as much, by permutation.
     """
 
-    weights: tuple[Interval, ...]
+    weights: tuple[float, ...]
+    intervals: tuple[tuple[float, float], ...]
     drops: tuple[tuple[float, ...], ...]
     by_dataset: tuple[tuple[float, ...] | None, ...]
     uniform_p_value: float
@@ -43,7 +45,7 @@ class Importance:
     @property
     def differs_from_uniform(self) -> bool:
         """Whether the heads can be told from heads that all matter alike."""
-        return self.uniform_p_value < 1.0 - CONFIDENCE
+        return self.uniform_p_value < 1.0 - _CONFIDENCE
 
 
 def importance(tables: Sequence[FloatArray]) -> Importance:
@@ -66,7 +68,8 @@ def importance(tables: Sequence[FloatArray]) -> Importance:
         )
     low, high = _bootstrap(tables)
     return Importance(
-        weights=tuple(Interval(*map(float, numbers)) for numbers in zip(weights, low, high, strict=True)),
+        weights=tuple(weights.tolist()),
+        intervals=tuple(zip(low.tolist(), high.tolist(), strict=True)),
         drops=tuple(tuple(drop[0].tolist()) for drop in drops),
         by_dataset=tuple(None if np.isnan(share).any() else tuple(share[0].tolist()) for share in shares),
         uniform_p_value=_uniform_p_value(tables),
@@ -101,7 +104,7 @@ def _bootstrap(tables: Sequence[FloatArray]) -> tuple[FloatArray, FloatArray]:
         shares.append(_shares(means[:, :1] - means[:, 1:]))
     weights = _average(shares)
     weights[np.isnan(weights).any(axis=1)] = 1.0 / weights.shape[1]
-    low, high = np.quantile(weights, [(1.0 - CONFIDENCE) / 2, (1.0 + CONFIDENCE) / 2], axis=0)
+    low, high = np.quantile(weights, [(1.0 - _CONFIDENCE) / 2, (1.0 + _CONFIDENCE) / 2], axis=0)
     return low, high
 
 

@@ -1,6 +1,5 @@
 """The weights file of a calibration: the weights, how sure they are, and all that they came from."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,14 +7,14 @@ from pathlib import Path
 import msgspec
 import numpy as np
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
+from rich.console import Group
 from rich.table import Table
 
 from hawk_trt import __version__
-from hawk_trt.apps.calibrate.checkpoint import CheckpointBundle
 from hawk_trt.apps.calibrate.importance import FloatArray, Importance
 from hawk_trt.apps.calibrate.work import Plan
-from hawk_trt.apps.evaluate.datasets import Dataset
+from hawk_trt.bundle import Source as CheckpointSource
+from hawk_trt.files import write_atomically
 
 _SCHEMA_VERSION = 1
 
@@ -25,11 +24,6 @@ class DatasetReport:
     """One data set's part.
 
     Attributes:
-        name: short.
-        fingerprint: of its content.
-        metric: by which answers were scored.
-        samples: answered.
-        seed: of their order.
         baseline: mean score of the whole model.
         drops: how much lower the mean score is without each head.
         weights: that this data set alone gives; None where no head matters, and then it has no say.
@@ -47,7 +41,7 @@ class DatasetReport:
 
 @dataclass(frozen=True, slots=True)
 class ModelReport:
-    """The model that was measured; fingerprint: see calibration.checkpoint."""
+    """The model that was measured; fingerprint: see checkpoint.py."""
 
     name: str
     architecture: str
@@ -60,18 +54,12 @@ class CalibrationReport:
     """The weights file.
 
     Attributes:
-        schema_version: of this form.
         values: weight of each query head; they sum to 1.
         source: all of it in one line.
         intervals: 95 % of each weight, bootstrap over questions.
         uniform_p_value: how often heads that are all alike would differ as much.
         differs_from_uniform: whether that is below 5 %.
-        scope: where heads were left out.
-        keep_ratio: of visual tokens while measuring.
-        max_new_tokens: longest answer.
-        max_pixels: of images, None for the checkpoint's.
-        model: that was measured.
-        datasets: that were answered.
+        scope, keep_ratio, max_new_tokens, max_pixels: see work.Plan.
         versions: of what measured.
     """
 
@@ -91,18 +79,13 @@ class CalibrationReport:
 
 
 def make_report(
-    plan: Plan,
-    bundle: CheckpointBundle,
-    datasets: Sequence[Dataset],
-    tables: Sequence[FloatArray],
-    found: Importance,
-    versions: dict[str, str],
+    plan: Plan, model: CheckpointSource, tables: Sequence[FloatArray], found: Importance, versions: dict[str, str]
 ) -> CalibrationReport:
-    """Put together what was found and what it came from."""
+    """Put together what was found and what it came from; tables: the scores of each source."""
     reports = tuple(
         DatasetReport(
             name=source.name,
-            fingerprint=dataset.fingerprint,
+            fingerprint=source.fingerprint,
             metric=source.metric,
             samples=len(table),
             seed=source.seed,
@@ -110,19 +93,16 @@ def make_report(
             drops=drops,
             weights=weights,
         )
-        for source, dataset, table, drops, weights in zip(
-            plan.sources, datasets, tables, found.drops, found.by_dataset, strict=True
-        )
+        for source, table, drops, weights in zip(plan.sources, tables, found.drops, found.by_dataset, strict=True)
     )
-    model = bundle.manifest.source
     counted = ", ".join(f"{report.samples} of {report.name}" for report in reports if report.weights is not None)
     doubt = "" if found.differs_from_uniform else "; NOT TOLD FROM UNIFORM"
     pruned = "unpruned" if plan.keep_ratio == 1.0 else f"keep ratio {plan.keep_ratio:g}"
     return CalibrationReport(
         schema_version=_SCHEMA_VERSION,
-        values=tuple(weight.mean for weight in found.weights),
+        values=found.weights,
         source=f"hawk-trt calibrate: {model.name} ({model.fingerprint[:12]}), {plan.scope}, {pruned}, {counted}{doubt}",
-        intervals=tuple((weight.low, weight.high) for weight in found.weights),
+        intervals=found.intervals,
         uniform_p_value=found.uniform_p_value,
         differs_from_uniform=found.differs_from_uniform,
         scope=plan.scope,
@@ -137,17 +117,11 @@ def make_report(
 
 def write_report(report: CalibrationReport, path: Path) -> None:
     """Write the weights file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_atomically(path, msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")
 
 
-def print_report(report: CalibrationReport, console: Console) -> None:
-    """Print the weights, and what they are worth."""
+def tell(report: CalibrationReport) -> Group:
+    """The weights, and what they are worth, for a terminal."""
     heads = len(report.values)
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0))
     for name in ("head", "weight", "95 %", "x uniform", *(f"drop on {dataset.name}" for dataset in report.datasets)):
@@ -155,13 +129,12 @@ def print_report(report: CalibrationReport, console: Console) -> None:
     for head, (weight, (low, high)) in enumerate(zip(report.values, report.intervals, strict=True)):
         drops = [f"{100 * dataset.drops[head]:+.2f}" for dataset in report.datasets]
         table.add_row(str(head), f"{weight:.4f}", f"[{low:.4f}, {high:.4f}]", f"{weight * heads:.2f}", *drops)
-    console.print(table)
+    lines = []
     for dataset in report.datasets:
         told = "" if dataset.weights is not None else "; no head matters more than another: it has no say"
-        console.print(
-            f"{dataset.name}: {dataset.samples} questions, {dataset.metric} {100 * dataset.baseline:.2f} % whole{told}"
-        )
-    console.print(verdict(report))
+        whole = f"{dataset.metric} {100 * dataset.baseline:.2f} % whole"
+        lines.append(f"{dataset.name}: {dataset.samples} questions, {whole}{told}")
+    return Group(table, *lines, verdict(report))
 
 
 def verdict(report: CalibrationReport) -> str:

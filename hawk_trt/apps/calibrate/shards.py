@@ -2,13 +2,14 @@
 
 On a cluster each worker is a Ray actor with a model of its own, on a GPU of its own where the plan names one; Ray
 hands out the units, and starts a worker anew and its unit again when a machine is lost. Results come back here, so
-that one process writes them. The checkpoint and the data sets must lie at the same paths on every machine.
+that one process writes them. The checkpoint and the pictures must lie at the same paths on every machine.
 """
 
 import os
 from collections.abc import Iterator, Sequence
 
-from hawk_trt.apps.calibrate.work import Plan, Scores, Unit, Worker
+from hawk_trt.apps.calibrate.work import Plan, Scores, Unit
+from hawk_trt.apps.calibrate.worker import Worker
 from hawk_trt.errors import BackendError, HawkError, InvalidInput
 
 

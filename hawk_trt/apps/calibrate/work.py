@@ -1,26 +1,22 @@
-"""The work of a calibration: units of one question and a few heads, who does one, and which are left.
+"""The work of a calibration: the plan, its units of one question and a few heads, and which of them are left.
 
 The scores of a unit depend on nothing but the unit and the plan, so units can be done in any order and anywhere.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from hawk_trt.apps.calibrate.checkpoint import open_checkpoint
-from hawk_trt.apps.evaluate.datasets import Dataset, Sample, load_dataset
-from hawk_trt.apps.evaluate.metrics import METRICS
+from hawk_trt.bundle import Bundle
 from hawk_trt.errors import InvalidInput
-from hawk_trt.inputs.processor import Processor
-from hawk_trt.models.family import family_by_name
-from hawk_trt.request import PruningConfig
+from hawk_trt.request import ModelInputs, PruningConfig
 
 if TYPE_CHECKING:
-    from hawk_trt.apps.parity.reference import EmbeddedPrompt
+    from hawk_trt.request import ImageInput, VideoInput
 
 FIRST_LAYER = "first-layer"
 ALL_LAYERS = "all-layers"
@@ -30,27 +26,55 @@ SCOPES = (FIRST_LAYER, ALL_LAYERS)
 BASELINE = -1
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
-    """One data set as it was asked for: see evaluation.datasets and evaluation.metrics."""
-
-    dataset: str
-    metric: str
-    count: int | None
-    seed: int
+class Question(Protocol):
+    """A question, with an id that names it in its data set."""
 
     @property
-    def name(self) -> str:
-        """Short, for files and reports."""
-        return Path(self.dataset).stem or self.dataset
+    def id(self) -> str: ...  # noqa: D102
+    @property
+    def prompt(self) -> str: ...  # noqa: D102
+    @property
+    def images(self) -> "Sequence[ImageInput]": ...  # noqa: D102
+    @property
+    def videos(self) -> "Sequence[VideoInput]": ...  # noqa: D102
 
-    def load(self) -> Dataset:
-        """Open it.
 
-        Raises:
-            InvalidInput: no such data set, or a sample that is none.
-        """
-        return load_dataset(self.dataset, self.count, self.seed)
+class Model(Protocol):
+    """A checkpoint's model in PyTorch. A prompt is whatever embed makes of its tensors and the special tokens."""
+
+    @property
+    def language(self) -> Any:  # noqa: ANN401
+        """The language model, with layers and config."""
+
+    def embed(self, inputs: ModelInputs, tokens: Any) -> Any:  # noqa: ANN401
+        """A prompt before layer 0."""
+
+    def kept(self, prompt: Any, pruning: PruningConfig) -> list[int]:  # noqa: ANN401
+        """Positions of the prompt that are kept, ascending."""
+
+    def decode(self, prompt: Any, kept: Sequence[int], rows: int) -> Generator[Any, Any, None]:  # noqa: ANN401
+        """Logits [rows, vocab] of the prompt in so many rows; send the tokens [rows] that they go on with."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One data set.
+
+    Attributes:
+        name: short, for files and reports.
+        questions: in their order.
+        fingerprint: of all that the questions are.
+        seed: of their order.
+        metric: its name.
+        score: the metric: an answer and its question -> a score in [0, 1].
+    """
+
+    name: str
+    questions: Sequence[Question]
+    fingerprint: str
+    seed: int
+    metric: str
+    score: Callable[[str, Any], float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +85,8 @@ class Plan:
         checkpoint: its folder.
         sources: data sets.
         scope: where heads are left out, one of SCOPES.
+        load: makes a Model of the checkpoint; takes head_weights, normalization, device and dtype too.
+        special_tokens: of a bundle, what the model's embed takes beside the tensors.
         keep_ratio: of visual tokens, chosen with equal heads; 1.0 measures the unpruned model, as the paper does.
         max_new_tokens: longest answer.
         max_pixels: larger images are shrunk to this area; None takes the checkpoint's.
@@ -71,6 +97,8 @@ class Plan:
     checkpoint: Path
     sources: tuple[Source, ...]
     scope: str
+    load: Callable[..., Model]
+    special_tokens: Callable[[Bundle], Any]
     keep_ratio: float = 1.0
     max_new_tokens: int = 32
     max_pixels: int | None = None
@@ -90,13 +118,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """One question, answered without each of some heads.
-
-    Attributes:
-        source: which data set.
-        number: which of its samples.
-        heads: BASELINE among them leaves out none.
-    """
+    """A question, by the numbers of its source and of itself, answered without each of some heads or BASELINE."""
 
     source: int
     number: int
@@ -105,14 +127,7 @@ class Unit:
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """The outcome of a unit.
-
-    Attributes:
-        sample: id of the question.
-        heads: as in the unit.
-        scores: of each answer, in [0, 1].
-        answers: themselves.
-    """
+    """The outcome of a unit: the question's id, and of each head the score in [0, 1] and the answer."""
 
     sample: str
     heads: tuple[int, ...]
@@ -120,91 +135,27 @@ class Scores:
     answers: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class _PreparedSample:
-    sample: Sample
-    prompt: "EmbeddedPrompt"
-    kept: list[int]
-
-
-class Worker:
-    """A loaded model that does units. Loading takes seconds to minutes."""
-
-    def __init__(self, plan: Plan) -> None:
-        from hawk_trt.apps.calibrate.ablation import AblatedModel  # torch, only for those who do the work
-        from hawk_trt.apps.cli.parity import prompt_tokens
-        from hawk_trt.apps.parity.reference import Reference
-
-        self._plan = plan
-        self._samples: list[list[Sample]] = [list(source.load()) for source in plan.sources]
-        bundle = open_checkpoint(plan.checkpoint)
-        manifest = bundle.manifest
-        self._stop = manifest.special_tokens.eos
-        self._tokens = prompt_tokens(bundle)
-        self._processor = Processor(bundle, family_by_name(manifest.family))
-        self._reference = Reference.load(
-            plan.checkpoint,
-            head_weights=manifest.head_weights.values,
-            normalization=manifest.normalization,
-            device=plan.device,
-            dtype=plan.dtype,
-        )
-        self._model = AblatedModel(self._reference, plan.scope, self._stop)
-        self._prepared: _PreparedSample | None = None
-
-    def do(self, unit: Unit) -> tuple[Unit, Scores]:
-        """Answer and score.
-
-        Raises:
-            InvalidInput: an image or video that cannot be used.
-        """
-        sample = self._samples[unit.source][unit.number]
-        prepared = self._prepared
-        if prepared is None or prepared.sample is not sample:
-            try:
-                prepared = self._prepared = self._prepare(sample)
-            except InvalidInput as error:
-                raise InvalidInput(f"{self._plan.sources[unit.source].name}, sample {sample.id}: {error}") from error
-        heads = [None if head == BASELINE else head for head in unit.heads]
-        tokens = self._model.answer(prepared.prompt, prepared.kept, heads, self._plan.max_new_tokens)
-        chat = self._processor.chat
-        assert chat is not None  # open_checkpoint refuses a checkpoint without a tokenizer
-        answers = tuple(str(chat.tokenizer.decode(ids)) for ids in tokens)
-        metric = METRICS[self._plan.sources[unit.source].metric]
-        scores = tuple(metric(answer, sample) for answer in answers)
-        return unit, Scores(sample.id, unit.heads, scores, answers)
-
-    def _prepare(self, sample: Sample) -> _PreparedSample:
-        inputs = self._processor(sample.prompt, sample.images, sample.videos, max_pixels=self._plan.max_pixels)
-        prompt = self._reference.embed(inputs, self._tokens)
-        return _PreparedSample(sample, prompt, self._model.kept(prompt, self._plan.keep_ratio))
-
-
-def units_left(
-    samples: Sequence[Sequence[str]], known: Sequence[Sequence[Scores]], num_heads: int, at_once: int
-) -> Iterator[Unit]:
+def units_left(plan: Plan, known: Sequence[Sequence[Scores]], num_heads: int, heads_at_once: int) -> Iterator[Unit]:
     """What is still to be done, question by question.
 
     Args:
-        samples: ids of each data set's.
-        known: what has been done of each.
+        plan: of the work.
+        known: what has been done of each source.
         num_heads: of the model.
-        at_once: heads of a unit, at most.
+        heads_at_once: heads of a unit, at most.
     """
-    for source, (ids, records) in enumerate(zip(samples, known, strict=True)):
-        done: dict[str, set[int]] = {}
-        for record in records:
-            done.setdefault(record.sample, set()).update(record.heads)
-        for number, sample in enumerate(ids):
-            missing = [head for head in range(BASELINE, num_heads) if head not in done.get(sample, ())]
-            for start in range(0, len(missing), at_once):
-                yield Unit(source, number, tuple(missing[start : start + at_once]))
+    for place, (source, records) in enumerate(zip(plan.sources, known, strict=True)):
+        done = {(record.sample, head) for record in records for head in record.heads}
+        for number, question in enumerate(source.questions):
+            missing = [head for head in range(BASELINE, num_heads) if (question.id, head) not in done]
+            for start in range(0, len(missing), heads_at_once):
+                yield Unit(place, number, tuple(missing[start : start + heads_at_once]))
 
 
-def score_table(samples: Sequence[str], records: Sequence[Scores], num_heads: int) -> npt.NDArray[np.float64]:
-    """Scores of samples whose every head is known: [samples, 1 + heads], the whole model's first."""
-    rows = {sample: row for row, sample in enumerate(samples)}
-    table = np.full((len(samples), 1 + num_heads), np.nan)
+def score_table(source: Source, records: Sequence[Scores], num_heads: int) -> npt.NDArray[np.float64]:
+    """Scores of the questions whose every head is known: [questions, 1 + heads], the whole model's first."""
+    rows = {question.id: row for row, question in enumerate(source.questions)}
+    table = np.full((len(rows), 1 + num_heads), np.nan)
     for record in records:
         if record.sample in rows:
             table[rows[record.sample], np.array(record.heads) - BASELINE] = record.scores

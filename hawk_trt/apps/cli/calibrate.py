@@ -12,9 +12,10 @@ from hawk_trt.apps.calibrate.work import FIRST_LAYER, SCOPES, Plan, Scores, Sour
 from hawk_trt.apps.cli import options
 from hawk_trt.apps.cli.output import note, print_json
 from hawk_trt.apps.cli.progress import progress
-from hawk_trt.apps.evaluate.datasets import TINY, Dataset
+from hawk_trt.apps.evaluate.datasets import TINY, load_dataset
 from hawk_trt.apps.evaluate.metrics import METRICS
 from hawk_trt.apps.evaluate.result_log import ResultLog
+from hawk_trt.apps.parity.prompt_rules import prompt_tokens
 from hawk_trt.errors import InvalidInput
 from hawk_trt.inputs.hub import download, is_hub_id
 from hawk_trt.stages import DTYPES
@@ -92,17 +93,17 @@ def run(args: argparse.Namespace) -> int:
         HawkError: the checkpoint, a data set or an option cannot be used, or the results there are of something else.
     """
     # torch, when missing, is said before anything is read
-    from hawk_trt.apps.calibrate import ablation  # noqa: F401 - for its check
+    from hawk_trt.apps.parity.reference import Reference  # isort: skip
     from hawk_trt.apps.calibrate.checkpoint import open_checkpoint
     from hawk_trt.apps.calibrate.importance import importance
-    from hawk_trt.apps.calibrate.report import make_report, print_report, verdict, write_report
+    from hawk_trt.apps.calibrate.report import make_report, tell, verdict, write_report
     from hawk_trt.apps.calibrate.shards import do_here, do_on_ray
 
     for name in ("heads_at_once", "shards"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise InvalidInput(f"--{name.replace('_', '-')}: got {value}, expected at least 1")
-    names = args.dataset or [TINY]
+    names = [name if name == TINY else str(Path(name).resolve()) for name in args.dataset or [TINY]]
     metrics = args.metric or ["exact-match"]
     if len(metrics) not in (1, len(names)):
         raise InvalidInput(f"--metric: got {len(metrics)} for {len(names)} data sets, expected one, or one of each")
@@ -110,69 +111,72 @@ def run(args: argparse.Namespace) -> int:
     hub_id = args.checkpoint if is_hub_id(args.checkpoint) else None
     if args.revision is not None and hub_id is None:
         raise InvalidInput(f"--revision: only for a hub id (owner/name), got {args.checkpoint}")
+    datasets = [load_dataset(name, args.count, args.seed) for name in names]
+    sources = [
+        Source(Path(name).stem or name, tuple(dataset), dataset.fingerprint, args.seed, metric, METRICS[metric])
+        for name, dataset, metric in zip(names, datasets, metrics, strict=True)
+    ]
     plan = Plan(
         checkpoint=Path(args.checkpoint).resolve(),
-        sources=tuple(
-            Source(name if name == TINY else str(Path(name).resolve()), metric, args.count, args.seed)
-            for name, metric in zip(names, metrics, strict=True)
-        ),
+        sources=tuple(sources),
         scope=args.scope,
+        load=Reference.load,
+        special_tokens=prompt_tokens,
         keep_ratio=args.keep_ratio,
         max_new_tokens=args.max_new_tokens,
         max_pixels=args.max_pixels,
         dtype=args.dtype,
         device=args.device,
     )
-    datasets = [source.load() for source in plan.sources]
     if hub_id:  # after all that could be wrong without it
         note(f"{hub_id}: downloading what is not in the Hugging Face cache of this machine")
         plan = replace(plan, checkpoint=download(hub_id, args.revision))
     bundle = open_checkpoint(plan.checkpoint, hub_id)
     num_heads = bundle.manifest.language.num_attention_heads
-    samples = [[sample.id for sample in dataset] for dataset in datasets]
     with ExitStack() as stack:
         logs = [
             stack.enter_context(
                 closing(
                     ResultLog(
                         args.work / f"{source.name}.jsonl",
-                        _subject(args, bundle.manifest.source.fingerprint, dataset, source.metric),
+                        _subject(args, bundle.manifest.source.fingerprint, source),
                         Scores,
                         option="--work",
                         sync=True,
                     )
                 )
             )
-            for source, dataset in zip(plan.sources, datasets, strict=True)
+            for source in plan.sources
         ]
-        left = list(units_left(samples, [log.records for log in logs], num_heads, args.heads_at_once))
-        total, to_go = sum(map(len, samples)) * (1 + num_heads), sum(len(unit.heads) for unit in left)
+        left = list(units_left(plan, [log.records for log in logs], num_heads, args.heads_at_once))
+        questions = sum(len(source.questions) for source in plan.sources)
+        total, to_go = questions * (1 + num_heads), sum(len(unit.heads) for unit in left)
         note(f"{total} answers: {num_heads} heads and the whole model; {total - to_go} known in {args.work}")
         if left:
             done = do_on_ray(plan, left, args.shards, args.ray_address) if args.shards else do_here(plan, left)
             for unit, scores in progress(done, len(left), f"units of up to {args.heads_at_once} answers"):
                 logs[unit.source].append(scores)
-        tables = [score_table(ids, log.records, num_heads) for ids, log in zip(samples, logs, strict=True)]
+        tables = [score_table(source, log.records, num_heads) for source, log in zip(plan.sources, logs, strict=True)]
     versions = {package: metadata.version(package) for package in ("torch", "transformers")}
-    report = make_report(plan, bundle, datasets, tables, importance(tables), versions)
+    report = make_report(plan, bundle.manifest.source, tables, importance(tables), versions)
     write_report(report, args.out)
     if args.json:
         print_json(report)
     else:
-        print_report(report, Console())
+        Console().print(tell(report), highlight=False)
     note(f"weights: {args.out}. Use them: --head-weights {args.out}, here or in python -m export")
     if not report.differs_from_uniform and args.json:
         note(verdict(report))
     return 0
 
 
-def _subject(args: argparse.Namespace, model: str, dataset: Dataset, metric: str) -> dict[str, str]:
+def _subject(args: argparse.Namespace, model: str, source: Source) -> dict[str, str]:
     """What the results of a data set are of: another run goes on with them where all of it is the same."""
     return {
         "model": model,
         "dtype": args.dtype,
-        "dataset": dataset.fingerprint,
-        "metric": metric,
+        "dataset": source.fingerprint,
+        "metric": source.metric,
         "scope": args.scope,
         "keep_ratio": f"{args.keep_ratio:g}",
         "max_new_tokens": str(args.max_new_tokens),

@@ -6,7 +6,7 @@ from pathlib import Path
 from hawk_trt.apps.cli import options
 from hawk_trt.apps.cli.drawing import draw
 from hawk_trt.apps.cli.output import note, print_json
-from hawk_trt.apps.explain.prompt import explanation
+from hawk_trt.apps.explain.explanation import explain
 from hawk_trt.errors import InvalidInput
 
 SUMMARY = "draw which visual tokens are kept, and what is answered from them"
@@ -57,7 +57,8 @@ def run(args: argparse.Namespace) -> int:
         note(f"keep ratio {pruning.keep_ratio:g}")
         result = pipe.generate(inputs, pruning=pruning, max_new_tokens=args.max_new_tokens)
         results.append((pruning.keep_ratio, result))
-    explained = explanation(pipe, text, inputs, results)
+    merge = int(pipe.bundle.manifest.vision["spatial_merge_size"])
+    explained = explain(text, pipe.layout(inputs), results, merge, args.selector)
     if args.json:
         print_json(explained, {"picture": str(args.out)})
     else:

@@ -2,28 +2,24 @@
 
 import argparse
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 from rich.console import Console
 
 from hawk_trt.apps.cli import options
 from hawk_trt.apps.cli.output import note, print_json
 from hawk_trt.apps.parity.cases import DEFAULT_PROMPT, ParityCase, generated_cases, given_cases, tensor_cases
-from hawk_trt.apps.parity.compare import compare_selection, compare_stage, compare_tokens
-from hawk_trt.apps.parity.prompt_rules import PromptTokens
-from hawk_trt.apps.parity.report import CaseReport, ParityReport, print_report
-from hawk_trt.apps.parity.tolerances import Tolerance, tolerance_of
+from hawk_trt.apps.parity.check import compare_case
+from hawk_trt.apps.parity.prompt_rules import prompt_tokens
+from hawk_trt.apps.parity.report import ParityReport, print_report
+from hawk_trt.apps.parity.tolerances import tolerance_of
 from hawk_trt.bundle import Bundle
 from hawk_trt.errors import BundleError, InvalidInput, ParityError
-from hawk_trt.request import PruningConfig
 from hawk_trt.stages import DTYPES
 
 if TYPE_CHECKING:
     from hawk_trt import Pipeline
-    from hawk_trt.apps.parity.reference import EmbeddedPrompt, Reference
 
 SUMMARY = "compare a bundle with its checkpoint in PyTorch, stage by stage"
 
@@ -80,8 +76,13 @@ def run(args: argparse.Namespace) -> int:
         device=args.reference_device,
         dtype=args.reference_dtype,
     )
-    tokens, tolerance = prompt_tokens(bundle), tolerance_of(manifest)
-    reports = tuple(_compare_all(pipe, reference, cases, prunings, tokens, args.steps, tolerance))
+    tolerance = tolerance_of(manifest)
+    reports = tuple(
+        compare_case(pipe, reference, case, embedded, pruning, args.steps, tolerance)
+        for case in _told(cases)
+        for embedded in [reference.embed(case.inputs, prompt_tokens(bundle))]
+        for pruning in (prunings if embedded.visual else prunings[:1])  # without visual tokens all are one
+    )
     failures = tuple(failure for case in reports for failure in case.failures)
     report = ParityReport(
         bundle=str(args.bundle),
@@ -99,73 +100,6 @@ def run(args: argparse.Namespace) -> int:
     else:
         print_report(report, Console())
     return 0 if report.passed else 1
-
-
-def compare_case(
-    pipe: "Pipeline",
-    reference: "Reference",
-    case: ParityCase,
-    embedded: "EmbeddedPrompt",
-    pruning: PruningConfig,
-    steps: int,
-    tolerance: Tolerance,
-) -> CaseReport:
-    """Run one prompt on both sides and compare what each stage gave.
-
-    Args:
-        pipe: the bundle's.
-        reference: the checkpoint's.
-        case: the prompt.
-        embedded: the same prompt from reference.embed.
-        pruning: of both sides.
-        steps: tokens generated.
-        tolerance: what they may differ by.
-    """
-    result = pipe.generate(case.inputs, pruning=pruning, max_new_tokens=steps, ignore_eos=True)
-    # After the last token nothing is compared, so the bundle is not fed with it; nor is the reference.
-    trace = pipe.trace(case.inputs, pruning, forced_tokens=result.token_ids[:-1])
-    expected = reference.run(embedded, pruning, forced_tokens=result.token_ids)
-    selection = compare_selection(trace, expected, tolerance) if len(expected.visual_indices) else None
-    if not np.array_equal(result.kept_indices, trace.kept_indices) and selection is not None:
-        selection = replace(selection, failures=(*selection.failures, "generate and trace keep different tokens"))
-    aligned = expected
-    if not np.array_equal(trace.kept_indices, expected.kept_indices):
-        # What follows is compared over the same tokens; whether the sets may differ is the selection's affair.
-        aligned = reference.run(
-            embedded, pruning, forced_tokens=result.token_ids, kept_indices=trace.kept_indices.tolist()
-        )
-    stages = []
-    if selection is not None:
-        stages.append(compare_stage("vision", trace.visual_embeds, expected.visual_embeds, tolerance.vision))
-        stages.append(compare_stage("scores", trace.scores[None], expected.scores[None], tolerance.scores))
-    stages.append(compare_stage("first_layer", trace.hidden_states, aligned.hidden_states, tolerance.first_layer))
-    stages.append(compare_stage("decoder", trace.logits, aligned.logits, tolerance.decoder))
-    tokens = compare_tokens(result.token_ids, trace, aligned, tolerance)
-    return CaseReport(case.name, pruning.keep_ratio, tuple(stages), selection, tokens)
-
-
-def prompt_tokens(bundle: Bundle) -> PromptTokens:
-    """The token ids of the reference's rules, from a bundle's manifest and tokenizer.json."""
-    special = bundle.manifest.special_tokens
-    user: tuple[int, ...] = ()
-    left_out: frozenset[int] = frozenset()
-    text = bundle.read_text("tokenizer.json")
-    if text is not None:
-        from tokenizers import Tokenizer
-
-        tokenizer = Tokenizer.from_str(text)
-        user = tuple(tokenizer.encode("user\n", add_special_tokens=False).ids)
-        added = tokenizer.get_added_tokens_decoder()
-        left_out = frozenset(index for index, token in added.items() if token.special)
-    return PromptTokens(
-        image=special.image,
-        video=special.video,
-        vision_end=special.vision_end,
-        im_start=special.im_start,
-        im_end=special.im_end,
-        user=user,
-        special=left_out,
-    )
 
 
 def _cases(args: argparse.Namespace, pipe: "Pipeline", bundle: Bundle) -> list[ParityCase]:
@@ -188,17 +122,7 @@ def _cases(args: argparse.Namespace, pipe: "Pipeline", bundle: Bundle) -> list[P
     return cases
 
 
-def _compare_all(
-    pipe: "Pipeline",
-    reference: "Reference",
-    cases: Sequence[ParityCase],
-    prunings: Sequence[PruningConfig],
-    tokens: PromptTokens,
-    steps: int,
-    tolerance: Tolerance,
-) -> Iterator[CaseReport]:
+def _told(cases: Sequence[ParityCase]) -> Iterator[ParityCase]:
     for number, case in enumerate(cases, start=1):
         note(f"case {number} of {len(cases)}: {case.name}")
-        embedded = reference.embed(case.inputs, tokens)
-        for pruning in prunings if embedded.visual else prunings[:1]:  # without visual tokens all are one
-            yield compare_case(pipe, reference, case, embedded, pruning, steps, tolerance)
+        yield case

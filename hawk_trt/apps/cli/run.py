@@ -8,7 +8,7 @@ from pathlib import Path
 from hawk_trt.apps.cli import options
 from hawk_trt.apps.cli.drawing import draw
 from hawk_trt.apps.cli.output import note, print_json
-from hawk_trt.apps.explain.prompt import explanation
+from hawk_trt.apps.explain.explanation import explain
 from hawk_trt.request import Result, SamplingConfig, Timings
 
 SUMMARY = "answer a prompt about images and videos, with few of their tokens"
@@ -85,7 +85,9 @@ def run(args: argparse.Namespace) -> int:
         inputs = pipe.prepare(
             prompt, images=args.image, videos=args.video, min_pixels=args.min_pixels, max_pixels=args.max_pixels
         )
-        draw(picture, explanation(pipe, text, inputs, [(pruning.keep_ratio, result)]), args, pipe)
+        merge = int(pipe.bundle.manifest.vision["spatial_merge_size"])
+        explained = explain(text, pipe.layout(inputs), [(pruning.keep_ratio, result)], merge, args.selector)
+        draw(picture, explained, args, pipe)
     _summarise(args, result)
     return 0
 

@@ -8,18 +8,25 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from hawk_trt.apps.explain import Explanation, VisualItem
+from hawk_trt.apps.explain.explanation import Explanation, VisualItem
 from hawk_trt.apps.explain.lettering import Lettering
 from hawk_trt.apps.explain.panels import colours, heat_panel, kept_panel
 from hawk_trt.errors import InvalidInput
 from hawk_trt.files import write_atomically
+from hawk_trt.inputs.images import load_image
+from hawk_trt.inputs.video import load_video
+from hawk_trt.pruning.selectors import EQUAL_HEADS, SCORED
+
+if TYPE_CHECKING:
+    from hawk_trt.pipeline import Pipeline
+    from hawk_trt.request import ImageInput, VideoInput
 
 MAX_FRAMES = 6  # of one video
-_KEY = "Kept tokens in full colour, dropped tokens dimmed."
 
 _PAPER = (255, 255, 255)
 _INK = (31, 35, 40)
@@ -32,7 +39,7 @@ _MAX_TEXT_LINES = 6
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """One image or frame: its label, its pixels, and its place in the explanation."""
+    """One image or frame: its label, its pixels as they are drawn, and its place in the explanation."""
 
     label: str
     image: Image.Image
@@ -40,19 +47,34 @@ class _Row:
     step: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Layout:
-    """The measures of one picture, in pixels, and its type sizes."""
+def load_frames(
+    explanation: Explanation,
+    pipe: "Pipeline",
+    images: "Sequence[ImageInput]",
+    videos: "Sequence[VideoInput]",
+    fps: float | None = None,
+    max_frames: int | None = None,
+) -> list[list[Image.Image]]:
+    """The frames that render takes, from the images and videos of the prompt.
 
-    column_px: int
-    gap_px: int
-    large: Lettering
-    normal: Lettering
-    small: Lettering
-
-    def x(self, column: int) -> int:
-        """Left edge of a column."""
-        return self.gap_px + column * (self.column_px + self.gap_px)
+    Raises:
+        InvalidInput: one of them cannot be read.
+    """
+    vision = pipe.bundle.manifest.vision
+    items = iter(explanation.items)
+    frames: list[list[Image.Image]] = []
+    for image in images:
+        item = next(items)
+        parts = pipe.family.image_parts(load_image(image), item.grid[0], vision)
+        frames.append([Image.fromarray(parts[step]) for step in shown_steps(item)])
+    for source in videos:
+        video = load_video(source, fps, max_frames, pipe.family.frame_numbers).frames
+        numbers = list(range(0, len(video), int(vision["temporal_patch_size"])))
+        while numbers:  # one item for the video, or one for each of its frames
+            item = next(items)
+            frames.append([Image.fromarray(video[numbers[step]]) for step in shown_steps(item)])
+            numbers = numbers[item.grid[0] :]
+    return frames
 
 
 def render(explanation: Explanation, frames: Sequence[Sequence[Image.Image]], *, note: str = "") -> Image.Image:
@@ -69,38 +91,51 @@ def render(explanation: Explanation, frames: Sequence[Sequence[Image.Image]], *,
     Raises:
         InvalidInput: frames do not fit the explanation.
     """
-    rows = _rows(explanation, frames)
     columns = 2 + len(explanation.selections)
     side_px = _side_px(explanation, columns)
-    sizes = [_fit(row.image.size, side_px) for row in rows]
-    layout = _layout(explanation, max(max(width for width, _ in sizes), side_px * 2 // 3))
-    gap = layout.gap_px
+    rows = _rows(explanation, frames, side_px)
+    column_px = max(side_px * 2 // 3, *(row.image.width for row in rows))
+    texts = explanation.prompt + "".join(selection.answer or "" for selection in explanation.selections)
+    size_px = min(max(column_px // 18, 14), 32)
+    large, normal, small = (Lettering.of_size(px, texts) for px in (size_px * 6 // 5, size_px, size_px * 5 // 6))
+    gap = size_px * 5 // 4
+    lefts = [gap + column * (column_px + gap) for column in range(columns + 1)]
 
-    prompt = layout.large.wrap(explanation.prompt, layout.x(columns) - 2 * gap, _MAX_TEXT_LINES)
-    answers = [
-        layout.large.wrap(selection.answer or "(no text)", layout.column_px, _MAX_TEXT_LINES)
-        for selection in explanation.selections
-    ]
-    head_px = gap + layout.large.line_px * len(prompt) + gap
-    answers_px = max((len(lines) for lines in answers), default=0) * layout.large.line_px
-    body_px = head_px + layout.normal.line_px + layout.small.line_px + gap // 2 + answers_px + gap // 2
+    prompt = large.wrap(explanation.prompt, lefts[-1] - 2 * gap, _MAX_TEXT_LINES)
+    answers = [large.wrap(one.answer or "(no text)", column_px, _MAX_TEXT_LINES) for one in explanation.selections]
     counted = len(rows) > 1  # with one row, the column's heading has said it
-    under_px = (layout.small.line_px if counted else 0) + gap
-    row_px = [layout.small.line_px + height + gap // 4 + under_px for _, height in sizes]
-    foot_px = body_px + sum(row_px)
+    head_px = 2 * gap + large.line_px * len(prompt)
+    answers_px = max((len(lines) for lines in answers), default=0) * large.line_px
+    body_px = head_px + normal.line_px + small.line_px + answers_px + gap // 2 + gap // 2
+    around_px = small.line_px * (2 if counted else 1) + gap // 4 + gap
+    foot_px = body_px + sum(row.image.height + around_px for row in rows)
 
-    sheet = Image.new("RGB", (layout.x(columns), foot_px + layout.small.line_px + gap), _PAPER)
+    sheet = Image.new("RGB", (lefts[-1], foot_px + small.line_px + gap), _PAPER)
     draw = ImageDraw.Draw(sheet)
-    layout.large.draw(draw, (gap, gap), prompt, _INK)
+    large.draw(draw, (gap, gap), prompt, _INK)
     draw.line((gap, head_px - gap // 2, sheet.width - gap, head_px - gap // 2), _RULE, 1)
+    for left, (heading, detail) in zip(lefts, _headings(explanation), strict=False):
+        below = normal.draw(draw, (left, head_px), [heading], _INK)
+        small.draw(draw, (left, below), [detail], _MUTED)
+    for left, lines in zip(lefts[2:], answers, strict=False):
+        large.draw(draw, (left, head_px + normal.line_px + small.line_px + gap // 2), lines, _INK)
     score_range = _score_range(explanation.items)
-    _draw_headings(sheet, explanation, answers, score_range, head_px, layout)
+    _draw_ramp(sheet, (lefts[1], head_px + normal.line_px), column_px, score_range, small)
     y = body_px
-    for row, size, height in zip(rows, sizes, row_px, strict=True):
-        layout.small.draw(draw, (gap, y), [row.label], _MUTED)
-        _draw_row(sheet, explanation, row, size, score_range, y + layout.small.line_px, layout, counted=counted)
-        y += height
-    layout.small.draw(draw, (gap, foot_px), [f"{_KEY} {note}".strip()], _MUTED)
+    for row in rows:
+        small.draw(draw, (gap, y), [row.label], _MUTED)
+        masks = [selection.kept[row.item][row.step] for selection in explanation.selections]
+        heat = heat_panel(row.image, explanation.items[row.item].scores[row.step], score_range)
+        panels = [row.image, heat, *(kept_panel(row.image, mask) for mask in masks)]
+        top = y + small.line_px
+        bottom = top + row.image.height
+        for left, panel in zip(lefts, panels, strict=False):
+            sheet.paste(panel, (left, top))
+            draw.rectangle((left - 1, top - 1, left + panel.width, bottom), outline=_RULE)
+        for left, mask in zip(lefts[2:], masks if counted else (), strict=False):
+            small.draw(draw, (left, bottom + gap // 4), [f"{int(mask.sum())} of {mask.size} kept"], _MUTED)
+        y += row.image.height + around_px
+    small.draw(draw, (gap, foot_px), [f"Kept tokens in full colour, dropped tokens dimmed. {note}".strip()], _MUTED)
     return sheet
 
 
@@ -123,7 +158,7 @@ def save(picture: Image.Image, path: Path) -> None:
     write_atomically(path, png.getvalue())
 
 
-def _rows(explanation: Explanation, frames: Sequence[Sequence[Image.Image]]) -> list[_Row]:
+def _rows(explanation: Explanation, frames: Sequence[Sequence[Image.Image]], side_px: int) -> list[_Row]:
     steps = [shown_steps(item) for item in explanation.items]
     got, expected = [len(pictures) for pictures in frames], [len(shown) for shown in steps]
     if got != expected:
@@ -134,12 +169,14 @@ def _rows(explanation: Explanation, frames: Sequence[Sequence[Image.Image]]) -> 
         counts[item.kind] += 1
         time, height, width = item.grid
         for step, picture in zip(shown, pictures, strict=True):
-            place = f"{item.kind} {counts[item.kind]}"
+            label = f"{item.kind} {counts[item.kind]}"
             if item.kind == "video" or time > 1:
-                place += f", {'step' if item.kind == 'video' else 'tile'} {step + 1} of {time}"
+                label += f", {'step' if item.kind == 'video' else 'tile'} {step + 1} of {time}"
             if step == shown[0]:
-                place += f": {picture.width} x {picture.height} pixels, {width} x {height} tokens"
-            rows.append(_Row(place, picture.convert("RGB"), index, step))
+                label += f": {picture.width} x {picture.height} pixels, {width} x {height} tokens"
+            scale = side_px / max(picture.size)
+            size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
+            rows.append(_Row(label, picture.convert("RGB").resize(size, Image.Resampling.LANCZOS), index, step))
     return rows
 
 
@@ -150,80 +187,35 @@ def _side_px(explanation: Explanation, columns: int) -> int:
     return min(wished, max(_MAX_WIDTH_PX // columns, _MIN_PANEL_PX // 2))
 
 
-def _fit(size: tuple[int, int], side_px: int) -> tuple[int, int]:
-    scale = side_px / max(size)
-    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
-
-
-def _layout(explanation: Explanation, column_px: int) -> _Layout:
-    texts = explanation.prompt + "".join(selection.answer or "" for selection in explanation.selections)
-    size_px = min(max(column_px // 18, 14), 32)
-    large, normal, small = (Lettering.of_size(px, texts) for px in (size_px * 6 // 5, size_px, size_px * 5 // 6))
-    return _Layout(column_px, size_px * 5 // 4, large, normal, small)
-
-
 def _score_range(items: Sequence[VisualItem]) -> tuple[float, float]:
     """The scores that the ramp spans: all but the extreme hundredths, so that one outlier leaves colour to the rest."""
     low, high = np.percentile(np.concatenate([item.scores.ravel() for item in items]), (1, 99))
     return float(low), float(high)
 
 
-def _draw_headings(
-    sheet: Image.Image,
-    explanation: Explanation,
-    answers: Sequence[Sequence[str]],
-    score_range: tuple[float, float],
-    y: int,
-    layout: _Layout,
-) -> None:
-    draw = ImageDraw.Draw(sheet)
-    total = explanation.num_visual
-    headings = [("As given", f"{total} visual tokens"), ("HAWK scores", "")]
+def _headings(explanation: Explanation) -> list[tuple[str, str]]:
+    """Heading and detail of each column. The scores are shown whoever chooses, so the headings say who does."""
+    selector, total = explanation.selector, explanation.num_visual
+    scores = f"Scores of {selector}" if selector in EQUAL_HEADS else "HAWK scores"
+    scores += "" if selector in SCORED else f", not used by {selector}"
+    headings = [("As given", f"{total} visual tokens"), (scores, "")]
     for selection in explanation.selections:
         share = 100.0 * selection.num_kept / total
-        detail = f"{selection.num_kept} of {total} kept ({share:.1f} %)"
+        chooser = "" if selector == "hawk" else f" by {selector}"
+        detail = f"{selection.num_kept} of {total} kept{chooser} ({share:.1f} %)"
         headings.append((f"Keep ratio {selection.keep_ratio:g}", detail))
-    for column, (heading, detail) in enumerate(headings):
-        below = layout.normal.draw(draw, (layout.x(column), y), [heading], _INK)
-        below = layout.small.draw(draw, (layout.x(column), below), [detail], _MUTED)
-        if column >= 2:
-            layout.large.draw(draw, (layout.x(column), below + layout.gap_px // 2), answers[column - 2], _INK)
-    _draw_ramp(sheet, (layout.x(1), y + layout.normal.line_px), score_range, layout)
+    return headings
 
 
-def _draw_ramp(sheet: Image.Image, place: tuple[int, int], score_range: tuple[float, float], layout: _Layout) -> None:
-    x, y = place
-    height_px = layout.small.line_px * 2 // 3
-    bar = np.repeat(colours(np.linspace(0.0, 1.0, layout.column_px))[None], height_px, axis=0)
-    sheet.paste(Image.fromarray(bar), (x, y))
-    low, high = (f"{score:.2g}" for score in score_range)
-    draw = ImageDraw.Draw(sheet)
-    y += height_px + layout.gap_px // 4
-    layout.small.draw(draw, (x, y), [low], _MUTED)
-    layout.small.draw(draw, (x + layout.column_px - layout.small.width_px(high), y), [high], _MUTED)
-
-
-def _draw_row(
-    sheet: Image.Image,
-    explanation: Explanation,
-    row: _Row,
-    size: tuple[int, int],
-    score_range: tuple[float, float],
-    y: int,
-    layout: _Layout,
-    *,
-    counted: bool,
+def _draw_ramp(
+    sheet: Image.Image, place: tuple[int, int], width_px: int, score_range: tuple[float, float], small: Lettering
 ) -> None:
+    """The colours of the scores, with the lowest and the highest score below them."""
+    x, y = place
+    height_px = small.line_px * 2 // 3
+    bar = np.repeat(colours(np.linspace(0.0, 1.0, width_px))[None], height_px, axis=0)
+    sheet.paste(Image.fromarray(bar), (x, y))
     draw = ImageDraw.Draw(sheet)
-    image = row.image.resize(size, Image.Resampling.LANCZOS)
-    masks = [selection.kept[row.item][row.step] for selection in explanation.selections]
-    panels = [image, heat_panel(image, explanation.items[row.item].scores[row.step], score_range)]
-    panels += [kept_panel(image, mask) for mask in masks]
-    for column, panel in enumerate(panels):
-        x = layout.x(column)
-        sheet.paste(panel, (x, y))
-        draw.rectangle((x - 1, y - 1, x + size[0], y + size[1]), outline=_RULE)
-        if counted and column >= 2:
-            mask = masks[column - 2]
-            below = (x, y + size[1] + layout.gap_px // 4)
-            layout.small.draw(draw, below, [f"{int(mask.sum())} of {mask.size} kept"], _MUTED)
+    low, high = f"low: {score_range[0]:.2g}", f"high: {score_range[1]:.2g}"
+    small.draw(draw, (x, y + height_px), [low], _MUTED)
+    small.draw(draw, (x + width_px - small.width_px(high), y + height_px), [high], _MUTED)

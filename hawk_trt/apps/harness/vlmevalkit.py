@@ -1,32 +1,35 @@
 """A bundle, or engines, as a model of VLMEvalKit: written to the interface of its BaseModel.
 
-    python -m hawk_trt.apps.harness.vlmevalkit BUNDLE --vlmevalkit DIR --keep-ratio 0.2 -- --data MME TextVQA_VAL
-
-VLMEvalKit is not on the package registry: DIR is a clone of it, with its requirements installed. What stands behind
--- goes to its run.py, which brings datasets, prompts and metrics. torch is its need, not this file's.
+VLMEvalKit is not on the package registry: it is a clone of its repository, with its requirements installed. Its run.py
+brings datasets, prompts and metrics. torch is its need, not this file's.
 """
 
-import argparse
 import runpy
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hawk_trt.apps.cli import options
 from hawk_trt.apps.harness.answering import Answering
-from hawk_trt.errors import HawkError, InvalidInput
+from hawk_trt.errors import InvalidInput
 
 if TYPE_CHECKING:
     from hawk_trt.request import Message
 
 
-def model_class() -> type[Any]:
-    """The model class; VLMEvalKit must be importable.
+def model_class(clone: Path) -> type[Any]:
+    """The model class, made with VLMEvalKit's own base.
+
+    Args:
+        clone: VLMEvalKit's folder.
 
     Raises:
-        InvalidInput: it is not.
+        InvalidInput: it is not there, or cannot be imported.
     """
+    script = clone / "run.py"
+    if not script.is_file():
+        raise InvalidInput(f"{script}: no such file, expected a clone of VLMEvalKit with --vlmevalkit")
+    sys.path.insert(0, str(clone.resolve()))
     try:
         from vlmeval.vlm.base import BaseModel
     except ImportError as error:
@@ -70,6 +73,22 @@ def model_class() -> type[Any]:
     return HawkTrt
 
 
+def run(clone: Path, name: str, model: object, arguments: Sequence[str]) -> None:
+    """Name a model to VLMEvalKit, and run its run.py on it.
+
+    Args:
+        clone: VLMEvalKit's folder, as given to model_class.
+        name: of the model in the results.
+        model: of that class.
+        arguments: of run.py, beside the model.
+    """
+    from vlmeval.config import supported_VLM
+
+    supported_VLM[name] = lambda: model
+    sys.argv = [str(clone / "run.py"), "--model", name, *arguments]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
 def to_messages(
     parts: Sequence[Mapping[str, Any]], system: str | None, fps: float | None, max_frames: int | None
 ) -> "list[Message]":
@@ -98,58 +117,3 @@ def to_messages(
     if system is not None and messages and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system})
     return messages
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Load the bundle, name it to VLMEvalKit, and run its run.py; returns the exit status."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    own = given.index("--") if "--" in given else len(given)
-    args = _parser().parse_args(given[:own])
-    script = args.vlmevalkit / "run.py"
-    try:
-        if not script.is_file():
-            raise InvalidInput(f"{script}: no such file, expected a clone of VLMEvalKit with --vlmevalkit")
-        sys.path.insert(0, str(args.vlmevalkit.resolve()))
-        made = model_class()
-        with options.open_pipeline(args) as pipe:
-            pruning = options.selected_pruning(args, args.keep_ratio)
-            answering = Answering(pipe, pruning, args.min_pixels, args.max_pixels)
-            model = made(answering, args.max_new_tokens, args.system, args.fps, args.max_frames)
-            from vlmeval.config import supported_VLM
-
-            supported_VLM[args.name] = lambda: model
-            sys.argv = [str(script), "--model", args.name, *given[own + 1 :]]
-            runpy.run_path(str(script), run_name="__main__")
-            print(answering.summary(), file=sys.stderr)
-    except HawkError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m hawk_trt.apps.harness.vlmevalkit",
-        usage="%(prog)s BUNDLE --vlmevalkit DIR [options] -- --data MME [options of VLMEvalKit's run.py]",
-        description="Run VLMEvalKit's benchmarks on a bundle or on engines.",
-        allow_abbrev=False,
-    )
-    options.add_pipeline_options(parser)
-    parser.add_argument("--vlmevalkit", type=Path, required=True, metavar="DIR", help="a clone of VLMEvalKit")
-    parser.add_argument("--name", default="hawk-trt", help="of the model in its results (default: %(default)s)")
-    group = parser.add_argument_group("pruning")
-    group.add_argument("--keep-ratio", type=float, default=0.2, help="share of visual tokens (default: %(default)s)")
-    options.add_pruning_options(group)
-    options.add_selector_options(group)
-    group = parser.add_argument_group("prompt")
-    group.add_argument("--system", help="a system message where the data set brings none")
-    group.add_argument("--min-pixels", type=int, help="enlarge smaller images to this area (default: the checkpoint's)")
-    group.add_argument("--max-pixels", type=int, help="shrink larger images to this area (default: the checkpoint's)")
-    group.add_argument("--fps", type=float, help="frames a second of videos (default: the family's)")
-    group.add_argument("--max-frames", type=int, metavar="N", help="most frames of a video (default: 768)")
-    group.add_argument("--max-new-tokens", type=int, default=128, help="longest answer (default: %(default)s)")
-    return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

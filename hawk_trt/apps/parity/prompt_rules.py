@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from tokenizers import Tokenizer
 
+from hawk_trt.bundle import Bundle
 from hawk_trt.errors import ParityError
 from hawk_trt.request import PruningConfig
 
@@ -55,6 +57,28 @@ class VisualItem:
     def num_tokens(self) -> int:
         """Visual tokens of the item."""
         return math.prod(self.grid)
+
+
+def prompt_tokens(bundle: Bundle) -> PromptTokens:
+    """The token ids of the reference's rules, from a bundle's manifest and tokenizer.json."""
+    special = bundle.manifest.special_tokens
+    user: tuple[int, ...] = ()
+    left_out: frozenset[int] = frozenset()
+    text = bundle.read_text("tokenizer.json")
+    if text is not None:
+        tokenizer = Tokenizer.from_str(text)
+        user = tuple(tokenizer.encode("user\n", add_special_tokens=False).ids)
+        added = tokenizer.get_added_tokens_decoder()
+        left_out = frozenset(index for index, token in added.items() if token.special)
+    return PromptTokens(
+        image=special.image,
+        video=special.video,
+        vision_end=special.vision_end,
+        im_start=special.im_start,
+        im_end=special.im_end,
+        user=user,
+        special=left_out,
+    )
 
 
 def query_range(ids: Sequence[int], visual: Sequence[int], tokens: PromptTokens, query: str) -> list[int]:

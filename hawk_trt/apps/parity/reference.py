@@ -12,7 +12,7 @@ Only this file and reference_models.py, which knows the families, import torch a
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,9 +122,9 @@ class Reference:
         return cls(FAMILIES[model_type](model), head_weights, normalization)
 
     @property
-    def model(self) -> ReferenceModel:
-        """The family's model."""
-        return self._model
+    def language(self) -> Any:  # noqa: ANN401 - the language models share no base
+        """The language model, with layers, embed_tokens and config."""
+        return self._model.language
 
     @torch.inference_mode()
     def embed(self, inputs: ModelInputs, tokens: PromptTokens) -> EmbeddedPrompt:
@@ -183,37 +183,87 @@ class Reference:
         Raises:
             ParityError: query="turn" and no user turn.
         """
-        visual = prompt.visual
-        query = query_range(prompt.ids, visual, prompt.tokens, pruning.query) if visual else []
-        raw = self._head_scores(prompt.embeds, query, visual)
-        weights = torch.tensor(pruning.head_weights or self._head_weights, dtype=raw.dtype, device=raw.device)
-        scores = (weights[:, None] * _normalize(raw, self._normalization)).sum(0)
-        groups = {"global": [0] * len(visual), "per-image": prompt.owners, "per-frame": prompt.frames}[pruning.quota]
+        query, raw, scores = self._scores(prompt, pruning)
+        groups = _groups(prompt, pruning)
         ordinals = keep_best(scores.tolist(), groups, pruning)
         if kept_indices is not None:
             wanted = set(np.flatnonzero(np.isin(prompt.places, kept_indices)).tolist())
-            ordinals = [n for n, position in enumerate(visual) if position in wanted]
-        dropped = set(visual) - {visual[n] for n in ordinals}
-        kept = [position for position in range(len(prompt.ids)) if position not in dropped]
-
-        tokens = None if forced_tokens is None else [int(token) for token in forced_tokens]
-        hidden, logits, chosen = self._decode(prompt, kept, steps if tokens is None else len(tokens), tokens)
+            ordinals = [n for n, position in enumerate(prompt.visual) if position in wanted]
+        kept = _positions(prompt, ordinals)
+        entered: list[Tensor] = []
+        hook = self.language.layers[1].register_forward_pre_hook(lambda _module, args: entered.append(args[0]))
+        try:
+            decoding = self.decode(prompt, kept)
+            logits = [next(decoding)[0]]
+            tokens = list(map(int, forced_tokens or [int(logits[0].argmax())]))
+            for step in range(1, steps if forced_tokens is None else len(tokens)):
+                logits.append(decoding.send(torch.tensor(tokens[step - 1 : step], device=logits[0].device))[0])
+                if forced_tokens is None:
+                    tokens.append(int(logits[-1].argmax()))
+        finally:
+            hook.remove()
         return ReferenceTrace(
-            visual_embeds=_numpy(prompt.embeds[visual]),
+            visual_embeds=_numpy(prompt.embeds[prompt.visual]),
             inputs_embeds=_numpy(prompt.embeds),
             head_scores=_numpy(raw),
             scores=_numpy(scores),
-            visual_indices=prompt.places[visual],
+            visual_indices=prompt.places[prompt.visual],
             topk_groups=np.asarray(groups, dtype=np.int64),
             kept_visual=np.asarray(ordinals, dtype=np.int64),
             kept_indices=prompt.places[kept],
             query_indices=prompt.places[query],
-            hidden_states=_numpy(hidden),
+            hidden_states=_numpy(entered[0][0]),
             position_ids=prompt.position_ids.cpu().numpy(),
             kept_position_ids=prompt.position_ids[:, kept].cpu().numpy(),
-            logits=_numpy(logits),
-            tokens=tuple(chosen),
+            logits=_numpy(torch.stack(logits)),
+            tokens=tuple(tokens),
         )
+
+    @torch.inference_mode()
+    def kept(self, prompt: EmbeddedPrompt, pruning: PruningConfig) -> list[int]:
+        """Positions of the prompt that HAWK keeps, text and visual, ascending."""
+        scores = self._scores(prompt, pruning)[-1]
+        return _positions(prompt, keep_best(scores.tolist(), _groups(prompt, pruning), pruning))
+
+    @torch.inference_mode()
+    def decode(self, prompt: EmbeddedPrompt, kept: Sequence[int], rows: int = 1) -> Generator[Tensor, Tensor, None]:
+        """Prefill with the kept positions, then decode step by step, the same prompt in so many rows.
+
+        Yields:
+            Logits [rows, vocab] float32; send the tokens [rows] that the rows go on with.
+        """
+        language = self.language
+        embeds, positions = prompt.embeds[kept].expand(rows, -1, -1), prompt.position_ids[:, kept]
+        cache = DynamicCache(config=language.config)
+        deepstack: dict[str, Any] = {}
+        if prompt.deepstack:
+            visual, still_there = set(prompt.visual), set(kept)
+            ordinals = [n for n, position in enumerate(prompt.visual) if position in still_there]
+            mask = torch.tensor([[position in visual for position in kept]], device=embeds.device)
+            levels = [level[ordinals].repeat(rows, 1) for level in prompt.deepstack]
+            deepstack = {"visual_pos_masks": mask.expand(rows, -1), "deepstack_visual_embeds": levels}
+        following = int(prompt.position_ids.max()) + 1  # of the unpruned prompt: what comes next keeps its place
+        while True:
+            places = positions[:, None].expand(-1, rows, -1)  # [axes, rows, n]
+            output = language(
+                inputs_embeds=embeds,
+                position_ids=places if len(places) > 1 else places[0],  # 1-D models take no axis
+                past_key_values=cache,
+                use_cache=True,
+                **deepstack,
+            )
+            deepstack = {}  # what is generated is text
+            tokens = yield self._model.lm_head(output.last_hidden_state[:, -1]).float()
+            embeds = language.embed_tokens(tokens)[:, None]
+            positions = torch.full((len(positions), 1), following, device=embeds.device)
+            following += 1
+
+    def _scores(self, prompt: EmbeddedPrompt, pruning: PruningConfig) -> tuple[list[int], Tensor, Tensor]:
+        """Positions of the query, scores of each head [heads, num_visual] and what ranks the visual tokens."""
+        query = query_range(prompt.ids, prompt.visual, prompt.tokens, pruning.query) if prompt.visual else []
+        raw = self._head_scores(prompt.embeds, query, prompt.visual)
+        weights = torch.tensor(pruning.head_weights or self._head_weights, dtype=raw.dtype, device=raw.device)
+        return query, raw, (weights[:, None] * _normalize(raw, self._normalization)).sum(0)
 
     def _head_scores(self, embeds: Tensor, query: list[int], visual: list[int]) -> Tensor:
         # float32 throughout, as the method asks: bfloat16 scores lose up to a fifth of the kept set.
@@ -233,42 +283,17 @@ class Reference:
         scores = [(q[query, head] @ k[visual, head // group].T / math.sqrt(head_dim)).mean(0) for head in range(heads)]
         return torch.nan_to_num(torch.stack(scores), nan=0.0, posinf=0.0, neginf=0.0)
 
-    def _decode(
-        self, prompt: EmbeddedPrompt, kept: list[int], steps: int, forced: list[int] | None
-    ) -> tuple[Tensor, Tensor, list[int]]:
-        """What enters layer 1 [kept, hidden] in the prefill, logits [steps, vocab] and the tokens."""
-        language = self._model.language
-        entered: list[Tensor] = []
-        hook = language.layers[1].register_forward_pre_hook(lambda _module, args: entered.append(args[0]))
-        cache = DynamicCache(config=language.config)
-        embeds, positions = prompt.embeds[kept], prompt.position_ids[:, kept]
-        deepstack: dict[str, Any] = {}
-        if prompt.deepstack:
-            visual, still_there = set(prompt.visual), set(kept)
-            ordinals = [n for n, position in enumerate(prompt.visual) if position in still_there]
-            mask = torch.tensor([[position in visual for position in kept]], device=embeds.device)
-            levels = [level[ordinals] for level in prompt.deepstack]
-            deepstack = {"visual_pos_masks": mask, "deepstack_visual_embeds": levels}
-        following = int(prompt.position_ids.max()) + 1  # of the unpruned prompt: what comes next keeps its place
-        logits: list[Tensor] = []
-        tokens: list[int] = []
-        try:
-            for step in range(steps):
-                output = language(
-                    inputs_embeds=embeds[None],
-                    position_ids=positions[:, None] if len(positions) > 1 else positions,  # 1-D models take no axis
-                    past_key_values=cache,
-                    use_cache=True,
-                    **deepstack,
-                )
-                deepstack = {}  # what is generated is text
-                logits.append(self._model.lm_head(output.last_hidden_state[0, -1]).float())
-                tokens.append(int(logits[-1].argmax()) if forced is None else forced[step])
-                embeds = language.embed_tokens(torch.tensor(tokens[-1:], device=embeds.device))
-                positions = torch.full((len(positions), 1), following + step, device=embeds.device)
-        finally:
-            hook.remove()
-        return entered[0][0], torch.stack(logits), tokens
+
+def _groups(prompt: EmbeddedPrompt, pruning: PruningConfig) -> list[int]:
+    """Of each visual token, the top-k that it competes in."""
+    everyone = [0] * len(prompt.visual)
+    return {"global": everyone, "per-image": prompt.owners, "per-frame": prompt.frames}[pruning.quota]
+
+
+def _positions(prompt: EmbeddedPrompt, ordinals: Sequence[int]) -> list[int]:
+    """Positions that stay where of the visual tokens only these do."""
+    dropped = set(prompt.visual) - {prompt.visual[n] for n in ordinals}
+    return [position for position in range(len(prompt.ids)) if position not in dropped]
 
 
 def _normalize(raw: Tensor, normalization: str) -> Tensor:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,11 +19,19 @@ from export.__main__ import main as export
 from hawk_trt import Pipeline, PruningConfig
 from hawk_trt.apps.calibrate.checkpoint import open_checkpoint
 from hawk_trt.apps.calibrate.importance import importance
-from hawk_trt.apps.calibrate.work import BASELINE, Plan, Scores, Source, Unit, Worker, score_table, units_left
+from hawk_trt.apps.calibrate.work import BASELINE, Plan, Scores, Source, Unit, score_table, units_left
 from hawk_trt.apps.cli.main import main
+from hawk_trt.apps.evaluate.datasets import Sample, load_dataset
+from hawk_trt.apps.evaluate.metrics import METRICS
+from hawk_trt.apps.parity.prompt_rules import PromptTokens, prompt_tokens
 from hawk_trt.bundle import read_manifest
 from hawk_trt.errors import InvalidInput
 from hawk_trt.pruning.head_weights import read_head_weights
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+from hawk_trt.apps.calibrate.worker import Worker, answer, without_heads
+from hawk_trt.apps.parity.reference import Reference
 
 HEADS = 8
 HEAD_DIM = 32
@@ -47,7 +56,9 @@ def silenced(checkpoint, folder, heads, layers):
 
 
 def plan(checkpoint, scope="first-layer", dataset="tiny", count=QUESTIONS, keep_ratio=1.0):
-    return Plan(checkpoint, (Source(str(dataset), "exact-match", count, 7),), scope, keep_ratio, max_new_tokens=6)
+    questions = tuple(load_dataset(str(dataset), count, 7))
+    source = Source("questions", questions, "", 7, "exact-match", METRICS["exact-match"])
+    return Plan(checkpoint, (source,), scope, Reference.load, prompt_tokens, keep_ratio, max_new_tokens=6)
 
 
 @pytest.fixture(scope="module")
@@ -94,9 +105,9 @@ def test_weights_are_the_equations_of_the_method():
         above = [value - min(d) for value in d]
         expected += [value / sum(above) / len(tables) for value in above]
     found = importance(tables)
-    np.testing.assert_allclose([weight.mean for weight in found.weights], expected, rtol=1e-12)
-    assert sum(weight.mean for weight in found.weights) == pytest.approx(1.0)
-    assert all(weight.low <= weight.high for weight in found.weights)
+    np.testing.assert_allclose(list(found.weights), expected, rtol=1e-12)
+    assert sum(found.weights) == pytest.approx(1.0)
+    assert all(low <= high for low, high in found.intervals)
 
 
 def test_a_data_set_in_which_no_head_matters_has_no_say():
@@ -104,7 +115,7 @@ def test_a_data_set_in_which_no_head_matters_has_no_say():
     matters[:10, 2] = 0.0
     flat = np.ones((50, 4))
     found = importance([flat, matters])
-    assert [weight.mean for weight in found.weights] == [0.0, 1.0, 0.0]
+    assert list(found.weights) == [0.0, 1.0, 0.0]
     assert found.by_dataset == (None, (0.0, 1.0, 0.0))
     with pytest.raises(InvalidInput, match="no head matters more than another"):
         importance([flat, flat])
@@ -124,8 +135,9 @@ def test_intervals_shrink_with_more_questions():
     rng = np.random.default_rng(1)
     table = (rng.random((800, 5)) < [0.9, 0.9, 0.5, 0.7, 0.9]).astype(float)
     few, many = importance([table[:40]]), importance([table])
-    assert all(b.high - b.low < a.high - a.low for a, b in zip(few.weights[1:3], many.weights[1:3], strict=True))
-    assert many.weights[1].low > 1 / 4
+    widths = [np.diff(found.intervals[1:3]).ravel() for found in (few, many)]
+    assert (widths[1] < widths[0]).all()
+    assert many.intervals[1][0] > 1 / 4
 
 
 @pytest.mark.parametrize(("scope", "layers"), [("first-layer", [0]), ("all-layers", range(4))])
@@ -163,11 +175,9 @@ def test_internvl_answers_as_its_bundle_does(tmp_path):
 
 @pytest.mark.parametrize("keep_ratio", [1.0, 0.3])
 def test_features_of_several_depths_reach_every_row(tmp_path, keep_ratio):
+    import torch
     import transformers
 
-    from hawk_trt.apps.calibrate.ablation import AblatedModel
-    from hawk_trt.apps.parity.prompt_rules import PromptTokens
-    from hawk_trt.apps.parity.reference import Reference
     from random_models import IM_END, IMAGE, TOKEN_IDS, VIDEO, VISION_END, VOCAB, prompt, save_random
 
     sizes = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 4, "vocab_size": VOCAB, "head_dim": 16}
@@ -182,9 +192,10 @@ def test_features_of_several_depths_reach_every_row(tmp_path, keep_ratio):
     reference = Reference.load(checkpoint, head_weights=(0.25,) * 4, normalization="l2")
     tokens = PromptTokens(image=IMAGE, video=VIDEO, vision_end=VISION_END, im_start=None, im_end=IM_END)
     embedded = reference.embed(prompt(1536, images=[(1, 8, 12), (1, 4, 6)]), tokens)
-    model = AblatedModel(reference, "first-layer", stop_tokens=())
-    expected = list(reference.run(embedded, PruningConfig(keep_ratio=keep_ratio), steps=5).tokens)
-    rows = model.answer(embedded, model.kept(embedded, keep_ratio), [None, 1, None], 5)
+    pruning = PruningConfig(keep_ratio=keep_ratio)
+    expected = list(reference.run(embedded, pruning, steps=5).tokens)
+    with torch.inference_mode(), without_heads(reference, "first-layer", [BASELINE, 1, BASELINE]):
+        rows = answer(reference, embedded, reference.kept(embedded, pruning), 3, 5, stop_tokens=())
     assert rows[0] == rows[2] == expected
 
 
@@ -199,22 +210,21 @@ def test_heads_side_by_side_answer_as_they_do_alone(tiny_checkpoint):
 def test_neither_the_order_of_the_heads_nor_how_many_go_together_changes_the_scores(planted):
     checkpoint, dataset = planted
     worker = Worker(plan(checkpoint, dataset=dataset))
-    ids = [sample.id for sample in plan(checkpoint, dataset=dataset).sources[0].load()][:2]
+    work = plan(checkpoint, dataset=dataset, count=2)
     tables = []
     for at_once, backwards in ((9, False), (4, True)):
-        units = list(units_left([ids], [[]], HEADS, at_once))
+        units = list(units_left(work, [[]], HEADS, at_once))
         units = [Unit(u.source, u.number, u.heads[::-1]) for u in reversed(units)] if backwards else units
-        tables.append(score_table(ids, [worker.do(unit)[1] for unit in units], HEADS))
+        tables.append(score_table(work.sources[0], [worker.do(unit)[1] for unit in units], HEADS))
     np.testing.assert_array_equal(*tables)
 
 
-def test_units_left_are_those_that_no_record_holds():
+def test_units_left_are_those_that_no_record_holds(tiny_checkpoint):
     known = [Scores("a", (-1, 0), (1.0, 1.0), ("", "")), Scores("b", (-1, 0, 1, 2), (0.0,) * 4, ("",) * 4)]
-    assert list(units_left([["a", "b", "c"]], [known], 3, 3)) == [
-        Unit(0, 0, (1, 2)),
-        Unit(0, 2, (-1, 0, 1)),
-        Unit(0, 2, (2,)),
-    ]
+    work = plan(tiny_checkpoint, count=1)
+    source = replace(work.sources[0], questions=[Sample(name, "?", ("!",)) for name in "abc"])
+    work = replace(work, sources=(source,))
+    assert list(units_left(work, [known], 3, 3)) == [Unit(0, 0, (1, 2)), Unit(0, 2, (-1, 0, 1)), Unit(0, 2, (2,))]
 
 
 def command(checkpoint, dataset, folder):

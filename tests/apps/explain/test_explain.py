@@ -2,12 +2,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hawk_trt.apps.explain import Explanation, Selection, VisualItem, explain
+from hawk_trt.apps.explain import picture
+from hawk_trt.apps.explain.explanation import Explanation, Selection, VisualItem, explain
 from hawk_trt.apps.explain.lettering import Lettering
 from hawk_trt.apps.explain.panels import colours, heat_panel, kept_panel
 from hawk_trt.apps.explain.picture import MAX_FRAMES, render, save
 from hawk_trt.bundle import SpecialTokens
 from hawk_trt.errors import InvalidInput
+from hawk_trt.inputs.layout import prompt_layout
+from hawk_trt.models.qwen2_vl import Qwen2VL
 from hawk_trt.request import ModelInputs, Result
 
 IMAGE, VIDEO, TEXT = 7, 8, 1
@@ -16,12 +19,23 @@ TOKENS = SpecialTokens(
 )
 
 
+def layout_of(input_ids, **inputs):
+    return prompt_layout(
+        ModelInputs(input_ids=np.array(input_ids), **inputs),
+        Qwen2VL(),
+        {"spatial_merge_size": 2},
+        TOKENS,
+        "paper",
+        None,
+    )
+
+
 def result_of(num_visual, kept_indices, *, text="yes", num_kept=0):
     scores = np.arange(num_visual, dtype=np.float32)
     return Result(text, [3], "stop", num_visual, num_kept, np.array(kept_indices, np.int64), scores)
 
 
-def explanation_of(*grids, kind="image", ratios=(0.5,), prompt="What is it?"):
+def explanation_of(*grids, kind="image", ratios=(0.5,), prompt="What is it?", selector="hawk"):
     rng = np.random.default_rng(0)
     items = tuple(VisualItem(kind, grid, rng.random(grid, np.float32)) for grid in grids)
     total = sum(item.scores.size for item in items)
@@ -29,14 +43,13 @@ def explanation_of(*grids, kind="image", ratios=(0.5,), prompt="What is it?"):
         Selection(ratio, round(total * ratio), f"answer at {ratio}", tuple(item.scores < ratio for item in items))
         for ratio in ratios
     )
-    return Explanation(prompt, total, items, selections)
+    return Explanation(prompt, selector, total, items, selections)
 
 
 def test_scores_and_kept_tokens_lie_on_the_grid_of_their_image():
     # 2 x 3 tokens of an image after two text tokens; positions 3 and 7 of it are kept.
-    input_ids = np.array([TEXT, TEXT, *[IMAGE] * 6, TEXT])
-    inputs = ModelInputs(input_ids=input_ids, image_grid_thw=np.array([[1, 4, 6]]))
-    explained = explain("?", inputs, [(0.3, result_of(6, [0, 1, 3, 7, 8], num_kept=2))], TOKENS, 2)
+    layout = layout_of([TEXT, TEXT, *[IMAGE] * 6, TEXT], image_grid_thw=[[1, 4, 6]])
+    explained = explain("?", layout, [(0.3, result_of(6, [0, 1, 3, 7, 8], num_kept=2))], 2)
     assert explained.items[0].grid == (1, 2, 3)
     assert explained.items[0].scores.tolist() == [[[0, 1, 2], [3, 4, 5]]]
     assert explained.selections[0].kept[0].tolist() == [[[False, True, False], [False, False, True]]]
@@ -44,41 +57,54 @@ def test_scores_and_kept_tokens_lie_on_the_grid_of_their_image():
 
 
 def test_images_and_videos_in_any_order_get_their_own_scores():
-    input_ids = np.array([[*[VIDEO] * 2, TEXT, IMAGE, *[VIDEO] * 2]])
-    inputs = ModelInputs(
-        input_ids=input_ids, image_grid_thw=np.array([[1, 2, 2]]), video_grid_thw=np.array([[2, 2, 2], [2, 2, 2]])
+    layout = layout_of(
+        [*[VIDEO] * 2, TEXT, IMAGE, *[VIDEO] * 2],
+        image_grid_thw=[[1, 2, 2]],
+        video_grid_thw=[[2, 2, 2], [2, 2, 2]],
     )
-    explained = explain("?", inputs, [(0.4, result_of(5, [0, 2, 3]))], TOKENS, 2)
+    explained = explain("?", layout, [(0.4, result_of(5, [0, 2, 3]))], 2)
     assert [item.kind for item in explained.items] == ["image", "video", "video"]
     assert [item.scores.ravel().tolist() for item in explained.items] == [[2.0], [0.0, 1.0], [3.0, 4.0]]
     assert [kept.ravel().tolist() for kept in explained.selections[0].kept] == [[True], [True, False], [False, False]]
 
 
-def test_padding_placeholders_are_no_visual_tokens():
-    inputs = ModelInputs(
-        input_ids=np.array([IMAGE, IMAGE, IMAGE, TEXT]),
-        attention_mask=np.array([0, 1, 1, 1]),
-        image_grid_thw=np.array([[1, 2, 4]]),
-    )
-    explained = explain("?", inputs, [(0.5, result_of(2, [2, 3]))], TOKENS, 2)
+def test_positions_are_those_of_the_prompt_as_given_padding_included():
+    layout = layout_of([TEXT, TEXT, IMAGE, IMAGE, TEXT], attention_mask=[0, 1, 1, 1, 1], image_grid_thw=[[1, 2, 4]])
+    explained = explain("?", layout, [(0.5, result_of(2, [1, 3, 4]))], 2)
     assert explained.selections[0].kept[0].tolist() == [[[False, True]]]
+
+
+def test_an_image_that_is_masked_in_part_cannot_be_drawn():
+    layout = layout_of([IMAGE, IMAGE, TEXT], attention_mask=[0, 1, 1], image_grid_thw=[[1, 2, 4]])
+    with pytest.raises(InvalidInput, match="1 of the 2 tokens of image or video 0 are real"):
+        explain("?", layout, [(0.5, result_of(1, [1, 2]))], 2)
 
 
 def test_a_prompt_without_visual_tokens_has_nothing_to_explain():
     with pytest.raises(InvalidInput, match="nothing to explain"):
-        explain("?", ModelInputs(input_ids=np.array([TEXT])), [(0.5, result_of(0, [0]))], TOKENS, 2)
-
-
-def test_grids_that_do_not_fit_the_prompt_are_refused():
-    inputs = ModelInputs(input_ids=np.array([IMAGE, IMAGE]), image_grid_thw=np.array([[1, 4, 6]]))
-    with pytest.raises(InvalidInput, match="hold 6 tokens, the prompt has 2"):
-        explain("?", inputs, [(0.5, result_of(2, [0]))], TOKENS, 2)
+        explain("?", layout_of([TEXT]), [(0.5, result_of(0, [0]))], 2)
 
 
 def test_scores_of_another_prompt_are_refused():
-    inputs = ModelInputs(input_ids=np.array([IMAGE, IMAGE]), image_grid_thw=np.array([[1, 2, 4]]))
     with pytest.raises(InvalidInput, match="got 3 values, expected 2"):
-        explain("?", inputs, [(0.5, result_of(3, [0]))], TOKENS, 2)
+        explain("?", layout_of([IMAGE, IMAGE], image_grid_thw=[[1, 2, 4]]), [(0.5, result_of(3, [0]))], 2)
+
+
+@pytest.mark.parametrize(
+    ("selector", "scores", "detail"),
+    [
+        ("hawk", "HAWK scores", "5 of 10 kept (50.0 %)"),
+        ("uniform", "Scores of uniform", "5 of 10 kept by uniform (50.0 %)"),
+        ("divprune", "HAWK scores, not used by divprune", "5 of 10 kept by divprune (50.0 %)"),
+    ],
+)
+def test_the_picture_names_who_chose(selector, scores, detail, monkeypatch):
+    drawn = []
+    draw = Lettering.draw
+    monkeypatch.setattr(picture.Lettering, "draw", lambda self, *given: (drawn.extend(given[2]), draw(self, *given))[1])
+    render(explanation_of((1, 2, 5), selector=selector), [[Image.new("RGB", (140, 56))]])
+    assert drawn.count(scores) == 1 and detail in drawn
+    assert sum("HAWK" in text for text in drawn) == (selector != "uniform")
 
 
 def test_kept_tokens_keep_their_colours_and_dropped_ones_lose_them():

@@ -12,6 +12,7 @@ from PIL import Image
 from examples.tiny_task import generate
 from harness_standin import BaseModel, lmms, modules
 from hawk_trt import Pipeline, PruningConfig, SamplingConfig
+from hawk_trt.apps.cli.vlmevalkit import main
 from hawk_trt.apps.harness import vlmevalkit
 from hawk_trt.apps.harness.answering import Answering
 from hawk_trt.errors import HawkError, InvalidInput
@@ -178,14 +179,14 @@ def test_vlmevalkit_is_run_with_one_command(tiny_bundle, tmp_path, samples, expe
         parts.append([{"type": "image", "value": str(path)}, {"type": "text", "value": sample.question}])
     (tmp_path / "parts.json").write_text(json.dumps(parts), encoding="utf-8")
     own = [str(tiny_bundle), "--vlmevalkit", str(clone), "--name", "mine", "--keep-ratio", "0.2"]
-    assert vlmevalkit.main([*own, "--max-new-tokens", "8", "--", "--data", str(tmp_path / "parts.json")]) == 0
+    assert main([*own, "--max-new-tokens", "8", "--", "--data", str(tmp_path / "parts.json")]) == 0
     out, err = capsys.readouterr()
     assert json.loads(out) == {"argv": ["mine", "--data"], "said": expected}
     assert "4 answers, 52 of 256 visual tokens kept" in err
 
 
 def test_vlmevalkit_that_is_not_there_is_one_line(tiny_bundle, tmp_path, capsys):
-    assert vlmevalkit.main([str(tiny_bundle), "--vlmevalkit", str(tmp_path), "--", "--data", "MME"]) == 1
+    assert main([str(tiny_bundle), "--vlmevalkit", str(tmp_path), "--", "--data", "MME"]) == 1
     assert "expected a clone of VLMEvalKit" in capsys.readouterr().err
 
 

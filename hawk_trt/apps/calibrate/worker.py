@@ -1,0 +1,136 @@
+"""Who does the units of work: a loaded model that answers with single heads left out.
+
+    out_i = 0 for the row's head i, before o_proj          in layer 0, or in every layer
+
+The same prompt lies side by side in several rows, each without another head. A row costs what an answer costs; image,
+prompt and the choice of tokens are made once for all rows. In a calibration only this file imports torch.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hawk_trt.apps.calibrate.checkpoint import open_checkpoint
+from hawk_trt.apps.calibrate.work import BASELINE, FIRST_LAYER, Model, Plan, Question, Scores, Unit
+from hawk_trt.errors import InvalidInput
+from hawk_trt.inputs.processor import Processor
+from hawk_trt.models.family import family_by_name
+from hawk_trt.request import PruningConfig
+
+
+class Worker:
+    """A loaded model that does units. Loading takes seconds to minutes."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        bundle = open_checkpoint(plan.checkpoint)
+        manifest = bundle.manifest
+        self._stop = manifest.special_tokens.eos
+        self._tokens = plan.special_tokens(bundle)
+        self._processor = Processor(bundle, family_by_name(manifest.family))
+        weights = manifest.head_weights.values
+        self._pruning = PruningConfig(keep_ratio=plan.keep_ratio, head_weights=weights)
+        self._model = plan.load(
+            plan.checkpoint,
+            head_weights=weights,
+            normalization=manifest.normalization,
+            device=plan.device,
+            dtype=plan.dtype,
+        )
+        self._question: Question | None = None
+        self._prompt: Any = None
+        self._kept: list[int] = []
+
+    @torch.inference_mode()
+    def do(self, unit: Unit) -> tuple[Unit, Scores]:
+        """Answer and score.
+
+        Raises:
+            InvalidInput: an image or video that cannot be used.
+        """
+        source = self._plan.sources[unit.source]
+        question = source.questions[unit.number]
+        if question is not self._question:
+            try:
+                self._prepare(question)
+            except InvalidInput as error:
+                raise InvalidInput(f"{source.name}, sample {question.id}: {error}") from error
+        with without_heads(self._model, self._plan.scope, unit.heads):
+            tokens = answer(
+                self._model, self._prompt, self._kept, len(unit.heads), self._plan.max_new_tokens, self._stop
+            )
+        chat = self._processor.chat
+        assert chat is not None  # open_checkpoint refuses a checkpoint without a tokenizer
+        answers = tuple(str(chat.tokenizer.decode(ids)) for ids in tokens)
+        return unit, Scores(question.id, unit.heads, tuple(source.score(one, question) for one in answers), answers)
+
+    def _prepare(self, question: Question) -> None:
+        """Make of a question what all of its units share."""
+        inputs = self._processor(question.prompt, question.images, question.videos, max_pixels=self._plan.max_pixels)
+        self._prompt = self._model.embed(inputs, self._tokens)
+        self._kept = self._model.kept(self._prompt, self._pruning)
+        self._question = question
+
+
+def answer(
+    model: Model,
+    prompt: Any,  # noqa: ANN401
+    kept: Sequence[int],
+    rows: int,
+    max_new_tokens: int,
+    stop_tokens: Sequence[int],
+) -> list[list[int]]:
+    """Answer one prompt greedily in so many rows: token ids of each, without the stop token.
+
+    Args:
+        model: the model.
+        prompt: from its embed.
+        kept: positions of the prompt that the decoder sees, ascending.
+        rows: answers side by side.
+        max_new_tokens: longest answer.
+        stop_tokens: ids that end an answer.
+    """
+    answers: list[list[int]] = [[] for _ in range(rows)]
+    unfinished = set(range(rows))
+    decoding = model.decode(prompt, kept, rows)
+    chosen = next(decoding).argmax(-1)
+    while True:
+        for row, token in enumerate(chosen.tolist()):
+            if token in stop_tokens:
+                unfinished.discard(row)
+            elif row in unfinished:
+                answers[row].append(token)
+        if not unfinished or max(map(len, answers)) == max_new_tokens:
+            return answers
+        chosen = decoding.send(chosen).argmax(-1)
+
+
+@contextmanager
+def without_heads(model: Model, scope: str, heads: Sequence[int]) -> Iterator[None]:
+    """Zero what each row's head hands to o_proj; BASELINE leaves out nothing."""
+    language = model.language
+    num_heads = int(language.config.num_attention_heads)
+    hooks = []
+    try:
+        for layer in language.layers[: 1 if scope == FIRST_LAYER else None]:
+            projection = layer.self_attn.o_proj
+            dropped = torch.zeros(len(heads), 1, num_heads, projection.in_features // num_heads, dtype=torch.bool)
+            for row, head in enumerate(heads):
+                if head != BASELINE:
+                    dropped[row, :, head] = True
+            hook = _zeroing(dropped.flatten(2).to(projection.weight.device))
+            hooks.append(projection.register_forward_pre_hook(hook))
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _zeroing(dropped: Tensor) -> Any:  # noqa: ANN401 - a hook of torch
+    def hook(_module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (inputs[0].masked_fill(dropped, 0.0), *inputs[1:])
+
+    return hook

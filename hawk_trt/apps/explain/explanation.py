@@ -1,0 +1,119 @@
+"""Which visual tokens are kept, and why: scores and choices laid out on the images they come from.
+
+A prompt and its results at some keep ratios enter; an Explanation leaves, plain data that picture.render draws and
+`hawk-trt explain --json` prints.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from hawk_trt.errors import InvalidInput
+from hawk_trt.inputs.layout import PromptLayout
+from hawk_trt.request import Result
+
+if TYPE_CHECKING:
+    from hawk_trt.pruning.selectors import Selector
+
+
+@dataclass(frozen=True, slots=True)
+class VisualItem:
+    """One image or video of the prompt.
+
+    Attributes:
+        kind: "image" or "video".
+        grid: visual tokens in time, height and width; an image has one step in time, or one for each of its tiles.
+        scores: float32 [time, height, width], HAWK's score of each token.
+    """
+
+    kind: Literal["image", "video"]
+    grid: tuple[int, int, int]
+    scores: npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """What one keep ratio kept.
+
+    Attributes:
+        keep_ratio: share of visual tokens asked for.
+        num_kept: visual tokens kept.
+        answer: text generated from the kept tokens, None without a tokenizer.
+        kept: bool [time, height, width] for each item.
+    """
+
+    keep_ratio: float
+    num_kept: int
+    answer: str | None
+    kept: tuple[npt.NDArray[np.bool_], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """A prompt's images and videos, their scores, and what the selector kept of them at each keep ratio."""
+
+    prompt: str
+    selector: str
+    num_visual: int
+    items: tuple[VisualItem, ...]
+    selections: tuple[Selection, ...]
+
+
+def explain(
+    prompt: str,
+    layout: PromptLayout,
+    results: Sequence[tuple[float, Result]],
+    spatial_merge_size: int,
+    selector: "str | Selector" = "hawk",
+) -> Explanation:
+    """Lay scores and kept tokens out on the token grids of the images, then of the videos.
+
+    Args:
+        prompt: text to show; nothing is computed from it.
+        layout: of the prompt that every result answers.
+        results: (keep_ratio, result) pairs, at least one.
+        spatial_merge_size: patches that one token spans, in height and in width.
+        selector: who chose the kept tokens.
+
+    Raises:
+        InvalidInput: the prompt has no visual token, one of its images is masked in part, or a result is of another
+            prompt.
+    """
+    if not layout.num_visual:
+        raise InvalidInput("prompt: it has no image or video, so there is nothing to explain")
+    for _, result in results:
+        if result.scores.size != layout.num_visual:
+            raise InvalidInput(
+                f"scores: got {result.scores.size} values, expected {layout.num_visual}, one a visual token"
+            )
+    visual = layout.visual_rows >= 0
+    owners, places = layout.items[visual], layout.source_index[visual]
+    items = []
+    for number, (time, height, width) in enumerate([*layout.image_grid_thw.tolist(), *layout.video_grid_thw.tolist()]):
+        grid = (time, height // spatial_merge_size, width // spatial_merge_size)
+        own = owners == number
+        if own.sum() != math.prod(grid):
+            raise InvalidInput(
+                f"attention_mask: {own.sum()} of the {math.prod(grid)} tokens of image or video {number} are real, "
+                "expected all"
+            )
+        kind: Literal["image", "video"] = "image" if number < len(layout.image_grid_thw) else "video"
+        items.append(VisualItem(kind, grid, results[0][1].scores[own].reshape(grid)))
+    selections = [
+        Selection(
+            keep_ratio,
+            result.num_kept,
+            result.text,
+            tuple(
+                np.isin(places[owners == number], result.kept_indices).reshape(item.grid)
+                for number, item in enumerate(items)
+            ),
+        )
+        for keep_ratio, result in results
+    ]
+    name = selector if isinstance(selector, str) else getattr(selector, "__name__", "your selector")
+    return Explanation(prompt, name, layout.num_visual, tuple(items), tuple(selections))
