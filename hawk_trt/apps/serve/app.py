@@ -1,32 +1,59 @@
 """The HTTP application: OpenAI's chat completions over one pipeline."""
 
 import asyncio
+import hmac
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
-import msgspec
-from fastapi import Depends, FastAPI, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from fastapi.openapi.utils import get_openapi
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from hawk_trt import __version__
-from hawk_trt.apps.serve.exchange import Exchange
-from hawk_trt.apps.serve.gate import Gate, check_key
+from hawk_trt.apps.serve.chat import chat_completions, check_model
+from hawk_trt.apps.serve.errors import ApiError, ErrorBody, error_response
 from hawk_trt.apps.serve.metrics import CONTENT_TYPE
-from hawk_trt.apps.serve.models import ModelList, served_model
-from hawk_trt.apps.serve.openapi import CHAT_ANSWER, answer, chat_request, describe, errors
+from hawk_trt.apps.serve.middleware import RequestMiddleware
 from hawk_trt.apps.serve.page import page_routes
-from hawk_trt.apps.serve.refusal import Refusal, failed
+from hawk_trt.apps.serve.protocol import Abilities, ChatRequest, Chunk, Completion, Model, ModelList
 from hawk_trt.apps.serve.service import Service
 from hawk_trt.apps.serve.settings import ServeSettings
+from hawk_trt.errors import HawkError
+from hawk_trt.request import QUERIES, QUOTAS, SELECTORS
 
 if TYPE_CHECKING:
     from hawk_trt.pipeline import Pipeline
 
-_bearer = HTTPBearer(auto_error=False, description="One of the server's keys.")
+_CHAT = "/v1/chat/completions"
+_SCHEMAS = "#/components/schemas/{model}"
+_DESCRIPTION = (
+    "OpenAI's chat completions over a vision-language model whose visual tokens are pruned. `pruning` chooses how many "
+    "are kept and by whom, `usage` tells how many there were and how many were kept, and `hawk` asks for the times "
+    "of the stages and the scores of every image."
+)
+_ERRORS = {
+    400: "The request is wrong in itself, or asks for what this server does not do; `param` names it.",
+    401: "No key of this server.",
+    404: "No such model.",
+    408: "The body took too long to arrive.",
+    413: "The body or a fetched image is too large.",
+    415: "The body is not application/json.",
+    429: "As many requests wait as may. Retry-After says when to come back.",
+    500: "The server failed; its log says why.",
+    503: "Warming up, stopping, or the answer did not begin in time. Retry-After says when to come back.",
+    504: "The answer was not complete in time.",
+}
+_EVENT = {
+    "type": "object",
+    "description": "An event.",
+    "required": ["data"],
+    "properties": {"data": {"type": "string", "description": "A Chunk as JSON, an ErrorBody as JSON, or [DONE]."}},
+}
 
 
 def create_app(pipe: "Pipeline", settings: ServeSettings) -> FastAPI:
@@ -38,7 +65,6 @@ def create_app(pipe: "Pipeline", settings: ServeSettings) -> FastAPI:
         InvalidInput: a bundle without a tokenizer.
     """
     service = Service(pipe, settings)
-    model = served_model(pipe, settings, int(time.time()))
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -50,7 +76,7 @@ def create_app(pipe: "Pipeline", settings: ServeSettings) -> FastAPI:
     # Their pages would load scripts from elsewhere; the description itself is at /openapi.json.
     app = FastAPI(title="hawk_trt", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.service = service
-    describe(app, settings.model_name)
+    app.state.model = _model(pipe, settings)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -59,92 +85,150 @@ def create_app(pipe: "Pipeline", settings: ServeSettings) -> FastAPI:
             allow_headers=["authorization", "content-type"],
             expose_headers=["x-request-id", "retry-after"],
         )
-    app.add_middleware(Gate, metrics=service.metrics)
-
-    async def with_key(request: Request, _: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]) -> None:
-        check_key(request.headers.get("authorization"), settings.api_keys)
-
-    keyed = [Depends(with_key)] if settings.api_keys else []
-
-    @app.post(
-        "/v1/chat/completions",
-        dependencies=keyed,
-        summary="Answer a chat",
-        responses={200: CHAT_ANSWER, **errors(400, 401, 404, 408, 413, 415, 429, 500, 503, 504)},
-        openapi_extra=chat_request(settings.model_name),
-    )
-    async def chat_completions() -> Response:
-        return Exchange(service)
-
-    @app.get(
-        "/v1/models",
-        dependencies=keyed,
-        summary="List the models",
-        responses={200: answer("ModelList", "The one model of this server."), **errors(401)},
-    )
-    async def models() -> Response:
-        return _json(200, ModelList("list", [model]))
-
-    @app.get(
-        "/v1/models/{name:path}",
-        dependencies=keyed,
-        summary="Tell of one model",
-        responses={200: answer("Model", "The model."), **errors(401, 404)},
-    )
-    async def one_model(name: str) -> Response:
-        if name != model.id:
-            message = f"model: got {name[:100]!r}, expected {model.id!r}, the one that is served"
-            raise Refusal(404, message, param="model", code="model_not_found")
-        return _json(200, model)
-
-    @app.get("/health", summary="Whether the process answers", responses={200: {"description": "It does."}})
-    async def health() -> Response:
-        return _json(200, {"status": "ok"})
-
-    @app.get(
-        "/ready",
-        summary="Whether requests are taken",
-        responses={200: {"description": "They are."}, 503: {"description": "Warming up, stopping or failed."}},
-    )
-    async def ready() -> Response:
-        taken = service.state == "ready" and service.batcher.ready
-        return _json(200 if taken else 503, {"status": service.state})
-
-    @app.get(
-        "/metrics",
-        dependencies=keyed,
-        summary="Counts and times for Prometheus",
-        responses={
-            200: {
-                "description": "Prometheus's text format.",
-                "content": {"text/plain": {"schema": {"type": "string"}}},
-            },
-            **errors(401),
-        },
-    )
-    async def metrics() -> Response:
-        return Response(service.metrics.text(), headers={"content-type": CONTENT_TYPE})
-
-    async def refused(_: Request, error: Exception) -> Response:
-        assert isinstance(error, Refusal), "registered for no other"
-        return Response(error.json(), error.status, error.headers)
-
-    async def wrong_address(_: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException), "registered for no other"
-        refusal = Refusal(error.status_code, str(error.detail), code=f"http_{error.status_code}")
-        return Response(refusal.json(), refusal.status, {**refusal.headers, **(error.headers or {})})
-
-    async def crashed(_: Request, __: Exception) -> Response:
-        refusal = failed()
-        return Response(refusal.json(), refusal.status, refusal.headers)
-
+    app.add_middleware(RequestMiddleware, metrics=service.metrics, request_seconds=settings.request_seconds)
+    app.include_router(_open)
+    app.include_router(_keyed, dependencies=[Depends(_check_key)] if settings.api_keys else [])
     if settings.page:
         app.router.routes.extend(page_routes())
-    app.add_exception_handler(Refusal, refused)
-    app.add_exception_handler(HTTPException, wrong_address)
-    app.add_exception_handler(Exception, crashed)
+    for kind in (HawkError, HTTPException, TimeoutError):
+        app.add_exception_handler(kind, _explain)
+    app.openapi = lambda: _describe(app)  # type: ignore[method-assign]  # FastAPI's own way to extend the description
     return app
 
 
-def _json(status: int, content: object) -> Response:
-    return Response(msgspec.json.encode(content), status, media_type="application/json")
+async def _explain(_: Request, error: Exception) -> Response:
+    return error_response(error)
+
+
+async def _check_key(
+    request: Request,
+    got: Annotated[
+        HTTPAuthorizationCredentials | None,
+        Depends(HTTPBearer(auto_error=False, description="One of the server's keys.")),
+    ],
+) -> None:
+    """Compare a request's key with those of the server, in a time that does not tell how much of it is right."""
+    key = "" if got is None else got.credentials
+    settings: ServeSettings = request.app.state.service.settings
+    matches = [hmac.compare_digest(key.encode(), known.encode()) for known in settings.api_keys]
+    if not any(matches):
+        message = "authorization: expected a key of this server: Authorization: Bearer KEY"
+        raise ApiError(401, message, param="authorization", code="invalid_api_key")
+
+
+def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    return {status: {"description": _ERRORS[status], "model": ErrorBody} for status in statuses}
+
+
+_open = APIRouter()
+_keyed = APIRouter()
+_keyed.post(
+    _CHAT,
+    summary="Answer a chat",
+    response_model=Completion,
+    responses={
+        200: {
+            "description": "The answer; with `stream`, server-sent events with a Chunk each, `[DONE]` last.",
+            "content": {"text/event-stream": {"schema": _EVENT}},
+        },
+        **_errors(*_ERRORS),
+    },
+)(chat_completions)
+
+
+@_keyed.get("/v1/models", summary="List the models", responses=_errors(401))
+async def models(request: Request) -> ModelList:
+    """The one model of this server."""
+    return ModelList(data=[request.app.state.model])
+
+
+@_keyed.get("/v1/models/{name:path}", summary="Tell of one model", responses=_errors(401, 404))
+async def one_model(name: str, request: Request) -> Model:
+    """The model, and what a request may ask of it."""
+    model: Model = request.app.state.model
+    check_model(name, model.id)
+    return model
+
+
+@_keyed.get(
+    "/metrics",
+    summary="Counts and times for Prometheus",
+    response_class=Response,
+    responses={
+        200: {"description": "Prometheus's text format.", "content": {"text/plain": {"schema": {"type": "string"}}}},
+        **_errors(401),
+    },
+)
+async def metrics(request: Request) -> Response:
+    """All that the server counts."""
+    return Response(request.app.state.service.metrics.text(), headers={"content-type": CONTENT_TYPE})
+
+
+@_open.get("/health", summary="Whether the process answers")
+async def health() -> dict[str, str]:
+    """200 while it does."""
+    return {"status": "ok"}
+
+
+@_open.get("/ready", summary="Whether requests are taken", responses={503: {"description": "Not now."}})
+async def ready(request: Request, response: Response) -> dict[str, str]:
+    """200 while they are; 503 while the server warms up or stops, or where it could not start."""
+    service: Service = request.app.state.service
+    response.status_code = 200 if service.ready else 503
+    return {"status": service.state}
+
+
+def _model(pipe: "Pipeline", settings: ServeSettings) -> Model:
+    manifest = pipe.bundle.manifest
+    return Model(
+        id=settings.model_name,
+        created=int(time.time()),
+        hawk=Abilities(
+            family=manifest.family,
+            dtype=manifest.dtype,
+            keep_ratio=settings.pruning.keep_ratio,
+            selector=str(settings.pruning.selector),
+            selectors=list(SELECTORS),
+            queries=list(QUERIES),
+            quotas=list(QUOTAS),
+            max_tokens=settings.max_tokens,
+            max_images=settings.max_images,
+            max_body_bytes=settings.max_body_bytes,
+            remote_images=bool(settings.remote_hosts),
+        ),
+    )
+
+
+def _describe(app: FastAPI) -> dict[str, Any]:
+    """The OpenAPI description, made when it is first asked for. FastAPI adds all but the body of a chat.
+
+    FastAPI would read a body that it knows of before it looks at key and limits.
+    """
+    if app.openapi_schema is None:
+        schema = get_openapi(title=app.title, version=app.version, description=_DESCRIPTION, routes=app.routes)
+        _, found = models_json_schema([(ChatRequest, "validation"), (Chunk, "serialization")], ref_template=_SCHEMAS)
+        model = app.state.model.id
+        found["$defs"]["ChatRequest"]["properties"]["model"]["enum"] = [model]
+        schema["components"]["schemas"].update(found["$defs"])
+        schema["paths"][_CHAT]["post"]["requestBody"] = {
+            "required": True,
+            "content": {
+                "application/json": {
+                    "schema": {"$ref": _SCHEMAS.format(model="ChatRequest")},
+                    "examples": _examples(model),
+                }
+            },
+        }
+        app.openapi_schema = schema
+    return app.openapi_schema
+
+
+def _examples(model: str) -> dict[str, Any]:
+    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo..."}}
+    asked = {"role": "user", "content": [picture, {"type": "text", "text": "What colour is the heart?"}]}
+    image = {"model": model, "messages": [asked], "pruning": {"keep_ratio": 0.2}, "temperature": 0, "max_tokens": 32}
+    text = {"model": model, "messages": [{"role": "user", "content": "Hello."}], "stream": True}
+    return {
+        "image": {"summary": "An image, at a fifth of its visual tokens", "value": image},
+        "text": {"summary": "Text, streamed", "value": text},
+    }

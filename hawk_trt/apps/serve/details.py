@@ -1,51 +1,44 @@
 """What an answer tells of its making, where a request asks for it: times; scores and kept tokens of each image."""
 
-from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hawk_trt.apps.serve.prompt import Prepared
 from hawk_trt.models.internvl_tiles import tile_grid
-from hawk_trt.request import ModelInputs, PruningConfig, Result, Timings
+from hawk_trt.request import Result, Timings
 
 if TYPE_CHECKING:
     from hawk_trt.pipeline import Pipeline
 
 
-_TOLD = ("keep_ratio", "min_visual_tokens", "selector", "query", "quota", "keep_mass", "diversity")
+_PRUNING = ("keep_ratio", "min_visual_tokens", "selector", "query", "quota", "keep_mass", "diversity")
 
 
-def details_of(
-    pipe: "Pipeline", inputs: ModelInputs, sizes: Sequence[tuple[int, int]], pruning: PruningConfig, result: Result
-) -> dict[str, Any]:
-    """Plain JSON values.
-
-    Args:
-        pipe: that answered.
-        inputs: the prompt.
-        sizes: width and height of its images.
-        pruning: of the request.
-        result: the answer.
+def details_of(pipe: "Pipeline", prepared: Prepared, result: Result) -> dict[str, Any]:
+    """The details of one answer, as plain JSON values.
 
     Returns:
-        "keep_ratio" and the others of _TOLD: of the pruning. "seconds": by stage. "images", one an image:
+        "keep_ratio" and the others of _PRUNING: of the request. "seconds": by stage. "images", one an image:
         "grid", its visual tokens in time, height and width (a tile is a step in time); "size", its width and height;
         "tiles", columns and rows, where it was cut into tiles: what is over in time is the whole image once more;
         "scores", one a visual token, row by row; "kept", the indices of the kept ones among these.
     """
-    told: dict[str, Any] = {name: getattr(pruning, name) for name in _TOLD}
-    told["seconds"] = {stage.name: getattr(result.timings, stage.name) for stage in fields(Timings)}
-    told["images"] = []
+    details: dict[str, Any] = {name: getattr(prepared.job.pruning, name) for name in _PRUNING}
+    details["seconds"] = {stage.name: getattr(result.timings, stage.name) for stage in fields(Timings)}
+    details["images"] = []
     if not result.num_visual:
-        return told
-    layout = pipe.layout(inputs)
+        return details
+    layout = pipe.layout(replace(prepared.job.inputs, pixel_values=None))  # the places alone are read
     visual = layout.visual_rows >= 0
     items, is_kept = layout.items[visual], np.isin(layout.source_index[visual], result.kept_indices)
     merge = int(pipe.bundle.manifest.vision["spatial_merge_size"])
-    for number, ((frames, rows, columns), (width, height)) in enumerate(zip(layout.image_grid_thw, sizes, strict=True)):
+    for number, ((frames, rows, columns), (width, height)) in enumerate(
+        zip(layout.image_grid_thw, prepared.sizes, strict=True)
+    ):
         own = items == number
-        told["images"].append(
+        details["images"].append(
             {
                 "grid": [int(frames), int(rows) // merge, int(columns) // merge],
                 "size": [width, height],
@@ -54,7 +47,7 @@ def details_of(
                 "kept": np.flatnonzero(is_kept[own]).tolist(),
             }
         )
-    return told
+    return details
 
 
 def _tiles(pipe: "Pipeline", count: int, width: int, height: int) -> list[int] | None:

@@ -1,180 +1,193 @@
-"""The request of /v1/chat/completions, as OpenAI's protocol has it: JSON in, ChatRequest out.
+"""OpenAI's chat completions as pydantic models: what a client sends and what it gets.
 
-Every field of the protocol is named here. What this server does not do is refused unless it is left at the value
-that asks for nothing; a field that the protocol does not know is refused too.
+Every field of the protocol's request is named. What this server does not do is refused unless it is left at a value
+that asks for nothing; a field that the protocol does not have is refused too.
 """
 
+import json
+import re
 from typing import Annotated, Any, Literal, TypeAlias
 
-import msgspec
-from msgspec import Meta, Struct
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
-from hawk_trt.apps.serve.refusal import invalid, unsupported
+from hawk_trt.apps.serve.errors import ApiError, invalid
 from hawk_trt.request import QUERIES, QUOTAS, SELECTORS
 
-Ignored: TypeAlias = Annotated[Any, Meta(description="Taken and ignored: it does not change the answer.")]
+_PART_TYPES = ("text", "image_url")
+_UNION_TYPE = re.compile(r"(constrained-)?str|list\[.*\]")
 
 
-class TextPart(Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="text"):
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+def _only(*values: object) -> Any:  # noqa: ANN401 - as pydantic's Field
+    """A field that is taken at these values alone, or null: they ask for nothing that this server does not do."""
+    extra: dict[str, Any] = {"enum": [*values, None]}
+    return Field(None, description="Not supported, but for these values.", json_schema_extra=extra)
+
+
+class _PartlySupported(_Strict):
+    @field_validator("*")
+    @classmethod
+    def _check(cls, got: object, info: ValidationInfo) -> object:
+        extra: Any = cls.model_fields[str(info.field_name)].json_schema_extra
+        values = extra["enum"] if extra else [got]
+        if any(got == value and isinstance(got, bool) == isinstance(value, bool) for value in values):
+            return got
+        instead = "leave it out" + "".join(f" or give {json.dumps(value)}" for value in values[:1] if value is not None)
+        raise ValueError(f"this server does not support that; {instead}")
+
+
+Ignored: TypeAlias = Annotated[Any, Field(description="Taken and ignored: it does not change the answer.")]
+
+
+class TextPart(_Strict):
     """Text of a message."""
 
+    type: Literal["text"]
     text: str
 
 
-class ImageUrl(Struct, frozen=True, forbid_unknown_fields=True):
+class ImageUrl(_Strict):
     """Where an image is."""
 
-    url: Annotated[
-        str,
-        Meta(
-            description="A data URL (data:image/png;base64,...) of a PNG, JPEG, WebP, GIF or BMP file, or an http(s) "
-            "address of a host that the server allows.",
-            examples=["data:image/png;base64,iVBORw0KGgo..."],
-        ),
-    ]
-    detail: Annotated[
-        Literal["auto", "low", "high"],
-        Meta(description="low shrinks the image to fit 512 x 512 pixels first; the others leave it as it is."),
-    ] = "auto"
+    url: str = Field(
+        description="A data URL (data:image/png;base64,...) of a PNG, JPEG, WebP, GIF or BMP file, or an http(s) "
+        "address of a host that the server allows.",
+        examples=["data:image/png;base64,iVBORw0KGgo..."],
+    )
+    detail: Literal["auto", "low", "high"] = Field(
+        "auto", description="low shrinks the image to fit 512 x 512 pixels first; the others leave it as it is."
+    )
 
 
-class ImagePart(Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="image_url"):
+class ImagePart(_Strict):
     """An image of a user's message."""
 
+    type: Literal["image_url"]
     image_url: ImageUrl
 
 
-class ChatMessage(Struct, frozen=True, forbid_unknown_fields=True):
+class ChatMessage(_PartlySupported):
     """One message."""
 
-    role: Annotated[
-        str,
-        Meta(
-            description="developer is the same as system.",
-            extra_json_schema={"enum": ["system", "developer", "user", "assistant"]},
-        ),
-    ]
-    content: Annotated[
-        str | list[TextPart | ImagePart] | None,
-        Meta(description="Text, or texts and images in the order in which the model reads them."),
-    ] = None
-    name: Annotated[Any, Meta(description="Not supported.")] = None
-    refusal: Annotated[Any, Meta(description="Not supported.")] = None
-    audio: Annotated[Any, Meta(description="Not supported.")] = None
-    annotations: Annotated[Any, Meta(description="Not supported.")] = None
-    tool_calls: Annotated[Any, Meta(description="Not supported.")] = None
-    tool_call_id: Annotated[Any, Meta(description="Not supported.")] = None
-    function_call: Annotated[Any, Meta(description="Not supported.")] = None
+    role: Literal["system", "developer", "user", "assistant"] = Field(description="developer is the same as system.")
+    content: (
+        str | Annotated[list[Annotated[TextPart | ImagePart, Field(discriminator="type")]], Field(min_length=1)]
+    ) = Field(description="Text, or texts and images in the order in which the model reads them.")
+    name: Any = _only()
+    refusal: Any = _only()
+    audio: Any = _only()
+    annotations: Any = _only([])
+    tool_calls: Any = _only([])
+    tool_call_id: Any = _only()
+    function_call: Any = _only()
 
 
-class StreamOptions(Struct, frozen=True, forbid_unknown_fields=True):
+class StreamOptions(_Strict):
     """What a streamed answer holds besides."""
 
-    include_usage: Annotated[
-        bool | None, Meta(description="Send one more chunk before the end, without choices, with the usage.")
-    ] = False
+    include_usage: bool | None = Field(
+        False, description="Send one more chunk before the end, without choices, with the usage."
+    )
     include_obfuscation: Ignored = None
 
 
-class Pruning(Struct, frozen=True, forbid_unknown_fields=True):
-    """How many visual tokens are kept and who chooses them; what is left out is as the server was told."""
+class Pruning(_Strict):
+    """How many visual tokens are kept and who chooses them; the server's own setting holds for what is left out."""
 
-    keep_ratio: Annotated[
-        Annotated[float, Meta(gt=0, le=1)] | None,
-        Meta(description="Share of the visual tokens kept; 1 prunes nothing.", examples=[0.2]),
-    ] = None
-    selector: Annotated[
-        str | None, Meta(description="Who chooses.", extra_json_schema={"enum": [*SELECTORS, None]})
-    ] = None
-    query: Annotated[
-        str | None,
-        Meta(
-            description="Text that scores the visual tokens: paper, what follows the last image; turn, all of the "
-            "last user turn.",
-            extra_json_schema={"enum": [*QUERIES, None]},
-        ),
-    ] = None
-    quota: Annotated[
-        str | None,
-        Meta(
-            description="One selection over all images, or one for each.", extra_json_schema={"enum": [*QUOTAS, None]}
-        ),
-    ] = None
-    min_visual_tokens: Annotated[
-        Annotated[int, Meta(ge=1, le=1_000_000)] | None, Meta(description="At least so many are kept.")
-    ] = None
-    keep_mass: Annotated[
-        Annotated[float, Meta(gt=0, le=1)] | None,
-        Meta(description="Keep the fewest tokens with this share of the score mass, at most the keep ratio."),
-    ] = None
-    diversity: Annotated[
-        Annotated[float, Meta(ge=0, le=1)] | None,
-        Meta(description="Share of the kept tokens chosen among near-ties for being unlike the others."),
-    ] = None
-    seed: Annotated[Annotated[int, Meta(ge=0, le=2**63 - 1)] | None, Meta(description="Of selector random.")] = None
+    keep_ratio: float | None = Field(
+        None, gt=0, le=1, description="Share of the visual tokens kept; 1 prunes nothing.", examples=[0.2]
+    )
+    selector: str | None = Field(None, description="Who chooses.", json_schema_extra={"enum": [*SELECTORS, None]})
+    query: str | None = Field(
+        None,
+        description="Text that scores the visual tokens: paper, what follows the last image; turn, all of the last "
+        "user turn.",
+        json_schema_extra={"enum": [*QUERIES, None]},
+    )
+    quota: str | None = Field(
+        None,
+        description="One selection over all images, or one for each.",
+        json_schema_extra={"enum": [*QUOTAS, None]},
+    )
+    min_visual_tokens: int | None = Field(None, ge=1, le=1_000_000, description="At least so many are kept.")
+    keep_mass: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Keep the fewest tokens with this share of the score mass, at most the keep ratio.",
+    )
+    diversity: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="Share of the kept tokens chosen among near-ties for being unlike the others.",
+    )
+    seed: int | None = Field(None, ge=0, le=2**63 - 1, description="Of selector random.")
 
 
-class HawkOptions(Struct, frozen=True, forbid_unknown_fields=True):
+class HawkOptions(_Strict):
     """What the answer tells besides."""
 
-    details: Annotated[
-        bool, Meta(description="Tell the seconds of each stage, and of each image its grid, scores and kept tokens.")
-    ] = False
+    details: bool = Field(
+        False, description="Tell the seconds of each stage, and of each image its grid, scores and kept tokens."
+    )
 
 
-class ChatRequest(Struct, frozen=True, forbid_unknown_fields=True):
+class ChatRequest(_PartlySupported):
     """A chat to continue."""
 
-    model: Annotated[str, Meta(description="A name that /v1/models lists.")]
-    messages: Annotated[list[ChatMessage], Meta(min_length=1, description="Oldest first; the last one is answered.")]
-    pruning: Annotated[Pruning | None, Meta(description="An extension: the visual tokens of this request.")] = None
-    hawk: Annotated[HawkOptions | None, Meta(description="An extension: what else the answer tells.")] = None
-    stream: Annotated[bool | None, Meta(description="Send the answer as server-sent events while it grows.")] = False
+    model: str = Field(description="A name that /v1/models lists.")
+    messages: list[ChatMessage] = Field(min_length=1, description="Oldest first; the last one is answered.")
+    pruning: Pruning | None = Field(None, description="An extension: the visual tokens of this request.")
+    hawk: HawkOptions | None = Field(None, description="An extension: what else the answer tells.")
+    stream: bool | None = Field(False, description="Send the answer as server-sent events while it grows.")
     stream_options: StreamOptions | None = None
-    max_completion_tokens: Annotated[
-        Annotated[int, Meta(ge=1, le=2**31)] | None,
-        Meta(description="Longest answer in tokens, at most the server's limit, which is also the default."),
-    ] = None
-    max_tokens: Annotated[
-        Annotated[int, Meta(ge=1, le=2**31)] | None, Meta(description="The older name of max_completion_tokens.")
-    ] = None
-    temperature: Annotated[
-        Annotated[float, Meta(ge=0, le=2)] | None,
-        Meta(description="0 takes the most probable token each time. Default: 1, unless the server was told another."),
-    ] = None
-    top_p: Annotated[
-        Annotated[float, Meta(ge=0, le=1)] | None,
-        Meta(description="Draw from the fewest tokens that have this probability together."),
-    ] = None
-    seed: Annotated[
-        Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None,
-        Meta(description="The same seed and request give the same answer."),
-    ] = None
-    stop: Annotated[
-        Annotated[str, Meta(min_length=1)]
-        | Annotated[list[Annotated[str, Meta(min_length=1)]], Meta(max_length=4)]
-        | None,
-        Meta(description="Texts that end the answer and are not part of it."),
-    ] = None
-    n: Annotated[Any, Meta(description="Only 1.")] = None
-    frequency_penalty: Annotated[Any, Meta(description="Only 0.")] = None
-    presence_penalty: Annotated[Any, Meta(description="Only 0.")] = None
-    logit_bias: Annotated[Any, Meta(description="Only empty.")] = None
-    logprobs: Annotated[Any, Meta(description="Only false.")] = None
-    top_logprobs: Annotated[Any, Meta(description="Not supported.")] = None
-    response_format: Annotated[Any, Meta(description='Only {"type": "text"}.')] = None
-    tools: Annotated[Any, Meta(description="Only empty.")] = None
-    tool_choice: Annotated[Any, Meta(description="Only none or auto.")] = None
-    functions: Annotated[Any, Meta(description="Only empty.")] = None
-    function_call: Annotated[Any, Meta(description="Only none or auto.")] = None
-    modalities: Annotated[Any, Meta(description='Only ["text"].')] = None
-    audio: Annotated[Any, Meta(description="Not supported.")] = None
-    prediction: Annotated[Any, Meta(description="Not supported.")] = None
-    reasoning_effort: Annotated[Any, Meta(description="Only none.")] = None
-    verbosity: Annotated[Any, Meta(description="Only medium.")] = None
-    web_search_options: Annotated[Any, Meta(description="Not supported.")] = None
-    store: Annotated[Any, Meta(description="Only false: nothing is kept.")] = None
-    service_tier: Annotated[Any, Meta(description="Only auto or default.")] = None
+    max_completion_tokens: int | None = Field(
+        None,
+        ge=1,
+        le=2**31,
+        description="Longest answer in tokens, at most the server's limit, which is also the default.",
+    )
+    max_tokens: int | None = Field(None, ge=1, le=2**31, description="The older name of max_completion_tokens.")
+    temperature: float | None = Field(
+        None,
+        ge=0,
+        le=2,
+        description="0 takes the most probable token each time. Default: 1, unless the server has another.",
+    )
+    top_p: float | None = Field(
+        None, ge=0, le=1, description="Draw from the fewest tokens that have this probability together."
+    )
+    seed: int | None = Field(
+        None, ge=-(2**63), le=2**63 - 1, description="The same seed and request give the same answer."
+    )
+    stop: (
+        Annotated[str, Field(min_length=1)]
+        | Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=4)]
+        | None
+    ) = Field(None, description="Texts that end the answer and are not part of it.")
+    n: Any = _only(1)
+    frequency_penalty: Any = _only(0)
+    presence_penalty: Any = _only(0)
+    logit_bias: Any = _only({})
+    logprobs: Any = _only(False)
+    top_logprobs: Any = _only()
+    response_format: Any = _only({"type": "text"})
+    tools: Any = _only([])
+    tool_choice: Any = _only("none", "auto")
+    functions: Any = _only([])
+    function_call: Any = _only("none", "auto")
+    modalities: Any = _only(["text"])
+    audio: Any = _only()
+    prediction: Any = _only()
+    reasoning_effort: Any = _only("none")
+    verbosity: Any = _only("medium")
+    web_search_options: Any = _only()
+    store: Any = _only(False)
+    service_tier: Any = _only("auto", "default")
     parallel_tool_calls: Ignored = None
     metadata: Ignored = None
     user: Ignored = None
@@ -182,82 +195,138 @@ class ChatRequest(Struct, frozen=True, forbid_unknown_fields=True):
     prompt_cache_key: Ignored = None
 
 
-# The values, besides null, that ask for nothing which this server does not do.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "frequency_penalty": (0, 0.0),
-    "presence_penalty": (0, 0.0),
-    "logit_bias": ({},),
-    "logprobs": (False,),
-    "top_logprobs": (),
-    "response_format": ({"type": "text"},),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-    "modalities": (["text"],),
-    "audio": (),
-    "prediction": (),
-    "reasoning_effort": ("none",),
-    "verbosity": ("medium",),
-    "web_search_options": (),
-    "store": (False,),
-    "service_tier": ("auto", "default"),
-}
-_NEUTRAL_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
-    "name": (),
-    "refusal": (),
-    "audio": (),
-    "annotations": ([],),
-    "tool_calls": ([],),
-    "tool_call_id": (),
-    "function_call": (),
-}
-_DECODER = msgspec.json.Decoder(ChatRequest)
-_PATH = " - at `$."
+class Usage(BaseModel):
+    """Tokens of a request and its answer."""
+
+    prompt_tokens: int = Field(description="Of the prompt as given, before pruning.")
+    completion_tokens: int
+    total_tokens: int
+    visual_tokens: int = Field(description="Of the prompt's images, before pruning.")
+    kept_visual_tokens: int = Field(description="Of these, what pruning kept.")
+
+
+class AnswerMessage(BaseModel):
+    """The answer."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+
+
+FinishReason: TypeAlias = Annotated[
+    Literal["stop", "length"], Field(description="length: max_tokens or the context ended the answer.")
+]
+
+
+class Choice(BaseModel):
+    """The one choice of a whole answer."""
+
+    index: Literal[0] = 0
+    message: AnswerMessage
+    finish_reason: FinishReason
+    logprobs: None = None
+
+
+class ChunkChoice(BaseModel):
+    """The one choice of a chunk: what the chunk adds to the answer."""
+
+    index: Literal[0] = 0
+    delta: dict[Literal["role", "content"], str]
+    finish_reason: FinishReason | None = None
+    logprobs: None = None
+
+
+class _Answer(BaseModel):
+    id: str
+    created: int = Field(description="Seconds since 1970.")
+    model: str
+    hawk: dict[str, Any] | None = Field(None, description="Where the request asked for details.")
+
+
+class Completion(_Answer):
+    """A whole answer."""
+
+    object: Literal["chat.completion"] = "chat.completion"
+    choices: list[Choice]
+    usage: Usage
+
+
+class Chunk(_Answer):
+    """A part of a streamed answer."""
+
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    choices: list[ChunkChoice]
+    usage: Usage | None = None
+
+
+class Abilities(BaseModel):
+    """An extension: what a request may ask for. keep_ratio and selector are those of a request that names none."""
+
+    family: str
+    dtype: str
+    keep_ratio: float
+    selector: str
+    selectors: list[str]
+    queries: list[str]
+    quotas: list[str]
+    max_tokens: int
+    max_images: int
+    max_body_bytes: int
+    remote_images: bool = Field(description="Whether images may be fetched from some hosts.")
+
+
+class Model(BaseModel):
+    """A model."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int = Field(description="When the server began, in seconds since 1970.")
+    owned_by: str = "hawk_trt"
+    hawk: Abilities
+
+
+class ModelList(BaseModel):
+    """All models."""
+
+    object: Literal["list"] = "list"
+    data: list[Model]
 
 
 def read_request(body: bytes) -> ChatRequest:
     """Read and check the body of a request, all that can be checked without a model.
 
     Raises:
-        Refusal: it is not JSON, not of this shape, or asks for what this server does not do.
+        ApiError: the body is not JSON, not of this shape, or asks for what this server does not do.
     """
     try:
-        request = _DECODER.decode(body)
-    except msgspec.ValidationError as error:
-        message, _, path = str(error).partition(_PATH)
-        where = path.rstrip("`")
-        if not where and "unknown field" in message:
-            where = message.split("`")[1]
-        raise invalid(f"{where or 'body'}: {_explained(message, where)}", where or None) from None
-    except msgspec.DecodeError as error:
-        raise invalid(f"body: {error}. Send JSON in UTF-8", code="invalid_json") from None
-    except UnicodeDecodeError as error:  # msgspec leaves this one to Python
-        raise invalid(f"body: not UTF-8 ({error.reason})", code="invalid_json") from None
-    except RecursionError:
-        raise invalid("body: JSON nested too deeply", code="invalid_json") from None
-    _refuse_unsupported(request, _NEUTRAL, "")
-    for index, chat_message in enumerate(request.messages):
-        _refuse_unsupported(chat_message, _NEUTRAL_IN_MESSAGE, f"messages[{index}].")
-    if request.stream_options is not None and not request.stream:
-        raise invalid('stream_options: only with "stream": true', "stream_options")
-    if request.max_tokens is not None and request.max_completion_tokens not in (None, request.max_tokens):
-        raise invalid("max_tokens: differs from max_completion_tokens; give one of them", "max_tokens")
-    return request
+        return ChatRequest.model_validate_json(body)
+    except ValidationError as error:
+        raise _explained(error) from None
 
 
-def _refuse_unsupported(value: Struct, neutral: dict[str, tuple[Any, ...]], where: str) -> None:
-    for name, allowed in neutral.items():
-        got = getattr(value, name)
-        if got is None or any(got == entry and type(got) is type(entry) for entry in allowed):
+def _explained(error: ValidationError) -> ApiError:
+    """The error of the place that lies deepest: for a union, pydantic names one for each of its types."""
+    found = error.errors(include_url=False, include_context=False)
+    deepest = max(found, key=lambda entry: len(entry["loc"]))
+    place, kind, got = _place(deepest["loc"]), deepest["type"], deepest["input"]
+    message = " or ".join(entry["msg"] for entry in found if _place(entry["loc"]) == place)
+    message = message.removeprefix("Value error, ")
+    if kind == "json_invalid":
+        return invalid(f"body: {message}. Send JSON in UTF-8", code="invalid_json")
+    if isinstance(got, str | int | float):  # an array or object may be large
+        message = f"got {got!r:.60}: {message}"
+    code = "unsupported" if kind == "value_error" else "invalid_value"
+    return invalid(f"{place or 'body'}: {message}", place or None, code)
+
+
+def _place(loc: tuple[int | str, ...]) -> str:
+    """messages[0].content[1].image_url.url, without the types of unions that pydantic writes between the fields."""
+    place = ""
+    for index, step in enumerate(loc):
+        if isinstance(step, int):
+            place += f"[{step}]"
             continue
-        expected = "leave it out" + "".join(f" or give {msgspec.json.encode(entry).decode()}" for entry in allowed[:1])
-        raise unsupported(f"{where}{name}", got, expected)
-
-
-def _explained(message: str, where: str) -> str:
-    """A message of the decoder, with what this server expects where that is not plain from it."""
-    if message.startswith("Invalid value") and where.endswith(".type"):
-        return f"got {message.removeprefix('Invalid value ')}, expected text or image_url"
-    return message[0].lower() + message[1:]
+        type_of_part = index and isinstance(loc[index - 1], int) and index + 1 < len(loc) and step in _PART_TYPES
+        if not type_of_part and not _UNION_TYPE.fullmatch(step):
+            place += f".{step}" if place else step
+    return place

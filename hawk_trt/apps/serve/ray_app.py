@@ -14,9 +14,9 @@ from ray.serve.config import AutoscalingConfig, BackpressureConfig
 
 from hawk_trt.apps.cli.serve import open_served, settings_of
 from hawk_trt.apps.serve.app import create_app
+from hawk_trt.apps.serve.errors import RETRY_SECONDS
 from hawk_trt.apps.serve.ray_metrics import RayMetrics
 from hawk_trt.apps.serve.ray_options import parse, words_of
-from hawk_trt.apps.serve.refusal import RETRY_SECONDS
 from hawk_trt.apps.serve.server import configure_logging
 from hawk_trt.apps.serve.service import Service
 from hawk_trt.errors import BackendError

@@ -14,7 +14,7 @@ from urllib.parse import urljoin, urlsplit
 
 import h11
 
-from hawk_trt.apps.serve.refusal import Refusal, invalid
+from hawk_trt.apps.serve.errors import ApiError, invalid
 
 _PORTS = {"http": 80, "https": 443}
 _MAX_REDIRECTS = 3
@@ -56,7 +56,7 @@ class RemoteImages:
             where: the part of the request that names it.
 
         Raises:
-            Refusal: a host that is not allowed, an address that is not public, or an answer that is no success, too
+            ApiError: a host that is not allowed, an address that is not public, or an answer that is no success, too
                 large or too late.
         """
         try:
@@ -83,7 +83,7 @@ class RemoteImages:
         """The parts of an address whose host is allowed.
 
         Raises:
-            Refusal: another scheme or host, or no address at all.
+            ApiError: another scheme or host, or no address at all.
         """
         try:
             parts = urlsplit(url)
@@ -144,7 +144,7 @@ class RemoteImages:
                 content += event.data
                 if len(content) > self._max_bytes:
                     message = f"{where}: more than {self._max_bytes:,} bytes"
-                    raise Refusal(413, message, param=where, code="image_too_large")
+                    raise ApiError(413, message, param=where, code="image_too_large")
             elif isinstance(event, h11.EndOfMessage):
                 return bytes(content)
             elif isinstance(event, h11.ConnectionClosed):

@@ -72,8 +72,8 @@ class Server(uvicorn.Server):
         if self._service.state == "draining":
             self.force_exit = self.should_exit = True
             return
-        log.info("%s: finishing %d requests", signal.Signals(sig).name, self._service.open)
-        self._service.drain()
+        log.info("%s: finishing %d requests", signal.Signals(sig).name, self._service.open_requests)
+        self._service.state = "draining"
 
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second: whether to end."""
@@ -84,7 +84,7 @@ class Server(uvicorn.Server):
     async def _drain(self) -> None:
         """Wait for the running answers, within the limit; the port stays open, to say that the server is not ready."""
         until = time.monotonic() + self._service.settings.drain_seconds
-        while self._service.open and time.monotonic() < until:
+        while self._service.open_requests and time.monotonic() < until:
             await asyncio.sleep(_POLL_SECONDS)
         self.should_exit = True
 

@@ -1,27 +1,29 @@
-"""Service: one pipeline behind a server: its batcher, its threads, what it has taken on, and whether it is ready."""
+"""What all requests of one server share: the pipeline and its batcher, the limits in use, and whether it is ready."""
 
 import asyncio
 import logging
-import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from functools import partial
+from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar
 
+import anyio
+import anyio.to_thread
 import numpy as np
+import numpy.typing as npt
 
-from hawk_trt.apps.serve.batcher import Batcher, Event, Failed, Finished, Job
+from hawk_trt.apps.serve.batcher import Batcher, Event, Failed, Finished, Job, Piece, Ticket
+from hawk_trt.apps.serve.errors import ApiError
 from hawk_trt.apps.serve.metrics import Metrics
-from hawk_trt.apps.serve.refusal import Refusal
 from hawk_trt.apps.serve.remote_images import RemoteImages
 from hawk_trt.apps.serve.settings import ServeSettings
-from hawk_trt.errors import BackendError, HawkError, InvalidInput
-from hawk_trt.request import SamplingConfig
+from hawk_trt.errors import HawkError, InvalidInput
 
 if TYPE_CHECKING:
     from hawk_trt.pipeline import Pipeline
 
+T = TypeVar("T")
 State: TypeAlias = Literal["starting", "ready", "draining", "failed"]
 
 _WARM_UP_PX = 224
@@ -33,18 +35,14 @@ class Service:
     """What all requests of one server share.
 
     Attributes:
-        pipe: the model.
-        settings: of the server.
-        batcher: runs the requests.
-        metrics: of them.
-        pool: threads for what would hold up the event loop.
-        remote: fetches images.
+        open_requests: requests that are read, prepared, waiting or running.
+        held_bytes: of their bodies and image tensors.
         state: "starting" until warmed up, then "ready"; "draining" when it takes nothing more; "failed" where the
             warm-up failed.
     """
 
     def __init__(self, pipe: "Pipeline", settings: ServeSettings) -> None:
-        """Take a pipeline over; the service closes its own threads, not the pipeline.
+        """Start a batcher on a pipeline; close() ends the batcher, not the pipeline.
 
         Raises:
             InvalidInput: a bundle without a tokenizer.
@@ -56,27 +54,36 @@ class Service:
             )
         self.pipe = pipe
         self.settings = settings
-        # admitted() bounds what waits; the batcher itself would refuse a burst that the batch has room for
+        # open() bounds what waits; the batcher itself would refuse a burst that the batch has room for
         self.batcher = Batcher(
             pipe, max_batch=settings.max_batch, max_queue=settings.max_open, max_cache_mb=settings.max_cache_mb
         )
         self.metrics = Metrics(self.batcher)
-        self.pool = ThreadPoolExecutor(settings.preprocess_threads, thread_name_prefix="prepare")
-        self.remote = RemoteImages(settings.remote_hosts, settings.max_body_bytes, settings.remote_seconds)
+        self.remote_images = RemoteImages(settings.remote_hosts, settings.max_body_bytes, settings.remote_seconds)
         self.state: State = "starting"
-        self._open = 0
-        self._waiting_bytes = 0
+        self.open_requests = 0
+        self.held_bytes = 0
+        self._threads = anyio.CapacityLimiter(settings.preprocess_threads)
 
     @property
-    def open(self) -> int:
-        """Requests that are read, prepared, waiting or running."""
-        return self._open
+    def ready(self) -> bool:
+        """Whether requests are taken."""
+        return self.state == "ready" and self.batcher.ready
+
+    async def in_thread(self, work: Callable[[], T]) -> T:
+        """Do what would hold up the event loop. Who is cancelled meanwhile waits for its end."""
+        return await anyio.to_thread.run_sync(work, limiter=self._threads)
 
     async def warm_up(self) -> None:
         """Answer a text and an image, so that no client pays for what the first run of each sets up."""
+        grey = np.full((_WARM_UP_PX, _WARM_UP_PX, 3), 128, np.uint8)
         try:
-            await asyncio.get_running_loop().run_in_executor(self.pool, self._warm_up)
-        except HawkError:
+            for images in ([], [grey]):
+                request = OpenRequest(self)
+                await self.in_thread(partial(self._warm_up, images, request))
+                while not isinstance(await request.next_event(), Finished):
+                    pass
+        except (HawkError, TimeoutError):
             self.state = "failed"
             log.exception("the warm-up failed, so the server is not ready")
             return
@@ -84,76 +91,101 @@ class Service:
             self.state = "ready"
             log.info("ready: %s", self.settings.model_name)
 
-    def drain(self) -> None:
-        """Take nothing more."""
-        self.state = "draining"
-
     async def close(self) -> None:
         """Finish what was taken, within the limit, and stop."""
-        self.drain()
-        loop = asyncio.get_running_loop()
-        await loop.run_in_executor(None, self.batcher.close, True, self.settings.drain_seconds)
-        self.pool.shutdown(wait=True, cancel_futures=True)
+        self.state = "draining"
+        await anyio.to_thread.run_sync(self.batcher.close, True, self.settings.drain_seconds)
 
     @contextmanager
-    def admitted(self) -> Iterator[None]:
-        """A request's stay.
+    def open(self) -> "Iterator[OpenRequest]":
+        """Take a request on, until the context ends.
 
         Raises:
-            Refusal: the server is not ready, or has as many as it takes.
+            ApiError: the server is not ready, or has as many as it takes.
         """
         if self.state != "ready":
             message = {"starting": "The server is warming up.", "draining": "The server is stopping."}
             text = message.get(self.state, "The server could not start.")
-            raise Refusal(503, f"{text} Try again later.", code="not_ready", retry=True)
-        if self._open >= self.settings.max_open:
+            raise ApiError(503, f"{text} Try again later.", code="not_ready", retry=True)
+        if self.open_requests >= self.settings.max_open:
             message_full = "The server has as many requests as it takes. Try again later."
-            raise Refusal(429, message_full, code="queue_full", retry=True)
-        self._open += 1
+            raise ApiError(429, message_full, code="queue_full", retry=True)
+        self.open_requests += 1
+        request = OpenRequest(self)
         try:
-            yield
+            yield request
         finally:
-            self._open -= 1
+            self.open_requests -= 1
+            request.close()
+
+    def _warm_up(self, images: list[npt.NDArray[np.uint8]], request: "OpenRequest") -> None:
+        inputs = self.pipe.prepare("Hello.", images=images, max_pixels=self.settings.max_pixels)
+        request.submit(Job(inputs, self.settings.pruning, _WARM_UP_TOKENS, ignore_eos=True, deadline=request.deadline))
+
+
+class OpenRequest:
+    """One request that the server has taken on: the bytes that it brings along, its job, and the job's events.
+
+    Attributes:
+        begun: when it came, on the clock of time.monotonic().
+        deadline: when its answer must be complete, on the same clock.
+        held_bytes: of its body, and of the tensors that come in its place.
+    """
+
+    def __init__(self, service: Service) -> None:
+        self.begun = time.monotonic()
+        self.deadline = self.begun + service.settings.request_seconds
+        self._service = service
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._ticket: Ticket | None = None
+        self.held_bytes = 0
+        self._closed = False
 
     def hold(self, num_bytes: int) -> None:
-        """Count bytes that a request brings along, or with a negative number no longer does.
+        """Count so many bytes for this request, in place of those that it held before.
 
         Raises:
-            Refusal: all requests together would bring more than the server holds.
+            ApiError: all requests together would bring more than the server holds.
         """
-        total = self._waiting_bytes + num_bytes
+        service, more = self._service, num_bytes - self.held_bytes
+        most = service.settings.max_waiting_mb * 1_000_000
         # one alone is bounded by its own limits
-        if num_bytes > 0 and self._open > 1 and total > self.settings.max_waiting_mb * 1_000_000:
+        if more > 0 and service.open_requests > 1 and service.held_bytes + more > most:
             message = "The server holds as much data of requests as it may. Try again later."
-            raise Refusal(429, message, code="memory_full", retry=True)
-        self._waiting_bytes = total
+            raise ApiError(429, message, code="memory_full", retry=True)
+        service.held_bytes += more
+        self.held_bytes = num_bytes
 
-    def _warm_up(self) -> None:
-        grey = np.full((_WARM_UP_PX, _WARM_UP_PX, 3), 128, np.uint8)
-        for images in ([], [grey]):
-            self._answer(
-                Job(
-                    inputs=self.pipe.prepare("Hello.", images=images, max_pixels=self.settings.max_pixels),
-                    pruning=self.settings.pruning,
-                    max_new_tokens=_WARM_UP_TOKENS,
-                    sampling=SamplingConfig(),
-                    ignore_eos=True,
-                )
-            )
+    def submit(self, job: Job) -> None:
+        """Hand the job to the batcher; in a thread, since it lays the prompt out."""
+        self._ticket = self._service.batcher.submit(job, self._on_event)
+        if self._closed:  # the client left when there was no ticket to cancel yet
+            self._ticket.cancel()
 
-    def _answer(self, job: Job) -> None:
-        done = threading.Event()
-        failures: list[HawkError] = []
+    async def next_event(self) -> Piece | Finished:
+        """More text, or the result.
 
-        def on_event(event: Event) -> None:
-            if isinstance(event, Failed):
-                failures.append(event.error)
-            if isinstance(event, Failed | Finished):
-                done.set()
+        Raises:
+            HawkError: the job failed.
+            TimeoutError: the deadline passed.
+        """
+        with anyio.fail_after(self.deadline - time.monotonic()):
+            event = await self._events.get()
+        if isinstance(event, Failed):
+            raise event.error
+        return event
 
-        begun = time.monotonic()
-        self.batcher.submit(job, on_event)
-        if not done.wait(self.settings.request_seconds):
-            raise BackendError(f"warm-up: not done after {time.monotonic() - begun:.0f} seconds")
-        if failures:
-            raise failures[0]
+    def close(self) -> None:
+        """Cancel what runs and give the bytes back."""
+        self._closed = True
+        if self._ticket is not None:
+            self._ticket.cancel()
+        self.hold(0)
+
+    def _on_event(self, event: Event) -> None:
+        """Bring an event over from the batcher's thread."""
+        try:
+            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+        except RuntimeError:  # the loop is closed, and this request with it
+            return

@@ -298,4 +298,4 @@ def test_stopping_cancels_the_work_on_the_server(browser, server, monkeypatch):
             }"""
         )
         until(page, "document.getElementById('usage').textContent === 'Stopped.'")
-        wait_for(lambda: server.service.open == 0 and batcher.counters.cancelled == before + 1)
+        wait_for(lambda: server.service.open_requests == 0 and batcher.counters.cancelled == before + 1)

@@ -66,15 +66,15 @@ def slow_steps(server, monkeypatch, seconds):
 def nothing_left(server):
     service = server.service
     batcher = service.batcher
-    wait_for(lambda: not (service.open or batcher.queued or batcher.running or batcher.cache_bytes))
-    assert service._waiting_bytes == 0
+    wait_for(lambda: not (service.open_requests or batcher.queued or batcher.running or batcher.cache_bytes))
+    assert service.held_bytes == 0
 
 
 def test_one_request_too_many_is_told_to_come_back(pipe, monkeypatch):
     with serving(pipe, max_batch=1, max_queue=2) as server, ThreadPoolExecutor(3) as clients:
         with held(pipe, monkeypatch) as go:
             taken = [clients.submit(server.ask) for _ in range(3)]
-            wait_for(lambda: server.service.open == 3)
+            wait_for(lambda: server.service.open_requests == 3)
             refused = server.ask()
             assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
             assert refused.json()["error"]["code"] == "queue_full"
@@ -88,7 +88,7 @@ def test_the_official_client_comes_back_by_itself(pipe, monkeypatch):
     with serving(pipe, max_batch=1, max_queue=1) as server, ThreadPoolExecutor(3) as clients:
         with held(pipe, monkeypatch) as go:
             taken = [clients.submit(server.ask) for _ in range(2)]
-            wait_for(lambda: server.service.open == 2)
+            wait_for(lambda: server.service.open_requests == 2)
             patient = server.openai().with_options(max_retries=4)
             late = clients.submit(lambda: patient.chat.completions.create(**question()))
             wait_for(lambda: b'status="429"' in server.http.get("/metrics").content)
@@ -110,7 +110,7 @@ def test_a_client_that_leaves_frees_its_place_and_memory(pipe, monkeypatch, stre
             wait_for(lambda: server.service.batcher.queued + server.service.batcher.running == 4)
             for client in leaving:
                 client.close()
-            wait_for(lambda: server.service.open == 0)
+            wait_for(lambda: server.service.open_requests == 0)
             go.set()
         nothing_left(server)
         counters = server.service.batcher.counters
@@ -165,7 +165,7 @@ def test_a_body_that_never_comes_is_given_up(pipe):
         answer = raw_request(server.port, head + b"Content-Length: 100\r\nConnection: close\r\n\r\n{")
         assert b" 408 " in answer.split(b"\r\n")[0]
         assert b"body_timeout" in answer
-        assert server.service.open == 0
+        assert server.service.open_requests == 0
 
 
 def test_headers_that_never_come_close_the_connection(pipe, monkeypatch):
@@ -255,8 +255,8 @@ def test_a_server_that_drains_says_so_and_finishes_what_it_has(pipe, monkeypatch
     with serving(pipe) as server, ThreadPoolExecutor(1) as clients:
         with held(pipe, monkeypatch) as go:
             running = clients.submit(server.ask)
-            wait_for(lambda: server.service.open == 1)
-            server.service.drain()
+            wait_for(lambda: server.service.open_requests == 1)
+            server.service.state = "draining"
             assert server.http.get("/ready").status_code == 503
             assert server.http.get("/health").status_code == 200
             refused = server.ask()

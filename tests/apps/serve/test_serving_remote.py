@@ -9,7 +9,7 @@ from typing import ClassVar
 import pytest
 
 from hawk_trt.apps.serve import remote_images
-from hawk_trt.apps.serve.refusal import Refusal
+from hawk_trt.apps.serve.errors import ApiError
 from hawk_trt.apps.serve.remote_images import RemoteImages, is_public
 from serving import SAMPLES, question, serving
 
@@ -82,7 +82,7 @@ def fetch(url, *hosts, max_bytes=1_000_000, seconds=5.0):
 
 
 def refusal(url, *hosts, **limits):
-    with pytest.raises(Refusal) as refused:
+    with pytest.raises(ApiError) as refused:
         fetch(url, *hosts, **limits)
     return refused.value
 
@@ -118,7 +118,7 @@ def test_addresses_of_the_internet_are_known(address):
 def test_an_allowed_name_that_leads_inside_is_refused(names, port, addresses, reason):
     names["images.example"] = addresses
     Host.asked.clear()
-    assert reason in refusal(f"http://images.example:{port}/image.png", f"images.example:{port}").message
+    assert reason in refusal(f"http://images.example:{port}/image.png", f"images.example:{port}").body.error.message
     assert Host.asked == []
 
 
@@ -141,7 +141,7 @@ def test_addresses_of_other_hosts_are_refused_before_any_is_resolved(names, url)
 
 def test_a_number_that_is_an_address_is_checked_as_one_even_where_it_is_allowed():
     for host in ("2130706433", "127.1", "0x7f000001", "[::1]", "localhost"):
-        assert "public" in refusal(f"http://{host}/x", host.strip("[]")).message
+        assert "public" in refusal(f"http://{host}/x", host.strip("[]")).body.error.message
 
 
 def test_an_image_of_an_allowed_host_is_fetched_from_the_address_that_was_checked(names, port, monkeypatch):
@@ -157,8 +157,8 @@ def test_redirects_are_checked_as_addresses_of_their_own(names, port, monkeypatc
     base, host = f"http://images.example:{port}", f"images.example:{port}"
     with loopback_is_public(monkeypatch):
         assert fetch(f"{base}/moved", host) == PICTURE
-        assert "redirects" in refusal(f"{base}/round", host).message
-        assert "fetches no images from 127.0.0.1" in refusal(f"{base}/inside", host).message
+        assert "redirects" in refusal(f"{base}/round", host).body.error.message
+        assert "fetches no images from 127.0.0.1" in refusal(f"{base}/inside", host).body.error.message
 
 
 def test_size_time_and_status_of_a_fetched_image_are_bounded(names, port, monkeypatch):
@@ -166,9 +166,9 @@ def test_size_time_and_status_of_a_fetched_image_are_bounded(names, port, monkey
     base, host = f"http://images.example:{port}", f"images.example:{port}"
     with loopback_is_public(monkeypatch):
         assert refusal(f"{base}/large", host).status == 413
-        assert "within 0.2 seconds" in refusal(f"{base}/slow", host, seconds=0.2).message
-        assert "404" in refusal(f"{base}/missing", host).message
-    assert "cannot be fetched" in refusal("http://gone.example/x", "gone.example").message
+        assert "within 0.2 seconds" in refusal(f"{base}/slow", host, seconds=0.2).body.error.message
+        assert "404" in refusal(f"{base}/missing", host).body.error.message
+    assert "cannot be fetched" in refusal("http://gone.example/x", "gone.example").body.error.message
 
 
 def test_a_request_with_an_address_is_answered_as_with_the_image(names, port, monkeypatch, tiny_bundle):

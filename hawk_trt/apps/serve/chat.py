@@ -1,0 +1,167 @@
+"""POST /v1/chat/completions, from the first byte of the request's body to the last of the answer."""
+
+import time
+import uuid
+from collections.abc import AsyncIterator
+from functools import partial
+from typing import Annotated, Any, Literal
+
+import anyio
+from fastapi import Depends, Request
+from pydantic import BaseModel
+from starlette.responses import StreamingResponse
+
+from hawk_trt.apps.serve.batcher import Finished, Piece
+from hawk_trt.apps.serve.details import details_of
+from hawk_trt.apps.serve.errors import ApiError, api_error
+from hawk_trt.apps.serve.prompt import Prepared, images_of, is_remote, prepare
+from hawk_trt.apps.serve.protocol import AnswerMessage, Choice, Chunk, ChunkChoice, Completion, Usage, read_request
+from hawk_trt.apps.serve.service import OpenRequest, Service
+from hawk_trt.request import Result
+
+# the last keeps nginx from gathering the events
+_STREAM_HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}
+
+
+async def open_request(request: Request) -> AsyncIterator[OpenRequest]:
+    """Take the request on, before its body is read, until its answer has been sent."""
+    service: Service = request.app.state.service
+    with service.open() as opened:
+        yield opened
+
+
+async def prepared_request(request: Request, opened: Annotated[OpenRequest, Depends(open_request)]) -> Prepared:
+    """Read, check and prepare the request.
+
+    Raises:
+        ApiError: it is wrong, or too large.
+        TimeoutError: its time is over.
+    """
+    service: Service = request.app.state.service
+    settings = service.settings
+    with anyio.fail_after(settings.request_seconds):
+        chat = await service.in_thread(partial(read_request, await _body(request, opened, service)))
+        check_model(chat.model, settings.model_name)
+        images = images_of(chat, settings)
+        fetched: dict[str, bytes] = {}
+        for place, image in images.items():
+            if is_remote(image):
+                fetched[place] = await service.remote_images.fetch(image.url, place)
+                opened.hold(opened.held_bytes + len(fetched[place]))
+        work = partial(prepare, service.pipe, settings, chat, images, fetched, opened.deadline)
+        prepared = await service.in_thread(work)
+    opened.hold(prepared.tensor_bytes)  # in place of the body, which nothing needs any more
+    return prepared
+
+
+async def chat_completions(
+    request: Request,
+    opened: Annotated[OpenRequest, Depends(open_request)],
+    prepared: Annotated[Prepared, Depends(prepared_request)],
+) -> Completion | StreamingResponse:
+    """Answer a chat, whole or streamed.
+
+    Raises:
+        HawkError: there is no answer.
+        TimeoutError: its time is over.
+    """
+    service: Service = request.app.state.service
+    await service.in_thread(partial(opened.submit, prepared.job))
+    seconds = service.settings.first_token_seconds
+    with anyio.move_on_after(opened.begun + seconds - time.monotonic()) as waiting:
+        event = await opened.next_event()
+    if waiting.cancelled_caught:
+        message = f"The answer did not begin within {seconds:g} seconds. Try again later."
+        raise ApiError(503, message, code="queue_timeout", retry=True)
+    service.metrics.first_token_seconds.observe(time.monotonic() - opened.begun)
+    head: dict[str, Any] = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time())}
+    head["model"] = service.settings.model_name
+    if prepared.stream:
+        events = _events(service, opened, prepared, event, head)
+        return StreamingResponse(events, headers=_STREAM_HEADERS, media_type="text/event-stream")
+    while isinstance(event, Piece):
+        event = await opened.next_event()
+    usage, details = await _finish(service, opened, prepared, event.result)
+    choice = Choice(message=AnswerMessage(content=event.result.text or ""), finish_reason=_reason(event.result))
+    return Completion(**head, choices=[choice], usage=usage, hawk=details)
+
+
+def check_model(got: str, served: str) -> None:
+    """Refuse another model than the one that is served.
+
+    Raises:
+        ApiError: another.
+    """
+    if got != served:
+        message = f"model: got {got[:100]!r}, expected {served!r}, the one that is served"
+        raise ApiError(404, message, param="model", code="model_not_found")
+
+
+async def _body(request: Request, opened: OpenRequest, service: Service) -> bytes:
+    settings = service.settings
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":  # web pages of others can send forms and plain text, but not this
+        message = f"content-type: got {kind[:60]!r}, expected application/json"
+        raise ApiError(415, message, param="content-type", code="unsupported_media_type")
+    most, length = settings.max_body_bytes, request.headers.get("content-length", "")
+    if length.isdigit() and int(length) > most:
+        raise ApiError(413, f"body: got {int(length):,} bytes, expected at most {most:,}", code="body_too_large")
+    body = bytearray()
+    try:
+        with anyio.fail_after(settings.body_seconds):
+            async for part in request.stream():
+                body += part
+                if len(body) > most:
+                    raise ApiError(413, f"body: got more than {most:,} bytes", code="body_too_large")
+                opened.hold(len(body))
+    except TimeoutError:
+        message = f"body: not received within {settings.body_seconds:g} seconds"
+        raise ApiError(408, message, code="body_timeout") from None
+    return bytes(body)
+
+
+async def _events(
+    service: Service, opened: OpenRequest, prepared: Prepared, event: Piece | Finished, head: dict[str, Any]
+) -> AsyncIterator[bytes]:
+    """The answer as server-sent events. An error is an event too, since the status has been sent by then."""
+    try:
+        yield _sse(Chunk(**head, choices=[ChunkChoice(delta={"role": "assistant", "content": ""})]))
+        while isinstance(event, Piece):
+            yield _sse(Chunk(**head, choices=[ChunkChoice(delta={"content": event.text})]))
+            event = await opened.next_event()
+        usage, details = await _finish(service, opened, prepared, event.result)
+        last = ChunkChoice(delta={}, finish_reason=_reason(event.result))
+        yield _sse(Chunk(**head, choices=[last], hawk=details))
+        if prepared.include_usage:
+            yield _sse(Chunk(**head, choices=[], usage=usage))
+        yield b"data: [DONE]\n\n"
+    except Exception as error:  # whatever it is, the client waits for an end
+        service.metrics.broken_streams.inc()
+        yield _sse(api_error(error).body)
+
+
+async def _finish(
+    service: Service, opened: OpenRequest, prepared: Prepared, result: Result
+) -> tuple[Usage, dict[str, Any] | None]:
+    """Count a complete answer; its usage, and its details where the request asks for them."""
+    service.metrics.answered(result, prepared.prompt_tokens)
+    service.metrics.request_seconds.observe(time.monotonic() - opened.begun)
+    usage = Usage(
+        prompt_tokens=prepared.prompt_tokens,
+        completion_tokens=len(result.token_ids),
+        total_tokens=prepared.prompt_tokens + len(result.token_ids),
+        visual_tokens=result.num_visual,
+        kept_visual_tokens=result.num_kept,
+    )
+    if not prepared.details:
+        return usage, None
+    return usage, await service.in_thread(partial(details_of, service.pipe, prepared, result))
+
+
+def _reason(result: Result) -> Literal["stop", "length"]:
+    return "stop" if result.finish_reason == "stop" else "length"
+
+
+def _sse(content: BaseModel) -> bytes:
+    """A server-sent event."""
+    return b"data: " + content.model_dump_json().encode() + b"\n\n"

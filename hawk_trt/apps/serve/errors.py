@@ -1,0 +1,90 @@
+"""What a client is told instead of an answer: an HTTP status, and an error in the shape of OpenAI's protocol."""
+
+import logging
+
+from fastapi import Response
+from pydantic import BaseModel, Field
+from starlette.exceptions import HTTPException
+
+from hawk_trt.errors import DeadlinePassed, HawkError, InvalidInput, QueueFull, Stopping
+
+RETRY_SECONDS = 1
+_TYPES = {401: "authentication_error", 429: "rate_limit_error", 404: "not_found_error"}
+_LOG = logging.getLogger(__name__)
+
+
+class ErrorDetail(BaseModel):
+    """Why a request has no answer."""
+
+    message: str = Field(description="What was got and what was expected.")
+    type: str
+    param: str | None = Field(description="The part of the request that is at fault.")
+    code: str = Field(description="For programs.")
+
+
+class ErrorBody(BaseModel):
+    """The body of every response that is no success, and the last event of a stream that broke."""
+
+    error: ErrorDetail
+
+
+class ApiError(HawkError):
+    """A request that gets no answer.
+
+    Attributes:
+        status: of HTTP.
+        body: names no path of the server and holds no traceback.
+        headers: of the response.
+    """
+
+    def __init__(self, status: int, message: str, *, code: str, param: str | None = None, retry: bool = False) -> None:
+        """Make an error.
+
+        Args:
+            status: of HTTP.
+            message: for people.
+            code: for programs.
+            param: the part of the request that is at fault, None where it is none in particular.
+            retry: whether the same request may succeed a little later.
+        """
+        super().__init__(message)
+        self.status = status
+        kind = _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
+        self.body = ErrorBody(error=ErrorDetail(message=message, type=kind, param=param, code=code))
+        self.headers: dict[str, str] = {}
+        if retry:
+            self.headers["retry-after"] = str(RETRY_SECONDS)
+        if status == 401:
+            self.headers["www-authenticate"] = "Bearer"
+
+
+def invalid(message: str, param: str | None = None, code: str = "invalid_value") -> ApiError:
+    """A request that is wrong in itself."""
+    return ApiError(400, message, param=param, code=code)
+
+
+def api_error(error: Exception) -> ApiError:
+    """What a client is told of an error. An error within the server goes to the log, and the client hears only that."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, InvalidInput):
+        return invalid(str(error), str(error).partition(":")[0] if ":" in str(error) else None)
+    if isinstance(error, QueueFull):
+        message = "The server has as many requests waiting as it takes. Try again later."
+        return ApiError(429, message, code="queue_full", retry=True)
+    if isinstance(error, Stopping):
+        return ApiError(503, "The server is stopping. Try again later.", code="stopping", retry=True)
+    if isinstance(error, DeadlinePassed | TimeoutError):
+        return ApiError(504, "The answer was not complete within the server's time limit.", code="timeout")
+    if isinstance(error, HTTPException):  # of the router: no such path or method
+        told = ApiError(error.status_code, str(error.detail), code=f"http_{error.status_code}")
+        told.headers.update(error.headers or {})
+        return told
+    _LOG.error("a request failed", exc_info=error)
+    return ApiError(500, "The server failed to answer this request. Its log says why.", code="internal_error")
+
+
+def error_response(error: Exception) -> Response:
+    """The whole response."""
+    told = api_error(error)
+    return Response(told.body.model_dump_json(), told.status, told.headers, "application/json")

@@ -1,0 +1,206 @@
+"""A chat becomes a prompt for the pipeline: messages checked, images fetched and decoded, pruning and sampling settled.
+
+What comes in is a stranger's: only data URLs and allowed addresses name images, only common formats are opened, and
+the sizes of all images together are bounded before any of them is decoded.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from hawk_trt.apps.serve.errors import invalid
+from hawk_trt.apps.serve.job import Job
+from hawk_trt.apps.serve.protocol import ChatMessage, ChatRequest, ImagePart, ImageUrl, Pruning
+from hawk_trt.apps.serve.settings import ServeSettings
+from hawk_trt.errors import InvalidInput
+from hawk_trt.inputs.images import data_url_bytes, load_image, resize
+from hawk_trt.pruning.selectors import EQUAL_HEADS, SCORED
+from hawk_trt.request import PruningConfig, SamplingConfig
+
+if TYPE_CHECKING:
+    from hawk_trt.pipeline import Pipeline
+
+# Pillow reads more, and some of that by starting other programs.
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+_LOW_DETAIL_PX = 512
+_SMALLEST_TOP_P = 1e-9  # the protocol allows 0, which is the most probable token as well
+_SEEDS = 2**64  # the protocol allows negative ones
+
+Picture = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A request ready to run.
+
+    Attributes:
+        job: for the batcher.
+        sizes: width and height of its images.
+        stream: whether the answer is sent while it grows.
+        include_usage: whether a streamed answer ends with its usage.
+        details: whether the answer tells of its making.
+    """
+
+    job: Job
+    sizes: tuple[tuple[int, int], ...]
+    stream: bool
+    include_usage: bool
+    details: bool
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Of the prompt, before pruning."""
+        return int(np.asarray(self.job.inputs.input_ids).size)
+
+    @property
+    def tensor_bytes(self) -> int:
+        """That the job holds."""
+        pixel_values = self.job.inputs.pixel_values
+        return 0 if pixel_values is None else pixel_values.nbytes
+
+
+def images_of(chat: ChatRequest, settings: ServeSettings) -> dict[str, ImageUrl]:
+    """The images of a chat in order, by their places in it: messages[0].content[1].image_url.
+
+    Raises:
+        ApiError: a combination of fields or a number of them that the server does not take.
+    """
+    if chat.stream_options is not None and not chat.stream:
+        raise invalid('stream_options: only with "stream": true', "stream_options")
+    if chat.max_tokens is not None and chat.max_completion_tokens not in (None, chat.max_tokens):
+        raise invalid("max_tokens: differs from max_completion_tokens; give one of them", "max_tokens")
+    if len(chat.messages) > settings.max_messages:
+        count = f"got {len(chat.messages)}, expected at most {settings.max_messages}"
+        raise invalid(f"messages: {count}", "messages", "too_many_messages")
+    images = {}
+    for index, message in enumerate(chat.messages):
+        for number, part in enumerate(message.content):
+            if isinstance(part, ImagePart):
+                place = f"messages[{index}].content[{number}].image_url"
+                if message.role != "user":
+                    raise invalid(f"{place}: only a user's message has images, this one is {message.role}'s", place)
+                images[place] = part.image_url
+    if len(images) > settings.max_images:
+        count = f"got {len(images)} images, expected at most {settings.max_images}"
+        raise invalid(f"messages: {count}", "messages", "too_many_images")
+    return images
+
+
+def is_remote(image: ImageUrl) -> bool:
+    """Whether an image has to be fetched."""
+    return not image.url.startswith("data:")
+
+
+def prepare(
+    pipe: "Pipeline",
+    settings: ServeSettings,
+    chat: ChatRequest,
+    images: Mapping[str, ImageUrl],
+    fetched: Mapping[str, bytes],
+    deadline: float,
+) -> Prepared:
+    """Make the job of a chat.
+
+    Args:
+        pipe: that will answer.
+        settings: of the server.
+        chat: the request.
+        images: of the chat, by their places.
+        fetched: the bytes of the remote ones, by their places.
+        deadline: on the clock of time.monotonic(), in seconds.
+
+    Raises:
+        ApiError: an image, prompt or option that cannot be used.
+    """
+    limit = chat.max_completion_tokens or chat.max_tokens or settings.max_tokens
+    if limit > settings.max_tokens:
+        name = "max_tokens" if chat.max_completion_tokens is None else "max_completion_tokens"
+        raise invalid(f"{name}: got {limit}, expected at most {settings.max_tokens}", name)
+    pruning = _pruning(settings.pruning, chat.pruning)
+    pictures = _decoded(images, fetched, settings.max_image_pixels)
+    rest = iter(pictures)
+    try:
+        inputs = pipe.prepare([_message(message, rest) for message in chat.messages], max_pixels=settings.max_pixels)
+    except InvalidInput as error:
+        raise invalid(str(error), "messages", "invalid_prompt") from error
+    job = Job(
+        inputs=inputs,
+        pruning=pruning,
+        max_new_tokens=limit,
+        sampling=SamplingConfig(
+            temperature=settings.temperature if chat.temperature is None else chat.temperature,
+            top_p=1.0 if chat.top_p is None else max(chat.top_p, _SMALLEST_TOP_P),
+            seed=None if chat.seed is None else chat.seed % _SEEDS,
+        ),
+        stop=(chat.stop,) if isinstance(chat.stop, str) else tuple(chat.stop or ()),
+        deadline=deadline,
+    )
+    prepared = Prepared(
+        job=job,
+        sizes=tuple((picture.shape[1], picture.shape[0]) for picture in pictures),
+        stream=bool(chat.stream),
+        include_usage=chat.stream_options is not None and bool(chat.stream_options.include_usage),
+        details=chat.hawk is not None and chat.hawk.details,
+    )
+    most = settings.max_prompt_tokens
+    if most is not None and prepared.prompt_tokens > most:
+        message = f"messages: got a prompt of {prepared.prompt_tokens} tokens, expected at most {most}"
+        raise invalid(message, "messages", "context_length_exceeded")
+    return prepared
+
+
+def _decoded(images: Mapping[str, ImageUrl], fetched: Mapping[str, bytes], max_pixels: int) -> list[Picture]:
+    """All images, uint8 [height, width, 3] each; max_pixels bounds them together."""
+    decoded = []
+    for place, image in images.items():
+        try:
+            content = fetched[place] if is_remote(image) else data_url_bytes(image.url)
+            if not content:
+                raise InvalidInput("image (bytes): got none")
+            picture = load_image(content, max_pixels=max_pixels, formats=_FORMATS)
+        except InvalidInput as error:
+            reason = str(error).partition(": ")[2]
+            raise invalid(f"{place}: {reason}", place, "invalid_image") from error
+        height, width = picture.shape[:2]
+        max_pixels -= height * width
+        if image.detail == "low" and max(height, width) > _LOW_DETAIL_PX:
+            scale = _LOW_DETAIL_PX / max(height, width)
+            size = max(1, round(height * scale)), max(1, round(width * scale))
+            picture = np.asarray(resize(picture, *size, Image.Resampling.BICUBIC))
+        decoded.append(picture)
+    return decoded
+
+
+def _message(message: ChatMessage, pictures: Iterator[Picture]) -> dict[str, Any]:
+    """A message as Pipeline.prepare takes it, with the next decoded images in their places."""
+    content: str | list[dict[str, Any]] = (
+        message.content
+        if isinstance(message.content, str)
+        else [
+            {"type": "image", "image": next(pictures)}
+            if isinstance(part, ImagePart)
+            else {"type": "text", "text": part.text}
+            for part in message.content
+        ]
+    )
+    return {"role": "system" if message.role == "developer" else message.role, "content": content}
+
+
+def _pruning(default: PruningConfig, asked: Pruning | None) -> PruningConfig:
+    """What the request asks for; the server's own setting for the rest."""
+    if asked is None:
+        return default
+    given = asked.model_dump(exclude_none=True)
+    selector = given.get("selector", default.selector)
+    # keep_mass, diversity and head weights that the server has for its own selector do not go with every other
+    base = default if selector in SCORED else replace(default, keep_mass=None, diversity=0.0)
+    if selector in EQUAL_HEADS:
+        base = replace(base, head_weights=None)
+    try:
+        return replace(base, **given)
+    except InvalidInput as error:
+        raise invalid(f"pruning.{error}", f"pruning.{str(error).partition(':')[0]}") from error
