@@ -17,8 +17,8 @@ import numpy as np
 from hawk_trt import Pipeline, PruningConfig
 from hawk_trt.apps.bench.advice import TimeModel
 from hawk_trt.apps.bench.measurement import MEASURED_RATIOS, measure_once, medians, prompt_size
-from hawk_trt.apps.parity.cases import random_inputs
 from hawk_trt.request import ModelInputs, Result
+from hawk_trt.runtime.reference import random_inputs
 
 CHECKED_RATIOS = (0.7, 0.2, 0.1)
 LENGTHS = (1, 32, 128)

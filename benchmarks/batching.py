@@ -24,9 +24,9 @@ import numpy as np
 from benchmarks.random_model import cut_config, make_model
 from benchmarks.timing import load
 from hawk_trt import Pipeline, PruningConfig
-from hawk_trt.apps.parity.cases import random_inputs
 from hawk_trt.apps.serve.batcher import Batcher, Event, Failed, Finished, Job
 from hawk_trt.request import Result
+from hawk_trt.runtime.reference import random_inputs
 
 Answer = Callable[[Job], Result]
 ONE_BY_ONE = 0

@@ -20,12 +20,12 @@ from hawk_trt.runtime.tensorrt.machine import this_machine
 from hawk_trt.stages import PROFILES
 
 from .build_plan import BuildPlan, differences, plan_build
+from .checks.verify import Verification, load_reference, verify
 from .options import add_limits, existing_file, limits
 from .plugin_library import find_or_compile, may_find
 from .prepare import PreparedGraph
 from .profiles import choose_profile
 from .progress import BuildProgress
-from .verify import Verification, reference_folder, verify
 from .workarounds import workarounds_for
 from .writer import StagePlan, write_engines
 
@@ -90,7 +90,8 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         "--reference",
         type=Path,
         metavar="BUNDLE",
-        help="float32 export of the same checkpoint to compare with (default: the bundle itself, unless bfloat16)",
+        help="float32 export of the same checkpoint to compare with (default: the bundle's reference.npz, else "
+        "the bundle itself in ONNX Runtime, unless it is bfloat16)",
     )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser
@@ -104,8 +105,8 @@ def _run(args: argparse.Namespace, rebuild: str) -> None:
     limits(args, bundle.manifest, plugin=expected)  # what is wrong with them is said before anything is compiled
     if args.workspace_gib is not None and args.workspace_gib <= 0:
         raise InvalidInput(f"--workspace-gib: got {args.workspace_gib:g}, expected more than 0")
-    if not args.no_verify:
-        reference_folder(bundle, args.reference)  # what is wrong with it is said before the build, not after
+    # made before the build, so that what is wrong with it is said then and not after
+    reference = None if args.no_verify else load_reference(bundle, args.reference)
     try:
         from .builder import TENSORRT_VERSION, BuildSettings  # the rest of the command works without it
     except ModuleNotFoundError as error:
@@ -139,7 +140,7 @@ def _run(args: argparse.Namespace, rebuild: str) -> None:
     if not args.force and _up_to_date(plan, args.out):
         _report(EngineFolder.load(args.out), None, None, as_json=args.json)
         return
-    check = None if args.no_verify else lambda folder: verify(folder, bundle, args.reference, size_limits)
+    check = None if args.no_verify else lambda folder: verify(folder, reference)
     with BuildProgress() as progress:
         engines, verification = write_engines(plan, args.out, _builder(settings, progress), check, note)
     _report(engines, verification, time.perf_counter() - started, as_json=args.json)

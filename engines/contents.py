@@ -12,7 +12,7 @@ from hawk_trt.engine_folder import ENGINES_MANIFEST, read_engine_manifest
 from hawk_trt.errors import BundleError
 
 EMBEDDINGS_FILE = "embed_tokens.data"
-_ENGINE_SUFFIXES = (".plan", ".data", ".so", ".json", ".jinja")
+_ENGINE_SUFFIXES = (".plan", ".data", ".so", ".json", ".jinja", ".npz")
 _BLOCK_BYTES = 1 << 20
 
 

@@ -8,17 +8,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hawk_trt.apps.cli.doctor_checks import available_memory_bytes
 from hawk_trt.bundle import FileEntry, file_entry, manifest_bytes
 from hawk_trt.engine_folder import ENGINES_MANIFEST, EngineFolder, PlanEntry
 from hawk_trt.errors import BackendError, HawkError
 from hawk_trt.files import check_free_space, clean_up_after_killed, staged
+from hawk_trt.runtime.versions import available_memory_bytes
 
 from .build_plan import BuildPlan
+from .checks.verify import Verification
 from .contents import check_replaceable, copy_bundle, table_bytes, write
 from .memory import memory_warning
 from .prepare import PreparedGraph
-from .verify import Verification
 
 # For the small files, and for what a plan has beside its weights.
 _SPARE_BYTES = 256 << 20

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 
 from rich.console import Console
@@ -16,7 +17,10 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from hawk_trt.bundle import Bundle, WeightFormat
 from hawk_trt.errors import HawkError
 from hawk_trt.inputs.hub import download, is_hub_id
+from hawk_trt.pipeline import Pipeline
 from hawk_trt.pruning.head_weights import read_head_weights
+from hawk_trt.runtime.reference import REFERENCE, Reference
+from hawk_trt.runtime.versions import available_memory_bytes
 from hawk_trt.stages import DTYPES, NORMALIZATIONS, PROFILES
 
 from .checkpoint import Checkpoint
@@ -34,6 +38,8 @@ _UNIFORM_NOTE = (
 )
 _INTEGERS = {f"int{bits}": bits for bits in WEIGHT_BITS}
 _BLOCK_SIZE = 64
+# That a run of a few prompts takes beside the weights.
+_RUN_BYTES = 1 << 30
 # Between two lines where no bar can be drawn.
 _PLAIN_SECONDS = 2.0
 
@@ -107,6 +113,8 @@ def _run(args: argparse.Namespace, checkpoint: Checkpoint, name: str | None) -> 
             print(_UNIFORM_NOTE, file=sys.stderr)
     else:
         bundle = current
+    if not args.shape and not args.no_reference:
+        bundle = _with_reference(bundle)
     _report(bundle, args.out, time.perf_counter() - start, up_to_date=current is not None, as_json=args.json)
 
 
@@ -155,9 +163,34 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument("--layers", type=int, metavar="N", help="of --shape, fewer than the model's")
     parser.add_argument("--vision-layers", type=int, metavar="N", help="of --shape, fewer than the model's")
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")
+    parser.add_argument(
+        "--no-reference",
+        action="store_true",
+        help=f"do not run a float32 bundle to write {REFERENCE}, which engines are compared with",
+    )
     parser.add_argument("--force", action="store_true", help="export again even if nothing changed")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser
+
+
+def _with_reference(bundle: Bundle) -> Bundle:
+    """The bundle with what its stages make of a few prompts, where ONNX Runtime can run it here in float32."""
+    manifest = bundle.manifest
+    if REFERENCE in manifest.files or manifest.dtype != "float32" or find_spec("onnxruntime") is None:
+        return bundle
+    needed_bytes = sum(entry.size_bytes for entry in manifest.files.values() if entry.weights) + _RUN_BYTES
+    free_bytes = available_memory_bytes()
+    if free_bytes is not None and free_bytes < needed_bytes:
+        why = f"that takes {needed_bytes / 1e9:.1f} GB of memory, {free_bytes / 1e9:.1f} GB are free"
+    else:
+        try:
+            with Pipeline.load(bundle.folder) as pipe:
+                Reference.make(pipe).put_into(bundle.folder)
+            return Bundle.load(bundle.folder)
+        except HawkError as error:
+            why = str(error)
+    print(f"note: {REFERENCE}, which engines are compared with, was not made: {why}", file=sys.stderr)
+    return bundle
 
 
 @contextmanager

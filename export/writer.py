@@ -36,6 +36,7 @@ from hawk_trt.files import check_free_space, check_replaceable, clean_up_after_k
 from hawk_trt.inputs.sidecars import SIDECARS, added_tokens, read_sidecars
 from hawk_trt.models.family import family_of
 from hawk_trt.request import PruningConfig, check_head_weights
+from hawk_trt.runtime.reference import REFERENCE
 from hawk_trt.stages import DTYPES, NORMALIZATIONS, PROFILES, LanguageConfig
 
 from .checkpoint import EMBEDDINGS, LM_HEAD, Checkpoint
@@ -245,7 +246,7 @@ def _check_replaceable(out: Path, checkpoint: Path) -> None:
     replaces = (out / MANIFEST).is_file()
     check_replaceable(
         out,
-        lambda name: replaces and (name in (MANIFEST, *SIDECARS) or Path(name).suffix in _BUNDLE_SUFFIXES),
+        lambda name: replaces and (name in (MANIFEST, REFERENCE, *SIDECARS) or Path(name).suffix in _BUNDLE_SUFFIXES),
         "export",
     )
 

@@ -1,9 +1,10 @@
-"""Which version of which package can do what, and what to install: the one place that knows.
+"""Which version of which package can do what, what to install, and how much memory is free: the one place that knows.
 
 The doctor, the backends and the engine builder ask here. Versions are text such as "10.16.1.11" or "2.13.0+cpu".
 """
 
 import re
+from pathlib import Path
 
 # The first ONNX Runtime that fuses DequantizeLinear with MatMul for int8 as for int4, with a bias as without.
 QUANTISED_ONNX_RUNTIME = "1.25"
@@ -49,6 +50,15 @@ def missing_for_tensorrt(error: ImportError) -> str:
     if package == "tensorrt" and isinstance(error, ModuleNotFoundError):
         return _INSTALL_TENSORRT
     return f"tensorrt: cannot be loaded ({error}). Its libraries must be of one version and on the loader's path"
+
+
+def available_memory_bytes() -> int | None:
+    """Main memory that a process could take without swapping, None where the system does not say."""
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.is_file():
+        return None
+    found = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo.read_text(encoding="ascii"), re.MULTILINE)
+    return int(found[1]) * 1024 if found else None
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -12,11 +12,10 @@ import pytest
 
 from engines.__main__ import main
 from engines.build_plan import differences, plan_build
+from engines.checks.verify import OutputRow, Verification, load_reference
 from engines.contents import EMBEDDINGS_FILE
 from engines.memory import memory_warning
 from engines.profiles import plan_limits
-from engines.verify import Verification, reference_folder
-from engines.verify_rows import VerifyRow
 from engines.workarounds import WORKAROUNDS
 from engines.writer import StagePlan, write_engines
 from export.__main__ import main as export
@@ -236,7 +235,7 @@ def test_wrong_plans_never_take_the_place_and_are_kept_aside(bundle, tmp_path):
 
     def check(folder):
         checked.append(EngineFolder.load(folder))
-        row = VerifyRow("decoder", "logits", 1, "", ("image: cosine 0.1, expected at least 0.99",))
+        row = OutputRow("decoder", "logits", 1, "", ("image: cosine 0.1, expected at least 0.99",))
         return Verification("bundle", "", (row,), False)
 
     with pytest.raises(BackendError, match=r"the plans are wrong: decoder: image: cosine 0\.1.*engines\.failed"):
@@ -257,9 +256,11 @@ def test_plans_that_could_not_be_checked_are_kept_aside_too(bundle, tmp_path):
 def test_a_reference_of_another_dtype_or_score_is_refused_before_the_build(bundle, tiny_checkpoint, tmp_path, capsys):
     other = tmp_path / "softmax"
     assert export([str(tiny_checkpoint), "--out", str(other), "--normalization", "softmax"]) == 0
-    assert reference_folder(bundle, None) == bundle.folder
-    bfloat16 = replace(bundle, manifest=replace(bundle.manifest, dtype="bfloat16"))
-    assert reference_folder(bfloat16, None) is None and reference_folder(bfloat16, bundle.folder) == bundle.folder
+    assert load_reference(bundle).made_by.endswith("float32, onnxruntime on cpu")
+    files = {name: entry for name, entry in bundle.manifest.files.items() if name != "reference.npz"}
+    bfloat16 = replace(bundle, manifest=replace(bundle.manifest, dtype="bfloat16", files=files))
+    assert load_reference(bfloat16) is None
+    assert load_reference(bfloat16, bundle.folder).made_by.endswith("float32, onnxruntime on cpu")
     assert main([str(bundle.folder), "--out", str(tmp_path / "engines"), "--reference", str(other)]) == 1
     assert "with softmax scores, expected a float32 export of the same checkpoint" in capsys.readouterr().err
 

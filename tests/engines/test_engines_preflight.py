@@ -15,7 +15,7 @@ import pytest
 from checkpoints import QWEN_7B, make_sparse_checkpoint
 from engines import gpuless
 from export.__main__ import main as export
-from hawk_trt.apps.cli.doctor_checks import available_memory_bytes
+from hawk_trt.runtime.versions import available_memory_bytes
 from hawk_trt.stages import PROFILES, STAGES
 
 pytestmark = pytest.mark.skipif(

@@ -24,11 +24,11 @@ from export.quantisation import layout, quantise
 from export.writer import ExportOptions, export
 from hawk_trt import ModelInputs, Pipeline, PruningConfig
 from hawk_trt.apps.cli.main import main as hawk_trt
-from hawk_trt.apps.parity.tolerances import TOLERANCES, tolerance_of
 from hawk_trt.bundle import MANIFEST, Bundle, WeightFormat
 from hawk_trt.errors import BackendError, CheckpointError, InvalidInput
 from hawk_trt.runtime import onnxruntime as ort_backend
 from hawk_trt.runtime import session as ort_session
+from hawk_trt.runtime.comparison import TOLERANCES, tolerance_of
 from hawk_trt.stages import DECODER, FIRST_LAYER, INPLACE, PORTABLE, PROFILES, VISION
 
 NUMPY = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}

@@ -129,7 +129,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _tensors(args: argparse.Namespace, pipe: "Pipeline") -> "ModelInputs":
     """A prompt for a bundle without a tokenizer: noise between special tokens."""
-    from hawk_trt.apps.parity.cases import random_inputs  # only such bundles need it
+    from hawk_trt.runtime.reference import random_inputs  # only such bundles need it
 
     if args.image:
         raise InvalidInput("--image: this bundle has no tokenizer, so it is measured with noise; choose --image-size")

@@ -6,7 +6,6 @@ its CUDA provider works shows when it runs a graph and not before.
 
 import importlib
 import platform
-import re
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from hawk_trt import __version__
-from hawk_trt.runtime.versions import EXTRAS, at_least
+from hawk_trt.runtime.versions import EXTRAS, at_least, available_memory_bytes
 
 RUNTIME = ("jinja2", "ml_dtypes", "msgspec", "numpy", "pillow", "rich", "tokenizers")
 ONNX_RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
@@ -149,15 +148,6 @@ def parse_gpus(listing: str) -> tuple[Gpu, ...]:
             total, free = (int(field) if field.isdigit() else None for field in memory)  # "[N/A]" on a Jetson
             gpus.append(Gpu(name, capability, driver, total, free))
     return tuple(gpus)
-
-
-def available_memory_bytes() -> int | None:
-    """Main memory that a process could take without swapping, None where the system does not say."""
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.is_file():
-        return None
-    found = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo.read_text(encoding="ascii"), re.MULTILINE)
-    return int(found[1]) * 1024 if found else None
 
 
 def provider_problem(provider: str) -> str | None:

@@ -13,9 +13,9 @@ from hawk_trt.apps.parity.cases import DEFAULT_PROMPT, ParityCase, generated_cas
 from hawk_trt.apps.parity.check import compare_case
 from hawk_trt.apps.parity.prompt_rules import prompt_tokens
 from hawk_trt.apps.parity.report import ParityReport, print_report
-from hawk_trt.apps.parity.tolerances import tolerance_of
 from hawk_trt.bundle import Bundle
 from hawk_trt.errors import BundleError, InvalidInput, ParityError
+from hawk_trt.runtime.comparison import tolerance_of
 from hawk_trt.stages import DTYPES
 
 if TYPE_CHECKING:

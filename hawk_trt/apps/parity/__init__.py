@@ -6,7 +6,6 @@
     trace         what a reference run leaves behind
     cases         the prompts that are compared
     compare       stage outputs of both sides -> rows of numbers
-    tolerances    what the numbers may be, a dtype
     report        rows -> a table or JSON
     command       hawk-trt parity
 

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hawk_trt.apps.parity.cases import ParityCase
-from hawk_trt.apps.parity.compare import compare_selection, compare_stage, compare_tokens
+from hawk_trt.apps.parity.compare import compare_selection, compare_tokens
 from hawk_trt.apps.parity.report import CaseReport
-from hawk_trt.apps.parity.tolerances import Tolerance
 from hawk_trt.request import PruningConfig
+from hawk_trt.runtime.comparison import Tolerance, compare_stage
 
 if TYPE_CHECKING:
     from hawk_trt.apps.parity.reference import EmbeddedPrompt, Reference

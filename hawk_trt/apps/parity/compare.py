@@ -1,7 +1,7 @@
 """The outputs of both sides -> rows of numbers, each with what is wrong with it.
 
-Stage rows hold cosine, norm ratio and largest error; a selection row the kept set and the scores behind
-it; a token row the teacher-forced distribution and the free-running tokens. Numpy in float64 only.
+A selection row holds the kept set and the scores behind it; a token row the teacher-forced distribution and the
+free-running tokens. Rows of stages are of hawk_trt.runtime.comparison. Numpy in float64 only.
 """
 
 from collections.abc import Sequence
@@ -10,38 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from hawk_trt.apps.parity.tolerances import StageTolerance, Tolerance
 from hawk_trt.apps.parity.trace import ReferenceTrace
 from hawk_trt.pipeline import Trace
+from hawk_trt.runtime.comparison import Tolerance, at_most
 
 _Matrix = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True, slots=True)
-class StageRow:
-    """One stage's output against the reference's.
-
-    Attributes:
-        stage: vision, scores, first_layer or decoder.
-        rows: vectors compared: visual tokens, kept tokens or decode steps.
-        cosine: mean over the rows.
-        cosine_min: of the worst row.
-        norm_ratio: |got| / |expected|, mean over the rows.
-        norm_ratio_worst: the one farthest from 1.
-        max_error: largest absolute difference of a value.
-        max_error_share: that, as a share of the largest reference value.
-        failures: what is out of tolerance, empty where nothing is.
-    """
-
-    stage: str
-    rows: int
-    cosine: float
-    cosine_min: float
-    norm_ratio: float
-    norm_ratio_worst: float
-    max_error: float
-    max_error_share: float
-    failures: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,37 +70,6 @@ class TokenRow:
     failures: tuple[str, ...]
 
 
-def compare_stage(stage: str, got: npt.ArrayLike, expected: npt.ArrayLike, tolerance: StageTolerance) -> StageRow:
-    """Compare two float arrays [rows, values].
-
-    Args:
-        stage: named in the row.
-        got: the bundle's output.
-        expected: the reference's.
-        tolerance: what they may differ by.
-    """
-    a, b = np.asarray(got, dtype=np.float64), np.asarray(expected, dtype=np.float64)
-    nan = float("nan")
-    if a.shape != b.shape:
-        return StageRow(stage, len(b), nan, nan, nan, nan, nan, nan, (f"shape: got {a.shape}, expected {b.shape}",))
-    norm_a, norm_b = np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1)
-    both_zero = (norm_a == 0) & (norm_b == 0)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        cosine = np.where(both_zero, 1.0, (a * b).sum(1) / (norm_a * norm_b))
-        ratio = np.where(both_zero, 1.0, norm_a / norm_b)
-        error = float(np.abs(a - b).max())
-        share = error / float(np.abs(b).max()) if error else 0.0
-    worst = float(ratio[np.argmax(np.abs(ratio - 1.0))])  # argmax takes a NaN first
-    failures = (
-        _at_least("cosine", float(cosine.min()), tolerance.cosine)
-        + _at_most("norm ratio - 1", abs(worst - 1.0), tolerance.norm_ratio)
-        + _at_most("max error", share, tolerance.max_error)
-    )
-    return StageRow(
-        stage, len(b), float(cosine.mean()), float(cosine.min()), float(ratio.mean()), worst, error, share, failures
-    )
-
-
 def compare_selection(trace: Trace, reference: ReferenceTrace, tolerance: Tolerance) -> SelectionRow:
     """Compare what is kept, and the scores that decided it.
 
@@ -150,7 +92,7 @@ def compare_selection(trace: Trace, reference: ReferenceTrace, tolerance: Tolera
     error = got - expected
     # Kept or dropped does not depend on a shift of all scores, so it is no error here.
     error_share = _share(float(np.abs(error - np.median(error)).max()), spread)
-    failures += _at_most("score error", error_share, tolerance.score_error)
+    failures += at_most("score error", error_share, tolerance.score_error)
 
     kept = np.isin(np.arange(num_visual), reference.kept_visual)
     got_kept = np.isin(reference.visual_indices, trace.kept_indices)
@@ -165,7 +107,7 @@ def compare_selection(trace: Trace, reference: ReferenceTrace, tolerance: Tolera
         margins.append(float(last_kept - first_dropped))
         swapped = expected[member & (kept != got_kept)]
         distances += [_share(abs(float(s) - float(last_kept + first_dropped) / 2), spread) for s in swapped]
-    failures += _at_most("distance of a swapped token from the cut", max(distances), tolerance.score_error)
+    failures += at_most("distance of a swapped token from the cut", max(distances), tolerance.score_error)
     if not np.array_equal(trace.kept_indices, _kept_indices(reference, got_kept)):
         failures += ("kept_indices: not all text and the kept visual tokens in ascending order",)
     return SelectionRow(
@@ -208,7 +150,7 @@ def compare_tokens(tokens: Sequence[int], trace: Trace, reference: ReferenceTrac
     if first is not None:
         margin = _share(float(expected[first].max() - expected[first, tokens[first]]), float(np.abs(expected).max()))
     # Two logits that are each off by the largest error allowed can change places when twice that apart.
-    failures = _at_most("KL", kl, tolerance.kl) + _at_most(
+    failures = at_most("KL", kl, tolerance.kl) + at_most(
         "margin of the token chosen otherwise", margin, 2 * tolerance.decoder.max_error
     )
     agreement = float((best == got.argmax(1)).mean())
@@ -245,11 +187,3 @@ def _log_softmax(logits: _Matrix) -> _Matrix:
 def _share(value: float, whole: float) -> float:
     """Value / whole; no error is no error where all of the whole is one value."""
     return value / whole if whole else (0.0 if value == 0.0 else float("inf"))
-
-
-def _at_least(name: str, value: float, limit: float) -> tuple[str, ...]:
-    return () if value >= limit else (f"{name} {value:.6g}, expected at least {limit:g}",)  # NaN fails
-
-
-def _at_most(name: str, value: float, limit: float) -> tuple[str, ...]:
-    return () if value <= limit else (f"{name} {value:.3g}, expected at most {limit:g}",)  # NaN fails

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
-from hawk_trt.apps.parity.compare import SelectionRow, StageRow, TokenRow
-from hawk_trt.apps.parity.tolerances import Tolerance
+from hawk_trt.apps.parity.compare import SelectionRow, TokenRow
+from hawk_trt.runtime.comparison import StageRow, Tolerance
 
 
 @dataclass(frozen=True, slots=True)

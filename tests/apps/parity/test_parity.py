@@ -9,11 +9,11 @@ import pytest
 from rich.console import Console
 
 from hawk_trt.apps.cli.output import print_json
-from hawk_trt.apps.parity.compare import compare_selection, compare_stage, compare_tokens, rank_correlation
+from hawk_trt.apps.parity.compare import compare_selection, compare_tokens, rank_correlation
 from hawk_trt.apps.parity.report import CaseReport, ParityReport, print_report
-from hawk_trt.apps.parity.tolerances import TOLERANCES, StageTolerance
 from hawk_trt.apps.parity.trace import ReferenceTrace
 from hawk_trt.pipeline import Trace
+from hawk_trt.runtime.comparison import TOLERANCES, StageTolerance, compare_stage
 
 LOOSE = StageTolerance(cosine=0.99, norm_ratio=0.02, max_error=0.05)
 FLOAT32 = TOLERANCES["float32"]

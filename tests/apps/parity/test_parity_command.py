@@ -16,9 +16,9 @@ from hawk_trt.apps.cli.main import main
 from hawk_trt.apps.parity.cases import tensor_cases
 from hawk_trt.apps.parity.check import compare_case
 from hawk_trt.apps.parity.prompt_rules import prompt_tokens
-from hawk_trt.apps.parity.tolerances import TOLERANCES
 from hawk_trt.pipeline import Pipeline
 from hawk_trt.request import PruningConfig
+from hawk_trt.runtime.comparison import TOLERANCES
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")

@@ -1,4 +1,4 @@
-"""What parity may differ by, a dtype of the bundle and a format of its weights, with what was measured beside each.
+"""How near two runs of a stage are, and how near they must be for a dtype and a format of the weights.
 
 Cosine is blind to scale and a norm ratio to direction, so both are gated. Errors are relative to the
 largest value of the reference: a large model's outliers would make an absolute number meaningless.
@@ -10,6 +10,9 @@ since ONNX Runtime's CPU cannot run it; there the random model is beyond the dec
 """
 
 from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
 
 from hawk_trt.bundle import Manifest
 
@@ -116,3 +119,71 @@ def _looser(one: StageTolerance, other: StageTolerance) -> StageTolerance:
         max(one.norm_ratio, other.norm_ratio),
         max(one.max_error, other.max_error),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class StageRow:
+    """One stage's output against the reference's.
+
+    Attributes:
+        stage: vision, scores, first_layer or decoder.
+        rows: vectors compared: visual tokens, kept tokens or decode steps.
+        cosine: mean over the rows.
+        cosine_min: of the worst row.
+        norm_ratio: |got| / |expected|, mean over the rows.
+        norm_ratio_worst: the one farthest from 1.
+        max_error: largest absolute difference of a value.
+        max_error_share: that, as a share of the largest reference value.
+        failures: what is out of tolerance, empty where nothing is.
+    """
+
+    stage: str
+    rows: int
+    cosine: float
+    cosine_min: float
+    norm_ratio: float
+    norm_ratio_worst: float
+    max_error: float
+    max_error_share: float
+    failures: tuple[str, ...]
+
+
+def compare_stage(stage: str, got: npt.ArrayLike, expected: npt.ArrayLike, tolerance: StageTolerance) -> StageRow:
+    """Compare two float arrays [rows, values].
+
+    Args:
+        stage: named in the row.
+        got: the bundle's output.
+        expected: the reference's.
+        tolerance: what they may differ by.
+    """
+    a, b = np.asarray(got, dtype=np.float64), np.asarray(expected, dtype=np.float64)
+    nan = float("nan")
+    if a.shape != b.shape:
+        return StageRow(stage, len(b), nan, nan, nan, nan, nan, nan, (f"shape: got {a.shape}, expected {b.shape}",))
+    norm_a, norm_b = np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1)
+    both_zero = (norm_a == 0) & (norm_b == 0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        cosine = np.where(both_zero, 1.0, (a * b).sum(1) / (norm_a * norm_b))
+        ratio = np.where(both_zero, 1.0, norm_a / norm_b)
+        error = float(np.abs(a - b).max())
+        share = error / float(np.abs(b).max()) if error else 0.0
+    worst = float(ratio[np.argmax(np.abs(ratio - 1.0))])  # argmax takes a NaN first
+    failures = (
+        at_least("cosine", float(cosine.min()), tolerance.cosine)
+        + at_most("norm ratio - 1", abs(worst - 1.0), tolerance.norm_ratio)
+        + at_most("max error", share, tolerance.max_error)
+    )
+    return StageRow(
+        stage, len(b), float(cosine.mean()), float(cosine.min()), float(ratio.mean()), worst, error, share, failures
+    )
+
+
+def at_least(name: str, value: float, limit: float) -> tuple[str, ...]:
+    """A failure where a value is below its limit, or NaN."""
+    return () if value >= limit else (f"{name} {value:.6g}, expected at least {limit:g}",)
+
+
+def at_most(name: str, value: float, limit: float) -> tuple[str, ...]:
+    """A failure where a value is above its limit, or NaN."""
+    return () if value <= limit else (f"{name} {value:.3g}, expected at most {limit:g}",)

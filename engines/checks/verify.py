@@ -1,0 +1,274 @@
+"""The check of every stage right after a build: the plans against a reference, on prompts made for it.
+
+In: an engine folder, and a reference: the bundle's own, or what ONNX Runtime makes now of the bundle or of a float32
+export of the same checkpoint. Out: a row an output, with the numbers of its worst prompt and what is out of tolerance;
+and in words what was not compared. The plans decode the reference's tokens, and behind the choice of visual tokens,
+which has a row of its own, they keep the reference's, so that a stage is judged by what it computes itself.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+
+from hawk_trt.bundle import Bundle
+from hawk_trt.engine_folder import EngineFolder
+from hawk_trt.errors import BackendError, InvalidInput
+from hawk_trt.pipeline import Pipeline
+from hawk_trt.pruning.selection import kept_count
+from hawk_trt.request import ModelInputs, PruningConfig
+from hawk_trt.runtime.comparison import TOLERANCES, StageTolerance, Tolerance, compare_stage, tolerance_of
+from hawk_trt.runtime.reference import (
+    BEST_LOGITS,
+    REFERENCE,
+    STEPS,
+    Floats,
+    Reference,
+    StageTrace,
+    model_of,
+    tensor_prompts,
+    trace,
+)
+from hawk_trt.stages import DECODER, FIRST_LAYER, VISION
+
+_FAILURES_SHOWN = 3
+# A constant score has no spread; then any distance is too far.
+_LEAST_SPREAD = 1e-30
+
+
+@dataclass(frozen=True, slots=True)
+class OutputRow:
+    """One output over all prompts.
+
+    Attributes:
+        stage: that makes it.
+        output: visual_embeds, scores, kept set, hidden_states, KV norms of a layer, logits, tokens; or "finite".
+        prompts: that it was looked at on.
+        numbers: of the worst prompt in words; empty where only finiteness was looked at.
+        failures: what is wrong, each with its prompt.
+    """
+
+    stage: str
+    output: str
+    prompts: int
+    numbers: str
+    failures: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """The whole check.
+
+    Attributes:
+        reference: what the plans were compared with, None where there was nothing.
+        not_compared: why, where reference is None; empty else.
+        rows: of the outputs, in the order in which they are made.
+        passed: whether nothing failed.
+    """
+
+    reference: str | None
+    not_compared: str
+    rows: tuple[OutputRow, ...]
+    passed: bool
+
+    @property
+    def failures(self) -> str:
+        """The first failures in one line."""
+        told = [f"{row.stage}: {failure}" for row in self.rows for failure in row.failures]
+        more = f" (and {len(told) - _FAILURES_SHOWN} more)" if len(told) > _FAILURES_SHOWN else ""
+        return "; ".join(told[:_FAILURES_SHOWN]) + more
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """One prompt on both sides; `own` chose its visual tokens, `forced` was given those of `expected`."""
+
+    name: str
+    own: StageTrace
+    forced: StageTrace
+    expected: StageTrace
+
+
+def load_reference(bundle: Bundle, given: Path | None = None) -> Reference | None:
+    """What the plans of a bundle are compared with, None where there is nothing that this machine can run.
+
+    Args:
+        bundle: that the plans are built from.
+        given: a float32 export of the same checkpoint; None takes the bundle's own reference, or the bundle.
+
+    Raises:
+        BackendError: it has to be made, and there is no ONNX Runtime.
+        BundleError: no bundle at `given`, or its reference is of another model.
+        InvalidInput: `given` is not float32, or of another model.
+    """
+    source = bundle if given is None else Bundle.load(given)
+    manifest = source.manifest
+    if given is not None and (manifest.dtype != "float32" or model_of(manifest)[0] != model_of(bundle.manifest)[0]):
+        raise InvalidInput(
+            f"--reference: {given} is {manifest.dtype} {manifest.family} with {manifest.normalization} scores, "
+            f"expected a float32 export of the same checkpoint as {bundle.folder}"
+        )
+    if REFERENCE in manifest.files:
+        reference = Reference.load(source.folder / REFERENCE)
+        reference.check(bundle.manifest)
+        return reference
+    if manifest.dtype == "bfloat16":
+        return None
+    if find_spec("onnxruntime") is None:
+        raise BackendError(
+            f"onnxruntime: not installed, and the check after the build compares with it where {source.folder} has no "
+            f"{REFERENCE}. pip install onnxruntime, or leave the check out with --no-verify"
+        )
+    with Pipeline.load(source.folder) as pipe:
+        return Reference.make(pipe)
+
+
+def verify(engines: Path, reference: Reference | None) -> Verification:
+    """Run the plans of a folder, and compare them; prompts larger than their limits are left out.
+
+    Args:
+        engines: the folder.
+        reference: None looks only whether all is finite.
+
+    Raises:
+        HawkError: the plans cannot be loaded or run.
+    """
+    limits = EngineFolder.load(engines).manifest.limits
+    with Pipeline.load(engines, backend="tensorrt", device="cuda") as plans:
+        manifest = plans.bundle.manifest
+        pruning = PruningConfig(keep_ratio=manifest.keep_ratio)
+
+        def fits(inputs: ModelInputs) -> bool:
+            layout = plans.layout(inputs)
+            kept = layout.num_tokens - layout.num_visual + kept_count(layout, pruning)
+            return (
+                layout.num_visual <= limits.visual_tokens
+                and layout.num_tokens <= limits.prompt_tokens
+                and kept + STEPS <= limits.context
+            )
+
+        prompts = {name: inputs for name, inputs in tensor_prompts(manifest).items() if fits(inputs)}
+        if not prompts:
+            return Verification(None, "the limits are smaller than any prompt of the check: nothing was run", (), True)
+        if reference is None:
+            traces = {name: trace(plans, inputs).condensed() for name, inputs in prompts.items()}
+            why = (
+                f"ONNX Runtime's CPU cannot run {manifest.dtype}, and the bundle has no {REFERENCE}, so numbers were "
+                "not compared. Export the same checkpoint in float32 and give it with --reference"
+            )
+            return _verification(None, why, finite_rows(traces))
+        compared = [compare(plans, name, inputs, reference.prompts[name]) for name, inputs in prompts.items()]
+    strict = reference.weights == model_of(manifest)[1]  # else the loss of quantising comes on top
+    tolerance = TOLERANCES[manifest.dtype] if strict else tolerance_of(manifest)
+    finite = finite_rows({prompt.name: prompt.own for prompt in compared})
+    return _verification(reference.made_by, "", (*finite, *compared_rows(compared, tolerance)))
+
+
+def compare(plans: Pipeline, name: str, inputs: ModelInputs, expected: StageTrace) -> Compared:
+    """Run one prompt, once more where the plans choose other visual tokens."""
+    tokens = expected.tokens.tolist()
+    own = trace(plans, inputs, tokens).condensed(expected.logit_ids)
+    if np.array_equal(own.kept, expected.kept):
+        return Compared(name, own, own, expected)
+    return Compared(name, own, trace(plans, inputs, tokens, expected.kept).condensed(expected.logit_ids), expected)
+
+
+def _verification(reference: str | None, not_compared: str, rows: Iterable[OutputRow]) -> Verification:
+    told = tuple(rows)
+    return Verification(reference, not_compared, told, not any(row.failures for row in told))
+
+
+def finite_rows(prompts: Mapping[str, StageTrace]) -> Iterator[OutputRow]:
+    """One row a stage: all that it made is finite, and not all of it zero."""
+    for stage in (VISION, FIRST_LAYER, DECODER):
+        failures = []
+        for name, got in prompts.items():
+            made = {
+                VISION: {"visual_embeds": got.visual_embeds},
+                FIRST_LAYER: {
+                    "scores": got.scores,
+                    "hidden_states": got.hidden_states,
+                    "KV of layer 0": got.kv_norms[0],
+                },
+                DECODER: {f"KV of layer {i}": norms for i, norms in enumerate(got.kv_norms) if i}
+                | {"logits": got.logits},
+            }
+            for output, values in made[stage].items():
+                bad = int(np.count_nonzero(~np.isfinite(values)))
+                if bad:
+                    failures.append(f"{name}: {output}: {bad} of {values.size} values are not finite")
+                elif values.size and not values.any():
+                    failures.append(f"{name}: {output}: all values are 0")
+        yield OutputRow(stage, "finite", len(prompts), "", tuple(failures))
+
+
+def compared_rows(prompts: Sequence[Compared], tolerance: Tolerance) -> Iterator[OutputRow]:
+    """One row an output, in the order in which they are made; at least one prompt."""
+    shown = [p for p in prompts if len(p.expected.scores)]
+    vision = [(p.name, p.own.visual_embeds, p.expected.visual_embeds) for p in shown]
+    yield _row(VISION, "visual_embeds", vision, tolerance.vision)
+    scores = [(p.name, p.own.scores[None], p.expected.scores[None]) for p in shown]
+    yield _row(FIRST_LAYER, "scores", scores, tolerance.scores)
+    yield _kept_row(shown, tolerance.score_error)
+    hidden = [(p.name, p.forced.hidden_states, p.expected.hidden_states) for p in prompts]
+    yield _row(FIRST_LAYER, "hidden_states", hidden, tolerance.first_layer)
+    for layer in range(len(prompts[0].expected.kv_norms)):
+        stage, limit = (DECODER, tolerance.decoder) if layer else (FIRST_LAYER, tolerance.first_layer)
+        norms = [
+            (f"{p.name}: {word}", p.forced.kv_norms[layer, part][None], p.expected.kv_norms[layer, part][None])
+            for p in prompts
+            for part, word in enumerate(("keys", "values"))
+        ]
+        yield _row(stage, f"KV norms of layer {layer}", norms, limit)
+    logits = [(p.name, p.forced.logits, p.expected.logits) for p in prompts]
+    yield _row(DECODER, "logits", logits, tolerance.decoder)
+    # two logits that are each off by the largest error allowed can change places when twice that apart
+    yield _token_row(prompts, 2 * tolerance.decoder.max_error)
+
+
+def _row(stage: str, output: str, given: Sequence[tuple[str, Floats, Floats]], tolerance: StageTolerance) -> OutputRow:
+    rows = [(name, compare_stage(stage, got, expected, tolerance)) for name, got, expected in given]
+    if not rows:
+        return OutputRow(stage, output, 0, "", ())
+    cosine = np.min([row.cosine_min for _, row in rows])  # NaN where any is
+    error = np.max([row.max_error_share for _, row in rows])
+    failures = tuple(f"{name}: {failure}" for name, row in rows for failure in row.failures)
+    prompts = len({name.partition(":")[0] for name, _ in rows})
+    return OutputRow(stage, output, prompts, f"cosine {cosine:.6f}, error {error:.1e} of the largest", failures)
+
+
+def _kept_row(prompts: Sequence[Compared], limit: float) -> OutputRow:
+    """A token may be kept instead of another only where both lie that near to the cut, as a share of the spread."""
+    swapped, farthest, failures = 0, 0.0, []
+    for name, got, expected in ((p.name, p.own, p.expected) for p in prompts):
+        if got.kept.sum() != expected.kept.sum():
+            failures.append(f"{name}: kept {got.kept.sum()} visual tokens, expected {expected.kept.sum()}")
+        different = np.count_nonzero(got.kept & ~expected.kept)
+        if different:
+            cut = expected.scores[expected.kept].min()
+            spread = max(float(np.ptp(expected.scores)), _LEAST_SPREAD)
+            distance = float(np.abs(expected.scores[got.kept != expected.kept] - cut).max()) / spread
+            swapped, farthest = swapped + different, max(farthest, distance)
+            if not distance <= limit:
+                failures.append(f"{name}: {different} tokens swapped, up to {distance:.1e} of the spread from the cut")
+    numbers = f"{swapped} tokens swapped" + (f", up to {farthest:.1e} of the spread from the cut" if swapped else "")
+    return OutputRow(FIRST_LAYER, "kept set", len(prompts), numbers, tuple(failures))
+
+
+def _token_row(prompts: Sequence[Compared], limit: float) -> OutputRow:
+    """Token by token; another token is allowed only where the reference's two logits are that near."""
+    same, failures = 0, []
+    for name, got, expected in ((p.name, p.forced, p.expected) for p in prompts):
+        same += int(np.count_nonzero(got.tokens == expected.tokens))
+        for step in np.flatnonzero(got.tokens != expected.tokens):
+            logits, token, best = expected.logits[step], got.tokens[step], expected.tokens[step]
+            # a token whose logit was not kept was less probable than BEST_LOGITS others
+            known = logits[expected.logit_ids == token]
+            its = known[0] if len(known) else np.sort(logits)[-min(BEST_LOGITS, len(logits))]
+            margin = float(logits.max() - its)
+            if not margin <= limit * float(np.abs(logits).max()):
+                failures.append(f"{name}: step {step}: token {token}, expected {best} (logits {margin:.2g} apart)")
+    total = sum(len(p.expected.tokens) for p in prompts)
+    return OutputRow(DECODER, "tokens", len(prompts), f"{same} of {total} equal", tuple(failures))

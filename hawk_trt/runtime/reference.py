@@ -1,0 +1,297 @@
+"""What every stage makes of a few fixed prompts: traced, kept in a small file, and compared on another machine.
+
+    tensor_prompts(manifest)   -> prompts of noise and text tokens, the same on every machine
+    trace(pipe, ...)           -> all that the stages of a loaded model make of one of them
+    Reference.make(pipe)       -> what is kept of that: made in float32, written as reference.npz
+
+A reference of a 7B takes a few hundred kilobytes: rows of a stage are kept as sketches (products with fixed random
+directions, which keep lengths and angles), keys and values as their norms, logits at some token ids.
+"""
+
+import hashlib
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from hawk_trt.bundle import MANIFEST, Manifest, file_entry, manifest_bytes, read_manifest
+from hawk_trt.errors import BundleError
+from hawk_trt.files import write_atomically
+from hawk_trt.inputs.layout import collate
+from hawk_trt.models.family import TokenRun, family_by_name
+from hawk_trt.pipeline import Pipeline
+from hawk_trt.pruning.selection import kept_count
+from hawk_trt.request import ModelInputs, PruningConfig
+from hawk_trt.runtime.protocol import DecodeInputs
+
+REFERENCE = "reference.npz"
+STEPS = 8
+_SCHEMA_VERSION = 1
+_SEED = 0
+_TEXT_TOKENS = 8
+_SKETCH_SIZE = 64
+# Of each step the most probable tokens, and of the vocabulary so many more.
+BEST_LOGITS = 32
+_OTHER_LOGITS = 128
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class StageTrace:
+    """What every stage made of one prompt.
+
+    Attributes:
+        visual_embeds: float32 [num_visual, hidden].
+        scores: float32 [num_visual].
+        kept: bool [num_visual].
+        hidden_states: float32 [kept, hidden], first_layer's output.
+        kv_norms: float32 [layers, 2, columns], lengths of the keys and the values of each column.
+        tokens: int64 [steps], the most probable of each step.
+        logits: float32 [steps, ids].
+        logit_ids: int64 [ids], the tokens that the logits are of.
+    """
+
+    visual_embeds: Floats
+    scores: Floats
+    kept: npt.NDArray[np.bool_]
+    hidden_states: Floats
+    kv_norms: Floats
+    tokens: npt.NDArray[np.int64]
+    logits: Floats
+    logit_ids: npt.NDArray[np.int64]
+
+    def condensed(self, logit_ids: npt.NDArray[np.int64] | None = None) -> "StageTrace":
+        """As a reference keeps it: rows as sketches, and the logits of some tokens.
+
+        Args:
+            logit_ids: of these; None takes the most probable tokens of each step, and some others.
+        """
+        if logit_ids is None:
+            best = np.argsort(-self.logits, 1, kind="stable")[:, :BEST_LOGITS]
+            others = np.random.RandomState(_SEED).permutation(self.logits.shape[1])[:_OTHER_LOGITS]
+            logit_ids = np.unique(np.concatenate([best.ravel(), others])).astype(np.int64)
+        finite = np.isfinite(self.logits).all(1, keepdims=True)  # of the tokens that are left out too
+        return replace(
+            self,
+            visual_embeds=_sketch(self.visual_embeds),
+            hidden_states=_sketch(self.hidden_states),
+            logits=np.where(finite, self.logits[:, logit_ids], np.float32(np.nan)),
+            logit_ids=logit_ids,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """What a model made of its fixed prompts.
+
+    Attributes:
+        made_by: the model and its runtime, for people.
+        model: a digest of all in a manifest that the outputs depend on.
+        weights: how the language model's matrices were quantised, empty where they were not.
+        prompts: outputs by the prompt's name.
+    """
+
+    made_by: str
+    model: str
+    weights: str
+    prompts: dict[str, StageTrace]
+
+    @classmethod
+    def make(cls, pipe: Pipeline) -> "Reference":
+        """Trace every prompt; the model decodes its own most probable tokens."""
+        manifest = pipe.bundle.manifest
+        made_by = f"{manifest.source.name}, {manifest.precision}, {pipe.backend.name} on {pipe.backend.device}"
+        prompts = {name: trace(pipe, inputs).condensed() for name, inputs in tensor_prompts(manifest).items()}
+        return cls(made_by, *model_of(manifest), prompts)
+
+    @classmethod
+    def load(cls, path: Path) -> "Reference":
+        """Read reference.npz.
+
+        Raises:
+            BundleError: not there, damaged, or of another version of hawk_trt.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                version, made_by, model, weights, *names = arrays["about"].tolist()
+                if version != str(_SCHEMA_VERSION):
+                    raise BundleError(
+                        f"{path}: version {version}, this hawk_trt reads {_SCHEMA_VERSION}. Export again in float32"
+                    )
+                prompts = {
+                    name: StageTrace(**{field.name: arrays[f"{number}.{field.name}"] for field in fields(StageTrace)})
+                    for number, name in enumerate(names)
+                }
+        except (OSError, EOFError, ValueError, KeyError, BadZipFile, zlib.error) as error:
+            raise BundleError(f"{path}: no reference that can be read ({error}). Export again in float32") from error
+        return cls(made_by, model, weights, prompts)
+
+    def save(self, path: Path) -> None:
+        """Write reference.npz whole or not at all."""
+        arrays: dict[str, npt.NDArray[Any]] = {
+            "about": np.array([str(_SCHEMA_VERSION), self.made_by, self.model, self.weights, *self.prompts])
+        }
+        for number, outputs in enumerate(self.prompts.values()):
+            arrays |= {f"{number}.{field.name}": getattr(outputs, field.name) for field in fields(StageTrace)}
+        content = BytesIO()
+        np.savez_compressed(content, **arrays)  # type: ignore[arg-type]  # its stubs take names for an option
+        write_atomically(path, content.getvalue())
+
+    def put_into(self, folder: Path) -> None:
+        """Add it to a bundle, whose manifest never tells of a file that is not whole.
+
+        Raises:
+            BundleError: no bundle there, or one of another model.
+            InvalidInput: the folder cannot be written.
+        """
+        manifest = read_manifest(folder)
+        self.check(manifest)
+        others = {name: entry for name, entry in manifest.files.items() if name != REFERENCE}
+        write_atomically(folder / MANIFEST, manifest_bytes(replace(manifest, files=others)))
+        self.save(folder / REFERENCE)
+        others[REFERENCE] = file_entry(folder / REFERENCE)
+        write_atomically(folder / MANIFEST, manifest_bytes(replace(manifest, files=others)))
+
+    def check(self, manifest: Manifest) -> None:
+        """Refuse to judge another model by it.
+
+        Raises:
+            BundleError: it is of another one.
+        """
+        if self.model != model_of(manifest)[0]:
+            raise BundleError(
+                f"{REFERENCE}: made by {self.made_by}, which is not {manifest.source.name} with the same sizes, head "
+                f"weights and {manifest.normalization} scores. Export the same checkpoint in float32"
+            )
+
+
+def trace(
+    pipe: Pipeline,
+    inputs: ModelInputs,
+    forced_tokens: Sequence[int] | None = None,
+    kept: npt.NDArray[np.bool_] | None = None,
+) -> StageTrace:
+    """Run one prompt and keep what every stage made.
+
+    Args:
+        pipe: a loaded bundle or engine folder.
+        inputs: the prompt.
+        forced_tokens: decoded one after another, STEPS - 1 at least; None decodes the most probable ones.
+        kept: bool [num_visual], the visual tokens kept; None lets the scores choose.
+    """
+    manifest = pipe.bundle.manifest
+    layout = pipe.layout(inputs)
+    pruning = PruningConfig(keep_ratio=manifest.keep_ratio)
+    weights = np.array(manifest.head_weights.values, np.float32)
+    prompt = collate([layout], [kept_count(layout, pruning)], [kept], weights)
+    visual = pipe.encode([inputs], [layout])
+    generation = pipe.backend.start(1, prompt.num_kept_total + STEPS)
+    outputs = generation.prefill(prompt, visual, logits=True)
+    hidden = generation.hidden_states()[0]
+    steps = [outputs.step]
+    for number in range(STEPS - 1):
+        token = int(steps[-1].next_token[0]) if forced_tokens is None else forced_tokens[number]
+        position = np.array([layout.next_position + number], np.int64)
+        steps.append(generation.decode(DecodeInputs(np.array([token], np.int64), position), logits=True))
+    rows = layout.visual_rows[layout.visual_rows >= 0]
+    logits = np.concatenate([step.logits for step in steps if step.logits is not None])
+    caches = (generation.cache(layer) for layer in range(manifest.language.num_hidden_layers))
+    return StageTrace(
+        visual_embeds=visual.numpy().astype(np.float32)[rows],
+        scores=outputs.scores[0, prompt.pads[0] :][layout.visual_rows >= 0],
+        kept=np.isin(rows, layout.visual_rows[outputs.kept_indices[0] - prompt.pads[0]]),
+        hidden_states=hidden,
+        kv_norms=np.stack([[_norms(part) for part in pair] for pair in caches]),
+        tokens=logits.argmax(1),
+        logits=logits,
+        logit_ids=np.arange(logits.shape[1]),
+    )
+
+
+def tensor_prompts(manifest: Manifest, seed: int = _SEED) -> dict[str, ModelInputs]:
+    """Prompts of images, text and, where the family takes it, video: noise and text tokens between special ones."""
+    rng = np.random.default_rng(seed)
+    shown: dict[str, tuple[list[tuple[int, int]], int]] = {
+        "image 224x224": ([(224, 224)], 0),
+        "image 336x140": ([(336, 140)], 0),
+        "two images": ([(168, 112), (112, 168)], 0),
+        "text only": ([], 0),
+    }
+    if manifest.special_tokens.video is not None:
+        shown["video of 6 frames"] = ([], 6)
+    return {name: random_inputs(manifest, rng, sizes, frames) for name, (sizes, frames) in shown.items()}
+
+
+def random_inputs(
+    manifest: Manifest, rng: np.random.Generator, sizes: Sequence[tuple[int, int]], num_frames: int
+) -> ModelInputs:
+    """A prompt with images of these widths and heights, or with a video of so many frames."""
+    family, vision, tokens = family_by_name(manifest.family), manifest.vision, manifest.special_tokens
+    known = (tokens.image, tokens.video, tokens.vision_start, tokens.vision_end, tokens.im_start, tokens.im_end)
+    special = [token for token in (*known, tokens.pad, *tokens.eos) if token is not None]
+    plain = np.setdiff1d(np.arange(manifest.language.vocab_size), special)
+
+    def text(count: int) -> list[int]:
+        drawn: list[int] = rng.choice(plain, count).tolist()
+        return drawn
+
+    # A checkpoint without a tokenizer may not know these two, which any token can stand in for.
+    start, end = (text(1)[0] if token is None else token for token in (tokens.vision_start, tokens.vision_end))
+    filled = replace(tokens, vision_start=start, vision_end=end)
+    settings = family.image_settings({}, vision)
+    images = [rng.integers(0, 256, (height, width, 3), dtype=np.uint8) for width, height in sizes]
+    frames = [rng.integers(0, 256, (112, 112, 3), dtype=np.uint8) for _ in range(num_frames)]
+    patches = {
+        "image": family.images_to_patches(images, settings, vision) if images else None,
+        "video": family.video_to_patches(frames, settings, vision) if frames else None,
+    }
+    ids: list[int] = [*([] if tokens.im_start is None else [tokens.im_start]), *text(_TEXT_TOKENS)]
+    kinds = []
+    for kind, shown in patches.items():
+        for grid in [] if shown is None else shown.grid_thw.tolist():
+            kinds.append(kind)
+            parts = family.placeholder(kind, grid, [frame / 2 for frame in range(num_frames)], vision, filled)
+            if TokenRun(end) not in parts:  # then the templates have the tokens around an image
+                parts = (TokenRun(start), *parts, TokenRun(end))
+            for part in parts:
+                ids += text(2) if isinstance(part, str) else [part.token_id] * part.count
+    ids += [*text(_TEXT_TOKENS), *([] if tokens.im_end is None else [tokens.im_end]), *text(3)]
+    return family.model_inputs(np.array(ids, dtype=np.int64), kinds, patches["image"], patches["video"], None)
+
+
+def model_of(manifest: Manifest) -> tuple[str, str]:
+    """A digest of all that outputs depend on but the weights; and how those are quantised, empty where they are not."""
+    told = (
+        manifest.family,
+        manifest.language,
+        manifest.vision,
+        manifest.normalization,
+        manifest.head_weights.values,
+        manifest.keep_ratio,
+        manifest.special_tokens,
+    )
+    return hashlib.sha256(msgspec.json.encode(told)).hexdigest(), "" if manifest.weights is None else manifest.precision
+
+
+def _norms(cache: npt.NDArray[Any]) -> Floats:
+    """[1, kv_heads, columns, head_dim] -> float32 [columns]."""
+    norms: Floats = np.linalg.norm(cache[0].astype(np.float32), axis=(0, 2))
+    return norms
+
+
+def _sketch(rows: Floats) -> Floats:
+    """[rows, n] -> float32 [rows, 64]: products with fixed random directions; [rows, n] itself where n is no more."""
+    size = rows.shape[1]
+    if size <= _SKETCH_SIZE:
+        return rows
+    # RandomState's numbers are the same in every version of numpy
+    signs = np.random.RandomState(_SEED).randint(0, 2, (size, _SKETCH_SIZE)) * 2.0 - 1.0
+    sketch: Floats = (rows.astype(np.float64) @ signs / np.sqrt(_SKETCH_SIZE)).astype(np.float32)
+    return sketch
