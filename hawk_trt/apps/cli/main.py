@@ -71,6 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except HawkError as error:
         return _failed(str(error))
+    except ModuleNotFoundError as error:  # of an extra
+        package = str(error.name).partition(".")[0]
+        return _failed(f"this command needs {package}: pip install {package}")
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         return _failed(f"{place}{error.strerror or error}")

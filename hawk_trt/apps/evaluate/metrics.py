@@ -11,6 +11,8 @@ import re
 import string
 from collections.abc import Callable
 
+from rapidfuzz.distance import Levenshtein
+
 from hawk_trt.apps.evaluate.datasets import LETTERS, Sample
 
 _RELATIVE_TOLERANCE = 0.05
@@ -41,7 +43,8 @@ def vqa_accuracy(answer: str, sample: Sample) -> float:
 
 def anls(answer: str, sample: Sample) -> float:
     """The best over the sample's answers of 1 - distance / longer length; 0 where half or more is wrong."""
-    return max(_closeness(_plain(answer), _plain(right)) for right in sample.answers)
+    best = max(Levenshtein.normalized_similarity(_plain(answer), _plain(right)) for right in sample.answers)
+    return best if best > _ANLS_THRESHOLD else 0.0
 
 
 def relaxed_accuracy(answer: str, sample: Sample) -> float:
@@ -65,16 +68,6 @@ METRICS: dict[str, Callable[[str, Sample], float]] = {
 }
 
 
-def edit_distance(left: str, right: str) -> int:
-    """Fewest insertions, deletions and replacements of a character that turn one text into the other."""
-    row = list(range(len(right) + 1))
-    for i, a in enumerate(left, start=1):
-        diagonal, row[0] = row[0], i
-        for j, b in enumerate(right, start=1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (a != b))
-    return row[-1]
-
-
 def _plain(text: str) -> str:
     return " ".join(text.casefold().split()).removesuffix(".")
 
@@ -85,12 +78,6 @@ def _vqa_words(text: str) -> str:
     words = kept.translate(_NO_PUNCTUATION).replace("\0", ".").split()
     numbers = {word: str(value) for value, word in enumerate(_NUMBER_WORDS)}
     return " ".join(numbers.get(word, word) for word in words if word not in _ARTICLES)
-
-
-def _closeness(left: str, right: str) -> float:
-    longer = max(len(left), len(right))
-    share = edit_distance(left, right) / longer if longer else 0.0
-    return 1.0 - share if share < _ANLS_THRESHOLD else 0.0
 
 
 def _is_near(answer: str, right: str) -> bool:

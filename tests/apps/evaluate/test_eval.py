@@ -18,7 +18,7 @@ from hawk_trt import Pipeline
 from hawk_trt.apps.cli.main import main
 from hawk_trt.apps.evaluate.datasets import Sample, load_dataset
 from hawk_trt.apps.evaluate.intervals import Interval, difference_interval, mean_interval
-from hawk_trt.apps.evaluate.metrics import METRICS, edit_distance
+from hawk_trt.apps.evaluate.metrics import METRICS
 from hawk_trt.apps.evaluate.result_log import ResultLog
 from hawk_trt.apps.evaluate.summary import Row, pareto_front, to_csv
 from hawk_trt.apps.evaluate.trials import Trial
@@ -36,6 +36,8 @@ from hawk_trt.errors import InvalidInput
         ("vqa-accuracy", "1,000.5", ("1000.5",), (), 1.0),
         ("anls", "hello", ("Hallo", "no"), (), 0.8),
         ("anls", "abcd", ("abxy",), (), 0.0),  # a half wrong is all wrong
+        ("anls", "kitten", ("sitting",), (), 4 / 7),  # two replaced, one inserted
+        ("anls", "", ("",), (), 1.0),
         ("relaxed-accuracy", "104", ("100",), (), 1.0),
         ("relaxed-accuracy", "106", ("100",), (), 0.0),
         ("relaxed-accuracy", "-95", ("-100",), (), 1.0),
@@ -56,11 +58,6 @@ def test_metrics_score_as_their_papers_say(metric, answer, right, choices, score
     assert METRICS[metric](answer, Sample("0", "?", right, choices=choices)) == pytest.approx(score)
 
 
-def test_edit_distance_counts_insertions_deletions_and_replacements():
-    pairs = (("", ""), ("abc", ""), ("kitten", "sitting"), ("ab", "ba"))
-    assert [edit_distance(left, right) for left, right in pairs] == [0, 3, 3, 2]
-
-
 def test_a_share_has_wilsons_interval():
     interval = mean_interval([1.0] * 8 + [0.0] * 2)  # the textbook's 8 of 10
     assert (round(interval.low, 4), interval.mean, round(interval.high, 4)) == (0.4902, 0.8, 0.9433)
@@ -74,6 +71,7 @@ def test_other_scores_and_differences_have_bootstrap_intervals_of_the_normal_wid
     interval = mean_interval(values.tolist())
     assert interval.high - interval.mean == pytest.approx(half, rel=0.1)
     assert interval.mean - interval.low == pytest.approx(half, rel=0.1)
+    assert mean_interval([0.3]) == Interval(0.3, 0.3, 0.3)
     # pairs that differ by the same have no spread, however much the scores themselves have
     assert difference_interval(values.tolist(), (values - 0.25).tolist()) == pytest.approx(Interval(*[0.25] * 3))
 
@@ -344,6 +342,18 @@ def test_without_matplotlib_all_but_the_plots_is_there(tiny_bundle, tmp_path, ca
     assert evaluate(tiny_bundle, tmp_path, "--count", 1, "--selectors", "hawk") == 0
     assert "pip install matplotlib" in capsys.readouterr().err
     assert {path.name for path in tmp_path.iterdir()} == {"results.jsonl", "summary.json", "summary.csv"}
+
+
+@pytest.mark.parametrize("package", ["rapidfuzz", "scipy"])
+def test_without_a_package_of_the_extra_the_error_names_it(package):
+    code = f"""
+import sys
+sys.modules[{package!r}] = None
+from hawk_trt.apps.cli.main import main
+sys.exit(main(["eval", "any"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, f"error: this command needs {package}: pip install {package}\n")
 
 
 def test_eval_runs_fastv_in_pytorch_beside_the_others(tiny_bundle, tiny_checkpoint, tmp_path, capsys):
