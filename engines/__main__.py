@@ -13,10 +13,10 @@ from rich.table import Table
 
 from hawk_trt.apps.cli.output import note, print_json, size
 from hawk_trt.bundle import Bundle
-from hawk_trt.engine_folder import EngineFolder, PlanEntry
+from hawk_trt.engine_folder import EngineFolder, Machine, PlanEntry
 from hawk_trt.errors import BackendError, HawkError, InvalidInput
 from hawk_trt.files import cache_folder
-from hawk_trt.runtime.tensorrt.machine import this_machine
+from hawk_trt.runtime.versions import missing_for_tensorrt
 from hawk_trt.stages import PROFILES
 
 from .build_plan import BuildPlan, differences, plan_build
@@ -34,11 +34,6 @@ if TYPE_CHECKING:
 
 _FAILED = 1
 _INTERRUPTED = 130
-_NO_TENSORRT = (
-    "tensorrt: not installed. On a Jetson it is part of JetPack: apt install python3-libnvinfer, and make the virtual "
-    "environment with --system-site-packages. On other GPUs: pip install 'tensorrt>=10.3'. "
-    "Without a GPU, see whether TensorRT takes the graphs: python -m engines.preflight BUNDLE"
-)
 
 
 def main(arguments: list[str] | None = None, prog: str = "python -m engines") -> int:
@@ -109,11 +104,11 @@ def _run(args: argparse.Namespace, rebuild: str) -> None:
     reference = None if args.no_verify else load_reference(bundle, args.reference)
     try:
         from .builder import TENSORRT_VERSION, BuildSettings  # the rest of the command works without it
-    except ModuleNotFoundError as error:
-        if error.name != "tensorrt":
-            raise
-        raise BackendError(_NO_TENSORRT) from error
-    machine = this_machine(TENSORRT_VERSION)
+
+        machine = _machine(TENSORRT_VERSION)
+    except ImportError as error:
+        preflight = "Without a GPU, see whether TensorRT takes the graphs: make preflight"
+        raise BackendError(f"{missing_for_tensorrt(error)}. {preflight}") from error
     plugin = named
     if args.plugin is None:
         plugin = find_or_compile(TENSORRT_VERSION, machine.compute_capability, note)
@@ -144,6 +139,12 @@ def _run(args: argparse.Namespace, rebuild: str) -> None:
     with BuildProgress() as progress:
         engines, verification = write_engines(plan, args.out, _builder(settings, progress), check, note)
     _report(engines, verification, time.perf_counter() - started, as_json=args.json)
+
+
+def _machine(tensorrt: str) -> Machine:
+    from hawk_trt.runtime.tensorrt.cuda import this_machine  # needs cuda-bindings
+
+    return this_machine(tensorrt)
 
 
 def _builder(settings: "BuildSettings", progress: BuildProgress) -> Callable[[PreparedGraph, PlanEntry], StagePlan]:

@@ -37,10 +37,6 @@ PENDING_CIRCLES = {  # arrows without which there is no circle
         for name in ("internvl", "qwen2_5_vl", "qwen2_vl", "qwen3_vl")
     ),
     *(("hawk_trt.runtime.protocol", f"hawk_trt.runtime.{name}") for name in ("onnxruntime", "tensorrt.backend")),
-    *(
-        (f"hawk_trt.runtime.tensorrt.{name}", "hawk_trt.runtime.tensorrt.backend")
-        for name in ("decode", "generation", "vision")
-    ),
     ("hawk_trt.runtime.kv_cache", "hawk_trt.runtime.onnxruntime"),
     *((f"hawk_trt.{name}", "hawk_trt.pipeline") for name in ("row", "run")),
 }

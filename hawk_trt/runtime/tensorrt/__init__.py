@@ -2,11 +2,10 @@
 
 backend.py     TensorRtBackend: load, encode, score, start, close
 vision.py      the vision stage: feeds in, visual rows where the first layer reads them
-generation.py  one request: prefill, then decode steps
+generation.py  the prefill, and one request: a prefill, then decode steps
 decode.py      the decode step, replayed as a CUDA graph where its shapes stand still
 cache.py       the KV cache, in place or ping-pong
 memory.py      what lies where on the GPU: one allocation for the largest request
-staging.py     uploads and downloads through pinned memory
-engine.py      plans, execution contexts, shapes and addresses
-log.py         what TensorRT says, kept for error messages
+engine.py      plans, execution contexts, shapes and addresses; what TensorRT says, kept for error messages
+cuda.py        the CUDA driver: memory, copies through pinned memory, events, graphs
 """

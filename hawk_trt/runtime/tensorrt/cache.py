@@ -6,9 +6,15 @@ inplace    one tensor [batch, kv_heads, context, head_dim] a layer, key and valu
 portable   two sets of tensors: a step reads the past from one and writes it, longer, to the other
 """
 
+from typing import Any
+
+import numpy.typing as npt
+
+from hawk_trt.bundle import numpy_dtype
 from hawk_trt.engine_folder import EngineManifest
 from hawk_trt.errors import BackendError
-from hawk_trt.runtime.tensorrt.memory import aligned, tensor_bytes
+from hawk_trt.runtime.tensorrt.cuda import CudaDevice
+from hawk_trt.runtime.tensorrt.memory import aligned
 from hawk_trt.stages import INPLACE, key_name, value_name
 
 # Attention reads the cache in steps of so many columns: a step's shapes, and with them its CUDA graph, stay for
@@ -25,13 +31,19 @@ class KVCache:
         inplace: whether steps write in place.
         context: columns that it can hold.
         length: columns written so far.
+        turn: counts generations; the latest one has the cache.
+        checked_rows: rows whose last logits tell whether all that was written is finite; None while a step runs,
+            after one that failed, and before the first.
     """
 
     def __init__(self, manifest: EngineManifest, address: int) -> None:
         self.inplace = manifest.profile == INPLACE
         self.context = manifest.limits.context
         self.length = 0
+        self.turn = 0
+        self.checked_rows: int | None = None
         self._side = 0
+        self._manifest = manifest
         self._names = _names(manifest)
         slot = _slot_bytes(manifest)
         self._sides = [
@@ -44,9 +56,16 @@ class KVCache:
         """Device memory that it takes."""
         return _sides(manifest) * len(_names(manifest)) * _slot_bytes(manifest)
 
+    @property
+    def nbytes(self) -> int:
+        """Device memory that it takes."""
+        return self.size_bytes(self._manifest)
+
     def restart(self) -> None:
         """Begin a new generation; what was written stays, behind the mask."""
+        self.turn += 1
         self.length = 0
+        self.checked_rows = 0
 
     def addresses(self) -> dict[str, int]:
         """Address of every cache tensor, as input and as output."""
@@ -64,14 +83,21 @@ class KVCache:
             return {"past_len": self.length, "total_len": total}
         return {CONTEXT_LEN: min(-(-total // CONTEXT_STEP) * CONTEXT_STEP, self.context)}
 
-    def layer(self, layer: int) -> tuple[int, int]:
-        """Addresses of a layer's keys and values, as last written."""
-        key, value = self._sides[self._side][2 * layer : 2 * layer + 2]
+    def read(self, cuda: CudaDevice, layer: int, batch: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """Host copies of a layer's keys and values: [batch, kv_heads, length, head_dim]."""
+        language, dtype = self._manifest.bundle.language, numpy_dtype(self._manifest.bundle.dtype)
+        columns = self.context if self.inplace else self.length
+        shape = (batch, language.num_key_value_heads, columns, language.head_dim)
+        key, value = (
+            cuda.download(address, shape, dtype)[:, :, : self.length]
+            for address in self._sides[self._side][2 * layer : 2 * layer + 2]
+        )
         return key, value
 
-    def advance(self, columns: int) -> None:
-        """Count columns as written."""
+    def advance(self, columns: int, rows: int = 0) -> None:
+        """Count columns as written, into so many rows."""
         self.length += columns
+        self.checked_rows = rows
         self._side = (self._side + 1) % len(self._sides)
 
     def check_room(self, columns: int) -> None:
@@ -95,8 +121,8 @@ def _names(manifest: EngineManifest) -> list[tuple[str, str]]:
 
 def _slot_bytes(manifest: EngineManifest) -> int:
     language, limits = manifest.bundle.language, manifest.limits
-    shape = (limits.batch, language.num_key_value_heads, limits.context, language.head_dim)
-    return aligned(tensor_bytes(shape, manifest.bundle.dtype))
+    values = limits.batch * language.num_key_value_heads * limits.context * language.head_dim
+    return aligned(values * numpy_dtype(manifest.bundle.dtype).itemsize)
 
 
 def _sides(manifest: EngineManifest) -> int:

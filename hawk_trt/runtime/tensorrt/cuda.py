@@ -1,15 +1,20 @@
-"""One GPU through the CUDA driver: its primary context, a stream, memory, events and graphs.
+"""One GPU through the CUDA driver: its primary context, a stream, memory, copies, events and graphs.
 
 Every status that the driver returns goes through `call`, which turns a failure into a BackendError with the
 driver's name for it. A CudaDevice owns all that was taken through it, and gives it all back when it is closed.
 The primary context is retained, not made: it is the one that the runtime API, TensorRT and PyTorch use.
+
+Arrays of any size go up and down in parts through one pinned buffer: pinned memory is what a copy engine reads without
+the CPU, and what a captured copy may name.
 """
 
 import ctypes
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeAlias
 
@@ -17,9 +22,15 @@ import numpy as np
 import numpy.typing as npt
 from cuda.bindings import driver
 
+from hawk_trt.engine_folder import Machine
 from hawk_trt.errors import BackendError
 
 Bytes: TypeAlias = npt.NDArray[np.uint8]
+# Of the pinned buffer, and what its parts begin at multiples of.
+STAGING_BYTES = 16 << 20
+_ALIGNMENT = 256
+_NAME_BYTES = 256
+_DRIVER_FILE = Path("/proc/driver/nvidia/version")
 _GIB = float(1 << 30)
 
 
@@ -109,6 +120,8 @@ class CudaDevice:
 
     def __init__(self, index: int) -> None:
         self.index = index
+        self._staging: Pinned | None = None
+        self._staged = 0  # bytes of it that enqueued copies may still read
         self._releases: list[Callable[[], object]] = []  # what undoes each thing taken, in order of taking
         call("cuInit", 0)
         count = call("cuDeviceGetCount")
@@ -182,6 +195,34 @@ class CudaDevice:
         """Time from one event to another, both reached."""
         return float(call("cuEventElapsedTime", start, end)) / 1000.0
 
+    def upload(self, address: int, array: npt.NDArray[Any]) -> None:
+        """Enqueue a copy of an array to the device; the array may change as soon as this returns."""
+        content = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        buffer, done = self._buffer(), 0
+        while done < len(content):
+            start = -(-self._staged // _ALIGNMENT) * _ALIGNMENT
+            if start >= len(buffer.bytes):
+                self.synchronize()
+                start = 0
+            part = content[done : done + len(buffer.bytes) - start]
+            buffer.bytes[start : start + len(part)] = part
+            self.copy_in(address + done, buffer.address + start, len(part))
+            self._staged = start + len(part)
+            done += len(part)
+
+    def download(self, address: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+        """A host copy of a tensor, after all enqueued work."""
+        array = np.empty(shape, dtype)
+        content = array.reshape(-1).view(np.uint8)
+        buffer = self._buffer()
+        self.synchronize()
+        for done in range(0, len(content), len(buffer.bytes)):
+            part = content[done : done + len(buffer.bytes)]
+            self.copy_out(buffer.address, address + done, len(part))
+            self.synchronize()
+            part[:] = buffer.bytes[: len(part)]
+        return array
+
     def copy_in(self, target: int, source: int, size_bytes: int) -> None:
         """Enqueue a copy from pinned to device memory."""
         call("cuMemcpyHtoDAsync", target, source, size_bytes, self._stream)
@@ -205,6 +246,7 @@ class CudaDevice:
             BackendError: some of it failed.
         """
         call("cuStreamSynchronize", self._stream)
+        self._staged = 0
 
     def capture(self, enqueue: Callable[[], None]) -> Graph:
         """Record what a function enqueues, without running it.
@@ -249,6 +291,12 @@ class CudaDevice:
         if failures and sys.exc_info()[0] is None:
             raise failures[0]
 
+    def _buffer(self) -> Pinned:
+        """What upload and download go through, made when first needed."""
+        if self._staging is None:
+            self._staging = self.allocate_pinned(STAGING_BYTES)
+        return self._staging
+
     def __enter__(self) -> "CudaDevice":
         return self
 
@@ -256,6 +304,34 @@ class CudaDevice:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def this_machine(tensorrt: str, device: int = 0) -> Machine:
+    """This machine as plans see it; needs a GPU, and no context on it.
+
+    Args:
+        tensorrt: version of the library in use.
+        device: number of the GPU.
+
+    Raises:
+        BackendError: no driver, or no such GPU.
+    """
+    call("cuInit", 0)
+    handle = call("cuDeviceGet", device)
+    attribute = driver.CUdevice_attribute
+    major = call("cuDeviceGetAttribute", attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, handle)
+    minor = call("cuDeviceGetAttribute", attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, handle)
+    name: bytes = call("cuDeviceGetName", _NAME_BYTES, handle)
+    cuda: int = call("cuDriverGetVersion")
+    told = _DRIVER_FILE.read_text(encoding="utf-8") if _DRIVER_FILE.is_file() else ""
+    version = re.search(r"\b(\d{3}\.\d+(\.\d+)?)\b", told)
+    return Machine(
+        tensorrt=tensorrt,
+        cuda=f"{cuda // 1000}.{cuda % 1000 // 10}",
+        driver=None if version is None else version.group(1),
+        gpu=name.split(b"\0")[0].decode(errors="replace"),
+        compute_capability=f"{major}.{minor}",
+    )
 
 
 def _try(release: Callable[[], object], failures: list[BackendError]) -> None:

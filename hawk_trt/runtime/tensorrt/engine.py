@@ -1,21 +1,23 @@
 """Plans and execution contexts: every bool, None and name that TensorRT returns is checked here.
 
 A context is one optimization profile of one plan. It is told its shapes and addresses by `bind` and runs with
-`enqueue`. Its scratch memory is given from outside, one for all contexts, since no two ever run at once.
+`enqueue`. TensorRT's methods return False or None and give the reason to a logger, which errors quote.
 """
 
 import mmap
+import threading
+from collections import deque
 from collections.abc import Mapping
-from pathlib import Path
 
 import tensorrt as trt
 
 from hawk_trt.bundle import TensorEntry
-from hawk_trt.engine_folder import PlanEntry
+from hawk_trt.engine_folder import EngineFolder, PlanEntry
 from hawk_trt.errors import BackendError
-from hawk_trt.runtime.tensorrt.log import Log
 
 ALIGNMENT = 256
+_MESSAGES_KEPT = 8
+_SERIOUS = ("INTERNAL_ERROR", "ERROR", "WARNING")
 _DTYPES = {
     "FLOAT": "float32",
     "HALF": "float16",
@@ -34,46 +36,53 @@ _FLAGS = {
 }
 
 
-class Runtime:
-    """TensorRT's runtime and its log. Make none without a GPU: its destructor crashes there."""
+class Log(trt.ILogger):
+    """Keeps the latest warnings and errors for the message of the next BackendError."""
 
     def __init__(self) -> None:
-        self._log = Log()
-        self._runtime: trt.Runtime | None = trt.Runtime(self._log)
+        trt.ILogger.__init__(self)
+        self._lines: deque[str] = deque(maxlen=_MESSAGES_KEPT)
+        self._lock = threading.Lock()  # TensorRT logs from threads of its own
 
-    def load_plugin(self, library: Path) -> None:
-        """Register the plugin. A process does so once, whichever folder the library came from.
+    def log(self, severity: trt.ILogger.Severity, msg: str) -> None:
+        """Take a message; TensorRT calls this."""
+        if severity.name in _SERIOUS:
+            with self._lock:
+                self._lines.append(msg.strip())
 
-        Raises:
-            BackendError: TensorRT cannot load it.
-        """
+    def take(self) -> str:
+        """The messages since the last call, and forget them."""
+        with self._lock:
+            text = "; ".join(self._lines)
+            self._lines.clear()
+        return text or "TensorRT gave no reason"
+
+
+def load_plans(engines: EngineFolder) -> dict[str, "Engine"]:
+    """Deserialise all plans of a folder, the plugin before them. Call it on a machine with a GPU alone.
+
+    Raises:
+        BackendError: TensorRT cannot load one of them, or the plugin.
+    """
+    log, rebuild = Log(), engines.manifest.rebuild
+    runtime = trt.Runtime(log)  # without a GPU its destructor crashes
+    if engines.plugin is not None:
         registry = trt.get_plugin_registry()
-        if registry.get_creator(*_PLUGIN) is None and registry.load_library(str(library)) is None:
-            raise BackendError(f"{library}: TensorRT cannot load the plugin: {self._log.take()}. Rebuild: make plugin")
-
-    def load(self, path: Path, entry: PlanEntry, rebuild: str) -> "Engine":
-        """Deserialise a plan, memory-mapped: reading it would double it in memory.
-
-        Args:
-            path: the plan.
-            entry: what engines.json says about it.
-            rebuild: the command that makes it anew, for errors.
-
-        Raises:
-            BackendError: TensorRT cannot load it.
-        """
-        assert self._runtime is not None
-        self._log.take()  # what was said before is not the reason for what comes
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
-            engine = self._runtime.deserialize_cuda_engine(plan)
+        # a process registers the plugin once, whichever folder the library came from
+        if registry.get_creator(*_PLUGIN) is None and registry.load_library(str(engines.plugin)) is None:
+            raise BackendError(f"{engines.plugin}: TensorRT cannot load the plugin: {log.take()}. Rebuild: make plugin")
+    plans = {}
+    for entry in engines.manifest.plans:
+        path = engines.folder / entry.file
+        log.take()  # what was said before is not the reason for what comes
+        # memory-mapped, since reading it would double it in memory
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            engine = runtime.deserialize_cuda_engine(content)
         if engine is None:
-            reason = self._log.take()
+            reason = log.take()
             raise BackendError(f"{path}: TensorRT {trt.__version__} cannot load it: {reason}. Rebuild: {rebuild}")
-        return Engine(engine, self._log, entry, rebuild)
-
-    def close(self) -> None:
-        """Release it; its engines must be gone."""
-        self._runtime = None
+        plans[entry.stage] = Engine(runtime, engine, log, entry, rebuild)
+    return plans
 
 
 class Engine:
@@ -81,14 +90,15 @@ class Engine:
 
     Attributes:
         entry: what engines.json says about it.
+        rebuild: the command that makes it anew, for errors.
         scratch_bytes: device memory that a context needs while it runs.
     """
 
-    def __init__(self, engine: trt.ICudaEngine, log: Log, entry: PlanEntry, rebuild: str) -> None:
-        self.entry = entry
-        self._engine: trt.ICudaEngine | None = engine
+    def __init__(self, runtime: trt.Runtime, engine: trt.ICudaEngine, log: Log, entry: PlanEntry, rebuild: str) -> None:
+        self.entry, self.rebuild = entry, rebuild
         self._log = log
-        self._rebuild = rebuild
+        self._runtime: trt.Runtime | None = runtime  # must outlive its engines
+        self._engine: trt.ICudaEngine | None = engine
         self._check_interface(engine)
         self.scratch_bytes = int(engine.device_memory_size_v2)
 
@@ -97,7 +107,7 @@ class Engine:
 
         Args:
             profile: its index.
-            scratch: address of at least scratch_bytes.
+            scratch: address of at least scratch_bytes, shared by all contexts, since no two ever run at once.
             stream: handle of the stream that it will run on.
 
         Raises:
@@ -106,15 +116,23 @@ class Engine:
         assert self._engine is not None
         context = self._engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if context is None:
-            raise BackendError(f"{self.entry.file}: no execution context: {self._log.take()}")
+            raise self.refused("an execution context")
         if not context.set_optimization_profile_async(profile, stream):
-            raise BackendError(f"{self.entry.file}: optimization profile {profile}: {self._log.take()}")
+            raise self.refused(f"optimization profile {profile}")
         context.set_device_memory(scratch, self.scratch_bytes)
-        return Context(context, self.entry, profile, stream, self._log, self._rebuild)
+        return Context(self, context, profile, stream)
+
+    def refused(self, what: str) -> BackendError:
+        """The error of a call that TensorRT answered with False or None."""
+        return BackendError(f"{self.entry.file}: TensorRT refused {what}: {self._log.take()}")
+
+    def forget(self) -> None:
+        """Drop what TensorRT has said so far: it is not the reason for what comes."""
+        self._log.take()
 
     def close(self) -> None:
         """Release it; its contexts must be gone."""
-        self._engine = None
+        self._engine = self._runtime = None
 
     def _check_interface(self, engine: trt.ICudaEngine) -> None:
         """Compare the plan's tensors with what engines.json says."""
@@ -128,27 +146,23 @@ class Engine:
             wrong = sorted(name for name in got.keys() | expected.keys() if got.get(name) != expected.get(name))
             shown = ", ".join(f"{name} (got {got.get(name)}, expected {expected.get(name)})" for name in wrong[:4])
             raise BackendError(
-                f"{self.entry.file}: its tensors are not those of engines.json: {shown}. Rebuild: {self._rebuild}"
+                f"{self.entry.file}: its tensors are not those of engines.json: {shown}. Rebuild: {self.rebuild}"
             )
         if engine.num_optimization_profiles != len(self.entry.profiles):
             raise BackendError(
                 f"{self.entry.file}: got {engine.num_optimization_profiles} optimization profiles, "
-                f"expected {len(self.entry.profiles)}. Rebuild: {self._rebuild}"
+                f"expected {len(self.entry.profiles)}. Rebuild: {self.rebuild}"
             )
 
 
 class Context:
     """An execution context of one optimization profile."""
 
-    def __init__(
-        self, context: trt.IExecutionContext, entry: PlanEntry, profile: int, stream: int, log: Log, rebuild: str
-    ) -> None:
+    def __init__(self, engine: Engine, context: trt.IExecutionContext, profile: int, stream: int) -> None:
+        self._engine = engine
         self._context: trt.IExecutionContext | None = context
-        self._entry = entry
-        self._ranges = {limits.name: limits for limits in entry.profiles[profile]}
+        self._ranges = {limits.name: limits for limits in engine.entry.profiles[profile]}
         self._stream = stream
-        self._log = log
-        self._rebuild = rebuild
 
     def bind(self, dims: Mapping[str, int], addresses: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
         """Set the shapes of all inputs and the addresses of all tensors.
@@ -166,25 +180,26 @@ class Context:
         """
         context = self._context
         assert context is not None
-        self._log.take()
-        for entry in self._entry.inputs:
+        self._engine.forget()
+        plan = self._engine.entry
+        for entry in plan.inputs:
             shape = resolve(entry, dims)
             self._check_range(entry, shape)
             if not context.set_input_shape(entry.name, shape):
-                raise self._refused(f"shape {list(shape)} of {entry.name}")
-        for entry in (*self._entry.inputs, *self._entry.outputs):
+                raise self._engine.refused(f"shape {list(shape)} of {entry.name}")
+        for entry in (*plan.inputs, *plan.outputs):
             address = addresses[entry.name]
             assert address and address % ALIGNMENT == 0, f"{entry.name}: address {address:#x}"
             if not context.set_tensor_address(entry.name, address):
-                raise self._refused(f"address of {entry.name}")
+                raise self._engine.refused(f"address of {entry.name}")
         try:
             missing = context.infer_shapes()
         except RuntimeError as error:
-            raise self._refused(f"shapes ({error})") from error
+            raise self._engine.refused(f"shapes ({error})") from error
         if missing:
-            raise self._refused(f"shapes: {', '.join(missing)} not specified")
-        shapes = {entry.name: tuple(context.get_tensor_shape(entry.name)[:]) for entry in self._entry.outputs}
-        for entry in self._entry.outputs:
+            raise self._engine.refused(f"shapes: {', '.join(missing)} not specified")
+        shapes = {entry.name: tuple(context.get_tensor_shape(entry.name)[:]) for entry in plan.outputs}
+        for entry in plan.outputs:
             expected = tuple(dims.get(size, size) if isinstance(size, str) else size for size in entry.shape)
             got = shapes[entry.name]
             # -1 is a size that depends on data, and then its memory could not be planned
@@ -192,7 +207,7 @@ class Context:
                 size < 0 or (isinstance(wanted, int) and size != wanted)
                 for size, wanted in zip(got, expected, strict=True)
             ):
-                raise self._refused(f"{entry.name}: got shape {list(got)}, expected {list(expected)}")
+                raise self._engine.refused(f"{entry.name}: got shape {list(got)}, expected {list(expected)}")
         return shapes
 
     def enqueue(self) -> None:
@@ -203,7 +218,7 @@ class Context:
         """
         assert self._context is not None
         if not self._context.execute_async_v3(self._stream):
-            raise self._refused("enqueue")
+            raise self._engine.refused("enqueue")
 
     def close(self) -> None:
         """Release it."""
@@ -218,12 +233,9 @@ class Context:
                 flag = _FLAGS.get(str(word))
                 wider = f", with a larger {flag}" if flag and size > high else ""
                 raise BackendError(
-                    f"{entry.name}: got {word} = {size}, {self._entry.file} was built for {low} to {high}. "
-                    f"Rebuild{wider}: {self._rebuild}"
+                    f"{entry.name}: got {word} = {size}, {self._engine.entry.file} was built for {low} to {high}. "
+                    f"Rebuild{wider}: {self._engine.rebuild}"
                 )
-
-    def _refused(self, what: str) -> BackendError:
-        return BackendError(f"{self._entry.file}: TensorRT refused {what}: {self._log.take()}")
 
 
 def resolve(entry: TensorEntry, dims: Mapping[str, int]) -> tuple[int, ...]:

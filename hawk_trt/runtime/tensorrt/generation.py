@@ -1,36 +1,111 @@
-"""One request, or one batch of them, in TensorRT: the prefill, then decode steps over the backend's one KV cache."""
+"""One request, or one batch of them, in TensorRT: the prefill, then decode steps over the engines' one KV cache."""
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from hawk_trt.bundle import numpy_dtype
-from hawk_trt.engine_folder import PREFILL
 from hawk_trt.errors import BackendError
 from hawk_trt.inputs.layout import PrefillInputs
 from hawk_trt.runtime.protocol import DecodeInputs, PrefillOutputs, StepOutputs, Visual
 from hawk_trt.runtime.tensorrt.cache import KVCache
-from hawk_trt.stages import DECODER, FIRST_LAYER
+from hawk_trt.runtime.tensorrt.decode import DecodeStep
+from hawk_trt.runtime.tensorrt.engine import Context
+from hawk_trt.runtime.tensorrt.memory import Memory
+from hawk_trt.runtime.tensorrt.vision import Encoder
 
-if TYPE_CHECKING:
-    from hawk_trt.runtime.tensorrt.backend import TensorRtBackend
+
+class Prefill:
+    """first_layer and decoder over a prompt."""
+
+    def __init__(
+        self, memory: Memory, cache: KVCache, stages: tuple[Context, Context], embedding_table: npt.NDArray[Any]
+    ) -> None:
+        """Keep what a prefill needs.
+
+        Args:
+            memory: where all tensors lie.
+            cache: that it writes.
+            stages: first_layer and decoder in their prefill profiles.
+            embedding_table: [vocab, hidden].
+        """
+        self._memory, self._cache, self._table = memory, cache, embedding_table
+        self._first_layer, self._decoder = stages
+        # the end of first_layer, and that of decoder
+        self._events = (memory.cuda.event(), memory.cuda.event())
+
+    def scores(self, inputs: PrefillInputs, num_visual: int) -> npt.NDArray[np.float32]:
+        """HAWK scores alone: float32 [batch, seq_len]. Layer 0 runs on one token, and its cache is dropped."""
+        dims = self._bind(inputs, num_visual, 1)
+        self._upload(inputs)
+        self._first_layer.enqueue()
+        scores: npt.NDArray[np.float32] = self._memory.read("scores", dims)
+        return scores
+
+    def run(self, inputs: PrefillInputs, num_visual: int, *, logits: bool) -> PrefillOutputs:
+        """Run both stages; the first num_visual rows of visual_embeds are the prompt's."""
+        memory, cuda, kept = self._memory, self._memory.cuda, inputs.num_kept_total
+        started = time.perf_counter()
+        self._cache.check_room(kept)
+        dims = self._bind(inputs, num_visual, kept)
+        self._decoder.bind(dims, {**memory.addresses, **self._cache.addresses()})
+        self._upload(inputs)
+        self._first_layer.enqueue()
+        cuda.record(self._events[0])
+        self._decoder.enqueue()
+        cuda.record(self._events[1])
+        next_token = memory.read("next_token", dims)  # waits for all of it
+        step = StepOutputs(next_token, memory.read("logits", dims) if logits else None)
+        kept_indices, scores = memory.read("kept_indices", dims), memory.read("scores", dims)
+        decoder_seconds = cuda.seconds(*self._events)
+        return PrefillOutputs(
+            step, kept_indices, scores, time.perf_counter() - started - decoder_seconds, decoder_seconds
+        )
+
+    def _bind(self, inputs: PrefillInputs, num_visual: int, num_kept_total: int) -> dict[str, int]:
+        """Set shapes and addresses of first_layer; returns the sizes of all dimensions."""
+        batch, seq_len = inputs.input_ids.shape
+        dims = {"batch": batch, "seq_len": seq_len, "num_visual": num_visual, "num_kept_total": num_kept_total}
+        dims |= self._cache.dims(num_kept_total)
+        self._first_layer.bind(dims, {**self._memory.addresses, **self._cache.addresses()})
+        return dims
+
+    def _upload(self, inputs: PrefillInputs) -> None:
+        """Enqueue the uploads of first_layer's inputs; they fit where _bind took them.
+
+        slots and context_slots are not among them: only their lengths count.
+        """
+        arrays = {
+            "text_embeds": self._table[inputs.input_ids],
+            "visual_rows": inputs.visual_rows,
+            "position_ids": inputs.position_ids,
+            "query_weights": inputs.query_weights,
+            "select_bias": inputs.select_bias,
+            "head_weights": inputs.head_weights,
+            "kv_start": inputs.kv_start,
+        }
+        if self._cache.inplace:
+            arrays["write_index"] = np.zeros(len(inputs.input_ids), np.int64)
+        for name, array in arrays.items():
+            self._memory.upload(name, array)
 
 
 class TensorRtGeneration:
     """A request in progress. It ends where the backend starts another: there is one KV cache."""
 
-    def __init__(self, backend: "TensorRtBackend", batch: int) -> None:
-        self._backend = backend
-        self._batch = batch
-        self._turn = backend.turn
+    def __init__(
+        self, memory: Memory, cache: KVCache, encoder: Encoder, prefill: Prefill, decode_step: DecodeStep, batch: int
+    ) -> None:
+        self._memory, self._cache, self._encoder = memory, cache, encoder
+        self._prefill, self._decode_step, self._batch = prefill, decode_step, batch
+        self._turn = cache.turn
         self._kept = 0  # positions in the last step's hidden_states
 
     @property
     def nbytes(self) -> int:
         """Bytes of the engines' one KV cache."""
-        return KVCache.size_bytes(self._backend.manifest)
+        return self._cache.nbytes
 
     def prefill(self, inputs: PrefillInputs, visual: Visual, *, logits: bool) -> PrefillOutputs:
         """Run first_layer and decoder over the prompt.
@@ -38,30 +113,14 @@ class TensorRtGeneration:
         Raises:
             BackendError: a prompt beyond what the engines were built for, or TensorRT or CUDA failed.
         """
-        backend, kept = self._backend, inputs.num_kept_total
         self._check_turn()
-        with backend.cuda.active():
-            started = time.perf_counter()
-            backend.cache.check_room(kept)
-            backend.cache_checked = None
-            dims = backend.bind_prompt(inputs, visual, kept)
-            decoder = backend.contexts[DECODER, PREFILL]
-            decoder.bind(dims, backend.addresses())
-            backend.upload_prompt(inputs)
-            backend.contexts[FIRST_LAYER, PREFILL].enqueue()
-            backend.cuda.record(backend.events[0])
-            decoder.enqueue()
-            backend.cuda.record(backend.events[1])
-            step = self._read_step(logits=logits)  # waits for all of it
-            backend.cache.advance(kept)
-            backend.cache_checked = self._batch
-            self._kept = kept
-            shape = inputs.input_ids.shape
-            kept_indices = backend.read("kept_indices", (self._batch, kept), "int64")
-            scores = backend.read("scores", shape, "float32")
-            decoder_seconds = backend.cuda.seconds(*backend.events)
-            first_layer_seconds = time.perf_counter() - started - decoder_seconds
-        return PrefillOutputs(step, kept_indices, scores, first_layer_seconds, decoder_seconds)
+        num_visual = self._encoder.rows(visual)
+        with self._memory.cuda.active():
+            self._cache.checked_rows = None
+            outputs = self._prefill.run(inputs, num_visual, logits=logits)
+            self._cache.advance(inputs.num_kept_total, self._batch)
+        self._kept = inputs.num_kept_total
+        return outputs
 
     def decode(self, inputs: DecodeInputs, *, logits: bool) -> StepOutputs:
         """Run both stages over one token a row.
@@ -69,46 +128,32 @@ class TensorRtGeneration:
         Raises:
             BackendError: the cache is full, or TensorRT or CUDA failed.
         """
-        backend = self._backend
         self._check_turn()
-        backend.cache.check_room(1)
-        with backend.cuda.active():
-            backend.cache_checked = None
-            next_token = backend.decode_step.run(inputs)
-            backend.cache.advance(1)
-            backend.cache_checked = self._batch
+        self._cache.check_room(1)
+        with self._memory.cuda.active():
+            self._cache.checked_rows = None
+            next_token = self._decode_step.run(inputs)
+            self._cache.advance(1, self._batch)
             self._kept = 1
-            return StepOutputs(next_token, backend.read_logits(self._batch) if logits else None)
+            return StepOutputs(next_token, self._memory.read("logits", {"batch": self._batch}) if logits else None)
 
     def hidden_states(self) -> npt.NDArray[np.float32]:
         """first_layer's output of the last step: float32 [batch, num_kept_total, hidden]."""
         self._check_turn()
         if not self._kept:
             raise BackendError("hidden_states: nothing was run yet, expected a prefill before")
-        backend = self._backend
-        entry = next(entry for entry in backend.engines.plan(FIRST_LAYER).outputs if entry.name == "hidden_states")
-        shape = (self._batch, self._kept, backend.manifest.bundle.language.hidden_size)
-        with backend.cuda.active():
-            return backend.read("hidden_states", shape, entry.dtype).astype(np.float32)
+        with self._memory.cuda.active():
+            dims = {"batch": self._batch, "num_kept_total": self._kept}
+            return self._memory.read("hidden_states", dims).astype(np.float32)
 
     def cache(self, layer: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         """Host copies of a layer's keys and values: [batch, kv_heads, columns, head_dim], as far as written."""
         self._check_turn()
-        backend = self._backend
-        language, cache = backend.manifest.bundle.language, backend.cache
-        columns = cache.context if cache.inplace else cache.length
-        shape = (self._batch, language.num_key_value_heads, columns, language.head_dim)
-        dtype = numpy_dtype(backend.manifest.bundle.dtype)
-        with backend.cuda.active():
-            key, value = (backend.staging.download(address, shape, dtype) for address in cache.layer(layer))
-        return key[:, :, : cache.length], value[:, :, : cache.length]
-
-    def _read_step(self, *, logits: bool) -> StepOutputs:
-        next_token = self._backend.read("next_token", (self._batch,), "int64")
-        return StepOutputs(next_token, self._backend.read_logits(self._batch) if logits else None)
+        with self._memory.cuda.active():
+            return self._cache.read(self._memory.cuda, layer, self._batch)
 
     def _check_turn(self) -> None:
-        if self._turn != self._backend.turn:
+        if self._turn != self._cache.turn:
             raise BackendError(
                 "generation: another was started on the same engines, whose KV cache holds one at a time. "
                 "Finish a stream before the next, put prompts into one batch, or load a second Pipeline"

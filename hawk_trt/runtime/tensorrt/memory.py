@@ -5,8 +5,10 @@ address. A region is as large as the optimization profiles allow, and starts at 
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from hawk_trt.bundle import TensorEntry, numpy_dtype
 from hawk_trt.engine_folder import EngineManifest
@@ -15,21 +17,42 @@ from hawk_trt.runtime.tensorrt.engine import ALIGNMENT, resolve
 
 
 class Memory:
-    """Named regions of one device allocation.
+    """Named regions of one device allocation, and the ways in and out of them.
 
     Attributes:
+        cuda: the GPU that it lies on.
+        entries: dtype and shape of the stages' tensors, by name.
         addresses: device address of each region.
         size_bytes: of the whole.
     """
 
-    def __init__(self, device: CudaDevice, sizes: Mapping[str, int]) -> None:
-        self.size_bytes = sum(aligned(size) for size in sizes.values())
-        start = device.allocate(self.size_bytes)
+    def __init__(self, cuda: CudaDevice, manifest: EngineManifest, others: Mapping[str, int]) -> None:
+        """Lay out and allocate: all tensors of the stages but the KV cache, and other regions by their bytes."""
+        self.cuda = cuda
+        self.entries = tensor_entries(manifest)
+        largest = largest_dims(manifest)
+        tensors = {
+            name: tensor_bytes(entry, largest)
+            for name, entry in self.entries.items()
+            if not name.startswith(("past_", "present_"))
+        }
+        sizes = {name: aligned(size) for name, size in {**others, **tensors}.items()}
+        self.size_bytes = sum(sizes.values())
+        start = cuda.allocate(self.size_bytes)
         assert start % ALIGNMENT == 0
         self.addresses: dict[str, int] = {}
         for name, size in sizes.items():
             self.addresses[name] = start
-            start += aligned(size)
+            start += size
+
+    def upload(self, name: str, array: npt.NDArray[Any]) -> None:
+        """Enqueue a copy of an array to a region; the array may change as soon as this returns."""
+        self.cuda.upload(self.addresses[name], array)
+
+    def read(self, name: str, dims: Mapping[str, int]) -> npt.NDArray[Any]:
+        """A host copy of a tensor of these dimensions, after all enqueued work."""
+        entry = self.entries[name]
+        return self.cuda.download(self.addresses[name], resolve(entry, dims), numpy_dtype(entry.dtype))
 
 
 def aligned(size_bytes: int) -> int:
@@ -37,9 +60,14 @@ def aligned(size_bytes: int) -> int:
     return max(-(-size_bytes // ALIGNMENT), 1) * ALIGNMENT
 
 
-def tensor_bytes(shape: tuple[int, ...], dtype: str) -> int:
-    """Size of a tensor."""
-    return int(np.prod(shape, dtype=np.int64)) * numpy_dtype(dtype).itemsize
+def tensor_bytes(entry: TensorEntry, dims: Mapping[str, int]) -> int:
+    """Size of a tensor of these dimensions."""
+    return int(np.prod(resolve(entry, dims), dtype=np.int64)) * numpy_dtype(entry.dtype).itemsize
+
+
+def tensor_entries(manifest: EngineManifest) -> dict[str, TensorEntry]:
+    """Every tensor of the three stages, by name."""
+    return {entry.name: entry for plan in manifest.plans for entry in (*plan.inputs, *plan.outputs)}
 
 
 def largest_dims(manifest: EngineManifest) -> dict[str, int]:
@@ -47,22 +75,8 @@ def largest_dims(manifest: EngineManifest) -> dict[str, int]:
     largest = {"total_len": manifest.limits.context}
     for plan in manifest.plans:
         inputs = {entry.name: entry for entry in plan.inputs}
-        for profile in plan.profiles:
-            for limits in profile:
-                for word, size in zip(inputs[limits.name].shape, limits.max, strict=True):
-                    if isinstance(word, str):
-                        largest[word] = max(largest.get(word, 0), size)
+        for limits in (limits for profile in plan.profiles for limits in profile):
+            for word, size in zip(inputs[limits.name].shape, limits.max, strict=True):
+                if isinstance(word, str):
+                    largest[word] = max(largest.get(word, 0), size)
     return largest
-
-
-def tensor_sizes(manifest: EngineManifest) -> dict[str, int]:
-    """Bytes of every tensor of the three stages but the KV cache, at its largest."""
-    largest = largest_dims(manifest)
-    entries: dict[str, TensorEntry] = {}
-    for plan in manifest.plans:
-        entries |= {entry.name: entry for entry in (*plan.inputs, *plan.outputs)}
-    return {
-        name: tensor_bytes(resolve(entry, largest), entry.dtype)
-        for name, entry in entries.items()
-        if not name.startswith(("past_", "present_"))
-    }

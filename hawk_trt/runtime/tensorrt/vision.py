@@ -5,69 +5,46 @@ long, else to a region of its own, and they are moved.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy.typing as npt
 
 from hawk_trt.engine_folder import PREFILL, EngineFolder
 from hawk_trt.errors import BackendError
-from hawk_trt.runtime.tensorrt.engine import ALIGNMENT, resolve
-from hawk_trt.runtime.tensorrt.memory import largest_dims, tensor_bytes
+from hawk_trt.runtime.protocol import Visual
+from hawk_trt.runtime.tensorrt.engine import ALIGNMENT, Context
+from hawk_trt.runtime.tensorrt.memory import Memory, largest_dims, tensor_bytes
 from hawk_trt.stages import FIRST_LAYER, VISION
-
-if TYPE_CHECKING:
-    from hawk_trt.runtime.tensorrt.backend import TensorRtBackend
 
 _NUM_VISUAL = "num_visual"
 # Regions for rows that are moved afterwards.
 _PART = "part/"
 
 
-@dataclass(frozen=True, slots=True)
-class _Rows:
-    """One tensor of visual rows: the shape of a row, its dtype and its bytes."""
-
-    name: str
-    row: tuple[int, ...]
-    dtype: str
-    row_bytes: int
-
-    @property
-    def direct(self) -> bool:
-        """Whether any call can write its rows in place."""
-        return self.row_bytes % ALIGNMENT == 0
-
-
 class TensorRtVisual:
     """Visual embeddings [rows, hidden], where first_layer reads them. The next encode overwrites them."""
 
-    def __init__(self, backend: "TensorRtBackend", rows: int) -> None:
-        self.rows = rows
-        self._backend = backend
-        self._number = backend.encoder.count
+    def __init__(self, encoder: "Encoder", rows: int) -> None:
+        self._encoder, self._rows, self._number = encoder, rows, encoder.count
 
     @property
     def nbytes(self) -> int:
         """Bytes of its rows in all tensors."""
-        return self.rows * sum(tensor.row_bytes for tensor in self._backend.encoder.tensors)
-
-    def check(self, backend: "TensorRtBackend") -> None:
-        """Refuse what another backend made, or what was overwritten.
-
-        Raises:
-            BackendError: it is.
-        """
-        if self._backend is not backend or self._number != backend.encoder.count:
-            raise BackendError("visual: got embeddings that a later encode has overwritten; encode again")
+        return self._rows * sum(self._encoder.row_bytes.values())
 
     def numpy(self) -> npt.NDArray[Any]:
         """A host copy."""
-        backend = self._backend
-        self.check(backend)
-        bundle = backend.manifest.bundle
-        with backend.cuda.active():
-            return backend.read("visual_embeds", (self.rows, bundle.language.hidden_size), bundle.dtype)
+        return self._encoder.keep(self).numpy()
+
+    def rows_in(self, encoder: "Encoder") -> int:
+        """How many rows of an encoder it still is.
+
+        Raises:
+            BackendError: it is another encoder's, or was overwritten.
+        """
+        if self._encoder is not encoder or self._number != encoder.count:
+            raise BackendError("visual: got embeddings that a later encode has overwritten; encode again")
+        return self._rows
 
 
 class HostVisual:
@@ -96,20 +73,21 @@ class Encoder:
 
     Attributes:
         count: encodes and joins so far; each overwrites the one before.
-        tensors: what vision makes and first_layer reads.
+        row_bytes: bytes of a row of each tensor that vision makes and first_layer reads, by name.
     """
 
-    def __init__(self, backend: "TensorRtBackend") -> None:
+    def __init__(self, memory: Memory, vision: Context, engines: EngineFolder) -> None:
         self.count = 0
-        self._backend = backend
-        self.tensors = _tensors(backend.engines)
-        self._words = {entry.name: entry.shape for entry in backend.engines.plan(VISION).inputs}
+        self.row_bytes = _row_bytes(engines)
+        self._memory, self._vision, self._rebuild = memory, vision, engines.manifest.rebuild
+        self._words = {entry.name: entry.shape for entry in engines.plan(VISION).inputs}
+        self._most = engines.plan(FIRST_LAYER).range(PREFILL, "visual_embeds").max[0]
 
     @staticmethod
     def sizes(engines: EngineFolder) -> dict[str, int]:
         """Bytes of the regions that it needs."""
         rows = largest_dims(engines.manifest)[_NUM_VISUAL]
-        return {_PART + tensor.name: rows * tensor.row_bytes for tensor in _tensors(engines) if not tensor.direct}
+        return {_PART + name: rows * size for name, size in _row_bytes(engines).items() if not _is_direct(size)}
 
     def encode(self, feeds: Iterable[dict[str, npt.NDArray[Any]]], num_rows: int) -> TensorRtVisual:
         """Run one call a feed, into num_rows rows; one zero row where there is none.
@@ -117,90 +95,92 @@ class Encoder:
         Raises:
             BackendError: more than the plans were built for, or TensorRT or CUDA failed.
         """
-        backend = self._backend
-        self._check_room(num_rows)
-        self.count += 1
+        self._overwrite(num_rows)
         done = 0
         for feed in feeds:
             done += self._run(feed, done, num_rows)
         assert done == num_rows, f"vision made {done} rows of {num_rows}"
+        cuda = self._memory.cuda
         if not num_rows:
-            for tensor in self.tensors:
-                backend.cuda.zero(backend.memory.addresses[tensor.name], tensor.row_bytes)
-        backend.staging.synchronize()
-        return TensorRtVisual(backend, max(num_rows, 1))
+            for name, size in self.row_bytes.items():
+                cuda.zero(self._memory.addresses[name], size)
+        cuda.synchronize()
+        return TensorRtVisual(self, max(num_rows, 1))
 
-    def keep(self, visual: TensorRtVisual) -> HostVisual:
+    def rows(self, visual: Visual) -> int:
+        """How many rows first_layer reads of what encode or join has made.
+
+        Raises:
+            BackendError: it is something else, or was overwritten.
+        """
+        if not isinstance(visual, TensorRtVisual):
+            raise BackendError(f"visual: got {type(visual).__name__}, expected what this backend's encode made")
+        return visual.rows_in(self)
+
+    def keep(self, visual: Visual) -> HostVisual:
         """A copy on the host."""
-        visual.check(self._backend)
-        arrays = {
-            tensor.name: self._backend.read(tensor.name, (visual.rows, *tensor.row), tensor.dtype)
-            for tensor in self.tensors
-        }
-        return HostVisual(arrays, self.count)
+        dims = {_NUM_VISUAL: self.rows(visual)}
+        with self._memory.cuda.active():
+            return HostVisual({name: self._memory.read(name, dims) for name in self.row_bytes}, self.count)
 
-    def join(self, parts: Sequence[HostVisual]) -> TensorRtVisual:
+    def join(self, parts: Sequence[Visual]) -> TensorRtVisual:
         """Rows of copies where first_layer reads them; nothing moves where a single part is there already.
 
         Raises:
-            BackendError: more than the plans were built for.
+            BackendError: more than the plans were built for, or no copies.
         """
-        rows = sum(len(part.numpy()) for part in parts)
-        if len(parts) == 1 and parts[0].place == self.count:
-            return TensorRtVisual(self._backend, rows)
-        self._check_room(rows)
-        self.count += 1
+        copies = [part for part in parts if isinstance(part, HostVisual)]
+        if len(copies) != len(parts):
+            raise BackendError("visual: got something else to join than what this backend's keep made")
+        rows = sum(len(part.numpy()) for part in copies)
+        if len(copies) == 1 and copies[0].place == self.count:
+            return TensorRtVisual(self, rows)
+        self._overwrite(rows)
         done = 0
-        for part in parts:
-            for tensor in self.tensors:
-                place = self._backend.memory.addresses[tensor.name] + done * tensor.row_bytes
-                self._backend.staging.upload(place, part.arrays[tensor.name])
+        for part in copies:
+            for name, size in self.row_bytes.items():
+                self._memory.cuda.upload(self._memory.addresses[name] + done * size, part.arrays[name])
             done += len(part.numpy())
-        if len(parts) == 1:
-            parts[0].place = self.count
-        self._backend.staging.synchronize()
-        return TensorRtVisual(self._backend, rows)
+        if len(copies) == 1:
+            copies[0].place = self.count
+        self._memory.cuda.synchronize()
+        return TensorRtVisual(self, rows)
 
-    def _check_room(self, num_rows: int) -> None:
-        backend = self._backend
-        most = backend.engines.plan(FIRST_LAYER).range(PREFILL, "visual_embeds").max[0]
-        if num_rows > most:
+    def _overwrite(self, num_rows: int) -> None:
+        if num_rows > self._most:
             raise BackendError(
-                f"visual tokens: got {num_rows}, these engines take {most}. Shrink the images with max_pixels, "
-                f"or rebuild with a larger --max-visual-tokens: {backend.manifest.rebuild}"
+                f"visual tokens: got {num_rows}, these engines take {self._most}. Shrink the images with max_pixels, "
+                f"or rebuild with a larger --max-visual-tokens: {self._rebuild}"
             )
+        self.count += 1
 
     def _run(self, feed: dict[str, npt.NDArray[Any]], done: int, num_rows: int) -> int:
         """One call, into the rows behind those that are done; returns how many it makes."""
-        backend = self._backend
-        places, context = backend.memory.addresses, backend.contexts[VISION, PREFILL]
-        targets = {
-            tensor.name: places[tensor.name] + done * tensor.row_bytes if tensor.direct else places[_PART + tensor.name]
-            for tensor in self.tensors
-        }
+        addresses = self._memory.addresses
+        places = {name: addresses[name] + done * size for name, size in self.row_bytes.items()}
+        moved = {name: addresses[_PART + name] for name, size in self.row_bytes.items() if not _is_direct(size)}
         dims = {
             word: size
             for name, array in feed.items()
             for word, size in zip(self._words[name], array.shape, strict=True)
             if isinstance(word, str)
         }
-        rows = context.bind(dims, {**places, **targets})["visual_embeds"][0]
+        rows = self._vision.bind(dims, {**addresses, **places, **moved})["visual_embeds"][0]
         assert done + rows <= num_rows, f"vision makes {rows} rows behind {done} of {num_rows}"
         for name, array in feed.items():
-            backend.staging.upload(places[name], array)
-        context.enqueue()
-        for tensor in self.tensors:
-            if not tensor.direct:
-                place = places[tensor.name] + done * tensor.row_bytes
-                backend.cuda.copy(place, targets[tensor.name], rows * tensor.row_bytes)
+            self._memory.upload(name, array)
+        self._vision.enqueue()
+        for name, source in moved.items():
+            self._memory.cuda.copy(places[name], source, rows * self.row_bytes[name])
         return rows
 
 
-def _tensors(engines: EngineFolder) -> list[_Rows]:
-    """What vision makes and first_layer reads."""
-    tensors = []
-    for entry in engines.plan(FIRST_LAYER).inputs:
-        if _NUM_VISUAL in entry.shape:
-            row = resolve(entry, {_NUM_VISUAL: 1})[1:]
-            tensors.append(_Rows(entry.name, row, entry.dtype, tensor_bytes(row, entry.dtype)))
-    return tensors
+def _row_bytes(engines: EngineFolder) -> dict[str, int]:
+    """Bytes of a row of each tensor that vision makes and first_layer reads, by name."""
+    inputs = engines.plan(FIRST_LAYER).inputs
+    return {entry.name: tensor_bytes(entry, {_NUM_VISUAL: 1}) for entry in inputs if _NUM_VISUAL in entry.shape}
+
+
+def _is_direct(row_bytes: int) -> bool:
+    """Whether any call can write its rows in place."""
+    return row_bytes % ALIGNMENT == 0

@@ -77,28 +77,26 @@ def test_the_cache_of_an_inplace_plan_is_one_tensor_and_of_a_portable_plan_two(f
     assert cache.dims(1) == {"past_len": 3, "total_len": 4}
 
 
-def test_arrays_larger_than_the_staging_buffer_go_in_parts(machines):
-    from hawk_trt.runtime.tensorrt.cuda import CudaDevice
-    from hawk_trt.runtime.tensorrt.staging import Staging
+def test_arrays_larger_than_the_staging_buffer_go_in_parts(machines, monkeypatch):
+    from hawk_trt.runtime.tensorrt import cuda
 
-    with CudaDevice(0) as device, device.active():
-        staging = Staging(device, size_bytes=1024)
+    monkeypatch.setattr(cuda, "STAGING_BYTES", 1024)
+    with cuda.CudaDevice(0) as device, device.active():
         arrays = [np.arange(n, dtype=np.int64) for n in (5, 700, 1, 0, 129)]
         addresses = [device.allocate(array.nbytes) for array in arrays]
         for address, array in zip(addresses, arrays, strict=True):
             source = array.copy()
-            staging.upload(address, source)
+            device.upload(address, source)
             source[:] = -7  # the caller's array is free at once
         for address, array in zip(addresses, arrays, strict=True):
-            np.testing.assert_array_equal(staging.download(address, array.shape, array.dtype), array)
+            np.testing.assert_array_equal(device.download(address, array.shape, array.dtype), array)
     assert machines.driver.faults == []
 
 
 def test_a_pipeline_with_little_staging_answers_alike(folders, tiny_bundle, monkeypatch):
-    from hawk_trt.runtime.tensorrt import backend
+    from hawk_trt.runtime.tensorrt import cuda
 
-    staging = backend.Staging
-    monkeypatch.setattr(backend, "Staging", lambda device: staging(device, 4096))
+    monkeypatch.setattr(cuda, "STAGING_BYTES", 4096)
     with Pipeline.load(folders["inplace"], backend="tensorrt") as plans, Pipeline.load(tiny_bundle) as bundle:
         got, expected = (pipe.generate("What is red?", IMAGES, max_new_tokens=3) for pipe in (plans, bundle))
     assert got.token_ids == expected.token_ids
@@ -117,7 +115,7 @@ def test_rows_that_do_not_start_at_a_multiple_of_the_alignment_are_moved(folders
 
 def test_the_backend_needs_no_torch(repository):
     sources = list(Path(repository, "hawk_trt/runtime/tensorrt").glob("*.py"))
-    assert len(sources) > 8
+    assert len(sources) > 7
     for source in sources:
         text = source.read_text(encoding="utf-8")
         assert not any(f"import {name}" in text for name in ("torch", "pycuda", "cupy", "onnx"))
