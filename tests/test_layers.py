@@ -28,7 +28,6 @@ PENDING_ENTRIES = {"answer.py", "row.py", "run.py", "sampling.py"}
 PENDING_ARROWS = {
     *((f"engines.{name}", "hawk_trt.apps.cli.output") for name in ("__main__", "preflight", "self_test")),
     ("engines.self_test", "hawk_trt.apps.cli.doctor_checks"),
-    *((f"hawk_trt.apps.serve.{name}", "hawk_trt.apps.cli.serve") for name in ("ray_app", "ray_options")),
     ("plugins.gpu_check", "hawk_trt.apps.cli.output"),
 }
 PENDING_CIRCLES = {  # arrows without which there is no circle

@@ -15,7 +15,15 @@ EXTRAS: dict[str, dict[str, str]] = {
     "video": {"av": "14.1"},
     "export": {"huggingface_hub": "0.30", "onnx": "1.19", "onnx-ir": "0.1.12"},
     "parity": {"huggingface_hub": "0.30", "safetensors": "0.4.3", "torch": "2.6", "transformers": "5.0"},
-    "serve": {"fastapi": "0.115", "h11": "0.14", "prometheus-client": "0.21", "starlette": "0.40", "uvicorn": "0.32"},
+    "serve": {
+        "anyio": "4.4",
+        "fastapi": "0.118",
+        "h11": "0.14",
+        "prometheus-client": "0.21",
+        "pydantic": "2.9",
+        "starlette": "0.40",
+        "uvicorn": "0.32",
+    },
 }
 _INSTALL_CUDA_BINDINGS = (
     "cuda-bindings: not installed, and TensorRT is driven through it. "

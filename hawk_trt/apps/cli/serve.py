@@ -2,29 +2,25 @@
 
 import argparse
 import ipaddress
-import os
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hawk_trt.apps.cli import options
 from hawk_trt.apps.cli.output import note
-from hawk_trt.errors import BackendError, InvalidInput
+from hawk_trt.apps.serve.settings import KEY_VARIABLE, ServeLimits, ServeSettings, read_api_keys
+from hawk_trt.errors import BackendError
 from hawk_trt.runtime.vision_cache import DEFAULT_VISION_CACHE_MB
 
 if TYPE_CHECKING:
     from hawk_trt import Pipeline
-    from hawk_trt.apps.serve.settings import ServeSettings
 
 SUMMARY = "serve the OpenAI protocol over HTTP: chat completions with images, pruned as each request asks"
-KEY_VARIABLE = "HAWK_API_KEY"
 _PORT = 8000
 
 
 def add_parser(subparsers: "options.Subparsers[argparse.ArgumentParser]") -> None:
     """Add the command's options."""
-    from hawk_trt.apps.serve.settings import ServeSettings  # with what it needs, for those who serve
-
     parser = options.add_command(subparsers, "serve", SUMMARY)
     options.add_pipeline_options(parser)
     group = parser.add_argument_group("address")
@@ -62,9 +58,7 @@ def add_parser(subparsers: "options.Subparsers[argparse.ArgumentParser]") -> Non
         metavar="N",
         help="megabytes of embeddings of images asked about before (default: %(default)s)",
     )
-    for field in fields(ServeSettings):
-        if "help" not in field.metadata:
-            continue
+    for field in fields(ServeLimits):
         text = field.metadata["help"]
         group.add_argument(
             f"--{field.name.replace('_', '-')}",
@@ -103,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
     return 0 if server.started else 1
 
 
-def open_served(args: argparse.Namespace, settings: "ServeSettings") -> "tuple[Pipeline, ServeSettings]":
+def open_served(args: argparse.Namespace, settings: ServeSettings) -> "tuple[Pipeline, ServeSettings]":
     """The pipeline that the options name, and the settings with the keep ratio of its bundle where they name none.
 
     Raises:
@@ -116,37 +110,22 @@ def open_served(args: argparse.Namespace, settings: "ServeSettings") -> "tuple[P
     return pipe, settings
 
 
-def settings_of(args: argparse.Namespace) -> "ServeSettings":
+def settings_of(args: argparse.Namespace) -> ServeSettings:
     """The settings that the options name.
 
     Raises:
         InvalidInput: a value out of its range, or a key file without a key.
     """
-    from hawk_trt.apps.serve.settings import ServeSettings
-
-    limits = {field.name: getattr(args, field.name) for field in fields(ServeSettings) if "help" in field.metadata}
+    limits = {field.name: getattr(args, field.name) for field in fields(ServeLimits)}
     return ServeSettings(
         model_name=args.model_name or args.bundle.resolve().name,
         pruning=options.selected_pruning(args, 1.0 if args.keep_ratio is None else args.keep_ratio),
         remote_hosts=tuple(args.remote_host),
         cors_origins=tuple(args.cors_origin),
-        api_keys=_keys(args.api_key_file),
+        api_keys=read_api_keys(args.api_key_file),
         page=not args.no_page,
         **limits,
     )
-
-
-def _keys(file: Path | None) -> tuple[str, ...]:
-    if file is None:
-        key = os.environ.get(KEY_VARIABLE, "").strip()
-        return (key,) if key else ()
-    try:
-        keys = tuple(line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
-    except UnicodeDecodeError as error:
-        raise InvalidInput(f"{file}: not UTF-8 text, expected keys, one a line") from error
-    if not keys:
-        raise InvalidInput(f"{file}: holds no key, expected one a line")
-    return keys
 
 
 def _is_loopback(host: str) -> bool:

@@ -9,14 +9,14 @@ import asyncio
 
 import ray
 from fastapi import FastAPI
+from prometheus_client.parser import text_string_to_metric_families
 from ray import serve
 from ray.serve.config import AutoscalingConfig, BackpressureConfig
+from ray.serve.metrics import Gauge
 
-from hawk_trt.apps.cli.serve import open_served, settings_of
 from hawk_trt.apps.serve.app import create_app
 from hawk_trt.apps.serve.errors import RETRY_SECONDS
-from hawk_trt.apps.serve.ray_metrics import RayMetrics
-from hawk_trt.apps.serve.ray_options import parse, words_of
+from hawk_trt.apps.serve.ray_options import ReplicaOptions
 from hawk_trt.apps.serve.server import configure_logging
 from hawk_trt.apps.serve.service import Service
 from hawk_trt.errors import BackendError
@@ -39,7 +39,7 @@ class Replica:
     app: FastAPI
 
     def __init__(self) -> None:
-        self._metrics = RayMetrics()
+        self._gauges: dict[str, Gauge] = {}
 
     async def check_health(self) -> None:
         """Return once the model is warm; Ray sends no request before that, and asks again all the time.
@@ -52,7 +52,20 @@ class Replica:
             await asyncio.sleep(_POLL_SECONDS)
         if service.state == "failed" or not (service.batcher.ready or service.state == "draining"):
             raise BackendError(f"replica: it is {service.state} and cannot answer; its log says why")
-        self._metrics.update(service.metrics.text())
+        self._publish(service.metrics.text())
+
+    def _publish(self, text: bytes) -> None:
+        """Set Ray's gauges to Prometheus's text; counts and buckets keep their names and still only grow.
+
+        A request to /metrics reaches any one replica; Ray's own metrics port tells of all of them.
+        """
+        for family in text_string_to_metric_families(text.decode()):
+            for sample in family.samples:
+                if not sample.name.startswith("hawk_") or sample.name.endswith("_created"):
+                    continue
+                if sample.name not in self._gauges:
+                    self._gauges[sample.name] = Gauge(sample.name, family.documentation, tuple(sample.labels))
+                self._gauges[sample.name].set(sample.value, tags=sample.labels)
 
 
 def build(arguments: dict[str, object]) -> serve.Application:
@@ -67,19 +80,16 @@ def build(arguments: dict[str, object]) -> serve.Application:
     Raises:
         InvalidInput: an argument that is unknown, missing or out of its range.
     """
-    words = words_of(arguments)
-    options = parse(words)
-    settings = settings_of(options)
-    words[0] = str(options.bundle)
+    options = ReplicaOptions.read(arguments)
+    settings = options.settings(keep_ratio=1.0)  # a wrong one is refused before anything starts
 
     def make_app() -> FastAPI:
-        return _replica_app(words)
+        return _replica_app(options)
 
-    # engines take one generation at a time
-    batch = 1 if options.backend == "tensorrt" else settings.max_batch
+    batch = 1 if options.runs_engines else settings.max_batch
     deployment = serve.deployment(
         name=NAME,
-        ray_actor_options={"num_gpus": options.num_gpus, "num_cpus": options.num_cpus},
+        ray_actor_options=options.resources,
         autoscaling_config=AutoscalingConfig(
             min_replicas=options.min_replicas,
             max_replicas=options.max_replicas,
@@ -98,10 +108,9 @@ def build(arguments: dict[str, object]) -> serve.Application:
     return application
 
 
-def _replica_app(words: list[str]) -> FastAPI:
+def _replica_app(options: ReplicaOptions) -> FastAPI:
     """Load the model in a replica's process, which holds it until it ends."""
     configure_logging()
-    options = parse(words)
-    if options.threads is None:
-        options.threads = max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1)))
-    return create_app(*open_served(options, settings_of(options)))
+    cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
+    pipe = options.open(threads=max(1, int(cpus)))
+    return create_app(pipe, options.settings(pipe.bundle.manifest.keep_ratio))

@@ -1,78 +1,154 @@
 """The arguments of a Ray Serve application: those of `hawk-trt serve`, and how many replicas of what size.
 
-Ray gives a dictionary, from `serve run ... NAME=VALUE` or from a config file; the command's own parser reads it.
+Ray gives a dictionary, from `serve run ... NAME=VALUE`, where every value is text, or from a config file.
 """
 
-import argparse
 from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import NoReturn
 
-from hawk_trt.apps.cli import serve
+from pydantic import TypeAdapter, ValidationError
+
+from hawk_trt.apps.serve.settings import ServeLimits, ServeSettings, read_api_keys
 from hawk_trt.errors import InvalidInput
+from hawk_trt.pipeline import Pipeline
+from hawk_trt.pruning.head_weights import read_head_weights
+from hawk_trt.request import PruningConfig
 from hawk_trt.runtime.protocol import backend_for
+from hawk_trt.runtime.vision_cache import DEFAULT_VISION_CACHE_MB
 
-_PATH = "path"
-_OF_RAY = ("host", "port")
-
-
-class _Parser(argparse.ArgumentParser):
-    """A parser that raises instead of ending the process."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InvalidInput(f"{message}. All arguments: hawk-trt serve --help, and docs/scale.md")
+_LISTS = ("cors_origin", "remote_host")
 
 
-def words_of(arguments: Mapping[str, object]) -> list[str]:
-    """The arguments as words of a command line; any name may be written with underscores.
+@dataclass(frozen=True, kw_only=True)
+class ReplicaOptions(ServeLimits):
+    """What a replica serves and takes of its machine; `hawk-trt serve --help` explains the options.
+
+    Attributes:
+        path: a bundle or engines, on every machine.
+        num_gpus: of a replica; None is 1 for engines and device cuda, else 0.
+        num_cpus: of a replica; None is as many as threads, else 1.
 
     Raises:
-        InvalidInput: none that says what to serve, or one that is Ray's own.
+        InvalidInput: a value out of its range.
     """
-    if not arguments.get(_PATH):
-        raise InvalidInput("path: missing, expected a bundle or engines: path=/models/3b")
-    words = [str(arguments[_PATH])]
-    for name, value in arguments.items():
-        if name in _OF_RAY:
+
+    path: Path
+    backend: str | None = None
+    device: str | None = None
+    profile: str | None = None
+    threads: int | None = None
+    verify: bool = False
+    vision_cache_mb: float = DEFAULT_VISION_CACHE_MB
+    model_name: str | None = None
+    api_key_file: Path | None = None
+    cors_origin: tuple[str, ...] = ()
+    remote_host: tuple[str, ...] = ()
+    no_page: bool = False
+    keep_ratio: float | None = None
+    min_visual_tokens: int = 1
+    head_weights: Path | None = None
+    query: str = "paper"
+    quota: str = "global"
+    selector: str = "hawk"
+    selector_seed: int = 0
+    keep_mass: float | None = None
+    diversity: float = 0.0
+    min_replicas: int = 1
+    max_replicas: int = 1
+    num_gpus: float | None = None
+    num_cpus: float | None = None
+
+    def __post_init__(self) -> None:
+        ServeLimits.__post_init__(self)
+        if not self.path.is_absolute() or not self.path.is_dir():
             raise InvalidInput(
-                f"{name}: Ray Serve opens the port itself; say it in the config file, below http_options"
+                f"path: {self.path} is no folder here. Give an absolute path, the same on every machine of the cluster"
             )
-        option = f"--{name.replace('_', '-')}"
-        for one in value if isinstance(value, list) else [value]:
-            if name == _PATH or one is False or one in ("false", "False"):
-                continue
-            words.append(option if one is True or one in ("true", "True") else f"{option}={one}")
-    return words
+        if not (0 <= self.min_replicas <= self.max_replicas and self.max_replicas):
+            got = f"{self.min_replicas} to {self.max_replicas}"
+            raise InvalidInput(f"min_replicas, max_replicas: got {got}, expected 0 <= min <= max and max >= 1")
 
+    @classmethod
+    def read(cls, arguments: Mapping[str, object]) -> "ReplicaOptions":
+        """The options that Ray gives; a name may have hyphens in place of underscores.
 
-def parse(words: list[str]) -> argparse.Namespace:
-    """The options of `hawk-trt serve`, and min_replicas, max_replicas, num_gpus and num_cpus.
+        Raises:
+            InvalidInput: an unknown one, one that is Ray's own, or a value of the wrong kind.
+        """
+        given = {name.replace("-", "_"): value for name, value in arguments.items()}
+        for name in given:
+            if name in ("host", "port"):
+                where = "say it in the config file, below http_options"
+                raise InvalidInput(f"{name}: Ray Serve opens the port itself; {where}")
+            if name not in {entry.name for entry in fields(cls)}:
+                raise InvalidInput(f"{name}: unknown. All arguments: hawk-trt serve --help, and docs/scale.md")
+        if not given.get("path"):
+            raise InvalidInput("path: missing, expected a bundle or engines: path=/models/3b")
+        given["path"] = Path.cwd() / str(given["path"])
+        for name in _LISTS:
+            if isinstance(given.get(name), str):
+                given[name] = [given[name]]
+        try:
+            return TypeAdapter(cls).validate_python(given)
+        except ValidationError as error:
+            (first, *_) = error.errors()
+            place = ".".join(map(str, first["loc"]))
+            message = first["msg"].removeprefix("Value error, ")
+            raise InvalidInput(f"{place}: got {first['input']!r}. {message}" if place else message) from None
 
-    Raises:
-        InvalidInput: an unknown one, or a value of the wrong kind.
-    """
-    parent: argparse.ArgumentParser = _Parser(prog="build")
-    commands = parent.add_subparsers()
-    serve.add_parser(commands)
-    parser = commands.choices["serve"]
-    group = parser.add_argument_group("replicas")
-    group.add_argument("--min-replicas", type=int, default=1)
-    group.add_argument("--max-replicas", type=int, default=1)
-    group.add_argument("--num-gpus", type=float)
-    group.add_argument("--num-cpus", type=float)
-    args = parser.parse_args(words)
-    if not args.bundle.is_absolute():
-        args.bundle = Path.cwd() / args.bundle
-    if not args.bundle.is_dir():
-        raise InvalidInput(
-            f"{_PATH}: {args.bundle} is no folder here. Give an absolute path, the same on every machine of the cluster"
+    @property
+    def runs_engines(self) -> bool:
+        """Whether it is TensorRT that runs, which takes one generation at a time."""
+        return (self.backend or backend_for(self.path)) == "tensorrt"
+
+    @property
+    def resources(self) -> dict[str, float]:
+        """What Ray sets aside for a replica."""
+        on_gpu = self.runs_engines or (self.device or "").startswith("cuda")
+        return {
+            "num_gpus": float(on_gpu) if self.num_gpus is None else self.num_gpus,
+            "num_cpus": float(self.threads or 1) if self.num_cpus is None else self.num_cpus,
+        }
+
+    def settings(self, keep_ratio: float) -> ServeSettings:
+        """The settings of a replica; keep_ratio is of the bundle, for where the options name none.
+
+        Raises:
+            InvalidInput: a value out of its range, or a file that cannot be used.
+        """
+        return ServeSettings(
+            model_name=self.model_name or self.path.resolve().name,
+            pruning=PruningConfig(
+                keep_ratio=keep_ratio if self.keep_ratio is None else self.keep_ratio,
+                head_weights=None if self.head_weights is None else read_head_weights(self.head_weights).values,
+                selector=self.selector,
+                min_visual_tokens=self.min_visual_tokens,
+                query=self.query,
+                quota=self.quota,
+                keep_mass=self.keep_mass,
+                diversity=self.diversity,
+                seed=self.selector_seed,
+            ),
+            remote_hosts=self.remote_host,
+            cors_origins=self.cors_origin,
+            api_keys=read_api_keys(self.api_key_file),
+            page=not self.no_page,
+            **{entry.name: getattr(self, entry.name) for entry in fields(ServeLimits)},
         )
-    if not (0 <= args.min_replicas <= args.max_replicas and args.max_replicas):
-        got = f"{args.min_replicas} to {args.max_replicas}"
-        raise InvalidInput(f"min_replicas, max_replicas: got {got}, expected 0 <= min <= max and max >= 1")
-    args.backend = args.backend or backend_for(args.bundle)
-    if args.num_gpus is None:
-        args.num_gpus = 1.0 if args.backend == "tensorrt" or (args.device or "").startswith("cuda") else 0.0
-    if args.num_cpus is None:
-        args.num_cpus = float(args.threads or 1)
-    return args
+
+    def open(self, threads: int) -> Pipeline:
+        """Load the model; threads is for where the options name none.
+
+        Raises:
+            HawkError: it cannot be loaded as asked for.
+        """
+        return Pipeline.load(
+            self.path,
+            backend=self.backend or backend_for(self.path),
+            device=self.device,
+            profile=self.profile,
+            verify=self.verify,
+            vision_cache_mb=self.vision_cache_mb,
+            threads=self.threads or threads,
+        )

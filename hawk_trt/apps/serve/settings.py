@@ -2,10 +2,13 @@
 
 import os
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from hawk_trt.errors import InvalidInput
 from hawk_trt.request import PruningConfig
+
+KEY_VARIABLE = "HAWK_API_KEY"
 
 
 def _limit(default: float | None, help: str) -> Any:  # noqa: ANN401 - as dataclasses.field, any type's default
@@ -17,31 +20,15 @@ def _quarter_of_memory_mb() -> float:
     return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4_000_000)
 
 
-@dataclass(frozen=True, slots=True)
-class ServeSettings:
-    """The settings of one server; the help of each limit is its documentation.
-
-    Attributes:
-        model_name: what clients call the model.
-        pruning: of a request that says nothing of it.
-        temperature: of a request that names none; the protocol's default is 1.
-        remote_hosts: hosts that images may be fetched from: a name, or *.name for all below it, with :port unless
-            it is the scheme's own.
-        cors_origins: web origins whose pages may call the server.
-        api_keys: any of these opens the server; none leaves it open.
-        page: whether / is a page to ask from.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeLimits:
+    """What a server allows; the help of each limit is its documentation.
 
     Raises:
         InvalidInput: a limit below what any server could work with.
     """
 
-    model_name: str
-    pruning: PruningConfig = field(default_factory=PruningConfig)
     temperature: float = _limit(1.0, "of a request that names none; 0 is greedy")
-    remote_hosts: tuple[str, ...] = ()
-    cors_origins: tuple[str, ...] = ()
-    api_keys: tuple[str, ...] = field(default=(), repr=False)
-    page: bool = True
     max_batch: int = _limit(8, "requests that share a decode step")
     max_queue: int = _limit(64, "requests that wait; one more is told to come back")
     max_cache_mb: float = _limit(_quarter_of_memory_mb(), "megabytes of KV cache of all running requests")
@@ -62,17 +49,15 @@ class ServeSettings:
     preprocess_threads: int = _limit(2, "threads that decode images and make prompts")
 
     def __post_init__(self) -> None:
-        for entry in fields(self):
+        for entry in fields(ServeLimits):
             value = getattr(self, entry.name)
-            if "help" not in entry.metadata or value is None or entry.name == "temperature":
+            if value is None or entry.name == "temperature":
                 continue
             least = 1 if entry.type in (int, int | None) else 0.001
             if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < float("inf"):
                 raise InvalidInput(f"{entry.name}: got {value!r}, expected a number of at least {least}")
         if not 0.0 <= self.temperature <= 2.0:
             raise InvalidInput(f"temperature: got {self.temperature!r}, expected a number in [0, 2]")
-        if not self.model_name:
-            raise InvalidInput("model_name: got an empty name, expected what clients shall call the model")
 
     @property
     def max_body_bytes(self) -> int:
@@ -83,3 +68,51 @@ class ServeSettings:
     def max_open(self) -> int:
         """Requests that are read, prepared, waiting or running at a time."""
         return self.max_batch + self.max_queue
+
+
+@dataclass(frozen=True, slots=True)
+class ServeSettings(ServeLimits):
+    """The settings of one server.
+
+    Attributes:
+        model_name: what clients call the model.
+        pruning: of a request that says nothing of it.
+        remote_hosts: hosts that images may be fetched from: a name, or *.name for all below it, with :port unless
+            it is the scheme's own.
+        cors_origins: web origins whose pages may call the server.
+        api_keys: any of these opens the server; none leaves it open.
+        page: whether / is a page to ask from.
+
+    Raises:
+        InvalidInput: a limit below what any server could work with, or an empty name.
+    """
+
+    model_name: str
+    pruning: PruningConfig = field(default_factory=PruningConfig)
+    remote_hosts: tuple[str, ...] = ()
+    cors_origins: tuple[str, ...] = ()
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
+    page: bool = True
+
+    def __post_init__(self) -> None:
+        ServeLimits.__post_init__(self)
+        if not self.model_name:
+            raise InvalidInput("model_name: got an empty name, expected what clients shall call the model")
+
+
+def read_api_keys(file: Path | None) -> tuple[str, ...]:
+    """The keys of a file, one a line; without a file the one in HAWK_API_KEY, or none.
+
+    Raises:
+        InvalidInput: the file holds no key, or is not UTF-8.
+    """
+    if file is None:
+        key = os.environ.get(KEY_VARIABLE, "").strip()
+        return (key,) if key else ()
+    try:
+        keys = tuple(line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
+    except UnicodeDecodeError as error:
+        raise InvalidInput(f"{file}: not UTF-8 text, expected keys, one a line") from error
+    if not keys:
+        raise InvalidInput(f"{file}: holds no key, expected one a line")
+    return keys

@@ -2,13 +2,12 @@
 
 import pytest
 
-from hawk_trt.apps.cli.serve import settings_of
-from hawk_trt.apps.serve.ray_options import parse, words_of
+from hawk_trt.apps.serve.ray_options import ReplicaOptions
 from hawk_trt.errors import InvalidInput
 
 
 def options_of(**arguments):
-    return parse(words_of(arguments))
+    return ReplicaOptions.read(arguments)
 
 
 def test_arguments_are_the_options_of_the_command_as_text_or_as_values(tiny_bundle):
@@ -16,7 +15,7 @@ def test_arguments_are_the_options_of_the_command_as_text_or_as_values(tiny_bund
     as_values = {"path": str(tiny_bundle), "keep_ratio": 0.3, "max_batch": 4, "no_page": True, "max_replicas": 3}
     assert options_of(**as_text) == options_of(**as_values)
     options = options_of(**as_text, remote_host=["a.example", "b.example"], model_name="m", verify=False)
-    settings = settings_of(options)
+    settings = options.settings(keep_ratio=1.0)
     assert (settings.pruning.keep_ratio, settings.max_batch, settings.page, settings.model_name) == (0.3, 4, False, "m")
     assert settings.remote_hosts == ("a.example", "b.example")
     assert (options.min_replicas, options.max_replicas, options.verify) == (1, 3, False)
@@ -25,7 +24,7 @@ def test_arguments_are_the_options_of_the_command_as_text_or_as_values(tiny_bund
 def test_a_replica_takes_a_gpu_where_it_uses_one_and_else_a_cpu_for_each_thread(tiny_bundle):
     def resources(**arguments):
         options = options_of(path=str(tiny_bundle), **arguments)
-        return options.num_gpus, options.num_cpus
+        return options.resources["num_gpus"], options.resources["num_cpus"]
 
     assert resources() == (0, 1)
     assert resources(threads=4) == (0, 4)
@@ -39,9 +38,9 @@ def test_a_replica_takes_a_gpu_where_it_uses_one_and_else_a_cpu_for_each_thread(
         ({"path": None}, "path: missing"),
         ({"path": "no/such/folder"}, "no folder here. Give an absolute path"),
         ({"port": 80}, "port: Ray Serve opens the port"),
-        ({"keep_ratio": "much"}, "argument --keep-ratio: invalid float value: 'much'"),
-        ({"keep_rate": 0.2}, "unrecognized arguments: --keep-rate=0.2"),
-        ({"model_name": True}, "argument --model-name: expected one argument"),
+        ({"keep_ratio": "much"}, "keep_ratio: got 'much'"),
+        ({"keep_rate": 0.2}, "keep_rate: unknown"),
+        ({"model_name": True}, "model_name: got True"),
         ({"min_replicas": 3}, "got 3 to 1, expected 0 <= min <= max"),
         ({"max_replicas": 0, "min_replicas": 0}, "got 0 to 0"),
     ],

@@ -353,5 +353,5 @@ def test_every_limit_has_an_option_with_its_default(capsys):
 
 def test_limits_below_any_use_are_refused():
     with pytest.raises(InvalidInput, match="max_tokens: got 0"):
-        ServeSettings("m", max_tokens=0)
-    assert "secret" not in repr(ServeSettings("m", api_keys=("secret",)))
+        ServeSettings(model_name="m", max_tokens=0)
+    assert "secret" not in repr(ServeSettings(model_name="m", api_keys=("secret",)))
