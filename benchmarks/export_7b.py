@@ -18,7 +18,7 @@ from pathlib import Path
 from export.checkpoint import Checkpoint
 from export.graphs import build_graphs
 from export.weights import WeightStore
-from hawk_trt.models.family import family_of
+from hawk_trt.models.registry import family_of
 from hawk_trt.stages import PROFILES
 from tests.checkpoints import make_sparse_checkpoint
 
@@ -58,9 +58,9 @@ def graph_seconds(checkpoint: Path, profile: str) -> float:
     start = time.perf_counter()
     opened = Checkpoint.open(checkpoint)
     family = family_of(opened.config)
-    language, vision = family.language_config(opened.config), family.vision_config(opened.config)
+    model = family.read_config(opened.config)
     weights = WeightStore(opened, "float16")
-    build_graphs(family, language, vision, weights, "float16", profile, "l2")
+    build_graphs(family(model.vision), model.language, weights, "float16", profile, "l2")
     return time.perf_counter() - start
 
 

@@ -65,10 +65,10 @@ def measure(bundle: Path, side: int, profile: str, keep_ratio: float) -> dict[st
     vision, special = pipe.bundle.manifest.vision, pipe.bundle.manifest.special_tokens
     image = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
     with step("preprocess"):
-        settings = pipe.family.image_settings({"min_pixels": 3136, "max_pixels": MAX_PIXELS}, vision)
-        patches = pipe.family.images_to_patches([image], settings, vision)
+        settings = pipe.family.image_settings({"min_pixels": 3136, "max_pixels": MAX_PIXELS})
+        patches = pipe.family.images_to_patches([image], settings)
     num_patches = len(patches.pixel_values)
-    num_visual = num_patches // vision["spatial_merge_size"] ** 2
+    num_visual = num_patches // vision.spatial_merge_size**2
     words = list(range(10, 10 + TEXT))
     ids = [3, special.vision_start, *[special.image] * num_visual, special.vision_end, *words]
     inputs = ModelInputs(input_ids=ids, pixel_values=patches.pixel_values, image_grid_thw=patches.grid_thw)

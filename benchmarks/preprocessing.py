@@ -16,12 +16,15 @@ from typing import Any
 from unittest.mock import patch
 
 import av
+import msgspec
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from hawk_trt.inputs.video import load_video
-from hawk_trt.models.family import Family, family_by_name
+from hawk_trt.models.family import Family
+from hawk_trt.models.registry import family_by_name
+from hawk_trt.models.vision_config import AnyVision
 
 Frame = npt.NDArray[np.uint8]
 Values = npt.NDArray[np.float32]
@@ -41,12 +44,23 @@ VIDEOS = [
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A family, its vision sizes, its preprocessor_config.json, and transformers' values of one image."""
+    """A family with its vision sizes, its preprocessor_config.json, and transformers' values of one image."""
 
     family: Family
-    vision: Mapping[str, Any]
     preprocessor: Mapping[str, Any]
     theirs: Callable[[Frame], Values]
+
+
+def vision_config(family: str, **sizes: object) -> AnyVision:
+    """Sizes of a vision tower; those that no image depends on are all 1."""
+    others = dict.fromkeys(("depth", "hidden_size", "intermediate_size", "num_heads", "out_hidden_size"), 1)
+    extra = {
+        "qwen2_5_vl": {"rope_theta": 1.0, "tokens_per_second": 1.0, "window_size": 1, "fullatt_block_indexes": ()},
+        "qwen3_vl": {"rope_theta": 1.0, "num_position_embeddings": 1, "deepstack_visual_indexes": ()},
+        "internvl": {"norm": "layer_norm", "layer_norm_eps": 1.0, "qk_norm": False, "qkv_bias": False},
+    }[family]
+    told = {"family": family, "in_channels": 3, "spatial_merge_size": 2, **others, **extra, **sizes}
+    return msgspec.convert(told, AnyVision)
 
 
 def qwen_case(name: str, patch: int, mean: list[float], std: list[float]) -> Case:
@@ -57,13 +71,13 @@ def qwen_case(name: str, patch: int, mean: list[float], std: list[float]) -> Cas
     size = {"shortest_edge": 4 * side**2, "longest_edge": 16384 * side**2}
     preprocessor = {"size": size, "patch_size": patch, "image_mean": mean, "image_std": std}
     processor = Qwen2VLImageProcessorPil(**preprocessor)
-    vision = {"in_channels": 3, "patch_size": patch, "temporal_patch_size": 2, "spatial_merge_size": 2}
+    vision = vision_config(name, patch_size=patch, temporal_patch_size=2)
 
     def theirs(image: Frame) -> Values:
         values: Values = processor([Image.fromarray(image)], return_tensors="np")["pixel_values"]
         return values
 
-    return Case(family_by_name(name), vision, preprocessor, theirs)
+    return Case(family_by_name(name)(vision), preprocessor, theirs)
 
 
 def internvl_case() -> Case:
@@ -75,13 +89,13 @@ def internvl_case() -> Case:
         **{"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]},
     }
     processor = GotOcr2ImageProcessorPil(**preprocessor)
-    tower = {"image_size": 448, "patch_size": 14, "spatial_merge_size": 2}
-    vision = {**tower, "min_tiles": 1, "max_tiles": 12, "use_thumbnail": True}
+    tiles = {"image_size": 448, "min_tiles": 1, "max_tiles": 12, "use_thumbnail": True}
+    vision = vision_config("internvl", patch_size=14, temporal_patch_size=1, **tiles)
 
     def theirs(image: Frame) -> Values:
         return np.stack(list(processor(Image.fromarray(image), return_tensors="np")["pixel_values"]))
 
-    return Case(family_by_name("internvl"), vision, preprocessor, theirs)
+    return Case(family_by_name("internvl")(vision), preprocessor, theirs)
 
 
 @contextmanager
@@ -101,11 +115,11 @@ def width_first() -> Iterator[None]:
 
 def compare_images(case: Case) -> tuple[float, int]:
     """The largest difference, and how many sizes are equal bit for bit."""
-    settings = case.family.image_settings(case.preprocessor, case.vision)
+    settings = case.family.image_settings(case.preprocessor)
     differences = []
     for height, width in SIZES:
         image = np.random.default_rng(height + width).integers(0, 256, (height, width, 3), dtype=np.uint8)
-        ours = np.asarray(case.family.images_to_patches([image], settings, case.vision).pixel_values)
+        ours = np.asarray(case.family.images_to_patches([image], settings).pixel_values)
         expected = case.theirs(image)
         if ours.shape != expected.shape:
             raise SystemExit(f"{case.family.name} {height} x {width}: {ours.shape}, expected {expected.shape}")
@@ -131,17 +145,17 @@ def clips(folder: Path) -> Iterator[Path]:
 
 def compare_videos(case: Case, files: list[Path]) -> tuple[float, int]:
     """The largest difference, and over how many frames."""
-    settings = case.family.image_settings(case.preprocessor, case.vision)
+    settings = case.family.image_settings(case.preprocessor)
     worst, frames = 0.0, 0
     tiled = case.family.name == "internvl"
     for file in files:
         video = load_video(file, sampler=case.family.frame_numbers)
-        ours = np.asarray(case.family.video_to_patches(video.frames, settings, case.vision).pixel_values)
+        ours = np.asarray(case.family.video_to_patches(video.frames, settings).pixel_values)
         for number, frame in enumerate(video.frames):
             if tiled:
                 mine, expected = ours[number], case.theirs(frame)[-1]  # a frame is what the thumbnail is of an image
             else:
-                size = 3 * case.vision["patch_size"] ** 2
+                size = 3 * case.family.vision.patch_size**2
                 steps = -(-len(video.frames) // 2)
                 by_step = ours.reshape(steps, -1, 3, 2, size // 3)
                 mine = by_step[number // 2, :, :, number % 2]

@@ -64,8 +64,8 @@ def answer(folder: Path, keep_ratio: float = 0.2) -> dict[str, float]:
     manifest = pipe.bundle.manifest
     special, language = manifest.special_tokens, manifest.language
     image = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
-    patches = pipe.family.images_to_patches([image], pipe.family.image_settings({}, manifest.vision), manifest.vision)
-    num_visual = int(pipe.family.tokens_per_item(patches.grid_thw, manifest.vision).sum())
+    patches = pipe.family.images_to_patches([image], pipe.family.image_settings({}))
+    num_visual = int(manifest.vision.tokens_per_item(patches.grid_thw).sum())
     text = np.random.default_rng(1).integers(1000, 100_000, 24).tolist()
     ids = [*text[:8], special.vision_start, *[special.image] * num_visual, special.vision_end, *text[8:]]
     inputs = ModelInputs(input_ids=ids, pixel_values=np.asarray(patches.pixel_values), image_grid_thw=patches.grid_thw)

@@ -5,8 +5,9 @@ patches, would make TensorRT plan memory for the largest of both at once.
 """
 
 import math
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from hawk_trt.models.vision_config import Qwen25Vision, VisionConfig
 
 # What the builder tunes for: an image of 1008 x 1008 pixels, the paper's fixed resolution.
 TYPICAL_VISUAL_TOKENS = 1296
@@ -22,7 +23,7 @@ class Range(NamedTuple):
     high: int
 
 
-def vision_ranges(vision: Mapping[str, Any], visual_tokens: int) -> dict[str, Range]:
+def vision_ranges(vision: VisionConfig, visual_tokens: int) -> dict[str, Range]:
     """Ranges of the vision dimensions of all families, by their word.
 
     A token is a block of merge x merge patches; a window is side x side blocks.
@@ -31,7 +32,7 @@ def vision_ranges(vision: Mapping[str, Any], visual_tokens: int) -> dict[str, Ra
         vision: sizes of the vision tower.
         visual_tokens: of the largest image.
     """
-    merge = vision["spatial_merge_size"]
+    merge = vision.spatial_merge_size
     patches = merge**2
     square = math.isqrt(min(visual_tokens, TYPICAL_VISUAL_TOKENS))
     ranges = {
@@ -40,8 +41,8 @@ def vision_ranges(vision: Mapping[str, Any], visual_tokens: int) -> dict[str, Ra
         "num_merged": Range(1, square**2, visual_tokens),
         "num_patches": Range(patches, square**2 * patches, visual_tokens * patches),
     }
-    if "window_size" in vision:
-        side = vision["window_size"] // (merge * vision["patch_size"])
+    if isinstance(vision, Qwen25Vision):
+        side = vision.window_side
         ranges["num_windows"] = Range(1, math.ceil(square / side) ** 2, _most_windows(visual_tokens, side))
         ranges["window_len"] = Range(patches, min(square, side) ** 2 * patches, side**2 * patches)
     return ranges

@@ -1,8 +1,5 @@
 """All graphs of a profile, by stage."""
 
-from collections.abc import Mapping
-from typing import Any
-
 import onnx_ir as ir
 
 from hawk_trt.models.family import Family
@@ -17,7 +14,6 @@ from .vision import GRAPHS
 def build_graphs(
     family: Family,
     language: LanguageConfig,
-    vision: Mapping[str, Any],
     weights: Weights,
     dtype: str,
     profile: str,
@@ -26,9 +22,8 @@ def build_graphs(
     """Build the three graphs of a profile.
 
     Args:
-        family: of the model.
+        family: of the model, with its vision sizes.
         language: sizes of the language model.
-        vision: sizes of the vision tower, as family.vision_config gives them.
         weights: places each tensor as it is asked for.
         dtype: "float32", "float16" or "bfloat16".
         profile: "portable" or "inplace".
@@ -37,9 +32,8 @@ def build_graphs(
     Returns:
         The models by stage name.
     """
-    spec = family.vision_spec(vision, language.hidden_size)
     return {
-        VISION: GRAPHS[family.name].build(spec, vision, dtype, profile, weights),
+        VISION: GRAPHS[family.name].build(family.vision_spec(), family.vision, dtype, profile, weights),
         FIRST_LAYER: build_first_layer(language, dtype, profile, normalization, weights),
         DECODER: build_decoder(language, dtype, profile, weights),
     }

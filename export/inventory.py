@@ -4,9 +4,7 @@ In: the sizes from config.json. Out: a table to hold the checkpoint against befo
 bias or a config of another size is an error that names the tensor, not a wrong answer.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
+from hawk_trt.models.vision_config import VisionConfig
 from hawk_trt.stages import LanguageConfig
 
 from .checkpoint import EMBEDDINGS, LM_HEAD
@@ -14,9 +12,9 @@ from .shapes import Shapes, linear
 from .vision import GRAPHS
 
 
-def inventory(family: str, language: LanguageConfig, vision: Mapping[str, Any]) -> Shapes:
-    """Names and shapes of all tensors of a family's model; a tied one needs no lm_head.weight."""
-    return _language_shapes(language) | GRAPHS[family].shapes(vision)
+def inventory(language: LanguageConfig, vision: VisionConfig) -> Shapes:
+    """Names and shapes of all tensors of a model; a tied one needs no lm_head.weight."""
+    return _language_shapes(language) | GRAPHS[vision.family].shapes(vision)
 
 
 def _language_shapes(language: LanguageConfig) -> Shapes:

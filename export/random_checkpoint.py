@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hawk_trt.inputs.sidecars import CONFIG, GENERATION_CONFIG
-from hawk_trt.models.family import family_of
+from hawk_trt.models.registry import family_of
 
 from .checkpoint import Checkpoint
 from .inventory import inventory
@@ -68,8 +68,8 @@ def random_checkpoint(folder: Path, config: dict[str, Any], seed: int = 0) -> Ch
     generation = {"eos_token_id": config["eos_token_id"]}
     for name, content in ((CONFIG, config), (GENERATION_CONFIG, generation)):
         (folder / name).write_text(json.dumps(content, indent=1), encoding="utf-8")
-    family = family_of(config)
-    shapes = inventory(family.name, family.language_config(config), family.vision_config(config))
+    model = family_of(config).read_config(config)
+    shapes = inventory(model.language, model.vision)
     tensors: dict[str, CheckpointTensor] = {
         name: RandomTensor(name, folder / CONFIG, 0, math.prod(shape) * 4, "float32", shape, seed)
         for name, shape in shapes.items()

@@ -17,7 +17,6 @@ import onnx_ir as ir
 from hawk_trt import __version__
 from hawk_trt.bundle import (
     MANIFEST,
-    PLAIN_SCHEMA_VERSION,
     SCHEMA_VERSION,
     Bundle,
     GraphEntry,
@@ -34,7 +33,7 @@ from hawk_trt.bundle import (
 from hawk_trt.errors import BundleError, CheckpointError, InvalidInput
 from hawk_trt.files import check_free_space, check_replaceable, clean_up_after_killed, staged
 from hawk_trt.inputs.sidecars import SIDECARS, added_tokens, read_sidecars
-from hawk_trt.models.family import family_of
+from hawk_trt.models.registry import family_of
 from hawk_trt.request import PruningConfig, check_head_weights
 from hawk_trt.runtime.reference import REFERENCE
 from hawk_trt.stages import DTYPES, NORMALIZATIONS, PROFILES, LanguageConfig
@@ -135,16 +134,17 @@ def export(
     current = None if options.force else up_to_date(opened, out, options, name)
     if current is not None:
         return current
-    family, plan = family_of(opened.config), _plan(opened, options, name)
-    template = family.chat_template(opened.config)
-    for tensor_name, shape in inventory(family.name, plan.language, plan.vision).items():
+    plan = _plan(opened, options, name)
+    family = family_of(opened.config)(plan.vision)
+    template = family.read_config(opened.config).chat_template
+    for tensor_name, shape in inventory(plan.language, plan.vision).items():
         opened.expect(tensor_name, shape)
     weights = WeightStore(opened, options.dtype, options.link, options.weights)
     graphs = {
         (profile, stage): graph
         for profile in plan.profiles
         for stage, graph in build_graphs(
-            family, plan.language, plan.vision, weights, options.dtype, profile, options.normalization
+            family, plan.language, weights, options.dtype, profile, options.normalization
         ).items()
     }
     table = weights.table()
@@ -190,11 +190,11 @@ def up_to_date(checkpoint: Checkpoint, out: Path, options: ExportOptions, name: 
 def _plan(checkpoint: Checkpoint, options: ExportOptions, name: str | None) -> Manifest:
     """The manifest as far as it is known before a graph is built."""
     family = family_of(checkpoint.config)
-    language = family.language_config(checkpoint.config)
+    model = family.read_config(checkpoint.config, checkpoint.generation, added_tokens(checkpoint.folder))
+    language, tokens = model.language, model.special_tokens
     head_weights = options.head_weights or default_head_weights(family.name, language)
     check_head_weights(head_weights.values, language.num_attention_heads)
     architecture = (checkpoint.config.get("architectures") or [str(checkpoint.config.get("model_type"))])[0]
-    tokens = family.special_tokens(checkpoint.config, checkpoint.generation, added_tokens(checkpoint.folder))
     for flag, token_id in (("im_end", options.im_end_token_id), ("vision_end", options.vision_end_token_id)):
         if token_id is not None and not 0 <= token_id < language.vocab_size:
             raise InvalidInput(f"{flag}_token_id: got {token_id}, expected 0 to {language.vocab_size - 1}")
@@ -203,8 +203,7 @@ def _plan(checkpoint: Checkpoint, options: ExportOptions, name: str | None) -> M
     if options.vision_end_token_id is not None:
         tokens = replace(tokens, vision_end=options.vision_end_token_id)
     return Manifest(
-        schema_version=PLAIN_SCHEMA_VERSION if options.weights is None else SCHEMA_VERSION,
-        family=family.name,
+        schema_version=SCHEMA_VERSION,
         source=Source(
             name or checkpoint.folder.resolve().name, architecture, checkpoint.fingerprint(SIDECARS), options.link
         ),
@@ -212,7 +211,7 @@ def _plan(checkpoint: Checkpoint, options: ExportOptions, name: str | None) -> M
         normalization=options.normalization,
         profiles=options.profiles,
         language=language,
-        vision=family.vision_config(checkpoint.config),
+        vision=model.vision,
         graphs=(),
         embeddings=TableEntry("", 0, options.dtype, (0, 0)),
         special_tokens=tokens,

@@ -22,12 +22,11 @@ import numpy.typing as npt
 
 from hawk_trt.errors import BundleError
 from hawk_trt.files import read_json, sha256_file
+from hawk_trt.models.vision_config import AnyVision
 from hawk_trt.stages import LanguageConfig
 
 MANIFEST = "bundle.json"
-# Of bundles with quantised weights; all others are of version 1, which older hawk_trt reads too.
-SCHEMA_VERSION = 2
-PLAIN_SCHEMA_VERSION = 1
+SCHEMA_VERSION = 3
 _AGAIN = "Export again: make export"
 _Versioned = TypeVar("_Versioned")
 
@@ -124,18 +123,17 @@ class WeightFormat:
 class Manifest:
     """bundle.json.
 
-    vision: the family's own sizes of the vision tower. dtype: of all graph inputs, outputs and activations, and of the
-    weights but for the matrices that `weights` describes.
+    dtype: of all graph inputs, outputs and activations, and of the weights but for the matrices that `weights`
+    describes.
     """
 
     schema_version: int
-    family: str
     source: Source
     dtype: str
     normalization: str
     profiles: tuple[str, ...]
     language: LanguageConfig
-    vision: dict[str, Any]
+    vision: AnyVision
     graphs: tuple[GraphEntry, ...]
     embeddings: TableEntry
     special_tokens: SpecialTokens
@@ -144,6 +142,11 @@ class Manifest:
     files: dict[str, FileEntry]
     versions: dict[str, str]
     weights: WeightFormat | None = None
+
+    @property
+    def family(self) -> str:
+        """Name of the model's family."""
+        return self.vision.family
 
     @property
     def precision(self) -> str:
@@ -193,7 +196,7 @@ class Bundle:
             progress: called with the bytes hashed as verification goes on.
 
         Raises:
-            BundleError: no bundle, a newer schema, a missing or changed file.
+            BundleError: no bundle, another schema, a missing or changed file.
         """
         folder = Path(folder)
         bundle = cls(folder, read_manifest(folder))
@@ -224,7 +227,7 @@ def read_manifest(folder: Path) -> Manifest:
     """Read bundle.json.
 
     Raises:
-        BundleError: no bundle there, a damaged manifest, or one of a newer schema.
+        BundleError: no bundle there, a damaged manifest, or one of another schema.
     """
     absent = (
         f"{folder}: no bundle there ({MANIFEST} is missing). Make one: make export MODEL=path-or-hub-id OUT={folder}"
@@ -238,23 +241,21 @@ def read_versioned(path: Path, kind: type[_Versioned], newest: int, absent: str,
     Args:
         path: of the file.
         kind: its dataclass.
-        newest: schema version that can be read.
+        newest: schema version that can be read, the only one.
         absent: the error where there is no file.
         made: what wrote it, such as "the export".
         again: the command that writes it anew, as a sentence.
 
     Raises:
-        BundleError: not there, damaged, changed, or of a newer schema.
+        BundleError: not there, damaged, changed, or of another schema.
     """
     if not path.is_file():
         raise BundleError(absent)
     fields = read_json(path, dict[str, Any], BundleError, again)
     version = fields.get("schema_version")
-    if isinstance(version, int) and version > newest:
-        raise BundleError(
-            f"{path}: schema version {version}, this hawk_trt reads up to {newest}. Update hawk_trt, or with this "
-            f"version: {again}"
-        )
+    if isinstance(version, int) and version != newest:
+        advice = f"Update hawk_trt, or with this version: {again}" if version > newest else again
+        raise BundleError(f"{path}: schema version {version}, this hawk_trt reads {newest}. {advice}")
     # of the text, not of the manifest: a field that is newer than the file takes its default without breaking it
     told = fields.pop("manifest_sha256", None)
     try:

@@ -19,7 +19,7 @@ from hawk_trt.errors import BundleError
 from hawk_trt.runtime.versions import same_version
 
 ENGINES_MANIFEST = "engines.json"
-ENGINES_SCHEMA_VERSION = 1
+ENGINES_SCHEMA_VERSION = 2
 # Optimization profiles of first_layer and decoder, by index; vision has the first alone.
 PREFILL = 0
 DECODE = 1

@@ -23,7 +23,8 @@ from hawk_trt.errors import BundleError, InvalidInput
 from hawk_trt.inputs.layout import PromptLayout, prompt_layout
 from hawk_trt.inputs.processor import Processor
 from hawk_trt.inputs.streamed_rows import StreamedRows
-from hawk_trt.models.family import Family, Patches, family_by_name
+from hawk_trt.models.family import Family, Patches
+from hawk_trt.models.registry import family_by_name
 from hawk_trt.request import ModelInputs, PruningConfig, Request, Result, SamplingConfig
 from hawk_trt.row import Row
 from hawk_trt.run import Run
@@ -68,7 +69,7 @@ class Pipeline:
         self.vision_cache = VisionCache(backend, vision_cache_mb)
         self.bundle = bundle
         self.backend = backend
-        self.family: Family = family_by_name(bundle.manifest.family)
+        self.family: Family = family_by_name(bundle.manifest.family)(bundle.manifest.vision)
         self._processor = Processor(bundle, self.family)
 
     @classmethod
@@ -299,7 +300,6 @@ class Pipeline:
         layout = prompt_layout(
             inputs,
             self.family,
-            manifest.vision,
             manifest.special_tokens,
             query,
             None if chat is None else chat.turn_query_mask,
@@ -340,11 +340,11 @@ class Pipeline:
         return None if self._processor.chat is None else self._processor.chat.tokenizer
 
     def _encode_item(self, item: Patches) -> Visual:
-        tokens = self.family.tokens_per_item(item.grid_thw, self.bundle.manifest.vision)
+        tokens = self.bundle.manifest.vision.tokens_per_item(item.grid_thw)
         return self.backend.encode(self._feeds(item), int(tokens.sum()))
 
     def _feeds(self, patches: Patches) -> Iterator[dict[str, npt.NDArray[Any]]]:
-        return self.family.vision_feeds(patches, self.bundle.manifest.vision, self.backend.max_vision_patches)
+        return self.family.vision_feeds(patches, self.backend.max_vision_patches)
 
     def _patches(self, rows: Sequence[ModelInputs], layouts: Sequence[PromptLayout]) -> Iterator[tuple[int, Patches]]:
         """The images and the videos of each row, with its number."""

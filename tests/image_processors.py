@@ -11,19 +11,17 @@ from hawk_trt.inputs.images import resize
 from hawk_trt.models.family import Family
 
 
-def check_patches(
-    family: Family, vision: Mapping[str, Any], preprocessor: Mapping[str, Any], size: tuple[int, int]
-) -> None:
+def check_patches(family: Family, preprocessor: Mapping[str, Any], size: tuple[int, int]) -> None:
     """Compare the patches of a noise image of (height, width), with the settings of a preprocessor_config.json."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     processor = Qwen2VLImageProcessorPil(**preprocessor)
     image = np.random.default_rng(sum(size)).integers(0, 256, (*size, 3), dtype=np.uint8)
-    settings = family.image_settings(preprocessor, vision)
-    ours = family.images_to_patches([image], settings, vision)
+    settings = family.image_settings(preprocessor)
+    ours = family.images_to_patches([image], settings)
     theirs = processor([Image.fromarray(image)], return_tensors="np")
     np.testing.assert_array_equal(ours.grid_thw, theirs["image_grid_thw"])
-    _, rows, columns = (ours.grid_thw[0] * vision["patch_size"]).tolist()
+    _, rows, columns = (ours.grid_thw[0] * family.vision.patch_size).tolist()
     resized = resize(image, rows, columns, settings.resample)
     if not np.array_equal(np.asarray(Image.fromarray(image).resize((columns, rows), settings.resample)), resized):
         # This Pillow resizes such an image height first (see images.resize): give transformers the resized one.

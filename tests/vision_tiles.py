@@ -10,7 +10,8 @@ from engines.prepare import DECOMPOSABLE, prepare
 from export.__main__ import main as export
 from export.vision import token_tiles
 from hawk_trt.bundle import Bundle
-from hawk_trt.models.family import Patches, family_by_name
+from hawk_trt.models.family import Patches
+from hawk_trt.models.registry import family_by_name
 from hawk_trt.request import ModelInputs
 from hawk_trt.stages import PROFILES
 
@@ -25,7 +26,7 @@ def assert_tiles_compute_the_same(
     assert export([str(checkpoint), "--out", str(folder), *options]) == 0
     bundle = Bundle.load(folder)
     patches = Patches(inputs.pixel_values, np.array(inputs.image_grid_thw))
-    feeds = next(family_by_name(bundle.manifest.family).vision_feeds(patches, bundle.manifest.vision, 10_000))
+    feeds = next(family_by_name(bundle.manifest.family)(bundle.manifest.vision).vision_feeds(patches, 10_000))
     tokens = feeds["pixel_values"].shape[0] * feeds["pixel_values"].shape[1]
     tiles = -(-tokens // TILE)
     assert tiles > 2 and tokens % -(-tokens // tiles), tokens  # several, the last one filled up
@@ -33,7 +34,7 @@ def assert_tiles_compute_the_same(
         path = folder / f"vision.{profile}.onnx"
         in_tiles = onnx.load(path, load_external_data=False)
         loops = [node for node in in_tiles.graph.node if node.op_type == "Scan"]
-        assert len(loops) == 2 * bundle.manifest.vision["depth"]
+        assert len(loops) == 2 * bundle.manifest.vision.depth
         whole = onnx.load_from_string(prepare(bundle, "vision", profile, max_context=64, plugin=False).content)
         assert not {node.op_type for node in whole.graph.node} & {"Scan", "Pad"}
         assert not [node.name for node in whole.graph.node if node.name.startswith(token_tiles.SCOPE)]

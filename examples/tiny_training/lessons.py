@@ -21,7 +21,7 @@ from examples.tiny_task.glyphs import COLOURS, GLYPHS
 from examples.tiny_task.questions import ask
 from examples.tiny_task.scene import CELL, draw_scene
 from examples.tiny_training.recipe import QUESTIONS, Pictures
-from hawk_trt.models.qwen_patches import image_settings, images_to_patches
+from hawk_trt.models.registry import family_of
 
 BEFORE = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>"
 ASK, REPLY, END = "<|vision_end|>", "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>"
@@ -82,8 +82,10 @@ class Teacher:
 
     def __init__(self, folder: Path) -> None:
         self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        self._settings = image_settings(json.loads((folder / "preprocessor_config.json").read_text()))
-        self._vision = json.loads((folder / "config.json").read_text())["vision_config"]
+        config = json.loads((folder / "config.json").read_text())
+        family = family_of(config)
+        self._family = family(family.read_config(config).vision)
+        self._settings = self._family.image_settings(json.loads((folder / "preprocessor_config.json").read_text()))
         self._pad = int(self._tokenizer.encode("<|endoftext|>").ids[0])
         self._before = torch.tensor(self._ids(BEFORE))
 
@@ -137,7 +139,7 @@ class Teacher:
         return ids
 
     def _patches(self, scenes: list[Scene]) -> Patches:
-        made = images_to_patches([scene.image for scene in scenes], self._settings, self._vision)
+        made = self._family.images_to_patches([scene.image for scene in scenes], self._settings)
         return Patches(torch.from_numpy(np.asarray(made.pixel_values)), torch.from_numpy(made.grid_thw))
 
 

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Generic, TypeVar
 
 import onnx_ir as ir
 
 from hawk_trt.errors import CheckpointError
-from hawk_trt.models.family import family_of
+from hawk_trt.models.registry import family_of
+from hawk_trt.models.vision_config import VisionConfig
 from hawk_trt.stages import StageSpec
 
 from ..graph import Weights
@@ -18,32 +19,25 @@ from ..vision.qwen2_5_vl import build_qwen2_5_vl_vision, qwen2_5_vl_shapes
 from ..vision.qwen2_vl import build_qwen2_vl_vision, qwen2_vl_shapes
 from ..vision.qwen3_vl import build_qwen3_vl_vision, qwen3_vl_shapes
 
-
-class VisionBuilder(Protocol):
-    """Builds a family's vision graph from its spec and sizes."""
-
-    def __call__(
-        self, spec: StageSpec, vision: Mapping[str, Any], dtype: str, profile: str, weights: Weights
-    ) -> ir.Model:
-        """Return the graph of a profile."""
+Vision = TypeVar("Vision", bound=VisionConfig)
 
 
 @dataclass(frozen=True, slots=True)
-class VisionGraph:
+class VisionGraph(Generic[Vision]):
     """What the export needs of a family.
 
     Attributes:
-        build: makes its vision graph.
+        build: makes its vision graph from inputs and outputs, sizes, dtype, profile and weights.
         shapes: names and shapes of all tensors of its vision tower, from its sizes.
         names: canonical names of a tensor of the checkpoint; see export.names.
     """
 
-    build: VisionBuilder
-    shapes: Callable[[Mapping[str, Any]], Shapes]
+    build: Callable[[StageSpec, Vision, str, str, Weights], ir.Model]
+    shapes: Callable[[Vision], Shapes]
     names: Callable[[str], tuple[str, ...]] = qwen_names
 
 
-GRAPHS = {
+GRAPHS: dict[str, VisionGraph[Any]] = {
     "internvl": VisionGraph(build_internvl_vision, internvl_shapes, internvl_names),
     "qwen2_5_vl": VisionGraph(build_qwen2_5_vl_vision, qwen2_5_vl_shapes),
     "qwen2_vl": VisionGraph(build_qwen2_vl_vision, qwen2_vl_shapes),

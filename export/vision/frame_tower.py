@@ -4,12 +4,13 @@ In: frames of one size, [num_frames, num_patches, patch_dim], patches in the pro
 merge block follow each other. All frames share positions, so they are a batch and need no mask.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+
+from hawk_trt.models.vision_config import Qwen2Vision
 
 from .. import shapes
 from ..graph import GraphBuilder
@@ -51,13 +52,13 @@ class Mlp:
     activation: Callable[[GraphBuilder, ir.Value], ir.Value]
 
 
-def frames(g: GraphBuilder, inputs: dict[str, ir.Value], vision: Mapping[str, Any]) -> Frames:
+def frames(g: GraphBuilder, inputs: dict[str, ir.Value], vision: Qwen2Vision) -> Frames:
     """Build the shared values from pixel_values and patch_positions, [num_patches, 2]: row and column."""
-    heads = vision["num_heads"]
-    head_dim = vision["hidden_size"] // heads
+    heads = vision.num_heads
+    head_dim = vision.hidden_size // heads
     half = head_dim // 2
     exponents = np.arange(0, half, 2, dtype=np.float32) / np.float32(half)
-    inv_freq = (1.0 / np.float32(vision["rope_theta"]) ** exponents).astype(np.float32)
+    inv_freq = (1.0 / np.float32(vision.rope_theta) ** exponents).astype(np.float32)
     with g.scope("frames"):
         frame_shape = g.op("Shape", inputs["pixel_values"], start=0, end=2, name="frame_shape")
         positions = g.cast(inputs["patch_positions"], "int64", "float32", "positions_float32")
@@ -72,10 +73,10 @@ def frames(g: GraphBuilder, inputs: dict[str, ir.Value], vision: Mapping[str, An
     return Frames(cos, sin, shape, heads, head_dim, tiles)
 
 
-def patch_embed(g: GraphBuilder, pixels: ir.Value, vision: Mapping[str, Any]) -> ir.Value:
+def patch_embed(g: GraphBuilder, pixels: ir.Value, vision: Qwen2Vision) -> ir.Value:
     """pixel_values -> [num_frames * num_patches, dim] in the residual dtype; the convolution is one product."""
-    dim = vision["hidden_size"]
-    patch_dim = vision["in_channels"] * vision["temporal_patch_size"] * vision["patch_size"] ** 2
+    dim = vision.hidden_size
+    patch_dim = vision.patch_dim
     with g.scope("patch_embed"):
         flat = g.reshape(g.cast(pixels, "float32", g.dtype, "to_model"), -1, patch_dim, name="flat_pixels")
         weight = "visual.patch_embed.proj"
@@ -111,16 +112,16 @@ def merger(g: GraphBuilder, h: ir.Value, first: str, second: str) -> ir.Value:
     return linear(g, gelu(g, h), second, "second")
 
 
-def tower_shapes(vision: Mapping[str, Any], mlp: Mlp, *, patch_bias: bool) -> Shapes:
+def tower_shapes(vision: Qwen2Vision, mlp: Mlp, *, patch_bias: bool) -> Shapes:
     """Names and shapes of the tensors of patch embedding and blocks."""
-    dim, inner, patch = vision["hidden_size"], vision["intermediate_size"], vision["patch_size"]
+    dim, inner, patch = vision.hidden_size, vision.intermediate_size, vision.patch_size
     proj = "visual.patch_embed.proj"
     found: Shapes = {
-        f"{proj}.weight": (dim, vision["in_channels"], vision["temporal_patch_size"], patch, patch),
+        f"{proj}.weight": (dim, vision.in_channels, vision.temporal_patch_size, patch, patch),
     }
     if patch_bias:
         found[f"{proj}.bias"] = (dim,)
-    for number in range(vision["depth"]):
+    for number in range(vision.depth):
         weight = f"visual.blocks.{number}"
         found |= {
             **shapes.layer_norm(f"{weight}.norm1", dim),

@@ -6,11 +6,10 @@ model's width. Token-wise ops run on [num_tiles * (1 + patches), dim].
 """
 
 import re
-from collections.abc import Mapping
-from typing import Any
 
 import onnx_ir as ir
 
+from hawk_trt.models.vision_config import InternVLVision
 from hawk_trt.stages import VISION, StageSpec
 
 from .. import shapes
@@ -53,25 +52,25 @@ def internvl_names(name: str) -> tuple[str, ...]:
     return (name,)
 
 
-def internvl_shapes(vision: Mapping[str, Any]) -> Shapes:
+def internvl_shapes(vision: InternVLVision) -> Shapes:
     """Names and shapes of all tensors of the tower and projector."""
-    dim, inner, patch, out = (vision[k] for k in ("hidden_size", "intermediate_size", "patch_size", "out_hidden_size"))
-    merged = dim * vision["spatial_merge_size"] ** 2
+    dim, inner, patch, out = vision.hidden_size, vision.intermediate_size, vision.patch_size, vision.out_hidden_size
+    merged = dim * vision.spatial_merge_size**2
     found: Shapes = {
         "visual.cls_token": (1, 1, dim),
-        "visual.position_embeddings": (1, 1 + _patches(vision) ** 2, dim),
-        "visual.patch_embed.weight": (dim, vision["in_channels"], patch, patch),
+        "visual.position_embeddings": (1, 1 + vision.tile_patches**2, dim),
+        "visual.patch_embed.weight": (dim, vision.in_channels, patch, patch),
         "visual.patch_embed.bias": (dim,),
         **shapes.layer_norm("visual.merger.norm", merged),
         **shapes.linear("visual.merger.linear_1", out, merged),
         **shapes.linear("visual.merger.linear_2", out, out),
     }
-    for block in (f"visual.blocks.{index}" for index in range(vision["depth"])):
+    for block in (f"visual.blocks.{index}" for index in range(vision.depth)):
         for norm in (f"{block}.norm1", f"{block}.norm2"):
-            found |= shapes.layer_norm(norm, dim) if vision["norm"] == "layer_norm" else {f"{norm}.weight": (dim,)}
+            found |= shapes.layer_norm(norm, dim) if vision.norm == "layer_norm" else {f"{norm}.weight": (dim,)}
         for letter in "qkv":
-            found |= shapes.linear(f"{block}.attn.{letter}_proj", dim, dim, bias=vision["qkv_bias"])
-        if vision["qk_norm"]:
+            found |= shapes.linear(f"{block}.attn.{letter}_proj", dim, dim, bias=vision.qkv_bias)
+        if vision.qk_norm:
             found |= {f"{block}.attn.{letter}_norm.weight": (dim,) for letter in "qk"}
         found |= shapes.linear(f"{block}.attn.proj", dim, dim)
         found |= shapes.linear(f"{block}.mlp.fc1", inner, dim) | shapes.linear(f"{block}.mlp.fc2", dim, inner)
@@ -80,13 +79,13 @@ def internvl_shapes(vision: Mapping[str, Any]) -> Shapes:
 
 
 def build_internvl_vision(
-    spec: StageSpec, vision: Mapping[str, Any], dtype: str, profile: str, weights: Weights
+    spec: StageSpec, vision: InternVLVision, dtype: str, profile: str, weights: Weights
 ) -> ir.Model:
     """Build the vision graph of a profile."""
     g = GraphBuilder(VISION, dtype, profile, weights, WEIGHT_FILE)
     inputs = g.inputs(spec)
     x = _embed(g, vision, inputs["pixel_values"])
-    for block in range(vision["depth"]):
+    for block in range(vision.depth):
         x = _block(g, vision, x, f"blocks.{block}")
     with g.scope("merger"):
         h = layer_norm(g, _pixel_shuffle(g, vision, x), "visual.merger.norm", _PROJECTOR_EPSILON, "norm")
@@ -96,14 +95,9 @@ def build_internvl_vision(
     return g.model()
 
 
-def _patches(vision: Mapping[str, Any]) -> int:
-    """Patches on a side of a tile."""
-    return int(vision["image_size"] // vision["patch_size"])
-
-
-def _embed(g: GraphBuilder, vision: Mapping[str, Any], pixels: ir.Value) -> ir.Value:
+def _embed(g: GraphBuilder, vision: InternVLVision, pixels: ir.Value) -> ir.Value:
     """[num_tiles, 3, side, side] float32 -> class token and patches, with positions: [tokens, dim], residual dtype."""
-    dim, side, patch, channels = vision["hidden_size"], _patches(vision), vision["patch_size"], vision["in_channels"]
+    dim, side, patch, channels = vision.hidden_size, vision.tile_patches, vision.patch_size, vision.in_channels
     tokens = side * side
     with g.scope("patch_embed"):
         x = g.cast(pixels, "float32", g.dtype, "to_model")
@@ -121,10 +115,10 @@ def _embed(g: GraphBuilder, vision: Mapping[str, Any], pixels: ir.Value) -> ir.V
         return g.cast(g.reshape(x, -1, dim, name="flat"), g.dtype, g.residual, "to_residual")
 
 
-def _block(g: GraphBuilder, vision: Mapping[str, Any], x: ir.Value, block: str) -> ir.Value:
+def _block(g: GraphBuilder, vision: InternVLVision, x: ir.Value, block: str) -> ir.Value:
     """One block. x: [num_tiles * (1 + patches), dim], residual dtype."""
     weight = f"visual.{block}"
-    norm, epsilon = layer_norm if vision["norm"] == "layer_norm" else rms_norm, vision["layer_norm_eps"]
+    norm, epsilon = layer_norm if vision.norm == "layer_norm" else rms_norm, vision.layer_norm_eps
     with g.scope(block):
         h = norm(g, x, f"{weight}.norm1", epsilon, "norm1")
         with g.scope("attn"):
@@ -138,14 +132,14 @@ def _block(g: GraphBuilder, vision: Mapping[str, Any], x: ir.Value, block: str) 
         return add_residual(g, x, h, "add_mlp")
 
 
-def _attention(g: GraphBuilder, vision: Mapping[str, Any], h: ir.Value, weight: str) -> ir.Value:
+def _attention(g: GraphBuilder, vision: InternVLVision, h: ir.Value, weight: str) -> ir.Value:
     """Attention inside each tile: [tokens, dim] -> [tokens, dim], model dtype."""
-    dim, heads = vision["hidden_size"], vision["num_heads"]
-    head_dim, tokens = dim // heads, 1 + _patches(vision) ** 2
+    dim, heads = vision.hidden_size, vision.num_heads
+    head_dim, tokens = dim // heads, 1 + vision.tile_patches**2
     by_head = []
     for letter in "qkv":
         t = linear(g, h, f"{weight}.{letter}_proj", f"{letter}_proj")
-        if vision["qk_norm"] and letter != "v":
+        if vision.qk_norm and letter != "v":
             t = head_norm(g, t, f"{weight}.{letter}_norm", _QK_EPSILON, f"{letter}_norm")  # over all heads at once
         t = g.reshape(t, -1, tokens, heads, head_dim, name=f"{letter}_split")
         by_head.append(g.transpose(t, 0, 2, 1, 3, name=f"{letter}_heads"))
@@ -161,9 +155,9 @@ def _attention(g: GraphBuilder, vision: Mapping[str, Any], h: ir.Value, weight: 
     return linear(g, out, f"{weight}.proj", "proj")
 
 
-def _pixel_shuffle(g: GraphBuilder, vision: Mapping[str, Any], x: ir.Value) -> ir.Value:
+def _pixel_shuffle(g: GraphBuilder, vision: InternVLVision, x: ir.Value) -> ir.Value:
     """Drop the class tokens and join blocks of merge x merge patches: [num_visual, merge^2 * dim], residual dtype."""
-    dim, side, merge = vision["hidden_size"], _patches(vision), vision["spatial_merge_size"]
+    dim, side, merge = vision.hidden_size, vision.tile_patches, vision.spatial_merge_size
     with g.scope("pixel_shuffle"):
         x = g.reshape(x, -1, 1 + side * side, dim, name="by_tile")
         x = g.op("Slice", x, g.ints(1), g.ints(1 + side * side), g.ints(1), name="patches")

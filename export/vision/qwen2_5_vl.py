@@ -5,13 +5,13 @@ whole frames in the full-attention ones. Patches come in window order, and all f
 full-attention layer needs neither gather nor mask.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
+from hawk_trt.models.vision_config import Qwen25Vision
 from hawk_trt.stages import VISION, StageSpec
 
 from .. import shapes
@@ -48,17 +48,17 @@ class _Segments:
     slot: ir.Value | None
 
 
-def qwen2_5_vl_shapes(vision: Mapping[str, Any]) -> Shapes:
+def qwen2_5_vl_shapes(vision: Qwen25Vision) -> Shapes:
     """Names and shapes of all tensors of the vision tower."""
-    hidden, inner, patch = vision["hidden_size"], vision["intermediate_size"], vision["patch_size"]
-    merged = vision["spatial_merge_size"] ** 2 * hidden
+    hidden, inner, patch = vision.hidden_size, vision.intermediate_size, vision.patch_size
+    merged = vision.spatial_merge_size**2 * hidden
     found: Shapes = {
-        "visual.patch_embed.proj.weight": (hidden, vision["in_channels"], vision["temporal_patch_size"], patch, patch),
+        "visual.patch_embed.proj.weight": (hidden, vision.in_channels, vision.temporal_patch_size, patch, patch),
         "visual.merger.ln_q.weight": (hidden,),
         **shapes.linear("visual.merger.mlp.0", merged, merged),
-        **shapes.linear("visual.merger.mlp.2", vision["out_hidden_size"], merged),
+        **shapes.linear("visual.merger.mlp.2", vision.out_hidden_size, merged),
     }
-    for index in range(vision["depth"]):
+    for index in range(vision.depth):
         block = f"visual.blocks.{index}"
         found |= {
             f"{block}.norm1.weight": (hidden,),
@@ -73,12 +73,12 @@ def qwen2_5_vl_shapes(vision: Mapping[str, Any]) -> Shapes:
 
 
 def build_qwen2_5_vl_vision(
-    spec: StageSpec, vision: Mapping[str, Any], dtype: str, profile: str, weights: Weights
+    spec: StageSpec, vision: Qwen25Vision, dtype: str, profile: str, weights: Weights
 ) -> ir.Model:
     """Build the vision graph of a profile."""
     g = GraphBuilder(VISION, dtype, profile, weights, WEIGHT_FILE)
     inputs = g.inputs(spec)
-    dim, heads, merge = vision["hidden_size"], vision["num_heads"], vision["spatial_merge_size"]
+    dim, heads, merge = vision.hidden_size, vision.num_heads, vision.spatial_merge_size
     head_dim = dim // heads
     pixels = inputs["pixel_values"]
     frames = g.op("Shape", pixels, start=0, end=1, name="num_frames")
@@ -88,13 +88,13 @@ def build_qwen2_5_vl_vision(
     with g.scope("frames"):
         whole = _frames(g, pixels, frames, cos, sin, heads, head_dim)
     with g.scope("patch_embed"):
-        patch_dim = vision["in_channels"] * vision["temporal_patch_size"] * vision["patch_size"] ** 2
+        patch_dim = vision.patch_dim
         flat = g.reshape(g.cast(pixels, "float32", g.dtype, "to_model"), -1, patch_dim, name="flat_pixels")
         weight = g.weight("visual.patch_embed.proj.weight", (dim, patch_dim))
         x = g.cast(g.op("Gemm", flat, weight, transB=1, name="proj"), g.dtype, g.residual, "to_residual")
     tiles = TokenTiles(g, g.op("Shape", x, start=0, end=1, name="num_tokens"))
-    full = set(vision["fullatt_block_indexes"])
-    for block in range(vision["depth"]):
+    full = set(vision.fullatt_block_indexes)
+    for block in range(vision.depth):
         x = _block(g, x, frames, tiles, whole if block in full else windows, block, vision)
     with g.scope("merger"):
         h = rms_norm(g, x, "visual.merger.ln_q", _NORM_EPSILON, "ln_q")
@@ -104,11 +104,11 @@ def build_qwen2_5_vl_vision(
         by_frame = g.op(
             "Reshape",
             h,
-            g.op("Concat", frames, g.ints(-1, vision["out_hidden_size"]), axis=0, name="by_frame_shape"),
+            g.op("Concat", frames, g.ints(-1, vision.out_hidden_size), axis=0, name="by_frame_shape"),
             name="by_frame",
         )
         raster = g.op("Gather", by_frame, inputs["merge_order"], axis=1, name="raster_order")
-        embeds = g.reshape(raster, -1, vision["out_hidden_size"], name="visual_embeds")
+        embeds = g.reshape(raster, -1, vision.out_hidden_size, name="visual_embeds")
     g.outputs(spec, {"visual_embeds": embeds})
     return g.model()
 
@@ -179,11 +179,11 @@ def _block(
     tiles: TokenTiles,
     segments: _Segments,
     block: int,
-    vision: Mapping[str, Any],
+    vision: Qwen25Vision,
 ) -> ir.Value:
     """One block. x: [num_frames * num_patches, dim], residual dtype."""
     weight = f"visual.blocks.{block}"
-    dim = vision["hidden_size"]
+    dim = vision.hidden_size
     with g.scope(f"blocks.{block}"):
         h = rms_norm(g, x, f"{weight}.norm1", _NORM_EPSILON, "norm1")
         with g.scope("attn"):
@@ -192,7 +192,7 @@ def _block(
                 by_frame = g.op("Concat", frames, g.ints(-1, dim), axis=0, name="by_frame_shape")
                 parts = [g.op("Reshape", part, by_frame, name="by_frame") for part in parts]
                 parts = [g.op("Gather", part, segments.index, axis=1, name="by_window") for part in parts]
-            out = _segment_attention(g, parts, segments, vision["num_heads"], dim // vision["num_heads"])
+            out = _segment_attention(g, parts, segments, vision.num_heads, dim // vision.num_heads)
             if segments.slot is not None:
                 slots = g.op("Concat", frames, g.ints(-1, dim), axis=0, name="slots_shape")
                 out = g.op("Reshape", out, slots, name="slots")

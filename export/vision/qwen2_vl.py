@@ -1,10 +1,8 @@
 """Vision graph of Qwen2-VL: frames of one size in, visual tokens out."""
 
-from collections.abc import Mapping
-from typing import Any
-
 import onnx_ir as ir
 
+from hawk_trt.models.vision_config import Qwen2Vision
 from hawk_trt.stages import VISION, StageSpec
 
 from .. import shapes
@@ -18,31 +16,29 @@ WEIGHT_FILE = f"{VISION}.data"
 _MLP = frame_tower.Mlp("fc1", "fc2", quick_gelu)
 
 
-def qwen2_vl_shapes(vision: Mapping[str, Any]) -> Shapes:
+def qwen2_vl_shapes(vision: Qwen2Vision) -> Shapes:
     """Names and shapes of all tensors of the vision tower."""
-    dim = vision["hidden_size"]
-    merged = dim * vision["spatial_merge_size"] ** 2
+    dim = vision.hidden_size
+    merged = dim * vision.spatial_merge_size**2
     return {
         **frame_tower.tower_shapes(vision, _MLP, patch_bias=False),
         **shapes.layer_norm("visual.merger.ln_q", dim),
         **shapes.linear("visual.merger.mlp.0", merged, merged),
-        **shapes.linear("visual.merger.mlp.2", vision["out_hidden_size"], merged),
+        **shapes.linear("visual.merger.mlp.2", vision.out_hidden_size, merged),
     }
 
 
-def build_qwen2_vl_vision(
-    spec: StageSpec, vision: Mapping[str, Any], dtype: str, profile: str, weights: Weights
-) -> ir.Model:
+def build_qwen2_vl_vision(spec: StageSpec, vision: Qwen2Vision, dtype: str, profile: str, weights: Weights) -> ir.Model:
     """Build the vision graph of a profile."""
     g = GraphBuilder(VISION, dtype, profile, weights, WEIGHT_FILE)
     inputs = g.inputs(spec)
     shared = frame_tower.frames(g, inputs, vision)
     x = frame_tower.patch_embed(g, inputs["pixel_values"], vision)
-    for number in range(vision["depth"]):
+    for number in range(vision.depth):
         x = frame_tower.block(g, x, shared, number, _MLP)
     with g.scope("merger"):
         h = layer_norm(g, x, "visual.merger.ln_q", frame_tower.NORM_EPSILON, "ln_q")
-        h = g.reshape(h, -1, vision["hidden_size"] * vision["spatial_merge_size"] ** 2, name="merge")
+        h = g.reshape(h, -1, vision.hidden_size * vision.spatial_merge_size**2, name="merge")
         embeds = frame_tower.merger(g, h, "visual.merger.mlp.0", "visual.merger.mlp.2")
     g.outputs(spec, {"visual_embeds": embeds})
     return g.model()

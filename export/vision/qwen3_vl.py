@@ -4,11 +4,9 @@ A learned table of positions is added to the patches, resampled by the places an
 some blocks a merger of its own makes features that the language model's first layers add.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 import onnx_ir as ir
 
+from hawk_trt.models.vision_config import Qwen3Vision
 from hawk_trt.stages import VISION, StageSpec
 
 from .. import shapes
@@ -22,13 +20,13 @@ WEIGHT_FILE = f"{VISION}.data"
 _MLP = frame_tower.Mlp("linear_fc1", "linear_fc2", gelu_tanh)
 
 
-def qwen3_vl_shapes(vision: Mapping[str, Any]) -> Shapes:
+def qwen3_vl_shapes(vision: Qwen3Vision) -> Shapes:
     """Names and shapes of all tensors of the vision tower."""
-    dim, out = vision["hidden_size"], vision["out_hidden_size"]
-    merged = dim * vision["spatial_merge_size"] ** 2
-    mergers = [f"visual.deepstack_merger_list.{level}" for level in range(len(vision["deepstack_visual_indexes"]))]
+    dim, out = vision.hidden_size, vision.out_hidden_size
+    merged = dim * vision.spatial_merge_size**2
+    mergers = [f"visual.deepstack_merger_list.{level}" for level in range(len(vision.deepstack_visual_indexes))]
     found = frame_tower.tower_shapes(vision, _MLP, patch_bias=True)
-    found["visual.pos_embed.weight"] = (vision["num_position_embeddings"], dim)
+    found["visual.pos_embed.weight"] = (vision.num_position_embeddings, dim)
     for merger, norm_size in (("visual.merger", dim), *((name, merged) for name in mergers)):
         found |= shapes.layer_norm(f"{merger}.norm", norm_size)
         found |= shapes.linear(f"{merger}.linear_fc1", merged, merged)
@@ -36,17 +34,15 @@ def qwen3_vl_shapes(vision: Mapping[str, Any]) -> Shapes:
     return found
 
 
-def build_qwen3_vl_vision(
-    spec: StageSpec, vision: Mapping[str, Any], dtype: str, profile: str, weights: Weights
-) -> ir.Model:
+def build_qwen3_vl_vision(spec: StageSpec, vision: Qwen3Vision, dtype: str, profile: str, weights: Weights) -> ir.Model:
     """Build the vision graph of a profile."""
     g = GraphBuilder(VISION, dtype, profile, weights, WEIGHT_FILE)
     inputs = g.inputs(spec)
     shared = frame_tower.frames(g, inputs, vision)
-    x = _add_places(g, frame_tower.patch_embed(g, inputs["pixel_values"], vision), inputs, vision["hidden_size"])
-    deepstack = vision["deepstack_visual_indexes"]
+    x = _add_places(g, frame_tower.patch_embed(g, inputs["pixel_values"], vision), inputs, vision.hidden_size)
+    deepstack = vision.deepstack_visual_indexes
     levels: list[ir.Value] = []
-    for number in range(vision["depth"]):
+    for number in range(vision.depth):
         x = frame_tower.block(g, x, shared, number, _MLP)
         if number in deepstack:
             level = len(levels)
@@ -75,9 +71,9 @@ def _add_places(g: GraphBuilder, x: ir.Value, inputs: dict[str, ir.Value], dim: 
         return g.reshape(placed, -1, dim, name="flat")
 
 
-def _merger(g: GraphBuilder, x: ir.Value, weight: str, vision: Mapping[str, Any], *, norm_merged: bool) -> ir.Value:
+def _merger(g: GraphBuilder, x: ir.Value, weight: str, vision: Qwen3Vision, *, norm_merged: bool) -> ir.Value:
     """Patches to tokens, [num_visual, hidden], normed before the patches of a block are joined or after."""
-    merged = vision["hidden_size"] * vision["spatial_merge_size"] ** 2
+    merged = vision.hidden_size * vision.spatial_merge_size**2
     if norm_merged:
         h = layer_norm(g, g.reshape(x, -1, merged, name="merge"), f"{weight}.norm", frame_tower.NORM_EPSILON, "norm")
     else:

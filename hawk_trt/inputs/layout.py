@@ -6,7 +6,6 @@ first_layer for a left-padded batch. Nothing here touches pixels, weights or a r
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +13,7 @@ import numpy.typing as npt
 from hawk_trt.bundle import SpecialTokens
 from hawk_trt.errors import InvalidInput
 from hawk_trt.models.family import IMAGE, VIDEO, Family
+from hawk_trt.models.vision_config import VisionConfig
 from hawk_trt.request import ModelInputs
 from hawk_trt.stages import BIAS_DROP, BIAS_KEEP
 
@@ -86,7 +86,6 @@ class PrefillInputs:
 def prompt_layout(
     inputs: ModelInputs,
     family: Family,
-    vision: Mapping[str, Any],
     special: SpecialTokens,
     query: str,
     turn_query_mask: Callable[[IntArray], npt.NDArray[np.bool_]] | None,
@@ -96,7 +95,6 @@ def prompt_layout(
     Args:
         inputs: the prompt's tensors.
         family: of the model.
-        vision: its vision sizes.
         special: its special tokens.
         query: "paper" or "turn".
         turn_query_mask: marks the text tokens of the last user turn, None without a tokenizer.
@@ -109,15 +107,15 @@ def prompt_layout(
     for token, value in ((special.image, IMAGE), (special.video, VIDEO)):
         if token is not None:
             kind[ids == token] = value
-    grids = dict(zip((IMAGE, VIDEO), family.item_grids(inputs, kind, vision), strict=True))
-    rows, items, frames = _visual_places(kind, grids, family, vision)
+    grids = dict(zip((IMAGE, VIDEO), family.item_grids(inputs, kind), strict=True))
+    rows, items, frames = _visual_places(kind, grids, family.vision)
     seconds = _seconds(inputs.second_per_grid_ts, len(grids[VIDEO]))
     # an image of which no placeholder is real takes no positions; one that is masked in part keeps all of its own
     present = np.isin(np.arange(len(grids[IMAGE]) + len(grids[VIDEO])), items[real & (items >= 0)])
     placed = real | np.append(present, False)[items]  # items of text are -1: the False
     image_present, video_present = present[: len(grids[IMAGE])], present[len(grids[IMAGE]) :]
     positions = family.position_ids(
-        kind[placed], grids[IMAGE][image_present], grids[VIDEO][video_present], seconds[video_present], vision
+        kind[placed], grids[IMAGE][image_present], grids[VIDEO][video_present], seconds[video_present]
     )[:, real[placed]]
     real_ids = ids[real]
     if query == "turn":
@@ -264,7 +262,7 @@ def _seconds(values: npt.ArrayLike | None, num_videos: int) -> npt.NDArray[np.fl
 
 
 def _visual_places(
-    kind: npt.NDArray[np.int8], grids: Mapping[int, IntArray], family: Family, vision: Mapping[str, Any]
+    kind: npt.NDArray[np.int8], grids: Mapping[int, IntArray], vision: VisionConfig
 ) -> tuple[IntArray, IntArray, IntArray]:
     """Visual row, item and frame of every position, masked placeholders included; images first, then videos."""
     rows = np.full(len(kind), -1, np.int64)
@@ -273,7 +271,7 @@ def _visual_places(
     row_offset = item_offset = frame_offset = 0
     for value, name in ((IMAGE, "image"), (VIDEO, "video")):
         where = np.flatnonzero(kind == value)
-        counts = family.tokens_per_item(grids[value], vision)
+        counts = vision.tokens_per_item(grids[value])
         if len(where) != counts.sum():
             raise InvalidInput(
                 f"input_ids: got {len(where)} {name} placeholders, expected {counts.sum()}: "

@@ -37,10 +37,9 @@ class Processor:
     def __init__(self, bundle: Bundle, family: Family) -> None:
         self.chat = ChatTokenizer.from_bundle(bundle)
         self._family = family
-        self._vision = bundle.manifest.vision
         self._context = bundle.manifest.language.max_position_embeddings
         images = _read(bundle, _PREPROCESSOR)
-        self._image_settings = None if images is None else family.image_settings(images, self._vision)
+        self._image_settings = None if images is None else family.image_settings(images)
         self._video_settings = self._settings_for_videos(_read(bundle, _VIDEO_PREPROCESSOR))
         self._special_tokens = bundle.manifest.special_tokens
 
@@ -83,9 +82,7 @@ class Processor:
         grids = {"image": _grids(pictures), "video": _grids(clips)}
         frame_times = {"image": iter([()] * len(image_items)), "video": iter(times)}
         expanded = [
-            self._family.placeholder(
-                kind, next(grids[kind]), next(frame_times[kind]), self._vision, self._special_tokens
-            )
+            self._family.placeholder(kind, next(grids[kind]), next(frame_times[kind]), self._special_tokens)
             for kind in kinds
         ]
         input_ids = self.chat.expand(encoded, expanded)
@@ -103,7 +100,7 @@ class Processor:
             return None
         settings = _bounded(self._image_settings, min_pixels, max_pixels)
         loaded = [load_image(item.source) for item in items]
-        return self._family.images_to_patches(loaded, settings, self._vision)
+        return self._family.images_to_patches(loaded, settings)
 
     def _videos(
         self, items: Sequence[VisualItem], min_pixels: int | None, max_pixels: int | None
@@ -114,15 +111,15 @@ class Processor:
         clips, seconds, times = [], [], []
         for item in items:
             video = load_video(item.source, item.fps, item.max_frames, self._family.frame_numbers)
-            clips.append(self._family.video_to_patches(video.frames, settings, self._vision))
-            seconds.append(video.seconds_per_frame * self._vision["temporal_patch_size"])
+            clips.append(self._family.video_to_patches(video.frames, settings))
+            seconds.append(video.seconds_per_frame * self._family.vision.temporal_patch_size)
             times.append(video.times)
         pixels = joined_rows([clip.pixel_values for clip in clips])
         return Patches(pixels, np.concatenate([clip.grid_thw for clip in clips])), seconds, times
 
     def _settings_for_videos(self, own: Mapping[str, Any] | None) -> ImageSettings | None:
         """Settings of videos: the checkpoint's own ones for them, else those of images with the family's bound."""
-        settings = self._image_settings if own is None else self._family.image_settings(own, self._vision)
+        settings = self._image_settings if own is None else self._family.image_settings(own)
         if settings is None:
             return None
         most = self._family.max_frame_pixels

@@ -6,7 +6,7 @@ its grid_thw is [tiles, patches, patches]. A video is its frames, each an item b
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -14,9 +14,10 @@ import numpy.typing as npt
 from hawk_trt.bundle import SpecialTokens
 from hawk_trt.errors import InvalidInput
 from hawk_trt.models import internvl_config, internvl_tiles
-from hawk_trt.models.family import IMAGE, VIDEO, ImageSettings, IntArray, Patches, TokenRun
+from hawk_trt.models.family import IMAGE, VIDEO, ImageSettings, IntArray, ModelConfig, Patches, TokenRun
+from hawk_trt.models.vision_config import InternVLVision
 from hawk_trt.request import ModelInputs
-from hawk_trt.stages import LanguageConfig, StageSpec, TensorSpec
+from hawk_trt.stages import StageSpec, TensorSpec
 
 # Of a video file, where no rate is asked for: what the model's own examples take.
 _DEFAULT_FRAMES = 8
@@ -25,39 +26,36 @@ _DEFAULT_FRAMES = 8
 class InternVL:
     """The Family of InternVL3 checkpoints with a Qwen2 language side, of both makes."""
 
-    name = "internvl"
-    architectures: tuple[str, ...] = ("InternVLForConditionalGeneration", "InternVLChatModel")
-    max_frame_pixels: int | None = None
+    name: ClassVar[str] = "internvl"
+    max_frame_pixels: ClassVar[int | None] = None
+    vision: InternVLVision
 
-    def language_config(self, config: Mapping[str, Any]) -> LanguageConfig:
-        """Sizes of the language model; see internvl_config.language_config."""
-        return internvl_config.language_config(config)
+    def __init__(self, vision: InternVLVision) -> None:
+        self.vision = vision
 
-    def vision_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Sizes of the vision tower and tiling; see internvl_config.vision_config."""
-        return internvl_config.vision_config(config)
-
-    def special_tokens(
-        self, config: Mapping[str, Any], generation: Mapping[str, Any], added_tokens: Mapping[str, int]
-    ) -> SpecialTokens:
-        """Ids of the special tokens; see internvl_config.special_tokens."""
-        return internvl_config.special_tokens(config, generation, added_tokens)
-
-    def chat_template(self, config: Mapping[str, Any]) -> str | None:
-        """The template of the original checkpoints, whose tokenizer holds one for text alone."""
-        return internvl_config.chat_template(config)
-
-    def vision_spec(self, vision: Mapping[str, Any], hidden_size: int) -> StageSpec:
-        """Inputs and outputs of the vision graph; num_visual counts the tokens of all tiles, tile after tile."""
-        side = vision["image_size"]
-        return StageSpec(
-            inputs=(TensorSpec("pixel_values", "float32", ("num_tiles", 3, side, side)),),
-            outputs=(TensorSpec("visual_embeds", "model", ("num_visual", hidden_size)),),
+    @staticmethod
+    def read_config(
+        config: Mapping[str, Any],
+        generation: Mapping[str, Any] | None = None,
+        added_tokens: Mapping[str, int] | None = None,
+    ) -> ModelConfig:
+        """Read and check config.json, of either make; see internvl_config."""
+        return ModelConfig(
+            internvl_config.language_config(config),
+            internvl_config.vision_config(config),
+            internvl_config.special_tokens(config, generation or {}, added_tokens or {}),
+            internvl_config.chat_template(config),
         )
 
-    def item_grids(
-        self, inputs: ModelInputs, visual_kind: npt.NDArray[np.int8], vision: Mapping[str, Any]
-    ) -> tuple[IntArray, IntArray]:
+    def vision_spec(self) -> StageSpec:
+        """Inputs and outputs of the vision graph; num_visual counts the tokens of all tiles, tile after tile."""
+        side = self.vision.image_size
+        return StageSpec(
+            inputs=(TensorSpec("pixel_values", "float32", ("num_tiles", 3, side, side)),),
+            outputs=(TensorSpec("visual_embeds", "model", ("num_visual", self.vision.out_hidden_size)),),
+        )
+
+    def item_grids(self, inputs: ModelInputs, visual_kind: npt.NDArray[np.int8]) -> tuple[IntArray, IntArray]:
         """The grids that the runs of placeholders say, and no videos, whose frames are images here.
 
         Raises:
@@ -73,7 +71,7 @@ class InternVL:
             raise InvalidInput(
                 "input_ids: got a <video> placeholder, expected each frame as <img>, its <IMG_CONTEXT> and </img>"
             )
-        tile_tokens = _tokens_per_tile(vision)
+        tile_tokens = self.vision.tile_tokens
         edges = np.flatnonzero(np.diff(np.r_[0, visual_kind == IMAGE, 0]))
         runs = edges[1::2] - edges[::2]
         if (runs % tile_tokens).any():
@@ -83,51 +81,39 @@ class InternVL:
                 f"{tile_tokens}, so many a tile"
             )
         tiles = runs // tile_tokens
-        side = vision["image_size"]
+        side = self.vision.image_size
         shape = (0, 3, side, side) if inputs.pixel_values is None else np.shape(inputs.pixel_values)
         if tuple(shape) != (tiles.sum(), 3, side, side):
             raise InvalidInput(
                 f"pixel_values: got {'none' if inputs.pixel_values is None else list(shape)}, "
                 f"expected float32[{tiles.sum()}, 3, {side}, {side}]: the placeholders are of {tiles.tolist()} tiles"
             )
-        return internvl_tiles.tile_grids(tiles.tolist(), vision), internvl_tiles.tile_grids([], vision)
+        return internvl_tiles.tile_grids(tiles.tolist(), self.vision), internvl_tiles.tile_grids([], self.vision)
 
-    def tokens_per_item(self, grid_thw: IntArray, vision: Mapping[str, Any]) -> IntArray:
-        """Visual tokens of each image or frame: int64 [items]."""
-        counts: IntArray = grid_thw[:, 0] * _tokens_per_tile(vision)
-        return counts
-
-    def vision_feeds(
-        self, patches: Patches, vision: Mapping[str, Any], max_patches: int
-    ) -> Iterator[dict[str, npt.NDArray[Any]]]:
+    def vision_feeds(self, patches: Patches, max_patches: int) -> Iterator[dict[str, npt.NDArray[Any]]]:
         """Feeds of the vision stage, some tiles a call, in prompt order."""
-        tiles = max(1, max_patches // (vision["image_size"] // vision["patch_size"]) ** 2)
+        tiles = max(1, max_patches // self.vision.tile_patches**2)
         for start in range(0, len(patches.pixel_values), tiles):
             yield {"pixel_values": np.ascontiguousarray(patches.pixel_values[start : start + tiles], np.float32)}
 
-    def image_settings(self, preprocessor: Mapping[str, Any], vision: Mapping[str, Any]) -> ImageSettings:
+    def image_settings(self, preprocessor: Mapping[str, Any]) -> ImageSettings:
         """Settings from preprocessor_config.json or video_preprocessor_config.json; see internvl_tiles."""
-        return internvl_tiles.image_settings(preprocessor, vision)
+        return internvl_tiles.image_settings(preprocessor, self.vision)
 
-    def images_to_patches(
-        self, images: Sequence[npt.NDArray[np.uint8]], settings: ImageSettings, vision: Mapping[str, Any]
-    ) -> Patches:
+    def images_to_patches(self, images: Sequence[npt.NDArray[np.uint8]], settings: ImageSettings) -> Patches:
         """Resize, cut and normalise RGB images [height, width, 3]; see internvl_tiles.images_to_tiles."""
-        return internvl_tiles.images_to_tiles(images, settings, vision)
+        return internvl_tiles.images_to_tiles(images, settings, self.vision)
 
-    def video_to_patches(
-        self, frames: Sequence[npt.NDArray[np.uint8]], settings: ImageSettings, vision: Mapping[str, Any]
-    ) -> Patches:
+    def video_to_patches(self, frames: Sequence[npt.NDArray[np.uint8]], settings: ImageSettings) -> Patches:
         """Resize and normalise the frames of one video, one tile each; see internvl_tiles.video_to_tiles."""
-        return internvl_tiles.video_to_tiles(frames, settings, vision)
+        return internvl_tiles.video_to_tiles(frames, settings, self.vision)
 
-    def image_parts(
-        self, image: npt.NDArray[np.uint8], count: int, vision: Mapping[str, Any]
-    ) -> Sequence[npt.NDArray[np.uint8]]:
+    def image_parts(self, image: npt.NDArray[np.uint8], count: int) -> Sequence[npt.NDArray[np.uint8]]:
         """The tiles of an image, the thumbnail last; see internvl_tiles.tiles_of."""
-        return list(internvl_tiles.tiles_of(image, count, vision))
+        return list(internvl_tiles.tiles_of(image, count, self.vision))
 
-    def frame_numbers(self, total: int, video_fps: float, fps: float | None, max_frames: int) -> IntArray:
+    @staticmethod
+    def frame_numbers(total: int, video_fps: float, fps: float | None, max_frames: int) -> IntArray:
         """The middles of equal parts of the video: 8 of them, or as many as fps asks for."""
         wanted = _DEFAULT_FRAMES if fps is None else int(total / video_fps * fps)
         count = max(1, min(wanted, max_frames, total))
@@ -137,12 +123,7 @@ class InternVL:
         return numbers
 
     def placeholder(
-        self,
-        kind: str,
-        grid: Sequence[int],
-        times: Sequence[float],
-        vision: Mapping[str, Any],
-        special: SpecialTokens,
+        self, kind: str, grid: Sequence[int], times: Sequence[float], special: SpecialTokens
     ) -> tuple[str | TokenRun, ...]:
         """An image's tiles between <img> and </img>; a video's frames so, each a line that its number begins."""
         if special.image is None or special.vision_start is None or special.vision_end is None:
@@ -151,7 +132,7 @@ class InternVL:
                 "checkpoint. Pass ModelInputs"
             )
         start, end = TokenRun(special.vision_start), TokenRun(special.vision_end)
-        tile_tokens = _tokens_per_tile(vision)
+        tile_tokens = self.vision.tile_tokens
         if kind == "image":
             return (start, TokenRun(special.image, grid[0] * tile_tokens), end)
         parts: list[str | TokenRun] = []
@@ -182,14 +163,9 @@ class InternVL:
         image_grid_thw: IntArray,
         video_grid_thw: IntArray,
         second_per_grid_ts: npt.NDArray[np.float32],
-        vision: Mapping[str, Any],
     ) -> IntArray:
         """One position after another, text and visual tokens alike: int64 [1, seq_len]."""
         return np.arange(len(visual_kind), dtype=np.int64)[None]
-
-
-def _tokens_per_tile(vision: Mapping[str, Any]) -> int:
-    return int(vision["image_size"] // (vision["patch_size"] * vision["spatial_merge_size"])) ** 2
 
 
 def _items(patches: Patches) -> Iterator[npt.NDArray[np.float32]]:

@@ -12,6 +12,7 @@ from hawk_trt.bundle import SpecialTokens
 from hawk_trt.errors import CheckpointError
 from hawk_trt.models import qwen_config
 from hawk_trt.models.settings import expect, integer, is_integer, number, wrong
+from hawk_trt.models.vision_config import InternVLVision
 from hawk_trt.stages import LanguageConfig
 
 _SPELLINGS = {"image": "<IMG_CONTEXT>", "video": "<video>", "vision_start": "<img>", "vision_end": "</img>"}
@@ -74,13 +75,8 @@ def language_config(config: Mapping[str, Any]) -> LanguageConfig:
     return qwen_config.language_config({**config, "text_config": text}, mrope=False)
 
 
-def vision_config(config: Mapping[str, Any]) -> dict[str, Any]:
+def vision_config(config: Mapping[str, Any]) -> InternVLVision:
     """Sizes of the vision tower and projector, and how many tiles an image is cut into.
-
-    Returns:
-        depth, hidden_size, intermediate_size, num_heads, in_channels, image_size (a tile's side), patch_size,
-        spatial_merge_size (patches that become a token, a side), temporal_patch_size (1), out_hidden_size, min_tiles,
-        max_tiles: int; norm: "layer_norm" or "rms_norm"; layer_norm_eps: float; qk_norm, qkv_bias, use_thumbnail: bool.
 
     Raises:
         CheckpointError: a setting is missing or not supported.
@@ -111,21 +107,22 @@ def vision_config(config: Mapping[str, Any]) -> dict[str, Any]:
     fewest, most = integer(bounds, "min_dynamic_patch"), integer(bounds, "max_dynamic_patch")
     if config.get("dynamic_image_size") is False:
         fewest = most = 1
-    return sizes | {
-        "in_channels": 3,
-        "image_size": image,
-        "patch_size": patch,
-        "spatial_merge_size": merge,
-        "temporal_patch_size": 1,
-        "out_hidden_size": integer(_text(config)[1], "hidden_size"),
-        "norm": norm,
-        "layer_norm_eps": number({"layer_norm_eps": 1e-6, **vision}, "layer_norm_eps", where),
-        "qk_norm": bool(vision.get("use_qk_norm", vision.get("qk_normalization", False))),
-        "qkv_bias": bool(vision.get("attention_bias", vision.get("qkv_bias", False))),
-        "min_tiles": fewest,
-        "max_tiles": most,
-        "use_thumbnail": config.get("use_thumbnail") is not False,
-    }
+    return InternVLVision(
+        **sizes,
+        in_channels=3,
+        image_size=image,
+        patch_size=patch,
+        spatial_merge_size=merge,
+        temporal_patch_size=1,
+        out_hidden_size=integer(_text(config)[1], "hidden_size"),
+        norm=norm,
+        layer_norm_eps=number({"layer_norm_eps": 1e-6, **vision}, "layer_norm_eps", where),
+        qk_norm=bool(vision.get("use_qk_norm", vision.get("qk_normalization", False))),
+        qkv_bias=bool(vision.get("attention_bias", vision.get("qkv_bias", False))),
+        min_tiles=fewest,
+        max_tiles=most,
+        use_thumbnail=config.get("use_thumbnail") is not False,
+    )
 
 
 def special_tokens(

@@ -16,6 +16,7 @@ from hawk_trt.inputs.images import resize
 from hawk_trt.models import normalisation
 from hawk_trt.models.family import ImageSettings, IntArray, Patches
 from hawk_trt.models.normalisation import value_tables, wrong
+from hawk_trt.models.vision_config import InternVLVision
 
 # ImageNet's, which all checkpoints of the family have.
 _MEAN = (0.485, 0.456, 0.406)
@@ -25,7 +26,7 @@ _BICUBIC = 3
 Image = npt.NDArray[np.uint8]
 
 
-def image_settings(preprocessor: Mapping[str, Any], vision: Mapping[str, Any]) -> ImageSettings:
+def image_settings(preprocessor: Mapping[str, Any], vision: InternVLVision) -> ImageSettings:
     """Settings from preprocessor_config.json; its bounds of tiles become bounds of pixels.
 
     crop_to_patches is not read: the checkpoints' processors cut images into tiles whatever it says.
@@ -33,7 +34,7 @@ def image_settings(preprocessor: Mapping[str, Any], vision: Mapping[str, Any]) -
     Raises:
         CheckpointError: a setting that is not usable, or tiles of another size than the tower's.
     """
-    side = vision["image_size"]
+    side = vision.image_size
     size = preprocessor.get("size") or side
     sides = {size} if isinstance(size, int) else {value for value in size.values() if value is not None}
     if sides != {side}:
@@ -46,7 +47,7 @@ def image_settings(preprocessor: Mapping[str, Any], vision: Mapping[str, Any]) -
             raise wrong(name, value, "a number of tiles")
         return value
 
-    few, many = tiles("min_patches", vision["min_tiles"]), tiles("max_patches", vision["max_tiles"])
+    few, many = tiles("min_patches", vision.min_tiles), tiles("max_patches", vision.max_tiles)
     return normalisation.image_settings(preprocessor, (few * side**2, many * side**2), _MEAN, _STD)
 
 
@@ -78,7 +79,7 @@ def tile_grid(height: int, width: int, side: int, fewest: int, most: int) -> tup
     return best
 
 
-def images_to_tiles(images: Sequence[Image], settings: ImageSettings, vision: Mapping[str, Any]) -> Patches:
+def images_to_tiles(images: Sequence[Image], settings: ImageSettings, vision: InternVLVision) -> Patches:
     """Resize, cut and normalise images.
 
     Args:
@@ -92,14 +93,14 @@ def images_to_tiles(images: Sequence[Image], settings: ImageSettings, vision: Ma
     Raises:
         InvalidInput: an image that is not RGB uint8 or is empty.
     """
-    side = vision["image_size"]
+    side = vision.image_size
     most = max(1, settings.max_pixels // side**2)
     fewest = min(most, -(-settings.min_pixels // side**2))
     grids = []
     for image in images:
         _check(image)
         grids.append(tile_grid(image.shape[0], image.shape[1], side, fewest, most))
-    thumbnails = [vision["use_thumbnail"] and columns * rows > 1 for columns, rows in grids]
+    thumbnails = [vision.use_thumbnail and columns * rows > 1 for columns, rows in grids]
     counts = [columns * rows + thumb for (columns, rows), thumb in zip(grids, thumbnails, strict=True)]
     pixels = np.empty((sum(counts), 3, side, side), dtype=np.float32)
     tables = value_tables(settings)
@@ -112,7 +113,7 @@ def images_to_tiles(images: Sequence[Image], settings: ImageSettings, vision: Ma
     return Patches(pixels, tile_grids(counts, vision))
 
 
-def tiles_of(image: Image, count: int, vision: Mapping[str, Any]) -> Image:
+def tiles_of(image: Image, count: int, vision: InternVLVision) -> Image:
     """The tiles that an image was cut into: uint8 [count, side, side, 3], the thumbnail last.
 
     Args:
@@ -120,13 +121,13 @@ def tiles_of(image: Image, count: int, vision: Mapping[str, Any]) -> Image:
         count: of its tiles, the thumbnail among them.
         vision: sizes of the vision tower.
     """
-    side, thumb = vision["image_size"], vision["use_thumbnail"] and count > 1
+    side, thumb = vision.image_size, vision.use_thumbnail and count > 1
     columns, rows = tile_grid(image.shape[0], image.shape[1], side, count - thumb, count - thumb)
     tiles = _cut(image, columns, rows, side, _BICUBIC)
     return np.concatenate([tiles, _cut(image, 1, 1, side, _BICUBIC)]) if thumb else tiles
 
 
-def video_to_tiles(frames: Sequence[Image], settings: ImageSettings, vision: Mapping[str, Any]) -> Patches:
+def video_to_tiles(frames: Sequence[Image], settings: ImageSettings, vision: InternVLVision) -> Patches:
     """Resize and normalise the frames of one video, one tile each, going through them once.
 
     Args:
@@ -139,7 +140,7 @@ def video_to_tiles(frames: Sequence[Image], settings: ImageSettings, vision: Map
     """
     if not len(frames):
         raise InvalidInput("video: got no frame, expected at least one")
-    side = vision["image_size"]
+    side = vision.image_size
     pixels = np.empty((len(frames), 3, side, side), dtype=np.float32)
     tables = value_tables(settings)
     for number, frame in enumerate(frames):
@@ -148,9 +149,9 @@ def video_to_tiles(frames: Sequence[Image], settings: ImageSettings, vision: Map
     return Patches(pixels, tile_grids([len(frames)], vision))
 
 
-def tile_grids(counts: Sequence[int], vision: Mapping[str, Any]) -> IntArray:
+def tile_grids(counts: Sequence[int], vision: InternVLVision) -> IntArray:
     """The grid_thw of items of so many tiles: int64 [items, 3], a tile as a step in time."""
-    patches = vision["image_size"] // vision["patch_size"]
+    patches = vision.tile_patches
     return np.array([(count, patches, patches) for count in counts], dtype=np.int64).reshape(-1, 3)
 
 

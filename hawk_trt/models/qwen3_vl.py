@@ -9,16 +9,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from math import isqrt
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
 from hawk_trt.bundle import SpecialTokens
 from hawk_trt.models import qwen3_video, qwen_config, qwen_frames, qwen_video
-from hawk_trt.models.family import ImageSettings, IntArray, Patches, TokenRun
+from hawk_trt.models.family import ImageSettings, IntArray, ModelConfig, Patches, TokenRun
 from hawk_trt.models.qwen2_vl import Qwen2VL
 from hawk_trt.models.settings import expect, integer, wrong
+from hawk_trt.models.vision_config import Qwen3Vision
 from hawk_trt.stages import LanguageConfig, StageSpec, TensorSpec, deepstack_embeds_spec
 
 _PLANS_KEPT = 16
@@ -27,105 +28,107 @@ _PLANS_KEPT = 16
 class Qwen3VL(Qwen2VL):
     """The Family of dense Qwen3-VL checkpoints of any size."""
 
-    name = "qwen3_vl"
-    architectures: tuple[str, ...] = ("Qwen3VLForConditionalGeneration",)
-    max_frame_pixels: int | None = None
+    name: ClassVar[str] = "qwen3_vl"
+    max_frame_pixels: ClassVar[int | None] = None
+    vision: Qwen3Vision
 
-    def language_config(self, config: Mapping[str, Any]) -> LanguageConfig:
-        """Sizes of the language model: queries and keys are normed, mRoPE's axes take turns, DeepStack adds."""
-        text = qwen_config.text_settings(config)
-        expect("attention_bias", text.get("attention_bias", False), False)
-        rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-        expect("mrope_interleaved", rope.get("mrope_interleaved", True), True)
-        levels = len(self._deepstack_blocks(config))
-        language = qwen_config.language_config(config, own_head_dim=True)
-        if levels >= language.num_hidden_layers:
-            layers = language.num_hidden_layers
-            raise wrong("num_hidden_layers", layers, f"more than the {levels} of deepstack_visual_indexes")
-        return replace(language, qk_norm=True, mrope_interleaved=True, deepstack_levels=levels)
+    def __init__(self, vision: Qwen3Vision) -> None:
+        super().__init__(vision)
 
-    def vision_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Sizes of the vision tower, as qwen_config.vision_sizes names them, and two more.
+    @staticmethod
+    def read_config(
+        config: Mapping[str, Any],
+        generation: Mapping[str, Any] | None = None,
+        added_tokens: Mapping[str, int] | None = None,
+    ) -> ModelConfig:
+        """Read and check config.json: queries and keys are normed, mRoPE's axes take turns, DeepStack adds."""
+        blocks = _deepstack_blocks(config)
+        tokens = qwen_config.special_tokens(config, generation or {}, added_tokens or {})
+        return ModelConfig(_language_config(config, len(blocks)), _vision_config(config, blocks), tokens)
 
-        num_position_embeddings: int, of the square table of positions.  deepstack_visual_indexes: list of int.
-        """
-        vision = qwen_config.vision_section(config)
-        sizes = qwen_config.vision_sizes(config, vision, "gelu_pytorch_tanh")
-        places = integer(vision, "num_position_embeddings", "vision_config.")
-        if isqrt(places) ** 2 != places:
-            raise wrong("vision_config.num_position_embeddings", places, "the square of an integer")
-        sizes["num_position_embeddings"] = places
-        sizes["deepstack_visual_indexes"] = self._deepstack_blocks(config)
-        return sizes
-
-    def vision_spec(self, vision: Mapping[str, Any], hidden_size: int) -> StageSpec:
+    def vision_spec(self) -> StageSpec:
         """Inputs and outputs of the vision graph."""
-        inputs = (
-            *qwen_frames.frame_inputs(vision),
+        spec, levels = super().vision_spec(), len(self.vision.deepstack_visual_indexes)
+        places = (
             TensorSpec("place_index", "int64", ("num_patches", 4)),
             TensorSpec("place_weight", "float32", ("num_patches", 4)),
         )
-        embeds = TensorSpec("visual_embeds", "model", ("num_visual", hidden_size))
-        return StageSpec(inputs, (embeds, *deepstack_embeds_spec(len(vision["deepstack_visual_indexes"]), hidden_size)))
+        features = deepstack_embeds_spec(levels, self.vision.out_hidden_size)
+        return StageSpec((*spec.inputs, *places), (*spec.outputs, *features))
 
-    def vision_feeds(
-        self, patches: Patches, vision: Mapping[str, Any], max_patches: int
-    ) -> Iterator[dict[str, npt.NDArray[Any]]]:
+    def vision_feeds(self, patches: Patches, max_patches: int) -> Iterator[dict[str, npt.NDArray[Any]]]:
         """Feeds of the vision stage in prompt order; see qwen_frames and interpolation."""
-        merge, side = vision["spatial_merge_size"], isqrt(vision["num_position_embeddings"])
-        batches = qwen_frames.frame_batches(patches, vision, max_patches)
-        return (_feeds(batch, vision, interpolation(batch.height, batch.width, merge, side)) for batch in batches)
+        batches = qwen_frames.frame_batches(patches, self.vision, max_patches)
+        return (self._feeds(batch) for batch in batches)
 
-    def video_to_patches(
-        self, frames: Sequence[npt.NDArray[np.uint8]], settings: ImageSettings, vision: Mapping[str, Any]
-    ) -> Patches:
+    def video_to_patches(self, frames: Sequence[npt.NDArray[np.uint8]], settings: ImageSettings) -> Patches:
         """Resize, normalise and cut the frames of one video; the pixel bounds are of all frames together."""
-        factor, together = vision["patch_size"] * vision["spatial_merge_size"], vision["temporal_patch_size"]
+        factor, together = self.vision.token_side, self.vision.temporal_patch_size
 
         def frame_size(height: int, width: int) -> tuple[int, int]:
             bounds = (settings.min_pixels, settings.max_pixels)
             return qwen3_video.frame_size(len(frames), height, width, factor, together, *bounds)
 
-        return qwen_video.video_to_patches(frames, settings, vision, frame_size)
+        return qwen_video.video_to_patches(frames, settings, self.vision, frame_size)
 
-    def frame_numbers(self, total: int, video_fps: float, fps: float | None, max_frames: int) -> IntArray:
+    @staticmethod
+    def frame_numbers(total: int, video_fps: float, fps: float | None, max_frames: int) -> IntArray:
         """Which frames of a video file are taken; see qwen3_video.frame_numbers."""
         return qwen3_video.frame_numbers(total, video_fps, fps, max_frames)
 
     def placeholder(
-        self,
-        kind: str,
-        grid: Sequence[int],
-        times: Sequence[float],
-        vision: Mapping[str, Any],
-        special: SpecialTokens,
+        self, kind: str, grid: Sequence[int], times: Sequence[float], special: SpecialTokens
     ) -> tuple[str | TokenRun, ...]:
         """An image's placeholder once for each visual token; a video as qwen3_video.video_text tells it."""
         if kind == "image":
-            return super().placeholder(kind, grid, times, vision, special)
-        tokens_a_frame = grid[1] * grid[2] // vision["spatial_merge_size"] ** 2
+            return super().placeholder(kind, grid, times, special)
+        tokens_a_frame = grid[1] * grid[2] // self.vision.spatial_merge_size**2
         return qwen3_video.video_text(grid, tokens_a_frame, times, special)
 
     def position_ids(
         self,
         visual_kind: npt.NDArray[np.int8],
-        image_grid_thw: npt.NDArray[np.int64],
-        video_grid_thw: npt.NDArray[np.int64],
+        image_grid_thw: IntArray,
+        video_grid_thw: IntArray,
         second_per_grid_ts: npt.NDArray[np.float32],
-        vision: Mapping[str, Any],
-    ) -> npt.NDArray[np.int64]:
+    ) -> IntArray:
         """Positions of a prompt without padding: int64 [3, seq_len]; each frame of a video counts as an image."""
         frames = np.repeat(video_grid_thw, video_grid_thw[:, 0], axis=0)
         frames[:, 0] = 1
-        return super().position_ids(visual_kind, image_grid_thw, frames, second_per_grid_ts, vision)
+        return super().position_ids(visual_kind, image_grid_thw, frames, second_per_grid_ts)
 
-    def _deepstack_blocks(self, config: Mapping[str, Any]) -> list[int]:
-        vision = qwen_config.vision_section(config)
-        depth = integer(vision, "depth", "vision_config.")
-        blocks = qwen_config.block_numbers(vision, "deepstack_visual_indexes", depth)
-        if blocks != sorted(set(blocks)):
-            raise wrong("vision_config.deepstack_visual_indexes", blocks, "ascending block numbers")
-        return blocks
+    def _feeds(self, batch: qwen_frames.FrameBatch) -> dict[str, npt.NDArray[Any]]:
+        merge, side = self.vision.spatial_merge_size, isqrt(self.vision.num_position_embeddings)
+        index, weight = interpolation(batch.height, batch.width, merge, side)
+        return qwen_frames.frame_feeds(batch, self.vision) | {"place_index": index, "place_weight": weight}
+
+
+def _language_config(config: Mapping[str, Any], levels: int) -> LanguageConfig:
+    text = qwen_config.text_settings(config)
+    expect("attention_bias", text.get("attention_bias", False), False)
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    expect("mrope_interleaved", rope.get("mrope_interleaved", True), True)
+    language = qwen_config.language_config(config, own_head_dim=True)
+    if levels >= language.num_hidden_layers:
+        layers = language.num_hidden_layers
+        raise wrong("num_hidden_layers", layers, f"more than the {levels} of deepstack_visual_indexes")
+    return replace(language, qk_norm=True, mrope_interleaved=True, deepstack_levels=levels)
+
+
+def _vision_config(config: Mapping[str, Any], blocks: tuple[int, ...]) -> Qwen3Vision:
+    vision = qwen_config.vision_section(config)
+    sizes = qwen_config.vision_sizes(config, vision, "gelu_pytorch_tanh")
+    places = integer(vision, "num_position_embeddings", "vision_config.")
+    if isqrt(places) ** 2 != places:
+        raise wrong("vision_config.num_position_embeddings", places, "the square of an integer")
+    return Qwen3Vision(**sizes, num_position_embeddings=places, deepstack_visual_indexes=blocks)
+
+
+def _deepstack_blocks(config: Mapping[str, Any]) -> tuple[int, ...]:
+    blocks = qwen_config.block_numbers(qwen_config.vision_section(config), "deepstack_visual_indexes")
+    if list(blocks) != sorted(set(blocks)):
+        raise wrong("vision_config.deepstack_visual_indexes", list(blocks), "ascending block numbers")
+    return blocks
 
 
 @lru_cache(maxsize=_PLANS_KEPT)
@@ -164,10 +167,3 @@ def _taps(places: IntArray, size: int, side: int) -> tuple[tuple[IntArray, IntAr
     index = low.astype(np.int64)
     weights = np.stack([np.float32(1) - share, np.float32(1) - np.abs(share - np.float32(1))], axis=1)
     return (index, np.minimum(index + 1, side - 1)), weights
-
-
-def _feeds(
-    batch: qwen_frames.FrameBatch, vision: Mapping[str, Any], places: tuple[IntArray, npt.NDArray[np.float32]]
-) -> dict[str, npt.NDArray[Any]]:
-    index, weight = places
-    return qwen_frames.frame_feeds(batch, vision) | {"place_index": index, "place_weight": weight}

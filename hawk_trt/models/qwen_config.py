@@ -11,6 +11,7 @@ from typing import Any
 from hawk_trt.bundle import SpecialTokens
 from hawk_trt.errors import CheckpointError
 from hawk_trt.models.settings import expect, integer, is_integer, number, wrong
+from hawk_trt.models.vision_config import Qwen25Vision
 from hawk_trt.stages import LanguageConfig
 
 # How the tokenizer spells the tokens around and in place of images and videos.
@@ -90,23 +91,21 @@ def language_config(config: Mapping[str, Any], *, mrope: bool = True, own_head_d
     )
 
 
-def windowed_vision_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Sizes of Qwen2.5-VL's vision tower, by Hugging Face's names.
-
-    Returns:
-        what vision_sizes gives, and window_size: int; fullatt_block_indexes: list of int;
-        tokens_per_second (of mRoPE's time axis): float.
+def windowed_vision_config(config: Mapping[str, Any]) -> Qwen25Vision:
+    """Sizes of Qwen2.5-VL's vision tower.
 
     Raises:
         CheckpointError: a setting is missing or not supported.
     """
     vision, where = _WINDOWED_VISION_DEFAULTS | dict(vision_section(config)), "vision_config."
-    sizes = vision_sizes(config, vision, "silu")
-    sizes["tokens_per_second"] = number(vision, "tokens_per_second", where)
-    sizes["window_size"] = integer(vision, "window_size", where)
-    if sizes["window_size"] < sizes["patch_size"] * sizes["spatial_merge_size"]:
-        raise wrong(f"{where}window_size", sizes["window_size"], "at least patch_size * spatial_merge_size")
-    sizes["fullatt_block_indexes"] = block_numbers(vision, "fullatt_block_indexes", sizes["depth"])
+    sizes = Qwen25Vision(
+        **vision_sizes(config, vision, "silu"),
+        tokens_per_second=number(vision, "tokens_per_second", where),
+        window_size=integer(vision, "window_size", where),
+        fullatt_block_indexes=block_numbers(vision, "fullatt_block_indexes"),
+    )
+    if sizes.window_size < sizes.token_side:
+        raise wrong(f"{where}window_size", sizes.window_size, "at least patch_size * spatial_merge_size")
     return sizes
 
 
@@ -157,16 +156,16 @@ def vision_sizes(config: Mapping[str, Any], vision: Mapping[str, Any], hidden_ac
     return sizes
 
 
-def block_numbers(vision: Mapping[str, Any], key: str, depth: int) -> list[int]:
-    """A list of block numbers of the vision tower.
+def block_numbers(vision: Mapping[str, Any], key: str) -> tuple[int, ...]:
+    """Block numbers of the vision tower.
 
     Raises:
         CheckpointError: it is missing, or holds something else.
     """
-    blocks = vision.get(key)
+    blocks, depth = vision.get(key), integer(vision, "depth", "vision_config.")
     if not isinstance(blocks, list | tuple) or not all(is_integer(b) and 0 <= b < depth for b in blocks):
         raise wrong(f"vision_config.{key}", blocks, f"a list of block numbers below depth {depth}")
-    return list(blocks)
+    return tuple(blocks)
 
 
 def special_tokens(

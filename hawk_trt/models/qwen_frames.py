@@ -5,7 +5,7 @@ for towers without windows the feeds of the vision stage. Patches stay in the pr
 m x m patches that become one token follow each other), blocks in raster order.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -16,8 +16,8 @@ import numpy.typing as npt
 from hawk_trt.errors import InvalidInput
 from hawk_trt.inputs.streamed_rows import StreamedRows
 from hawk_trt.models.family import IntArray, Patches
-from hawk_trt.models.qwen_patches import patch_dim
 from hawk_trt.models.qwen_positions import check_grid
+from hawk_trt.models.vision_config import VisionConfig
 from hawk_trt.stages import TensorSpec
 
 _PLANS_KEPT = 16
@@ -38,7 +38,7 @@ class FrameBatch:
     width: int
 
 
-def frame_batches(patches: Patches, vision: Mapping[str, Any], max_patches: int) -> Iterator[FrameBatch]:
+def frame_batches(patches: Patches, vision: VisionConfig, max_patches: int) -> Iterator[FrameBatch]:
     """Cut images and videos into batches of frames, in order.
 
     Args:
@@ -49,8 +49,8 @@ def frame_batches(patches: Patches, vision: Mapping[str, Any], max_patches: int)
     Raises:
         InvalidInput: pixel_values and grid_thw do not fit each other, or not the model.
     """
-    grid = check_grid("grid_thw", patches.grid_thw, vision["spatial_merge_size"])
-    _check_pixels(patches.pixel_values, grid, patch_dim(vision))
+    grid = check_grid("grid_thw", patches.grid_thw, vision.spatial_merge_size)
+    _check_pixels(patches.pixel_values, grid, vision.patch_dim)
     return _batches(patches.pixel_values, grid, max_patches)  # a generator of its own: errors come at the call
 
 
@@ -65,20 +65,20 @@ def patch_positions(height: int, width: int, merge: int) -> IntArray:
     return flat
 
 
-def frame_inputs(vision: Mapping[str, Any]) -> tuple[TensorSpec, ...]:
+def frame_inputs(vision: VisionConfig) -> tuple[TensorSpec, ...]:
     """Inputs of a vision graph without windows.
 
     num_visual = num_frames * num_patches / merge^2, frames in order, merge blocks of a frame in raster order.
     """
     return (
-        TensorSpec("pixel_values", "float32", ("num_frames", "num_patches", patch_dim(vision))),
+        TensorSpec("pixel_values", "float32", ("num_frames", "num_patches", vision.patch_dim)),
         TensorSpec("patch_positions", "int64", ("num_patches", 2)),
     )
 
 
-def frame_feeds(batch: FrameBatch, vision: Mapping[str, Any]) -> dict[str, npt.NDArray[Any]]:
+def frame_feeds(batch: FrameBatch, vision: VisionConfig) -> dict[str, npt.NDArray[Any]]:
     """The feeds of frame_inputs for one batch."""
-    positions = patch_positions(batch.height, batch.width, vision["spatial_merge_size"])
+    positions = patch_positions(batch.height, batch.width, vision.spatial_merge_size)
     return {"pixel_values": batch.pixel_values, "patch_positions": positions}
 
 

@@ -15,9 +15,9 @@ import numpy.typing as npt
 from hawk_trt.errors import InvalidInput
 from hawk_trt.inputs.images import resize
 from hawk_trt.models import normalisation
-from hawk_trt.models.family import ImageSettings, IntArray, Patches
+from hawk_trt.models.family import ImageSettings, Patches
 from hawk_trt.models.normalisation import value_tables, wrong
-from hawk_trt.request import ModelInputs
+from hawk_trt.models.vision_config import VisionConfig
 
 MAX_ASPECT_RATIO = 200
 
@@ -73,7 +73,7 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
 
 
 def images_to_patches(
-    images: Sequence[npt.NDArray[np.uint8]], settings: ImageSettings, vision: Mapping[str, Any]
+    images: Sequence[npt.NDArray[np.uint8]], settings: ImageSettings, vision: VisionConfig
 ) -> Patches:
     """Resize, normalise and cut images; each becomes one frame.
 
@@ -86,9 +86,9 @@ def images_to_patches(
         InvalidInput: an image that is not RGB uint8, is empty, or is too thin.
     """
     sizes = [target_size(image, settings, vision) for image in images]
-    patch = vision["patch_size"]
+    patch = vision.patch_size
     grid = np.array([(1, tall // patch, wide // patch) for tall, wide in sizes], dtype=np.int64).reshape(-1, 3)
-    pixels = np.empty((int(grid.prod(axis=1).sum()), patch_dim(vision)), dtype=np.float32)
+    pixels = np.empty((int(grid.prod(axis=1).sum()), vision.patch_dim), dtype=np.float32)
     tables = value_tables(settings)
     ends = np.cumsum(grid.prod(axis=1)).tolist()
     for image, (tall, wide), count, end in zip(images, sizes, grid.prod(axis=1).tolist(), ends, strict=True):
@@ -97,40 +97,18 @@ def images_to_patches(
     return Patches(pixels, grid)
 
 
-def model_inputs(
-    input_ids: IntArray,
-    images: Patches | None,
-    videos: Patches | None,
-    second_per_grid_ts: npt.NDArray[np.float32] | None,
-) -> ModelInputs:
-    """The tensors of a prompt: images and videos apart, each with its grids."""
-    return ModelInputs(
-        input_ids=input_ids,
-        pixel_values=None if images is None else np.asarray(images.pixel_values),
-        image_grid_thw=None if images is None else images.grid_thw,
-        pixel_values_videos=None if videos is None else videos.pixel_values,
-        video_grid_thw=None if videos is None else videos.grid_thw,
-        second_per_grid_ts=second_per_grid_ts,
-    )
-
-
-def patch_dim(vision: Mapping[str, Any]) -> int:
-    """Numbers in one patch: channels x temporal patch x patch x patch."""
-    return int(vision["in_channels"] * vision["temporal_patch_size"] * vision["patch_size"] ** 2)
-
-
 def cut(
     image: npt.NDArray[np.uint8],
     tables: npt.NDArray[np.float32],
     rows: npt.NDArray[np.float32],
-    vision: Mapping[str, Any],
+    vision: VisionConfig,
     places: slice,
 ) -> None:
     """Write the normalised patches of one resized image into rows [num_patches, patch_dim].
 
     places: the places in the temporal patch that the image takes.
     """
-    merge, patch, together = vision["spatial_merge_size"], vision["patch_size"], vision["temporal_patch_size"]
+    merge, patch, together = vision.spatial_merge_size, vision.patch_size, vision.temporal_patch_size
     high, wide = image.shape[0] // (merge * patch), image.shape[1] // (merge * patch)
     blocks = image.reshape(high, merge, patch, wide, merge, patch, 3).transpose(6, 0, 3, 1, 4, 2, 5)
     out = rows.reshape(high, wide, merge, merge, 3, together, patch, patch)
@@ -138,14 +116,14 @@ def cut(
         out[:, :, :, :, channel, places] = table[blocks[channel]][:, :, :, :, None]
 
 
-def target_size(image: npt.NDArray[np.uint8], settings: ImageSettings, vision: Mapping[str, Any]) -> tuple[int, int]:
+def target_size(image: npt.NDArray[np.uint8], settings: ImageSettings, vision: VisionConfig) -> tuple[int, int]:
     """Height and width that an image is resized to.
 
     Raises:
         InvalidInput: it is not RGB uint8, is empty, or too thin.
     """
     check_rgb(image)
-    factor = vision["patch_size"] * vision["spatial_merge_size"]
+    factor = vision.token_side
     return smart_resize(image.shape[0], image.shape[1], factor, settings.min_pixels, settings.max_pixels)
 
 

@@ -6,16 +6,11 @@ Text advances all three axes by one a token. An image or video that starts at po
 and what follows it starts at its largest position on any axis + 1.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 
-from hawk_trt.bundle import SpecialTokens
 from hawk_trt.errors import InvalidInput
-from hawk_trt.models.family import IMAGE, VIDEO, IntArray, TokenRun
-from hawk_trt.request import ModelInputs
+from hawk_trt.models.family import IMAGE, VIDEO, IntArray
 
 _KINDS = {IMAGE: "image", VIDEO: "video"}
 
@@ -25,7 +20,8 @@ def position_ids(
     image_grid_thw: npt.NDArray[np.int64],
     video_grid_thw: npt.NDArray[np.int64],
     second_per_grid_ts: npt.NDArray[np.float32],
-    vision: Mapping[str, Any],
+    merge: int,
+    tokens_per_second: float,
 ) -> npt.NDArray[np.int64]:
     """Positions of a prompt without padding.
 
@@ -34,7 +30,8 @@ def position_ids(
         image_grid_thw: [images, 3], patches in time, height and width.
         video_grid_thw: [videos, 3].
         second_per_grid_ts: [videos], seconds that one temporal patch spans.
-        vision: sizes of the vision tower.
+        merge: patches on a side of a visual token.
+        tokens_per_second: of the time axis.
 
     Returns:
         int64 [3, seq_len]: time, height, width.
@@ -42,7 +39,6 @@ def position_ids(
     Raises:
         InvalidInput: placeholders and grids do not fit each other; it names the image or video.
     """
-    merge = vision["spatial_merge_size"]
     grids = {
         IMAGE: check_grid("image_grid_thw", image_grid_thw, merge).tolist(),
         VIDEO: check_grid("video_grid_thw", video_grid_thw, merge).tolist(),
@@ -60,7 +56,7 @@ def position_ids(
             item = taken[kind]
             taken[kind] += 1
             tokens = _check_item(kind, item, grids[kind], end - index, merge)
-            rate = np.float32(vision["tokens_per_second"]) if kind == VIDEO else np.float32(0)
+            rate = np.float32(tokens_per_second) if kind == VIDEO else np.float32(0)
             block = start + _item_positions(grids[kind][item], merge, seconds[item] if kind == VIDEO else rate, rate)
             positions[:, index : index + tokens] = block
             index, start = index + tokens, int(block.max()) + 1
@@ -71,35 +67,6 @@ def position_ids(
                 f"but the prompt holds placeholders for {taken[kind]} of them"
             )
     return positions
-
-
-def tokens_per_item(grid_thw: npt.NDArray[np.int64], vision: Mapping[str, Any]) -> npt.NDArray[np.int64]:
-    """Visual tokens of each image or video: int64 [items].
-
-    Raises:
-        InvalidInput: a grid that is not [items, 3] or no multiple of the merge size.
-    """
-    merge = vision["spatial_merge_size"]
-    counts: npt.NDArray[np.int64] = check_grid("grid_thw", grid_thw, merge).prod(axis=1) // merge**2
-    return counts
-
-
-def item_grids(inputs: ModelInputs) -> tuple[IntArray, IntArray]:
-    """The grids of a prompt's images and videos: int64 [items, 3] each.
-
-    Raises:
-        InvalidInput: not of that shape, or a size below 1.
-    """
-    return _item_grid("image_grid_thw", inputs.image_grid_thw), _item_grid("video_grid_thw", inputs.video_grid_thw)
-
-
-def placeholder(
-    kind: str, grid: Sequence[int], vision: Mapping[str, Any], special: SpecialTokens
-) -> tuple[str | TokenRun, ...]:
-    """The image's or video's token, once for each visual token of its grid."""
-    token_id = special.image if kind == "image" else special.video
-    assert token_id is not None  # the template has made one of it
-    return (TokenRun(token_id, int(np.prod(grid)) // vision["spatial_merge_size"] ** 2),)
 
 
 def check_grid(name: str, grid_thw: npt.NDArray[np.int64], merge: int) -> npt.NDArray[np.int64]:
@@ -123,13 +90,14 @@ def check_grid(name: str, grid_thw: npt.NDArray[np.int64], merge: int) -> npt.ND
     return grid.astype(np.int64, copy=False)
 
 
-def _item_grid(name: str, values: npt.ArrayLike | None) -> IntArray:
+def item_grid(name: str, values: npt.ArrayLike | None, merge: int) -> IntArray:
+    """A grid of a prompt's inputs, checked as check_grid does; no items where there is none."""
     if values is None:
         return np.zeros((0, 3), np.int64)
     grid = np.asarray(values)
     if grid.ndim != 2 or grid.shape[1] != 3 or grid.dtype.kind not in "iu" or (grid < 1).any():
         raise InvalidInput(f"{name}: got {grid.dtype}{list(grid.shape)}, expected int64[items, 3] of at least 1 each")
-    return grid.astype(np.int64)
+    return check_grid(name, grid, merge)
 
 
 def _item_positions(grid: list[int], merge: int, seconds: np.float32, rate: np.float32) -> npt.NDArray[np.int64]:

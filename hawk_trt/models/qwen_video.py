@@ -5,9 +5,8 @@ long video are decoded, resized and cut while the vision stage asks for them: se
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +16,8 @@ from hawk_trt.inputs.images import resize
 from hawk_trt.inputs.streamed_rows import StreamedRows
 from hawk_trt.models.family import ImageSettings, Patches
 from hawk_trt.models.normalisation import value_tables
-from hawk_trt.models.qwen_patches import check_rgb, cut, patch_dim, target_size
+from hawk_trt.models.qwen_patches import check_rgb, cut, target_size
+from hawk_trt.models.vision_config import VisionConfig
 
 # Of a frame, where a checkpoint says no bounds for videos: what Qwen's own examples take.
 MAX_FRAME_PIXELS = 768 * 28 * 28
@@ -34,7 +34,7 @@ Frames = Sequence[npt.NDArray[np.uint8]]
 def video_to_patches(
     frames: Frames,
     settings: ImageSettings,
-    vision: Mapping[str, Any],
+    vision: VisionConfig,
     frame_size: Callable[[int, int], tuple[int, int]] | None = None,
 ) -> Patches:
     """Resize, normalise and cut the frames of one video.
@@ -57,18 +57,18 @@ def video_to_patches(
     check_rgb(first)
     bounded = replace(settings, max_pixels=max_frame_pixels(len(frames), settings, vision))
     tall, wide = target_size(first, bounded, vision) if frame_size is None else frame_size(*first.shape[:2])
-    patch, steps = vision["patch_size"], -(-len(frames) // vision["temporal_patch_size"])
+    patch, steps = vision.patch_size, -(-len(frames) // vision.temporal_patch_size)
     grid = (steps, tall // patch, wide // patch)
 
     def parts() -> Iterator[npt.NDArray[np.float32]]:
         return _steps(frames, first.shape, grid, settings, vision)
 
-    rows = StreamedRows(math.prod(grid), patch_dim(vision), parts)
+    rows = StreamedRows(math.prod(grid), vision.patch_dim, parts)
     pixels = rows if len(rows) >= STREAMED_FROM_PATCHES else np.asarray(rows)
     return Patches(pixels, np.array([grid], dtype=np.int64))
 
 
-def max_frame_pixels(num_frames: int, settings: ImageSettings, vision: Mapping[str, Any]) -> int:
+def max_frame_pixels(num_frames: int, settings: ImageSettings, vision: VisionConfig) -> int:
     """The largest area of a resized frame: the settings', or less where many frames share the context.
 
         share = floor(0.9 * max_video_tokens * (patch_size * merge)^2) * temporal_patch_size / num_frames
@@ -77,9 +77,9 @@ def max_frame_pixels(num_frames: int, settings: ImageSettings, vision: Mapping[s
     """
     if settings.max_video_tokens is None:
         return settings.max_pixels
-    token_pixels: int = (vision["patch_size"] * vision["spatial_merge_size"]) ** 2
+    token_pixels = vision.token_side**2
     total = int(settings.max_video_tokens * token_pixels * _SHARE_OF_CONTEXT)
-    share: int = max(total * vision["temporal_patch_size"] // num_frames, int(settings.min_pixels * _OVER_LEAST))
+    share = max(total * vision.temporal_patch_size // num_frames, int(settings.min_pixels * _OVER_LEAST))
     return min(settings.max_pixels, share)
 
 
@@ -88,17 +88,17 @@ def _steps(
     shape: tuple[int, ...],
     grid: tuple[int, int, int],
     settings: ImageSettings,
-    vision: Mapping[str, Any],
+    vision: VisionConfig,
 ) -> Iterator[npt.NDArray[np.float32]]:
     """The patches of one temporal patch after another: float32 [height * width, patch_dim] each."""
-    patch, together = vision["patch_size"], vision["temporal_patch_size"]
+    patch, together = vision.patch_size, vision.temporal_patch_size
     tables = value_tables(settings)
     rows = np.empty((0, 0), np.float32)
     for number, frame in enumerate(frames):
         _check_frame(frame, number, shape)
         place = number % together
         if place == 0:
-            rows = np.empty((grid[1] * grid[2], patch_dim(vision)), np.float32)
+            rows = np.empty((grid[1] * grid[2], vision.patch_dim), np.float32)
         last = number == len(frames) - 1
         resized = resize(frame, grid[1] * patch, grid[2] * patch, settings.resample)
         cut(resized, tables, rows, vision, slice(place, None if last else place + 1))

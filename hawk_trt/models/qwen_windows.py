@@ -6,7 +6,7 @@ one token), blocks in raster order. Window attention wants the blocks of a windo
 pixel_values are put in window order here, where it costs one copy; window_index then batches the windows.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from hawk_trt.models.family import Patches
 from hawk_trt.models.qwen_frames import FrameBatch, frame_batches
-from hawk_trt.models.qwen_patches import patch_dim
+from hawk_trt.models.vision_config import Qwen25Vision
 from hawk_trt.stages import StageSpec, TensorSpec
 
 _PLANS_KEPT = 16
@@ -84,27 +84,25 @@ def window_plan(height: int, width: int, merge: int, window: int) -> WindowPlan:
     return plan
 
 
-def vision_spec(vision: Mapping[str, Any], hidden_size: int) -> StageSpec:
+def vision_spec(vision: Qwen25Vision) -> StageSpec:
     """Inputs and outputs of the vision graph.
 
     num_visual = num_frames * num_merged, frames in order, merge blocks of a frame in raster order.
     """
     return StageSpec(
         inputs=(
-            TensorSpec("pixel_values", "float32", ("num_frames", "num_patches", patch_dim(vision))),
+            TensorSpec("pixel_values", "float32", ("num_frames", "num_patches", vision.patch_dim)),
             TensorSpec("patch_positions", "int64", ("num_patches", 2)),
             TensorSpec("window_index", "int64", ("num_windows", "window_len")),
             TensorSpec("window_mask", "bool", ("num_windows", "window_len")),
             TensorSpec("window_slot", "int64", ("num_patches",)),
             TensorSpec("merge_order", "int64", ("num_merged",)),
         ),
-        outputs=(TensorSpec("visual_embeds", "model", ("num_visual", hidden_size)),),
+        outputs=(TensorSpec("visual_embeds", "model", ("num_visual", vision.out_hidden_size)),),
     )
 
 
-def vision_feeds(
-    patches: Patches, vision: Mapping[str, Any], max_patches: int
-) -> Iterator[dict[str, npt.NDArray[Any]]]:
+def vision_feeds(patches: Patches, vision: Qwen25Vision, max_patches: int) -> Iterator[dict[str, npt.NDArray[Any]]]:
     """Feeds of the vision stage, one call after another; their results, concatenated, are in prompt order.
 
     Args:
@@ -119,11 +117,9 @@ def vision_feeds(
     return _feeds(frame_batches(patches, vision, max_patches), vision)  # errors come at the call, not at the first feed
 
 
-def _feeds(batches: Iterator[FrameBatch], vision: Mapping[str, Any]) -> Iterator[dict[str, npt.NDArray[Any]]]:
-    merge = vision["spatial_merge_size"]
-    window = vision["window_size"] // (merge * vision["patch_size"])
+def _feeds(batches: Iterator[FrameBatch], vision: Qwen25Vision) -> Iterator[dict[str, npt.NDArray[Any]]]:
     for batch in batches:
-        plan = window_plan(batch.height, batch.width, merge, window)
+        plan = window_plan(batch.height, batch.width, vision.spatial_merge_size, vision.window_side)
         count, num_patches, _ = batch.pixel_values.shape
         blocks = batch.pixel_values.reshape(count, len(plan.block_order), -1)[:, plan.block_order]
         yield {

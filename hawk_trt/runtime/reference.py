@@ -25,7 +25,8 @@ from hawk_trt.bundle import MANIFEST, Manifest, file_entry, manifest_bytes, read
 from hawk_trt.errors import BundleError
 from hawk_trt.files import write_atomically
 from hawk_trt.inputs.layout import collate
-from hawk_trt.models.family import TokenRun, family_by_name
+from hawk_trt.models.family import TokenRun
+from hawk_trt.models.registry import family_by_name
 from hawk_trt.pipeline import Pipeline
 from hawk_trt.pruning.selection import kept_count
 from hawk_trt.request import ModelInputs, PruningConfig
@@ -233,7 +234,7 @@ def random_inputs(
     manifest: Manifest, rng: np.random.Generator, sizes: Sequence[tuple[int, int]], num_frames: int
 ) -> ModelInputs:
     """A prompt with images of these widths and heights, or with a video of so many frames."""
-    family, vision, tokens = family_by_name(manifest.family), manifest.vision, manifest.special_tokens
+    family, tokens = family_by_name(manifest.family)(manifest.vision), manifest.special_tokens
     known = (tokens.image, tokens.video, tokens.vision_start, tokens.vision_end, tokens.im_start, tokens.im_end)
     special = [token for token in (*known, tokens.pad, *tokens.eos) if token is not None]
     plain = np.setdiff1d(np.arange(manifest.language.vocab_size), special)
@@ -245,19 +246,19 @@ def random_inputs(
     # A checkpoint without a tokenizer may not know these two, which any token can stand in for.
     start, end = (text(1)[0] if token is None else token for token in (tokens.vision_start, tokens.vision_end))
     filled = replace(tokens, vision_start=start, vision_end=end)
-    settings = family.image_settings({}, vision)
+    settings = family.image_settings({})
     images = [rng.integers(0, 256, (height, width, 3), dtype=np.uint8) for width, height in sizes]
     frames = [rng.integers(0, 256, (112, 112, 3), dtype=np.uint8) for _ in range(num_frames)]
     patches = {
-        "image": family.images_to_patches(images, settings, vision) if images else None,
-        "video": family.video_to_patches(frames, settings, vision) if frames else None,
+        "image": family.images_to_patches(images, settings) if images else None,
+        "video": family.video_to_patches(frames, settings) if frames else None,
     }
     ids: list[int] = [*([] if tokens.im_start is None else [tokens.im_start]), *text(_TEXT_TOKENS)]
     kinds = []
     for kind, shown in patches.items():
         for grid in [] if shown is None else shown.grid_thw.tolist():
             kinds.append(kind)
-            parts = family.placeholder(kind, grid, [frame / 2 for frame in range(num_frames)], vision, filled)
+            parts = family.placeholder(kind, grid, [frame / 2 for frame in range(num_frames)], filled)
             if TokenRun(end) not in parts:  # then the templates have the tokens around an image
                 parts = (TokenRun(start), *parts, TokenRun(end))
             for part in parts:

@@ -81,7 +81,7 @@ def test_the_portable_cache_is_empty_in_prefill_and_one_short_of_full_in_decode(
 def test_the_window_ranges_hold_every_frame_that_a_processor_makes(bundle):
     vision, tokens = bundle.manifest.vision, 200
     ranges = vision_ranges(vision, tokens)
-    side = vision["window_size"] // (vision["spatial_merge_size"] * vision["patch_size"])
+    side = vision.window_side
     most = 0
     for high in range(1, tokens + 1):
         for wide in range(1, tokens // high + 1):

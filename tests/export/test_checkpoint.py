@@ -28,7 +28,7 @@ from export.inventory import inventory
 from export.tensor_file import read_tensor_file
 from hawk_trt.errors import CheckpointError
 from hawk_trt.inputs.hub import download, is_hub_id
-from hawk_trt.models.family import family_of
+from hawk_trt.models.registry import family_of
 
 NORM = "language_model.norm.weight"
 
@@ -69,10 +69,8 @@ def test_the_safetensors_package_reads_what_the_tests_write(tmp_path):
 def test_a_sparse_7b_checkpoint_is_read_without_taking_disk_or_memory(tmp_path):
     folder = make_sparse_checkpoint(tmp_path / "model")
     checkpoint = Checkpoint.open(folder)
-    family = family_of(checkpoint.config)
-    expected = inventory(
-        family.name, family.language_config(checkpoint.config), family.vision_config(checkpoint.config)
-    )
+    model = family_of(checkpoint.config).read_config(checkpoint.config)
+    expected = inventory(model.language, model.vision)
     for name, shape in expected.items():
         checkpoint.expect(name, shape)
     assert checkpoint.unused() == sorted(expected)

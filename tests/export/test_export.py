@@ -29,7 +29,7 @@ from export.__main__ import main
 from export.writer import ExportOptions, export
 from hawk_trt.bundle import MANIFEST, Bundle, HeadWeights, manifest_bytes, read_manifest
 from hawk_trt.errors import BundleError, CheckpointError, InvalidInput
-from hawk_trt.models.family import family_of
+from hawk_trt.models.registry import family_of
 from hawk_trt.stages import PROFILES, STAGES
 
 ROOT = Path(__file__).parents[2]
@@ -351,7 +351,7 @@ def test_a_bundle_of_a_newer_schema_is_refused_and_may_be_replaced(tmp_path, che
     write_json(out / MANIFEST, newer)
     with pytest.raises(BundleError, match="schema version 99"):
         Bundle.load(out)
-    assert export(checkpoint, out).manifest.schema_version == 1
+    assert export(checkpoint, out).manifest.schema_version == 3
 
 
 def test_the_command_reports_on_stdout_and_says_when_nothing_was_to_do(tmp_path, checkpoint, capsys):
@@ -389,4 +389,5 @@ def test_shapes_of_the_tests_are_those_of_the_exporter():
     from export.inventory import inventory
 
     family = family_of(config())
-    assert inventory(family.name, family.language_config(config()), family.vision_config(config())) == shapes()
+    model = family.read_config(config())
+    assert inventory(model.language, model.vision) == shapes()

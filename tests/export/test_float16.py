@@ -50,7 +50,7 @@ def stage_feeds(pipe, stage, dtype):
     prefill = collate([layout], [8], [None], np.full(SIZES.heads, 0.25, np.float32))
     if stage == "vision":
         patches = Patches(inputs.pixel_values, np.array(inputs.image_grid_thw))
-        feeds = next(pipe.family.vision_feeds(patches, pipe.bundle.manifest.vision, 10_000))
+        feeds = next(pipe.family.vision_feeds(patches, 10_000))
     elif stage == "first_layer":
         feeds = {
             "text_embeds": pipe.bundle.embedding_table()[prefill.input_ids].astype(np.float32),

@@ -25,7 +25,7 @@ from export.writer import ExportOptions, export
 from hawk_trt import ModelInputs, Pipeline, PruningConfig
 from hawk_trt.apps.cli.main import main as hawk_trt
 from hawk_trt.bundle import MANIFEST, Bundle, WeightFormat
-from hawk_trt.errors import BackendError, CheckpointError, InvalidInput
+from hawk_trt.errors import BackendError, BundleError, CheckpointError, InvalidInput
 from hawk_trt.runtime import onnxruntime as ort_backend
 from hawk_trt.runtime import session as ort_session
 from hawk_trt.runtime.comparison import TOLERANCES, tolerance_of
@@ -232,15 +232,24 @@ def test_engines_get_graphs_that_onnx_takes(bundles):
             assert graph.weight_bytes < (bundles[4].folder / f"{stage}.data").stat().st_size + 1e6
 
 
-def test_the_manifest_tells_the_format_and_only_such_bundles_need_the_newer_schema(bundles, tiny_bundle):
+def test_the_manifest_tells_the_format(bundles, tiny_bundle):
     plain = Bundle.load(tiny_bundle).manifest
-    assert (plain.schema_version, plain.weights, plain.precision) == (1, None, "float32")
+    assert (plain.schema_version, plain.weights, plain.precision) == (3, None, "float32")
     manifest = bundles[4].manifest
-    assert (manifest.schema_version, manifest.weights, manifest.dtype) == (2, INT4, "float32")
+    assert (manifest.schema_version, manifest.weights, manifest.dtype) == (3, INT4, "float32")
     assert manifest.precision == "int4 weights in blocks of 64, float32"
 
 
-def test_a_bundle_from_before_there_were_quantised_ones_loads(tiny_bundle, tmp_path):
+def test_a_bundle_of_an_older_schema_is_refused_with_the_command(tiny_bundle, tmp_path):
+    folder = tmp_path / "older"
+    shutil.copytree(tiny_bundle, folder)
+    fields = json.loads((folder / MANIFEST).read_text()) | {"schema_version": 2}
+    (folder / MANIFEST).write_text(json.dumps(fields))
+    with pytest.raises(BundleError, match=r"schema version 2, this hawk_trt reads 3\. Export again: make export"):
+        Bundle.load(folder)
+
+
+def test_a_field_that_is_newer_than_the_bundle_takes_its_default(tiny_bundle, tmp_path):
     folder = tmp_path / "older"
     shutil.copytree(tiny_bundle, folder)
     fields = json.loads((folder / MANIFEST).read_text())

@@ -16,7 +16,7 @@ from export.inventory import inventory
 from export.real_shapes import shape_config
 from export.weights import WeightStore
 from hawk_trt.bundle import read_manifest
-from hawk_trt.models.family import family_by_name, family_of
+from hawk_trt.models.registry import family_by_name, family_of
 from hawk_trt.stages import DECODER, FIRST_LAYER, PROFILES, VISION, decoder_spec, first_layer_spec
 
 FAMILY = family_by_name("qwen2_5_vl")
@@ -105,31 +105,33 @@ def checkpoint(name, tmp_path_factory):
 def test_the_released_config_gives_the_sizes_and_the_number_of_parameters(name):
     config, sizes = released(name), QWEN_MODELS[name]
     family = family_of(config)
-    language, vision = family.language_config(config), family.vision_config(config)
+    model = family.read_config(config)
+    language, vision = model.language, model.vision
     assert (family.name, language.head_dim, language.mrope_section) == ("qwen2_5_vl", 128, (16, 24, 24))
     assert (language.max_position_embeddings, language.tie_word_embeddings) == (128_000, name == "3B")
-    assert inventory(family.name, language, vision) == shapes(sizes, tied=name == "3B")
-    count = sum(int(np.prod(shape)) for shape in inventory(family.name, language, vision).values())
+    assert inventory(language, vision) == shapes(sizes, tied=name == "3B")
+    count = sum(int(np.prod(shape)) for shape in inventory(language, vision).values())
     assert count == pytest.approx(PARAMETERS[name], rel=2e-3)
-    tokens = family.special_tokens(config, {"eos_token_id": [151645, 151643]}, {})
+    tokens = family.read_config(config, {"eos_token_id": [151645, 151643]}, {}).special_tokens
     assert (tokens.image, tokens.vision_end, tokens.eos) == (151655, 151653, (151645, 151643))
 
 
 @pytest.mark.parametrize("profile", PROFILES)
 def test_every_weight_has_its_place_and_every_graph_its_contract(checkpoint, profile):
     opened = Checkpoint.open(checkpoint)
-    language, vision = FAMILY.language_config(opened.config), FAMILY.vision_config(opened.config)
-    for tensor, shape in inventory(FAMILY.name, language, vision).items():
+    model = FAMILY.read_config(opened.config)
+    language, vision = model.language, model.vision
+    for tensor, shape in inventory(language, vision).items():
         opened.expect(tensor, shape)
     store = WeightStore(opened, "bfloat16", link=True)
-    graphs = build_graphs(FAMILY, language, vision, store, "bfloat16", profile, "l2")
+    graphs = build_graphs(FAMILY(vision), language, store, "bfloat16", profile, "l2")
     table = store.table()
     assert opened.unused() == []
     assert (table.dtype, table.shape) == ("bfloat16", (language.vocab_size, language.hidden_size))
     assert store.disk_bytes == 0
     assert store.total_bytes == sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
     specs = {
-        VISION: FAMILY.vision_spec(vision, language.hidden_size),
+        VISION: FAMILY(vision).vision_spec(),
         FIRST_LAYER: first_layer_spec(language, profile),
         DECODER: decoder_spec(language, profile),
     }
@@ -148,14 +150,15 @@ def test_every_weight_has_its_place_and_every_graph_its_contract(checkpoint, pro
 
 def test_shapes_are_inferred_through_every_graph(checkpoint):
     opened = Checkpoint.open(checkpoint)
-    language, vision = FAMILY.language_config(opened.config), FAMILY.vision_config(opened.config)
-    graphs = build_graphs(FAMILY, language, vision, WeightStore(opened, "float32"), "float32", "inplace", "l2")
+    model = FAMILY.read_config(opened.config)
+    language, vision = model.language, model.vision
+    graphs = build_graphs(FAMILY(vision), language, WeightStore(opened, "float32"), "float32", "inplace", "l2")
     for graph in graphs.values():
         onnx.shape_inference.infer_shapes(ir.to_proto(graph), check_type=True, strict_mode=True, data_prop=True)
 
 
 def test_the_released_head_weights_are_the_7bs_and_no_others(name):
-    language = FAMILY.language_config(released(name))
+    language = FAMILY.read_config(released(name)).language
     weights = default_head_weights("qwen2_5_vl", language)
     assert len(weights.values) == language.num_attention_heads
     if name == "7B":
@@ -198,5 +201,5 @@ def test_given_head_weights_are_not_remarked_upon(tmp_path, capsys):
 
 def test_the_shapes_of_random_exports_are_those_of_the_released_configs(name):
     config, shape = released(name), shape_config(f"qwen2.5-vl-{name.lower()}")
-    assert FAMILY.language_config(shape) == FAMILY.language_config(config)
-    assert FAMILY.vision_config(shape) == FAMILY.vision_config(config)
+    assert FAMILY.read_config(shape).language == FAMILY.read_config(config).language
+    assert FAMILY.read_config(shape).vision == FAMILY.read_config(config).vision

@@ -7,19 +7,19 @@ from hawk_trt import ModelInputs
 from hawk_trt.bundle import SpecialTokens
 from hawk_trt.errors import InvalidInput
 from hawk_trt.inputs.layout import collate, paper_query_mask, prompt_layout
-from hawk_trt.models.family import family_by_name
+from hawk_trt.models.registry import family_by_name
 from hawk_trt.stages import BIAS_DROP, BIAS_KEEP
+from vision_configs import QWEN2_5_VL
 
 SPECIAL = SpecialTokens(image=9, video=8, vision_start=6, vision_end=7, im_start=4, im_end=5, pad=0, eos=(5,))
-VISION = {"spatial_merge_size": 2, "tokens_per_second": 2}
-FAMILY = family_by_name("qwen2_5_vl")
+FAMILY = family_by_name("qwen2_5_vl")(QWEN2_5_VL)
 IMAGE = [6, 9, 9, 9, 9, 7]  # a 4 x 4 grid
 GRID = np.array([[1, 4, 4]])
 
 
 def layout(ids, mask=None, images=GRID, query="paper", turn=None, **videos):
     inputs = ModelInputs(input_ids=ids, attention_mask=mask, image_grid_thw=images, **videos)
-    return prompt_layout(inputs, FAMILY, VISION, SPECIAL, query, turn)
+    return prompt_layout(inputs, FAMILY, SPECIAL, query, turn)
 
 
 def test_padding_is_left_out_wherever_it_stands():

@@ -236,12 +236,12 @@ def test_prompts_become_the_ids_and_tiles_that_transformers_makes(folder, pipe):
     # all tiles in the order of the prompt: three frames, the first image's two tiles and thumbnail, the second's one
     assert inputs.pixel_values.shape == (3 + 3 + 1, 3, TILE_PX, TILE_PX)
     assert inputs.image_grid_thw is None
-    family, vision = pipe.family, pipe.bundle.manifest.vision
+    family = pipe.family
     preprocessor = (folder / "layer_norm" / "preprocessor_config.json").read_text()
-    settings = family.image_settings(json.loads(preprocessor), vision)
-    clip = family.video_to_patches(frames, settings, vision)
+    settings = family.image_settings(json.loads(preprocessor))
+    clip = family.video_to_patches(frames, settings)
     np.testing.assert_array_equal(inputs.pixel_values[:3], clip.pixel_values)
-    images = family.images_to_patches([noise(112, 60), noise(50, 50)], settings, vision)
+    images = family.images_to_patches([noise(112, 60), noise(50, 50)], settings)
     np.testing.assert_array_equal(inputs.pixel_values[3:], images.pixel_values)
 
 

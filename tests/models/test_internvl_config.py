@@ -9,10 +9,10 @@ import pytest
 from export.head_weights import default_head_weights
 from export.inventory import inventory
 from hawk_trt.errors import CheckpointError
-from hawk_trt.models.family import family_of
 from hawk_trt.models.internvl import InternVL
+from hawk_trt.models.registry import family_of
 
-FAMILY = InternVL()
+FAMILY = InternVL
 # Of the released checkpoints: hidden, intermediate, layers, heads, kv heads of the language side, and its parameters
 # with those of the tower and projector, in billions.
 RELEASED = {
@@ -124,35 +124,39 @@ def converted(size="8B"):
 @pytest.mark.parametrize("size", RELEASED)
 def test_released_sizes_are_read_alike_in_both_makes(size):
     hidden, inner, layers, heads, kv_heads, billions = RELEASED[size]
-    language, vision = FAMILY.language_config(original(size)), FAMILY.vision_config(original(size))
-    assert (language, vision) == (FAMILY.language_config(converted(size)), FAMILY.vision_config(converted(size)))
+    model = FAMILY.read_config(original(size))
+    language, vision = model.language, model.vision
+    assert (language, vision) == (
+        FAMILY.read_config(converted(size)).language,
+        FAMILY.read_config(converted(size)).vision,
+    )
     assert (language.hidden_size, language.intermediate_size, language.num_hidden_layers) == (hidden, inner, layers)
     assert (language.num_attention_heads, language.num_key_value_heads) == (heads, kv_heads)
     assert (language.mrope_section, language.position_axes, language.rope_theta) == ((), 1, 1e6)
     assert language.max_position_embeddings == 32768 and not language.tie_word_embeddings
-    assert FAMILY.tokens_per_item(np.array([[13, 32, 32]]), vision).tolist() == [13 * 256]
-    assert (vision["min_tiles"], vision["max_tiles"], vision["use_thumbnail"]) == (1, 12, True)
+    assert vision.tokens_per_item(np.array([[13, 32, 32]])).tolist() == [13 * 256]
+    assert (vision.min_tiles, vision.max_tiles, vision.use_thumbnail) == (1, 12, True)
     large = size in ("38B", "78B")
-    assert (vision["norm"], vision["qk_norm"], vision["qkv_bias"]) == (
+    assert (vision.norm, vision.qk_norm, vision.qkv_bias) == (
         ("rms_norm", True, False) if large else ("layer_norm", False, True)
     )
-    parameters = sum(math.prod(shape) for shape in inventory("internvl", language, vision).values())
+    parameters = sum(math.prod(shape) for shape in inventory(language, vision).values())
     assert parameters / 1e9 == pytest.approx(billions, rel=0.01)
 
 
 def test_both_makes_are_the_family_and_tell_its_tokens():
     for config in (original(), converted()):
         assert family_of(config).name == "internvl"
-        tokens = FAMILY.special_tokens(config, {}, TOKENS)
+        tokens = FAMILY.read_config(config, {}, TOKENS).special_tokens
         assert (tokens.image, tokens.vision_start, tokens.vision_end) == (151667, 151665, 151666)
         assert tokens.video == 151674  # beyond the vocabulary: it is in templates alone
         assert 151645 in tokens.eos  # <|im_end|>, which the original leaves to its code
-    assert FAMILY.special_tokens(converted(), {}, {}).image == 151667
+    assert FAMILY.read_config(converted(), {}, {}).special_tokens.image == 151667
 
 
 def test_head_weights_start_uniform_though_the_8b_has_as_many_heads_as_the_published_vector():
     for size in RELEASED:
-        language = FAMILY.language_config(original(size))
+        language = FAMILY.read_config(original(size)).language
         weights = default_head_weights("internvl", language)
         assert weights.values == (1 / language.num_attention_heads,) * language.num_attention_heads
         assert weights.source == "uniform (not calibrated)"
@@ -173,11 +177,11 @@ def test_other_language_sides_of_the_family_are_refused_by_name(architecture, mo
     config = original()
     config["llm_config"] |= {"architectures": [architecture], "model_type": model_type}
     with pytest.raises(CheckpointError, match=f"llm_config: got the language side {architecture}, expected Qwen2"):
-        FAMILY.language_config(config)
+        FAMILY.read_config(config)
     config = converted()
     config["text_config"] |= {"architectures": None, "model_type": model_type}
     with pytest.raises(CheckpointError, match=f"text_config: got the language side {model_type}, expected Qwen2"):
-        FAMILY.language_config(config)
+        FAMILY.read_config(config)
 
 
 @pytest.mark.parametrize(
@@ -202,7 +206,7 @@ def test_what_the_graph_cannot_compute_is_refused_by_its_key(section, changes, m
     config = copy.deepcopy(original())
     (config if section is None else config[section]).update(changes)
     with pytest.raises(CheckpointError, match=message):
-        FAMILY.vision_config(config)
+        FAMILY.read_config(config)
 
 
 @pytest.mark.parametrize("scaling", [{"type": "linear", "factor": 2.0}, {"rope_type": "yarn", "factor": 4.0}])
@@ -210,15 +214,15 @@ def test_rope_scaling_that_changes_positions_within_the_context_is_refused(scali
     config = original()
     config["llm_config"]["rope_scaling"] = scaling
     with pytest.raises(CheckpointError, match=r"rope_type: got '(linear|yarn)', expected default or dynamic"):
-        FAMILY.language_config(config)
+        FAMILY.read_config(config)
 
 
 def test_without_dynamic_tiling_an_image_is_one_tile():
-    vision = FAMILY.vision_config({**original(), "dynamic_image_size": False})
-    assert (vision["min_tiles"], vision["max_tiles"]) == (1, 1)
+    vision = FAMILY.read_config({**original(), "dynamic_image_size": False}).vision
+    assert (vision.min_tiles, vision.max_tiles) == (1, 1)
 
 
 def test_the_original_gets_a_template_and_the_converted_keeps_its_own():
-    assert "<IMG_CONTEXT>" in FAMILY.chat_template(original())
-    assert FAMILY.chat_template(converted()) is None
-    assert FAMILY.chat_template({**original(), "template": "Hermes-2"}) is None
+    assert "<IMG_CONTEXT>" in FAMILY.read_config(original()).chat_template
+    assert FAMILY.read_config(converted()).chat_template is None
+    assert FAMILY.read_config({**original(), "template": "Hermes-2"}).chat_template is None

@@ -1,5 +1,6 @@
 """InternVL's tiles are those of transformers' processor, bit for bit."""
 
+import msgspec
 import numpy as np
 import PIL
 import pytest
@@ -11,11 +12,10 @@ from hawk_trt.errors import CheckpointError, InvalidInput
 from hawk_trt.inputs.images import resize
 from hawk_trt.models.internvl import InternVL
 from hawk_trt.models.internvl_tiles import tile_grid
+from vision_configs import INTERNVL
 
-FAMILY = InternVL()
+FAMILY = InternVL(INTERNVL)
 BICUBIC = 3
-TOWER = {"image_size": 448, "patch_size": 14, "spatial_merge_size": 2}
-VISION = {**TOWER, "min_tiles": 1, "max_tiles": 12, "use_thumbnail": True}
 PREPROCESSOR = {
     "size": {"height": 448, "width": 448},
     "crop_to_patches": False,  # as the checkpoints say; their processors cut all the same
@@ -62,7 +62,7 @@ def height_first(image, height, width):
 @pytest.mark.parametrize(("height", "width"), SIZES)
 def test_tiles_are_those_of_transformers_bit_for_bit(theirs, height, width):
     image = noise(height, width, height + width)
-    ours = FAMILY.images_to_patches([image], FAMILY.image_settings(PREPROCESSOR, VISION), VISION)
+    ours = FAMILY.images_to_patches([image], FAMILY.image_settings(PREPROCESSOR))
     columns, rows = tile_grid(height, width, 448, 1, 12)
     expected = tiles_of(theirs, image)
     assert ours.grid_thw.tolist() == [[len(expected), 32, 32]]
@@ -100,10 +100,10 @@ def test_of_equally_near_grids_the_larger_is_taken_once_the_image_fills_half_of_
 
 
 def test_several_images_are_their_tiles_one_after_another():
-    settings = FAMILY.image_settings({}, VISION)
+    settings = FAMILY.image_settings({})
     images = [noise(500, 900), noise(100, 100), noise(900, 500)]
-    together = FAMILY.images_to_patches(images, settings, VISION)
-    alone = [FAMILY.images_to_patches([image], settings, VISION) for image in images]
+    together = FAMILY.images_to_patches(images, settings)
+    alone = [FAMILY.images_to_patches([image], settings) for image in images]
     np.testing.assert_array_equal(together.pixel_values, np.concatenate([one.pixel_values for one in alone]))
     np.testing.assert_array_equal(together.grid_thw, np.concatenate([one.grid_thw for one in alone]))
     assert together.grid_thw[:, 0].tolist() == [3, 1, 3]
@@ -111,7 +111,7 @@ def test_several_images_are_their_tiles_one_after_another():
 
 def test_a_frame_of_a_video_is_one_tile_whatever_its_shape(theirs):
     frames = [noise(300, 900, seed) for seed in range(3)]
-    ours = FAMILY.video_to_patches(frames, FAMILY.image_settings(PREPROCESSOR, VISION), VISION)
+    ours = FAMILY.video_to_patches(frames, FAMILY.image_settings(PREPROCESSOR))
     assert ours.grid_thw.tolist() == [[3, 32, 32]]
     for tile, frame in zip(ours.pixel_values, frames, strict=True):
         assert not height_first(frame, 448, 448)
@@ -121,20 +121,21 @@ def test_a_frame_of_a_video_is_one_tile_whatever_its_shape(theirs):
 def test_bounds_of_pixels_are_bounds_of_tiles():
     image = noise(700, 1400)
     for most, tiles in ((6, 3), (4, 3), (2, 3), (1, 1)):
-        settings = FAMILY.image_settings({"max_patches": most}, VISION)
+        settings = FAMILY.image_settings({"max_patches": most})
         assert settings.max_pixels == most * 448**2
-        assert FAMILY.images_to_patches([image], settings, VISION).grid_thw[0, 0] == tiles
-    small = FAMILY.image_settings({"min_patches": 4}, VISION)
-    assert FAMILY.images_to_patches([noise(50, 50)], small, VISION).grid_thw[0, 0] == 5
-    without = FAMILY.images_to_patches([image], FAMILY.image_settings({}, VISION), {**VISION, "use_thumbnail": False})
+        assert FAMILY.images_to_patches([image], settings).grid_thw[0, 0] == tiles
+    small = FAMILY.image_settings({"min_patches": 4})
+    assert FAMILY.images_to_patches([noise(50, 50)], small).grid_thw[0, 0] == 5
+    family = InternVL(msgspec.structs.replace(INTERNVL, use_thumbnail=False))
+    without = family.images_to_patches([image], family.image_settings({}))
     assert without.grid_thw[0, 0] == 8
 
 
 def test_the_tiles_that_a_picture_shows_are_those_that_the_model_gets():
     image = noise(700, 1400)
-    settings = FAMILY.image_settings({"image_mean": 0.0, "image_std": 1.0, "do_rescale": False}, VISION)
-    patches = FAMILY.images_to_patches([image], settings, VISION)
-    shown = FAMILY.image_parts(image, int(patches.grid_thw[0, 0]), VISION)
+    settings = FAMILY.image_settings({"image_mean": 0.0, "image_std": 1.0, "do_rescale": False})
+    patches = FAMILY.images_to_patches([image], settings)
+    shown = FAMILY.image_parts(image, int(patches.grid_thw[0, 0]))
     np.testing.assert_array_equal(np.stack(shown).transpose(0, 3, 1, 2), patches.pixel_values)
 
 
@@ -150,15 +151,15 @@ def test_the_tiles_that_a_picture_shows_are_those_that_the_model_gets():
 )
 def test_settings_that_cannot_be_used_are_named(preprocessor, message):
     with pytest.raises(CheckpointError, match=message):
-        FAMILY.image_settings(preprocessor, VISION)
+        FAMILY.image_settings(preprocessor)
 
 
 def test_what_is_no_image_is_refused():
-    settings = FAMILY.image_settings({}, VISION)
+    settings = FAMILY.image_settings({})
     with pytest.raises(InvalidInput, match=r"got uint8\[4, 4\], expected uint8\[height, width, 3\]"):
-        FAMILY.images_to_patches([np.zeros((4, 4), np.uint8)], settings, VISION)
+        FAMILY.images_to_patches([np.zeros((4, 4), np.uint8)], settings)
     with pytest.raises(InvalidInput, match="expected at least one"):
-        FAMILY.video_to_patches([], settings, VISION)
+        FAMILY.video_to_patches([], settings)
 
 
 def test_frames_are_the_middles_of_equal_parts_as_transformers_takes_them():

@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import PIL
 import pytest
@@ -17,10 +18,10 @@ from hawk_trt.errors import CheckpointError, InvalidInput
 from hawk_trt.inputs.images import load_image, resize
 from hawk_trt.models.qwen2_5_vl import Qwen25VL
 from hawk_trt.models.qwen_patches import smart_resize
+from vision_configs import QWEN2_5_VL
 
-FAMILY = Qwen25VL()
+FAMILY = Qwen25VL(QWEN2_5_VL)
 TINY = Path(__file__).parents[2] / "examples" / "tiny-vlm"
-VISION = {"in_channels": 3, "patch_size": 14, "temporal_patch_size": 2, "spatial_merge_size": 2}
 BOUNDS = {"min_pixels": 56 * 56, "max_pixels": 400_000}
 BICUBIC = 3
 SIZES = [
@@ -36,7 +37,7 @@ def noise(height, width, seed=0):
 
 
 def settings_of(**changes):
-    return FAMILY.image_settings(BOUNDS | changes, VISION)
+    return FAMILY.image_settings(BOUNDS | changes)
 
 
 def theirs(images, **arguments):
@@ -49,7 +50,7 @@ def theirs(images, **arguments):
 @pytest.mark.parametrize(("height", "width"), SIZES)
 def test_patches_equal_transformers_bit_for_bit(height, width):
     image = noise(height, width)
-    ours = FAMILY.images_to_patches([image], settings_of(), VISION)
+    ours = FAMILY.images_to_patches([image], settings_of())
     grid = ours.grid_thw[0].tolist()
     resized = resize(image, grid[1] * 14, grid[2] * 14, BICUBIC)
     pixels, their_grid = theirs([image])
@@ -65,7 +66,7 @@ def test_patches_equal_transformers_bit_for_bit(height, width):
 def test_most_sizes_are_compared_with_the_whole_processor_of_transformers():
     whole = 0
     for height, width in SIZES:
-        ours = FAMILY.images_to_patches([noise(height, width)], settings_of(), VISION)
+        ours = FAMILY.images_to_patches([noise(height, width)], settings_of())
         whole += np.array_equal(ours.pixel_values, theirs([noise(height, width)])[0])
     assert whole >= 15
 
@@ -79,14 +80,14 @@ def test_resizing_goes_through_the_width_first_whatever_pillow_prefers(resample)
 
 def test_several_images_follow_each_other():
     images = [noise(100, 60), noise(56, 56, 1), noise(28, 200, 2)]
-    ours = FAMILY.images_to_patches(images, settings_of(), VISION)
-    alone = [FAMILY.images_to_patches([image], settings_of(), VISION) for image in images]
+    ours = FAMILY.images_to_patches(images, settings_of())
+    alone = [FAMILY.images_to_patches([image], settings_of()) for image in images]
     np.testing.assert_array_equal(ours.pixel_values, np.concatenate([p.pixel_values for p in alone]))
     np.testing.assert_array_equal(ours.grid_thw, np.concatenate([p.grid_thw for p in alone]))
 
 
 def test_no_image_makes_no_patch():
-    ours = FAMILY.images_to_patches([], settings_of(), VISION)
+    ours = FAMILY.images_to_patches([], settings_of())
     assert (ours.pixel_values.shape, ours.grid_thw.shape) == ((0, 1176), (0, 3))
 
 
@@ -102,17 +103,18 @@ def test_no_image_makes_no_patch():
 )
 def test_other_normalisations_equal_transformers_too(arguments):
     image = noise(60, 90)
-    ours = FAMILY.images_to_patches([image], settings_of(**arguments), VISION)
+    ours = FAMILY.images_to_patches([image], settings_of(**arguments))
     pixels, _ = theirs([image], **arguments)
     np.testing.assert_array_equal(ours.pixel_values, pixels)
 
 
 @pytest.mark.parametrize(("patch", "merge", "together"), [(16, 2, 2), (14, 1, 2), (8, 4, 1), (4, 3, 3)])
 def test_other_patch_sizes_equal_transformers_too(patch, merge, together):
-    vision = VISION | {"patch_size": patch, "spatial_merge_size": merge, "temporal_patch_size": together}
+    sizes = {"patch_size": patch, "spatial_merge_size": merge, "temporal_patch_size": together}
+    family = Qwen25VL(msgspec.structs.replace(QWEN2_5_VL, **sizes))
     block = patch * merge
     image = noise(6 * block, 8 * block)  # whole blocks: nothing is resized
-    ours = FAMILY.images_to_patches([image], settings_of(), vision)
+    ours = family.images_to_patches([image], settings_of())
     pixels, grid = theirs([image], patch_size=patch, merge_size=merge, temporal_patch_size=together)
     np.testing.assert_array_equal(ours.grid_thw, grid)
     np.testing.assert_array_equal(ours.pixel_values, pixels)
@@ -121,7 +123,7 @@ def test_other_patch_sizes_equal_transformers_too(patch, merge, together):
 def test_the_demo_checkpoints_own_processor_agrees():
     preprocessor = json.loads((TINY / "preprocessor_config.json").read_text())
     image = noise(231, 345)
-    ours = FAMILY.images_to_patches([image], FAMILY.image_settings(preprocessor, VISION), VISION)
+    ours = FAMILY.images_to_patches([image], FAMILY.image_settings(preprocessor))
     features = Qwen2VLImageProcessorPil.from_pretrained(TINY)(Image.fromarray(image), return_tensors="np")
     np.testing.assert_array_equal(ours.grid_thw, features["image_grid_thw"])
     np.testing.assert_array_equal(ours.pixel_values, features["pixel_values"])
@@ -145,7 +147,7 @@ def test_smart_resize_equals_transformers_and_refuses_what_it_refuses(height, wi
 
 def test_the_pixel_bounds_are_read_by_every_spelling():
     def bounds(**preprocessor):
-        read = FAMILY.image_settings(preprocessor, VISION)
+        read = FAMILY.image_settings(preprocessor)
         return read.min_pixels, read.max_pixels
 
     assert bounds(min_pixels=3136, max_pixels=12845056) == (3136, 12845056)
@@ -178,10 +180,10 @@ def test_unusable_preprocessor_settings_are_refused_by_name(changes, words):
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
 def test_video_frames_pair_up_and_the_last_one_fills_its_pair(count):
     frames = [noise(90, 70, seed) for seed in range(count)]
-    ours = FAMILY.video_to_patches(frames, settings_of(), VISION)
+    ours = FAMILY.video_to_patches(frames, settings_of())
     steps = math.ceil(count / 2)
     # A frame's rows among those of an image of it alone: the image fills both temporal places with itself.
-    alone = [FAMILY.images_to_patches([frame], settings_of(), VISION) for frame in frames]
+    alone = [FAMILY.images_to_patches([frame], settings_of()) for frame in frames]
     rows = np.stack([p.pixel_values.reshape(-1, 3, 2, 196)[:, :, 0] for p in alone])
     padded = np.concatenate((rows, rows[-1:])) if count % 2 else rows
     expected = padded.reshape(steps, 2, -1, 3, 196).transpose(0, 2, 3, 1, 4).reshape(-1, 1176)
@@ -191,15 +193,15 @@ def test_video_frames_pair_up_and_the_last_one_fills_its_pair(count):
 
 def test_a_still_video_equals_its_image():
     frame = noise(100, 60)
-    video = FAMILY.video_to_patches([frame, frame], settings_of(), VISION)
-    image = FAMILY.images_to_patches([frame], settings_of(), VISION)
+    video = FAMILY.video_to_patches([frame, frame], settings_of())
+    image = FAMILY.images_to_patches([frame], settings_of())
     np.testing.assert_array_equal(video.pixel_values, image.pixel_values)
     np.testing.assert_array_equal(video.grid_thw, image.grid_thw)
 
 
 def test_videos_have_pixel_bounds_of_their_own():
     frame = noise(200, 200)
-    small = FAMILY.video_to_patches([frame], settings_of(max_pixels=56 * 56), VISION)
+    small = FAMILY.video_to_patches([frame], settings_of(max_pixels=56 * 56))
     assert small.grid_thw.tolist() == [[1, 4, 4]]
 
 
@@ -215,15 +217,15 @@ def test_videos_have_pixel_bounds_of_their_own():
 def test_images_that_cannot_be_cut_are_refused(images, words):
     for method in (FAMILY.images_to_patches, FAMILY.video_to_patches):
         with pytest.raises(InvalidInput) as error:
-            method(images, settings_of(), VISION)
+            method(images, settings_of())
         assert all(word in str(error.value) for word in words), str(error.value)
 
 
 def test_frames_of_two_sizes_are_refused_by_number():
     with pytest.raises(InvalidInput, match=r"frame 1 is \[60, 50, 3\], expected \[50, 60, 3\]"):
-        FAMILY.video_to_patches([noise(50, 60), noise(60, 50)], settings_of(), VISION)
+        FAMILY.video_to_patches([noise(50, 60), noise(60, 50)], settings_of())
     with pytest.raises(InvalidInput, match="no frame"):
-        FAMILY.video_to_patches([], settings_of(), VISION)
+        FAMILY.video_to_patches([], settings_of())
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "PA"])
@@ -237,6 +239,6 @@ def test_every_mode_goes_through_as_in_transformers(mode):
         assert picture.mode == mode
     else:
         picture = picture.convert(mode)
-    ours = FAMILY.images_to_patches([load_image(picture)], settings_of(), VISION)
+    ours = FAMILY.images_to_patches([load_image(picture)], settings_of())
     features = Qwen2VLImageProcessorPil(**BOUNDS)(picture, return_tensors="np")
     np.testing.assert_array_equal(ours.pixel_values, features["pixel_values"])

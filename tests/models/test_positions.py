@@ -13,30 +13,29 @@ from transformers import Qwen2_5_VLModel
 import golden
 from hawk_trt.errors import InvalidInput
 from hawk_trt.models.qwen2_5_vl import Qwen25VL
+from vision_configs import QWEN2_5_VL
 
-FAMILY = Qwen25VL()
-VISION = {"spatial_merge_size": 2, "tokens_per_second": 2.0}
+FAMILY = Qwen25VL(QWEN2_5_VL)
 NO_GRID = np.empty((0, 3), np.int64)
 NO_SECONDS = np.empty(0, np.float32)
 
 
-def positions(kind, images=NO_GRID, videos=NO_GRID, seconds=NO_SECONDS, vision=VISION):
+def positions(kind, images=NO_GRID, videos=NO_GRID, seconds=NO_SECONDS, family=FAMILY):
     images, videos = np.array(images, np.int64), np.array(videos, np.int64)
-    return FAMILY.position_ids(np.array(kind, np.int8), images, videos, np.array(seconds, np.float32), vision)
+    return family.position_ids(np.array(kind, np.int8), images, videos, np.array(seconds, np.float32))
 
 
 @pytest.mark.parametrize("name", golden.CASES)
 def test_positions_equal_the_authors_model(name):
     case = golden.load_case(name)
-    vision = FAMILY.vision_config(json.loads((golden.MODEL / "config.json").read_text()))
+    family = Qwen25VL(FAMILY.read_config(json.loads((golden.MODEL / "config.json").read_text())).vision)
     real = case.inputs["attention_mask"][0] == 1
     videos = case.inputs.get("video_grid_thw", NO_GRID)
-    got = FAMILY.position_ids(
+    got = family.position_ids(
         case.mm_token_type_ids[0, real].astype(np.int8),
         case.inputs.get("image_grid_thw", NO_GRID),
         videos,
         case.inputs.get("second_per_grid_ts", np.ones(len(videos))).astype(np.float32),
-        vision,
     )
     np.testing.assert_array_equal(got, case.expected["position_ids"][:, 0, real])
 
@@ -134,5 +133,5 @@ def test_placeholders_that_do_not_fit_their_grids_are_an_error_that_names_the_it
 
 def test_tokens_per_item_divides_by_the_merge_block():
     grids = np.array([(1, 4, 6), (3, 2, 2)])
-    assert FAMILY.tokens_per_item(grids, VISION).tolist() == [6, 3]
-    assert FAMILY.tokens_per_item(NO_GRID, VISION).tolist() == []
+    assert QWEN2_5_VL.tokens_per_item(grids).tolist() == [6, 3]
+    assert QWEN2_5_VL.tokens_per_item(NO_GRID).tolist() == []

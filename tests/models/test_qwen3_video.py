@@ -10,15 +10,16 @@ from hawk_trt.bundle import Bundle, SpecialTokens
 from hawk_trt.errors import InvalidInput
 from hawk_trt.inputs.images import resize
 from hawk_trt.inputs.prompt import ChatTokenizer
-from hawk_trt.models.family import TokenRun, family_by_name
+from hawk_trt.models.family import TokenRun
 from hawk_trt.models.qwen3_video import frame_numbers, frame_size, video_text
+from hawk_trt.models.registry import family_by_name
 from random_models import IM_END, IMAGE, VIDEO, VISION_END, VISION_START
+from vision_configs import QWEN3_VL
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-FAMILY = family_by_name("qwen3_vl")
-VISION = {"in_channels": 3, "patch_size": 16, "temporal_patch_size": 2, "spatial_merge_size": 2}
+FAMILY = family_by_name("qwen3_vl")(QWEN3_VL)
 PREPROCESSOR = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
 
 
@@ -45,16 +46,16 @@ def test_frames_are_resized_as_transformers_does(frames, size, bounds):
 
 
 def test_a_video_of_frames_is_cut_by_the_volume_of_all_of_them():
-    settings = FAMILY.image_settings(PREPROCESSOR | {"size": {"longest_edge": 98304, "shortest_edge": 4096}}, VISION)
+    settings = FAMILY.image_settings(PREPROCESSOR | {"size": {"longest_edge": 98304, "shortest_edge": 4096}})
     frames = np.random.default_rng(0).integers(0, 256, (7, 160, 224, 3), dtype=np.uint8)
-    patches = FAMILY.video_to_patches(list(frames), settings, VISION)
+    patches = FAMILY.video_to_patches(list(frames), settings)
     tall, wide = their_video_processor().smart_resize(7, 160, 224, 2, 32, 4096, 98304)
     assert patches.grid_thw.tolist() == [[4, tall // 16, wide // 16]]
     last = resize(frames[6], tall, wide, settings.resample)  # of an odd number, so it is shown twice
-    image = FAMILY.images_to_patches([last], settings, VISION)
+    image = FAMILY.images_to_patches([last], settings)
     np.testing.assert_array_equal(patches.pixel_values[-len(image.pixel_values) :], image.pixel_values)
     with pytest.raises(InvalidInput, match="1 to 200"):
-        FAMILY.video_to_patches([np.zeros((40, 9000, 3), np.uint8)], settings, VISION)
+        FAMILY.video_to_patches([np.zeros((40, 9000, 3), np.uint8)], settings)
 
 
 @pytest.mark.parametrize("frames", [1, 2, 5, 6])

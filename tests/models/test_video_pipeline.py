@@ -18,10 +18,10 @@ from hawk_trt.errors import InvalidInput
 from hawk_trt.inputs.streamed_rows import StreamedRows, joined_rows
 from hawk_trt.models import qwen_video
 from hawk_trt.models.qwen2_5_vl import Qwen25VL
+from vision_configs import QWEN2_5_VL
 
 QUESTION = "What is red?"
-FAMILY = Qwen25VL()
-VISION = {"in_channels": 3, "patch_size": 14, "temporal_patch_size": 2, "spatial_merge_size": 2}
+FAMILY = Qwen25VL(QWEN2_5_VL)
 TOKEN = 28 * 28
 
 # Answers about a clip in a process of its own and prints its peak memory, which is not the test's own.
@@ -115,7 +115,7 @@ def test_frames_are_sampled_as_asked_and_time_advances_with_them(pipe, clip):
         assert inputs.video_grid_thw[0, 0] == steps
         assert inputs.second_per_grid_ts.tolist() == pytest.approx([seconds])
         times = pipe.layout(inputs).position_ids[0][inputs.input_ids == pipe.bundle.manifest.special_tokens.video]
-        rate = pipe.bundle.manifest.vision["tokens_per_second"]
+        rate = pipe.bundle.manifest.vision.tokens_per_second
         assert (np.unique(times) - times[0]).tolist() == [math.floor(step * seconds * rate) for step in range(steps)]
 
 
@@ -144,7 +144,7 @@ def test_a_most_of_frames_that_is_no_number_of_frames_is_refused(pipe, clip, val
 
 def settings(**changes):
     bounds = {"min_pixels": 3136, "max_pixels": 768 * TOKEN} | changes
-    return FAMILY.image_settings(bounds, VISION)
+    return FAMILY.image_settings(bounds)
 
 
 def test_frames_of_a_long_video_share_the_context_as_in_qwens_processor():
@@ -152,14 +152,14 @@ def test_frames_of_a_long_video_share_the_context_as_in_qwens_processor():
 
     def tokens(frames, context=128_000):
         bounded = replace(settings(), max_video_tokens=context)
-        return qwen_video.max_frame_pixels(frames, bounded, VISION) / TOKEN
+        return qwen_video.max_frame_pixels(frames, bounded, QWEN2_5_VL) / TOKEN
 
     assert tokens(4) == tokens(300) == 768  # a frame's own bound
     assert tokens(480) == 480  # 115,200 tokens over 240 temporal patches
     assert tokens(768) == 300
     assert tokens(768, context=32_768) == pytest.approx(76.8, abs=0.01)
     assert tokens(10**9) == pytest.approx(4.2, abs=0.01)  # at least 1.05 times the least area
-    assert qwen_video.max_frame_pixels(768, settings(), VISION) == 768 * TOKEN
+    assert qwen_video.max_frame_pixels(768, settings(), QWEN2_5_VL) == 768 * TOKEN
 
 
 def test_a_checkpoint_without_bounds_for_videos_gets_qwens_own(tiny_checkpoint, tmp_path):

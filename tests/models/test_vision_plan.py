@@ -1,5 +1,6 @@
 """The vision host plan: a plain evaluation of it against transformers' vision tower."""
 
+import msgspec
 import numpy as np
 import onnxruntime
 import pytest
@@ -12,23 +13,24 @@ from hawk_trt.errors import InvalidInput
 from hawk_trt.models.family import Patches
 from hawk_trt.models.qwen2_5_vl import Qwen25VL
 from hawk_trt.models.qwen_windows import window_plan
+from hawk_trt.models.vision_config import Qwen25Vision
 
-FAMILY = Qwen25VL()
-VISION = {
-    "depth": 3,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_heads": 2,
-    "in_channels": 3,
-    "patch_size": 4,
-    "temporal_patch_size": 2,
-    "spatial_merge_size": 2,
-    "window_size": 32,  # 4 x 4 merge blocks
-    "out_hidden_size": 24,
-    "fullatt_block_indexes": [1],
-    "tokens_per_second": 2.0,
-    "rope_theta": 10000.0,
-}
+VISION = Qwen25Vision(
+    depth=3,
+    hidden_size=32,
+    intermediate_size=48,
+    num_heads=2,
+    in_channels=3,
+    patch_size=4,
+    temporal_patch_size=2,
+    spatial_merge_size=2,
+    window_size=32,  # 4 x 4 merge blocks
+    out_hidden_size=24,
+    fullatt_block_indexes=(1,),
+    tokens_per_second=2.0,
+    rope_theta=10000.0,
+)
+FAMILY = Qwen25VL(VISION)
 PATCH_DIM = 3 * 2 * 4 * 4
 GRIDS = [
     [(1, 8, 8)],  # one whole window
@@ -51,7 +53,8 @@ def random_patches(grid, seed=0):
 @pytest.fixture(scope="module")
 def tower():
     torch.manual_seed(0)
-    sizes = {key: value for key, value in VISION.items() if key not in ("tokens_per_second", "rope_theta")}
+    sizes = msgspec.structs.asdict(VISION)
+    del sizes["tokens_per_second"], sizes["rope_theta"]
     config = Qwen2_5_VLVisionConfig(**sizes)
     config._attn_implementation = "eager"
     return Qwen2_5_VisionTransformerPretrainedModel(config).eval()
@@ -63,8 +66,8 @@ def evaluate(tower, feeds):
     feed = {name: torch.from_numpy(np.array(array)) for name, array in feeds.items()}
     pixels = feed["pixel_values"]
     frames, num_patches, _ = pixels.shape
-    heads, head_dim = VISION["num_heads"], VISION["hidden_size"] // VISION["num_heads"]
-    inv_freq = 1.0 / VISION["rope_theta"] ** (torch.arange(0, head_dim // 2, 2) / (head_dim // 2))
+    heads, head_dim = VISION.num_heads, VISION.hidden_size // VISION.num_heads
+    inv_freq = 1.0 / VISION.rope_theta ** (torch.arange(0, head_dim // 2, 2) / (head_dim // 2))
     angles = (feed["patch_positions"][..., None] * inv_freq).flatten(1).repeat(1, 2)
 
     def rotate(x):  # [frames, num_patches, heads, head_dim]
@@ -81,7 +84,7 @@ def evaluate(tower, feeds):
     for number, block in enumerate(tower.blocks):
         q, k, v = block.attn.qkv(block.norm1(x)).reshape(frames, num_patches, 3, heads, head_dim).unbind(2)
         q, k = rotate(q), rotate(k)
-        if number in VISION["fullatt_block_indexes"]:
+        if number in VISION.fullatt_block_indexes:
             out = attend(q, k, v, torch.ones(1, num_patches, dtype=torch.bool))
         else:
             batch = [
@@ -91,14 +94,14 @@ def evaluate(tower, feeds):
             out = out.reshape(frames, windows * length, heads, head_dim)[:, feed["window_slot"]]
         x = x + block.attn.proj(out.reshape(frames, num_patches, -1))
         x = x + block.mlp(block.norm2(x))
-    return tower.merger(x).reshape(frames, -1, VISION["out_hidden_size"])[:, feed["merge_order"]].flatten(0, 1)
+    return tower.merger(x).reshape(frames, -1, VISION.out_hidden_size)[:, feed["merge_order"]].flatten(0, 1)
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 @pytest.mark.parametrize("max_patches", [1, 100, 100_000])
 def test_the_plan_alone_reproduces_the_vision_tower_of_transformers(tower, grid, max_patches):
     patches = random_patches(grid)
-    parts = [evaluate(tower, feeds) for feeds in FAMILY.vision_feeds(patches, VISION, max_patches)]
+    parts = [evaluate(tower, feeds) for feeds in FAMILY.vision_feeds(patches, max_patches)]
     with torch.no_grad():
         theirs = tower(torch.from_numpy(patches.pixel_values), torch.tensor(grid)).pooler_output
     torch.testing.assert_close(torch.cat(parts), theirs, rtol=0, atol=2e-6)  # 5e-7 measured
@@ -128,8 +131,8 @@ def test_a_patch_finds_its_way_into_its_window_and_back(high, wide):
 
 
 def test_feeds_have_the_names_dtypes_and_shapes_of_the_spec():
-    spec = FAMILY.vision_spec(VISION, VISION["out_hidden_size"])
-    for feeds in FAMILY.vision_feeds(random_patches(GRIDS[6]), VISION, 10_000):
+    spec = FAMILY.vision_spec()
+    for feeds in FAMILY.vision_feeds(random_patches(GRIDS[6]), 10_000):
         assert list(feeds) == [tensor.name for tensor in spec.inputs]
         sizes: dict[str, int] = {}
         for tensor in spec.inputs:
@@ -143,7 +146,7 @@ def test_feeds_have_the_names_dtypes_and_shapes_of_the_spec():
 
 def test_frames_of_one_size_share_a_call_up_to_the_bound():
     def calls(grid, max_patches):
-        return [f["pixel_values"].shape[:2] for f in FAMILY.vision_feeds(random_patches(grid), VISION, max_patches)]
+        return [f["pixel_values"].shape[:2] for f in FAMILY.vision_feeds(random_patches(grid), max_patches)]
 
     assert calls([(1, 8, 8), (3, 8, 8), (1, 4, 4)], 1000) == [(4, 64), (1, 16)]
     assert calls([(1, 8, 8), (3, 8, 8), (1, 4, 4)], 192) == [(3, 64), (1, 64), (1, 16)]
@@ -155,19 +158,19 @@ def test_frames_of_one_size_share_a_call_up_to_the_bound():
 def test_a_frame_alone_gives_the_rows_that_it_gives_in_company():
     grid = [(2, 10, 14)]
     patches = random_patches(grid)
-    together = next(FAMILY.vision_feeds(patches, VISION, 10_000))["pixel_values"]
-    apart = [feeds["pixel_values"] for feeds in FAMILY.vision_feeds(patches, VISION, 1)]
+    together = next(FAMILY.vision_feeds(patches, 10_000))["pixel_values"]
+    apart = [feeds["pixel_values"] for feeds in FAMILY.vision_feeds(patches, 1)]
     np.testing.assert_array_equal(together, np.concatenate(apart))
 
 
 def test_half_precision_pixels_are_taken_as_float32():
     patches = random_patches([(1, 4, 4)])
     half = Patches(patches.pixel_values.astype(np.float16), patches.grid_thw)
-    assert next(FAMILY.vision_feeds(half, VISION, 100))["pixel_values"].dtype == np.float32
+    assert next(FAMILY.vision_feeds(half, 100))["pixel_values"].dtype == np.float32
 
 
 def test_shared_plans_cannot_be_changed_by_a_caller():
-    feeds = next(FAMILY.vision_feeds(random_patches([(1, 4, 4)]), VISION, 100))
+    feeds = next(FAMILY.vision_feeds(random_patches([(1, 4, 4)]), 100))
     with pytest.raises(ValueError, match="read-only"):
         feeds["window_index"][0, 0] = 1
     onnxruntime.OrtValue.ortvalue_from_numpy(feeds["window_index"])  # read-only arrays feed a session all the same
@@ -187,5 +190,5 @@ def test_shared_plans_cannot_be_changed_by_a_caller():
 )
 def test_pixels_that_do_not_fit_their_grid_are_refused_before_any_call(pixels, grid, words):
     with pytest.raises(InvalidInput) as error:
-        FAMILY.vision_feeds(Patches(pixels, np.array(grid, np.int64)), VISION, 100)
+        FAMILY.vision_feeds(Patches(pixels, np.array(grid, np.int64)), 100)
     assert all(word in str(error.value) for word in words), str(error.value)

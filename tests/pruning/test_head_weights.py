@@ -9,7 +9,7 @@ from checkpoints import make_checkpoint, make_sparse_checkpoint, write_json
 from export.__main__ import main
 from export.head_weights import default_head_weights
 from hawk_trt.bundle import HeadWeights, read_manifest
-from hawk_trt.models.family import family_of
+from hawk_trt.models.registry import family_of
 
 
 @pytest.fixture(scope="module")
@@ -21,13 +21,13 @@ def test_the_released_head_weights_belong_to_the_7b_alone(tmp_path, repository):
     folder = make_sparse_checkpoint(tmp_path / "model")
     parsed = json.loads((folder / "config.json").read_text())
     family = family_of(parsed)
-    weights = default_head_weights(family.name, family.language_config(parsed))
+    weights = default_head_weights(family.name, family.read_config(parsed).language)
     raw = json.loads((repository / "hawk_trt/data/head_weights/qwen2.5-vl-7b.json").read_text())["raw"]
     assert len(weights.values) == 28
     assert "HAWK" in weights.source
     np.testing.assert_allclose(weights.values, np.array(raw) / 1.2616, rtol=1e-12)
     np.testing.assert_allclose(sum(weights.values), 1.0, rtol=1e-12)
-    smaller = family.language_config(parsed | {"num_hidden_layers": 27})
+    smaller = family.read_config(parsed | {"num_hidden_layers": 27}).language
     assert default_head_weights(family.name, smaller).values == (1 / 28,) * 28
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from hawk_trt.bundle import SCHEMA_VERSION, Bundle, HeadWeights, Manifest, Source, TableEntry
 from hawk_trt.errors import CheckpointError
 from hawk_trt.inputs.sidecars import CONFIG, GENERATION_CONFIG, added_tokens, read_json, read_sidecars
-from hawk_trt.models.family import family_of
+from hawk_trt.models.registry import family_of
 from hawk_trt.request import PruningConfig
 
 # Of each tensor, from its start and from its end: training changes every part of a tensor that it changes.
@@ -51,27 +51,26 @@ def open_checkpoint(folder: Path, hub_id: str | None = None) -> CheckpointBundle
     config = read_json(folder / CONFIG)
     generation = read_json(folder / GENERATION_CONFIG) if (folder / GENERATION_CONFIG).is_file() else {}
     family = family_of(config)
-    language = family.language_config(config)
-    contents = read_sidecars(folder, family.chat_template(config))
+    model = family.read_config(config, generation, added_tokens(folder))
+    contents = read_sidecars(folder, model.chat_template)
     if "tokenizer.json" not in contents:
         raise CheckpointError(
             f"{folder}: no tokenizer.json there, so it cannot answer questions. If it has vocab.json, write one with "
             "transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
         )
     architecture = (config.get("architectures") or [str(config.get("model_type"))])[0]
-    heads = language.num_attention_heads
+    heads = model.language.num_attention_heads
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
-        family=family.name,
         source=Source(hub_id or folder.resolve().name, architecture, _fingerprint(folder, contents)),
         dtype="float32",
         normalization="l2",
         profiles=(),
-        language=language,
-        vision=family.vision_config(config),
+        language=model.language,
+        vision=model.vision,
         graphs=(),
         embeddings=TableEntry("", 0, "float32", (0, 0)),
-        special_tokens=family.special_tokens(config, generation, added_tokens(folder)),
+        special_tokens=model.special_tokens,
         keep_ratio=PruningConfig().keep_ratio,
         head_weights=HeadWeights((1.0 / heads,) * heads, "uniform"),
         files={},

@@ -145,18 +145,14 @@ def _noise_prompt(args: argparse.Namespace, pipe: "Pipeline", side: int) -> Benc
 def _tensors(pipe: "Pipeline", rng: np.random.Generator, side: int, text_tokens: int) -> ModelInputs:
     manifest = pipe.bundle.manifest
     vision, special = manifest.vision, manifest.special_tokens
-    if not {"patch_size", "spatial_merge_size", "temporal_patch_size", "in_channels"} <= set(vision):
-        raise InvalidInput(f"bench: {manifest.family} needs a tokenizer and a preprocessor config in its bundle")
-    cell = vision["patch_size"] * vision["spatial_merge_size"]
-    rows = max(side // cell, 1) * vision["spatial_merge_size"]
-    patch_dim = vision["in_channels"] * vision["temporal_patch_size"] * vision["patch_size"] ** 2
+    rows = max(side // vision.token_side, 1) * vision.spatial_merge_size
     text = rng.integers(0, min(special.image or 100, 100), text_tokens)
     around = [token for token in (special.vision_start,) if token is not None]
-    image = [special.image] * ((rows // vision["spatial_merge_size"]) ** 2)
+    image = [special.image] * ((rows // vision.spatial_merge_size) ** 2)
     ids = [*text[:4], *around, *image, *([special.vision_end] if special.vision_end is not None else []), *text[4:]]
     return ModelInputs(
         input_ids=np.array(ids, np.int64),
-        pixel_values=rng.standard_normal((rows * rows, patch_dim), dtype=np.float32),
+        pixel_values=rng.standard_normal((rows * rows, vision.patch_dim), dtype=np.float32),
         image_grid_thw=np.array([[1, rows, rows]]),
     )
 

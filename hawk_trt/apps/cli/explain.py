@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
         note(f"keep ratio {pruning.keep_ratio:g}")
         result = pipe.generate(inputs, pruning=pruning, max_new_tokens=args.max_new_tokens)
         results.append((pruning.keep_ratio, result))
-    merge = int(pipe.bundle.manifest.vision["spatial_merge_size"])
+    merge = pipe.bundle.manifest.vision.spatial_merge_size
     explained = explain(text, pipe.layout(inputs), results, merge, args.selector)
     if args.json:
         print_json(explained, {"picture": str(args.out)})

@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
         inputs = pipe.prepare(
             prompt, images=args.image, videos=args.video, min_pixels=args.min_pixels, max_pixels=args.max_pixels
         )
-        merge = int(pipe.bundle.manifest.vision["spatial_merge_size"])
+        merge = pipe.bundle.manifest.vision.spatial_merge_size
         explained = explain(text, pipe.layout(inputs), [(pruning.keep_ratio, result)], merge, args.selector)
         draw(picture, explained, args, pipe)
     _summarise(args, result)

@@ -60,16 +60,15 @@ def load_frames(
     Raises:
         InvalidInput: one of them cannot be read.
     """
-    vision = pipe.bundle.manifest.vision
     items = iter(explanation.items)
     frames: list[list[Image.Image]] = []
     for image in images:
         item = next(items)
-        parts = pipe.family.image_parts(load_image(image), item.grid[0], vision)
+        parts = pipe.family.image_parts(load_image(image), item.grid[0])
         frames.append([Image.fromarray(parts[step]) for step in shown_steps(item)])
     for source in videos:
         video = load_video(source, fps, max_frames, pipe.family.frame_numbers).frames
-        numbers = list(range(0, len(video), int(vision["temporal_patch_size"])))
+        numbers = list(range(0, len(video), pipe.family.vision.temporal_patch_size))
         while numbers:  # one item for the video, or one for each of its frames
             item = next(items)
             frames.append([Image.fromarray(video[numbers[step]]) for step in shown_steps(item)])

@@ -7,6 +7,7 @@ import numpy as np
 
 from hawk_trt.apps.serve.prompt import Prepared
 from hawk_trt.models.internvl_tiles import tile_grid
+from hawk_trt.models.vision_config import InternVLVision
 from hawk_trt.request import Result, Timings
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def details_of(pipe: "Pipeline", prepared: Prepared, result: Result) -> dict[str
     layout = pipe.layout(replace(prepared.job.inputs, pixel_values=None))  # the places alone are read
     visual = layout.visual_rows >= 0
     items, is_kept = layout.items[visual], np.isin(layout.source_index[visual], result.kept_indices)
-    merge = int(pipe.bundle.manifest.vision["spatial_merge_size"])
+    merge = pipe.family.vision.spatial_merge_size
     for number, ((frames, rows, columns), (width, height)) in enumerate(
         zip(layout.image_grid_thw, prepared.sizes, strict=True)
     ):
@@ -51,8 +52,8 @@ def details_of(pipe: "Pipeline", prepared: Prepared, result: Result) -> dict[str
 
 
 def _tiles(pipe: "Pipeline", count: int, width: int, height: int) -> list[int] | None:
-    if count == 1:
+    vision = pipe.family.vision
+    if count == 1 or not isinstance(vision, InternVLVision):
         return None
-    vision = pipe.bundle.manifest.vision
-    count -= bool(vision["use_thumbnail"])
-    return list(tile_grid(height, width, vision["image_size"], count, count))
+    count -= vision.use_thumbnail
+    return list(tile_grid(height, width, vision.image_size, count, count))

@@ -12,6 +12,7 @@ from hawk_trt.errors import InvalidInput
 from hawk_trt.inputs.layout import prompt_layout
 from hawk_trt.models.qwen2_vl import Qwen2VL
 from hawk_trt.request import ModelInputs, Result
+from vision_configs import QWEN2_5_VL
 
 IMAGE, VIDEO, TEXT = 7, 8, 1
 TOKENS = SpecialTokens(
@@ -22,8 +23,7 @@ TOKENS = SpecialTokens(
 def layout_of(input_ids, **inputs):
     return prompt_layout(
         ModelInputs(input_ids=np.array(input_ids), **inputs),
-        Qwen2VL(),
-        {"spatial_merge_size": 2},
+        Qwen2VL(QWEN2_5_VL),
         TOKENS,
         "paper",
         None,
