@@ -18,7 +18,7 @@ EXTRAS: dict[str, dict[str, str]] = {
     "serve": {
         "anyio": "4.4",
         "fastapi": "0.118",
-        "h11": "0.14",
+        "httpcore": "1.0.5",
         "prometheus-client": "0.21",
         "pydantic": "2.9",
         "starlette": "0.40",

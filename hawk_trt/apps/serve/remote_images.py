@@ -8,36 +8,19 @@ import asyncio
 import ipaddress
 import socket
 import ssl
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from urllib.parse import urljoin, urlsplit
 
-import h11
+import anyio
+import httpcore
 
 from hawk_trt.apps.serve.errors import ApiError, invalid
 
 _PORTS = {"http": 80, "https": 443}
 _MAX_REDIRECTS = 3
-_MAX_HEADER_BYTES = 16_384
-_CHUNK_BYTES = 65_536
+_HEADERS = [("User-Agent", "hawk-trt"), ("Accept", "image/*"), ("Accept-Encoding", "identity")]
 # Addresses that carry another one, which routers on the way may take out: translated IPv4, tunnels.
 _CARRIERS = tuple(ipaddress.ip_network(net) for net in ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/32"))
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """One address to fetch: its parts, checked against the allowed hosts."""
-
-    scheme: str
-    host: str
-    port: int
-    path: str
-
-    @property
-    def authority(self) -> str:
-        """For the Host header."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return host if self.port == _PORTS[self.scheme] else f"{host}:{self.port}"
 
 
 class RemoteImages:
@@ -47,6 +30,7 @@ class RemoteImages:
         self._hosts = tuple(host.lower().rstrip(".") for host in hosts)
         self._max_bytes = max_bytes
         self._timeout_s = timeout_s
+        self._tls = ssl.create_default_context() if hosts else None  # reading the authorities takes its time
 
     async def fetch(self, url: str, where: str) -> bytes:
         """The bytes at an address.
@@ -59,32 +43,26 @@ class RemoteImages:
             ApiError: a host that is not allowed, an address that is not public, or an answer that is no success, too
                 large or too late.
         """
+        network = _PublicNetwork()
         try:
-            return await asyncio.wait_for(self._follow(url, where), self._timeout_s)
-        except asyncio.TimeoutError:
+            with anyio.fail_after(self._timeout_s):
+                async with httpcore.AsyncConnectionPool(self._tls, network_backend=network) as pool:
+                    for _ in range(_MAX_REDIRECTS + 1):
+                        content = await self._get(pool, self._checked(url, where), where)
+                        if isinstance(content, bytes):
+                            return content
+                        url = urljoin(url, content)
+            raise invalid(f"{where}: more than {_MAX_REDIRECTS} redirects", where, "image_fetch")
+        except _NotPublicError:
+            raise invalid(f"{where}: the host has no public address", where, "image_host") from None
+        except TimeoutError:
             raise invalid(f"{where}: not fetched within {self._timeout_s:g} seconds", where, "image_fetch") from None
-        except (OSError, h11.RemoteProtocolError) as error:
+        except (OSError, httpcore.NetworkError, httpcore.ProtocolError) as error:
             kind = type(error).__name__  # the error itself tells of the network behind the server
             raise invalid(f"{where}: cannot be fetched ({kind})", where, "image_fetch") from error
 
-    async def _follow(self, url: str, where: str) -> bytes:
-        for _ in range(_MAX_REDIRECTS + 1):
-            target = self.target(url, where)
-            addresses = await resolve(target.host, target.port)
-            if not addresses or not all(is_public(address) for address in addresses):
-                raise invalid(f"{where}: the host has no public address", where, "image_host")
-            content = await self._get(target, addresses[0], where)
-            if isinstance(content, bytes):
-                return content
-            url = urljoin(url, content)
-        raise invalid(f"{where}: more than {_MAX_REDIRECTS} redirects", where, "image_fetch")
-
-    def target(self, url: str, where: str) -> Target:
-        """The parts of an address whose host is allowed.
-
-        Raises:
-            ApiError: another scheme or host, or no address at all.
-        """
+    def _checked(self, url: str, where: str) -> httpcore.URL:
+        """The parts of an address whose host is allowed."""
         try:
             parts = urlsplit(url)
             host = (parts.hostname or "").rstrip(".").encode("idna").decode("ascii").lower()
@@ -96,59 +74,52 @@ class RemoteImages:
         names = {host} if port == _PORTS[parts.scheme] else {f"{host}:{port}"}
         names |= {"*" + name[place:] for name in names for place, char in enumerate(name) if char == "."}
         if not names & set(self._hosts):
-            raise invalid(
-                f"{where}: this server fetches no images from {host[:80]}; send the image as a data URL",
-                where,
-                "image_host",
-            )
+            message = f"{where}: this server fetches no images from {host[:80]}; send the image as a data URL"
+            raise invalid(message, where, "image_host")
         path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         if not path.isascii() or any(char <= " " or char == "\x7f" for char in path):
             raise invalid(f"{where}: expected a percent-encoded address", where, "image_host")
-        return Target(parts.scheme, host, port, path)
+        return httpcore.URL(scheme=parts.scheme, host=host, port=port, target=path)
 
-    async def _get(self, target: Target, address: str, where: str) -> bytes | str:
-        """The content of a target, or where it has moved to."""
-        tls = ssl.create_default_context() if target.scheme == "https" else None
-        reader, writer = await asyncio.open_connection(
-            address, target.port, ssl=tls, server_hostname=None if tls is None else target.host
-        )
-        try:
-            conn = h11.Connection(h11.CLIENT, max_incomplete_event_size=_MAX_HEADER_BYTES)
-            headers = {
-                "Host": target.authority,
-                "User-Agent": "hawk-trt",
-                "Accept": "image/*",
-                "Accept-Encoding": "identity",
-                "Connection": "close",
-            }
-            writer.write(conn.send(h11.Request(method="GET", target=target.path, headers=list(headers.items()))) or b"")
-            writer.write(conn.send(h11.EndOfMessage()) or b"")
-            await writer.drain()
-            return await self._read(conn, reader, where)
-        finally:
-            writer.close()
-
-    async def _read(self, conn: h11.Connection, reader: asyncio.StreamReader, where: str) -> bytes | str:
+    async def _get(self, pool: httpcore.AsyncConnectionPool, url: httpcore.URL, where: str) -> bytes | str:
+        """The content at an address, or where it has moved to."""
         content = bytearray()
-        while True:
-            event = conn.next_event()
-            if event is h11.NEED_DATA:
-                conn.receive_data(await reader.read(_CHUNK_BYTES))
-            elif isinstance(event, h11.Response):
-                moved = _location(event)
-                if moved is not None:
-                    return moved
-                if event.status_code != 200:
-                    raise invalid(f"{where}: its host answered {event.status_code}", where, "image_fetch")
-            elif isinstance(event, h11.Data):
-                content += event.data
+        async with pool.stream("GET", url, headers=_HEADERS) as response:
+            moved = next((value for name, value in response.headers if name.lower() == b"location"), None)
+            if moved is not None and response.status in (301, 302, 303, 307, 308):
+                return moved.decode("latin-1")
+            if response.status != 200:
+                raise invalid(f"{where}: its host answered {response.status}", where, "image_fetch")
+            async for part in response.aiter_stream():
+                content += part
                 if len(content) > self._max_bytes:
                     message = f"{where}: more than {self._max_bytes:,} bytes"
                     raise ApiError(413, message, param=where, code="image_too_large")
-            elif isinstance(event, h11.EndOfMessage):
-                return bytes(content)
-            elif isinstance(event, h11.ConnectionClosed):
-                raise ConnectionError
+        return bytes(content)
+
+
+class _NotPublicError(Exception):
+    """A host that has no address, or one that is not of the internet."""
+
+
+class _PublicNetwork(httpcore.AsyncNetworkBackend):
+    """Connects to a host only where all its addresses are public, and then to one of those that were checked."""
+
+    def __init__(self) -> None:
+        self._network = httpcore.AnyIOBackend()
+
+    async def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,
+        local_address: str | None = None,
+        socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
+    ) -> httpcore.AsyncNetworkStream:
+        addresses = await resolve(host, port)
+        if not addresses or not all(is_public(address) for address in addresses):
+            raise _NotPublicError
+        return await self._network.connect_tcp(addresses[0], port, timeout, local_address, socket_options)
 
 
 async def resolve(host: str, port: int) -> list[str]:
@@ -170,10 +141,3 @@ def is_public(address: str) -> bool:
         elif any(ip in net for net in _CARRIERS):
             return False
     return ip.is_global and not ip.is_multicast
-
-
-def _location(response: h11.Response) -> str | None:
-    """Where a redirect leads."""
-    if response.status_code not in (301, 302, 303, 307, 308):
-        return None
-    return next((value.decode("latin-1") for name, value in response.headers if name == b"location"), None)
