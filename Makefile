@@ -19,7 +19,7 @@ TENSORRT_ROOT ?=
 MODEL ?= examples/tiny-vlm
 OUT ?= artifacts/$(notdir $(MODEL:%/=%))
 DTYPE ?= float32
-PROFILE ?=
+TARGET ?=
 KEEP_RATIO ?= 0.2
 IMAGE ?= examples/tiny-vlm/samples/0-colour.png
 PROMPT ?= What colour is the heart?
@@ -65,8 +65,8 @@ tests: $(FULL)
 tests-slow: $(FULL) ## The larger samples of the tests, minutes on a laptop
 	$(BIN)/pytest -q -ra -m slow
 
-export: $(READY) ## Checkpoint to ONNX bundle: MODEL=path-or-hub-id OUT=folder DTYPE=float16 PROFILE=portable (else both)
-	$(BIN)/python -m export $(MODEL) --out $(OUT) --dtype $(DTYPE) $(PROFILE:%=--profile %)
+export: $(READY) ## Checkpoint to ONNX bundle: MODEL=path-or-hub-id OUT=folder DTYPE=float16 TARGET=cpu (else all)
+	$(BIN)/python -m export $(MODEL) --out $(OUT) --dtype $(DTYPE) $(TARGET:%=--target %)
 
 parity: $(FULL) export ## Compare the bundle with PyTorch, stage by stage: MODEL=path OUT=folder
 	$(BIN)/hawk-trt parity $(OUT) --checkpoint $(MODEL)
@@ -106,7 +106,7 @@ bench: $(READY) $(if $(SHAPE),bench-shape,export) ## Time and memory by stage: M
 
 bench-shape: $(READY)
 	$(BIN)/python -m export --shape $(SHAPE) $(LAYERS:%=--layers %) $(VISION_LAYERS:%=--vision-layers %) \
-	  --out artifacts/$(SHAPE)-random --dtype $(DTYPE) $(PROFILE:%=--profile %)
+	  --out artifacts/$(SHAPE)-random --dtype $(DTYPE) $(TARGET:%=--target %)
 
 bench-memory: $(READY) export ## Memory over 1,000 answers of the tiny model: two minutes
 	$(BIN)/python -m benchmarks.memory_growth $(OUT) $(FLAGS)

@@ -30,12 +30,12 @@ def main() -> int:
     parser.add_argument("bundle", type=Path, help="exported bundle")
     parser.add_argument("--image-size", type=int, default=448, help="height and width of the noise (default: 448)")
     parser.add_argument("--rounds", type=int, default=7, help="default: %(default)s")
-    parser.add_argument("--profile", help="default: the best there is")
+    parser.add_argument("--target", help="default: the best there is")
     parser.add_argument("--cpu-seconds", action="store_true", help="the process's CPU time instead of the clock's")
     args = parser.parse_args()
     if args.cpu_seconds:
         time.perf_counter = time.process_time  # the pipeline's clock too
-    with Pipeline.load(args.bundle, profile=args.profile, vision_cache_mb=0) as pipe:
+    with Pipeline.load(args.bundle, target=args.target, vision_cache_mb=0) as pipe:
         size = args.image_size
         inputs: ModelInputs = random_inputs(pipe.bundle.manifest, np.random.default_rng(0), [(size, size)], 0)
 
@@ -56,7 +56,7 @@ def main() -> int:
                     checked[place].append(total)
         model = TimeModel(prompt_size(pipe, ask(PruningConfig(keep_ratio=1.0), 1)), [medians(runs) for runs in fitted])
         print(
-            f"{args.bundle}: {pipe.backend.profile}, {model.size.num_text} text, {model.size.num_visual} visual tokens"
+            f"{args.bundle}: {pipe.backend.target}, {model.size.num_text} text, {model.size.num_visual} visual tokens"
         )
     print("keep ratio  new tokens  predicted, ms  measured, ms   error")
     errors = []

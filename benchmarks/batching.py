@@ -152,7 +152,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path, nargs="?", help="(default: the 3B's width, random weights)")
     parser.add_argument("--out", type=Path, default=Path("artifacts/batching"), help="(default: %(default)s)")
-    parser.add_argument("--profile", help="(default: the best that runs)")
+    parser.add_argument("--target", help="(default: the best that runs)")
     parser.add_argument("--threads", type=int, default=2, help="of each stage (default: %(default)s)")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 4, 8, 32], help="clients")
     parser.add_argument("--max-batch", type=int, nargs="+", default=[1, 4, 8, 16, 32], help="rows a step")
@@ -165,9 +165,9 @@ def main() -> int:
     folder = args.bundle
     if folder is None:
         _, folder = make_model(args.out, cut_config("qwen2.5-vl-3b", 4, vision_layers=2))
-    with Pipeline.load(folder, profile=args.profile, threads=args.threads, vision_cache_mb=0) as pipe:
+    with Pipeline.load(folder, target=args.target, threads=args.threads, vision_cache_mb=0) as pipe:
         measure(answer_one_by_one(pipe), make_jobs(pipe, args, 1.0)[:2], 1, {})  # warm
-        print(f"{folder}, {pipe.backend.profile}, {args.threads} threads, {load()}\n")
+        print(f"{folder}, {pipe.backend.target}, {args.threads} threads, {load()}\n")
         print(
             "| kept | clients | how | answers/s | gain | median wait, ms | 95 %, ms | processor, ms an answer | gain |"
         )

@@ -19,7 +19,7 @@ from export.checkpoint import Checkpoint
 from export.graphs import build_graphs
 from export.weights import WeightStore
 from hawk_trt.models.registry import family_of
-from hawk_trt.stages import PROFILES
+from hawk_trt.stages import TARGETS
 from tests.checkpoints import make_sparse_checkpoint
 
 MAX_PEAK_RSS_GB = 4.0
@@ -53,14 +53,14 @@ def measure(command: list[str]) -> Run:
     return Run(seconds, synced_seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 / 1e9)
 
 
-def graph_seconds(checkpoint: Path, profile: str) -> float:
-    """Time to open the checkpoint and to build the graphs of a profile."""
+def graph_seconds(checkpoint: Path, target: str) -> float:
+    """Time to open the checkpoint and to build the graphs of a target."""
     start = time.perf_counter()
     opened = Checkpoint.open(checkpoint)
     family = family_of(opened.config)
     model = family.read_config(opened.config)
     weights = WeightStore(opened, "float16")
-    build_graphs(family(model.vision), model.language, weights, "float16", profile, "l2")
+    build_graphs(family(model.vision), model.language, weights, "float16", target, "l2")
     return time.perf_counter() - start
 
 
@@ -68,7 +68,7 @@ def run(folder: Path) -> dict[str, float]:
     """Measure everything in a folder that is removed afterwards."""
     checkpoint = make_sparse_checkpoint(folder / "checkpoint")
     shards = sorted(str(path) for path in checkpoint.glob("*.safetensors"))
-    result = {f"graphs_{profile}_seconds": graph_seconds(checkpoint, profile) for profile in PROFILES}
+    result = {f"graphs_{target}_seconds": graph_seconds(checkpoint, target) for target in TARGETS}
     (folder / "copy").mkdir()
     copy = measure(["cp", "--sparse=never", *shards, str(folder / "copy")])
     shutil.rmtree(folder / "copy")
@@ -110,7 +110,7 @@ def main() -> int:
     met = (
         result["float16_peak_rss_gb"] <= MAX_PEAK_RSS_GB
         and result["times_copy"] <= MAX_TIMES_COPY
-        and all(result[f"graphs_{profile}_seconds"] < MAX_GRAPH_SECONDS for profile in PROFILES)
+        and all(result[f"graphs_{target}_seconds"] < MAX_GRAPH_SECONDS for target in TARGETS)
     )
     print("targets met" if met else "targets missed", file=sys.stderr)
     return 0 if met else 1

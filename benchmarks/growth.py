@@ -29,7 +29,7 @@ from benchmarks.timing import load
 from hawk_trt import ModelInputs, Pipeline, PruningConfig
 from hawk_trt.inputs.layout import collate
 from hawk_trt.runtime.protocol import DecodeInputs
-from hawk_trt.stages import INPLACE, PORTABLE, PROFILES
+from hawk_trt.stages import CPU, PORTABLE, TARGETS
 
 Image = npt.NDArray[np.uint8]
 SIDE = 448  # an image of 256 visual tokens
@@ -38,8 +38,8 @@ ALL = "all kept"
 AXES = (
     ("prompt", (ALL, "20 % kept"), (300, 512, 1024, 2048, 4096, 8192, 16384)),
     ("images", ("20 % kept",), (1, 2, 3, 4, 6, 8)),
-    ("output", (INPLACE, PORTABLE), (1, 2, 4, 8, 16, 32, 64, 128, 256)),
-    ("cache", (INPLACE,), (512, 1024, 2048, 4096, 8192, 16384)),
+    ("output", (CPU, PORTABLE), (1, 2, 4, 8, 16, 32, 64, 128, 256)),
+    ("cache", (CPU,), (512, 1024, 2048, 4096, 8192, 16384)),
 )
 OPERATOR_SIZES = (4096, 8192)
 _KEPT = 0.2
@@ -56,7 +56,7 @@ class Point:
 
     Attributes:
         axis: what grows.
-        series: share of the visual tokens kept, or profile.
+        series: share of the visual tokens kept, or target.
         size: how far it has grown.
         cpu_ms: of one request; of one decode step where the cache grows.
         peak_mb: resident in its process, at most.
@@ -99,9 +99,9 @@ def prompt(pipe: Pipeline, num_tokens: int) -> ModelInputs:
 
 def measure(bundle: Path, axis: str, series: str, size: int) -> Point:
     """One point, in this process."""
-    profile = series if series in PROFILES else INPLACE
+    target = series if series in TARGETS else CPU
     per_run = 1
-    with Pipeline.load(bundle, profile=profile, vision_cache_mb=0 if axis == "images" else 1024, threads=1) as pipe:
+    with Pipeline.load(bundle, target=target, vision_cache_mb=0 if axis == "images" else 1024, threads=1) as pipe:
         if axis == "prompt":
             run = _asks(pipe, prompt(pipe, size), 1.0 if series == ALL else _KEPT, 1)
         elif axis == "output":
@@ -207,7 +207,7 @@ def main() -> int:
     print(
         f"\noperators of an unpruned prefill of {small:,} and {large:,} tokens, from {MIN_SHARE:.1%}: share, exponent"
     )
-    with Pipeline.load(bundle, profile=INPLACE, vision_cache_mb=1024, threads=1) as pipe:
+    with Pipeline.load(bundle, target=CPU, vision_cache_mb=1024, threads=1) as pipe:
         for one in operator_growth(pipe, prompt(pipe, small), prompt(pipe, large)):
             print(f"{one.name:28s}{one.share:>8.1%}{one.exponent:>8.2f}")
     return 0

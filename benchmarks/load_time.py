@@ -20,7 +20,7 @@ import onnxruntime as ort
 from benchmarks.random_model import cut_config, make_model
 from benchmarks.timing import load
 from hawk_trt.bundle import Bundle
-from hawk_trt.stages import PROFILES, STAGES
+from hawk_trt.stages import STAGES, TARGETS
 
 WAYS = ("as they are", "optimised before")
 
@@ -37,12 +37,12 @@ def session(path: Path, *, saved: Path | None = None, optimised: bool = False) -
     return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def save_optimised(bundle: Bundle, profile: str, folder: Path) -> int:
+def save_optimised(bundle: Bundle, target: str, folder: Path) -> int:
     """The optimised graphs beside links to the weights; the bytes that were written."""
     for weights in _weights(bundle.folder):
         os.link(weights, folder / weights.name)  # ONNX Runtime follows no symbolic link out of the folder
     for stage in STAGES:
-        name = bundle.manifest.graph(stage, profile).file
+        name = bundle.manifest.graph(stage, target).file
         graph = folder / f"plain-{name}"  # in the folder where its weights are looked for
         graph.write_bytes((bundle.folder / name).read_bytes())
         session(graph, saved=folder / name)
@@ -83,10 +83,10 @@ def main() -> int:
     print(f"onnxruntime {ort.__version__}, {os.cpu_count()} threads, medians of {args.rounds} rounds, ms")
     for folder in bundles:
         bundle = Bundle.load(folder)
-        for profile in (name for name in PROFILES if name in bundle.manifest.profiles):
-            files = [bundle.manifest.graph(stage, profile).file for stage in STAGES]
+        for target in (name for name in TARGETS if name in bundle.manifest.targets):
+            files = [bundle.manifest.graph(stage, target).file for stage in STAGES]
             with TemporaryDirectory(dir=folder) as temporary:
-                written = save_optimised(bundle, profile, Path(temporary))
+                written = save_optimised(bundle, target, Path(temporary))
                 folders = dict(zip(WAYS, (bundle.folder, Path(temporary)), strict=True))
                 found: dict[str, list[list[float]]] = {way: [] for way in WAYS}
                 for number in range(1 + args.rounds):
@@ -95,7 +95,7 @@ def main() -> int:
                         if number:
                             found[way].append(times)
             weights = sum(path.stat().st_size for path in _weights(folder))
-            print(f"{folder}, {profile}: {written / 1e6:,.1f} MB written, for {weights / 1e6:,.1f} MB of weights")
+            print(f"{folder}, {target}: {written / 1e6:,.1f} MB written, for {weights / 1e6:,.1f} MB of weights")
             for way, rounds in found.items():
                 medians = [statistics.median(stage) for stage in zip(*rounds, strict=True)]
                 cells = ", ".join(f"{stage} {ms:,.0f}" for stage, ms in zip(STAGES, medians, strict=True))

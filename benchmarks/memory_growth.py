@@ -30,11 +30,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--answers", type=int, default=1000, help="after a warm-up (default: %(default)s)")
-    parser.add_argument("--profile", help="(default: the best that runs)")
+    parser.add_argument("--target", help="(default: the best that runs)")
     args = parser.parse_args()
     rng = np.random.default_rng(0)
     seen = []
-    with Pipeline.load(args.bundle, profile=args.profile, vision_cache_mb=4) as pipe:
+    with Pipeline.load(args.bundle, target=args.target, vision_cache_mb=4) as pipe:
         for number in range(_WARM_UP + args.answers + 1):
             if number >= _WARM_UP and (number - _WARM_UP) % _EVERY == 0:
                 seen.append(resident_mb())

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from hawk_trt import ModelInputs, Pipeline, PruningConfig
-from hawk_trt.stages import PROFILES
+from hawk_trt.stages import TARGETS
 from tests.checkpoints import Sizes, make_checkpoint, random_tensors
 
 ROOT = Path(__file__).parent.parent
@@ -34,11 +34,11 @@ def tower_sizes(depth: int) -> Sizes:
     return Sizes(3584, 256, 2, 28, 4, 320, 1280, 3420, depth, 16, full)
 
 
-def make_bundle(folder: Path, depth: int, profile: str) -> Path:
+def make_bundle(folder: Path, depth: int, target: str) -> Path:
     """A random checkpoint of these sizes, exported."""
     sizes = tower_sizes(depth)
     checkpoint = make_checkpoint(folder / "checkpoint", random_tensors(sizes, scale=0.02), sizes=sizes)
-    command = [sys.executable, "-m", "export", str(checkpoint), "--out", str(folder / "bundle"), "--profile", profile]
+    command = [sys.executable, "-m", "export", str(checkpoint), "--out", str(folder / "bundle"), "--target", target]
     subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
     return folder / "bundle"
 
@@ -49,7 +49,7 @@ def peak_gb() -> float:
     return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:"))) * 1024 / 1e9
 
 
-def measure(bundle: Path, side: int, profile: str, keep_ratio: float) -> dict[str, float]:
+def measure(bundle: Path, side: int, target: str, keep_ratio: float) -> dict[str, float]:
     """One image through the stages, in this process."""
     result: dict[str, float] = {}
 
@@ -61,7 +61,7 @@ def measure(bundle: Path, side: int, profile: str, keep_ratio: float) -> dict[st
         result[f"{name}_peak_gb"] = peak_gb()
 
     with step("load"):
-        pipe = Pipeline.load(bundle, profile=profile)
+        pipe = Pipeline.load(bundle, target=target)
     vision, special = pipe.bundle.manifest.vision, pipe.bundle.manifest.special_tokens
     image = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
     with step("preprocess"):
@@ -93,7 +93,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--side", type=int, nargs="+", default=[896, 1792, 3584], help="of the image, in pixels")
     parser.add_argument("--depth", type=int, default=2, help="blocks of the tower, 32 in the 7B (default: %(default)s)")
-    parser.add_argument("--profile", choices=PROFILES, default="inplace", help="default: %(default)s")
+    parser.add_argument("--target", choices=TARGETS, default="cpu", help="default: %(default)s")
     parser.add_argument("--keep-ratio", type=float, default=0.1, help="default: %(default)s")
     parser.add_argument("--max-gb", type=float, default=8.0, help="peak memory allowed (default: %(default)s)")
     parser.add_argument("--dir", type=Path, default=Path("artifacts"), help="where the files go for the time being")
@@ -101,22 +101,22 @@ def main() -> int:
     parser.add_argument("--bundle", type=Path, help=argparse.SUPPRESS)  # how this program calls itself
     args = parser.parse_args()
     if args.bundle is not None:
-        print(json.dumps(measure(args.bundle, args.side[0], args.profile, args.keep_ratio)))
+        print(json.dumps(measure(args.bundle, args.side[0], args.target, args.keep_ratio)))
         return 0
     args.dir.mkdir(parents=True, exist_ok=True)
     met = True
     with tempfile.TemporaryDirectory(prefix="native-", dir=args.dir) as folder:
-        bundle = make_bundle(Path(folder), args.depth, args.profile)
+        bundle = make_bundle(Path(folder), args.depth, args.target)
         for side in args.side:
             command = [sys.executable, "-m", "benchmarks.native_resolution", "--bundle", str(bundle.resolve())]
-            command += ["--side", str(side), "--profile", args.profile, "--keep-ratio", str(args.keep_ratio)]
+            command += ["--side", str(side), "--target", args.target, "--keep-ratio", str(args.keep_ratio)]
             done = subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=os.environ)
             result = json.loads(done.stdout)
             met = met and result["peak_gb"] <= args.max_gb
             if args.json:
                 print(json.dumps(result), flush=True)
                 continue
-            print(f"{side} x {side} pixels, {args.depth} blocks, {args.profile}")
+            print(f"{side} x {side} pixels, {args.depth} blocks, {args.target}")
             for name, value in result.items():
                 print(f"  {name:24s} {value:12,.2f}", flush=True)
     print("within the limit" if met else f"beyond the limit of {args.max_gb:g} GB", file=sys.stderr)

@@ -108,7 +108,7 @@ def main() -> int:
             source = Path(scratch) / "config"
             source.mkdir(exist_ok=True)
             checkpoint = random_checkpoint(source, cut_config(args.shape, args.layers, vision_layers=1))
-            options = ExportOptions(profiles=("inplace",), weights=FORMATS[name], im_end_token_id=0)
+            options = ExportOptions(targets=("cpu",), weights=FORMATS[name], im_end_token_id=0)
             export(checkpoint, folder, options)
             memory[name] = loaded(folder, args)
             print(f"{name}: exported and loaded", file=sys.stderr, flush=True)

@@ -17,14 +17,13 @@ from hawk_trt.engine_folder import EngineFolder, Machine, PlanEntry
 from hawk_trt.errors import BackendError, HawkError, InvalidInput
 from hawk_trt.files import cache_folder
 from hawk_trt.runtime.versions import missing_for_tensorrt
-from hawk_trt.stages import PROFILES
 
 from .build_plan import BuildPlan, differences, plan_build
 from .checks.verify import Verification, load_reference, verify
 from .options import add_limits, existing_file, limits
 from .plugin_library import find_or_compile, may_find
 from .prepare import PreparedGraph
-from .profiles import choose_profile
+from .profiles import TENSORRT_TARGETS, choose_target
 from .progress import BuildProgress
 from .workarounds import workarounds_for
 from .writer import StagePlan, write_engines
@@ -60,7 +59,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder that an export wrote")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the engines' folder")
     parser.add_argument(
-        "--profile", choices=PROFILES, help="lowering (default: inplace from TensorRT 10.15 on, portable for float32)"
+        "--target", choices=TENSORRT_TARGETS, help="of the graphs (default: tensorrt from TensorRT 10.15 on)"
     )
     add_limits(parser)
     group = parser.add_argument_group("the build")
@@ -113,7 +112,7 @@ def _run(args: argparse.Namespace, rebuild: str) -> None:
     if args.plugin is None:
         plugin = find_or_compile(TENSORRT_VERSION, machine.compute_capability, note)
     size_limits = limits(args, bundle.manifest, plugin=plugin is not None)
-    profile = choose_profile(bundle.manifest, TENSORRT_VERSION, args.profile)
+    target = choose_target(bundle.manifest, TENSORRT_VERSION, args.target)
     workarounds = workarounds_for(TENSORRT_VERSION, size_limits.batch)
     settings = BuildSettings(
         plugin=plugin,
@@ -125,7 +124,7 @@ def _run(args: argparse.Namespace, rebuild: str) -> None:
     plan = plan_build(
         bundle,
         machine,
-        profile,
+        target,
         size_limits,
         plugin=plugin,
         workspace_bytes=settings.workspace_bytes,
@@ -179,7 +178,7 @@ def _report(engines: EngineFolder, verification: Verification | None, seconds: f
         result = {
             "folder": str(engines.folder),
             "up_to_date": seconds is None,
-            "profile": manifest.profile,
+            "target": manifest.target,
             "dtype": manifest.bundle.dtype,
             "weights": manifest.bundle.weights,
             "machine": manifest.machine,
@@ -197,7 +196,7 @@ def _report(engines: EngineFolder, verification: Verification | None, seconds: f
     console.print(f"{engines.folder}: {what}", markup=False, highlight=False, soft_wrap=True)
     size_limits = manifest.limits
     lines = (
-        f"{manifest.bundle.precision}, {manifest.profile}, for {manifest.machine}",
+        f"{manifest.bundle.precision}, {manifest.target}, for {manifest.machine}",
         f"prompts of up to {size_limits.prompt_tokens} tokens, {size_limits.visual_tokens} of them visual; "
         f"{size_limits.context} kept and generated; batch {size_limits.batch}",
         *(f"{plan.stage}: {size(plan_bytes[plan.stage])}, {plan.layers} layers"

@@ -58,7 +58,7 @@ class BuildPlan:
 def plan_build(
     bundle: Bundle,
     machine: Machine,
-    profile: str,
+    target: str,
     limits: Limits,
     *,
     plugin: Path | None,
@@ -71,7 +71,7 @@ def plan_build(
     Args:
         bundle: to build from.
         machine: to build on and for.
-        profile: the lowering.
+        target: of the graphs.
         limits: the largest request.
         plugin: the top-k plugin's library, None to build without.
         workspace_bytes: scratch that a tactic may take, None for all there is.
@@ -79,11 +79,11 @@ def plan_build(
         rebuild: the command that does this.
 
     Raises:
-        BundleError: the bundle does not hold the profile.
+        BundleError: the bundle does not hold the target.
         InvalidInput: engines cannot be built for its family yet.
     """
     graphs = tuple(
-        prepare(bundle, stage, profile, max_context=limits.context, plugin=plugin is not None) for stage in STAGES
+        prepare(bundle, stage, target, max_context=limits.context, plugin=plugin is not None) for stage in STAGES
     )
     plans = tuple(
         PlanEntry(
@@ -103,9 +103,9 @@ def plan_build(
     )
     manifest = EngineManifest(
         schema_version=ENGINES_SCHEMA_VERSION,
-        bundle=replace(bundle.manifest, graphs=(), profiles=(profile,), files={}),
+        bundle=replace(bundle.manifest, graphs=(), targets=(target,), files={}),
         bundle_sha256=sha256_file(bundle.folder / MANIFEST),
-        profile=profile,
+        target=target,
         limits=limits,
         machine=machine,
         plans=plans,
@@ -134,7 +134,7 @@ def _key(manifest: EngineManifest) -> dict[str, object]:
     return {
         "bundle": manifest.bundle_sha256,
         "graphs": [plan.onnx_sha256 for plan in manifest.plans],
-        "profile": manifest.profile,
+        "target": manifest.target,
         "limits": (manifest.limits, [plan.profiles for plan in manifest.plans]),
         "TensorRT": manifest.machine.tensorrt,
         "CUDA": manifest.machine.cuda,

@@ -12,8 +12,8 @@ from .prepare import PLUGIN_OP
 
 _REASONS_SHOWN = 3
 _REASON_CHARACTERS = 400
-# Ops of the inplace profile that parsers before 10.15 do not know.
-_INPLACE_OPS = {"Attention", "RMSNormalization", "RotaryEmbedding", "TensorScatter"}
+# Ops of opset 24 that parsers before 10.15 do not know.
+_OPSET_24_OPS = {"Attention", "RMSNormalization", "RotaryEmbedding", "TensorScatter"}
 # A shape that contradicts a limit only warns at build; the engine then fails when it is run with it.
 _FATAL_WARNINGS = ("not self-consistent",)
 _MEMORY_WORDS = ("out of memory", "outofmemory", "insufficient memory", "cudaerrormemoryallocation", "std::bad_alloc")
@@ -56,8 +56,8 @@ def parser_message(file: str, tensorrt: str, faults: Sequence[ParserFault], log:
     reasons = [_fault(fault) for fault in faults] or [_plain(line.text) for line in log if line.is_error]
     ops = {fault.op_type for fault in faults}
     advice = ""
-    if ops & _INPLACE_OPS:
-        advice = " Use the portable profile, which has none of these ops: --profile portable"
+    if ops & _OPSET_24_OPS:
+        advice = " Use the target portable, which has none of these ops: --target portable"
     elif PLUGIN_OP in ops:
         advice = (
             " The plugin was asked for and TensorRT does not find it: build it for this TensorRT (make plugin), "

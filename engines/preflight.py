@@ -18,12 +18,12 @@ from rich.table import Table
 from hawk_trt.apps.cli.output import note, print_json
 from hawk_trt.bundle import Bundle
 from hawk_trt.errors import BackendError, HawkError
-from hawk_trt.stages import INPLACE, STAGES
+from hawk_trt.stages import STAGES
 
 from . import gpuless
 from .options import add_limits, existing_file, limits
 from .prepare import prepare
-from .profiles import plan_profiles
+from .profiles import TENSORRT_TARGETS, plan_profiles
 
 _FAILED = 1
 # Of tables where there is no terminal to ask.
@@ -122,11 +122,9 @@ def _check(args: argparse.Namespace, bundle: Bundle, plugin: Path | None) -> Ite
     manifest, with_plugin = bundle.manifest, plugin is not None
     size = limits(args, manifest, plugin=with_plugin)
     settings = BuildSettings(plugin, None, None, ())
-    for profile in manifest.profiles:
-        if (profile, manifest.dtype) == (INPLACE, "float32"):
-            continue
+    for target in (target for target in TENSORRT_TARGETS if target in manifest.targets):
         for stage in STAGES:
-            graph = prepare(bundle, stage, profile, max_context=size.context, plugin=with_plugin)
+            graph = prepare(bundle, stage, target, max_context=size.context, plugin=with_plugin)
             if with_plugin and not graph.has_topk:
                 continue
             name = f"{manifest.precision} {graph.file.name}"

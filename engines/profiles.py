@@ -10,12 +10,13 @@ from collections.abc import Iterable
 from hawk_trt.bundle import Manifest, TensorEntry
 from hawk_trt.engine_folder import InputRange, Limits
 from hawk_trt.errors import InvalidInput
-from hawk_trt.runtime.versions import INPLACE_TENSORRT, at_least
-from hawk_trt.stages import INPLACE, PORTABLE, VISION
+from hawk_trt.runtime.versions import OPSET_24_TENSORRT, at_least
+from hawk_trt.stages import CONTEXT_LEN, PORTABLE, TENSORRT, VISION
 
-from .prepare import CONTEXT_LEN
 from .vision_ranges import TYPICAL_VISUAL_TOKENS, Range, vision_ranges
 
+# The targets that it runs.
+TENSORRT_TARGETS = (TENSORRT, PORTABLE)
 # TensorRT's TopK takes no more in any version; beyond, it warns at build and fails when run.
 TOPK_LIMIT = 3840
 DEFAULT_VISUAL_TOKENS = 4096
@@ -72,36 +73,31 @@ def plan_limits(
     return limits
 
 
-def choose_profile(manifest: Manifest, tensorrt: str, asked: str | None = None) -> str:
-    """The lowering to build: inplace from TensorRT 10.15, portable below and for float32.
+def choose_target(manifest: Manifest, version: str, asked: str | None = None) -> str:
+    """The target to build: tensorrt from TensorRT 10.15 on, portable below.
 
     Args:
         manifest: of the bundle.
-        tensorrt: version of the library.
-        asked: "portable" or "inplace", None to choose.
+        version: of TensorRT.
+        asked: "tensorrt" or "portable", None to choose.
 
     Raises:
-        InvalidInput: the bundle does not hold it, or TensorRT or the dtype does not allow it.
+        InvalidInput: the bundle does not hold it, or TensorRT does not run it.
     """
-    too_old = not at_least(tensorrt, INPLACE_TENSORRT)
-    best = PORTABLE if too_old or manifest.dtype == "float32" or INPLACE not in manifest.profiles else INPLACE
-    profile = asked or best
-    if profile == INPLACE and too_old:
+    too_old = not at_least(version, OPSET_24_TENSORRT)
+    best = PORTABLE if too_old or TENSORRT not in manifest.targets else TENSORRT
+    target = asked or best
+    if target == TENSORRT and too_old:
         raise InvalidInput(
-            f"--profile: got inplace with TensorRT {tensorrt}, whose KV cache ops begin with {INPLACE_TENSORRT}. "
-            "Use --profile portable"
+            f"--target: got tensorrt with TensorRT {version}, whose KV cache ops begin with {OPSET_24_TENSORRT}. "
+            "Use --target portable"
         )
-    if profile == INPLACE and manifest.dtype == "float32":
+    if target not in manifest.targets:
         raise InvalidInput(
-            "--profile: got inplace for a float32 bundle, and TensorRT's Attention has no float32 kernel. "
-            "Use --profile portable, or export with --dtype bfloat16"
+            f"--target: this bundle holds {', '.join(manifest.targets)}, TensorRT {version} needs {target}. "
+            f"Export again with --target {target}"
         )
-    if profile not in manifest.profiles:
-        raise InvalidInput(
-            f"--profile: this bundle holds {', '.join(manifest.profiles)}, TensorRT {tensorrt} needs {profile} "
-            f"for {manifest.dtype}. Export again with --profile {profile}"
-        )
-    return profile
+    return target
 
 
 def plan_profiles(

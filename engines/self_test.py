@@ -18,9 +18,10 @@ from typing import Any
 
 from hawk_trt.apps.cli.doctor_checks import examine
 from hawk_trt.apps.cli.output import note
-from hawk_trt.stages import DTYPES, INPLACE, PORTABLE
+from hawk_trt.stages import DTYPES, TENSORRT
 
 from .plugin_library import DEFAULT_PLUGIN
+from .profiles import TENSORRT_TARGETS
 
 _CHECKPOINT = Path("examples/tiny-vlm")
 _PACKAGES = ("tensorrt", "tensorrt-cu12", "tensorrt-cu13", "cuda-bindings", "onnx", "onnxruntime", "numpy")
@@ -90,21 +91,21 @@ def _results(checkpoint: Path, out: Path) -> Iterator[EngineResult]:
             return
     plugins = ["none", *([str(DEFAULT_PLUGIN)] if DEFAULT_PLUGIN.is_file() else [])]
     for dtype, bundle in bundles.items():
-        for profile in (PORTABLE,) if dtype == "float32" else (PORTABLE, INPLACE):
+        for target in TENSORRT_TARGETS:
             for plugin in plugins:
                 word = "without plugin" if plugin == "none" else "with plugin"
-                folder = out / f"{dtype}-{profile}-{word.replace(' ', '-')}"
-                yield _engine(f"{dtype}, {profile}, {word}", checkpoint, bundle, bundles[_EXACT], folder, plugin)
+                folder = out / f"{dtype}-{target}-{word.replace(' ', '-')}"
+                yield _engine(f"{dtype}, {target}, {word}", checkpoint, bundle, bundles[_EXACT], folder, plugin)
 
 
 def _engine(name: str, checkpoint: Path, bundle: Path, reference: Path, folder: Path, plugin: str) -> EngineResult:
     """Build one engine folder, compare its stages, then its answers."""
     note(f"{name}: building")
-    profile = name.split(", ")[1]
-    options = ("--profile", profile, "--plugin", plugin, "--reference", str(reference), *_LIMITS, "--force", "--json")
+    target = name.split(", ")[1]
+    options = ("--target", target, "--plugin", plugin, "--reference", str(reference), *_LIMITS, "--force", "--json")
     done = _run("engines", str(bundle), "--out", str(folder), *options)
     if done.status:
-        if f"--profile: got {INPLACE} with TensorRT" in done.reason:
+        if f"--target: got {TENSORRT} with TensorRT" in done.reason:
             return EngineResult(name, "not in this TensorRT", "", "", True, folder)
         return EngineResult(name, f"failed: {done.reason}", "", "", False, folder)
     built: dict[str, Any] = json.loads(done.output)

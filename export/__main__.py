@@ -21,7 +21,7 @@ from hawk_trt.pipeline import Pipeline
 from hawk_trt.pruning.head_weights import read_head_weights
 from hawk_trt.runtime.reference import REFERENCE, Reference
 from hawk_trt.runtime.versions import available_memory_bytes
-from hawk_trt.stages import DTYPES, NORMALIZATIONS, PROFILES
+from hawk_trt.stages import DTYPES, NORMALIZATIONS, TARGETS
 
 from .checkpoint import Checkpoint
 from .head_weights import UNIFORM
@@ -97,7 +97,7 @@ def _run(args: argparse.Namespace, checkpoint: Checkpoint, name: str | None) -> 
     options = ExportOptions(
         dtype=args.dtype if bits is None else args.activations or "float32",
         weights=None if bits is None else WeightFormat(bits, args.block_size or _BLOCK_SIZE),
-        profiles=tuple(args.profile or PROFILES),
+        targets=tuple(target for given in args.target or () for target in given),
         normalization=args.normalization,
         link=args.link,
         im_end_token_id=args.im_end_token_id,
@@ -144,7 +144,11 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         help=f"of int8 and int4 weights: how many share a scale (default: {_BLOCK_SIZE})",
     )
     parser.add_argument(
-        "--profile", choices=PROFILES, action="append", help="lowering of the graphs; repeatable (default: both)"
+        "--target",
+        type=_targets,
+        action="append",
+        metavar="T[,T]",
+        help=f"what runs the graphs: {', '.join(TARGETS)}; repeatable (default: all that run the dtype)",
     )
     parser.add_argument("--normalization", choices=NORMALIZATIONS, default="l2", help="of the scores of a head")
     parser.add_argument("--link", action="store_true", help="hard-link the checkpoint's files, copying nothing")
@@ -193,6 +197,15 @@ def _with_reference(bundle: Bundle) -> Bundle:
     return bundle
 
 
+def _targets(given: str) -> list[str]:
+    """Targets of a comma list."""
+    targets = given.split(",")
+    for target in targets:
+        if target not in TARGETS:
+            raise argparse.ArgumentTypeError(f"got {target!r}, expected of {', '.join(TARGETS)}")
+    return targets
+
+
 @contextmanager
 def _progress() -> Iterator[Callable[[int, int], None]]:
     """A bar on a terminal, else plain lines; both on stderr."""
@@ -235,7 +248,7 @@ def _report(bundle: Bundle, out: Path, seconds: float, *, up_to_date: bool, as_j
             "family": manifest.family,
             "dtype": manifest.dtype,
             "weights": None if manifest.weights is None else asdict(manifest.weights),
-            "profiles": manifest.profiles,
+            "targets": manifest.targets,
             "normalization": manifest.normalization,
             "linked": manifest.source.linked,
             "head_weights": manifest.head_weights.source,
@@ -248,7 +261,7 @@ def _report(bundle: Bundle, out: Path, seconds: float, *, up_to_date: bool, as_j
     linked = ", weights linked" if manifest.source.linked else ""
     print(f"{out}: {what}")
     print(
-        f"  {manifest.family}, {manifest.precision}, {' and '.join(manifest.profiles)}, "
+        f"  {manifest.family}, {manifest.precision}, for {', '.join(manifest.targets)}, "
         f"{size_bytes / 1e9:.3f} GB{linked}"
     )
     print(f"  normalization {manifest.normalization}, head weights: {manifest.head_weights.source}")

@@ -1,7 +1,8 @@
-"""Causal attention over a KV cache, and the decoder layer around it, for both profiles.
+"""Causal attention over a KV cache, and the decoder layer around it, for every target.
 
     portable   Concat the new keys and values to the past, grouped MatMul - Softmax - MatMul
-    inplace    TensorScatter them into the cache, then the Attention op with an explicit mask
+    others     TensorScatter them into the cache, then the Attention op with an explicit mask; tensorrt lets it end at
+               the length of context_slots
 
 The mask is built in the graph: column c is seen by row r at cache position p = write_index + r where
 kv_start <= c <= p; a padding row sees itself, so that it stays finite.
@@ -13,13 +14,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from hawk_trt.stages import LanguageConfig, key_name, value_name
+from hawk_trt.stages import CONTEXT_SLOTS, LanguageConfig, key_name, value_name
 
 from .graph import GraphBuilder
-from .layers import add_residual, gated_mlp, head_norm, linear, rms_norm, rotary
-
-# Small enough that a float16 sum with it stays finite, large enough that exp() of it is 0.
-_MASKED = {"float32": -1e9, "bfloat16": -1e9, "float16": -1e4}
+from .layers import add_residual, attention, gated_mlp, head_norm, linear, mask_bias, rms_norm, rotary
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,10 +26,11 @@ class AttentionContext:
 
     Attributes:
         query_shape, key_shape: int64 [4], (batch, seq, heads, dim) for Reshape.
-        mask: bool [batch, 1, seq, total], True where a row may look (inplace), or the
-            additive bias [batch, 1, 1, seq, total] (portable).
+        mask: bool [batch, 1, seq, total], True where a row may look; portable: the additive bias
+            [batch, 1, 1, seq, total].
         cos, sin: [batch, seq, dim / 2].
-        write_index: int64 [batch] (inplace), else None.
+        write_index: int64 [batch], None in portable graphs.
+        context_len: int64 [1], columns of the cache that attention reads; None where it reads all.
         caches: past keys and values by input name.
     """
 
@@ -41,6 +40,7 @@ class AttentionContext:
     cos: ir.Value
     sin: ir.Value
     write_index: ir.Value | None
+    context_len: ir.Value | None
     caches: dict[str, ir.Value]
 
 
@@ -61,9 +61,11 @@ def attention_context(
         key_shape = g.op("Concat", batch_seq, g.ints(config.num_key_value_heads, config.head_dim), axis=0, name="key")
         seq_len = g.op("Shape", hidden, start=1, end=2, name="seq_len")
     cos, sin = _rotary_tables(g, config, position_ids)
-    write_index = inputs.get("write_index")
-    mask = _mask(g, inputs["kv_start"], write_index, inputs[key_name(first_layer, past=True)], seq_len)
-    return AttentionContext(query_shape, key_shape, mask, cos, sin, write_index, inputs)
+    write_index, slots = inputs.get("write_index"), inputs.get(CONTEXT_SLOTS)
+    context_len = None if slots is None else g.op("Shape", slots, name="context_len")
+    past_len = g.op("Shape", inputs[key_name(first_layer, past=True)], start=2, end=3, name="past_len")
+    mask = _mask(g, inputs["kv_start"], write_index, past_len, context_len or past_len, seq_len)
+    return AttentionContext(query_shape, key_shape, mask, cos, sin, write_index, context_len, inputs)
 
 
 def decoder_layer(
@@ -109,8 +111,8 @@ def decoder_layer(
                 cos, sin = (
                     g.reshape(_last(g, t, 1, n), -1, 1, half, name=f"{n}_one") for t, n in ((cos, "cos"), (sin, "sin"))
                 )
-                mask = _last(g, mask, 2 if g.inplace else 3, "mask")
-                mask = g.reshape(mask, 0, 1, 1, -1, name="mask_one") if g.inplace else mask
+                mask = _last(g, mask, 2 if g.opset24 else 3, "mask")
+                mask = g.reshape(mask, 0, 1, 1, -1, name="mask_one") if g.opset24 else mask
                 query_shape = g.ints(-1, 1, config.num_attention_heads, config.head_dim)
             query = _heads(g, linear(g, h, f"{weight}.self_attn.q_proj", "q_proj"), query_shape, "q")
             if config.qk_norm:
@@ -162,8 +164,9 @@ def _attend(
             g.op("TensorScatter", cache, new, context.write_index, axis=-2, mode="linear", name=f"cache_{n}")
             for cache, new, n in ((past[0], key, "k"), (past[1], value, "v"))
         )
-        out = g.op("Attention", query, key, value, mask, scale=scale, name="Attention")
-        joined = g.transpose(out, 0, 2, 1, 3, name="join_heads")
+        # the outputs of TensorScatter are the graph's: TensorRT takes nothing in between
+        read = (_used_columns(g, context, key, "k"), _used_columns(g, context, value, "v"))
+        joined = g.transpose(attention(g, query, *read, scale, mask), 0, 2, 1, 3, name="join_heads")
     else:
         key, value = (
             g.op("Concat", cache, new, axis=2, name=f"cache_{n}")
@@ -172,6 +175,13 @@ def _attend(
         joined = _grouped_attention(g, config, g.op("Mul", query, g.scalar(scale), name="scale_q"), key, value, mask)
     present = {key_name(layer, past=False): key, value_name(layer, past=False): value}
     return g.reshape(joined, -1, width, name="flat"), present
+
+
+def _used_columns(g: GraphBuilder, context: AttentionContext, cache: ir.Value, name: str) -> ir.Value:
+    """The columns of a cache that attention reads."""
+    if context.context_len is None:
+        return cache
+    return g.op("Slice", cache, g.ints(0), context.context_len, g.ints(2), name=f"used_{name}")
 
 
 def _grouped_attention(
@@ -239,13 +249,17 @@ def _axis_of_frequency(config: LanguageConfig) -> npt.NDArray[np.int64]:
 
 
 def _mask(
-    g: GraphBuilder, kv_start: ir.Value, write_index: ir.Value | None, past_key: ir.Value, seq_len: ir.Value
+    g: GraphBuilder,
+    kv_start: ir.Value,
+    write_index: ir.Value | None,
+    past_len: ir.Value,
+    context_len: ir.Value,
+    seq_len: ir.Value,
 ) -> ir.Value:
-    """Bool [batch, 1, seq, total] (inplace), or the additive bias [batch, 1, 1, seq, total] (portable)."""
+    """Bool [batch, 1, seq, total]; portable: the additive bias [batch, 1, 1, seq, total]."""
     zero, one = g.const(0, "int64"), g.const(1, "int64")
     with g.scope("mask"):
-        past_len = g.op("Shape", past_key, start=2, end=3, name="cache_len")
-        total = past_len if write_index is not None else g.op("Add", past_len, seq_len, name="total_len")
+        total = context_len if write_index is not None else g.op("Add", past_len, seq_len, name="total_len")
         scalars = [
             g.op("Squeeze", n, g.ints(0), name=f"{word}_scalar") for n, word in ((seq_len, "seq"), (total, "total"))
         ]
@@ -263,7 +277,4 @@ def _mask(
             name="causal",
         )
         mask = g.op("Or", seen, g.op("Equal", columns, positions, name="itself"), name="seen")
-        if write_index is not None:
-            return mask
-        bias = g.op("Where", mask, g.scalar(0.0), g.scalar(_MASKED[g.dtype]), name="bias")
-        return g.unsqueeze(bias, 1, name="bias_groups")
+        return mask if g.opset24 else g.unsqueeze(mask_bias(g, mask), 1, name="bias_groups")

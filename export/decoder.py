@@ -11,10 +11,10 @@ from .layers import add_residual, linear, rms_norm
 WEIGHT_FILE = f"{DECODER}.data"
 
 
-def build_decoder(config: LanguageConfig, dtype: str, profile: str, weights: Weights) -> ir.Model:
-    """Build the decoder graph of a profile."""
-    g = GraphBuilder(DECODER, dtype, profile, weights, WEIGHT_FILE)
-    spec = decoder_spec(config, profile)
+def build_decoder(config: LanguageConfig, dtype: str, target: str, weights: Weights) -> ir.Model:
+    """Build the decoder graph for a target."""
+    g = GraphBuilder(DECODER, dtype, target, weights, WEIGHT_FILE)
+    spec = decoder_spec(config, target)
     inputs = g.inputs(spec)
     hidden = inputs["hidden_states"]
     context = attention_context(g, config, inputs, inputs["kept_position_ids"], hidden, first_layer=1)

@@ -28,11 +28,11 @@ _LAYER = "language_model.layers.0"
 
 
 def build_first_layer(
-    config: LanguageConfig, dtype: str, profile: str, normalization: str, weights: Weights
+    config: LanguageConfig, dtype: str, target: str, normalization: str, weights: Weights
 ) -> ir.Model:
-    """Build the first_layer graph of a profile."""
-    g = GraphBuilder(FIRST_LAYER, dtype, profile, weights, WEIGHT_FILE)
-    spec = first_layer_spec(config, profile)
+    """Build the first_layer graph for a target."""
+    g = GraphBuilder(FIRST_LAYER, dtype, target, weights, WEIGHT_FILE)
+    spec = first_layer_spec(config, target)
     inputs = g.inputs(spec)
     embeds = _merge(g, inputs["text_embeds"], inputs["visual_embeds"], inputs["visual_rows"])
     with g.scope("hawk"):

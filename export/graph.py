@@ -12,14 +12,14 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from hawk_trt.bundle import WeightFormat, numpy_dtype
-from hawk_trt.stages import INPLACE, StageSpec, TensorSpec, residual_dtype
+from hawk_trt.stages import PORTABLE, StageSpec, TensorSpec, residual_dtype
 
 from .quantisation import QUANTISED_OPSET
 
-# portable: the ops of opset 18, which TensorRT 10.3 parses. inplace: opset 24 has Attention, TensorScatter,
-# RMSNormalization and RotaryEmbedding. The IR versions are the oldest that carry those opsets.
-OPSETS = {"portable": 18, "inplace": 24}
-IR_VERSIONS = {"portable": 10, "inplace": 12}
+# TensorRT 10.3 parses the ops of opset 18; opset 24 has Attention, TensorScatter, RMSNormalization and RotaryEmbedding.
+_PORTABLE_OPSET, _OPSET = 18, 24
+# The oldest that carry those opsets.
+_PORTABLE_IR_VERSION, _IR_VERSION = 10, 12
 HAWK_DOMAIN = "hawk"
 
 _IR_DTYPES = {
@@ -30,6 +30,11 @@ _IR_DTYPES = {
     "int32": ir.DataType.INT32,
     "bool": ir.DataType.BOOL,
 }
+
+
+def opset(target: str) -> int:
+    """The opset of a target's graphs, before quantised weights ask for a newer one."""
+    return _PORTABLE_OPSET if target == PORTABLE else _OPSET
 
 
 class Weights(Protocol):
@@ -46,20 +51,20 @@ class Weights(Protocol):
 
 
 class GraphBuilder:
-    """Builds one graph of one profile.
+    """Builds one graph for one target.
 
     Attributes:
         dtype: of the model: "float32", "float16" or "bfloat16".
         residual: dtype of the residual stream.
-        profile: "portable" or "inplace".
+        target: that runs it, one of hawk_trt.stages.TARGETS.
     """
 
-    def __init__(self, name: str, dtype: str, profile: str, weights: Weights, weight_file: str) -> None:
+    def __init__(self, name: str, dtype: str, target: str, weights: Weights, weight_file: str) -> None:
         self.dtype = dtype
         self.residual = residual_dtype(dtype)
-        self.profile = profile
+        self.target = target
         self.functions: list[ir.Function] = []
-        self._graph = ir.Graph([], [], nodes=[], name=name, opset_imports={"": OPSETS[profile]})
+        self._graph = ir.Graph([], [], nodes=[], name=name, opset_imports={"": opset(target)})
         self._nodes = self._graph  # where nodes go: the graph, or a subgraph while that is built
         self._weights = weights
         self._weight_file = weight_file
@@ -68,9 +73,9 @@ class GraphBuilder:
         self._constants: dict[tuple[bytes, str, tuple[int, ...]], ir.Value] = {}
 
     @property
-    def inplace(self) -> bool:
-        """Whether the KV cache is written in place and opset 24 ops are used."""
-        return self.profile == INPLACE
+    def opset24(self) -> bool:
+        """Whether the target has Attention, RMSNormalization, RotaryEmbedding and Gelu as operators."""
+        return self.target != PORTABLE
 
     @property
     def element_type(self) -> ir.DataType:
@@ -117,7 +122,7 @@ class GraphBuilder:
     ) -> Sequence[ir.Value]:
         """Add a node with several outputs."""
         full = self._unique("/".join([*self._scopes, name]))
-        suffixes = [""] if count == 1 else [f".{i}" for i in range(count)]
+        suffixes = [""] if count == 1 else [f"/{i}" for i in range(count)]
         outputs = [ir.Value(name=f"{full}{suffix}") for suffix in suffixes]
         self._nodes.append(
             ir.node(op_type, list(inputs), attributes or None, domain=domain, outputs=outputs, name=full)
@@ -206,9 +211,8 @@ class GraphBuilder:
         for function in self.functions:
             self._graph.opset_imports[function.domain] = 1
             function.opset_imports[""] = self._graph.opset_imports[""]
-        return ir.Model(
-            self._graph, ir_version=IR_VERSIONS[self.profile], producer_name="hawk_trt", functions=self.functions
-        )
+        version = _IR_VERSION if self.opset24 else _PORTABLE_IR_VERSION
+        return ir.Model(self._graph, ir_version=version, producer_name="hawk_trt", functions=self.functions)
 
     def _type(self, tensor: TensorSpec) -> ir.TensorType:
         return ir.TensorType(_IR_DTYPES[tensor.dtype(self.dtype)])

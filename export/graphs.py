@@ -1,4 +1,4 @@
-"""All graphs of a profile, by stage."""
+"""All graphs for a target, by stage."""
 
 import onnx_ir as ir
 
@@ -16,24 +16,24 @@ def build_graphs(
     language: LanguageConfig,
     weights: Weights,
     dtype: str,
-    profile: str,
+    target: str,
     normalization: str,
 ) -> dict[str, ir.Model]:
-    """Build the three graphs of a profile.
+    """Build the three graphs for a target.
 
     Args:
         family: of the model, with its vision sizes.
         language: sizes of the language model.
         weights: places each tensor as it is asked for.
         dtype: "float32", "float16" or "bfloat16".
-        profile: "portable" or "inplace".
+        target: one of hawk_trt.stages.TARGETS.
         normalization: "l2", "softmax" or "minmax", baked into the first layer.
 
     Returns:
         The models by stage name.
     """
     return {
-        VISION: GRAPHS[family.name].build(family.vision_spec(), family.vision, dtype, profile, weights),
-        FIRST_LAYER: build_first_layer(language, dtype, profile, normalization, weights),
-        DECODER: build_decoder(language, dtype, profile, weights),
+        VISION: GRAPHS[family.name].build(family.vision_spec(), family.vision, dtype, target, weights),
+        FIRST_LAYER: build_first_layer(language, dtype, target, normalization, weights),
+        DECODER: build_decoder(language, dtype, target, weights),
     }

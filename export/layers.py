@@ -12,6 +12,8 @@ from .graph import GraphBuilder
 
 # How far beyond 65,504 the inner values of a float16 MLP may go: a power of two, so that scaling is exact.
 _FLOAT16_HEADROOM = 64.0
+# Small enough that a float16 sum with it stays finite, large enough that exp() of it is 0.
+_MASKED = {"float32": -1e9, "bfloat16": -1e9, "float16": -1e4}
 
 
 def linear(g: GraphBuilder, x: ir.Value, weight: str, name: str) -> ir.Value:
@@ -28,7 +30,7 @@ def rms_norm(g: GraphBuilder, x: ir.Value, weight: str, epsilon: float, name: st
     """RMS norm of the residual stream, computed in float32: residual dtype in, model dtype out."""
     scale = g.weight(f"{weight}.weight")
     with g.scope(name):
-        if g.inplace:
+        if g.opset24:
             scale = g.cast(scale, g.dtype, g.residual, "scale_residual")
             y = g.op("RMSNormalization", x, scale, axis=-1, epsilon=epsilon, stash_type=1, name="RMSNormalization")
             return g.cast(y, g.residual, g.dtype, "to_model")
@@ -42,7 +44,7 @@ def head_norm(g: GraphBuilder, x: ir.Value, weight: str, epsilon: float, name: s
     """RMS norm over the last axis of [batch, heads, seq, dim], computed in float32; model dtype in and out."""
     scale = g.weight(f"{weight}.weight")
     with g.scope(name):
-        if g.inplace:
+        if g.opset24:
             return g.op("RMSNormalization", x, scale, axis=-1, epsilon=epsilon, stash_type=1, name="RMSNormalization")
         h = g.cast(x, g.dtype, "float32", "to_float32")
         h = g.op("Mul", h, inverse_rms(g, h, epsilon), name="normalize")
@@ -71,7 +73,7 @@ def inverse_rms(g: GraphBuilder, x: ir.Value, epsilon: float) -> ir.Value:
 def rotary(g: GraphBuilder, x: ir.Value, cos: ir.Value, sin: ir.Value, name: str) -> ir.Value:
     """Rotate the halves of the last axis. x: [batch, heads, seq, dim]; cos, sin: [batch, seq, dim / 2]."""
     with g.scope(name):
-        if g.inplace:
+        if g.opset24:
             return g.op("RotaryEmbedding", x, cos, sin, name="RotaryEmbedding")
         cos, sin = (g.unsqueeze(t, 1, name=f"{word}_heads") for t, word in ((cos, "cos"), (sin, "sin")))
         low, high = g.ops("Split", x, axis=-1, num_outputs=2, count=2, name="halves")
@@ -88,6 +90,41 @@ def rotary_float32(g: GraphBuilder, x: ir.Value, cos: ir.Value, sin: ir.Value, n
     """Rotary embedding computed in float32; model dtype in and out, cos and sin in float32."""
     turned = rotary(g, g.cast(x, g.dtype, "float32", f"{name}_float32"), cos, sin, name)
     return g.cast(turned, "float32", g.dtype, f"{name}_model")
+
+
+def attention(
+    g: GraphBuilder, query: ir.Value, key: ir.Value, value: ir.Value, scale: float, mask: ir.Value | None = None
+) -> ir.Value:
+    """softmax(scale q k^T, masked) v.
+
+    Args:
+        g: the graph.
+        query: [batch, heads, seq, dim].
+        key: [batch, heads, total, dim]; with opset 24 it may have fewer heads, each for a group of the query's.
+        value: as key.
+        scale: of the scores.
+        mask: broadcast to [batch, heads, seq, total]; bool with opset 24, True where a query may look, else the bias
+            that is added.
+    """
+    if g.opset24:
+        return g.op("Attention", query, key, value, mask, scale=scale, name="Attention")
+    scaled = g.op("Mul", query, g.scalar(scale), name="scale_q")
+    return weighted_values(g, scaled, g.transpose(key, 0, 1, 3, 2, name="k_transposed"), value, mask)
+
+
+def mask_bias(g: GraphBuilder, seen: ir.Value) -> ir.Value:
+    """What attention adds to the scores where it takes no bool mask: 0 where seen, else almost -infinity."""
+    return g.op("Where", seen, g.scalar(0.0), g.scalar(_MASKED[g.dtype]), name="bias")
+
+
+def weighted_values(
+    g: GraphBuilder, query: ir.Value, key_columns: ir.Value, value: ir.Value, bias: ir.Value | None = None
+) -> ir.Value:
+    """softmax(q k^T + bias) v in separate operators. query: scaled; key_columns: [batch, heads, dim, total]."""
+    scores = g.op("MatMul", query, key_columns, name="qk")
+    if bias is not None:
+        scores = g.op("Add", scores, bias, name="masked")
+    return g.op("MatMul", g.op("Softmax", scores, axis=-1, name="softmax"), value, name="av")
 
 
 def gated_mlp(g: GraphBuilder, x: ir.Value, weight: str) -> ir.Value:

@@ -15,7 +15,7 @@ import onnx_ir as ir
 from hawk_trt.stages import BIAS_KEEP
 
 from .function_body import FunctionBody
-from .graph import HAWK_DOMAIN, OPSETS, GraphBuilder
+from .graph import HAWK_DOMAIN, GraphBuilder, opset
 
 NAME = "WeightedTopK"
 INPUTS = ("head_scores", "head_weights", "visual_rows", "select_bias", "slots")
@@ -47,7 +47,7 @@ def weighted_topk(
     Returns:
         kept_indices (batch, num_kept_total) int32, ascending, and scores (batch, seq_len) float32.
     """
-    g.functions.append(build_function(g.profile, normalization))
+    g.functions.append(build_function(g.target, normalization))
     kept, scores = g.ops(
         NAME,
         head_scores,
@@ -67,8 +67,8 @@ def weighted_topk(
     return kept, scores
 
 
-def build_function(profile: str, normalization: str) -> ir.Function:
-    """The function body of a normalization, over the profile's opset."""
+def build_function(target: str, normalization: str) -> ir.Function:
+    """The function body of a normalization, over the target's opset."""
     inputs = [ir.Value(name=f"{NAME}/{name}") for name in INPUTS]
     body = FunctionBody(NAME)
     head_scores, head_weights, visual_rows, select_bias, slots = inputs
@@ -100,7 +100,7 @@ def build_function(profile: str, normalization: str) -> ir.Function:
     best = body.op("Cast", best, to=ir.DataType.INT32, name="best_int32")
     ascending, _ = body.ops("TopK", best, count, axis=-1, largest=0, sorted=1, name="ascending", count=2)
     ascending.name, scores.name = (f"{NAME}/{name}" for name in OUTPUTS)
-    graph = ir.Graph(inputs, [ascending, scores], nodes=body.nodes, opset_imports={"": OPSETS[profile]}, name=NAME)
+    graph = ir.Graph(inputs, [ascending, scores], nodes=body.nodes, opset_imports={"": opset(target)}, name=NAME)
     attribute = ir.Attr("normalization", ir.AttributeType.STRING, normalization)
     version = ir.Attr("plugin_version", ir.AttributeType.STRING, "1")
     namespace = ir.Attr("plugin_namespace", ir.AttributeType.STRING, "")

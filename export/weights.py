@@ -2,7 +2,7 @@
 
 In: a checkpoint, a dtype, and how matrices are quantised, if they are. Out: external-data initializers for the
 graphs, then the .data files themselves, or, linked, the checkpoint's own files. A weight is placed once, at the first
-request; every profile and stage that asks again shares the place. No more than a few blocks of weights are ever in
+request; every target and stage that asks again shares the place. No more than a few blocks of weights are ever in
 memory, or one quantised matrix.
 """
 

@@ -36,7 +36,7 @@ from hawk_trt.inputs.sidecars import SIDECARS, added_tokens, read_sidecars
 from hawk_trt.models.registry import family_of
 from hawk_trt.request import PruningConfig, check_head_weights
 from hawk_trt.runtime.reference import REFERENCE
-from hawk_trt.stages import DTYPES, NORMALIZATIONS, PROFILES, LanguageConfig
+from hawk_trt.stages import CPU, DTYPES, NORMALIZATIONS, TARGETS, LanguageConfig
 
 from .checkpoint import EMBEDDINGS, LM_HEAD, Checkpoint
 from .graphs import build_graphs
@@ -49,6 +49,8 @@ _BUNDLE_SUFFIXES = (".onnx", ".data", ".safetensors")
 # For graphs and small files, beside the weights.
 _SPARE_BYTES = 64 << 20
 _NAMES_SHOWN = 8
+# ONNX Runtime's CPU provider has no bfloat16 kernels.
+_CANNOT_RUN = {("bfloat16", CPU)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +59,7 @@ class ExportOptions:
 
     Attributes:
         dtype: of activations, and of weights that are not quantised; scores are float32 in any.
-        profiles: which lowerings the bundle holds, over the same weights.
+        targets: that the bundle holds graphs for, over the same weights; empty takes all that run the dtype.
         normalization: of the scores, baked into the graphs.
         link: hard-link the checkpoint's files instead of copying them; needs their dtype.
         im_end_token_id: instead of the checkpoint's; with the next, it bounds the query range.
@@ -71,7 +73,7 @@ class ExportOptions:
     """
 
     dtype: str = "float32"
-    profiles: tuple[str, ...] = PROFILES
+    targets: tuple[str, ...] = ()
     normalization: str = "l2"
     link: bool = False
     im_end_token_id: int | None = None
@@ -81,16 +83,18 @@ class ExportOptions:
     weights: WeightFormat | None = None
 
     def __post_init__(self) -> None:
+        runnable = tuple(target for target in TARGETS if (self.dtype, target) not in _CANNOT_RUN)
+        targets = self.targets or runnable
         for name, got, allowed in (
             ("dtype", (self.dtype,), DTYPES),
-            ("profiles", self.profiles, PROFILES),
+            (f"targets of {self.dtype}", targets, runnable),
             ("normalization", (self.normalization,), NORMALIZATIONS),
         ):
             if not got or not set(got) <= set(allowed):
                 raise InvalidInput(f"{name}: got {', '.join(map(str, got))}, expected of {', '.join(allowed)}")
         if self.weights is not None:
             _check_weights(self.weights, link=self.link)
-        object.__setattr__(self, "profiles", tuple(profile for profile in PROFILES if profile in self.profiles))
+        object.__setattr__(self, "targets", tuple(target for target in TARGETS if target in targets))
 
 
 def _check_weights(weights: WeightFormat, *, link: bool) -> None:
@@ -141,10 +145,10 @@ def export(
         opened.expect(tensor_name, shape)
     weights = WeightStore(opened, options.dtype, options.link, options.weights)
     graphs = {
-        (profile, stage): graph
-        for profile in plan.profiles
+        (target, stage): graph
+        for target in plan.targets
         for stage, graph in build_graphs(
-            family, plan.language, weights, options.dtype, profile, options.normalization
+            family, plan.language, weights, options.dtype, target, options.normalization
         ).items()
     }
     table = weights.table()
@@ -157,8 +161,8 @@ def export(
             (folder / file_name).write_bytes(content)
             files[file_name] = file_entry(folder / file_name)
         entries = []
-        for (profile, stage), graph in graphs.items():
-            entry = _graph_entry(graph, stage, profile)
+        for (target, stage), graph in graphs.items():
+            entry = _graph_entry(graph, stage, target)
             ir.save(graph, folder / entry.file)
             files[entry.file] = file_entry(folder / entry.file)
             entries.append(entry)
@@ -209,7 +213,7 @@ def _plan(checkpoint: Checkpoint, options: ExportOptions, name: str | None) -> M
         ),
         dtype=options.dtype,
         normalization=options.normalization,
-        profiles=options.profiles,
+        targets=options.targets,
         language=language,
         vision=model.vision,
         graphs=(),
@@ -250,10 +254,10 @@ def _check_replaceable(out: Path, checkpoint: Path) -> None:
     )
 
 
-def _graph_entry(graph: ir.Model, stage: str, profile: str) -> GraphEntry:
+def _graph_entry(graph: ir.Model, stage: str, target: str) -> GraphEntry:
     inputs = tuple(_tensor_entry(value) for value in graph.graph.inputs)
     outputs = tuple(_tensor_entry(value) for value in graph.graph.outputs)
-    return GraphEntry(stage, profile, f"{stage}.{profile}.onnx", inputs, outputs)
+    return GraphEntry(stage, target, f"{stage}.{target}.onnx", inputs, outputs)
 
 
 def _tensor_entry(value: ir.Value) -> TensorEntry:

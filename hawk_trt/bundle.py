@@ -1,9 +1,9 @@
 """The bundle: the folder an export writes and every backend reads.
 
     bundle.json                     this manifest
-    vision.<profile>.onnx           graphs; their weights lie in *.data files beside them,
-    first_layer.<profile>.onnx      shared by all profiles (or, linked, in the checkpoint's
-    decoder.<profile>.onnx          own safetensors files)
+    vision.<target>.onnx           graphs; their weights lie in *.data files beside them,
+    first_layer.<target>.onnx      shared by all targets (or, linked, in the checkpoint's
+    decoder.<target>.onnx          own safetensors files)
     config.json, tokenizer.json, chat_template.jinja, preprocessor_config.json, ...
 
 Graphs and small files are hashed at every load, weight files by size at load and by hash on request:
@@ -54,7 +54,7 @@ class GraphEntry:
     """One .onnx file."""
 
     stage: str
-    profile: str
+    target: str
     file: str
     inputs: tuple[TensorEntry, ...]
     outputs: tuple[TensorEntry, ...]
@@ -131,7 +131,7 @@ class Manifest:
     source: Source
     dtype: str
     normalization: str
-    profiles: tuple[str, ...]
+    targets: tuple[str, ...]
     language: LanguageConfig
     vision: AnyVision
     graphs: tuple[GraphEntry, ...]
@@ -162,18 +162,17 @@ class Manifest:
         numbers = 2 * language.num_hidden_layers * language.num_key_value_heads * language.head_dim
         return numbers * numpy_dtype(self.dtype).itemsize
 
-    def graph(self, stage: str, profile: str) -> GraphEntry:
-        """The graph of a stage in a profile.
+    def graph(self, stage: str, target: str) -> GraphEntry:
+        """The graph of a stage for a target.
 
         Raises:
             BundleError: the bundle does not hold it.
         """
         for entry in self.graphs:
-            if (entry.stage, entry.profile) == (stage, profile):
+            if (entry.stage, entry.target) == (stage, target):
                 return entry
         raise BundleError(
-            f"profile: got {profile!r}, this bundle holds {', '.join(self.profiles)}. "
-            f"Export again with --profile {profile}"
+            f"target: got {target!r}, this bundle holds {', '.join(self.targets)}. Export again with --target {target}"
         )
 
 
@@ -235,13 +234,13 @@ def read_manifest(folder: Path) -> Manifest:
     return read_versioned(folder / MANIFEST, Manifest, SCHEMA_VERSION, absent, "the export", _AGAIN)
 
 
-def read_versioned(path: Path, kind: type[_Versioned], newest: int, absent: str, made: str, again: str) -> _Versioned:
+def read_versioned(path: Path, kind: type[_Versioned], expected: int, absent: str, made: str, again: str) -> _Versioned:
     """Read a manifest: of a bundle, or of the engines built from one.
 
     Args:
         path: of the file.
         kind: its dataclass.
-        newest: schema version that can be read, the only one.
+        expected: schema version that can be read, the only one.
         absent: the error where there is no file.
         made: what wrote it, such as "the export".
         again: the command that writes it anew, as a sentence.
@@ -253,9 +252,9 @@ def read_versioned(path: Path, kind: type[_Versioned], newest: int, absent: str,
         raise BundleError(absent)
     fields = read_json(path, dict[str, Any], BundleError, again)
     version = fields.get("schema_version")
-    if isinstance(version, int) and version != newest:
-        advice = f"Update hawk_trt, or with this version: {again}" if version > newest else again
-        raise BundleError(f"{path}: schema version {version}, this hawk_trt reads {newest}. {advice}")
+    if isinstance(version, int) and version != expected:
+        advice = f"Update hawk_trt, or with this version: {again}" if version > expected else again
+        raise BundleError(f"{path}: schema version {version}, this hawk_trt reads {expected}. {advice}")
     # of the text, not of the manifest: a field that is newer than the file takes its default without breaking it
     told = fields.pop("manifest_sha256", None)
     try:

@@ -53,7 +53,7 @@ class PlanEntry:
         stage: vision, first_layer or decoder.
         file: its name.
         onnx_sha256: of the bundle's graph that it was built from.
-        inputs: of the engine; an inplace cache has its static length, and context_slots is among them.
+        inputs: of the engine; a cache that is written in place has its static length, and context_slots is among them.
         outputs: of the engine.
         profiles: for each optimization profile, the ranges of all inputs.
         plugin_layers: layers that are the top-k plugin.
@@ -133,7 +133,7 @@ class EngineManifest:
         schema_version: of this file.
         bundle: manifest of the bundle, its files and embedding table as they lie here, without graphs.
         bundle_sha256: of the bundle's bundle.json.
-        profile: the lowering, "portable" or "inplace".
+        target: of the graphs, "tensorrt" or "portable".
         limits: the largest request.
         machine: that the plans were built on, and for.
         plans: one a stage.
@@ -148,7 +148,7 @@ class EngineManifest:
     schema_version: int
     bundle: Manifest
     bundle_sha256: str
-    profile: str
+    target: str
     limits: Limits
     machine: Machine
     plans: tuple[PlanEntry, ...]
@@ -179,7 +179,7 @@ class EngineFolder:
             progress: called with the bytes hashed as verification goes on.
 
         Raises:
-            BundleError: no engine folder, a newer schema, a missing, changed or foreign file.
+            BundleError: no engine folder, another schema, a missing, changed or foreign file.
         """
         folder = Path(folder)
         engines = cls(folder, read_engine_manifest(folder))
@@ -234,7 +234,7 @@ def read_engine_manifest(folder: Path) -> EngineManifest:
     """Read engines.json.
 
     Raises:
-        BundleError: none there, a damaged one, or one of a newer schema.
+        BundleError: none there, a damaged one, or one of another schema.
     """
     absent = (
         f"{folder}: no engines there ({ENGINES_MANIFEST} is missing). "

@@ -78,7 +78,7 @@ class Pipeline:
         path: str | Path,
         backend: str = "onnxruntime",
         device: str | None = None,
-        profile: str | None = None,
+        target: str | None = None,
         *,
         verify: bool = False,
         vision_cache_mb: float = DEFAULT_VISION_CACHE_MB,
@@ -90,7 +90,7 @@ class Pipeline:
             path: a bundle's folder, or with TensorRT an engine folder.
             backend: "onnxruntime" or "tensorrt".
             device: "cpu", "cuda" or "cuda:N"; None is "cpu" in ONNX Runtime and "cuda" in TensorRT.
-            profile: "portable" or "inplace"; None takes the best that the folder holds.
+            target: of the graphs: "cpu", "cuda" or "portable"; None takes the best for the device and version.
             verify: also hash the weight files, which takes as long as reading them.
             vision_cache_mb: megabytes of visual embeddings to keep, so that another question about an image or video
                 does not run the vision stage again; 0 keeps none. The default, 256, is 27 images of 1,296 tokens of
@@ -100,16 +100,16 @@ class Pipeline:
 
         Raises:
             InvalidInput: vision_cache_mb is not a number of megabytes, or threads not one of threads.
-            BundleError: nothing to load there, damaged files, or none of the profile or for this machine.
+            BundleError: nothing to load there, damaged files, or none of the target or for this machine.
             BackendError: a backend or device that cannot be used here.
         """
         if backend == "tensorrt":
             engines = EngineFolder.load(path, verify=verify)
-            return cls(engines.bundle, load_backend(engines, backend, device, profile, threads), vision_cache_mb)
+            return cls(engines.bundle, load_backend(engines, backend, device, target, threads), vision_cache_mb)
         if backend_for(path) == "tensorrt":
             raise BundleError(f'{path}: holds TensorRT engines. Load them with backend="tensorrt"')
         bundle = Bundle.load(path, verify=verify)
-        return cls(bundle, load_backend(bundle, backend, device, profile, threads), vision_cache_mb)
+        return cls(bundle, load_backend(bundle, backend, device, target, threads), vision_cache_mb)
 
     def close(self) -> None:
         """Release the model."""

@@ -21,9 +21,9 @@ FIRST_LAYER = "first_layer"
 DECODER = "decoder"
 STAGES = (VISION, FIRST_LAYER, DECODER)
 
-PORTABLE = "portable"
-INPLACE = "inplace"
-PROFILES = (PORTABLE, INPLACE)
+# What runs a graph: ONNX Runtime's CPU provider, its CUDA provider, TensorRT, or an older version of any of them.
+CPU, CUDA, TENSORRT, PORTABLE = "cpu", "cuda", "tensorrt", "portable"
+TARGETS = (CPU, CUDA, TENSORRT, PORTABLE)
 
 NORMALIZATIONS = ("l2", "softmax", "minmax")
 DTYPES = ("float32", "float16", "bfloat16")
@@ -32,8 +32,10 @@ DTYPES = ("float32", "float16", "bfloat16")
 BIAS_KEEP = 3.0e38
 BIAS_DROP = -3.0e38
 
-# Input of an inplace engine, int64 [context_len], its values unread: attention reads that many columns of the cache.
-CONTEXT_SLOTS = "context_slots"
+# Of the target tensorrt, int64 [context_len], its values unread: attention reads as many columns of the cache.
+CONTEXT_SLOTS, CONTEXT_LEN = "context_slots", "context_len"
+# Columns of a cache that is written in place.
+CACHE_LEN = "cache_len"
 
 ElementType = Literal["model", "residual", "float32", "int64", "int32", "bool"]
 
@@ -101,6 +103,11 @@ class LanguageConfig:
         return len(self.mrope_section) or 1
 
 
+def in_place(target: str) -> bool:
+    """Whether a step writes the KV cache in place; a portable step returns a longer one."""
+    return target != PORTABLE
+
+
 def residual_dtype(model_dtype: str) -> str:
     """Dtype of the residual stream: float16 overflows in deep Qwen2.5-VL layers, so it gets float32."""
     return "float32" if model_dtype == "float16" else model_dtype
@@ -116,8 +123,8 @@ def value_name(layer: int, *, past: bool) -> str:
     return f"{'past' if past else 'present'}_value.{layer}"
 
 
-def first_layer_spec(config: LanguageConfig, profile: str) -> StageSpec:
-    """The first_layer graph of a profile."""
+def first_layer_spec(config: LanguageConfig, target: str) -> StageSpec:
+    """The first_layer graph for a target."""
     hidden, axes = config.hidden_size, config.position_axes
     inputs = (
         TensorSpec("text_embeds", "model", ("batch", "seq_len", hidden)),
@@ -129,7 +136,7 @@ def first_layer_spec(config: LanguageConfig, profile: str) -> StageSpec:
         TensorSpec("select_bias", "float32", ("batch", "seq_len")),
         TensorSpec("head_weights", "float32", (config.num_attention_heads,)),
         TensorSpec("slots", "int64", ("num_kept_total",)),
-        *_cache_inputs(config, profile, range(1)),
+        *_cache_inputs(config, target, range(1)),
     )
     outputs = (
         TensorSpec("hidden_states", "residual", ("batch", "num_kept_total", hidden)),
@@ -137,24 +144,24 @@ def first_layer_spec(config: LanguageConfig, profile: str) -> StageSpec:
         TensorSpec("kept_position_ids", "int64", (axes, "batch", "num_kept_total")),
         TensorSpec("scores", "float32", ("batch", "seq_len")),
         *_deepstack_states_spec(config),
-        *_cache_outputs(config, profile, range(1)),
+        *_cache_outputs(config, target, range(1)),
     )
     return StageSpec(inputs, outputs)
 
 
-def decoder_spec(config: LanguageConfig, profile: str) -> StageSpec:
-    """The decoder graph of a profile: layers 1 and up."""
+def decoder_spec(config: LanguageConfig, target: str) -> StageSpec:
+    """The decoder graph for a target: layers 1 and up."""
     layers = range(1, config.num_hidden_layers)
     inputs = (
         TensorSpec("hidden_states", "residual", ("batch", "num_kept_total", config.hidden_size)),
         TensorSpec("kept_position_ids", "int64", (config.position_axes, "batch", "num_kept_total")),
         *_deepstack_states_spec(config),
-        *_cache_inputs(config, profile, layers),
+        *_cache_inputs(config, target, layers),
     )
     outputs = (
         TensorSpec("logits", "float32", ("batch", config.vocab_size)),
         TensorSpec("next_token", "int64", ("batch",)),
-        *_cache_outputs(config, profile, layers),
+        *_cache_outputs(config, target, layers),
     )
     return StageSpec(inputs, outputs)
 
@@ -170,18 +177,19 @@ def _deepstack_states_spec(config: LanguageConfig) -> tuple[TensorSpec, ...]:
     return (TensorSpec("deepstack_states", "model", shape),) if config.deepstack_levels > 1 else ()
 
 
-def _cache_inputs(config: LanguageConfig, profile: str, layers: range) -> tuple[TensorSpec, ...]:
-    length = "cache_len" if profile == INPLACE else "past_len"
+def _cache_inputs(config: LanguageConfig, target: str, layers: range) -> tuple[TensorSpec, ...]:
+    length = CACHE_LEN if in_place(target) else "past_len"
     shape = ("batch", config.num_key_value_heads, length, config.head_dim)
-    write = (TensorSpec("write_index", "int64", ("batch",)),) if profile == INPLACE else ()
+    write = (TensorSpec("write_index", "int64", ("batch",)),) if in_place(target) else ()
+    slots = (TensorSpec(CONTEXT_SLOTS, "int64", (CONTEXT_LEN,)),) if target == TENSORRT else ()
     caches = tuple(
         TensorSpec(name(layer, past=True), "model", shape) for layer in layers for name in (key_name, value_name)
     )
-    return (*write, TensorSpec("kv_start", "int64", ("batch",)), *caches)
+    return (*write, TensorSpec("kv_start", "int64", ("batch",)), *caches, *slots)
 
 
-def _cache_outputs(config: LanguageConfig, profile: str, layers: range) -> tuple[TensorSpec, ...]:
-    length = "cache_len" if profile == INPLACE else "total_len"
+def _cache_outputs(config: LanguageConfig, target: str, layers: range) -> tuple[TensorSpec, ...]:
+    length = CACHE_LEN if in_place(target) else "total_len"
     shape = ("batch", config.num_key_value_heads, length, config.head_dim)
     return tuple(
         TensorSpec(name(layer, past=False), "model", shape) for layer in layers for name in (key_name, value_name)

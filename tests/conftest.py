@@ -44,7 +44,7 @@ def tiny_checkpoint() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_bundle(tiny_checkpoint, tmp_path_factory) -> Path:
-    """Its float32 bundle with every profile, exported once for all tests: read it, never write to it."""
+    """Its float32 bundle with every target, exported once for all tests: read it, never write to it."""
     from export.__main__ import main
 
     folder = tmp_path_factory.mktemp("bundles") / "tiny-vlm"

@@ -12,23 +12,23 @@ from examples.tiny_task import generate
 from export.__main__ import main as export
 from hawk_trt import HawkError, ModelInputs, Pipeline, PruningConfig, Request, SamplingConfig
 from hawk_trt.errors import BackendError, BundleError, InvalidInput
-from hawk_trt.stages import PROFILES
+from targets import ON_CPU
 
 SAMPLES = list(generate(11, 10))
 PRUNING = PruningConfig(keep_ratio=0.2)
 TEXT_THEN_IMAGE = [{"type": "text", "text": "What is red?"}, {"type": "image"}]
 
 
-@pytest.fixture(scope="module", params=PROFILES)
+@pytest.fixture(scope="module", params=ON_CPU)
 def pipe(request, tiny_bundle):
-    with Pipeline.load(tiny_bundle, profile=request.param) as pipe:
+    with Pipeline.load(tiny_bundle, target=request.param) as pipe:
         yield pipe
 
 
 @pytest.fixture(scope="module")
 def inplace(tiny_bundle):
     with Pipeline.load(tiny_bundle) as pipe:
-        assert pipe.backend.profile == "inplace"
+        assert pipe.backend.target == "cpu"
         yield pipe
 
 
@@ -267,11 +267,11 @@ def test_invalid_sampling_raises_at_construction(values):
         SamplingConfig(**values)
 
 
-def test_a_missing_profile_names_the_export_option(tiny_checkpoint, tmp_path):
-    assert export([str(tiny_checkpoint), "--out", str(tmp_path / "b"), "--profile", "portable"]) == 0
-    assert Pipeline.load(tmp_path / "b").backend.profile == "portable"
-    with pytest.raises(BundleError, match="--profile inplace"):
-        Pipeline.load(tmp_path / "b", profile="inplace")
+def test_a_missing_target_names_the_export_option(tiny_checkpoint, tmp_path):
+    assert export([str(tiny_checkpoint), "--out", str(tmp_path / "b"), "--target", "portable"]) == 0
+    assert Pipeline.load(tmp_path / "b").backend.target == "portable"
+    with pytest.raises(BundleError, match="--target cpu"):
+        Pipeline.load(tmp_path / "b", target="cpu")
 
 
 @pytest.mark.parametrize(
@@ -292,11 +292,11 @@ def test_bfloat16_says_on_the_cpu_what_to_do(tiny_checkpoint, tmp_path):
         Pipeline.load(tmp_path / "b")
 
 
-@pytest.mark.parametrize("profile", PROFILES)
-def test_float16_keeps_nearly_the_same_tokens_and_answers(tiny_checkpoint, tiny_bundle, tmp_path, profile):
+@pytest.mark.parametrize("target", ON_CPU)
+def test_float16_keeps_nearly_the_same_tokens_and_answers(tiny_checkpoint, tiny_bundle, tmp_path, target):
     assert export([str(tiny_checkpoint), "--out", str(tmp_path / "b"), "--dtype", "float16"]) == 0
     answers = 0
-    with Pipeline.load(tmp_path / "b", profile=profile) as half, Pipeline.load(tiny_bundle, profile=profile) as full:
+    with Pipeline.load(tmp_path / "b", target=target) as half, Pipeline.load(tiny_bundle, target=target) as full:
         for sample in SAMPLES:
             ask = {"prompt": sample.question, "images": [sample.image], "pruning": PRUNING, "return_logits": True}
             one, other = half.generate(**ask, max_new_tokens=1), full.generate(**ask, max_new_tokens=1)

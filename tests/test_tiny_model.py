@@ -8,7 +8,7 @@ import pytest
 
 from examples.tiny_task import generate
 from hawk_trt import Pipeline, PruningConfig
-from hawk_trt.stages import PROFILES
+from targets import ON_CPU
 
 SEED = 2026
 MAX_NEW_TOKENS = 8
@@ -75,9 +75,7 @@ def test_a_hundred_questions_unpruned_and_at_a_tenth_of_the_tokens(tiny_bundle, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("profile", PROFILES)
-def test_a_thousand_questions_unpruned_and_at_a_tenth_of_the_tokens(
-    tiny_bundle, transformers_model, reference, profile
-):
-    with Pipeline.load(tiny_bundle, profile=profile) as pipe:
+@pytest.mark.parametrize("target", ON_CPU)
+def test_a_thousand_questions_unpruned_and_at_a_tenth_of_the_tokens(tiny_bundle, transformers_model, reference, target):
+    with Pipeline.load(tiny_bundle, target=target) as pipe:
         assert check_answers(pipe, transformers_model, reference, list(generate(SEED + 1, 1000))) >= 0.90

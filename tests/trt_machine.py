@@ -21,14 +21,14 @@ def machine(version="10.16.1.11"):
     return Machine(tensorrt=version, cuda="13.0", driver=None, gpu="Stand-in", compute_capability="9.0")
 
 
-def engine_folder(bundle_path, out, profile, *, plugin=None, version="10.16.1.11", **limits):
+def engine_folder(bundle_path, out, target, *, plugin=None, version="10.16.1.11", **limits):
     """Engines of a bundle, written by the project's own writer; the plans are the stand-in's."""
     bundle = Bundle.load(bundle_path)
     sizes = {"visual_tokens": 256, "prompt_tokens": 320, "context": 320, "batch": 4} | limits
     plan = plan_build(
         bundle,
         machine(version),
-        profile,
+        target,
         plan_limits(bundle.manifest, **sizes, plugin=False),
         plugin=None,
         workspace_bytes=None,

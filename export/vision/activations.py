@@ -1,4 +1,4 @@
-"""The activations of the vision towers, in the ops of either profile."""
+"""The activations of the vision towers, in the ops of any target."""
 
 import math
 
@@ -9,7 +9,7 @@ from ..graph import GraphBuilder
 
 def gelu(g: GraphBuilder, x: ir.Value) -> ir.Value:
     """X * Phi(x), by the error function; Gelu exists from opset 20 on."""
-    if g.inplace:
+    if g.opset24:
         return g.op("Gelu", x, name="gelu")
     with g.scope("gelu"):
         erf = g.op("Erf", g.op("Mul", x, g.scalar(0.5**0.5), name="over_root_2"), name="erf")
@@ -19,7 +19,7 @@ def gelu(g: GraphBuilder, x: ir.Value) -> ir.Value:
 
 def gelu_tanh(g: GraphBuilder, x: ir.Value) -> ir.Value:
     """X / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3)))."""
-    if g.inplace:
+    if g.opset24:
         return g.op("Gelu", x, approximate="tanh", name="gelu")
     with g.scope("gelu"):
         square = g.op("Mul", x, x, name="square")

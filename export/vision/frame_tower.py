@@ -17,8 +17,7 @@ from ..graph import GraphBuilder
 from ..layers import add_residual, layer_norm, linear, rotary_float32, wide_linear
 from ..shapes import Shapes
 from ..vision.activations import gelu
-from ..vision.frame_attention import frame_attention
-from ..vision.token_tiles import TokenTiles, query_key_value
+from ..vision.tiles import Tiles, frame_attention, query_key_value, query_tiles, token_tiles
 
 NORM_EPSILON = 1e-6
 
@@ -32,7 +31,7 @@ class Frames:
         shape: int64 [4], (num_frames, num_patches, heads, head_dim).
         heads: number of heads.
         head_dim: size of each.
-        tiles: how token-wise parts run.
+        tokens, queries: tiles of token-wise parts and of attention.
     """
 
     cos: ir.Value
@@ -40,7 +39,8 @@ class Frames:
     shape: ir.Value
     heads: int
     head_dim: int
-    tiles: TokenTiles
+    tokens: Tiles
+    queries: Tiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +69,8 @@ def frames(g: GraphBuilder, inputs: dict[str, ir.Value], vision: Qwen2Vision) ->
         cos, sin = (g.op("Expand", g.op(op, angles, name=op.lower()), table_shape, name=op) for op in ("Cos", "Sin"))
         extent = g.ops("Split", frame_shape, axis=0, num_outputs=2, count=2, name="extent")
         shape = g.op("Concat", frame_shape, g.ints(heads, head_dim), axis=0, name="qkv_shape")
-    tiles = TokenTiles(g, g.op("Mul", *extent, name="num_tokens"))
-    return Frames(cos, sin, shape, heads, head_dim, tiles)
+        tokens, queries = token_tiles(g, g.op("Mul", *extent, name="num_tokens")), query_tiles(g, extent[1])
+    return Frames(cos, sin, shape, heads, head_dim, tokens, queries)
 
 
 def patch_embed(g: GraphBuilder, pixels: ir.Value, vision: Qwen2Vision) -> ir.Value:
@@ -98,11 +98,11 @@ def block(g: GraphBuilder, x: ir.Value, shared: Frames, number: int, mlp: Mlp) -
     with g.scope(f"blocks.{number}"):
         h = layer_norm(g, x, f"{weight}.norm1", NORM_EPSILON, "norm1")
         with g.scope("attn"):
-            out = _attention(g, query_key_value(g, shared.tiles, h, f"{weight}.attn.qkv", dim), shared)
+            out = _attention(g, query_key_value(g, shared.tokens, h, f"{weight}.attn.qkv", dim), shared)
             out = linear(g, out, f"{weight}.attn.proj", "proj")
         x = add_residual(g, x, out, "add_attention")
         h = layer_norm(g, x, f"{weight}.norm2", NORM_EPSILON, "norm2")
-        (h,) = shared.tiles.run(h, feed_forward, [dim])
+        (h,) = shared.tokens.run(h, feed_forward, [dim])
         return g.op("Add", x, h, name="add_mlp")
 
 
@@ -140,6 +140,6 @@ def _attention(g: GraphBuilder, parts: Sequence[ir.Value], shared: Frames) -> ir
     by_frame = [g.op("Reshape", part, shared.shape, name="split") for part in parts]
     query, key, value = (g.transpose(part, 0, 2, 1, 3, name="by_head") for part in by_frame)
     query, key = (rotary_float32(g, part, shared.cos, shared.sin, "rotary") for part in (query, key))
-    scaled = g.op("Mul", query, g.scalar(head_dim**-0.5), name="scale_q")
-    joined = g.transpose(frame_attention(g, scaled, key, value, heads), 0, 2, 1, 3, name="join_heads")
+    out = frame_attention(g, shared.queries, [query, key, value], heads, head_dim)
+    joined = g.transpose(out, 0, 2, 1, 3, name="join_heads")
     return g.reshape(joined, -1, heads * head_dim, name="flat")

@@ -14,7 +14,7 @@ from hawk_trt.stages import VISION, StageSpec
 
 from .. import shapes
 from ..graph import GraphBuilder, Weights
-from ..layers import add_residual, head_norm, layer_norm, linear, rms_norm
+from ..layers import add_residual, attention, head_norm, layer_norm, linear, rms_norm
 from ..shapes import Shapes
 from ..vision.activations import gelu
 
@@ -79,10 +79,10 @@ def internvl_shapes(vision: InternVLVision) -> Shapes:
 
 
 def build_internvl_vision(
-    spec: StageSpec, vision: InternVLVision, dtype: str, profile: str, weights: Weights
+    spec: StageSpec, vision: InternVLVision, dtype: str, target: str, weights: Weights
 ) -> ir.Model:
-    """Build the vision graph of a profile."""
-    g = GraphBuilder(VISION, dtype, profile, weights, WEIGHT_FILE)
+    """Build the vision graph for a target."""
+    g = GraphBuilder(VISION, dtype, target, weights, WEIGHT_FILE)
     inputs = g.inputs(spec)
     x = _embed(g, vision, inputs["pixel_values"])
     for block in range(vision.depth):
@@ -144,13 +144,7 @@ def _attention(g: GraphBuilder, vision: InternVLVision, h: ir.Value, weight: str
         t = g.reshape(t, -1, tokens, heads, head_dim, name=f"{letter}_split")
         by_head.append(g.transpose(t, 0, 2, 1, 3, name=f"{letter}_heads"))
     query, key, value = by_head
-    scale = float(head_dim**-0.5)
-    if g.inplace:
-        out = g.op("Attention", query, key, value, scale=scale, name="Attention")
-    else:
-        scaled = g.op("Mul", query, g.scalar(scale), name="scale_q")
-        scores = g.op("MatMul", scaled, g.transpose(key, 0, 1, 3, 2, name="k_transposed"), name="qk")
-        out = g.op("MatMul", g.op("Softmax", scores, axis=-1, name="softmax"), value, name="av")
+    out = attention(g, query, key, value, float(head_dim**-0.5))
     out = g.reshape(g.transpose(out, 0, 2, 1, 3, name="join_heads"), -1, dim, name="flat")
     return linear(g, out, f"{weight}.proj", "proj")
 

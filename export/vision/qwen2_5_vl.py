@@ -16,16 +16,14 @@ from hawk_trt.stages import VISION, StageSpec
 
 from .. import shapes
 from ..graph import GraphBuilder, Weights
-from ..layers import add_residual, gated_mlp, linear, rms_norm, rotary_float32
+from ..layers import add_residual, attention, gated_mlp, linear, mask_bias, rms_norm, rotary_float32
 from ..shapes import Shapes
 from ..vision.activations import gelu
-from ..vision.frame_attention import frame_attention
-from ..vision.token_tiles import TokenTiles, query_key_value
+from ..vision.tiles import Tiles, frame_attention, query_key_value, query_tiles, token_tiles
 
 WEIGHT_FILE = f"{VISION}.data"
 _NORM_EPSILON = 1e-6
 _ROPE_THETA = 10000.0
-_MASKED = {"float32": -1e9, "bfloat16": -1e9, "float16": -1e4}
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +33,7 @@ class _Segments:
     Attributes:
         cos, sin: float32 [segments, segment_len, head_dim / 2].
         shape: int64 [4], (segments, segment_len, heads, head_dim).
-        mask: portable: additive [segments, 1, 1, segment_len]; inplace: bool [segments, 1, len, len]; or None.
+        mask: bool [segments, 1, len, len], without opset 24 additive [segments, 1, 1, len]; None for whole frames.
         index: int64 [num_windows, window_len] to gather by, None where a segment is a whole frame.
         slot: int64 [num_patches], where to find each patch again.
     """
@@ -73,10 +71,10 @@ def qwen2_5_vl_shapes(vision: Qwen25Vision) -> Shapes:
 
 
 def build_qwen2_5_vl_vision(
-    spec: StageSpec, vision: Qwen25Vision, dtype: str, profile: str, weights: Weights
+    spec: StageSpec, vision: Qwen25Vision, dtype: str, target: str, weights: Weights
 ) -> ir.Model:
-    """Build the vision graph of a profile."""
-    g = GraphBuilder(VISION, dtype, profile, weights, WEIGHT_FILE)
+    """Build the vision graph for a target."""
+    g = GraphBuilder(VISION, dtype, target, weights, WEIGHT_FILE)
     inputs = g.inputs(spec)
     dim, heads, merge = vision.hidden_size, vision.num_heads, vision.spatial_merge_size
     head_dim = dim // heads
@@ -86,16 +84,17 @@ def build_qwen2_5_vl_vision(
     with g.scope("windows"):
         windows = _windows(g, inputs, frames, cos, sin, heads, head_dim)
     with g.scope("frames"):
-        whole = _frames(g, pixels, frames, cos, sin, heads, head_dim)
+        frame_len = g.op("Shape", pixels, start=1, end=2, name="frame_len")
+        whole = _frames(g, frame_len, frames, cos, sin, heads, head_dim)
     with g.scope("patch_embed"):
         patch_dim = vision.patch_dim
         flat = g.reshape(g.cast(pixels, "float32", g.dtype, "to_model"), -1, patch_dim, name="flat_pixels")
         weight = g.weight("visual.patch_embed.proj.weight", (dim, patch_dim))
         x = g.cast(g.op("Gemm", flat, weight, transB=1, name="proj"), g.dtype, g.residual, "to_residual")
-    tiles = TokenTiles(g, g.op("Shape", x, start=0, end=1, name="num_tokens"))
+    tokens, queries = token_tiles(g, g.op("Shape", x, start=0, end=1, name="num_tokens")), query_tiles(g, frame_len)
     full = set(vision.fullatt_block_indexes)
     for block in range(vision.depth):
-        x = _block(g, x, frames, tiles, whole if block in full else windows, block, vision)
+        x = _block(g, x, frames, (tokens, queries), whole if block in full else windows, block, vision)
     with g.scope("merger"):
         h = rms_norm(g, x, "visual.merger.ln_q", _NORM_EPSILON, "ln_q")
         h = g.reshape(h, -1, dim * merge**2, name="merge")
@@ -136,63 +135,61 @@ def _windows(
     head_dim: int,
 ) -> _Segments:
     """Segments of the windowed layers."""
-    index, used = inputs["window_index"], inputs["window_mask"]
+    index = inputs["window_index"]
     window_len = g.op("Shape", index, start=1, end=2, name="window_len")
     shape = g.op("Concat", g.ints(-1), window_len, g.ints(heads, head_dim), axis=0, name="segment_shape")
-    table_shape = g.op("Concat", g.ints(-1), window_len, g.ints(head_dim // 2), axis=0, name="table_shape")
-    tables = []
-    for table, name in ((cos, "cos"), (sin, "sin")):
-        by_window = g.op("Gather", table, index, axis=0, name=f"{name}_by_window")  # [windows, len, head_dim / 2]
-        to = g.op("Concat", frames, g.op("Shape", by_window, name=f"{name}_shape"), axis=0, name=f"{name}_all_shape")
-        tables.append(g.op("Reshape", g.op("Expand", by_window, to, name=f"{name}_all"), table_shape, name=name))
-    if g.inplace:
-        # [windows, 1, len] seen by every row of its window: [frames, windows, len, len]
-        to = g.op(
-            "Concat", frames, g.op("Shape", index, name="windows_shape"), window_len, axis=0, name="mask_all_shape"
-        )
-        spread = g.op("Expand", g.unsqueeze(used, 1, name="mask_rows"), to, name="mask_all")
-        square = g.op("Concat", g.ints(-1, 1), window_len, window_len, axis=0, name="mask_shape")
-        mask = g.op("Reshape", spread, square, name="mask")
+
+    def of_all_frames(x: ir.Value, name: str) -> ir.Value:
+        """[windows, ..] -> [frames * windows, ..]."""
+        to = g.op("Concat", frames, g.op("Shape", x, name=f"{name}_shape"), axis=0, name=f"{name}_all_shape")
+        flat = g.op("Concat", g.ints(-1), g.op("Shape", x, start=1, name=f"{name}_rest"), axis=0, name=f"{name}_flat")
+        return g.op("Reshape", g.op("Expand", x, to, name=f"{name}_all"), flat, name=f"{name}_of_all_frames")
+
+    cos, sin = (
+        of_all_frames(g.op("Gather", table, index, axis=0, name=f"{name}_by_window"), name)  # [windows, len, dim / 2]
+        for table, name in ((cos, "cos"), (sin, "sin"))
+    )
+    seen = g.unsqueeze(inputs["window_mask"], 1, 2, name="mask_rows")  # [windows, 1, 1, len]
+    if g.opset24:  # the operator wants a row for every query
+        square = g.op("Concat", g.ints(1, 1), window_len, g.ints(1), axis=0, name="square")
+        mask = of_all_frames(g.op("Expand", seen, square, name="mask_square"), "mask")
     else:
-        bias = g.op("Where", used, g.scalar(0.0), g.scalar(_MASKED[g.dtype]), name="bias_by_window")
-        to = g.op("Concat", frames, g.op("Shape", index, name="windows_shape"), axis=0, name="bias_all_shape")
-        flat = g.op("Concat", g.ints(-1, 1, 1), window_len, axis=0, name="bias_shape")
-        mask = g.op("Reshape", g.op("Expand", bias, to, name="bias_all"), flat, name="bias")
-    return _Segments(tables[0], tables[1], shape, mask, index, inputs["window_slot"])
+        mask = of_all_frames(mask_bias(g, seen), "bias")
+    return _Segments(cos, sin, shape, mask, index, inputs["window_slot"])
 
 
 def _frames(
-    g: GraphBuilder, pixels: ir.Value, frames: ir.Value, cos: ir.Value, sin: ir.Value, heads: int, head_dim: int
+    g: GraphBuilder, frame_len: ir.Value, frames: ir.Value, cos: ir.Value, sin: ir.Value, heads: int, head_dim: int
 ) -> _Segments:
     """Segments of the full-attention layers: the frames."""
-    frame_len = g.op("Shape", pixels, start=1, end=2, name="frame_len")
     shape = g.op("Concat", g.ints(-1), frame_len, g.ints(heads, head_dim), axis=0, name="segment_shape")
     to = g.op("Concat", frames, frame_len, g.ints(head_dim // 2), axis=0, name="table_shape")
-    tables = [g.op("Expand", table, to, name=name) for table, name in ((cos, "cos"), (sin, "sin"))]
-    return _Segments(tables[0], tables[1], shape, None, None, None)
+    cos, sin = (g.op("Expand", table, to, name=name) for table, name in ((cos, "cos"), (sin, "sin")))
+    return _Segments(cos, sin, shape, None, None, None)
 
 
 def _block(
     g: GraphBuilder,
     x: ir.Value,
     frames: ir.Value,
-    tiles: TokenTiles,
+    tiles: tuple[Tiles, Tiles],
     segments: _Segments,
     block: int,
     vision: Qwen25Vision,
 ) -> ir.Value:
-    """One block. x: [num_frames * num_patches, dim], residual dtype."""
+    """One block. x: [num_frames * num_patches, dim], residual dtype; tiles: of tokens and of a frame's queries."""
     weight = f"visual.blocks.{block}"
     dim = vision.hidden_size
+    tokens, queries = tiles
     with g.scope(f"blocks.{block}"):
         h = rms_norm(g, x, f"{weight}.norm1", _NORM_EPSILON, "norm1")
         with g.scope("attn"):
-            parts = query_key_value(g, tiles, h, f"{weight}.attn.qkv", dim)
+            parts = query_key_value(g, tokens, h, f"{weight}.attn.qkv", dim)
             if segments.index is not None:
                 by_frame = g.op("Concat", frames, g.ints(-1, dim), axis=0, name="by_frame_shape")
                 parts = [g.op("Reshape", part, by_frame, name="by_frame") for part in parts]
                 parts = [g.op("Gather", part, segments.index, axis=1, name="by_window") for part in parts]
-            out = _segment_attention(g, parts, segments, vision.num_heads, dim // vision.num_heads)
+            out = _segment_attention(g, parts, segments, queries, vision.num_heads, dim // vision.num_heads)
             if segments.slot is not None:
                 slots = g.op("Concat", frames, g.ints(-1, dim), axis=0, name="slots_shape")
                 out = g.op("Reshape", out, slots, name="slots")
@@ -200,25 +197,19 @@ def _block(
             out = linear(g, g.reshape(out, -1, dim, name="flat"), f"{weight}.attn.proj", "proj")
         x = add_residual(g, x, out, "add_attention")
         h = rms_norm(g, x, f"{weight}.norm2", _NORM_EPSILON, "norm2")
-        (h,) = tiles.run(h, lambda tile: [gated_mlp(g, tile, f"{weight}.mlp")], [dim])
+        (h,) = tokens.run(h, lambda tile: [gated_mlp(g, tile, f"{weight}.mlp")], [dim])
         return g.op("Add", x, h, name="add_mlp")
 
 
 def _segment_attention(
-    g: GraphBuilder, parts: Sequence[ir.Value], segments: _Segments, heads: int, head_dim: int
+    g: GraphBuilder, parts: Sequence[ir.Value], segments: _Segments, tiles: Tiles, heads: int, head_dim: int
 ) -> ir.Value:
     """Attention inside each segment: three of [tokens, dim] or [frames, windows, len, dim] -> [segments, len, dim]."""
     by_segment = [g.op("Reshape", part, segments.shape, name="segments") for part in parts]
     query, key, value = (g.transpose(part, 0, 2, 1, 3, name="by_head") for part in by_segment)
     query, key = (rotary_float32(g, part, segments.cos, segments.sin, "rotary") for part in (query, key))
-    scale = float(head_dim**-0.5)
     if segments.mask is None:
-        out = frame_attention(g, g.op("Mul", query, g.scalar(scale), name="scale_q"), key, value, heads)
-    elif g.inplace:
-        out = g.op("Attention", query, key, value, segments.mask, scale=scale, name="Attention")
+        out = frame_attention(g, tiles, [query, key, value], heads, head_dim)
     else:
-        scaled = g.op("Mul", query, g.scalar(scale), name="scale_q")
-        scores = g.op("MatMul", scaled, g.transpose(key, 0, 1, 3, 2, name="k_transposed"), name="qk")
-        scores = g.op("Add", scores, segments.mask, name="masked")
-        out = g.op("MatMul", g.op("Softmax", scores, axis=-1, name="softmax"), value, name="av")
+        out = attention(g, query, key, value, float(head_dim**-0.5), segments.mask)
     return g.transpose(out, 0, 2, 1, 3, name="join_heads")

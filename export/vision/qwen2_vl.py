@@ -28,9 +28,9 @@ def qwen2_vl_shapes(vision: Qwen2Vision) -> Shapes:
     }
 
 
-def build_qwen2_vl_vision(spec: StageSpec, vision: Qwen2Vision, dtype: str, profile: str, weights: Weights) -> ir.Model:
-    """Build the vision graph of a profile."""
-    g = GraphBuilder(VISION, dtype, profile, weights, WEIGHT_FILE)
+def build_qwen2_vl_vision(spec: StageSpec, vision: Qwen2Vision, dtype: str, target: str, weights: Weights) -> ir.Model:
+    """Build the vision graph for a target."""
+    g = GraphBuilder(VISION, dtype, target, weights, WEIGHT_FILE)
     inputs = g.inputs(spec)
     shared = frame_tower.frames(g, inputs, vision)
     x = frame_tower.patch_embed(g, inputs["pixel_values"], vision)

@@ -34,9 +34,9 @@ def qwen3_vl_shapes(vision: Qwen3Vision) -> Shapes:
     return found
 
 
-def build_qwen3_vl_vision(spec: StageSpec, vision: Qwen3Vision, dtype: str, profile: str, weights: Weights) -> ir.Model:
-    """Build the vision graph of a profile."""
-    g = GraphBuilder(VISION, dtype, profile, weights, WEIGHT_FILE)
+def build_qwen3_vl_vision(spec: StageSpec, vision: Qwen3Vision, dtype: str, target: str, weights: Weights) -> ir.Model:
+    """Build the vision graph for a target."""
+    g = GraphBuilder(VISION, dtype, target, weights, WEIGHT_FILE)
     inputs = g.inputs(spec)
     shared = frame_tower.frames(g, inputs, vision)
     x = _add_places(g, frame_tower.patch_embed(g, inputs["pixel_values"], vision), inputs, vision.hidden_size)

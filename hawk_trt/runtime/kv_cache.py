@@ -1,6 +1,6 @@
-"""The KV cache in ONNX Runtime, for both profiles.
+"""The KV cache in ONNX Runtime, in place or concatenated, as the graphs' target asks.
 
-inplace    one zeroed tensor [batch, kv_heads, columns, head_dim] a layer, key and value; each is input and
+in place   one zeroed tensor [batch, kv_heads, columns, head_dim] a layer, key and value; each is input and
 output of its stage at one address, and write_index says where a step writes
 portable   every step returns a longer cache, which is the next step's input
 """
@@ -14,7 +14,7 @@ import onnxruntime as ort
 from hawk_trt.bundle import numpy_dtype
 from hawk_trt.errors import BackendError
 from hawk_trt.runtime.session import Binding, Buffer
-from hawk_trt.stages import DECODER, FIRST_LAYER, INPLACE, key_name, value_name
+from hawk_trt.stages import DECODER, FIRST_LAYER, in_place, key_name, value_name
 
 if TYPE_CHECKING:
     from hawk_trt.runtime.onnxruntime import OnnxRuntimeBackend
@@ -37,7 +37,7 @@ class KVCache:
         self.columns = columns
         self.starts = np.zeros(batch, np.int64)
         self.ends = np.zeros(batch, np.int64)
-        self._inplace = backend.profile == INPLACE
+        self._inplace = in_place(backend.target)
         self._layers = {FIRST_LAYER: range(1), DECODER: range(1, language.num_hidden_layers)}
         shape = (batch, language.num_key_value_heads, columns if self._inplace else 0, language.head_dim)
         self._tensors = {

@@ -14,8 +14,8 @@ from hawk_trt.inputs.layout import PrefillInputs
 from hawk_trt.runtime.kv_cache import KVCache
 from hawk_trt.runtime.protocol import DecodeInputs, Generation, PrefillOutputs, StepOutputs, Visual
 from hawk_trt.runtime.session import Buffer, Device, Stage
-from hawk_trt.runtime.versions import QUANTISED_ONNX_RUNTIME, at_least
-from hawk_trt.stages import BIAS_KEEP, DECODER, FIRST_LAYER, INPLACE, PORTABLE, STAGES, VISION
+from hawk_trt.runtime.versions import OPSET_24_ONNX_RUNTIME, QUANTISED_ONNX_RUNTIME, at_least
+from hawk_trt.stages import BIAS_KEEP, DECODER, FIRST_LAYER, PORTABLE, STAGES, TENSORRT, VISION
 
 
 class OrtVisual:
@@ -54,21 +54,22 @@ class OnnxRuntimeBackend:
     max_context: int | None = None  # each request takes what it needs
     can_gather = True
 
-    def __init__(self, bundle: Bundle, place: Device, profile: str, stages: Mapping[str, Stage]) -> None:
+    def __init__(self, bundle: Bundle, place: Device, target: str) -> None:
+        entries = [bundle.manifest.graph(stage, target) for stage in STAGES]
         self.bundle = bundle
         self.device = place.kind
-        self.profile = profile
-        self.stages = dict(stages)
+        self.target = target
+        self.stages = {entry.stage: Stage(bundle.folder / entry.file, entry, place) for entry in entries}
         self.place = place
         self.embedding_table = bundle.embedding_table()
 
     @classmethod
-    def load(cls, bundle: Bundle, device: str, profile: str | None, threads: int | None = None) -> "OnnxRuntimeBackend":
-        """Load the graphs of a profile (None: inplace where the bundle holds it); threads: None takes one a core.
+    def load(cls, bundle: Bundle, device: str, target: str | None, threads: int | None = None) -> "OnnxRuntimeBackend":
+        """Load the graphs of a target (None: the best for the device); threads: None takes one a core.
 
         Raises:
-            BackendError: the device or the dtype cannot be used here.
-            BundleError: the bundle does not hold the profile.
+            BackendError: the device, the dtype or the target cannot be used here.
+            BundleError: the bundle does not hold the target.
         """
         manifest = bundle.manifest
         place = Device(device, threads)
@@ -78,14 +79,15 @@ class OnnxRuntimeBackend:
                 "Export again with --dtype float32 or float16, or load it with device='cuda'"
             )
         _check_weights(manifest)
-        if profile is not None:
-            return cls(bundle, place, profile, _load_stages(bundle, profile, place))
-        if set(manifest.profiles) == {INPLACE, PORTABLE}:
-            try:
-                return cls(bundle, place, INPLACE, _load_stages(bundle, INPLACE, place))
-            except BackendError:  # an ONNX Runtime older than opset 24, which the portable graphs do not need
-                return cls(bundle, place, PORTABLE, _load_stages(bundle, PORTABLE, place))
-        return cls(bundle, place, manifest.profiles[0], _load_stages(bundle, manifest.profiles[0], place))
+        if target == TENSORRT:
+            raise BackendError(
+                "target: got tensorrt, whose graphs the engine builder takes, expected cpu, cuda or portable"
+            )
+        if target is None:
+            best = place.kind  # a target bears its name
+            old = not at_least(ort.__version__, OPSET_24_ONNX_RUNTIME[best])
+            target = PORTABLE if old or (best not in manifest.targets and PORTABLE in manifest.targets) else best
+        return cls(bundle, place, target)
 
     def encode(self, feeds: Iterable[dict[str, npt.NDArray[Any]]], num_rows: int) -> OrtVisual:
         """Run the vision stage, one call a feed, into num_rows rows; one zero row where there is none."""
@@ -182,11 +184,6 @@ def _check_weights(manifest: Manifest) -> None:
             f"expected {QUANTISED_ONNX_RUNTIME} or newer. pip install -U onnxruntime (it needs "
             "Python 3.11), or export again with --dtype float32"
         )
-
-
-def _load_stages(bundle: Bundle, profile: str, place: Device) -> dict[str, Stage]:
-    entries = [bundle.manifest.graph(stage, profile) for stage in STAGES]
-    return {entry.stage: Stage(bundle.folder / entry.file, entry, place) for entry in entries}
 
 
 class OrtGeneration:

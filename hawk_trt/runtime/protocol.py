@@ -100,7 +100,7 @@ class Backend(Protocol):
     Attributes:
         name: of the backend.
         device: "cpu", "cuda" or "cuda:N".
-        profile: the lowering that it runs.
+        target: of the graphs that it runs.
         max_vision_patches: of one vision call; one frame alone may have more.
         max_context: columns that a KV cache can have, None where a request takes what it needs.
         can_gather: whether there is gather; without it one generation ends before the next starts.
@@ -108,7 +108,7 @@ class Backend(Protocol):
 
     name: str
     device: str
-    profile: str
+    target: str
     max_vision_patches: int
     max_context: int | None
     can_gather: bool
@@ -147,7 +147,7 @@ def backend_for(folder: str | Path) -> str:
 
 
 def load_backend(
-    source: Bundle | EngineFolder, name: str, device: str | None, profile: str | None, threads: int | None = None
+    source: Bundle | EngineFolder, name: str, device: str | None, target: str | None, threads: int | None = None
 ) -> Backend:
     """Load a bundle, or the engines made from one, in a backend.
 
@@ -155,13 +155,13 @@ def load_backend(
         source: a bundle for ONNX Runtime, an engine folder for TensorRT.
         name: of the backend.
         device: "cpu", "cuda" or "cuda:N"; None is "cpu" in ONNX Runtime and "cuda" in TensorRT.
-        profile: the lowering; None takes the best there is.
+        target: of the graphs; None takes the best for the device.
         threads: of the CPU, for each stage in ONNX Runtime; None takes one a core.
 
     Raises:
         InvalidInput: threads is not a number of them, or given to TensorRT.
         BackendError: an unknown backend or device, or a runtime that is not installed.
-        BundleError: the bundle does not hold the profile, or the engines are not for this machine.
+        BundleError: the bundle does not hold the target, or the engines are not for this machine.
     """
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
         raise InvalidInput(f"threads: got {threads!r}, expected an integer of at least 1")
@@ -174,7 +174,7 @@ def load_backend(
             raise BackendError(
                 "onnxruntime: not installed. pip install onnxruntime, or onnxruntime-gpu for a GPU"
             ) from error
-        return OnnxRuntimeBackend.load(source, device or "cpu", profile, threads)
+        return OnnxRuntimeBackend.load(source, device or "cpu", target, threads)
     if name == "tensorrt" and isinstance(source, EngineFolder):
         if threads is not None:
             raise InvalidInput(f"threads: got {threads}, which are ONNX Runtime's; leave them out with engines")
@@ -182,5 +182,5 @@ def load_backend(
             from hawk_trt.runtime.tensorrt.backend import TensorRtBackend
         except ImportError as error:
             raise BackendError(missing_for_tensorrt(error)) from error
-        return TensorRtBackend.load(source, device or "cuda", profile)
+        return TensorRtBackend.load(source, device or "cuda", target)
     raise BackendError(f"backend: got {name!r}, expected one of {', '.join(BACKENDS)}")

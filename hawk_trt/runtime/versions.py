@@ -8,8 +8,9 @@ from pathlib import Path
 
 # The first ONNX Runtime that fuses DequantizeLinear with MatMul for int8 as for int4, with a bias as without.
 QUANTISED_ONNX_RUNTIME = "1.25"
-# The first TensorRT with TensorScatter, RotaryEmbedding and RMSNormalization, which the in-place KV cache needs.
-INPLACE_TENSORRT = "10.15"
+# The first of each with Attention, TensorScatter, RotaryEmbedding and RMSNormalization; older ones run portable graphs.
+OPSET_24_ONNX_RUNTIME = {"cpu": "1.25", "cuda": "1.27"}
+OPSET_24_TENSORRT = "10.15"
 # By extra of hawk-trt: the packages that it brings, and the lowest version of each that works.
 EXTRAS: dict[str, dict[str, str]] = {
     "video": {"av": "14.1"},

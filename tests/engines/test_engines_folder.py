@@ -29,7 +29,7 @@ from hawk_trt.engine_folder import (
 )
 from hawk_trt.errors import BackendError, BundleError
 from hawk_trt.runtime.versions import same_version
-from hawk_trt.stages import FIRST_LAYER, INPLACE, STAGES
+from hawk_trt.stages import FIRST_LAYER, STAGES, TENSORRT
 
 ORIN = Machine("10.16.1.11", "13.0", "580.1", "Orin", "8.7")
 REBUILD = "python -m engines bundle --out engines"
@@ -43,7 +43,7 @@ def planned(bundle, *, machine=ORIN, plugin=None, **limits):
     return plan_build(
         bundle,
         machine,
-        INPLACE,
+        TENSORRT,
         plan_limits(bundle.manifest, plugin=plugin is not None, **limits),
         plugin=plugin,
         workspace_bytes=None,
@@ -76,8 +76,8 @@ def test_a_folder_holds_all_that_the_runtime_needs_and_loads(bundle, folder):
     engines = EngineFolder.load(folder, verify=True)
     manifest = engines.manifest
     assert [engines.plan(stage).file for stage in STAGES] == [f"{stage}.plan" for stage in STAGES]
-    assert engines.plan(FIRST_LAYER).onnx_sha256 == bundle.manifest.files["first_layer.inplace.onnx"].sha256
-    assert manifest.machine == ORIN and manifest.profile == INPLACE and manifest.rebuild == REBUILD
+    assert engines.plan(FIRST_LAYER).onnx_sha256 == bundle.manifest.files["first_layer.tensorrt.onnx"].sha256
+    assert manifest.machine == ORIN and manifest.target == TENSORRT and manifest.rebuild == REBUILD
     assert engines.plan(FIRST_LAYER).workarounds == ("no_horizontal_fusion",)
     assert engines.bundle.read_text("tokenizer.json") == bundle.read_text("tokenizer.json")
     np.testing.assert_array_equal(engines.bundle.embedding_table(), bundle.embedding_table())
@@ -150,7 +150,7 @@ def test_a_changed_plan_of_the_same_size_is_found_by_its_hash(folder):
     ("change", "message"),
     [
         ({"schema_version": ENGINES_SCHEMA_VERSION + 1}, "schema version 3, this hawk_trt reads 2. Update"),
-        ({"profile": "portable"}, r"its content changed since the build \(sha256 differs\)"),
+        ({"target": "portable"}, r"its content changed since the build \(sha256 differs\)"),
         ({"limits": None}, r"damaged \(Expected `object`, got `null`"),
     ],
 )  # fmt: skip

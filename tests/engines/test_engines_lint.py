@@ -10,11 +10,11 @@ import warnings
 
 import pytest
 
-from engines.profiles import plan_limits, plan_profiles
+from engines.profiles import TENSORRT_TARGETS, plan_limits, plan_profiles
 from export.__main__ import main as export
 from hawk_trt.bundle import Bundle
 from hawk_trt.engine_folder import PREFILL
-from hawk_trt.stages import PORTABLE, PROFILES, STAGES
+from hawk_trt.stages import PORTABLE, STAGES
 
 SIZES = {"visual_tokens": 16, "prompt_tokens": 32, "context": 64}
 # Inputs that are indices or positions; in the generated inputs, the first of each.
@@ -28,10 +28,10 @@ def bundles(tiny_checkpoint, tiny_bundle, tmp_path_factory):
     return {"float32": Bundle.load(tiny_bundle), "float16": Bundle.load(folder)}
 
 
-def shapes(bundle, stage, profile):
+def shapes(bundle, stage, target):
     """The tuned-for shapes of a prefill; a cache of the length that makes them one."""
     limits = plan_limits(bundle.manifest, plugin=True, **SIZES)
-    inputs = bundle.manifest.graph(stage, profile).inputs
+    inputs = bundle.manifest.graph(stage, target).inputs
     static = [
         type(entry)(
             entry.name, entry.dtype, tuple(limits.context if size == "cache_len" else size for size in entry.shape)
@@ -43,16 +43,16 @@ def shapes(bundle, stage, profile):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("target", TENSORRT_TARGETS)
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_polygraphy_finds_no_fault_in_any_graph(bundles, dtype, profile, stage, tmp_path):
+def test_polygraphy_finds_no_fault_in_any_graph(bundles, dtype, target, stage, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of its own imports
         from polygraphy.tools import main as polygraphy
     bundle = bundles[dtype]
-    graph = bundle.folder / bundle.manifest.graph(stage, profile).file
+    graph = bundle.folder / bundle.manifest.graph(stage, target).file
     report = tmp_path / "lint.json"
-    known = shapes(bundle, stage, profile)
+    known = shapes(bundle, stage, target)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -63,4 +63,4 @@ def test_polygraphy_finds_no_fault_in_any_graph(bundles, dtype, profile, stage, 
         )
     errors = [entry for entry in json.loads(report.read_text())["lint_entries"] if entry["level"] == "error"]
     assert status == 0 and not errors, printed.getvalue()[-3000:]
-    assert profile == PORTABLE or stage == "vision" or "write_index" in known
+    assert target == PORTABLE or stage == "vision" or "write_index" in known

@@ -12,11 +12,11 @@ def test_a_parser_error_names_the_file_the_node_the_reason_and_what_helps():
     fault = ParserFault(
         "layers.0/self_attn/Attention", "Attention", "No importer registered for op: Attention. Attempting plugin."
     )
-    text = parser_message("first_layer.inplace.onnx", "10.3.0", [fault], [])
+    text = parser_message("first_layer.tensorrt.onnx", "10.3.0", [fault], [])
     assert text == (
-        "first_layer.inplace.onnx: TensorRT 10.3.0 cannot parse it. Node layers.0/self_attn/Attention (Attention): "
-        "No importer registered for op: Attention. Attempting plugin. Use the portable profile, which has none of "
-        "these ops: --profile portable"
+        "first_layer.tensorrt.onnx: TensorRT 10.3.0 cannot parse it. Node layers.0/self_attn/Attention (Attention): "
+        "No importer registered for op: Attention. Attempting plugin. Use the target portable, which has none of "
+        "these ops: --target portable"
     )
 
 

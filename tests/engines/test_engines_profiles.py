@@ -5,14 +5,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from engines.prepare import CONTEXT_LEN, prepare
-from engines.profiles import TOPK_LIMIT, choose_profile, plan_limits, plan_profiles
+from engines.prepare import prepare
+from engines.profiles import TENSORRT_TARGETS, TOPK_LIMIT, choose_target, plan_limits, plan_profiles
 from engines.vision_ranges import vision_ranges
 from hawk_trt.bundle import Bundle, TensorEntry
 from hawk_trt.engine_folder import DECODE, PREFILL, Limits
 from hawk_trt.errors import InvalidInput
 from hawk_trt.models.qwen_windows import window_plan
-from hawk_trt.stages import DECODER, FIRST_LAYER, INPLACE, PORTABLE, PROFILES, STAGES, VISION
+from hawk_trt.stages import CONTEXT_LEN, DECODER, FIRST_LAYER, PORTABLE, STAGES, TENSORRT, VISION
 
 LIMITS = Limits(visual_tokens=300, prompt_tokens=400, context=256, batch=2)
 
@@ -22,18 +22,18 @@ def bundle(tiny_bundle):
     return Bundle.load(tiny_bundle)
 
 
-def planned(bundle, stage, profile=INPLACE, limits=LIMITS):
-    graph = prepare(bundle, stage, profile, max_context=limits.context, plugin=False)
+def planned(bundle, stage, target=TENSORRT, limits=LIMITS):
+    graph = prepare(bundle, stage, target, max_context=limits.context, plugin=False)
     return [
         {entry.name: (entry.min, entry.opt, entry.max) for entry in ranges}
         for ranges in plan_profiles(bundle.manifest, stage, graph.inputs, limits)
     ]
 
 
-@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("target", TENSORRT_TARGETS)
 @pytest.mark.parametrize("stage", STAGES)
-def test_every_input_has_a_range_in_which_min_opt_and_max_ascend(bundle, stage, profile):
-    graph = prepare(bundle, stage, profile, max_context=LIMITS.context, plugin=False)
+def test_every_input_has_a_range_in_which_min_opt_and_max_ascend(bundle, stage, target):
+    graph = prepare(bundle, stage, target, max_context=LIMITS.context, plugin=False)
     plans = plan_profiles(bundle.manifest, stage, graph.inputs, LIMITS)
     assert len(plans) == (1 if stage == VISION else 2)
     for ranges in plans:
@@ -48,8 +48,8 @@ def test_every_input_has_a_range_in_which_min_opt_and_max_ascend(bundle, stage, 
 @pytest.mark.parametrize("limits", [LIMITS, Limits(1, 2, 2, 1), Limits(16384, 20000, 4096, 8)])
 def test_one_word_has_one_size_in_all_inputs_of_a_profile(bundle, limits):
     for stage in STAGES:
-        for profile in PROFILES:
-            graph = prepare(bundle, stage, profile, max_context=limits.context, plugin=False)
+        for target in TENSORRT_TARGETS:
+            graph = prepare(bundle, stage, target, max_context=limits.context, plugin=False)
             for ranges in plan_profiles(bundle.manifest, stage, graph.inputs, limits):
                 for column in ("min", "opt", "max"):
                     sizes = {}
@@ -143,36 +143,41 @@ def test_an_unknown_dimension_is_refused(bundle):
 @pytest.mark.parametrize(
     ("tensorrt", "dtype", "held", "chosen"),
     [
-        ("10.3.0", "bfloat16", PROFILES, PORTABLE),
-        ("10.14.1", "bfloat16", PROFILES, PORTABLE),
-        ("10.15.1.29", "bfloat16", PROFILES, INPLACE),
-        ("11.4.0.106", "float16", PROFILES, INPLACE),
-        ("11.4.0.106", "float32", PROFILES, PORTABLE),
+        ("10.3.0", "bfloat16", TENSORRT_TARGETS, PORTABLE),
+        ("10.14.1", "bfloat16", TENSORRT_TARGETS, PORTABLE),
+        ("10.15.1.29", "bfloat16", TENSORRT_TARGETS, TENSORRT),
+        ("11.4.0.106", "float16", TENSORRT_TARGETS, TENSORRT),
+        ("11.4.0.106", "float32", TENSORRT_TARGETS, TENSORRT),
         ("10.16.1.11", "bfloat16", (PORTABLE,), PORTABLE),
     ],
 )
-def test_the_lowering_is_the_best_that_tensorrt_and_the_bundle_allow(bundle, tensorrt, dtype, held, chosen):
-    assert choose_profile(replace(bundle.manifest, dtype=dtype, profiles=held), tensorrt) == chosen
+def test_the_target_is_the_best_that_tensorrt_and_the_bundle_allow(bundle, tensorrt, dtype, held, chosen):
+    assert choose_target(replace(bundle.manifest, dtype=dtype, targets=held), tensorrt) == chosen
 
 
 @pytest.mark.parametrize(
     ("tensorrt", "dtype", "held", "asked", "message"),
     [
-        ("10.3.0", "bfloat16", PROFILES, INPLACE, "begin with 10.15. Use --profile portable"),
-        ("11.4.0", "float32", PROFILES, INPLACE, "no float32 kernel. Use --profile portable"),
-        ("10.3.0", "bfloat16", (INPLACE,), None, "this bundle holds inplace.*Export again with --profile portable"),
-        ("11.4.0", "bfloat16", (PORTABLE,), INPLACE, "this bundle holds portable.*Export again with --profile inplace"),
+        ("10.3.0", "bfloat16", TENSORRT_TARGETS, TENSORRT, "begin with 10.15. Use --target portable"),
+        ("10.3.0", "bfloat16", (TENSORRT,), None, "this bundle holds tensorrt.*Export again with --target portable"),
+        (
+            "11.4.0",
+            "bfloat16",
+            (PORTABLE,),
+            TENSORRT,
+            "this bundle holds portable.*again with --target tensorrt",
+        ),
     ],
 )
-def test_a_lowering_that_cannot_be_is_refused_with_what_helps(bundle, tensorrt, dtype, held, asked, message):
+def test_a_target_that_cannot_be_is_refused_with_what_helps(bundle, tensorrt, dtype, held, asked, message):
     with pytest.raises(InvalidInput, match=message):
-        choose_profile(replace(bundle.manifest, dtype=dtype, profiles=held), tensorrt, asked)
+        choose_target(replace(bundle.manifest, dtype=dtype, targets=held), tensorrt, asked)
 
 
-def test_context_slots_is_the_word_of_the_inplace_profiles_alone(bundle):
+def test_context_slots_is_the_word_of_the_target_tensorrt_alone(bundle):
     for stage in (FIRST_LAYER, DECODER):
-        for profile in PROFILES:
+        for target in TENSORRT_TARGETS:
             words = {
-                word for t in prepare(bundle, stage, profile, max_context=9, plugin=False).inputs for word in t.shape
+                word for t in prepare(bundle, stage, target, max_context=9, plugin=False).inputs for word in t.shape
             }
-            assert (CONTEXT_LEN in words) == (profile == INPLACE)
+            assert (CONTEXT_LEN in words) == (target == TENSORRT)

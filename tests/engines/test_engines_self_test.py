@@ -23,11 +23,12 @@ def test_every_engine_is_a_line_of_the_report_and_failures_say_why(repository, t
     report = capsys.readouterr().out
     lines = [line for line in report.splitlines() if line.startswith("| ") and "without plugin" in line]
     assert [line.split(" | ")[0] for line in lines] == [
+        "| float32, tensorrt, without plugin",
         "| float32, portable, without plugin",
+        "| float16, tensorrt, without plugin",
         "| float16, portable, without plugin",
-        "| float16, inplace, without plugin",
+        "| bfloat16, tensorrt, without plugin",
         "| bfloat16, portable, without plugin",
-        "| bfloat16, inplace, without plugin",
     ]
     assert all("failed: tensorrt: not installed." in line and line.endswith("| FAILED |") for line in lines)
     assert report.startswith("### hawk_trt self-test") and report.rstrip().endswith("**FAILED**")

@@ -21,19 +21,19 @@ from trt_machine import Machines, engine_folder
 @pytest.fixture(scope="module")
 def float16(tiny_checkpoint, tmp_path_factory):
     folder = tmp_path_factory.mktemp("verify") / "float16"
-    assert export([str(tiny_checkpoint), "--out", str(folder), "--dtype", "float16", "--profile", "portable"]) == 0
+    assert export([str(tiny_checkpoint), "--out", str(folder), "--dtype", "float16", "--target", "portable"]) == 0
     return folder
 
 
 @pytest.fixture(scope="module")
 def reference(tiny_bundle):
-    with Pipeline.load(tiny_bundle, profile="inplace") as pipe:
+    with Pipeline.load(tiny_bundle, target="cpu") as pipe:
         return Reference.make(pipe)
 
 
 @pytest.fixture(scope="module")
 def prompts(float16, reference):
-    """float16 in the portable profile as the plans, float32 in the inplace profile as the reference."""
+    """float16 for the target portable as the plans, float32 for the target cpu as the reference."""
     with Pipeline.load(float16) as plans:
         return [
             compare(plans, name, inputs, reference.prompts[name])

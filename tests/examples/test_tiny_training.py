@@ -195,7 +195,7 @@ def test_what_is_written_is_a_checkpoint_like_the_shipped_one(tiny_checkpoint, w
     write_checkpoint(weights, tiny_checkpoint, tmp_path / "new")
     shipped, new = (load_file(folder / WEIGHTS) for folder in (tiny_checkpoint, tmp_path / "new"))
     assert {name: (t.shape, t.dtype) for name, t in new.items()} == {n: (t.shape, t.dtype) for n, t in shipped.items()}
-    assert export([str(tmp_path / "new"), "--out", str(tmp_path / "bundle"), "--profile", "portable"]) == 0
+    assert export([str(tmp_path / "new"), "--out", str(tmp_path / "bundle"), "--target", "portable"]) == 0
 
 
 def test_the_table_of_right_answers_has_a_line_for_each_kind_of_picture(tiny_bundle, tmp_path, capsys):

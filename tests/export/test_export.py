@@ -30,7 +30,7 @@ from export.writer import ExportOptions, export
 from hawk_trt.bundle import MANIFEST, Bundle, HeadWeights, manifest_bytes, read_manifest
 from hawk_trt.errors import BundleError, CheckpointError, InvalidInput
 from hawk_trt.models.registry import family_of
-from hawk_trt.stages import PROFILES, STAGES
+from hawk_trt.stages import STAGES, TARGETS
 
 ROOT = Path(__file__).parents[2]
 NUMPY = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
@@ -83,9 +83,9 @@ def bundle(tmp_path_factory, checkpoint):
     return export(checkpoint, tmp_path_factory.mktemp("bundle") / "out")
 
 
-def test_a_bundle_holds_all_graphs_of_all_profiles_and_what_it_was_made_from(bundle, checkpoint):
+def test_a_bundle_holds_all_graphs_of_all_targets_and_what_it_was_made_from(bundle, checkpoint):
     manifest = bundle.manifest
-    assert {(graph.stage, graph.profile) for graph in manifest.graphs} == {(s, p) for s in STAGES for p in PROFILES}
+    assert {(graph.stage, graph.target) for graph in manifest.graphs} == {(s, p) for s in STAGES for p in TARGETS}
     assert set(manifest.files) == {path.name for path in bundle.folder.iterdir()} - {MANIFEST}
     assert (bundle.folder / "config.json").read_bytes() == (checkpoint / "config.json").read_bytes()
     assert manifest.source.name == "model"
@@ -278,9 +278,9 @@ def test_exporting_again_does_nothing_until_something_changes(tmp_path, tensors)
         return next(check)
 
     assert not changes()
-    assert not changes(ExportOptions(profiles=PROFILES[::-1]))
+    assert not changes(ExportOptions(targets=TARGETS[::-1]))
     assert changes(ExportOptions(force=True))
-    assert changes(ExportOptions(profiles=("inplace",)))
+    assert changes(ExportOptions(targets=("cpu",)))
     assert changes(ExportOptions(normalization="minmax"))
     assert changes(ExportOptions(dtype="bfloat16"))
     assert changes(ExportOptions(im_end_token_id=7))
@@ -345,20 +345,31 @@ def test_a_changed_byte_is_refused(tmp_path, checkpoint):
         Bundle.load(out)
 
 
-def test_a_bundle_of_a_newer_schema_is_refused_and_may_be_replaced(tmp_path, checkpoint):
+@pytest.mark.parametrize(("version", "advice"), [(99, "Update hawk_trt, or with this version: Export"), (2, "Export")])
+def test_a_bundle_of_another_schema_is_refused_and_may_be_replaced(tmp_path, checkpoint, version, advice):
     out = export(checkpoint, tmp_path / "out").folder
-    newer = json.loads(manifest_bytes(read_manifest(out))) | {"schema_version": 99}
-    write_json(out / MANIFEST, newer)
-    with pytest.raises(BundleError, match="schema version 99"):
+    other = json.loads(manifest_bytes(read_manifest(out))) | {"schema_version": version}
+    write_json(out / MANIFEST, other)
+    with pytest.raises(BundleError, match=rf"version {version}, this hawk_trt reads 3\. {advice} again: make export"):
         Bundle.load(out)
     assert export(checkpoint, out).manifest.schema_version == 3
 
 
+def test_a_bundle_holds_the_targets_that_run_its_dtype_or_those_asked_for(tmp_path, checkpoint):
+    assert ExportOptions().targets == TARGETS
+    assert ExportOptions(dtype="bfloat16").targets == ("cuda", "tensorrt", "portable")
+    with pytest.raises(InvalidInput, match="targets of bfloat16: got cpu, expected of cuda, tensorrt, portable"):
+        ExportOptions(dtype="bfloat16", targets=("cpu",))
+    arguments = ["--target", "portable,cpu", "--target", "cuda"]
+    assert main([str(checkpoint), "--out", str(tmp_path / "out"), *arguments]) == 0
+    assert read_manifest(tmp_path / "out").targets == ("cpu", "cuda", "portable")
+
+
 def test_the_command_reports_on_stdout_and_says_when_nothing_was_to_do(tmp_path, checkpoint, capsys):
-    arguments = [str(checkpoint), "--out", str(tmp_path / "out"), "--profile", "inplace", "--dtype", "float16"]
+    arguments = [str(checkpoint), "--out", str(tmp_path / "out"), "--target", "cpu", "--dtype", "float16"]
     assert main([*arguments, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert (result["up_to_date"], result["profiles"], result["dtype"]) == (False, ["inplace"], "float16")
+    assert (result["up_to_date"], result["targets"], result["dtype"]) == (False, ["cpu"], "float16")
     assert main(arguments) == 0
     assert "up to date" in capsys.readouterr().out
 
@@ -368,7 +379,7 @@ def test_wrong_usage_exits_2(tmp_path, checkpoint, capsys):
     for arguments in (
         [str(checkpoint)],
         [str(checkpoint), *out, "--dtype", "int2"],
-        [str(checkpoint), *out, "--profile", "fast"],
+        [str(checkpoint), *out, "--target", "fast"],
         [str(checkpoint), *out, "--im-end-token-id", "x"],
         [str(checkpoint), *out, "--revision", "main"],
     ):

@@ -16,7 +16,7 @@ from hawk_trt.bundle import Bundle
 from hawk_trt.errors import BackendError
 from hawk_trt.inputs.layout import collate
 from hawk_trt.models.family import Patches
-from hawk_trt.stages import PROFILES
+from targets import ON_CPU
 
 SIZES = dataclasses.replace(TINY, layers=4)
 FLOAT16_MAX = 65504.0
@@ -41,7 +41,7 @@ def image_prompt(pipe, seed=0):
 
 
 def stage_feeds(pipe, stage, dtype):
-    """Feeds of a stage of the portable profile over one image prompt, in float32 and rounded to the dtype."""
+    """Feeds of a stage's portable graph over one image prompt, in float32 and rounded to the dtype."""
     inputs = image_prompt(pipe)
     rng = np.random.default_rng(5)
     language = pipe.bundle.manifest.language
@@ -89,9 +89,9 @@ def test_float16_holds_where_activations_pass_its_range(tmp_path, stage, part, o
     graph = onnx.load_from_string(prepare(Bundle.load(half), stage, "portable", max_context=64, plugin=False).content)
     onnx.external_data_helper.load_external_data_for_model(graph, str(half))
     # the evaluator's own sigmoid overflows in the branch that it does not take
-    with Pipeline.load(half, profile="portable") as pipe, np.errstate(over="ignore", invalid="ignore"):
+    with Pipeline.load(half, target="portable") as pipe, np.errstate(over="ignore", invalid="ignore"):
         got = ReferenceEvaluator(graph).run([output], stage_feeds(pipe, stage, "float16"))[0].astype(np.float32)
-    with Pipeline.load(full, profile="portable") as pipe:
+    with Pipeline.load(full, target="portable") as pipe:
         session = ort.InferenceSession(full / f"{stage}.portable.onnx")
         expected = session.run([output], stage_feeds(pipe, stage, None))[0]
     if output == "hidden_states":
@@ -113,7 +113,7 @@ def test_the_inner_values_of_the_test_do_pass_the_range():
     assert np.abs(product @ tensors[f"{mlp}.down_proj.weight"].T).max() > FLOAT16_MAX
 
 
-@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("target", ON_CPU)
 @pytest.mark.parametrize(
     ("tensor", "where"),
     [
@@ -124,8 +124,8 @@ def test_the_inner_values_of_the_test_do_pass_the_range():
         ("lm_head.weight", "the norm or lm_head of decoder"),
     ],
 )
-def test_a_value_that_is_not_finite_is_named_with_stage_and_layer(tmp_path, tensor, where, profile):
+def test_a_value_that_is_not_finite_is_named_with_stage_and_layer(tmp_path, tensor, where, target):
     folder = bundle(tmp_path, {tensor: np.nan}, "float32")
-    with Pipeline.load(folder, profile=profile) as pipe, pytest.raises(BackendError, match=where) as error:
+    with Pipeline.load(folder, target=target) as pipe, pytest.raises(BackendError, match=where) as error:
         pipe.generate(image_prompt(pipe), pruning=PruningConfig(keep_ratio=0.5), max_new_tokens=3)
     assert "--dtype bfloat16 or float32" in str(error.value)

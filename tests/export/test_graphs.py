@@ -10,10 +10,21 @@ import pytest
 from checkpoints import Sizes, make_checkpoint, random_tensors
 from export.__main__ import main as export
 from hawk_trt.bundle import Bundle
-from hawk_trt.stages import DECODER, DTYPES, FIRST_LAYER, NORMALIZATIONS, PROFILES
+from hawk_trt.stages import (
+    CONTEXT_SLOTS,
+    CUDA,
+    DECODER,
+    DTYPES,
+    FIRST_LAYER,
+    NORMALIZATIONS,
+    PORTABLE,
+    TARGETS,
+    TENSORRT,
+    in_place,
+)
 
 WORDS = {
-    "batch", "seq_len", "num_visual", "num_kept_total", "past_len", "total_len", "cache_len",
+    "batch", "seq_len", "num_visual", "num_kept_total", "past_len", "total_len", "cache_len", "context_len",
     "num_frames", "num_patches", "num_windows", "window_len", "num_merged",
 }  # fmt: skip
 
@@ -36,7 +47,7 @@ def graph_files(bundles):
 
 def test_every_graph_passes_the_checker_and_strict_shape_inference(bundles, tmp_path):
     files = graph_files(bundles)
-    assert len(files) == 5 * 6
+    assert len(files) == 4 * 12 + 9  # bfloat16 without cpu
     for file in files:
         onnx.checker.check_model(file, full_check=True)
         onnx.shape_inference.infer_shapes_path(
@@ -76,11 +87,11 @@ def test_graphs_have_the_inputs_and_outputs_that_the_manifest_tells(bundles):
                 ]
 
 
-@pytest.mark.parametrize("profile", PROFILES)
-def test_scores_are_float32_whatever_the_dtype(bundles, profile):
+@pytest.mark.parametrize("target", [CUDA, TENSORRT, PORTABLE])
+def test_scores_are_float32_whatever_the_dtype(bundles, target):
     for dtype in ("float16", "bfloat16"):
-        graph = onnx.load(bundles / dtype / f"first_layer.{profile}.onnx", load_external_data=False).graph
-        inferred = onnx.shape_inference.infer_shapes(onnx.ModelProto(graph=graph, opset_import=_opsets(profile)))
+        graph = onnx.load(bundles / dtype / f"first_layer.{target}.onnx", load_external_data=False).graph
+        inferred = onnx.shape_inference.infer_shapes(onnx.ModelProto(graph=graph, opset_import=_opsets(target)))
         types = {v.name: v.type.tensor_type.elem_type for v in inferred.graph.value_info}
         scoring = [n for n in graph.node if n.name.startswith("hawk/") and n.op_type in ("MatMul", "Gemm", "Mul")]
         assert len(scoring) >= 8
@@ -95,22 +106,28 @@ def test_portable_graphs_use_no_op_newer_than_opset_18_and_no_foreign_domain(bun
         assert {o.domain: o.version for o in model.opset_import}[""] == 18
         assert model.ir_version == 10
         nodes = [*model.graph.node, *(n for function in model.functions for n in function.node)]
-        loops = (entry.g for node in nodes for entry in node.attribute if entry.type == onnx.AttributeProto.GRAPH)
-        nodes += [node for body in loops for node in body.node]
         assert not newer & {node.op_type for node in nodes}
         assert {node.domain for node in model.graph.node} <= {"", "hawk"}
 
 
-def test_profiles_share_their_weights(bundles):
+def test_only_the_graphs_of_the_cpu_hold_loops(bundles):
+    for file in graph_files(bundles):
+        model = onnx.load(file, load_external_data=False)
+        nodes = [*model.graph.node, *(node for function in model.functions for node in function.node)]
+        loops = any(entry.type == onnx.AttributeProto.GRAPH for node in nodes for entry in node.attribute)
+        assert loops == (file.name == "vision.cpu.onnx"), file
+
+
+def test_targets_share_their_weights(bundles):
     folder = bundles / "float32"
     for stage in (DECODER, FIRST_LAYER, "vision"):
         places = []
-        for profile in PROFILES:
-            graph = onnx.load(folder / f"{stage}.{profile}.onnx", load_external_data=False).graph
+        for target in TARGETS:
+            graph = onnx.load(folder / f"{stage}.{target}.onnx", load_external_data=False).graph
             external = (i for i in graph.initializer if i.data_location == onnx.TensorProto.EXTERNAL)
             places.append({i.name: sorted((e.key, e.value) for e in i.external_data) for i in external})
         assert places[0]
-        assert places[0] == places[1]
+        assert all(place == places[0] for place in places)
 
 
 @pytest.fixture(scope="module")
@@ -128,8 +145,8 @@ def torch_layers(tmp_path_factory):
     return torch, model, folder / "bundle"
 
 
-@pytest.mark.parametrize("profile", PROFILES)
-def test_the_decoder_equals_pytorchs_layers_over_prefill_and_decode_steps(torch_layers, profile):
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_decoder_equals_pytorchs_layers_over_prefill_and_decode_steps(torch_layers, target):
     torch, model, folder = torch_layers
     language = model.model.language_model
     config = Bundle.load(folder).manifest.language
@@ -151,10 +168,10 @@ def test_the_decoder_equals_pytorchs_layers_over_prefill_and_decode_steps(torch_
                 x = x[0] if isinstance(x, tuple) else x
             expected.append(model.lm_head(language.norm(x))[0].numpy())
 
-    session = ort.InferenceSession(folder / f"decoder.{profile}.onnx")
+    session = ort.InferenceSession(folder / f"decoder.{target}.onnx")
     caches = {
         value.name: np.zeros(
-            (2, config.num_key_value_heads, total if profile == "inplace" else 0, config.head_dim), np.float32
+            (2, config.num_key_value_heads, total if in_place(target) else 0, config.head_dim), np.float32
         )
         for value in session.get_inputs()
         if value.name.startswith("past_")
@@ -167,8 +184,10 @@ def test_the_decoder_equals_pytorchs_layers_over_prefill_and_decode_steps(torch_
             "kv_start": np.zeros(2, np.int64),
             **caches,
         }
-        if profile == "inplace":
+        if in_place(target):
             feeds["write_index"] = np.full(2, done, np.int64)
+        if target == TENSORRT:
+            feeds[CONTEXT_SLOTS] = np.zeros(done + count, np.int64)
         outputs = dict(zip([o.name for o in session.get_outputs()], session.run(None, feeds), strict=True))
         done += count
         for row in range(2):
@@ -197,5 +216,5 @@ def test_left_padding_changes_nothing_in_the_decoder(torch_layers):
     assert np.abs(logits(padded, padded_positions, 0) - logits(hidden, positions, 0)).max() > 1e-2
 
 
-def _opsets(profile):
-    return [onnx.helper.make_opsetid("", {"portable": 18, "inplace": 24}[profile]), onnx.helper.make_opsetid("hawk", 1)]
+def _opsets(target):
+    return [onnx.helper.make_opsetid("", 18 if target == PORTABLE else 24), onnx.helper.make_opsetid("hawk", 1)]

@@ -29,7 +29,8 @@ from hawk_trt.errors import BackendError, BundleError, CheckpointError, InvalidI
 from hawk_trt.runtime import onnxruntime as ort_backend
 from hawk_trt.runtime import session as ort_session
 from hawk_trt.runtime.comparison import TOLERANCES, tolerance_of
-from hawk_trt.stages import DECODER, FIRST_LAYER, INPLACE, PORTABLE, PROFILES, VISION
+from hawk_trt.stages import CPU, DECODER, FIRST_LAYER, PORTABLE, VISION
+from targets import ON_CPU
 
 NUMPY = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 MATRIX = re.compile(r"language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj\.weight|.*(embed_tokens|lm_head)\.weight")
@@ -109,11 +110,11 @@ def test_what_is_no_number_cannot_be_quantised(tmp_path):
             quantise(one_matrix(tmp_path / str(place), matrix), INT4, "float32")
 
 
-@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("target", ON_CPU)
 @pytest.mark.parametrize("tied", [True, False])
-def test_all_matrices_of_the_language_model_are_integers_but_those_that_score(tmp_path, profile, tied):
+def test_all_matrices_of_the_language_model_are_integers_but_those_that_score(tmp_path, target, tied):
     folder = make_checkpoint(tmp_path / "model", sizes=SMALL, tied=tied)
-    bundle = export(folder, tmp_path / "out", ExportOptions(weights=WeightFormat(4, 32), profiles=(profile,)))
+    bundle = export(folder, tmp_path / "out", ExportOptions(weights=WeightFormat(4, 32), targets=(target,)))
     floats, integers = set(), set()
     for entry in bundle.manifest.graphs:
         graph = ir.load(bundle.folder / entry.file)
@@ -123,8 +124,8 @@ def test_all_matrices_of_the_language_model_are_integers_but_those_that_score(tm
                 integers.add(name.removesuffix("/integers"))
             elif isinstance(value.const_value, ir.ExternalTensor) and not name.endswith("/scales"):
                 floats.add(name)
-        assert graph.opset_imports[""] == {VISION: {PORTABLE: 18, INPLACE: 24}[profile]}.get(
-            entry.stage, {PORTABLE: 21, INPLACE: 24}[profile]
+        assert graph.opset_imports[""] == {VISION: {PORTABLE: 18, CPU: 24}[target]}.get(
+            entry.stage, {PORTABLE: 21, CPU: 24}[target]
         )
     expected = {name for name in random_tensors(SMALL, tied=tied) if MATRIX.fullmatch(name)} - SCORING
     if not tied:
@@ -140,21 +141,21 @@ def test_all_matrices_of_the_language_model_are_integers_but_those_that_score(tm
 def test_a_matrix_that_does_not_fill_its_blocks_stays_in_floating_point(tmp_path):
     folder = make_checkpoint(tmp_path / "model", sizes=Sizes(intermediate_size=96))
     bundle = export(folder, tmp_path / "out", ExportOptions(weights=INT4))
-    names = set(ir.load(bundle.folder / "decoder.inplace.onnx").graph.initializers)
+    names = set(ir.load(bundle.folder / "decoder.cpu.onnx").graph.initializers)
     assert "language_model.layers.1.mlp.down_proj.weight" in names
     assert "language_model.layers.1.mlp.up_proj.weight/integers" in names
 
 
 @runs_integers
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("profile", PROFILES)
-def test_onnx_runtime_multiplies_by_the_integers_themselves(bundles, tmp_path, bits, profile):
+@pytest.mark.parametrize("target", ON_CPU)
+def test_onnx_runtime_multiplies_by_the_integers_themselves(bundles, tmp_path, bits, target):
     for stage, count in ((FIRST_LAYER, 5), (DECODER, 3 * 7 + 1)):
         options = ort.SessionOptions()
         options.log_severity_level = 4
         options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
         ort.InferenceSession(
-            bundles[bits].folder / bundles[bits].manifest.graph(stage, profile).file, options, ["CPUExecutionProvider"]
+            bundles[bits].folder / bundles[bits].manifest.graph(stage, target).file, options, ["CPUExecutionProvider"]
         )
         nodes = [node.op_type for node in onnx.load(tmp_path / "optimised.onnx", load_external_data=False).graph.node]
         assert nodes.count("MatMulNBits") == count
@@ -162,12 +163,12 @@ def test_onnx_runtime_multiplies_by_the_integers_themselves(bundles, tmp_path, b
 
 
 @runs_integers
-@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("target", ON_CPU)
 @pytest.mark.parametrize("bits", [4, 8])
-def test_the_same_tokens_are_kept_with_the_same_scores(bundles, tiny_bundle, bits, profile):
+def test_the_same_tokens_are_kept_with_the_same_scores(bundles, tiny_bundle, bits, target):
     with (
-        Pipeline.load(tiny_bundle, profile=profile) as floats,
-        Pipeline.load(bundles[bits].folder, profile=profile) as integers,
+        Pipeline.load(tiny_bundle, target=target) as floats,
+        Pipeline.load(bundles[bits].folder, target=target) as integers,
     ):
         for sample in generate(5, 5):
             inputs = floats.prepare(sample.question, images=[sample.image])
@@ -225,8 +226,8 @@ def test_weights_that_fit_their_integers_exactly_change_nothing(tmp_path, monkey
 
 def test_engines_get_graphs_that_onnx_takes(bundles):
     for stage in (FIRST_LAYER, DECODER):
-        for profile in PROFILES:
-            graph = prepare(bundles[4], stage, profile, max_context=64, plugin=False)
+        for target in ON_CPU:
+            graph = prepare(bundles[4], stage, target, max_context=64, plugin=False)
             model = onnx.load_from_string(graph.content)
             assert {node.op_type for node in model.graph.node} >= {"DequantizeLinear", "MatMul"}
             assert graph.weight_bytes < (bundles[4].folder / f"{stage}.data").stat().st_size + 1e6

@@ -17,8 +17,8 @@ from export.__main__ import main as export
 from hawk_trt import Pipeline, PruningConfig
 from hawk_trt.apps.parity.prompt_rules import PromptTokens
 from hawk_trt.errors import InvalidInput
-from hawk_trt.stages import PROFILES
 from random_models import prompt
+from targets import ON_CPU
 
 WEIGHT = "model.layers.0.mlp.down_proj"
 # What quantisers write into config.json, and the tensor that tells on them where a config lost it.
@@ -70,7 +70,7 @@ def test_every_stop_token_of_generation_config_ends_an_answer(tiny_checkpoint, t
     answers = {}
     for name, eos in (("one", [458]), ("two", None)):
         write_json(folder / "generation_config.json", generation | {"eos_token_id": eos or [458, answers["one"][0]]})
-        assert export([str(folder), "--out", str(tmp_path / name), "--profile", "inplace"]) == 0
+        assert export([str(folder), "--out", str(tmp_path / name), "--target", "cpu"]) == 0
         with Pipeline.load(tmp_path / name) as pipe:
             result = pipe.generate("What colour is the heart?", images=[image], max_new_tokens=8)
             answers[name] = result.token_ids
@@ -83,10 +83,10 @@ def test_sampling_defaults_of_generation_config_change_nothing(tiny_checkpoint, 
     generation = json.loads((folder / "generation_config.json").read_text())
     sampling = {"do_sample": True, "temperature": 5.0, "top_k": 50, "top_p": 0.9, "repetition_penalty": 2.0}
     write_json(folder / "generation_config.json", generation | sampling)
-    assert export([str(folder), "--out", str(tmp_path / "bundle"), "--profile", "inplace"]) == 0
+    assert export([str(folder), "--out", str(tmp_path / "bundle"), "--target", "cpu"]) == 0
     results = []
     for bundle in (tmp_path / "bundle", tiny_bundle):
-        with Pipeline.load(bundle, profile="inplace") as pipe:
+        with Pipeline.load(bundle, target="cpu") as pipe:
             image = tiny_checkpoint / "samples" / "0-colour.png"
             results.append(pipe.generate("What colour is the heart?", images=[image], max_new_tokens=8).token_ids)
     assert results[0] == results[1]
@@ -104,9 +104,9 @@ def test_tools_are_refused_where_the_template_would_leave_them_out(tiny_bundle):
         assert "Be brief." in pipe.chat_tokenizer().decode(told.input_ids.tolist(), skip_special_tokens=False)
 
 
-@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("target", ON_CPU)
 @pytest.mark.parametrize("kv_heads", [1, 4])
-def test_one_key_head_for_all_and_one_for_each_equal_the_model_in_pytorch(tmp_path, kv_heads, profile):
+def test_one_key_head_for_all_and_one_for_each_equal_the_model_in_pytorch(tmp_path, kv_heads, target):
     pytest.importorskip("torch")
     from hawk_trt.apps.parity.reference import Reference
 
@@ -118,7 +118,7 @@ def test_one_key_head_for_all_and_one_for_each_equal_the_model_in_pytorch(tmp_pa
     inputs = prompt(1176, images=[(1, 8, 12)])
     pruning = PruningConfig(0.3, head_weights=(0.1, 0.4, 0.3, 0.2))
     expected = reference.run(reference.embed(inputs, tokens), pruning, steps=4)
-    with Pipeline.load(tmp_path / "out", profile=profile) as pipe:
+    with Pipeline.load(tmp_path / "out", target=target) as pipe:
         result = pipe.generate(inputs, pruning=pruning, max_new_tokens=4, ignore_eos=True, return_logits=True)
     np.testing.assert_array_equal(result.kept_indices, expected.kept_indices)
     assert result.token_ids == list(expected.tokens)
@@ -137,7 +137,7 @@ def test_a_bfloat16_checkpoint_without_a_head_bias_is_refused_by_the_tensor_it_l
 @pytest.mark.real
 def test_a_released_checkpoint_exports_and_answers(tmp_path):
     folder = os.environ["HAWK_REAL_CHECKPOINT"]
-    assert export([folder, "--out", str(tmp_path / "bundle"), "--profile", "inplace"]) == 0
+    assert export([folder, "--out", str(tmp_path / "bundle"), "--target", "cpu"]) == 0
     image = np.full((448, 448, 3), (200, 30, 30), np.uint8)
     with Pipeline.load(tmp_path / "bundle") as pipe:
         result = pipe.generate("What colour is this picture? One word.", images=[image], max_new_tokens=8)

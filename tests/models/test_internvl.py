@@ -18,9 +18,10 @@ from hawk_trt.apps.serve.batcher import Batcher, Job
 from hawk_trt.bundle import Bundle
 from hawk_trt.errors import InvalidInput
 from hawk_trt.pruning.hawk import num_kept
-from hawk_trt.stages import NORMALIZATIONS, PROFILES
+from hawk_trt.stages import NORMALIZATIONS
 from internvl import CONTEXT, END, IM_END, START, TILE_PX, TILE_TOKENS, TOWERS, VIDEO
 from served import assert_served_as_alone
+from targets import ON_CPU
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -37,9 +38,9 @@ def folder(tmp_path_factory):
     return internvl.export_towers(tmp_path_factory.mktemp("internvl"))
 
 
-@pytest.fixture(scope="module", params=PROFILES)
+@pytest.fixture(scope="module", params=ON_CPU)
 def pipe(request, folder):
-    with Pipeline.load(folder / "layer_norm.bundle", profile=request.param) as pipe:
+    with Pipeline.load(folder / "layer_norm.bundle", target=request.param) as pipe:
         yield pipe
 
 
@@ -97,12 +98,12 @@ def ours(pipe, rows, pruning):
 
 
 @pytest.mark.parametrize("tower", TOWERS)
-@pytest.mark.parametrize("profile", PROFILES)
-def test_the_vision_graph_equals_the_tower(folder, tower, profile):
+@pytest.mark.parametrize("target", ON_CPU)
+def test_the_vision_graph_equals_the_tower(folder, tower, target):
     pixels = np.random.default_rng(0).standard_normal((3, 3, TILE_PX, TILE_PX), dtype=np.float32)
     with torch.inference_mode():
         features = load(folder / tower).model.get_image_features(torch.from_numpy(pixels)).pooler_output
-    session = ort.InferenceSession(folder / f"{tower}.bundle" / f"vision.{profile}.onnx")
+    session = ort.InferenceSession(folder / f"{tower}.bundle" / f"vision.{target}.onnx")
     (embeds,) = session.run(None, {"pixel_values": pixels})
     np.testing.assert_allclose(embeds, features.flatten(0, 1).numpy(), rtol=0, atol=2e-5)
     assert np.abs(embeds).max() > 1
@@ -249,7 +250,7 @@ def test_the_vision_cache_knows_each_image_and_frame_by_its_tiles(folder, pipe):
     images, frames = [noise(112, 60), noise(50, 50)], [noise(60, 40), noise(61, 40)[:, :60], noise(60, 40)]
     pipe.vision_cache.clear()
     ask = {"pruning": PruningConfig(keep_ratio=0.3), "max_new_tokens": STEPS, "return_logits": True}
-    with Pipeline.load(folder / "layer_norm.bundle", profile=pipe.backend.profile, vision_cache_mb=0) as plain:
+    with Pipeline.load(folder / "layer_norm.bundle", target=pipe.backend.target, vision_cache_mb=0) as plain:
         for shown, num_cached in ((images[:1], 1), (images[::-1], 4)):  # a frame comes twice, later all but one image
             got, expected = (p.generate("What is red?", shown, [frames], **ask) for p in (pipe, plain))
             assert (got.num_cached, got.token_ids) == (num_cached, expected.token_ids)
@@ -337,7 +338,7 @@ def test_the_graphs_are_well_formed_in_every_dtype(folder, tmp_path):
             graph = onnx.load(file, load_external_data=False).graph
             names = [node.name for node in graph.node]
             assert len(set(names)) == len(names) and all(names)
-        (entry,) = (g for g in Bundle.load(bundle).manifest.graphs if (g.stage, g.profile) == ("vision", "portable"))
+        (entry,) = (g for g in Bundle.load(bundle).manifest.graphs if (g.stage, g.target) == ("vision", "portable"))
         assert entry.inputs[0].shape == ("num_tiles", 3, TILE_PX, TILE_PX)
 
 

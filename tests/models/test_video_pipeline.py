@@ -175,7 +175,7 @@ def test_a_checkpoint_without_bounds_for_videos_gets_qwens_own(tiny_checkpoint, 
     for own, tokens in ((None, 18 * 40), ({"size": {"shortest_edge": 3136, "longest_edge": 200 * TOKEN}}, 10 * 18)):
         if own is not None:
             (folder / "video_preprocessor_config.json").write_text(json.dumps(own))
-        assert export([str(folder), "--out", str(tmp_path / "bundle"), "--profile", "inplace"]) == 0
+        assert export([str(folder), "--out", str(tmp_path / "bundle"), "--target", "cpu"]) == 0
         with Pipeline.load(tmp_path / "bundle") as pipe:
             grid = pipe.prepare(video_message(frames)).video_grid_thw[0]
             assert grid.prod() // 4 == tokens
@@ -244,7 +244,7 @@ def test_three_minutes_of_video_stay_within_a_memory_bound(tiny_checkpoint, tmp_
     bounds = json.loads((folder / "preprocessor_config.json").read_text())
     bounds["size"] = {"shortest_edge": 3136, "longest_edge": 16384 * TOKEN}
     (folder / "preprocessor_config.json").write_text(json.dumps(bounds))
-    assert export([str(folder), "--out", str(tmp_path / "bundle"), "--profile", "inplace"]) == 0
+    assert export([str(folder), "--out", str(tmp_path / "bundle"), "--target", "cpu"]) == 0
     path = write_clip(tmp_path / "long.mp4", 360, (280, 504))
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, str(tmp_path / "bundle"), str(path)],

@@ -1,4 +1,4 @@
-"""The in-place profile: a decode step moves and copies no key or value, by addresses and by memory that is written."""
+"""A cache in place: a decode step moves and copies no key or value, by addresses and by memory that is written."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ STEPS = 4
 
 @pytest.fixture(scope="module")
 def pipe(tiny_bundle):
-    with Pipeline.load(tiny_bundle, profile="inplace", threads=1) as pipe:
+    with Pipeline.load(tiny_bundle, target="cpu", threads=1) as pipe:
         yield pipe
 
 

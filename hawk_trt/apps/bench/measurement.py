@@ -8,7 +8,7 @@ import numpy as np
 
 from hawk_trt.apps.bench.advice import Size, StageTimes
 from hawk_trt.request import PruningConfig, Result, Timings
-from hawk_trt.stages import INPLACE
+from hawk_trt.stages import in_place
 
 if TYPE_CHECKING:
     from hawk_trt.pipeline import Pipeline
@@ -27,7 +27,7 @@ def prompt_size(pipe: "Pipeline", result: Result) -> Size:
     return Size(
         num_text=len(result.kept_indices) - result.num_kept,
         num_visual=result.num_visual,
-        allocated=pipe.backend.name == "onnxruntime" and pipe.backend.profile == INPLACE,
+        allocated=pipe.backend.name == "onnxruntime" and in_place(pipe.backend.target),
     )
 
 

@@ -30,7 +30,7 @@ class Advice:
 
     Attributes:
         bundle: that was measured.
-        runtime: backend, device and profile.
+        runtime: backend, device and target.
         size: of the prompt.
         measured: seconds of the stages.
         predictions: seconds by keep ratio and answer length.
@@ -114,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
     model = TimeModel(size, times)
     advice = Advice(
         bundle=str(args.bundle),
-        runtime=f"{backend.name}, {backend.device}, {backend.profile}",
+        runtime=f"{backend.name}, {backend.device}, {backend.target}",
         size=size,
         measured=tuple(times),
         predictions=tuple(model.predict(ratio, length) for ratio in ratios for length in lengths),

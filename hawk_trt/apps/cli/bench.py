@@ -34,7 +34,7 @@ class _Report:
     dtype: str
     backend: str
     device: str
-    profile: str
+    target: str
     machine: str
     versions: dict[str, str]
     repeats: int
@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
             dtype=pipe.bundle.manifest.precision,
             backend=pipe.backend.name,
             device=pipe.backend.device,
-            profile=pipe.backend.profile,
+            target=pipe.backend.target,
             machine=f"{platform.machine()}, {_cpu_name()}",
             versions={"python": platform.python_version(), "hawk_trt": __version__, pipe.backend.name: _runtime(pipe)},
             repeats=args.repeats,
@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
 
         console = Console(width=None if sys.stdout.isatty() else 160)
         print_rows(rows, console)
-        console.print(f"{report.dtype}, {report.profile}, {report.backend} on {report.device}; peak: {MEMORY_METRIC}")
+        console.print(f"{report.dtype}, {report.target}, {report.backend} on {report.device}; peak: {MEMORY_METRIC}")
     if args.plot is not None:
         from hawk_trt.apps.bench.report import plot_rows
 

@@ -87,7 +87,7 @@ def _print_bundle(bundle: BundleReport) -> None:
     total_bytes = sum(entry.size_bytes for entry in manifest.files.values())
     lines = {
         "model": f"{manifest.source.name} ({manifest.source.architecture})",
-        "graphs": f"{manifest.precision}, profiles {', '.join(manifest.profiles)}, "
+        "graphs": f"{manifest.precision}, targets {', '.join(manifest.targets)}, "
         f"normalization {manifest.normalization}",
         "sizes": f"{language.num_hidden_layers} layers, hidden size {language.hidden_size}, "
         f"{language.num_attention_heads} query and {language.num_key_value_heads} key-value heads, "

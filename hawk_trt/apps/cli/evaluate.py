@@ -190,7 +190,7 @@ def _subject(args: argparse.Namespace, pipe: "Pipeline", dataset: Dataset) -> di
     weights = options.pruning(args, 1.0).head_weights
     return {
         "bundle": manifest_digest(pipe.bundle.manifest),
-        "runtime": f"{pipe.backend.name}, {pipe.backend.device}, {pipe.backend.profile}",
+        "runtime": f"{pipe.backend.name}, {pipe.backend.device}, {pipe.backend.target}",
         "dataset": dataset.fingerprint,
         "metric": args.metric,
         "max_new_tokens": str(args.max_new_tokens),

@@ -13,7 +13,7 @@ from hawk_trt.errors import InvalidInput
 from hawk_trt.pruning.head_weights import read_head_weights
 from hawk_trt.request import QUERIES, QUOTAS, SELECTORS, PruningConfig
 from hawk_trt.runtime.protocol import BACKENDS, backend_for
-from hawk_trt.stages import PROFILES
+from hawk_trt.stages import TARGETS
 
 if TYPE_CHECKING:
     from hawk_trt import Pipeline
@@ -35,7 +35,7 @@ def add_pipeline_options(parser: argparse.ArgumentParser) -> None:
         "--backend", choices=BACKENDS, help="what runs it (default: tensorrt for engines, else onnxruntime)"
     )
     group.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda for engines, else cpu)")
-    group.add_argument("--profile", choices=PROFILES, help="which graphs of the bundle (default: the best that run)")
+    group.add_argument("--target", choices=TARGETS, help="which graphs of the bundle (default: the best that run)")
     group.add_argument("--threads", type=int, metavar="N", help="of the CPU (default: one a core)")
     group.add_argument("--verify", action="store_true", help="check the weight files by hash before loading them")
 
@@ -134,7 +134,7 @@ def open_pipeline(args: argparse.Namespace, vision_cache_mb: float = 0) -> "Pipe
         args.bundle,
         backend=backend,
         device=args.device,
-        profile=args.profile,
+        target=args.target,
         vision_cache_mb=vision_cache_mb,
         threads=args.threads,
     )

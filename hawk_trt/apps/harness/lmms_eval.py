@@ -45,7 +45,7 @@ class HawkTrt(lmms):
         max_frames: int | None = None,
         system_prompt: str | None = None,
         backend: str | None = None,
-        profile: str | None = None,
+        target: str | None = None,
         device: str | None = None,
         batch_size: int | str = 1,
         max_batch_size: int | None = None,  # noqa: ARG002 - lmms-eval passes it to every model
@@ -65,7 +65,7 @@ class HawkTrt(lmms):
             max_frames: most frames taken from a video; None takes the default.
             system_prompt: before every conversation that has none.
             backend: None takes TensorRT for engines, else ONNX Runtime.
-            profile: of the graphs; None takes the best.
+            target: of the graphs; None takes the best.
             device: "cpu", "cuda" or "cuda:N".
             batch_size: questions side by side; "auto" is one.
             max_batch_size: unread, lmms-eval passes it.
@@ -78,7 +78,7 @@ class HawkTrt(lmms):
         pruning = PruningConfig(
             keep_ratio=float(keep_ratio), head_weights=weights, selector=selector, query=query, quota=quota
         )
-        pipe = Pipeline.load(bundle, backend=backend or backend_for(bundle), device=device, profile=profile)
+        pipe = Pipeline.load(bundle, backend=backend or backend_for(bundle), device=device, target=target)
         self._answering = Answering(pipe, pruning, min_pixels, max_pixels)
         self._video = {name: value for name, value in (("fps", fps), ("max_frames", max_frames)) if value is not None}
         self._system = system_prompt

@@ -14,7 +14,7 @@ from hawk_trt.row import Row, next_inputs
 from hawk_trt.run import Run
 from hawk_trt.runtime.diagnosis import first_not_finite
 from hawk_trt.runtime.protocol import Generation
-from hawk_trt.stages import INPLACE
+from hawk_trt.stages import in_place
 
 # Columns that a cache is made or enlarged by: attention pays for all that there are, a gathering for those in use.
 ROOM = 64
@@ -103,8 +103,8 @@ def columns_needed(rows: Iterable[Row]) -> int:
 
 
 def column_bytes(pipe: Pipeline) -> int:
-    """Memory of one column of one row; a portable step writes a new cache beside the old."""
-    copies = 1 if pipe.backend.profile == INPLACE else 2
+    """Memory of one column of one row; a step that concatenates writes a new cache beside the old."""
+    copies = 1 if in_place(pipe.backend.target) else 2
     return copies * pipe.bundle.manifest.kv_bytes_per_token
 
 

@@ -36,7 +36,7 @@ class ReplicaOptions(ServeLimits):
     path: Path
     backend: str | None = None
     device: str | None = None
-    profile: str | None = None
+    target: str | None = None
     threads: int | None = None
     verify: bool = False
     vision_cache_mb: float = DEFAULT_VISION_CACHE_MB
@@ -147,7 +147,7 @@ class ReplicaOptions(ServeLimits):
             self.path,
             backend=self.backend or backend_for(self.path),
             device=self.device,
-            profile=self.profile,
+            target=self.target,
             verify=self.verify,
             vision_cache_mb=self.vision_cache_mb,
             threads=self.threads or threads,

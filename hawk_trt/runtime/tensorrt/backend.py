@@ -51,7 +51,7 @@ class TensorRtBackend:
         manifest = engines.manifest
         self.engines, self.cuda = engines, cuda
         self.device = f"cuda:{cuda.index}"
-        self.profile = manifest.profile
+        self.target = manifest.target
         self.embedding_table: npt.NDArray[Any] = np.asarray(engines.bundle.embedding_table())
         self.max_context = manifest.limits.context
         plans = load_plans(engines)
@@ -78,25 +78,25 @@ class TensorRtBackend:
         cuda.synchronize()
 
     @classmethod
-    def load(cls, engines: EngineFolder, device: str, profile: str | None) -> "TensorRtBackend":
+    def load(cls, engines: EngineFolder, device: str, target: str | None) -> "TensorRtBackend":
         """Load the plans of a folder.
 
         Args:
             engines: the folder.
             device: "cuda" or "cuda:N".
-            profile: the lowering that the folder must have; None takes what it has.
+            target: that the folder must have; None takes what it has.
 
         Raises:
             BackendError: no such GPU, too little of its memory, or TensorRT refused.
-            BundleError: plans for another GPU or by another TensorRT, or of another profile.
+            BundleError: plans for another GPU or by another TensorRT, or of another target.
         """
         kind, _, index = device.partition(":")
         if kind != "cuda" or not (index or "0").isdigit():
             raise BackendError(f'device: got {device!r}, TensorRT runs on "cuda" or "cuda:N"')
-        if profile is not None and profile != engines.manifest.profile:
+        if target is not None and target != engines.manifest.target:
             raise BackendError(
-                f"profile: got {profile!r}, these engines are {engines.manifest.profile}. "
-                f"Leave it out, or rebuild with --profile {profile}: {engines.manifest.rebuild}"
+                f"target: got {target!r}, these engines are of {engines.manifest.target}. "
+                f"Leave it out, or rebuild with --target {target}: {engines.manifest.rebuild}"
             )
         # Before any TensorRT object: without a driver those crash.
         cuda = CudaDevice(int(index or 0))

@@ -1,6 +1,6 @@
-"""The KV cache on the GPU, for both profiles.
+"""The KV cache on the GPU, for both targets.
 
-inplace    one tensor [batch, kv_heads, context, head_dim] a layer, key and value, zeroed once; each is input and
+tensorrt   one tensor [batch, kv_heads, context, head_dim] a layer, key and value, zeroed once; each is input and
            output of its stage at one address, write_index says where a step writes, and attention reads the first
            len(context_slots) columns
 portable   two sets of tensors: a step reads the past from one and writes it, longer, to the other
@@ -15,13 +15,11 @@ from hawk_trt.engine_folder import EngineManifest
 from hawk_trt.errors import BackendError
 from hawk_trt.runtime.tensorrt.cuda import CudaDevice
 from hawk_trt.runtime.tensorrt.memory import aligned
-from hawk_trt.stages import INPLACE, key_name, value_name
+from hawk_trt.stages import CONTEXT_LEN, in_place, key_name, value_name
 
 # Attention reads the cache in steps of so many columns: a step's shapes, and with them its CUDA graph, stay for
 # as many tokens, and at most so many columns are read in vain.
 CONTEXT_STEP = 256
-# The word of context_slots' only dimension.
-CONTEXT_LEN = "context_len"
 
 
 class KVCache:
@@ -37,7 +35,7 @@ class KVCache:
     """
 
     def __init__(self, manifest: EngineManifest, address: int) -> None:
-        self.inplace = manifest.profile == INPLACE
+        self.inplace = in_place(manifest.target)
         self.context = manifest.limits.context
         self.length = 0
         self.turn = 0
@@ -126,4 +124,4 @@ def _slot_bytes(manifest: EngineManifest) -> int:
 
 
 def _sides(manifest: EngineManifest) -> int:
-    return 1 if manifest.profile == INPLACE else 2
+    return 1 if in_place(manifest.target) else 2

@@ -17,11 +17,11 @@ from hawk_trt.bundle import TensorEntry, numpy_dtype
 from hawk_trt.engine_folder import EngineManifest
 from hawk_trt.errors import BackendError
 from hawk_trt.runtime.protocol import DecodeInputs
-from hawk_trt.runtime.tensorrt.cache import CONTEXT_LEN, KVCache
+from hawk_trt.runtime.tensorrt.cache import KVCache
 from hawk_trt.runtime.tensorrt.cuda import Graph
 from hawk_trt.runtime.tensorrt.engine import Context, resolve
 from hawk_trt.runtime.tensorrt.memory import Memory, aligned, tensor_bytes, tensor_entries
-from hawk_trt.stages import BIAS_KEEP
+from hawk_trt.stages import BIAS_KEEP, CONTEXT_LEN
 
 # Regions of the decode step's own: inputs of first_layer that are another in a prefill.
 PREFIX = "decode/"

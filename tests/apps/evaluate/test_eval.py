@@ -260,7 +260,7 @@ def test_eval_goes_on_with_its_results_and_refuses_those_of_something_else(tiny_
     assert grown.startswith(known) and b'"hawk, mass 0.5"' in grown
     for option, value, name in (
         ("--seed", 1, "dataset"),
-        ("--profile", "portable", "runtime"),
+        ("--target", "portable", "runtime"),
         ("--quota", "per-image", "quota"),
         ("--metric", "anls", "metric"),
     ):

@@ -49,10 +49,10 @@ def test_a_bundle_agrees_with_its_checkpoint(tiny_bundle, tiny_checkpoint, capsy
 @pytest.mark.parametrize(
     "options", [["--query", "turn"], ["--quota", "per-image", "--min-visual-tokens", "5"], ["--quota", "per-frame"]]
 )
-@pytest.mark.parametrize("profile", ["portable", "inplace"])
-def test_every_way_to_prune_agrees(tiny_bundle, tiny_checkpoint, capsys, options, profile):
+@pytest.mark.parametrize("target", ["portable", "cpu"])
+def test_every_way_to_prune_agrees(tiny_bundle, tiny_checkpoint, capsys, options, target):
     command = ["parity", str(tiny_bundle), "--checkpoint", str(tiny_checkpoint), "--keep-ratio", "0.3"]
-    assert main([*command, "--steps", "2", "--profile", profile, *options]) == 0
+    assert main([*command, "--steps", "2", "--target", target, *options]) == 0
     assert "in tolerance" in capsys.readouterr().out
 
 

@@ -15,8 +15,8 @@ from hawk_trt.errors import BackendError, DeadlinePassed, InvalidInput, QueueFul
 from hawk_trt.row import Row
 from hawk_trt.run import Run
 from hawk_trt.runtime.kv_cache import KVCache
-from hawk_trt.stages import PROFILES
 from served import Heard, alone, assert_same, assert_served_as_alone
+from targets import ON_CPU
 from trt_machine import Machines, engine_folder
 
 SAMPLES = list(generate(11, 6))
@@ -31,15 +31,15 @@ PRUNINGS = (
 LONG = 150
 
 
-@pytest.fixture(scope="module", params=PROFILES)
+@pytest.fixture(scope="module", params=ON_CPU)
 def pipe(request, tiny_bundle):
-    with Pipeline.load(tiny_bundle, profile=request.param, threads=1) as pipe:
+    with Pipeline.load(tiny_bundle, target=request.param, threads=1) as pipe:
         yield pipe
 
 
 @pytest.fixture(scope="module")
 def inplace(tiny_bundle):
-    with Pipeline.load(tiny_bundle, profile="inplace", threads=1) as pipe:
+    with Pipeline.load(tiny_bundle, target="cpu", threads=1) as pipe:
         yield pipe
 
 
@@ -387,7 +387,7 @@ def test_after_hundreds_of_jobs_no_cache_and_no_row_is_left(inplace):
 
 
 def test_engines_that_hold_one_generation_answer_one_job_after_the_other(tiny_bundle, tmp_path):
-    folder = engine_folder(tiny_bundle, tmp_path / "engines", "inplace")
+    folder = engine_folder(tiny_bundle, tmp_path / "engines", "tensorrt")
     with Machines() as machines, Pipeline.load(folder, backend="tensorrt") as pipe, Batcher(pipe) as batcher:
         assert batcher.max_batch == 1
         jobs = [Job(question(pipe, number), KEPT, 5, ignore_eos=True) for number in range(3)]

@@ -8,7 +8,7 @@ import pytest
 from examples.tiny_task import generate
 from hawk_trt import ModelInputs, Pipeline, PruningConfig, Request, SamplingConfig
 from hawk_trt.errors import BackendError
-from hawk_trt.stages import PROFILES
+from hawk_trt.stages import CPU, PORTABLE, TENSORRT
 from trt_machine import Machines, engine_folder
 
 SAMPLES = list(generate(11, 6))
@@ -25,14 +25,14 @@ REQUESTS = {
 }
 
 
-@pytest.fixture(scope="module", params=PROFILES)
+@pytest.fixture(scope="module", params=(TENSORRT, PORTABLE))
 def pipes(request, tiny_bundle, tmp_path_factory):
     """The engines in TensorRT, and their bundle in ONNX Runtime."""
     out = engine_folder(tiny_bundle, tmp_path_factory.mktemp("engines") / "tiny", request.param)
     with (
         Machines() as machines,
         Pipeline.load(out, backend="tensorrt") as plans,
-        Pipeline.load(tiny_bundle, profile=request.param) as bundle,
+        Pipeline.load(tiny_bundle, target=CPU if request.param == TENSORRT else PORTABLE) as bundle,
     ):
         yield plans, bundle
         assert machines.driver.faults == []
@@ -121,7 +121,7 @@ def test_an_overwritten_encode_is_refused(pipes):
 def test_the_command_line_takes_tensorrt_for_an_engine_folder(tiny_bundle, tmp_path, capsys, repository):
     from hawk_trt.apps.cli.main import main
 
-    out = engine_folder(tiny_bundle, tmp_path / "engines", "inplace")
+    out = engine_folder(tiny_bundle, tmp_path / "engines", "tensorrt")
     image = repository / "examples" / "tiny-vlm" / "samples" / "0-colour.png"
     answers = []
     with Machines() as machines:

@@ -14,7 +14,7 @@ SAMPLES = list(generate(12, 4))
 
 @pytest.fixture(scope="module")
 def engines(tiny_bundle, tmp_path_factory):
-    return engine_folder(tiny_bundle, tmp_path_factory.mktemp("engines") / "tiny", "inplace")
+    return engine_folder(tiny_bundle, tmp_path_factory.mktemp("engines") / "tiny", "tensorrt")
 
 
 @pytest.fixture(autouse=True)

@@ -22,7 +22,7 @@ KEEP_ALL = PruningConfig(keep_ratio=1.0)
 
 @pytest.fixture(scope="module")
 def engines(tiny_bundle, tmp_path_factory):
-    return engine_folder(tiny_bundle, tmp_path_factory.mktemp("engines") / "tiny", "inplace")
+    return engine_folder(tiny_bundle, tmp_path_factory.mktemp("engines") / "tiny", "tensorrt")
 
 
 @pytest.fixture(autouse=True)
@@ -142,7 +142,7 @@ def test_other_packages_missing_are_named_with_what_brings_them(engines, monkeyp
     ("options", "message"),
     [
         ({"device": "cpu"}, 'TensorRT runs on "cuda"'),
-        ({"profile": "portable"}, "these engines are inplace"),
+        ({"target": "portable"}, "these engines are of tensorrt"),
     ],
 )
 def test_what_engines_cannot_be_loaded_with_is_refused(engines, options, message):
@@ -182,7 +182,7 @@ def test_a_plan_with_other_tensors_than_its_manifest_is_refused(engines, tmp_pat
 def test_the_plugin_is_loaded_before_the_plans_and_once(tiny_bundle, tmp_path, machines):
     library = tmp_path / "libhawk.so"
     library.write_bytes(b"code")
-    folder = engine_folder(tiny_bundle, tmp_path / "engines", "inplace", plugin=library)
+    folder = engine_folder(tiny_bundle, tmp_path / "engines", "tensorrt", plugin=library)
     with load(folder) as pipe, load(folder):
         answer(pipe)
     assert machines.trt.libraries == [str(folder / "libhawk.so")]
@@ -191,7 +191,7 @@ def test_the_plugin_is_loaded_before_the_plans_and_once(tiny_bundle, tmp_path, m
 def test_a_plan_that_needs_the_plugin_does_not_load_without_it(tiny_bundle, tmp_path, machines):
     library = tmp_path / "libhawk.so"
     library.write_bytes(b"code")
-    folder = engine_folder(tiny_bundle, tmp_path / "engines", "inplace", plugin=library)
+    folder = engine_folder(tiny_bundle, tmp_path / "engines", "tensorrt", plugin=library)
     machines.trt.load_library = lambda _: None
     with pytest.raises(BackendError, match=r"libhawk.so: TensorRT cannot load the plugin.* make plugin"):
         load(folder)
@@ -200,7 +200,7 @@ def test_a_plan_that_needs_the_plugin_does_not_load_without_it(tiny_bundle, tmp_
 def test_prompts_beyond_what_the_engines_take_name_the_option_that_rebuilds(engines, tiny_bundle, tmp_path):
     images = [s.image for s in SAMPLES]
     small = engine_folder(
-        tiny_bundle, tmp_path / "small", "inplace", visual_tokens=100, prompt_tokens=120, context=90, batch=2
+        tiny_bundle, tmp_path / "small", "tensorrt", visual_tokens=100, prompt_tokens=120, context=90, batch=2
     )
     with load(small) as pipe, load(engines) as roomy:
         with pytest.raises(BackendError, match=r"seq_len = \d+, .* larger --max-prompt-tokens: python -m engines"):
@@ -218,7 +218,7 @@ def test_prompts_beyond_what_the_engines_take_name_the_option_that_rebuilds(engi
 
 def test_an_answer_ends_where_the_cache_does(tiny_bundle, tmp_path):
     folder = engine_folder(
-        tiny_bundle, tmp_path / "engines", "inplace", visual_tokens=64, prompt_tokens=100, context=50
+        tiny_bundle, tmp_path / "engines", "tensorrt", visual_tokens=64, prompt_tokens=100, context=50
     )
     with load(folder) as pipe, Pipeline.load(tiny_bundle) as bundle:
         got = answer(pipe, 64)
@@ -231,7 +231,7 @@ def test_an_answer_ends_where_the_cache_does(tiny_bundle, tmp_path):
 
 def test_a_write_beyond_the_cache_is_refused_on_the_host(tiny_bundle, tmp_path):
     folder = engine_folder(
-        tiny_bundle, tmp_path / "engines", "inplace", visual_tokens=64, prompt_tokens=100, context=50
+        tiny_bundle, tmp_path / "engines", "tensorrt", visual_tokens=64, prompt_tokens=100, context=50
     )
     with load(folder) as pipe:
         run = pipe.stream(SAMPLES[0].question, [SAMPLES[0].image], max_new_tokens=64)._run

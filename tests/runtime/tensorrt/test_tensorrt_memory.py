@@ -17,7 +17,7 @@ IMAGES = [s.image for s in SAMPLES]
 @pytest.fixture(scope="module")
 def folders(tiny_bundle, tmp_path_factory):
     out = tmp_path_factory.mktemp("engines")
-    return {profile: engine_folder(tiny_bundle, out / profile, profile) for profile in ("inplace", "portable")}
+    return {target: engine_folder(tiny_bundle, out / target, target) for target in ("tensorrt", "portable")}
 
 
 @pytest.fixture(autouse=True)
@@ -26,9 +26,9 @@ def machines():
         yield machines
 
 
-@pytest.mark.parametrize("profile", ["inplace", "portable"])
-def test_regions_are_aligned_apart_and_inside_one_allocation(folders, profile, machines):
-    with Pipeline.load(folders[profile], backend="tensorrt") as pipe:
+@pytest.mark.parametrize("target", ["tensorrt", "portable"])
+def test_regions_are_aligned_apart_and_inside_one_allocation(folders, target, machines):
+    with Pipeline.load(folders[target], backend="tensorrt") as pipe:
         memory = pipe.backend.memory
         starts = sorted(memory.addresses.values())
         assert all(start % 256 == 0 for start in starts)
@@ -39,11 +39,11 @@ def test_regions_are_aligned_apart_and_inside_one_allocation(folders, profile, m
 
 
 def test_what_one_stage_writes_the_next_reads_at_one_address(folders):
-    engines = EngineFolder.load(folders["inplace"])
+    engines = EngineFolder.load(folders["tensorrt"])
     first, decoder = engines.plan("first_layer"), engines.plan("decoder")
     handed = {t.name for t in first.outputs} & {t.name for t in decoder.inputs}
     assert handed == {"hidden_states", "kept_position_ids"}
-    with Pipeline.load(folders["inplace"], backend="tensorrt") as pipe:
+    with Pipeline.load(folders["tensorrt"], backend="tensorrt") as pipe:
         pipe.generate("What is red?", IMAGES[:1], max_new_tokens=2)
         contexts = {key: context._context for key, context in pipe.backend.contexts.items()}
     for profile in (0, 1):
@@ -55,10 +55,10 @@ def test_what_one_stage_writes_the_next_reads_at_one_address(folders):
     assert {context.scratch for context in contexts.values()} == {vision.scratch}
 
 
-def test_the_cache_of_an_inplace_plan_is_one_tensor_and_of_a_portable_plan_two(folders):
+def test_the_cache_of_a_tensorrt_plan_is_one_tensor_and_of_a_portable_plan_two(folders):
     from hawk_trt.runtime.tensorrt.cache import KVCache
 
-    inplace, portable = (EngineFolder.load(folders[p]).manifest for p in ("inplace", "portable"))
+    inplace, portable = (EngineFolder.load(folders[p]).manifest for p in ("tensorrt", "portable"))
     layers, heads, context, dim, batch = 4, 2, 320, 32, 4
     size = 2 * layers * batch * heads * context * dim * 4
     assert KVCache.size_bytes(inplace) == size
@@ -97,7 +97,7 @@ def test_a_pipeline_with_little_staging_answers_alike(folders, tiny_bundle, monk
     from hawk_trt.runtime.tensorrt import cuda
 
     monkeypatch.setattr(cuda, "STAGING_BYTES", 4096)
-    with Pipeline.load(folders["inplace"], backend="tensorrt") as plans, Pipeline.load(tiny_bundle) as bundle:
+    with Pipeline.load(folders["tensorrt"], backend="tensorrt") as plans, Pipeline.load(tiny_bundle) as bundle:
         got, expected = (pipe.generate("What is red?", IMAGES, max_new_tokens=3) for pipe in (plans, bundle))
     assert got.token_ids == expected.token_ids
     np.testing.assert_allclose(got.scores, expected.scores, rtol=0, atol=1e-6)
@@ -107,7 +107,7 @@ def test_rows_that_do_not_start_at_a_multiple_of_the_alignment_are_moved(folders
     from hawk_trt.runtime.tensorrt import vision
 
     monkeypatch.setattr(vision, "ALIGNMENT", 4096)  # the tiny model's rows have 1024 bytes
-    with Pipeline.load(folders["inplace"], backend="tensorrt") as plans, Pipeline.load(tiny_bundle) as bundle:
+    with Pipeline.load(folders["tensorrt"], backend="tensorrt") as plans, Pipeline.load(tiny_bundle) as bundle:
         got, expected = (pipe.generate("What is red?", IMAGES, max_new_tokens=3) for pipe in (plans, bundle))
     assert machines.driver.enqueued["copy"] == 3
     np.testing.assert_allclose(got.scores, expected.scores, rtol=0, atol=1e-6)
