@@ -84,10 +84,10 @@ engines: $(READY) ## TensorRT plans of a bundle, on this GPU: BUNDLE=folder ENGI
 	$(BIN)/python -m engines $(BUNDLE) --out $(ENGINES) $(FLAGS)
 
 self-test: $(READY) ## Engines of the tiny model on this GPU, compared with ONNX Runtime: a report to attach to an issue
-	$(BIN)/python -m engines.self_test
+	$(BIN)/python -m engines.checks.self_test
 
 preflight: $(FULL) ## Every graph of a bundle through NVIDIA's parser and builder, without a GPU: BUNDLE=folder
-	$(BIN)/python -m engines.preflight $(BUNDLE) $(FLAGS)
+	$(BIN)/python -m engines.checks.preflight $(BUNDLE) $(FLAGS)
 
 preflight-large: $(FULL) ## The same with graphs of 7B shapes and two layers: 4 minutes, 14 GB of memory
 	$(BIN)/pytest -q -s -m slow tests/engines/test_engines_preflight.py

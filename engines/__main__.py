@@ -4,32 +4,25 @@ import argparse
 import shlex
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from hawk_trt.apps.cli.output import note, print_json, size
 from hawk_trt.bundle import Bundle
 from hawk_trt.engine_folder import EngineFolder, Machine, PlanEntry
 from hawk_trt.errors import BackendError, HawkError, InvalidInput
 from hawk_trt.files import cache_folder
 from hawk_trt.runtime.versions import missing_for_tensorrt
 
-from .build_plan import BuildPlan, differences, plan_build
+from .build_plan import BuiltPlan, differences, plan_build
 from .checks.verify import Verification, load_reference, verify
-from .options import add_limits, existing_file, limits
 from .plugin_library import find_or_compile, may_find
 from .prepare import PreparedGraph
-from .profiles import TENSORRT_TARGETS, choose_target
-from .progress import BuildProgress
+from .profiles import TENSORRT_TARGETS, add_limits, choose_target, limits_of
 from .workarounds import workarounds_for
-from .writer import StagePlan, write_engines
-
-if TYPE_CHECKING:
-    from .builder import BuildSettings
+from .writer import write_engines
 
 _FAILED = 1
 _INTERRUPTED = 130
@@ -94,15 +87,15 @@ def _parser(prog: str) -> argparse.ArgumentParser:
 def _run(args: argparse.Namespace, rebuild: str) -> None:
     started = time.perf_counter()
     bundle = Bundle.load(args.bundle)
-    named = None if args.plugin in (None, "none") else existing_file(Path(args.plugin), "--plugin")
+    named = None if args.plugin in (None, "none") else existing_file(Path(args.plugin))
     expected = named is not None or (args.plugin is None and may_find())
-    limits(args, bundle.manifest, plugin=expected)  # what is wrong with them is said before anything is compiled
+    limits_of(args, bundle.manifest, plugin=expected)  # what is wrong with them is said before anything is compiled
     if args.workspace_gib is not None and args.workspace_gib <= 0:
         raise InvalidInput(f"--workspace-gib: got {args.workspace_gib:g}, expected more than 0")
     # made before the build, so that what is wrong with it is said then and not after
     reference = None if args.no_verify else load_reference(bundle, args.reference)
     try:
-        from .builder import TENSORRT_VERSION, BuildSettings  # the rest of the command works without it
+        from .builder import TENSORRT_VERSION, BuildSettings, build_plan  # the rest of the command works without it
 
         machine = _machine(TENSORRT_VERSION)
     except ImportError as error:
@@ -111,7 +104,7 @@ def _run(args: argparse.Namespace, rebuild: str) -> None:
     plugin = named
     if args.plugin is None:
         plugin = find_or_compile(TENSORRT_VERSION, machine.compute_capability, note)
-    size_limits = limits(args, bundle.manifest, plugin=plugin is not None)
+    size_limits = limits_of(args, bundle.manifest, plugin=plugin is not None)
     target = choose_target(bundle.manifest, TENSORRT_VERSION, args.target)
     workarounds = workarounds_for(TENSORRT_VERSION, size_limits.batch)
     settings = BuildSettings(
@@ -131,13 +124,30 @@ def _run(args: argparse.Namespace, rebuild: str) -> None:
         workarounds=workarounds,
         rebuild=rebuild,
     )
-    if not args.force and _up_to_date(plan, args.out):
+    changed = differences(plan, args.out)
+    if changed:
+        note(f"building again, since another: {', '.join(changed)}")
+    if changed == [] and not args.force:
         _report(EngineFolder.load(args.out), None, None, as_json=args.json)
         return
+
+    def build(graph: PreparedGraph, entry: PlanEntry) -> BuiltPlan:
+        return build_plan(graph, entry.profiles, settings)
+
     check = None if args.no_verify else lambda folder: verify(folder, reference)
-    with BuildProgress() as progress:
-        engines, verification = write_engines(plan, args.out, _builder(settings, progress), check, note)
+    engines, verification = write_engines(plan, args.out, build, check, note)
     _report(engines, verification, time.perf_counter() - started, as_json=args.json)
+
+
+def existing_file(path: Path) -> Path:
+    """The absolute path of the file that --plugin names.
+
+    Raises:
+        InvalidInput: it is not there.
+    """
+    if not path.is_file():
+        raise InvalidInput(f"--plugin: {path} is not there")
+    return path.resolve()
 
 
 def _machine(tensorrt: str) -> Machine:
@@ -146,33 +156,15 @@ def _machine(tensorrt: str) -> Machine:
     return this_machine(tensorrt)
 
 
-def _builder(settings: "BuildSettings", progress: BuildProgress) -> Callable[[PreparedGraph, PlanEntry], StagePlan]:
-    from .builder import build_plan  # _run has seen that TensorRT is there
-
-    def build(graph: PreparedGraph, entry: PlanEntry) -> StagePlan:
-        built = build_plan(graph, entry.profiles, settings, progress)
-        return StagePlan(built.content, built.layers, built.plugin_layers, built.flags, built.seconds)
-
-    return build
-
-
 def _timing_cache(given: str | None, name: str) -> Path | None:
     if given == "none":
         return None
     return Path(given) if given is not None else cache_folder() / f"timing-{name}.cache"
 
 
-def _up_to_date(plan: BuildPlan, out: Path) -> bool:
-    """Whether the engines that are there are what would be built; says in what they are not."""
-    changed = differences(plan, out)
-    if changed:
-        note(f"building again, since another: {', '.join(changed)}")
-    return changed == []
-
-
 def _report(engines: EngineFolder, verification: Verification | None, seconds: float | None, *, as_json: bool) -> None:
     """Print the result on stdout; seconds is None where nothing was built."""
-    manifest, console = engines.manifest, Console()
+    manifest = engines.manifest
     plan_bytes = {plan.stage: manifest.files[plan.file].size_bytes for plan in manifest.plans}
     if as_json:
         result = {
@@ -190,28 +182,27 @@ def _report(engines: EngineFolder, verification: Verification | None, seconds: f
             "verification": verification,
             "seconds": seconds,
         }  # fmt: skip
-        print_json(result)
+        print(msgspec.json.format(msgspec.json.encode(result), indent=1).decode())
         return
     what = "up to date, nothing built (--force builds again)" if seconds is None else f"built in {seconds:.0f} s"
-    console.print(f"{engines.folder}: {what}", markup=False, highlight=False, soft_wrap=True)
-    size_limits = manifest.limits
-    lines = (
-        f"{manifest.bundle.precision}, {manifest.target}, for {manifest.machine}",
-        f"prompts of up to {size_limits.prompt_tokens} tokens, {size_limits.visual_tokens} of them visual; "
-        f"{size_limits.context} kept and generated; batch {size_limits.batch}",
-        *(f"{plan.stage}: {size(plan_bytes[plan.stage])}, {plan.layers} layers"
-          + (", the top-k plugin among them" if plan.plugin_layers else "") + f", {plan.seconds:.0f} s"
-          for plan in manifest.plans),
-    )  # fmt: skip
-    for line in lines:
-        console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
+    sizes = manifest.limits
+    print(f"{engines.folder}: {what}")
+    print(f"  {manifest.bundle.precision}, {manifest.target}, for {manifest.machine}")
+    print(
+        f"  prompts of up to {sizes.prompt_tokens} tokens, {sizes.visual_tokens} of them visual; "
+        f"{sizes.context} kept and generated; batch {sizes.batch}"
+    )
+    for plan in manifest.plans:
+        plugin = ", the top-k plugin among them" if plan.plugin_layers else ""
+        megabytes = plan_bytes[plan.stage] / 1e6
+        print(f"  {plan.stage}: {megabytes:.1f} MB, {plan.layers} layers{plugin}, {plan.seconds:.0f} s")
     if verification is not None:
-        print_verification(verification, console)
+        _print_verification(verification)
     elif seconds is not None:
-        console.print("  not verified, as asked for (--no-verify)", highlight=False)
+        print("  not verified, as asked for (--no-verify)")
 
 
-def print_verification(verification: Verification, console: Console) -> None:
+def _print_verification(verification: Verification) -> None:
     """Print a row an output, and what was not compared."""
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for column in ("stage", "output", "prompts", "worst", ""):
@@ -219,9 +210,13 @@ def print_verification(verification: Verification, console: Console) -> None:
     for row in verification.rows:
         verdict = "[red]WRONG[/red]" if row.failures else "[green]ok[/green]"
         table.add_row(row.stage, row.output, str(row.prompts), row.numbers, verdict)
-    console.print(table)
-    against = f"compared with {verification.reference}" if verification.reference else verification.not_compared
-    console.print(against, highlight=False, markup=False, soft_wrap=True)
+    Console().print(table)
+    print(f"compared with {verification.reference}" if verification.reference else verification.not_compared)
+
+
+def note(text: str) -> None:
+    """Print a line on stderr."""
+    print(text, file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from .profiles import plan_profiles
 from .workarounds import Workaround
 
 # The code that decides what a plan is: another version of it makes plans stale.
-_DECIDES = ("builder.py", "prepare.py", "profiles.py", "vision_ranges.py", "workarounds.py")
+_DECIDES = ("builder.py", "prepare.py", "profiles.py", "workarounds.py")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,19 +40,31 @@ class BuildPlan:
         manifest: engines.json as it will be, but for what only the builds tell.
         graphs: prepared, by stage.
         plugin: its library, None without.
-        workarounds: for miscompiles.
     """
 
     bundle: Bundle
     manifest: EngineManifest
     graphs: tuple[PreparedGraph, ...]
     plugin: Path | None
-    workarounds: tuple[Workaround, ...]
 
-    @property
-    def weight_bytes(self) -> int:
-        """Of all graphs together, about the size of the plans."""
-        return sum(graph.weight_bytes for graph in self.graphs)
+
+@dataclass(frozen=True, slots=True)
+class BuiltPlan:
+    """One built plan, and what engines.json tells of it.
+
+    Attributes:
+        content: the serialized engine, in TensorRT's own memory: a copy would double it.
+        layers: of the network after parsing.
+        plugin_layers: of these, the top-k plugin's.
+        flags: builder flags that were on, by name.
+        seconds: that parsing and building took.
+    """
+
+    content: memoryview
+    layers: int
+    plugin_layers: int
+    flags: tuple[str, ...]
+    seconds: float
 
 
 def plan_build(
@@ -116,7 +128,7 @@ def plan_build(
         rebuild=rebuild,
         versions={"hawk_trt": __version__, "engines": _code_digest(), "onnx": metadata.version("onnx")},
     )
-    return BuildPlan(bundle, manifest, graphs, plugin, workarounds)
+    return BuildPlan(bundle, manifest, graphs, plugin)
 
 
 def differences(plan: BuildPlan, out: Path) -> list[str] | None:

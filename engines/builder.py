@@ -7,25 +7,29 @@ strongly typed: dtypes are those of the graph. No enum number is ever stored, si
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any, SupportsInt
 
 import tensorrt as trt
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from hawk_trt.engine_folder import InputRange
 from hawk_trt.errors import BackendError
+from hawk_trt.files import write_atomically
 
+from .build_plan import BuiltPlan
 from .messages import LogLine, ParserFault, builder_message, parser_message
 from .prepare import PLUGIN_OP, PreparedGraph
-from .progress import BuildProgress
 from .workarounds import Workaround, applied
 
 TENSORRT_VERSION: str = trt.__version__
 _PLUGIN = (PLUGIN_OP, "1", "")  # name, version, namespace
+# Between two lines where no bar can be drawn.
+_PLAIN_SECONDS = 20.0
 _PLUGIN_LAYERS = ("PLUGIN", "PLUGIN_V2", "PLUGIN_V3")
 
 
@@ -48,25 +52,6 @@ class BuildSettings:
     verbose: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class BuiltPlan:
-    """A plan in TensorRT's memory, and what it is made of.
-
-    Attributes:
-        content: the serialized engine, in TensorRT's own memory: a copy would double it.
-        layers: of the network after parsing.
-        plugin_layers: of these, the top-k plugin's.
-        flags: builder flags that were on, by name.
-        seconds: that parsing and building took.
-    """
-
-    content: memoryview
-    layers: int
-    plugin_layers: int
-    flags: tuple[str, ...]
-    seconds: float
-
-
 class Log(trt.ILogger):
     """Keeps warnings and errors for messages, and prints everything where asked to."""
 
@@ -84,48 +69,79 @@ class Log(trt.ILogger):
 
 
 class Monitor(trt.IProgressMonitor):
-    """Hands TensorRT's phases to a BuildProgress, and stops the build when the user interrupts."""
+    """How far a build is, on stderr: bars on a terminal, one plain line now and then elsewhere. A context manager.
 
-    def __init__(self, progress: BuildProgress) -> None:
+    While it is one, an interrupt ends the build at its next step instead of tearing TensorRT down in the middle.
+    """
+
+    def __init__(self, name: str) -> None:
         trt.IProgressMonitor.__init__(self)
+        console = Console(stderr=True)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         self.interrupted = False
-        self._progress = progress
+        self._name = name
+        self._bars = Progress(*columns, console=console, transient=True) if console.is_terminal else None
+        self._tasks: dict[str, TaskID] = {}
+        self._depth: dict[str, int] = {}
+        self._printed_at = time.monotonic()
+
+    def __enter__(self) -> "Monitor":
+        def interrupt(number: int, frame: FrameType | None) -> None:
+            del number, frame
+            self.interrupted = True
+
+        self._previous = signal.signal(signal.SIGINT, interrupt)
+        print(f"building {self._name}", file=sys.stderr, flush=True)
+        if self._bars is not None:
+            self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+        signal.signal(signal.SIGINT, self._previous)
 
     def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: SupportsInt) -> None:
-        """TensorRT's callback."""
-        self._progress.start(phase_name, parent_phase, int(num_steps))
+        """TensorRT's callback: a phase begins, maybe inside another."""
+        depth = self._depth[phase_name] = self._depth.get(parent_phase or "", -1) + 1
+        if self._bars is not None:
+            description = f"{'  ' * depth}{phase_name}" if depth else f"{self._name}: {phase_name}"
+            self._tasks[phase_name] = self._bars.add_task(description, total=int(num_steps))
 
     def step_complete(self, phase_name: str, step: SupportsInt) -> bool:
         """TensorRT's callback; False stops the build."""
-        self._progress.step(phase_name, int(step))
+        if self._bars is not None:
+            if phase_name in self._tasks:
+                self._bars.update(self._tasks[phase_name], completed=int(step) + 1)
+        elif time.monotonic() - self._printed_at > _PLAIN_SECONDS:
+            self._printed_at = time.monotonic()
+            print(f"building {self._name}: {phase_name}, step {int(step) + 1}", file=sys.stderr, flush=True)
         return not self.interrupted
 
     def phase_finish(self, phase_name: str) -> None:
         """TensorRT's callback."""
-        self._progress.finish(phase_name)
+        self._depth.pop(phase_name, None)
+        if self._bars is not None and phase_name in self._tasks:
+            self._bars.remove_task(self._tasks.pop(phase_name))
 
 
-def build_plan(
-    graph: PreparedGraph,
-    profiles: Sequence[Sequence[InputRange]],
-    settings: BuildSettings,
-    progress: BuildProgress,
-) -> BuiltPlan:
+def build_plan(graph: PreparedGraph, profiles: Sequence[Sequence[InputRange]], settings: BuildSettings) -> BuiltPlan:
     """Parse and build.
 
     Args:
         graph: the prepared graph.
         profiles: optimization profiles, each a range for every input.
         settings: of the run.
-        progress: shown while it lasts.
 
     Raises:
         BackendError: TensorRT cannot parse or build the graph, or left the plugin out.
         KeyboardInterrupt: the user stopped the build.
     """
     started = time.perf_counter()
-    log, monitor = Log(verbose=settings.verbose), Monitor(progress)
-    with applied(settings.workarounds), _stops(monitor), progress.stage(graph.file.name):
+    log = Log(verbose=settings.verbose)
+    with applied(settings.workarounds), Monitor(graph.file.name) as monitor:
         builder = trt.Builder(log)
         if settings.plugin is not None:
             _load_plugin(settings.plugin)
@@ -198,14 +214,9 @@ def _configure(config: trt.IBuilderConfig, settings: BuildSettings, log: Log) ->
 
 
 def _save_timing_cache(config: trt.IBuilderConfig, settings: BuildSettings) -> None:
-    if settings.timing_cache is None:
-        return
-    cache = config.get_timing_cache()
-    if cache is not None:
-        settings.timing_cache.parent.mkdir(parents=True, exist_ok=True)
-        partial = settings.timing_cache.with_name(settings.timing_cache.name + ".partial")
-        partial.write_bytes(_buffer(cache.serialize()))
-        partial.replace(settings.timing_cache)
+    cache = None if settings.timing_cache is None else config.get_timing_cache()
+    if settings.timing_cache is not None and cache is not None:
+        write_atomically(settings.timing_cache, bytes(_buffer(cache.serialize())))
 
 
 def _buffer(memory: trt.IHostMemory) -> memoryview:
@@ -216,18 +227,3 @@ def _buffer(memory: trt.IHostMemory) -> memoryview:
 
 def _flags(config: trt.IBuilderConfig) -> tuple[str, ...]:
     return tuple(sorted(name for name, flag in trt.BuilderFlag.__members__.items() if config.get_flag(flag)))
-
-
-@contextmanager
-def _stops(monitor: Monitor) -> Iterator[None]:
-    """Let an interrupt end the build at its next step instead of tearing TensorRT down in the middle."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        del number, frame
-        monitor.interrupted = True
-
-    previous = signal.signal(signal.SIGINT, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)

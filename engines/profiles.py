@@ -2,18 +2,22 @@
 
 In: limits, the manifest, the inputs of a prepared graph. Out: one profile for prefill and one for decode (vision:
 one), and an early refusal of what TensorRT would only warn of at build and fail at when run.
+
+One call of a vision engine takes one frame, or one tile: two dynamic dimensions whose product is bounded, frames and
+patches, would make TensorRT plan memory for the largest of both at once.
 """
 
+import argparse
 import math
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from hawk_trt.bundle import Manifest, TensorEntry
 from hawk_trt.engine_folder import InputRange, Limits
 from hawk_trt.errors import InvalidInput
+from hawk_trt.models.vision_config import Qwen25Vision, VisionConfig
 from hawk_trt.runtime.versions import OPSET_24_TENSORRT, at_least
 from hawk_trt.stages import CONTEXT_LEN, PORTABLE, TENSORRT, VISION
-
-from .vision_ranges import TYPICAL_VISUAL_TOKENS, Range, vision_ranges
 
 # The targets that it runs.
 TENSORRT_TARGETS = (TENSORRT, PORTABLE)
@@ -21,28 +25,62 @@ TENSORRT_TARGETS = (TENSORRT, PORTABLE)
 TOPK_LIMIT = 3840
 DEFAULT_VISUAL_TOKENS = 4096
 DEFAULT_TEXT_TOKENS = 1024
+# What the builder tunes for: an image of 1008 x 1008 pixels, the paper's fixed resolution, and some text.
+TYPICAL_VISUAL_TOKENS = 1296
 _TYPICAL_TEXT_TOKENS = 128
 _TYPICAL_ANSWER_TOKENS = 128
+# Processors refuse an image whose one side is more than 200 times the other; rounding to blocks can add half of that.
+_MAX_ASPECT_RATIO = 300
+
+
+class Range(NamedTuple):
+    """Smallest, tuned-for and largest size of a dimension."""
+
+    low: int
+    opt: int
+    high: int
+
+
+def add_limits(parser: argparse.ArgumentParser) -> None:
+    """Add what limits() reads."""
+    group = parser.add_argument_group("the largest request")
+    group.add_argument(
+        "--max-visual-tokens",
+        type=int,
+        metavar="N",
+        help=f"of a prompt, before pruning (default: {DEFAULT_VISUAL_TOKENS})",
+    )
+    group.add_argument(
+        "--max-prompt-tokens",
+        type=int,
+        metavar="N",
+        help=f"text and visual, before pruning (default: {DEFAULT_TEXT_TOKENS} more than the visual ones)",
+    )
+    group.add_argument(
+        "--max-context",
+        type=int,
+        metavar="N",
+        help=f"tokens kept and generated: the KV cache's length (default: {TOPK_LIMIT}, or the model's if shorter)",
+    )
+    group.add_argument("--batch", type=int, default=1, metavar="N", help="prompts side by side (default: %(default)s)")
+
+
+def limits_of(args: argparse.Namespace, manifest: Manifest, *, plugin: bool) -> Limits:
+    """The limits that the options of add_limits ask for, as plan_limits."""
+    sizes = (args.max_visual_tokens, args.max_prompt_tokens, args.max_context, args.batch)
+    return plan_limits(manifest, *sizes, plugin=plugin)
 
 
 def plan_limits(
     manifest: Manifest,
-    *,
     visual_tokens: int | None = None,
     prompt_tokens: int | None = None,
     context: int | None = None,
     batch: int = 1,
+    *,
     plugin: bool,
 ) -> Limits:
-    """Fill in what was not asked for, and refuse what cannot be.
-
-    Args:
-        manifest: of the bundle.
-        visual_tokens: of one prompt before pruning; None is 4096.
-        prompt_tokens: of one prompt before pruning; None adds 1024 of text to visual_tokens.
-        context: tokens kept and generated; None is 3840, or the model's context where that is shorter.
-        batch: prompts side by side.
-        plugin: whether the top-k plugin is used.
+    """Fill in what was not asked for, as the options tell, and refuse what cannot be; plugin: the top-k one is used.
 
     Raises:
         InvalidInput: limits that contradict each other, the model or TensorRT.
@@ -163,3 +201,34 @@ def _input_range(tensor: TensorEntry, ranges: dict[str, Range]) -> InputRange:
     sizes = [Range(size, size, size) if isinstance(size, int) else ranges[size] for size in tensor.shape]
     low, opt, high = (tuple(size[column] for size in sizes) for column in range(3))
     return InputRange(tensor.name, low, opt, high)
+
+
+def vision_ranges(vision: VisionConfig, visual_tokens: int) -> dict[str, Range]:
+    """Ranges of the vision dimensions of all families, by their word.
+
+    A token is a block of merge x merge patches; a window is side x side blocks.
+
+    Args:
+        vision: sizes of the vision tower.
+        visual_tokens: of the largest image.
+    """
+    merge = vision.spatial_merge_size
+    patches = merge**2
+    square = math.isqrt(min(visual_tokens, TYPICAL_VISUAL_TOKENS))
+    ranges = {
+        "num_frames": Range(1, 1, 1),
+        "num_tiles": Range(1, 1, 1),
+        "num_merged": Range(1, square**2, visual_tokens),
+        "num_patches": Range(patches, square**2 * patches, visual_tokens * patches),
+    }
+    if isinstance(vision, Qwen25Vision):
+        side = vision.window_side
+        ranges["num_windows"] = Range(1, math.ceil(square / side) ** 2, _most_windows(visual_tokens, side))
+        ranges["window_len"] = Range(patches, min(square, side) ** 2 * patches, side**2 * patches)
+    return ranges
+
+
+def _most_windows(blocks: int, side: int) -> int:
+    """Windows of the frame of at most so many blocks that has the most: a long one, with windows cut at its edge."""
+    shapes = ((high, min(blocks // high, high * _MAX_ASPECT_RATIO)) for high in range(1, math.isqrt(blocks) + 1))
+    return max(math.ceil(high / side) * math.ceil(wide / side) for high, wide in shapes)

@@ -3,42 +3,38 @@
 Plans go to a folder beside the destination, which takes its place at the end: checked, or not at all.
 """
 
+import hashlib
+import os
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from hawk_trt.bundle import FileEntry, file_entry, manifest_bytes
-from hawk_trt.engine_folder import ENGINES_MANIFEST, EngineFolder, PlanEntry
-from hawk_trt.errors import BackendError, HawkError
-from hawk_trt.files import check_free_space, clean_up_after_killed, staged
+import numpy as np
+
+from hawk_trt.bundle import Bundle, FileEntry, file_entry, manifest_bytes, numpy_dtype
+from hawk_trt.engine_folder import ENGINES_MANIFEST, EngineFolder, PlanEntry, read_engine_manifest
+from hawk_trt.errors import BackendError, BundleError, HawkError
+from hawk_trt.files import check_free_space, check_replaceable, clean_up_after_killed, staged
 from hawk_trt.runtime.versions import available_memory_bytes
 
-from .build_plan import BuildPlan
+from .build_plan import BuildPlan, BuiltPlan
 from .checks.verify import Verification
-from .contents import check_replaceable, copy_bundle, table_bytes, write
-from .memory import memory_warning
 from .prepare import PreparedGraph
 
+EMBEDDINGS_FILE = "embed_tokens.data"
+# TensorRT holds the weights as read, in its network, for its tactics and in the plan: three to four times.
+BUILD_FACTOR = 4
+_ENGINE_SUFFIXES = (".plan", ".data", ".so", ".json", ".jinja", ".npz")
 # For the small files, and for what a plan has beside its weights.
 _SPARE_BYTES = 256 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class StagePlan:
-    """One built plan as the writer needs it: its content, and what engines.json tells of it."""
-
-    content: memoryview
-    layers: int
-    plugin_layers: int
-    flags: tuple[str, ...]
-    seconds: float
+_BLOCK_BYTES = 1 << 20
 
 
 def write_engines(
     plan: BuildPlan,
     out: Path,
-    build: Callable[[PreparedGraph, PlanEntry], StagePlan],
+    build: Callable[[PreparedGraph, PlanEntry], BuiltPlan],
     check: Callable[[Path], Verification] | None,
     warn: Callable[[str], None],
 ) -> tuple[EngineFolder, Verification | None]:
@@ -56,62 +52,69 @@ def write_engines(
         BundleError: out cannot be replaced or written, or the disk is full.
     """
     out = out.resolve()
-    check_replaceable(out)
+    _check_replaceable(out)
     clean_up_after_killed(out)
-    needed_bytes = plan.weight_bytes + table_bytes(plan.bundle) + _SPARE_BYTES
-    advice = "Free space, or choose another disk with --out"
-    check_free_space(out, needed_bytes, "the engines need", advice)
+    needed_bytes = sum(graph.weight_bytes for graph in plan.graphs) + _table_bytes(plan.bundle) + _SPARE_BYTES
+    check_free_space(out, needed_bytes, "the engines need", "Free space, or choose another disk with --out")
     warning = memory_warning(plan.graphs, available_memory_bytes())
     if warning is not None:
         warn(warning)
     with staged(out) as folder:
-        bundle = copy_bundle(plan.bundle, plan.manifest.bundle, folder)
+        table = replace(plan.bundle.manifest.embeddings, file=EMBEDDINGS_FILE, offset=0)
+        bundle = replace(plan.manifest.bundle, files=_copy_bundle(plan.bundle, folder), embeddings=table)
         files: dict[str, FileEntry] = {}
         entries = []
         for graph, entry in zip(plan.graphs, plan.manifest.plans, strict=True):
             done, files[entry.file] = _build_stage(graph, entry, build, folder)
             entries.append(done)
-        name = None
-        if plan.plugin is not None and any(entry.plugin_layers for entry in entries):
-            name = plan.plugin.name
-            shutil.copyfile(plan.plugin, folder / name)
-            files[name] = file_entry(folder / name)
+        plugin = plan.plugin if any(entry.plugin_layers for entry in entries) else None
+        if plugin is not None:
+            shutil.copyfile(plugin, folder / plugin.name)
+            files[plugin.name] = file_entry(folder / plugin.name)
+        name = None if plugin is None else plugin.name
         manifest = replace(plan.manifest, bundle=bundle, plans=tuple(entries), plugin=name, files=files)
-        write(folder / ENGINES_MANIFEST, memoryview(manifest_bytes(manifest)), weights=False)
+        _write(folder / ENGINES_MANIFEST, memoryview(manifest_bytes(manifest)), weights=False)
         EngineFolder(folder, manifest).check()  # what would not load never takes the place
         verification = None if check is None else _checked(check, folder, out)
     return EngineFolder.load(out), verification
 
 
-def _checked(check: Callable[[Path], Verification], folder: Path, out: Path) -> Verification:
-    """The check's findings where it passes; else the plans, an hour's work maybe, are kept aside."""
-    try:
-        verification = check(folder)
-    except HawkError as error:
-        failed = _keep_aside(folder, out)
-        raise BackendError(f"the plans could not be checked: {error} They are in {failed}") from error
-    if not verification.passed:
-        failed = _keep_aside(folder, out)
-        raise BackendError(
-            f"the plans are wrong: {verification.failures}. They are in {failed}, to look into: docs/tensorrt.md"
-        )
-    return verification
+def memory_warning(graphs: Sequence[PreparedGraph], available_bytes: int | None) -> str | None:
+    """A warning where the largest stage may not fit into memory: an hour's work that is killed helps nobody.
+
+    Args:
+        graphs: to be built, one after another.
+        available_bytes: free memory, None where it is not known; on a Jetson the GPU shares it.
+    """
+    largest = max(graphs, key=lambda graph: graph.weight_bytes)
+    needed = largest.weight_bytes * BUILD_FACTOR
+    if available_bytes is None or needed <= available_bytes:
+        return None
+    return (
+        f"{largest.stage}: {largest.weight_bytes / 1e9:.1f} GB of weights may need {needed / 1e9:.1f} GB of memory to "
+        f"build, {available_bytes / 1e9:.1f} GB are free. If the build is killed: close other programs, add swap"
+    )
 
 
-def _keep_aside(folder: Path, out: Path) -> Path:
-    """Move a folder beside its destination, in the place of an earlier one."""
-    failed = out.with_name(f"{out.name}.failed")
-    shutil.rmtree(failed, ignore_errors=True)
-    folder.rename(failed)
-    return failed
+def _check_replaceable(out: Path) -> None:
+    """Refuse to replace anything but an engine folder."""
+    known: set[str] = set()
+    if (out / ENGINES_MANIFEST).is_file():
+        try:
+            manifest = read_engine_manifest(out)
+        except BundleError:  # a damaged one of ours
+            known = {path.name for path in out.iterdir() if path.suffix in _ENGINE_SUFFIXES}
+        else:
+            known = {ENGINES_MANIFEST, *manifest.files, *manifest.bundle.files}
+    check_replaceable(out, known.__contains__, "engine build")
 
 
 def _build_stage(
-    graph: PreparedGraph, entry: PlanEntry, build: Callable[[PreparedGraph, PlanEntry], StagePlan], folder: Path
+    graph: PreparedGraph, entry: PlanEntry, build: Callable[[PreparedGraph, PlanEntry], BuiltPlan], folder: Path
 ) -> tuple[PlanEntry, FileEntry]:
     """Build and write one plan; its memory is free again when this returns."""
     built = build(graph, entry)
-    file = write(folder / entry.file, built.content, weights=True)
+    file = _write(folder / entry.file, built.content, weights=True)
     done = replace(
         entry,
         layers=built.layers,
@@ -120,3 +123,63 @@ def _build_stage(
         seconds=round(built.seconds, 3),
     )
     return done, file
+
+
+def _checked(check: Callable[[Path], Verification], folder: Path, out: Path) -> Verification:
+    """The check's findings where it passes; else the plans, an hour's work maybe, are kept aside."""
+    failed = out.with_name(f"{out.name}.failed")
+    problem: HawkError | None = None
+    try:
+        verification = check(folder)
+        if verification.passed:
+            return verification
+        reason, advice = f"the plans are wrong: {verification.failures}.", ", to look into: docs/tensorrt.md"
+    except HawkError as error:
+        reason, advice, problem = f"the plans could not be checked: {error}", "", error
+    shutil.rmtree(failed, ignore_errors=True)
+    folder.rename(failed)
+    raise BackendError(f"{reason} They are in {failed}{advice}") from problem
+
+
+def _copy_bundle(bundle: Bundle, folder: Path) -> dict[str, FileEntry]:
+    """Put a bundle's small files and embedding table into a folder."""
+    graphs = {graph.file for graph in bundle.manifest.graphs}
+    files = {name: entry for name, entry in bundle.manifest.files.items() if not entry.weights and name not in graphs}
+    for name in files:
+        shutil.copyfile(bundle.folder / name, folder / name)
+    return {**files, EMBEDDINGS_FILE: _copy_table(bundle, folder / EMBEDDINGS_FILE)}
+
+
+def _copy_table(bundle: Bundle, path: Path) -> FileEntry:
+    """Link the embedding table where its file holds nothing else, else copy its part of the file."""
+    table, size = bundle.manifest.embeddings, _table_bytes(bundle)
+    source = bundle.folder / table.file
+    if (table.offset, source.stat().st_size) == (0, size):
+        try:
+            os.link(source.resolve(), path)
+            return bundle.manifest.files[table.file]
+        except OSError:
+            pass  # another file system, or one without hard links: copy
+    if source.stat().st_size < table.offset + size:
+        raise BundleError(f"{source}: ends before its embedding table does. Export again: make export")
+    return _write(path, bundle.embedding_table().reshape(-1).view(np.uint8).data, weights=True)
+
+
+def _table_bytes(bundle: Bundle) -> int:
+    """Size of the embedding table."""
+    table = bundle.manifest.embeddings
+    return table.shape[0] * table.shape[1] * numpy_dtype(table.dtype).itemsize
+
+
+def _write(path: Path, content: memoryview, *, weights: bool) -> FileEntry:
+    """Write from TensorRT's own memory, block by block: a copy of a 15 GB plan would double it."""
+    digest = hashlib.sha256()
+    content = content.cast("B")
+    with path.open("wb") as file:
+        for start in range(0, len(content), _BLOCK_BYTES):
+            block = content[start : start + _BLOCK_BYTES]
+            file.write(block)
+            digest.update(block)
+        file.flush()
+        os.fsync(file.fileno())
+    return FileEntry(digest.hexdigest(), len(content), weights)

@@ -13,7 +13,7 @@ import onnx
 import onnxruntime as ort
 
 from cuda_standin import ALIGNMENT
-from engines.writer import StagePlan
+from engines.build_plan import BuiltPlan
 from hawk_trt.bundle import numpy_dtype
 
 SCRATCH_BYTES = 4096
@@ -39,7 +39,7 @@ def build(graph, entry, version="10.16.1.11", plugin_layers=0):
     header = json.dumps(told).encode()
     start = b"ftrt".ljust(24, b"\0") + bytes(int(part) for part in version.split("."))
     content = start + struct.pack("<q", len(header)) + header + model.SerializeToString()
-    return StagePlan(memoryview(content), len(model.graph.node), plugin_layers, (), 0.0)
+    return BuiltPlan(memoryview(content), len(model.graph.node), plugin_layers, (), 0.0)
 
 
 class Refused(Exception):

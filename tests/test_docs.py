@@ -10,8 +10,8 @@ import pytest
 
 import hawk_trt
 from engines.__main__ import main as engines
-from engines.preflight import main as preflight
-from engines.self_test import main as self_test
+from engines.checks.preflight import main as preflight
+from engines.checks.self_test import main as self_test
 from examples.tiny_task.__main__ import main as tiny_task
 from export.__main__ import main as export
 from hawk_trt.apps.cli.main import main as hawk
@@ -30,8 +30,8 @@ COMMANDS = {
     "hawk-trt": hawk,
     "python -m export": export,
     "python -m engines": engines,
-    "python -m engines.preflight": preflight,
-    "python -m engines.self_test": self_test,
+    "python -m engines.checks.preflight": preflight,
+    "python -m engines.checks.self_test": self_test,
     "python -m examples.tiny_task": tiny_task,
 }
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")

@@ -26,8 +26,6 @@ MOST_ENTRIES, MOST_LINES = 14, 400
 # What is still to be cleared away. Nothing joins these three, and they go when they are empty.
 PENDING_ENTRIES = {"answer.py", "row.py", "run.py", "sampling.py"}
 PENDING_ARROWS = {
-    *((f"engines.{name}", "hawk_trt.apps.cli.output") for name in ("__main__", "preflight", "self_test")),
-    ("engines.self_test", "hawk_trt.apps.cli.doctor_checks"),
     ("plugins.gpu_check", "hawk_trt.apps.cli.output"),
 }
 PENDING_CIRCLES = {  # arrows without which there is no circle

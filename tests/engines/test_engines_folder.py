@@ -11,13 +11,11 @@ import numpy as np
 import pytest
 
 from engines.__main__ import main
-from engines.build_plan import differences, plan_build
+from engines.build_plan import BuiltPlan, differences, plan_build
 from engines.checks.verify import OutputRow, Verification, load_reference
-from engines.contents import EMBEDDINGS_FILE
-from engines.memory import memory_warning
 from engines.profiles import plan_limits
 from engines.workarounds import WORKAROUNDS
-from engines.writer import StagePlan, write_engines
+from engines.writer import EMBEDDINGS_FILE, memory_warning, write_engines
 from export.__main__ import main as export
 from hawk_trt.bundle import Bundle, manifest_bytes
 from hawk_trt.engine_folder import (
@@ -55,7 +53,7 @@ def planned(bundle, *, machine=ORIN, plugin=None, **limits):
 def stand_in(graph, entry):
     assert [tensor.name for tensor in entry.inputs] == [tensor.name for tensor in graph.inputs]
     content = header() + graph.stage.encode() * 100
-    return StagePlan(memoryview(content), 7, int(graph.has_topk), ("TIMING",), 0.5)
+    return BuiltPlan(memoryview(content), 7, int(graph.has_topk), ("TIMING",), 0.5)
 
 
 def written(bundle, out, **options):

@@ -13,7 +13,7 @@ from dataclasses import replace
 import pytest
 
 from checkpoints import QWEN_7B, make_sparse_checkpoint
-from engines import gpuless
+from engines.checks import gpuless
 from engines.profiles import TENSORRT_TARGETS
 from export.__main__ import main as export
 from hawk_trt.runtime.versions import available_memory_bytes
@@ -33,7 +33,6 @@ import onnx
 from engines.builder import BuildSettings, build_plan
 from engines.prepare import prepare
 from engines.profiles import plan_profiles
-from engines.progress import BuildProgress
 from hawk_trt.bundle import Bundle
 from hawk_trt.engine_folder import Limits
 from hawk_trt.errors import BackendError
@@ -42,9 +41,8 @@ bundle = Bundle.load(sys.argv[1])
 
 def refused(graph, limits):
     try:
-        with BuildProgress() as progress:
-            profiles = plan_profiles(bundle.manifest, graph.stage, graph.inputs, limits)
-            build_plan(graph, profiles, BuildSettings(None, 1 << 30, None, ()), progress)
+        profiles = plan_profiles(bundle.manifest, graph.stage, graph.inputs, limits)
+        build_plan(graph, profiles, BuildSettings(None, 1 << 30, None, ()))
     except BackendError as error:
         print(error)
     else:
@@ -84,7 +82,7 @@ def bundles(tiny_checkpoint, tiny_bundle, tmp_path_factory):
 
 
 def test_every_graph_that_engines_are_built_from_passes_nvidias_parser_and_builder(bundles, repository):
-    command = [sys.executable, "-m", "engines.preflight", *map(str, bundles), "--batch", "2", "--json"]
+    command = [sys.executable, "-m", "engines.checks.preflight", *map(str, bundles), "--batch", "2", "--json"]
     done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     report = json.loads(done.stdout)
@@ -97,7 +95,7 @@ def test_every_graph_that_engines_are_built_from_passes_nvidias_parser_and_build
 
 @pytest.mark.skipif(PLUGIN is None, reason="HAWK_PREFLIGHT_PLUGIN names no top-k plugin built for TensorRT 11")
 def test_the_plugin_takes_the_place_of_the_standard_operators(bundles, repository):
-    command = [sys.executable, "-m", "engines.preflight", *map(str, bundles), "--plugin", PLUGIN, "--json"]
+    command = [sys.executable, "-m", "engines.checks.preflight", *map(str, bundles), "--plugin", PLUGIN, "--json"]
     done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     rows = [row for row in json.loads(done.stdout)["rows"] if row["plugin"]]
@@ -143,7 +141,7 @@ def test_graphs_of_7b_shapes_pass_too(tmp_path, repository, dtype, graphs, neede
     checkpoint = make_sparse_checkpoint(tmp_path / "checkpoint", sizes, dtype=dtype)
     name = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}[dtype]
     assert export([str(checkpoint), "--out", str(tmp_path / "bundle"), "--dtype", name, "--link"]) == 0
-    command = [sys.executable, "-m", "engines.preflight", str(tmp_path / "bundle"), "--json"]
+    command = [sys.executable, "-m", "engines.checks.preflight", str(tmp_path / "bundle"), "--json"]
     done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     rows = json.loads(done.stdout)["rows"]

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from engines.prepare import prepare
-from engines.profiles import TENSORRT_TARGETS, TOPK_LIMIT, choose_target, plan_limits, plan_profiles
-from engines.vision_ranges import vision_ranges
+from engines.profiles import TENSORRT_TARGETS, TOPK_LIMIT, choose_target, plan_limits, plan_profiles, vision_ranges
 from hawk_trt.bundle import Bundle, TensorEntry
 from hawk_trt.engine_folder import DECODE, PREFILL, Limits
 from hawk_trt.errors import InvalidInput

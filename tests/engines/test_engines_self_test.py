@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from engines.self_test import main
+from engines.checks.self_test import main
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The command python -m engines.self_test: does TensorRT work on this machine, from the plugin to the answer?
+"""The command python -m engines.checks.self_test: does TensorRT work on this machine, from the plugin to the answer?
 
 In: a checkpoint, the shipped tiny one unless told otherwise. It is exported in every dtype; engines are built in every
 lowering that this TensorRT has, with and without the plugin; the stages of each are compared with ONNX Runtime, then
@@ -16,12 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hawk_trt.apps.cli.doctor_checks import examine
-from hawk_trt.apps.cli.output import note
 from hawk_trt.stages import DTYPES, TENSORRT
 
-from .plugin_library import DEFAULT_PLUGIN
-from .profiles import TENSORRT_TARGETS
+from ..plugin_library import DEFAULT_PLUGIN
+from ..profiles import TENSORRT_TARGETS
 
 _CHECKPOINT = Path("examples/tiny-vlm")
 _PACKAGES = ("tensorrt", "tensorrt-cu12", "tensorrt-cu13", "cuda-bindings", "onnx", "onnxruntime", "numpy")
@@ -71,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m engines.self_test",
+        prog="python -m engines.checks.self_test",
         description="Build and run engines of a small model on this machine; print a report to attach to an issue.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
@@ -84,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
 def _results(checkpoint: Path, out: Path) -> Iterator[EngineResult]:
     bundles = {dtype: out / dtype for dtype in DTYPES}
     for dtype, bundle in bundles.items():
-        note(f"exporting {dtype}")
+        _note(f"exporting {dtype}")
         done = _run("export", str(checkpoint), "--out", str(bundle), "--dtype", dtype)
         if done.status:
             yield EngineResult(dtype, f"export failed: {done.reason}", "", "", False, bundle)
@@ -100,7 +98,7 @@ def _results(checkpoint: Path, out: Path) -> Iterator[EngineResult]:
 
 def _engine(name: str, checkpoint: Path, bundle: Path, reference: Path, folder: Path, plugin: str) -> EngineResult:
     """Build one engine folder, compare its stages, then its answers."""
-    note(f"{name}: building")
+    _note(f"{name}: building")
     target = name.split(", ")[1]
     options = ("--target", target, "--plugin", plugin, "--reference", str(reference), *_LIMITS, "--force", "--json")
     done = _run("engines", str(bundle), "--out", str(folder), *options)
@@ -111,7 +109,7 @@ def _engine(name: str, checkpoint: Path, bundle: Path, reference: Path, folder: 
     built: dict[str, Any] = json.loads(done.output)
     rows = (built["verification"] or {}).get("rows", [])
     stages = f"{len(rows)} outputs right" if rows else "not compared"
-    note(f"{name}: answering")
+    _note(f"{name}: answering")
     samples = _samples(checkpoint)
     equal, reasons = 0, []
     for image, question in samples:
@@ -153,16 +151,20 @@ def _run(module: str, *arguments: str) -> Ran:
     return Ran(done.returncode, done.stdout, (signal + words.removeprefix("error: "))[:_REASON_CHARACTERS])
 
 
+def _note(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
 def _report(results: list[EngineResult]) -> str:
     """All of it in Markdown."""
-    machine = examine()
-    gpus = ", ".join(gpu.name for gpu in machine.gpus) or "none found"
-    packages = ", ".join(f"{name} {machine.packages[name]}" for name in _PACKAGES if machine.packages.get(name))
+    machine: dict[str, Any] = json.loads(_run("hawk_trt", "doctor", "--json").output)
+    gpus = ", ".join(gpu["name"] for gpu in machine["gpus"]) or "none found"
+    packages = ", ".join(f"{name} {machine['packages'][name]}" for name in _PACKAGES if machine["packages"].get(name))
     nvcc = shutil.which("nvcc") or "not on the PATH"
     lines = [
         "### hawk_trt self-test",
         "",
-        f"* hawk_trt {machine.hawk_trt}, Python {machine.python}, {machine.machine}",
+        f"* hawk_trt {machine['hawk_trt']}, Python {machine['python']}, {machine['machine']}",
         f"* GPU: {gpus}; nvcc: {nvcc}; plugin: {'built' if DEFAULT_PLUGIN.is_file() else 'not built (make plugin)'}",
         f"* {packages}",
         *_built_on(results),

@@ -1,4 +1,4 @@
-"""The command python -m engines.preflight: every graph of a bundle through NVIDIA's parser and builder, without a GPU.
+"""The command python -m engines.checks.preflight: every graph through NVIDIA's parser and builder, without a GPU.
 
 In: bundles, the limits of the engines, and the plugin where it is built. Out: a row a graph, whether TensorRT's
 parser and builder take it as the engine builder gives it to them. It runs the builder's own code; see gpuless.py for
@@ -12,18 +12,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from hawk_trt.apps.cli.output import note, print_json
 from hawk_trt.bundle import Bundle
-from hawk_trt.errors import BackendError, HawkError
+from hawk_trt.errors import BackendError, HawkError, InvalidInput
 from hawk_trt.stages import STAGES
 
+from ..prepare import prepare
+from ..profiles import TENSORRT_TARGETS, add_limits, limits_of, plan_profiles
 from . import gpuless
-from .options import add_limits, existing_file, limits
-from .prepare import prepare
-from .profiles import TENSORRT_TARGETS, plan_profiles
 
 _FAILED = 1
 # Of tables where there is no terminal to ask.
@@ -67,13 +66,8 @@ def main(arguments: list[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     try:
         if gpuless.LIBRARIES not in os.environ:
-            again = [
-                sys.executable,
-                "-m",
-                f"{__package__}.preflight",
-                *(sys.argv[1:] if arguments is None else arguments),
-            ]
-            os.execve(sys.executable, again, gpuless.environment())
+            again = ["-m", f"{__package__}.preflight", *(sys.argv[1:] if arguments is None else arguments)]
+            os.execve(sys.executable, [sys.executable, *again], gpuless.environment())
         return _run(args)
     except (HawkError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -82,7 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m engines.preflight",
+        prog="python -m engines.checks.preflight",
         description="Parse and build every graph of a bundle with NVIDIA's own parser and builder; needs no GPU.",
         allow_abbrev=False,
     )
@@ -96,9 +90,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from .builder import TENSORRT_VERSION  # only now is there a tensorrt to import
+    from ..builder import TENSORRT_VERSION  # only now is there a tensorrt to import
 
-    plugin = None if args.plugin is None else existing_file(args.plugin, "--plugin")
+    plugin = args.plugin
+    if plugin is not None and not plugin.is_file():
+        raise InvalidInput(f"--plugin: {plugin} is not there")
     bundles = [Bundle.load(folder) for folder in args.bundles]
     # all without it first: a plugin stays registered as long as the process lives
     libraries = (None,) if plugin is None else (None, plugin)
@@ -106,22 +102,21 @@ def _run(args: argparse.Namespace) -> int:
     library = f"TensorRT-RTX's parser and builder through the bindings of TensorRT {TENSORRT_VERSION}"
     report = Report(library, rows, all(row.refusal is None for row in rows))
     if args.json:
-        print_json(report)
+        print(msgspec.json.format(msgspec.json.encode(report), indent=1).decode())
     else:
         _print(report, Console(width=None if sys.stdout.isatty() else _WIDTH))
     if plugin is None:
-        note("with the plugin: not checked, none was given (make plugin, then --plugin PATH)")
+        print("with the plugin: not checked, none was given (make plugin, then --plugin PATH)", file=sys.stderr)
     return 0 if report.passed else _FAILED
 
 
 def _check(args: argparse.Namespace, bundle: Bundle, plugin: Path | None) -> Iterator[Row]:
     """Build every graph of a bundle that engines are built from; with the plugin, every one that it changes."""
-    from .builder import BuildSettings, build_plan
-    from .progress import BuildProgress
+    from ..builder import BuildSettings, build_plan
 
     manifest, with_plugin = bundle.manifest, plugin is not None
-    size = limits(args, manifest, plugin=with_plugin)
-    settings = BuildSettings(plugin, None, None, ())
+    size = limits_of(args, manifest, plugin=with_plugin)
+    settings = BuildSettings(None if plugin is None else plugin.resolve(), None, None, ())
     for target in (target for target in TENSORRT_TARGETS if target in manifest.targets):
         for stage in STAGES:
             graph = prepare(bundle, stage, target, max_context=size.context, plugin=with_plugin)
@@ -129,9 +124,7 @@ def _check(args: argparse.Namespace, bundle: Bundle, plugin: Path | None) -> Ite
                 continue
             name = f"{manifest.precision} {graph.file.name}"
             try:
-                with BuildProgress() as progress:
-                    ranges = plan_profiles(manifest, stage, graph.inputs, size)
-                    built = build_plan(graph, ranges, settings, progress)
+                built = build_plan(graph, plan_profiles(manifest, stage, graph.inputs, size), settings)
             except BackendError as error:
                 yield Row(name, with_plugin, 0, 0, 0, 0.0, str(error))
             else:
