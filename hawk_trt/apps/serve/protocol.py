@@ -6,6 +6,7 @@ that asks for nothing; a field that the protocol does not have is refused too.
 
 import json
 import re
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
@@ -23,8 +24,7 @@ class _Strict(BaseModel):
 
 def _only(*values: object) -> Any:  # noqa: ANN401 - as pydantic's Field
     """A field that is taken at these values alone, or null: they ask for nothing that this server does not do."""
-    extra: dict[str, Any] = {"enum": [*values, None]}
-    return Field(None, description="Not supported, but for these values.", json_schema_extra=extra)
+    return Field(None, description="Not supported, but for these values.", json_schema_extra=_names(values))
 
 
 class _PartlySupported(_Strict):
@@ -39,6 +39,12 @@ class _PartlySupported(_Strict):
         raise ValueError(f"this server does not support that; {instead}")
 
 
+def _names(known: Sequence[object]) -> Any:  # noqa: ANN401 - as pydantic's Field takes it
+    """Adds the names to the description; PruningConfig checks them."""
+    return {"enum": [*known, None]}
+
+
+_Text: TypeAlias = Annotated[str, Field(min_length=1)]
 Ignored: TypeAlias = Annotated[Any, Field(description="Taken and ignored: it does not change the answer.")]
 
 
@@ -88,42 +94,29 @@ class ChatMessage(_PartlySupported):
 class StreamOptions(_Strict):
     """What a streamed answer holds besides."""
 
-    include_usage: bool | None = Field(
-        False, description="Send one more chunk before the end, without choices, with the usage."
-    )
+    include_usage: bool | None = Field(False, description="Send one more chunk at the end, with the usage alone.")
     include_obfuscation: Ignored = None
 
 
 class Pruning(_Strict):
     """How many visual tokens are kept and who chooses them; the server's own setting holds for what is left out."""
 
-    keep_ratio: float | None = Field(
-        None, gt=0, le=1, description="Share of the visual tokens kept; 1 prunes nothing.", examples=[0.2]
-    )
-    selector: str | None = Field(None, description="Who chooses.", json_schema_extra={"enum": [*SELECTORS, None]})
+    keep_ratio: float | None = Field(None, gt=0, le=1, description="Share of the visual tokens kept.", examples=[0.2])
+    selector: str | None = Field(None, description="Who chooses.", json_schema_extra=_names(SELECTORS))
     query: str | None = Field(
         None,
-        description="Text that scores the visual tokens: paper, what follows the last image; turn, all of the last "
-        "user turn.",
-        json_schema_extra={"enum": [*QUERIES, None]},
+        description="Text that scores the visual tokens: what follows the last image (paper), or the last user turn.",
+        json_schema_extra=_names(QUERIES),
     )
     quota: str | None = Field(
-        None,
-        description="One selection over all images, or one for each.",
-        json_schema_extra={"enum": [*QUOTAS, None]},
+        None, description="One selection over all images, or one for each.", json_schema_extra=_names(QUOTAS)
     )
     min_visual_tokens: int | None = Field(None, ge=1, le=1_000_000, description="At least so many are kept.")
     keep_mass: float | None = Field(
-        None,
-        gt=0,
-        le=1,
-        description="Keep the fewest tokens with this share of the score mass, at most the keep ratio.",
+        None, gt=0, le=1, description="Keep the fewest tokens with this share of the scores, at most keep_ratio."
     )
     diversity: float | None = Field(
-        None,
-        ge=0,
-        le=1,
-        description="Share of the kept tokens chosen among near-ties for being unlike the others.",
+        None, ge=0, le=1, description="Share of the kept tokens chosen among near-ties for being unlike the others."
     )
     seed: int | None = Field(None, ge=0, le=2**63 - 1, description="Of selector random.")
 
@@ -131,9 +124,7 @@ class Pruning(_Strict):
 class HawkOptions(_Strict):
     """What the answer tells besides."""
 
-    details: bool = Field(
-        False, description="Tell the seconds of each stage, and of each image its grid, scores and kept tokens."
-    )
+    details: bool = Field(False, description="The seconds of each stage; grid, scores and kept tokens of each image.")
 
 
 class ChatRequest(_PartlySupported):
@@ -146,17 +137,11 @@ class ChatRequest(_PartlySupported):
     stream: bool | None = Field(False, description="Send the answer as server-sent events while it grows.")
     stream_options: StreamOptions | None = None
     max_completion_tokens: int | None = Field(
-        None,
-        ge=1,
-        le=2**31,
-        description="Longest answer in tokens, at most the server's limit, which is also the default.",
+        None, ge=1, le=2**31, description="Longest answer in tokens; at most the server's limit, the default."
     )
     max_tokens: int | None = Field(None, ge=1, le=2**31, description="The older name of max_completion_tokens.")
     temperature: float | None = Field(
-        None,
-        ge=0,
-        le=2,
-        description="0 takes the most probable token each time. Default: 1, unless the server has another.",
+        None, ge=0, le=2, description="0 takes the most probable token; 1, unless the server has another default."
     )
     top_p: float | None = Field(
         None, ge=0, le=1, description="Draw from the fewest tokens that have this probability together."
@@ -164,11 +149,9 @@ class ChatRequest(_PartlySupported):
     seed: int | None = Field(
         None, ge=-(2**63), le=2**63 - 1, description="The same seed and request give the same answer."
     )
-    stop: (
-        Annotated[str, Field(min_length=1)]
-        | Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=4)]
-        | None
-    ) = Field(None, description="Texts that end the answer and are not part of it.")
+    stop: _Text | Annotated[list[_Text], Field(max_length=4)] | None = Field(
+        None, description="Texts that end the answer and are not part of it."
+    )
     n: Any = _only(1)
     frequency_penalty: Any = _only(0)
     presence_penalty: Any = _only(0)
