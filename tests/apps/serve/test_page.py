@@ -6,7 +6,7 @@ import pytest
 
 from serving import serving
 
-NAMES = ("style.css", "page.js", "chat.js", "kept.js", "overlay.js", "icon.svg")
+NAMES = ("style.css", "page.js", "chat.js", "kept.js", "overlay.js", "icon.svg", "sample.webp")
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +16,7 @@ def server(tiny_bundle):
 
 
 def test_the_page_and_its_files_are_sent_without_a_key_and_with_headers_that_keep_them_to_this_server(server):
-    kinds = {"": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
+    kinds = {"": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml", "webp": "image/webp"}
     for name in ("", *NAMES):
         response = server.http.get(f"/page/{name}" if name else "/")
         assert response.status_code == 200, name

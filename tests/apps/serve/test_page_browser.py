@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from hawk_trt.pruning.hawk import num_kept
 from hawk_trt.request import PruningConfig
@@ -56,7 +57,7 @@ def server(tiny_bundle):
 
 
 @contextmanager
-def opened(browser, server, width=1200, height=860, *, refusals=False, **options):
+def opened(browser, server, width=1280, height=860, *, refusals=False, **options):
     """The page in a window of its own; what it logs, or fails to load, fails the test."""
     context = browser.new_context(viewport={"width": width, "height": height}, **options)
     page = context.new_page()
@@ -132,7 +133,11 @@ def test_a_dropped_image_is_answered_as_offline_and_its_kept_tokens_are_shown(br
         assert all(re.fullmatch(r"[\d.]+ (ms|s)", time) for time in times)
         assert page.get_by_text("Take photo").is_hidden()
         page.screenshot(path=repository / "artifacts" / "page-desktop.png", full_page=True)
+        assert "visual tokens" not in page.locator("#usage").text_content(), "the count is told once"
+        assert page.locator("#asked td").all_inner_texts()[0] == ASK
+        assert page.locator("#legend").is_hidden()
         page.get_by_label("Scores").check()
+        assert page.locator("#legend").is_visible()
         page.screenshot(path=repository / "artifacts" / "page-scores.png", full_page=True)
 
 
@@ -212,14 +217,56 @@ def test_selectors_that_rank_by_scores_follow_the_slider(browser, server, select
         assert len(shown) == num_kept(64, 0.4, 1)
 
 
+def test_a_sample_is_asked_about_compared_with_all_tokens_and_asked_again_in_a_second_turn(browser, server):
+    with opened(browser, server, 1280, 900) as page:
+        page.get_by_role("button", name="Try a sample").click()
+        until(page, "document.getElementById('question').value")
+        page.get_by_role("button", name="Ask", exact=True).click()
+        until(page, "document.querySelectorAll('#asked tr').length === 1")
+        assert page.locator("#answer").text_content() == "cyan"
+        page.get_by_role("button", name="Compare with 100 %").click()
+        until(page, "document.querySelectorAll('#asked tr').length === 2")
+        assert [row.split("\t")[1] for row in page.locator("#asked tr").all_inner_texts()] == ["64 of 64", "13 of 64"]
+        assert page.get_by_role("button", name="Compare with 100 %").is_hidden()
+        sent = []
+        page.on("request", lambda request: request.method == "POST" and sent.append(request.post_data_json))
+        page.get_by_label("Follow-up").check()
+        ask(page, "And the circle?")
+        until(page, "document.querySelectorAll('#asked tr').length === 3")
+        assert [message["role"] for message in sent[0]["messages"]] == ["user", "assistant", "user"]
+        assert sent[0]["messages"][1]["content"] == "cyan"
+        assert sent[0]["pruning"]["query"] == "turn"
+
+
+def test_an_image_that_is_too_large_to_send_is_made_smaller(browser, tiny_bundle, tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (700, 700, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "noise.png")
+    with serving(tiny_bundle, max_body_mb=0.5) as small, opened(browser, small) as page:
+        page.set_input_files("#choose", tmp_path / "noise.png")
+        until(page, "document.getElementById('picture').naturalWidth")
+        ask(page, ASK)
+        assert page.locator("#alert").is_hidden()
+
+
+def test_errors_of_the_server_speak_of_the_page(browser, tiny_bundle):
+    with serving(tiny_bundle, max_image_pixels=100) as small, opened(browser, small, refusals=True) as page:
+        drop(page, PICTURE)
+        page.get_by_label("Question", exact=True).fill(ASK)
+        page.get_by_role("button", name="Ask").click()
+        page.wait_for_selector("#alert:not([hidden])")
+        assert page.locator("#alert").inner_text().startswith("The image: ")
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_phone_needs_no_scrolling_sideways(browser, server, repository, scheme):
     phone = {"color_scheme": scheme, "has_touch": True, "is_mobile": True, "device_scale_factor": 2}
-    with opened(browser, server, 375, 740, **phone) as page:
+    with opened(browser, server, 390, 740, **phone) as page:
         page.set_input_files("#choose", PICTURE)
         ask(page, ASK)
         sizes = page.evaluate("[document.documentElement.scrollWidth, innerWidth]")
-        assert sizes == [375, 375]
+        assert sizes == [390, 390]
+        place = page.locator("#answer").bounding_box()
+        assert place["y"] >= 0 and place["y"] + place["height"] <= 740, "the answer is out of view"
         assert page.get_by_text("Take photo").is_visible()
         small = page.evaluate(
             """[...document.querySelectorAll("button, .button, select, textarea, input[type=range]")]

@@ -12,6 +12,7 @@ _KINDS = {
     ".css": "text/css; charset=utf-8",
     ".js": "text/javascript; charset=utf-8",
     ".svg": "image/svg+xml",
+    ".webp": "image/webp",
 }
 _HEADERS = {
     # blob: is the image that was chosen, which the page shows

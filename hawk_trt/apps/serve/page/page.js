@@ -21,6 +21,7 @@ const whole = new Intl.NumberFormat("en-GB");
 let model = null; // as /v1/models tells of it
 let image = null; // its data: URL
 let details = null; // of the last answer about this image
+let turns = []; // the messages of the last question, with its answer
 let running = null; // the AbortController of the question under way
 let afterKey = start; // what to do once there is a key
 let keyGiven = false;
@@ -55,6 +56,9 @@ function takeImage(file) {
     stop();
     image = reader.result;
     details = null;
+    turns = [];
+    element("follow").checked = false;
+    element("follow-up").hidden = true;
     const old = element("picture").src;
     element("picture").src = element("thumbnail-picture").src = URL.createObjectURL(file);
     if (old) URL.revokeObjectURL(old);
@@ -67,6 +71,25 @@ function takeImage(file) {
     element("question").focus({ preventScroll: true });
   };
   reader.readAsDataURL(file);
+}
+
+element("sample").addEventListener("click", async () => {
+  const sample = await (await fetch("page/sample.webp")).blob();
+  takeImage(new File([sample], "sample.webp", { type: "image/webp" }));
+  element("question").value = "What colour is the heart?";
+});
+
+/** The image as a data URL that the server takes: as it is, or smaller. */
+function fitting(most) {
+  const [picture, canvas] = [element("picture"), document.createElement("canvas")];
+  let url = image;
+  for (let scale = 1; url.length > most; scale *= 0.7) {
+    canvas.width = Math.ceil(picture.naturalWidth * scale);
+    canvas.height = Math.ceil(picture.naturalHeight * scale);
+    canvas.getContext("2d").drawImage(picture, 0, 0, canvas.width, canvas.height);
+    url = canvas.toDataURL("image/jpeg", 0.9);
+  }
+  return url;
 }
 
 function imageOf(transfer) {
@@ -119,6 +142,11 @@ element("question").addEventListener("keydown", (event) => {
   }
 });
 element("stop").addEventListener("click", stop);
+element("compare").addEventListener("click", () => {
+  element("ratio").value = 100;
+  show();
+  element("form").requestSubmit();
+});
 
 function stop() {
   running?.abort();
@@ -129,18 +157,18 @@ async function question() {
   if (!model) await start();
   if (!model || running) return;
   const text = element("question").value.trim();
-  const content = [...(image ? [{ type: "image_url", image_url: { url: image } }] : []), { type: "text", text }];
+  const earlier = element("follow").checked ? turns : [];
+  const content = [{ type: "text", text }];
+  if (image && !earlier.length) {
+    content.unshift({ type: "image_url", image_url: { url: fitting(0.95 * model.hawk.max_body_bytes) } });
+  }
   const body = {
     model: model.id,
-    messages: [{ role: "user", content }],
+    messages: [...earlier, { role: "user", content }],
     temperature: 0,
-    pruning: { keep_ratio: ratio(), selector: element("selector").value },
+    // a follow-up has no image of its own to choose by
+    pruning: { keep_ratio: ratio(), selector: element("selector").value, ...(earlier.length && { query: "turn" }) },
   };
-  if (image?.length > model.hawk.max_body_bytes) {
-    const [has, most] = [image.length, model.hawk.max_body_bytes].map((bytes) => decimal.format(bytes / 1e6));
-    showMessage(`The image has ${has} MB as it is sent; this server takes ${most} MB.`);
-    return;
-  }
   const mine = (running = new AbortController());
   const answer = element("answer");
   element("result").hidden = false;
@@ -149,14 +177,18 @@ async function question() {
   answer.textContent = "";
   answer.classList.add("growing");
   busy(true);
+  answer.scrollIntoView({ block: "nearest" }); // on a phone it is below the image
   try {
     const told = await ask(body, mine.signal, (piece) => answer.append(piece));
     if (mine.signal.aborted) return;
     details = told.details.images.length ? told.details : null;
     showUsage(told.usage);
     showTimes(told.details.seconds);
-    if (image) remember(told, answer.textContent);
+    turns = [...body.messages, { role: "assistant", content: answer.textContent }];
+    element("follow-up").hidden = false;
+    if (image) remember(told, text, answer.textContent);
     show();
+    answer.scrollIntoView({ block: "nearest" }); // what show() has added above may have moved it
   } catch (error) {
     if (error.name === "AbortError") element("usage").textContent = "Stopped.";
     else showError(error, question);
@@ -174,10 +206,9 @@ function busy(is) {
 
 // What came back
 
-function showUsage({ prompt_tokens, completion_tokens, visual_tokens, kept_visual_tokens }) {
-  const visual = visual_tokens ? `${keptOf(kept_visual_tokens, visual_tokens)} · ` : "";
-  const all = `${whole.format(prompt_tokens)} tokens asked, ${whole.format(completion_tokens)} answered`;
-  element("usage").textContent = visual + all;
+function showUsage({ prompt_tokens, completion_tokens }) {
+  const [asked, answered] = [prompt_tokens, completion_tokens].map((count) => whole.format(count));
+  element("usage").textContent = `${asked} tokens asked before pruning, ${answered} answered`;
 }
 
 function showTimes(seconds) {
@@ -207,11 +238,12 @@ function duration(seconds) {
   return seconds < 1 ? `${decimal.format(seconds * 1000)} ms` : `${seconds.toFixed(2)} s`;
 }
 
-function remember(told, answer) {
+function remember(told, question, answer) {
   const row = element("asked").insertRow(0);
   const { seconds, selector } = told.details;
   const kept = `${whole.format(told.usage.kept_visual_tokens)} of ${whole.format(told.usage.visual_tokens)}`;
-  for (const text of [kept, selector, duration(seconds.total), answer]) row.insertCell().textContent = text;
+  const cells = [question, kept, selector, duration(seconds.total), answer];
+  for (const text of cells) row.insertCell().textContent = text;
   element("earlier").hidden = false;
 }
 
@@ -236,6 +268,8 @@ function show() {
   const view = document.querySelector("input[name=view]:checked").value;
   element("thumbnail").hidden = panels.length < 2;
   element("views").hidden = !details;
+  element("legend").hidden = view !== "scores";
+  element("compare").hidden = !details || details.keep_ratio === 1;
   for (const [index, id] of ["overlay", "thumbnail-overlay"].entries()) {
     if (!panels[index] || view === "image") cleared(element(id));
     else if (view === "kept") drawKept(element(id), panels[index], kept);
@@ -273,7 +307,8 @@ function showError(error, again) {
     if (keyGiven) showMessage("The server does not know this key.");
     return; // else the field says what is missing
   }
-  showMessage(error instanceof ServerError ? error.message : `The page failed: ${error.message}`);
+  const message = error.message.replace(/^messages\S*image_url: /, "The image: ").replace(/^messages: /, "The question: ");
+  showMessage(error instanceof ServerError ? message : `The page failed: ${message}`);
 }
 
 function showMessage(text) {
