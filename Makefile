@@ -5,7 +5,7 @@
 .PHONY: wheel check-wheel
 .PHONY: check-models check-page check-serving bench-native real
 .PHONY: advise calibrate train-tiny
-.PHONY: plugin plugin-check gpu-check
+.PHONY: plugin plugin-check gpu-report
 .PHONY: engines self-test preflight preflight-large types-tensorrt
 .PHONY: bench bench-batching bench-shape bench-claims bench-export bench-growth bench-load bench-memory bench-peers bench-quantised bench-start peers
 
@@ -98,8 +98,8 @@ plugin: ## The TensorRT plugin into build/plugins: TENSORRT_ROOT=folder where it
 plugin-check: $(FULL) ## The plugin without a GPU: contract and registries; TENSORRT_ROOT="one or more folders"
 	$(BIN)/python -m plugins.check $(TENSORRT_ROOT)
 
-gpu-check: ## The plugin on this GPU: answers, then time beside PyTorch; after make plugin, with GPU_PYTHON's PyTorch
-	$(GPU_PYTHON) -m plugins.gpu_check
+gpu-report: ## All that only a GPU can tell, into a JSON and a table; FLAGS=--rehearse without one; GPU_PYTHON has PyTorch for CUDA
+	$(GPU_PYTHON) -m benchmarks.gpu_report $(FLAGS)
 
 bench: $(READY) $(if $(SHAPE),bench-shape,export) ## Time and memory by stage: MODEL=path-or-hub-id, or SHAPE=qwen2.5-vl-3b LAYERS=4; FLAGS="--sides 448"
 	$(BIN)/hawk-trt bench $(if $(SHAPE),artifacts/$(SHAPE)-random,$(OUT)) $(FLAGS)

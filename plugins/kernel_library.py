@@ -72,6 +72,7 @@ class KernelLibrary:
     """
 
     def __init__(self, path: Path, normalization: str) -> None:
+        self.path = path
         self._normalization = _index(normalization)
         self._library = _load(path)
         self._library.hawk_topk_workspace_bytes.argtypes = [ctypes.c_int64] * 3

@@ -138,17 +138,16 @@ def test_the_walk_sees_imports_at_all():
 
 
 @pytest.mark.parametrize("folder", MAY_IMPORT)
-def test_only_the_parity_reference_fastv_calibration_training_and_the_gpu_check_import_torch(folder):
+def test_only_the_parity_reference_fastv_calibration_and_training_import_torch(folder):
     reference = {
         "hawk_trt/apps/parity/reference.py",
         "hawk_trt/apps/parity/reference_models.py",
         "hawk_trt/apps/evaluate/fastv.py",
     }
     reference |= {"hawk_trt/apps/evaluate/fastv.py", "hawk_trt/apps/calibrate/worker.py"}
-    gpu_check = {f"plugins/gpu_{name}.py" for name in ("buffers", "check", "timing")}
     training = {"__main__", "cell_heads", "checkpoint", "lessons", "network", "trainer"}
     training = {f"examples/tiny_training/{name}.py" for name in training}
-    assert {path for path, name in imports(folder) if name in TORCH} <= reference | gpu_check | training
+    assert {path for path, name in imports(folder) if name in TORCH} <= reference | training
 
 
 @pytest.mark.parametrize(

@@ -1,20 +1,16 @@
-"""The plugin's kernel on a GPU: what gpu_check finds there."""
+"""The plugin's kernel on a GPU: what the report's phase finds there."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
+from benchmarks.gpu_report.__main__ import main
+
 
 @pytest.mark.gpu
-def test_the_kernel_on_a_gpu_gives_the_oracles_answers_eagerly_and_from_a_graph(repository, tmp_path):
-    options = ["-DHAWK_PLUGIN=OFF", "-DCMAKE_CUDA_ARCHITECTURES=native"]
-    subprocess.run(["cmake", "-S", repository / "plugins", "-B", tmp_path, *options], check=True)
-    subprocess.run(["cmake", "--build", tmp_path], check=True)
-    command = [sys.executable, "-m", "plugins.gpu_check", "--build", tmp_path, "--kernel-only", "--no-timing", "--json"]
-    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    report = json.loads(done.stdout)
-    assert report["cases"] > 300
-    assert not report["failures"]
+def test_the_kernel_on_a_gpu_gives_the_oracles_answers_eagerly_and_from_a_graph(tmp_path):
+    out = tmp_path / "report.json"
+    assert main(["--phases", "kernel", "--work", str(tmp_path), "--out", str(out)]) == 0
+    results = json.loads(out.read_text())["phases"]["kernel"]["results"]
+    assert results["cases"] > 300
+    assert not results["failures"]

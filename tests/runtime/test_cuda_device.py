@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.gpu_report.driver import CHECKS
 from cuda_standin import CUresult
 from hawk_trt.errors import BackendError
 from trt_machine import Machines
@@ -37,77 +38,6 @@ def gpu():
 
     with CudaDevice(0) as device, device.active():
         yield device
-
-
-def round_trip(device):
-    """Pinned -> device -> device -> pinned."""
-    source, target = device.allocate_pinned(4096), device.allocate_pinned(4096)
-    first, second = device.allocate(4096), device.allocate(4096)
-    assert first % 256 == second % 256 == 0
-    values = np.random.default_rng(0).standard_normal((8, 128)).astype(np.float32)
-    source.array((8, 128), values.dtype)[...] = values
-    device.copy_in(first, source.address, 4096)
-    device.copy(second, first, 4096)
-    device.zero(second + 512, 512)
-    device.copy_out(target.address, second, 4096)
-    device.synchronize()
-    values[1] = 0
-    np.testing.assert_array_equal(target.array((8, 128), values.dtype), values)
-
-
-def replay(device):
-    """A captured copy reads its pinned source anew at every launch."""
-    source, target = device.allocate_pinned(64), device.allocate_pinned(64)
-    memory = device.allocate(64)
-    given, got = source.array((8,), np.dtype(np.int64)), target.array((8,), np.dtype(np.int64))
-
-    def step():
-        device.copy_in(memory, source.address, 64)
-        device.copy_out(target.address, memory, 64)
-
-    got[:] = -1
-    graph = device.capture(step)
-    device.synchronize()
-    assert got.tolist() == [-1] * 8, "the capture ran"
-    for number in range(3):
-        given[:] = number
-        graph.launch()
-        device.synchronize()
-        assert got.tolist() == [number] * 8
-    graph.close()
-    graph.close()
-
-
-def refused_capture(device):
-    """What waits cannot be captured; the stream works on after it."""
-
-    def waits():
-        device.synchronize()
-
-    with pytest.raises(BackendError, match="cuStreamSynchronize: CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED"):
-        device.capture(waits)
-
-    def fails():
-        raise ValueError("mine")
-
-    with pytest.raises(ValueError, match="mine"):
-        device.capture(fails)
-    replay(device)
-
-
-def timed(device):
-    """Events tell the time between them."""
-    start, end = device.event(), device.event()
-    memory = device.allocate(1 << 20)
-    device.record(start)
-    for _ in range(10):
-        device.zero(memory, 1 << 20)
-    device.record(end)
-    device.synchronize()
-    assert 0 < device.seconds(start, end) < 1
-
-
-CHECKS = [round_trip, replay, refused_capture, timed]
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
