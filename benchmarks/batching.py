@@ -24,11 +24,11 @@ import numpy as np
 from benchmarks.random_model import cut_config, make_model
 from benchmarks.timing import load
 from hawk_trt import Pipeline, PruningConfig
-from hawk_trt.apps.serve.batcher import Batcher, Event, Failed, Finished, Job
-from hawk_trt.request import Result
+from hawk_trt.apps.serve.batcher import Batcher, Event, Failed, Finished
+from hawk_trt.request import Request, Result
 from hawk_trt.runtime.reference import random_inputs
 
-Answer = Callable[[Job], Result]
+Answer = Callable[[Request], Result]
 ONE_BY_ONE = 0
 
 
@@ -45,11 +45,9 @@ def answer_one_by_one(pipe: Pipeline) -> Answer:
     """Generate, behind a lock."""
     lock = threading.Lock()
 
-    def answer(job: Job) -> Result:
+    def answer(job: Request) -> Result:
         with lock:
-            return pipe.generate(
-                job.inputs, pruning=job.pruning, max_new_tokens=job.max_new_tokens, ignore_eos=job.ignore_eos
-            )
+            return pipe.generate_batch([job])[0]
 
     return answer
 
@@ -57,7 +55,7 @@ def answer_one_by_one(pipe: Pipeline) -> Answer:
 def answer_batched(batcher: Batcher) -> Answer:
     """Submit, and wait for the last event."""
 
-    def answer(job: Job) -> Result:
+    def answer(job: Request) -> Result:
         ended = threading.Event()
         last: list[Event] = []
 
@@ -75,12 +73,12 @@ def answer_batched(batcher: Batcher) -> Answer:
     return answer
 
 
-def measure(answer: Answer, jobs: Sequence[Job], concurrency: int, expected: dict[int, list[int]]) -> Measured:
+def measure(answer: Answer, jobs: Sequence[Request], concurrency: int, expected: dict[int, list[int]]) -> Measured:
     """Let the clients ask for all jobs; every answer must be the expected one, or the first for its job."""
-    left: Iterator[Job] = iter(jobs)
+    left: Iterator[Request] = iter(jobs)
     taking = threading.Lock()
     waits: list[float] = []
-    wrong: list[Job] = []
+    wrong: list[Request] = []
 
     def client() -> None:
         while True:
@@ -106,7 +104,7 @@ def measure(answer: Answer, jobs: Sequence[Job], concurrency: int, expected: dic
     return Measured(len(jobs) / seconds, used / len(jobs), tuple(waits))
 
 
-def make_jobs(pipe: Pipeline, args: argparse.Namespace, keep_ratio: float) -> list[Job]:
+def make_jobs(pipe: Pipeline, args: argparse.Namespace, keep_ratio: float) -> list[Request]:
     """Prompts with a noise image each, of four sizes around the given side, and answers of unlike lengths."""
     rng = np.random.default_rng(0)
     jobs = []
@@ -114,7 +112,7 @@ def make_jobs(pipe: Pipeline, args: argparse.Namespace, keep_ratio: float) -> li
         side = args.side * (3 + number % 4) // 4
         inputs = random_inputs(pipe.bundle.manifest, rng, [(side, side)], 0)
         new_tokens = args.new_tokens * (2 + number % 5) // 4  # half to one and a half of what was asked for
-        jobs.append(Job(inputs, PruningConfig(keep_ratio), max(new_tokens, 1), ignore_eos=True))
+        jobs.append(Request(inputs, (), (), PruningConfig(keep_ratio), max(new_tokens, 1), ignore_eos=True))
     return jobs
 
 

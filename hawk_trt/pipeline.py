@@ -1,13 +1,12 @@
 """Pipeline: a bundle, loaded; prompts in, answers out.
 
-prepare   prompt, images, videos      -> ModelInputs
-layout    ModelInputs                 -> PromptLayout, one a row; collate -> PrefillInputs
-encode    pixel values                -> visual embeddings
+prepare   prompt, images, videos      -> ModelInputs                      inputs/
+layout    ModelInputs                 -> PromptLayout                     inputs/
+encode    pixel values                -> visual embeddings                runtime/, vision stage
 prefill   first_layer, decoder        -> kept indices, scores, the first token
 decode    one token a row at a time   -> until a stop token, a stop string or max_new_tokens
 """
 
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,17 +18,16 @@ import numpy.typing as npt
 
 from hawk_trt.bundle import Bundle
 from hawk_trt.engine_folder import EngineFolder
-from hawk_trt.errors import BundleError, InvalidInput
-from hawk_trt.inputs.layout import PromptLayout, prompt_layout
+from hawk_trt.errors import InvalidInput
+from hawk_trt.inputs.layout import PromptLayout
 from hawk_trt.inputs.processor import Processor
-from hawk_trt.inputs.streamed_rows import StreamedRows
-from hawk_trt.models.family import Family, Patches
 from hawk_trt.models.registry import family_by_name
 from hawk_trt.request import ModelInputs, PruningConfig, Request, Result, SamplingConfig
-from hawk_trt.row import Row
-from hawk_trt.run import Run
 from hawk_trt.runtime.protocol import Backend, Visual, backend_for, load_backend
-from hawk_trt.runtime.vision_cache import DEFAULT_VISION_CACHE_MB, VisionCache, one_by_one
+from hawk_trt.runtime.sampling import ForcedSampler
+from hawk_trt.runtime.vision_cache import DEFAULT_VISION_CACHE_MB, VisionCache
+from hawk_trt.scheduler import DEFAULT_MAX_NEW_TOKENS, Scheduler
+from hawk_trt.sequence import Sequence as Answer
 
 if TYPE_CHECKING:
     from hawk_trt.inputs.tools import JsonObject
@@ -62,21 +60,22 @@ class Pipeline:
         bundle: what it was loaded from.
         backend: what runs it.
         family: what its model asks of the host.
-        vision_cache: embeddings of images and videos asked about before.
+        processor: turns prompts into tensors.
+        vision_cache: turns images and videos into embeddings, and keeps those of images asked about before.
     """
 
     def __init__(self, bundle: Bundle, backend: Backend, vision_cache_mb: float = DEFAULT_VISION_CACHE_MB) -> None:
-        self.vision_cache = VisionCache(backend, vision_cache_mb)
         self.bundle = bundle
         self.backend = backend
-        self.family: Family = family_by_name(bundle.manifest.family)(bundle.manifest.vision)
-        self._processor = Processor(bundle, self.family)
+        self.family = family_by_name(bundle.manifest.family)(bundle.manifest.vision)
+        self.processor = Processor(bundle, self.family)
+        self.vision_cache = VisionCache(backend, self.family, vision_cache_mb)
 
     @classmethod
     def load(
         cls,
         path: str | Path,
-        backend: str = "onnxruntime",
+        backend: str | None = None,
         device: str | None = None,
         target: str | None = None,
         *,
@@ -87,8 +86,8 @@ class Pipeline:
         """Load a bundle, or the engines made from one.
 
         Args:
-            path: a bundle's folder, or with TensorRT an engine folder.
-            backend: "onnxruntime" or "tensorrt".
+            path: a bundle's folder, or an engine folder.
+            backend: "onnxruntime" or "tensorrt"; None takes the one that the folder is made for.
             device: "cpu", "cuda" or "cuda:N"; None is "cpu" in ONNX Runtime and "cuda" in TensorRT.
             target: of the graphs: "cpu", "cuda" or "portable"; None takes the best for the device and version.
             verify: also hash the weight files, which takes as long as reading them.
@@ -103,13 +102,10 @@ class Pipeline:
             BundleError: nothing to load there, damaged files, or none of the target or for this machine.
             BackendError: a backend or device that cannot be used here.
         """
-        if backend == "tensorrt":
-            engines = EngineFolder.load(path, verify=verify)
-            return cls(engines.bundle, load_backend(engines, backend, device, target, threads), vision_cache_mb)
-        if backend_for(path) == "tensorrt":
-            raise BundleError(f'{path}: holds TensorRT engines. Load them with backend="tensorrt"')
-        bundle = Bundle.load(path, verify=verify)
-        return cls(bundle, load_backend(bundle, backend, device, target, threads), vision_cache_mb)
+        made_for = backend_for(path)
+        source = (EngineFolder if (backend or made_for) == "tensorrt" else Bundle).load(path, verify=verify)
+        bundle = source.bundle if isinstance(source, EngineFolder) else source
+        return cls(bundle, load_backend(source, backend or made_for, device, target, threads), vision_cache_mb)
 
     def close(self) -> None:
         """Release the model."""
@@ -136,24 +132,13 @@ class Pipeline:
     ) -> ModelInputs:
         """Turn a prompt into tensors, in the layout of the checkpoint's own processor; generate takes these too.
 
-        Args:
-            prompt: a string (images, then videos, come before it), chat messages, or tensors.
-            images: paths, bytes, PIL images or uint8 arrays.
-            videos: paths, lists of images, or uint8 arrays [frames, height, width, 3].
-            tools: what the chat template tells the model that it may call, JSON objects.
-            min_pixels: enlarge smaller images to this area.
-            max_pixels: shrink larger images to this area.
+        The arguments are those of Request.
 
         Raises:
             InvalidInput: a prompt, image or video that cannot be used, or tools that the template does not take.
         """
-        if isinstance(prompt, ModelInputs):
-            if len(images) or len(videos) or len(tools):
-                raise InvalidInput(
-                    "images, videos, tools: got some beside ModelInputs, which hold their own; leave them out"
-                )
-            return prompt
-        return self._processor(prompt, images, videos, tools=tools, min_pixels=min_pixels, max_pixels=max_pixels)
+        request = Request(prompt, images, videos, tools=tools, min_pixels=min_pixels, max_pixels=max_pixels)
+        return self.processor(request)
 
     def generate(
         self,
@@ -161,7 +146,7 @@ class Pipeline:
         images: "Sequence[ImageInput]" = (),
         videos: "Sequence[VideoInput]" = (),
         pruning: PruningConfig | None = None,
-        max_new_tokens: int = 128,
+        max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
         sampling: SamplingConfig | None = None,
         stop: Sequence[str] = (),
         *,
@@ -189,22 +174,12 @@ class Pipeline:
             InvalidInput: something that cannot be used as given.
             BackendError: the runtime failed.
         """
-        stream = self.stream(
-            prompt,
-            images,
-            videos,
-            pruning,
-            max_new_tokens,
-            sampling,
-            stop,
-            ignore_eos=ignore_eos,
-            return_logits=return_logits,
-            min_pixels=min_pixels,
-            max_pixels=max_pixels,
-        )
-        for _ in stream:
-            pass
-        return stream.result
+        request = Request(
+            prompt, images, videos, pruning, max_new_tokens, sampling, stop, ignore_eos, return_logits,
+            min_pixels=min_pixels, max_pixels=max_pixels,
+        )  # fmt: skip
+        scheduler = self._scheduler()
+        return _answers(scheduler, [scheduler.add(request)])[0]
 
     def stream(
         self,
@@ -212,7 +187,7 @@ class Pipeline:
         images: "Sequence[ImageInput]" = (),
         videos: "Sequence[VideoInput]" = (),
         pruning: PruningConfig | None = None,
-        max_new_tokens: int = 128,
+        max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
         sampling: SamplingConfig | None = None,
         stop: Sequence[str] = (),
         *,
@@ -222,16 +197,18 @@ class Pipeline:
         max_pixels: int | None = None,
     ) -> "TextStream":
         """As generate, but the answer's text comes in pieces: iterate, then read `.result`."""
-        started = time.perf_counter()
-        inputs = self.prepare(prompt, images, videos, min_pixels=min_pixels, max_pixels=max_pixels)
-        row = Row(self, inputs, pruning, max_new_tokens, sampling, stop, ignore_eos, return_logits)
-        return TextStream(Run(self, [row], started))
+        request = Request(
+            prompt, images, videos, pruning, max_new_tokens, sampling, stop, ignore_eos, return_logits,
+            min_pixels=min_pixels, max_pixels=max_pixels,
+        )  # fmt: skip
+        scheduler = self._scheduler()
+        return TextStream(scheduler, scheduler.add(request))
 
     def generate_batch(
         self,
         requests: "Sequence[Request | str | Sequence[Message] | ModelInputs]",
         pruning: PruningConfig | None = None,
-        max_new_tokens: int = 128,
+        max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
         sampling: SamplingConfig | None = None,
         stop: Sequence[str] = (),
         *,
@@ -242,29 +219,28 @@ class Pipeline:
     ) -> list[Result]:
         """Answer several prompts side by side; each result equals the one that generate gives alone.
 
+        What a Request does not say for itself, the other arguments say for all.
+
         Raises:
             InvalidInput: something that cannot be used as given, with the number of the request.
             BackendError: the runtime failed.
         """
-        started = time.perf_counter()
-        prompts = []
-        for number, request in enumerate(requests):
-            entry = request if isinstance(request, Request) else Request(request)
+        options = Request(
+            "", (), (), pruning, max_new_tokens, sampling, stop, ignore_eos, return_logits,
+            min_pixels=min_pixels, max_pixels=max_pixels,
+        )  # fmt: skip
+        scheduler = self._scheduler()
+        sequences = []
+        for number, entry in enumerate(requests):
+            request = entry if isinstance(entry, Request) else Request(entry)
             try:
-                prompts.append(
-                    self.prepare(entry.prompt, entry.images, entry.videos, min_pixels=min_pixels, max_pixels=max_pixels)
-                )
+                sequences.append(scheduler.add(request.with_defaults(options)))
             except InvalidInput as error:
                 raise InvalidInput(f"requests[{number}]: {error}") from error
-        if not prompts:
-            return []
-        rows = [
-            Row(self, inputs, pruning, max_new_tokens, sampling, stop, ignore_eos, return_logits) for inputs in prompts
-        ]
-        run = Run(self, rows, started)
-        for _ in run.steps():
-            pass
-        return run.results()
+        return _answers(scheduler, sequences)
+
+    def _scheduler(self) -> Scheduler:
+        return Scheduler(self.bundle, self.processor, self.vision_cache, self.backend)
 
     def trace(self, inputs: ModelInputs, pruning: PruningConfig, forced_tokens: Sequence[int]) -> Trace:
         """Run one prompt with given tokens and keep what every stage made.
@@ -277,16 +253,20 @@ class Pipeline:
         Raises:
             InvalidInput: something that cannot be used as given.
         """
-        row = Row(self, inputs, pruning, len(forced_tokens) + 1, None, (), True, True)
-        run = Run(self, [row], time.perf_counter())
-        layout = row.layout
-        run.take(run.prefill())
-        hidden = run.generation.hidden_states()[0]
-        for token in forced_tokens:
-            run.take(run.decode(np.array([token], np.int64)))
-        result = run.results()[0]
+        steps = len(forced_tokens) + 1
+        scheduler = self._scheduler()
+        request = Request(inputs, pruning=pruning, max_new_tokens=steps + 1, ignore_eos=True, return_logits=True)
+        sequence = scheduler.add(request)
+        sequence.sampler = ForcedSampler(forced_tokens)
+        rows = sequence.layout.visual_rows
+        embeds = self.encode([inputs], [sequence.layout]).numpy().astype(np.float32)[rows[rows >= 0]]
+        _check(scheduler.step())
+        assert sequence.generation is not None
+        hidden = sequence.generation.hidden_states()[sequence.row]
+        for _ in forced_tokens:
+            _check(scheduler.step())
+        result = sequence.result()
         assert result.logits is not None
-        embeds = run.visual.numpy().astype(np.float32)[layout.visual_rows[layout.visual_rows >= 0]]
         return Trace(embeds, result.scores, result.kept_indices, hidden, result.logits)
 
     def layout(self, inputs: ModelInputs, query: str = "paper") -> PromptLayout:
@@ -295,92 +275,52 @@ class Pipeline:
         Raises:
             InvalidInput: tensors that do not fit each other.
         """
-        manifest = self.bundle.manifest
-        chat = self._processor.chat
-        layout = prompt_layout(
-            inputs,
-            self.family,
-            manifest.special_tokens,
-            query,
-            None if chat is None else chat.turn_query_mask,
-        )
-        vocab, context = manifest.language.vocab_size, manifest.language.max_position_embeddings
-        if layout.input_ids.min() < 0 or layout.input_ids.max() >= vocab:
-            raise InvalidInput(
-                f"input_ids: got ids from {layout.input_ids.min()} to {layout.input_ids.max()}, "
-                f"expected 0 to {vocab - 1}"
-            )
-        if layout.next_position >= context:
-            raise InvalidInput(
-                f"prompt: got {layout.next_position} positions, expected fewer than {context}, the model's context. "
-                "Shorten the text, or shrink the images with max_pixels"
-            )
-        return layout
+        return self.processor.layout(inputs, query)
 
-    def encode(self, rows: Sequence[ModelInputs], layouts: Sequence[PromptLayout]) -> Visual:
-        """Visual embeddings of all rows: those of each row's images, then its videos."""
-        return self.encode_rows(rows, layouts)[0]
-
-    def encode_rows(self, rows: Sequence[ModelInputs], layouts: Sequence[PromptLayout]) -> tuple[Visual, list[int]]:
-        """As encode, and of each row how many images and videos the vision stage did not run for."""
-        patches = list(self._patches(rows, layouts))
-        streamed = any(isinstance(own.pixel_values, StreamedRows) for _, own in patches)  # to hash is to read twice
-        if not patches or streamed or not self.vision_cache.max_bytes:
-            feeds = (feed for _, own in patches for feed in self._feeds(own))
-            return self.backend.encode(feeds, sum(layout.num_rows for layout in layouts)), [0] * len(rows)
-        items = [(row, item) for row, own in patches for item in one_by_one(own)]
-        visual, known = self.vision_cache.encode([item for _, item in items], self._encode_item)
-        cached = [0] * len(rows)
-        for (row, _), hit in zip(items, known, strict=True):
-            cached[row] += hit
-        return visual, cached
+    def encode(self, prompts: Sequence[ModelInputs], layouts: Sequence[PromptLayout]) -> Visual:
+        """Visual embeddings of all prompts: those of each one's images, then its videos."""
+        return self.vision_cache.encode(list(zip(prompts, layouts, strict=True)))[0]
 
     def chat_tokenizer(self) -> Any:  # noqa: ANN401 - the tokenizers package has no types
         """The tokenizer, None where the bundle has none."""
-        return None if self._processor.chat is None else self._processor.chat.tokenizer
-
-    def _encode_item(self, item: Patches) -> Visual:
-        tokens = self.bundle.manifest.vision.tokens_per_item(item.grid_thw)
-        return self.backend.encode(self._feeds(item), int(tokens.sum()))
-
-    def _feeds(self, patches: Patches) -> Iterator[dict[str, npt.NDArray[Any]]]:
-        return self.family.vision_feeds(patches, self.backend.max_vision_patches)
-
-    def _patches(self, rows: Sequence[ModelInputs], layouts: Sequence[PromptLayout]) -> Iterator[tuple[int, Patches]]:
-        """The images and the videos of each row, with its number."""
-        for row, (inputs, layout) in enumerate(zip(rows, layouts, strict=True)):
-            for name, pixels, grid in (
-                ("pixel_values", inputs.pixel_values, layout.image_grid_thw),
-                ("pixel_values_videos", inputs.pixel_values_videos, layout.video_grid_thw),
-            ):
-                if (pixels is None) != (not len(grid)):
-                    raise InvalidInput(f"{name}: got it without its grid_thw, or the grid without it; expected both")
-                if pixels is not None:
-                    # a long video is read as the vision stage gets to it
-                    whole = pixels if isinstance(pixels, StreamedRows) else np.asarray(pixels, np.float32)
-                    yield row, Patches(whole, grid)
+        return None if self.processor.chat is None else self.processor.chat.tokenizer
 
 
 class TextStream:
     """The text of one answer, piece by piece; `.result` after the last."""
 
-    def __init__(self, run: Run) -> None:
-        self._run = run
-        self._steps = run.steps()
+    def __init__(self, scheduler: Scheduler, sequence: Answer) -> None:
+        self._scheduler = scheduler
+        self._sequence = sequence
 
     def __iter__(self) -> Iterator[str]:
         return self
 
     def __next__(self) -> str:
         """The next piece that is not empty."""
-        while True:
-            piece = next(self._steps)[0]
-            if piece:
-                return piece
+        while not self._sequence.finished:
+            _check(self._scheduler.step())
+            if self._sequence.piece:
+                return self._sequence.piece
+        raise StopIteration
 
     @property
     def result(self) -> Result:
         """The whole result; what is left of the answer is generated first."""
-        for _ in self._steps:
+        for _ in self:
             pass
-        return self._run.results()[0]
+        return self._sequence.result()
+
+
+def _answers(scheduler: Scheduler, sequences: Sequence[Answer]) -> list[Result]:
+    """Step until all are finished."""
+    while not all(sequence.finished for sequence in sequences):
+        _check(scheduler.step())
+    return [sequence.result() for sequence in sequences]
+
+
+def _check(moved: Sequence[Answer]) -> None:
+    """Raise what ended one of these sequences."""
+    for sequence in moved:
+        if sequence.error is not None:
+            raise sequence.error

@@ -5,7 +5,7 @@ All are values: frozen, compared by content, the two configs checked at construc
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -69,12 +69,7 @@ class PruningConfig:
         _check_number("keep_ratio", self.keep_ratio, "a number in (0, 1]")
         if not 0.0 < self.keep_ratio <= 1.0:
             raise InvalidInput(f"keep_ratio: got {self.keep_ratio}, expected a number in (0, 1]")
-        if (
-            isinstance(self.min_visual_tokens, bool)
-            or not isinstance(self.min_visual_tokens, int)
-            or self.min_visual_tokens < 1
-        ):
-            raise InvalidInput(f"min_visual_tokens: got {self.min_visual_tokens!r}, expected an integer of at least 1")
+        _check_integer("min_visual_tokens", self.min_visual_tokens, 1)
         for name, value, allowed in (
             ("selector", self.selector, SELECTORS),
             ("query", self.query, QUERIES),
@@ -86,8 +81,7 @@ class PruningConfig:
             object.__setattr__(self, "head_weights", check_head_weights(self.head_weights))
             if self.selector in EQUAL_HEADS:
                 raise InvalidInput(f"head_weights: selector {self.selector!r} weighs all heads alike; leave them out")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
-            raise InvalidInput(f"seed: got {self.seed!r}, expected an integer of at least 0")
+        _check_integer("seed", self.seed, 0)
         self._check_score_options()
 
     def _check_score_options(self) -> None:
@@ -131,10 +125,9 @@ class SamplingConfig:
             raise InvalidInput(f"temperature: got {self.temperature}, expected a number of at least 0")
         if not 0.0 < self.top_p <= 1.0:
             raise InvalidInput(f"top_p: got {self.top_p}, expected a number in (0, 1]")
-        if isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 0:
-            raise InvalidInput(f"top_k: got {self.top_k!r}, expected an integer of at least 0")
-        if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0):
-            raise InvalidInput(f"seed: got {self.seed!r}, expected None or an integer of at least 0")
+        _check_integer("top_k", self.top_k, 0)
+        if self.seed is not None:
+            _check_integer("seed", self.seed, 0)
 
     @property
     def greedy(self) -> bool:
@@ -172,6 +165,11 @@ def _check_number(name: str, value: object, expected: str) -> None:
         raise InvalidInput(f"{name}: got {value!r}, expected {expected}")
 
 
+def _check_integer(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise InvalidInput(f"{name}: got {value!r}, expected an integer of at least {least}")
+
+
 def _short(values: tuple[float, ...]) -> str:
     shown = ", ".join(f"{v:g}" for v in values[:8])
     return f"({shown}{', ...' if len(values) > 8 else ''})"
@@ -203,16 +201,54 @@ class ModelInputs:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One prompt of a batch: a string, chat messages or ModelInputs, with its images and videos."""
+    """One prompt and all that is asked of its answer.
+
+    Attributes:
+        prompt: a string (images, then videos, come before it), chat messages, or tensors.
+        images: paths, bytes, PIL images or uint8 arrays.
+        videos: paths, lists of images, or uint8 arrays [frames, height, width, 3].
+        pruning: how visual tokens are pruned; None is PruningConfig(), or what the batch asks for.
+        max_new_tokens: longest answer; it also ends where the context is full. None is 128, or what the batch asks for.
+        sampling: how tokens are drawn; None is greedy, or what the batch asks for.
+        stop: strings that end the answer and are not part of it.
+        ignore_eos: go on after a stop token.
+        return_logits: give the logits of every step.
+        tools: what the chat template tells the model that it may call, JSON objects.
+        min_pixels: enlarge smaller images to this area.
+        max_pixels: shrink larger images to this area.
+
+    Raises:
+        InvalidInput: max_new_tokens or stop cannot be used.
+    """
 
     prompt: "Prompt"
     images: "Sequence[ImageInput]" = ()
     videos: "Sequence[VideoInput]" = ()
+    pruning: PruningConfig | None = None
+    max_new_tokens: int | None = None
+    sampling: SamplingConfig | None = None
+    stop: Sequence[str] = ()
+    ignore_eos: bool = False
+    return_logits: bool = False
+    tools: "Sequence[Mapping[str, Any]]" = ()
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens is not None:
+            _check_integer("max_new_tokens", self.max_new_tokens, 1)
+        if isinstance(self.stop, str) or not all(isinstance(string, str) and string for string in self.stop):
+            raise InvalidInput(f"stop: got {self.stop!r}, expected a list of non-empty strings")
+
+    def with_defaults(self, options: "Request") -> "Request":
+        """This request, with the options of another where it asks for none of its own."""
+        names = {entry.name for entry in fields(self)} - {"prompt", "images", "videos", "tools"}
+        return replace(self, **{name: getattr(self, name) or getattr(options, name) for name in names})
 
 
 @dataclass(slots=True)
 class Timings:
-    """Seconds by stage of one generation; a batch reports the whole batch's in each result.
+    """Seconds by stage of one answer; prompts that share a prefill or a step each report all of it.
 
     preprocess: image decoding, resizing, patches, chat template, tokens, positions.
     vision: the vision stage.  select: the host's choice of tokens, 0 where the graph makes it.

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from hawk_trt import Request
 from hawk_trt.apps.serve.batcher import Failed, Finished, Piece
 
 
@@ -41,17 +42,14 @@ class Heard:
         return last.result
 
 
-def alone(pipe, job):
-    """What generate makes of a job."""
-    return pipe.generate(
-        job.inputs,
-        pruning=job.pruning,
-        max_new_tokens=job.max_new_tokens,
-        sampling=job.sampling,
-        stop=job.stop,
-        ignore_eos=job.ignore_eos,
-        return_logits=job.return_logits,
-    )
+def ask(inputs, pruning, max_new_tokens=128, sampling=None, stop=(), **options):
+    """A request, its prompt as tensors."""
+    return Request(inputs, (), (), pruning, max_new_tokens, sampling, stop, **options)
+
+
+def alone(pipe, request):
+    """What generate makes of a request."""
+    return pipe.generate_batch([request])[0]
 
 
 def assert_same(heard, expected):

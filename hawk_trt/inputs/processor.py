@@ -3,23 +3,20 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from hawk_trt.bundle import Bundle
 from hawk_trt.errors import BundleError, InvalidInput
 from hawk_trt.inputs.images import load_image
+from hawk_trt.inputs.layout import PromptLayout, prompt_layout
 from hawk_trt.inputs.messages import VisualItem
 from hawk_trt.inputs.prompt import ChatTokenizer
 from hawk_trt.inputs.streamed_rows import joined_rows
-from hawk_trt.inputs.tools import JsonObject
 from hawk_trt.inputs.video import load_video
 from hawk_trt.models.family import Family, ImageSettings, Patches, TokenRun
-from hawk_trt.request import ModelInputs
-
-if TYPE_CHECKING:
-    from hawk_trt.request import ImageInput, Message, VideoInput
+from hawk_trt.request import ModelInputs, Request
 
 _PREPROCESSOR = "preprocessor_config.json"
 _VIDEO_PREPROCESSOR = "video_preprocessor_config.json"
@@ -38,35 +35,27 @@ class Processor:
         self.chat = ChatTokenizer.from_bundle(bundle)
         self._family = family
         self._context = bundle.manifest.language.max_position_embeddings
+        self._vocab_size = bundle.manifest.language.vocab_size
         images = _read(bundle, _PREPROCESSOR)
         self._image_settings = None if images is None else family.image_settings(images)
         self._video_settings = self._settings_for_videos(_read(bundle, _VIDEO_PREPROCESSOR))
         self._special_tokens = bundle.manifest.special_tokens
 
-    def __call__(
-        self,
-        prompt: "str | Sequence[Message]",
-        images: "Sequence[ImageInput]" = (),
-        videos: "Sequence[VideoInput]" = (),
-        *,
-        tools: Sequence[JsonObject] = (),
-        min_pixels: int | None = None,
-        max_pixels: int | None = None,
-    ) -> ModelInputs:
-        """Turn a prompt into tensors.
-
-        Args:
-            prompt: a string or chat messages.
-            images: of the prompt, or of its items without a source.
-            videos: the same.
-            tools: what the chat template tells the model that it may call, JSON objects.
-            min_pixels: enlarge smaller images to this area; None takes the checkpoint's.
-            max_pixels: shrink larger images to this area; None takes the checkpoint's.
+    def __call__(self, request: Request) -> ModelInputs:
+        """Turn a request's prompt into tensors.
 
         Raises:
             InvalidInput: a prompt, image or video that cannot be used, more tokens than the model's context, or a
                 bundle without a tokenizer.
         """
+        prompt, images, videos, tools = request.prompt, request.images, request.videos, request.tools
+        if isinstance(prompt, ModelInputs):
+            if len(images) or len(videos) or len(tools):
+                raise InvalidInput(
+                    "images, videos, tools: got some beside ModelInputs, which hold their own; leave them out"
+                )
+            return prompt
+        min_pixels, max_pixels = request.min_pixels, request.max_pixels
         if self.chat is None:
             raise InvalidInput(
                 "prompt: this bundle has no tokenizer, so it takes ModelInputs alone. If the checkpoint has "
@@ -94,6 +83,31 @@ class Processor:
             clips,
             None if clips is None else np.array(seconds, np.float32),
         )
+
+    def layout(self, inputs: ModelInputs, query: str = "paper") -> PromptLayout:
+        """Where everything of a prompt lies.
+
+        Raises:
+            InvalidInput: tensors that do not fit each other, or more of them than the model's context.
+        """
+        layout = prompt_layout(
+            inputs,
+            self._family,
+            self._special_tokens,
+            query,
+            None if self.chat is None else self.chat.turn_query_mask,
+        )
+        if layout.input_ids.min() < 0 or layout.input_ids.max() >= self._vocab_size:
+            raise InvalidInput(
+                f"input_ids: got ids from {layout.input_ids.min()} to {layout.input_ids.max()}, "
+                f"expected 0 to {self._vocab_size - 1}"
+            )
+        if layout.next_position >= self._context:
+            raise InvalidInput(
+                f"prompt: got {layout.next_position} positions, expected fewer than {self._context}, the model's "
+                "context. Shorten the text, or shrink the images with max_pixels"
+            )
+        return layout
 
     def _images(self, items: Sequence[VisualItem], min_pixels: int | None, max_pixels: int | None) -> Patches | None:
         if not items:

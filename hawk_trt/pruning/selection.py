@@ -6,14 +6,14 @@ stages have made so far, and goes into the graph through select_bias.
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from hawk_trt.bundle import Bundle
 from hawk_trt.errors import InvalidInput
-from hawk_trt.inputs.layout import PrefillInputs, PromptLayout
+from hawk_trt.inputs.layout import PrefillInputs, PromptLayout, collate
 from hawk_trt.pruning.hawk import num_kept
 from hawk_trt.pruning.selectors import EQUAL_HEADS, SCORED, SELECTORS
 from hawk_trt.pruning.selectors.candidates import Candidates, Float32Array, IntArray
@@ -110,6 +110,48 @@ class Source:
         asked = (prompt.query_weights > 0) & (prompt.visual_rows < 0)
         embeds: Float32Array = self._bundle.embedding_table()[prompt.input_ids[asked]].astype(np.float32)
         return embeds
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """What a prefill runs over.
+
+    Attributes:
+        inputs: of first_layer, with the choice where the host made it.
+        scores: float32 [num_visual] of each prompt, where the host read them; None where the graph tells.
+        seconds: that the host took to choose, without first_layer's own.
+    """
+
+    inputs: PrefillInputs
+    scores: list[Float32Array] | None
+    seconds: float
+
+
+def select(
+    prompts: Sequence[tuple[PromptLayout, PruningConfig]], bundle: Bundle, backend: Backend, visual: Visual
+) -> Selection:
+    """Lay prompts side by side for a prefill; the host chooses their tokens where the graph cannot.
+
+    Args:
+        prompts: with the same head weights.
+        bundle: of the model.
+        backend: that runs it.
+        visual: embeddings of all prompts.
+
+    Raises:
+        InvalidInput: a caller's own selector gave something else than k of the candidates.
+    """
+    layouts = [layout for layout, _ in prompts]
+    weights = head_weights(bundle, prompts[0][1])
+    inputs = collate(layouts, [kept_count(*prompt) for prompt in prompts], [None] * len(prompts), weights)
+    if all(graph_chooses(*prompt) for prompt in prompts):
+        return Selection(inputs, None, 0.0)
+    begun = time.perf_counter()
+    source = Source(bundle, backend, layouts, inputs, visual)
+    chosen = [choose(layout, source, row, pruning) for row, (layout, pruning) in enumerate(prompts)]
+    inputs = collate(layouts, [int(kept.sum()) for kept in chosen], chosen, weights)
+    scores = [source.scores(row) for row in range(len(prompts))] if source.scored else None
+    return Selection(inputs, scores, time.perf_counter() - begun - source.score_seconds)
 
 
 def choose(prompt: PromptLayout, source: Source, row: int, pruning: PruningConfig) -> npt.NDArray[np.bool_]:

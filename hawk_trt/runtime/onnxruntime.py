@@ -52,6 +52,7 @@ class OnnxRuntimeBackend:
     name = "onnxruntime"
     max_vision_patches = 16384  # bounds the memory of a call
     max_context: int | None = None  # each request takes what it needs
+    max_batch: int | None = None
     can_gather = True
 
     def __init__(self, bundle: Bundle, place: Device, target: str) -> None:
@@ -190,6 +191,8 @@ class OrtGeneration:
     """One request in ONNX Runtime: its KV cache and, after the prefill, its decode step."""
 
     def __init__(self, backend: OnnxRuntimeBackend, cache: KVCache) -> None:
+        self.batch = cache.batch
+        self.columns = cache.columns
         self._backend = backend
         self._cache = cache
         self._step: _DecodeStep | None = None

@@ -75,7 +75,15 @@ class PrefillOutputs:
 
 
 class Generation(Protocol):
-    """One request, or one batch of them, with its KV cache."""
+    """Prompts that were prefilled together, or gathered, with their KV cache.
+
+    Attributes:
+        batch: rows.
+        columns: that a row of the cache can hold.
+    """
+
+    batch: int
+    columns: int
 
     @property
     def nbytes(self) -> int:
@@ -103,6 +111,7 @@ class Backend(Protocol):
         target: of the graphs that it runs.
         max_vision_patches: of one vision call; one frame alone may have more.
         max_context: columns that a KV cache can have, None where a request takes what it needs.
+        max_batch: rows of a generation, None without bound.
         can_gather: whether there is gather; without it one generation ends before the next starts.
     """
 
@@ -111,6 +120,7 @@ class Backend(Protocol):
     target: str
     max_vision_patches: int
     max_context: int | None
+    max_batch: int | None
     can_gather: bool
 
     def encode(self, feeds: Iterable[dict[str, npt.NDArray[Any]]], num_rows: int) -> Visual:

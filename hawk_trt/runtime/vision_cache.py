@@ -8,13 +8,17 @@ it is not kept.
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from hawk_trt.errors import InvalidInput
+from hawk_trt.inputs.layout import PromptLayout
 from hawk_trt.inputs.streamed_rows import StreamedRows
-from hawk_trt.models.family import Patches
+from hawk_trt.models.family import Family, Patches
+from hawk_trt.request import ModelInputs
 from hawk_trt.runtime.protocol import Backend, Visual
 
 _MB = 1_000_000
@@ -29,37 +33,48 @@ class VisionCache:
         size_bytes: of the entries that it holds.
     """
 
-    def __init__(self, backend: Backend, max_mb: float) -> None:
+    def __init__(self, backend: Backend, family: Family, max_mb: float) -> None:
         if isinstance(max_mb, bool) or not isinstance(max_mb, (int, float)) or not 0 <= max_mb < float("inf"):
             raise InvalidInput(f"vision_cache_mb: got {max_mb!r}, expected megabytes of at least 0, which is off")
         self.max_bytes = int(max_mb * _MB)
         self.size_bytes = 0
-        self._backend = backend
+        self._backend, self._family = backend, family
         self._entries: OrderedDict[bytes, Visual] = OrderedDict()
 
-    def encode(self, items: Sequence[Patches], run: Callable[[Patches], Visual]) -> tuple[Visual, list[bool]]:
-        """Visual embeddings of all items, one below the other.
-
-        Args:
-            items: images and videos, at least one.
-            run: the vision stage over one of them.
+    def encode(self, prompts: Sequence[tuple[ModelInputs, PromptLayout]]) -> tuple[Visual, list[int]]:
+        """Visual embeddings of all prompts: those of each one's images, then its videos.
 
         Returns:
-            The embeddings, and of each item whether the vision stage did not run for it.
+            The embeddings, and of each prompt how many images and videos the vision stage did not run for.
+
+        Raises:
+            InvalidInput: pixel values that do not fit their grid.
         """
-        parts = []
-        known = []
+        patches = list(_patches(prompts))
+        streamed = any(isinstance(own.pixel_values, StreamedRows) for _, own in patches)  # to hash is to read twice
+        if not patches or streamed or not self.max_bytes:
+            feeds = (feed for _, own in patches for feed in self._feeds(own))
+            return self._backend.encode(feeds, sum(layout.num_rows for _, layout in prompts)), [0] * len(prompts)
+        cached = [0] * len(prompts)
+        parts: list[Visual] = []
         here: dict[bytes, Visual] = {}
-        for item in items:
-            key = content_key(item)
-            part = None if key is None else here.get(key, self._entries.get(key))
-            known.append(part is not None)
-            parts.append(self._backend.keep(run(item)) if part is None else part)
-            if key is not None:
+        for number, own in patches:
+            for item in one_by_one(own):
+                key = content_key(item)
+                part = here.get(key, self._entries.get(key))
+                cached[number] += part is not None
+                parts.append(self._backend.keep(self._run(item)) if part is None else part)
                 here[key] = parts[-1]
         for key, part in here.items():
             self._put(key, part)
-        return self._backend.join(parts), known
+        return self._backend.join(parts), cached
+
+    def _run(self, item: Patches) -> Visual:
+        """The vision stage over one image or video."""
+        return self._backend.encode(self._feeds(item), int(self._family.vision.tokens_per_item(item.grid_thw).sum()))
+
+    def _feeds(self, patches: Patches) -> Iterator[dict[str, npt.NDArray[Any]]]:
+        return self._family.vision_feeds(patches, self._backend.max_vision_patches)
 
     def clear(self) -> None:
         """Forget all."""
@@ -79,14 +94,29 @@ class VisionCache:
             self.size_bytes -= oldest.nbytes
 
 
-def content_key(item: Patches) -> bytes | None:
-    """sha256 of an image's or video's grid and pixel values; None where they are made while they are read."""
-    if isinstance(item.pixel_values, StreamedRows):
-        return None
+def content_key(item: Patches) -> bytes:
+    """sha256 of an image's or video's grid and pixel values."""
     pixels = np.ascontiguousarray(item.pixel_values)
     digest = hashlib.sha256(f"{item.grid_thw.tolist()} {pixels.dtype} {pixels.shape}".encode())
     digest.update(pixels.reshape(-1).view(np.uint8).data)
     return digest.digest()
+
+
+def _patches(prompts: Sequence[tuple[ModelInputs, PromptLayout]]) -> Iterator[tuple[int, Patches]]:
+    """The images and the videos of each prompt, with its number."""
+    for number, (inputs, layout) in enumerate(prompts):
+        for name, pixels, grid in (
+            ("pixel_values", inputs.pixel_values, layout.image_grid_thw),
+            ("pixel_values_videos", inputs.pixel_values_videos, layout.video_grid_thw),
+        ):
+            if (pixels is None) != (not len(grid)):
+                raise InvalidInput(f"{name}: got it without its grid_thw, or the grid without it; expected both")
+            if pixels is not None:
+                # a long video is read as the vision stage gets to it
+                yield (
+                    number,
+                    Patches(pixels if isinstance(pixels, StreamedRows) else np.asarray(pixels, np.float32), grid),
+                )
 
 
 def one_by_one(patches: Patches) -> Iterator[Patches]:
@@ -94,8 +124,8 @@ def one_by_one(patches: Patches) -> Iterator[Patches]:
     shares = patches.grid_thw.prod(axis=1)
     total, rows = int(shares.sum()), len(patches.pixel_values)
     ends = np.cumsum(shares) * rows
-    if not total or (ends % total).any() or isinstance(patches.pixel_values, StreamedRows):
-        yield patches  # streamed, or not of this grid: then the family says what is wrong
+    if not total or (ends % total).any():
+        yield patches  # not of this grid: the family says what is wrong
         return
     start = 0
     for number, end in enumerate((ends // total).tolist()):

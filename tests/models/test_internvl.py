@@ -14,13 +14,13 @@ import internvl
 from export.__main__ import main as export
 from hawk_trt import ModelInputs, Pipeline, PruningConfig, Request
 from hawk_trt.apps.cli.main import main as hawk
-from hawk_trt.apps.serve.batcher import Batcher, Job
+from hawk_trt.apps.serve.batcher import Batcher
 from hawk_trt.bundle import Bundle
 from hawk_trt.errors import InvalidInput
 from hawk_trt.pruning.hawk import num_kept
 from hawk_trt.stages import NORMALIZATIONS
 from internvl import CONTEXT, END, IM_END, START, TILE_PX, TILE_TOKENS, TOWERS, VIDEO
-from served import assert_served_as_alone
+from served import ask, assert_served_as_alone
 from targets import ON_CPU
 
 torch = pytest.importorskip("torch")
@@ -302,7 +302,7 @@ def test_tensors_that_do_not_fit_are_refused_by_name(pipe, change, message):
 
 def test_a_server_answers_unlike_prompts_side_by_side_as_alone(pipe):
     jobs = [
-        Job(tensors(runs, seed=n), PruningConfig((0.3, 1.0)[n % 2]), 4 + 5 * n, ignore_eos=True, return_logits=True)
+        ask(tensors(runs, seed=n), PruningConfig((0.3, 1.0)[n % 2]), 4 + 5 * n, ignore_eos=True, return_logits=True)
         for n, runs in enumerate([*PROMPTS.values(), [2], [4]])
     ]
     with Batcher(pipe) as batcher:

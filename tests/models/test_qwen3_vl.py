@@ -12,7 +12,7 @@ from export.inventory import inventory
 from hawk_trt import Pipeline, PruningConfig
 from hawk_trt.apps.cli.main import main as hawk_trt
 from hawk_trt.apps.parity.prompt_rules import PromptTokens
-from hawk_trt.apps.serve.batcher import Batcher, Job
+from hawk_trt.apps.serve.batcher import Batcher
 from hawk_trt.bundle import Bundle
 from hawk_trt.errors import CheckpointError
 from hawk_trt.models.qwen3_vl import interpolation
@@ -35,7 +35,7 @@ from random_models import (
     released_shapes,
     save_random,
 )
-from served import assert_served_as_alone
+from served import ask, assert_served_as_alone
 from targets import ON_CPU
 from vision_tiles import assert_tiles_compute_the_same
 
@@ -217,7 +217,7 @@ def test_a_batch_equals_its_rows_one_by_one(pipe):
 def test_a_server_answers_unlike_prompts_side_by_side_as_alone(pipe):
     rows = [prompt(PATCH_DIM, **shown, seed=number) for number, shown in enumerate(PROMPTS.values())]
     jobs = [
-        Job(inputs, PruningConfig((0.3, 1.0)[n % 2]), 4 + 5 * n, ignore_eos=True, return_logits=True)
+        ask(inputs, PruningConfig((0.3, 1.0)[n % 2]), 4 + 5 * n, ignore_eos=True, return_logits=True)
         for n, inputs in enumerate([*rows, *rows])
     ]
     with Batcher(pipe) as batcher:

@@ -18,7 +18,7 @@ from hawk_trt.apps.calibrate.work import BASELINE, FIRST_LAYER, Model, Plan, Que
 from hawk_trt.errors import InvalidInput
 from hawk_trt.inputs.processor import Processor
 from hawk_trt.models.registry import family_by_name
-from hawk_trt.request import PruningConfig
+from hawk_trt.request import PruningConfig, Request
 
 
 class Worker:
@@ -69,7 +69,8 @@ class Worker:
 
     def _prepare(self, question: Question) -> None:
         """Make of a question what all of its units share."""
-        inputs = self._processor(question.prompt, question.images, question.videos, max_pixels=self._plan.max_pixels)
+        request = Request(question.prompt, question.images, question.videos, max_pixels=self._plan.max_pixels)
+        inputs = self._processor(request)
         self._prompt = self._model.embed(inputs, self._tokens)
         self._kept = self._model.kept(self._prompt, self._pruning)
         self._question = question

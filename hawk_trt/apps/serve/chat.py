@@ -48,7 +48,7 @@ async def prepared_request(request: Request, opened: Annotated[OpenRequest, Depe
             if is_remote(image):
                 fetched[place] = await service.remote_images.fetch(image.url, place)
                 opened.hold(opened.held_bytes + len(fetched[place]))
-        work = partial(prepare, service.pipe, settings, chat, images, fetched, opened.deadline)
+        work = partial(prepare, service.pipe, settings, chat, images, fetched)
         prepared = await service.in_thread(work)
     opened.hold(prepared.tensor_bytes)  # in place of the body, which nothing needs any more
     return prepared
@@ -66,7 +66,7 @@ async def chat_completions(
         TimeoutError: its time is over.
     """
     service: Service = request.app.state.service
-    await service.in_thread(partial(opened.submit, prepared.job))
+    await service.in_thread(partial(opened.submit, prepared.request))
     seconds = service.settings.first_token_seconds
     with anyio.move_on_after(opened.begun + seconds - time.monotonic()) as waiting:
         event = await opened.next_event()

@@ -8,7 +8,7 @@ import numpy as np
 from hawk_trt.apps.serve.prompt import Prepared
 from hawk_trt.models.internvl_tiles import tile_grid
 from hawk_trt.models.vision_config import InternVLVision
-from hawk_trt.request import Result, Timings
+from hawk_trt.request import PruningConfig, Result, Timings
 
 if TYPE_CHECKING:
     from hawk_trt.pipeline import Pipeline
@@ -26,12 +26,13 @@ def details_of(pipe: "Pipeline", prepared: Prepared, result: Result) -> dict[str
         "tiles", columns and rows, where it was cut into tiles: what is over in time is the whole image once more;
         "scores", one a visual token, row by row; "kept", the indices of the kept ones among these.
     """
-    details: dict[str, Any] = {name: getattr(prepared.job.pruning, name) for name in _PRUNING}
+    pruning = prepared.request.pruning or PruningConfig()
+    details: dict[str, Any] = {name: getattr(pruning, name) for name in _PRUNING}
     details["seconds"] = {stage.name: getattr(result.timings, stage.name) for stage in fields(Timings)}
     details["images"] = []
     if not result.num_visual:
         return details
-    layout = pipe.layout(replace(prepared.job.inputs, pixel_values=None))  # the places alone are read
+    layout = pipe.layout(replace(prepared.inputs, pixel_values=None))  # the places alone are read
     visual = layout.visual_rows >= 0
     items, is_kept = layout.items[visual], np.isin(layout.source_index[visual], result.kept_indices)
     merge = pipe.family.vision.spatial_merge_size

@@ -13,13 +13,12 @@ import numpy.typing as npt
 from PIL import Image
 
 from hawk_trt.apps.serve.errors import invalid
-from hawk_trt.apps.serve.job import Job
 from hawk_trt.apps.serve.protocol import ChatMessage, ChatRequest, ImagePart, ImageUrl, Pruning
 from hawk_trt.apps.serve.settings import ServeSettings
 from hawk_trt.errors import InvalidInput
 from hawk_trt.inputs.images import data_url_bytes, load_image, resize
 from hawk_trt.pruning.selectors import EQUAL_HEADS, SCORED
-from hawk_trt.request import PruningConfig, SamplingConfig
+from hawk_trt.request import ModelInputs, PruningConfig, Request, SamplingConfig
 
 if TYPE_CHECKING:
     from hawk_trt.pipeline import Pipeline
@@ -38,28 +37,34 @@ class Prepared:
     """A request ready to run.
 
     Attributes:
-        job: for the batcher.
+        request: for the batcher, its prompt as tensors.
         sizes: width and height of its images.
         stream: whether the answer is sent while it grows.
         include_usage: whether a streamed answer ends with its usage.
         details: whether the answer tells of its making.
     """
 
-    job: Job
+    request: Request
     sizes: tuple[tuple[int, int], ...]
     stream: bool
     include_usage: bool
     details: bool
 
     @property
+    def inputs(self) -> ModelInputs:
+        """The prompt as tensors."""
+        assert isinstance(self.request.prompt, ModelInputs)
+        return self.request.prompt
+
+    @property
     def prompt_tokens(self) -> int:
         """Of the prompt, before pruning."""
-        return int(np.asarray(self.job.inputs.input_ids).size)
+        return int(np.asarray(self.inputs.input_ids).size)
 
     @property
     def tensor_bytes(self) -> int:
-        """That the job holds."""
-        pixel_values = self.job.inputs.pixel_values
+        """That the request holds."""
+        pixel_values = self.inputs.pixel_values
         return 0 if pixel_values is None else pixel_values.nbytes
 
 
@@ -101,9 +106,8 @@ def prepare(
     chat: ChatRequest,
     images: Mapping[str, ImageUrl],
     fetched: Mapping[str, bytes],
-    deadline: float,
 ) -> Prepared:
-    """Make the job of a chat.
+    """Make the request of a chat.
 
     Args:
         pipe: that will answer.
@@ -111,7 +115,6 @@ def prepare(
         chat: the request.
         images: of the chat, by their places.
         fetched: the bytes of the remote ones, by their places.
-        deadline: on the clock of time.monotonic(), in seconds.
 
     Raises:
         ApiError: an image, prompt or option that cannot be used.
@@ -127,8 +130,8 @@ def prepare(
         inputs = pipe.prepare([_message(message, rest) for message in chat.messages], max_pixels=settings.max_pixels)
     except InvalidInput as error:
         raise invalid(str(error), "messages", "invalid_prompt") from error
-    job = Job(
-        inputs=inputs,
+    request = Request(
+        inputs,
         pruning=pruning,
         max_new_tokens=limit,
         sampling=SamplingConfig(
@@ -137,10 +140,9 @@ def prepare(
             seed=None if chat.seed is None else chat.seed % _SEEDS,
         ),
         stop=(chat.stop,) if isinstance(chat.stop, str) else tuple(chat.stop or ()),
-        deadline=deadline,
     )
     prepared = Prepared(
-        job=job,
+        request=request,
         sizes=tuple((picture.shape[1], picture.shape[0]) for picture in pictures),
         stream=bool(chat.stream),
         include_usage=chat.stream_options is not None and bool(chat.stream_options.include_usage),

@@ -13,12 +13,13 @@ import anyio.to_thread
 import numpy as np
 import numpy.typing as npt
 
-from hawk_trt.apps.serve.batcher import Batcher, Event, Failed, Finished, Job, Piece, Ticket
+from hawk_trt.apps.serve.batcher import Batcher, Event, Failed, Finished, Piece, Ticket
 from hawk_trt.apps.serve.errors import ApiError
 from hawk_trt.apps.serve.metrics import Metrics
 from hawk_trt.apps.serve.remote_images import RemoteImages
 from hawk_trt.apps.serve.settings import ServeSettings
 from hawk_trt.errors import HawkError, InvalidInput
+from hawk_trt.request import Request
 
 if TYPE_CHECKING:
     from hawk_trt.pipeline import Pipeline
@@ -119,8 +120,16 @@ class Service:
             request.close()
 
     def _warm_up(self, images: list[npt.NDArray[np.uint8]], request: "OpenRequest") -> None:
-        inputs = self.pipe.prepare("Hello.", images=images, max_pixels=self.settings.max_pixels)
-        request.submit(Job(inputs, self.settings.pruning, _WARM_UP_TOKENS, ignore_eos=True, deadline=request.deadline))
+        request.submit(
+            Request(
+                "Hello.",
+                images,
+                pruning=self.settings.pruning,
+                max_new_tokens=_WARM_UP_TOKENS,
+                ignore_eos=True,
+                max_pixels=self.settings.max_pixels,
+            )
+        )
 
 
 class OpenRequest:
@@ -157,11 +166,11 @@ class OpenRequest:
         service.held_bytes += more
         self.held_bytes = num_bytes
 
-    def submit(self, job: Job) -> None:
-        """Hand the job to the batcher; in a thread, since it lays the prompt out."""
-        self._ticket = self._service.batcher.submit(job, self._on_event)
+    def submit(self, request: Request) -> None:
+        """Hand the request to the batcher; in a thread, since it lays the prompt out."""
+        self._ticket = self._service.batcher.submit(request, self._on_event, self.deadline)
         if self._closed:  # the client left when there was no ticket to cancel yet
-            self._ticket.cancel()
+            self._service.batcher.cancel(self._ticket)
 
     async def next_event(self) -> Piece | Finished:
         """More text, or the result.
@@ -180,7 +189,7 @@ class OpenRequest:
         """Cancel what runs and give the bytes back."""
         self._closed = True
         if self._ticket is not None:
-            self._ticket.cancel()
+            self._service.batcher.cancel(self._ticket)
         self.hold(0)
 
     def _on_event(self, event: Event) -> None:

@@ -54,6 +54,7 @@ class TensorRtBackend:
         self.target = manifest.target
         self.embedding_table: npt.NDArray[Any] = np.asarray(engines.bundle.embedding_table())
         self.max_context = manifest.limits.context
+        self.max_batch: int | None = manifest.limits.batch
         plans = load_plans(engines)
         regions = {
             _SCRATCH: max(engine.scratch_bytes for engine in plans.values()),

@@ -98,7 +98,8 @@ class TensorRtGeneration:
         self, memory: Memory, cache: KVCache, encoder: Encoder, prefill: Prefill, decode_step: DecodeStep, batch: int
     ) -> None:
         self._memory, self._cache, self._encoder = memory, cache, encoder
-        self._prefill, self._decode_step, self._batch = prefill, decode_step, batch
+        self._prefill, self._decode_step, self.batch = prefill, decode_step, batch
+        self.columns = cache.context
         self._turn = cache.turn
         self._kept = 0  # positions in the last step's hidden_states
 
@@ -118,7 +119,7 @@ class TensorRtGeneration:
         with self._memory.cuda.active():
             self._cache.checked_rows = None
             outputs = self._prefill.run(inputs, num_visual, logits=logits)
-            self._cache.advance(inputs.num_kept_total, self._batch)
+            self._cache.advance(inputs.num_kept_total, self.batch)
         self._kept = inputs.num_kept_total
         return outputs
 
@@ -133,9 +134,9 @@ class TensorRtGeneration:
         with self._memory.cuda.active():
             self._cache.checked_rows = None
             next_token = self._decode_step.run(inputs)
-            self._cache.advance(1, self._batch)
+            self._cache.advance(1, self.batch)
             self._kept = 1
-            return StepOutputs(next_token, self._memory.read("logits", {"batch": self._batch}) if logits else None)
+            return StepOutputs(next_token, self._memory.read("logits", {"batch": self.batch}) if logits else None)
 
     def hidden_states(self) -> npt.NDArray[np.float32]:
         """first_layer's output of the last step: float32 [batch, num_kept_total, hidden]."""
@@ -143,14 +144,14 @@ class TensorRtGeneration:
         if not self._kept:
             raise BackendError("hidden_states: nothing was run yet, expected a prefill before")
         with self._memory.cuda.active():
-            dims = {"batch": self._batch, "num_kept_total": self._kept}
+            dims = {"batch": self.batch, "num_kept_total": self._kept}
             return self._memory.read("hidden_states", dims).astype(np.float32)
 
     def cache(self, layer: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         """Host copies of a layer's keys and values: [batch, kv_heads, columns, head_dim], as far as written."""
         self._check_turn()
         with self._memory.cuda.active():
-            return self._cache.read(self._memory.cuda, layer, self._batch)
+            return self._cache.read(self._memory.cuda, layer, self.batch)
 
     def _check_turn(self) -> None:
         if self._turn != self._cache.turn:

@@ -9,13 +9,13 @@ import pytest
 
 from examples.tiny_task import generate
 from hawk_trt import ModelInputs, Pipeline, PruningConfig, SamplingConfig
-from hawk_trt.apps.serve.batch import Batch, column_bytes
-from hawk_trt.apps.serve.batcher import Batcher, Job
+from hawk_trt.apps.serve.batcher import Batcher
 from hawk_trt.errors import BackendError, DeadlinePassed, InvalidInput, QueueFull, Stopping
-from hawk_trt.row import Row
-from hawk_trt.run import Run
 from hawk_trt.runtime.kv_cache import KVCache
-from served import Heard, alone, assert_same, assert_served_as_alone
+from hawk_trt.scheduler import Scheduler
+from hawk_trt.sequence import Sequence
+from hawk_trt.stages import in_place
+from served import Heard, alone, ask, assert_same, assert_served_as_alone
 from targets import ON_CPU
 from trt_machine import Machines, engine_folder
 
@@ -51,7 +51,7 @@ def question(pipe, number):
 
 
 def text_job(pipe, max_new_tokens=8, **options):
-    return Job(pipe.prepare("Hello?"), KEPT, max_new_tokens, ignore_eos=True, **options)
+    return ask(pipe.prepare("Hello?"), KEPT, max_new_tokens, ignore_eos=True, **options)
 
 
 def held(batcher, pipe):
@@ -64,7 +64,7 @@ def held(batcher, pipe):
 
 def test_unlike_jobs_that_join_and_leave_are_answered_as_generate_answers_them(pipe):
     jobs = [
-        Job(
+        ask(
             question(pipe, number),
             PRUNINGS[number % len(PRUNINGS)],
             3 + 9 * (number % 8),
@@ -79,13 +79,13 @@ def test_unlike_jobs_that_join_and_leave_are_answered_as_generate_answers_them(p
         assert_served_as_alone(pipe, batcher, jobs)
         assert (batcher.running, batcher.queued, batcher.counters.finished) == (0, 0, 20)
         for client in [Heard() for _ in range(2)]:  # alone, with a cache that grows
-            job = Job(question(pipe, 0), KEPT, LONG, ignore_eos=True, return_logits=True)
+            job = ask(question(pipe, 0), KEPT, LONG, ignore_eos=True, return_logits=True)
             batcher.submit(job, client)
             assert_same(client, alone(pipe, job))
 
 
 def test_clients_may_prepare_and_submit_in_threads_of_their_own(inplace):
-    jobs = {n: Job(question(inplace, n), KEPT, 6, ignore_eos=True, return_logits=True) for n in range(12)}
+    jobs = {n: ask(question(inplace, n), KEPT, 6, ignore_eos=True, return_logits=True) for n in range(12)}
     expected = {n: alone(inplace, job) for n, job in jobs.items()}
     heard = {n: Heard() for n in jobs}
     failures = []
@@ -94,8 +94,8 @@ def test_clients_may_prepare_and_submit_in_threads_of_their_own(inplace):
         try:
             for n in range(number, 12, 4):
                 inputs = question(inplace, n)
-                np.testing.assert_array_equal(inputs.input_ids, jobs[n].inputs.input_ids)
-                batcher.submit(Job(inputs, KEPT, 6, ignore_eos=True, return_logits=True), heard[n])
+                np.testing.assert_array_equal(inputs.input_ids, jobs[n].prompt.input_ids)
+                batcher.submit(ask(inputs, KEPT, 6, ignore_eos=True, return_logits=True), heard[n])
         except BaseException as error:
             failures.append(error)
             raise
@@ -120,13 +120,13 @@ def test_a_client_that_leaves_takes_its_row_and_memory_along_and_no_other(pipe):
             batcher.submit(job, client)
         waiting, running = Heard(), Heard()
         leaving = batcher.submit(text_job(pipe, LONG), waiting)
-        leaving.cancel()
+        batcher.cancel(leaving)
         assert batcher.queued == 2
 
         def leave(event):
             running(event)
             if len(running.events) == 3:
-                ticket.cancel()
+                batcher.cancel(ticket)
 
         ticket = batcher.submit(text_job(pipe, LONG), leave)
         gate.gate.set()
@@ -143,12 +143,12 @@ def test_a_deadline_ends_its_own_job_waiting_or_running(inplace):
     with Batcher(inplace) as batcher:
         gate = held(batcher, inplace)
         late, beside = Heard(), Heard()
-        batcher.submit(text_job(inplace, deadline=time.monotonic()), late)
+        batcher.submit(text_job(inplace), late, time.monotonic())
         job = text_job(inplace, 20)
         batcher.submit(job, beside)
         deadline = time.monotonic() + 1.0
         slow = Heard(gate=threading.Event())
-        batcher.submit(text_job(inplace, LONG, deadline=deadline), slow)
+        batcher.submit(text_job(inplace, LONG), slow, deadline)
         gate.gate.set()
         assert slow.begun.wait(60)
         while time.monotonic() < deadline:
@@ -185,24 +185,25 @@ def test_a_full_queue_refuses_and_keeps_what_it_took(inplace):
 def test_the_cache_stays_within_its_bound_and_no_job_overtakes_another(pipe, monkeypatch, lengths, fit):
     jobs = [text_job(pipe, length) for length in lengths]
     rows, length = fit
-    columns = len(jobs[0].inputs.input_ids) + length - 1
-    bound_mb = (rows * columns + 0.5) * column_bytes(pipe) / 1e6
+    columns = len(jobs[0].prompt.input_ids) + length - 1
+    column_bytes = pipe.bundle.manifest.kv_bytes_per_token * (1 if in_place(pipe.backend.target) else 2)
+    bound_mb = (rows * columns + 0.5) * column_bytes / 1e6
     seen, order = [], []
-    step, prefill = Batch.step, Run.prefill
+    step, run_prompts = Scheduler.step, Scheduler._run_prompts
 
-    def measured(batch):
-        taken = step(batch)
-        seen.append((len(batch.rows), batch.cache_bytes))
-        return taken
+    def measured(scheduler):
+        moved = step(scheduler)
+        if scheduler.running:
+            seen.append((len(scheduler.running), scheduler.cache_bytes))
+        return moved
 
-    def measured_prefill(run, room=None):
-        outputs = prefill(run, room)
-        if room is not None:  # the batcher's
-            seen.append((1, batcher._batch.cache_bytes + run.generation.nbytes))
-        return outputs
+    def measured_prefill(scheduler, sequences):
+        made = run_prompts(scheduler, sequences)
+        seen.append((1, scheduler.cache_bytes + made[0].nbytes))
+        return made
 
-    monkeypatch.setattr(Batch, "step", measured)
-    monkeypatch.setattr(Run, "prefill", measured_prefill)
+    monkeypatch.setattr(Scheduler, "step", measured)
+    monkeypatch.setattr(Scheduler, "_run_prompts", measured_prefill)
     with Batcher(pipe, max_cache_mb=bound_mb) as batcher:
         heard = [Heard() for _ in jobs]
         for number, (job, client) in enumerate(zip(jobs, heard, strict=True)):
@@ -215,8 +216,11 @@ def test_the_cache_stays_within_its_bound_and_no_job_overtakes_another(pipe, mon
             batcher.submit(job, hear)
         with pytest.raises(InvalidInput, match=rf"up to 900 to generate, .* expected at most {bound_mb:.1f} MB"):
             batcher.submit(text_job(pipe, 900), Heard())
-        for job, client in zip(jobs, heard, strict=True):
-            assert_same(client, alone(pipe, job))
+        for client in heard:
+            client.result()
+    monkeypatch.undo()
+    for job, client in zip(jobs, heard, strict=True):
+        assert_same(client, alone(pipe, job))
     assert order == list(range(len(jobs)))
     assert max(rows for rows, _ in seen) > 1
     assert all(0 < size <= bound_mb * 1e6 for _, size in seen)
@@ -224,14 +228,16 @@ def test_the_cache_stays_within_its_bound_and_no_job_overtakes_another(pipe, mon
 
 def test_at_most_one_prefill_runs_between_two_steps(inplace, monkeypatch):
     order = []
-    for owner, name in ((Batch, "step"), (Run, "prefill")):
-        plain = getattr(owner, name)
-        monkeypatch.setattr(owner, name, lambda *args, plain=plain, name=name: (order.append(name), plain(*args))[1])
+    for name in ("_decode", "_prefill"):
+        plain = getattr(Scheduler, name)
+        monkeypatch.setattr(
+            Scheduler, name, lambda *args, plain=plain, name=name: (order.append(name[1:]), plain(*args))[1]
+        )
     with Batcher(inplace) as batcher:
         gate = held(batcher, inplace)
         for number in range(6):  # short and long in turn, so that none shares a prefill
             words = "Hello? " * (1 + 30 * (number % 2))
-            batcher.submit(Job(inplace.prepare(words), KEPT, 20, ignore_eos=True), Heard())
+            batcher.submit(ask(inplace.prepare(words), KEPT, 20, ignore_eos=True), Heard())
         gate.gate.set()
     assert order.count("prefill") == 7
     assert "prefill prefill" not in " ".join(order)
@@ -239,8 +245,8 @@ def test_at_most_one_prefill_runs_between_two_steps(inplace, monkeypatch):
 
 def test_prompts_of_like_length_that_wait_share_a_prefill(pipe):
     inputs = [pipe.prepare(SAMPLES[n].question, [SAMPLES[n].image]) for n in range(5)]
-    jobs = [Job(one, KEPT, 4 + n, ignore_eos=True, return_logits=True) for n, one in enumerate(inputs)]
-    jobs.append(Job(inputs[0], PruningConfig(0.2, head_weights=(2.0,) * 4 + (1.0,) * 4), 4))  # they share no scores
+    jobs = [ask(one, KEPT, 4 + n, ignore_eos=True, return_logits=True) for n, one in enumerate(inputs)]
+    jobs.append(ask(inputs[0], PruningConfig(0.2, head_weights=(2.0,) * 4 + (1.0,) * 4), 4))  # they share no scores
     expected = [alone(pipe, job) for job in jobs]
     with Batcher(pipe) as batcher:
         gate, heard = held(batcher, pipe), [Heard() for _ in jobs]
@@ -256,23 +262,21 @@ def test_prompts_of_like_length_that_wait_share_a_prefill(pipe):
 
 
 def test_numbers_that_are_not_finite_end_their_own_row_alone(pipe):
-    rows = [Row(pipe, question(pipe, n), KEPT, 12, None, (), True, True) for n in range(3)]
-    batch = Batch(pipe)
-    for row in rows:
-        run = Run(pipe, [row], time.perf_counter())
-        run.take(run.prefill(64))
-        batch.join(run)
-    batch.step()
-    key, _ = batch._places[0][0].generation._cache.tensors(2)
-    key.numpy()[1, :, -40:] = np.nan
-    outcomes = dict(batch.step())
-    assert isinstance(outcomes[rows[1]], BackendError)
-    assert "decoder, layer 2" in str(outcomes[rows[1]])
-    batch.leave(rows[1])
-    while not rows[0].finished:
-        batch.step()
+    scheduler = Scheduler(pipe.bundle, pipe.processor, pipe.vision_cache, pipe.backend, room=64)
+    jobs = [ask(question(pipe, n), KEPT, 12, ignore_eos=True, return_logits=True) for n in range(3)]
+    rows = [scheduler.add(job) for job in jobs]
+    while len(scheduler.running) < 3 or rows[1].generation is not rows[0].generation:
+        scheduler.step()
+    key, _ = rows[1].generation._cache.tensors(2)
+    key.numpy()[rows[1].row, :, -40:] = np.nan
+    while rows[1].error is None:
+        scheduler.step()
+    assert isinstance(rows[1].error, BackendError)
+    assert "decoder, layer 2" in str(rows[1].error)
+    while not scheduler.idle:
+        scheduler.step()
     for number in (0, 2):
-        expected = alone(pipe, Job(question(pipe, number), KEPT, 12, ignore_eos=True, return_logits=True))
+        expected = alone(pipe, jobs[number])
         assert rows[number].token_ids == expected.token_ids
         np.testing.assert_allclose(rows[number].result().logits, expected.logits, rtol=0, atol=1e-4)
 
@@ -289,12 +293,12 @@ def test_a_prompt_that_fails_ends_no_other_answer(inplace):
     with Batcher(inplace) as batcher:
         gate = held(batcher, inplace)
         heard = [Heard(), Heard()]
-        batcher.submit(Job(broken, PruningConfig(1.0), 8), heard[0])
-        batcher.submit(Job(inputs, PruningConfig(0.5, selector=raising), 8), heard[1])
+        batcher.submit(ask(broken, PruningConfig(1.0), 8), heard[0])
+        batcher.submit(ask(inputs, PruningConfig(0.5, selector=raising), 8), heard[1])
         fine = Heard()
         batcher.submit(text_job(inplace), fine)
         with pytest.raises(InvalidInput, match="input_ids"):
-            batcher.submit(Job(ModelInputs([10**6]), KEPT), Heard())
+            batcher.submit(ask(ModelInputs([10**6]), KEPT), Heard())
         gate.gate.set()
         assert_same(fine, alone(inplace, text_job(inplace)))
         assert_same(gate, alone(inplace, text_job(inplace, LONG)))
@@ -371,32 +375,37 @@ def test_a_drain_that_takes_too_long_is_cut_short(inplace):
         client.result()
 
 
+def held_in_memory():
+    gc.collect()
+    return sorted(type(thing).__name__ for thing in gc.get_objects() if type(thing) in (KVCache, Sequence))
+
+
 def test_after_hundreds_of_jobs_no_cache_and_no_row_is_left(inplace):
+    before = held_in_memory()  # what the logs of failures before this test hold
     inputs = [question(inplace, number) for number in range(3)]
     with Batcher(inplace, max_queue=300) as batcher:
         heard = [Heard() for _ in range(240)]
         for number, client in enumerate(heard):
-            ticket = batcher.submit(Job(inputs[number % 3], KEPT, 2 + number % 5, ignore_eos=True), client)
+            ticket = batcher.submit(ask(inputs[number % 3], KEPT, 2 + number % 5, ignore_eos=True), client)
             if number % 10 == 9:
-                ticket.cancel()
+                batcher.cancel(ticket)
         batcher.close()
         assert batcher.counters.finished + batcher.counters.cancelled == 240
     del ticket
-    gc.collect()
-    assert [type(thing) for thing in gc.get_objects() if type(thing) in (KVCache, Row)] == []
+    assert held_in_memory() == before
+    assert "KVCache" not in before
 
 
 def test_engines_that_hold_one_generation_answer_one_job_after_the_other(tiny_bundle, tmp_path):
     folder = engine_folder(tiny_bundle, tmp_path / "engines", "tensorrt")
     with Machines() as machines, Pipeline.load(folder, backend="tensorrt") as pipe, Batcher(pipe) as batcher:
-        assert batcher.max_batch == 1
-        jobs = [Job(question(pipe, number), KEPT, 5, ignore_eos=True) for number in range(3)]
+        jobs = [ask(question(pipe, number), KEPT, 5, ignore_eos=True) for number in range(3)]
         heard = [Heard() for _ in jobs]
         for job, client in zip(jobs, heard, strict=True):
             batcher.submit(job, client)
         results = [client.result() for client in heard]
-        with pytest.raises(InvalidInput, match="320, what the engines hold"):
-            batcher.submit(Job(ModelInputs([5] * 321), KEPT, 1), Heard())
+        with pytest.raises(InvalidInput, match="these engines hold 320"):
+            batcher.submit(ask(ModelInputs([5] * 321), KEPT, 1), Heard())
         batcher.close()
         for result, job in zip(results, jobs, strict=True):
             assert result.token_ids == alone(pipe, job).token_ids

@@ -330,9 +330,9 @@ def test_a_key_is_asked_for_and_kept_in_memory_alone(browser, tiny_bundle):
 
 
 def test_stopping_cancels_the_work_on_the_server(browser, server, monkeypatch):
-    batch, batcher = server.service.batcher._batch, server.service.batcher
-    step = batch.step
-    monkeypatch.setattr(batch, "step", lambda: (time.sleep(0.5), step())[1])
+    batcher = server.service.batcher
+    step = batcher._scheduler._decode
+    monkeypatch.setattr(batcher._scheduler, "_decode", lambda: (time.sleep(0.5), step())[1])
     before = batcher.counters.cancelled
     with opened(browser, server) as page:
         drop(page, SAMPLES / "1-where.png")

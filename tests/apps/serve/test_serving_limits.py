@@ -53,14 +53,14 @@ def held(pipe, monkeypatch):
 
 def slow_steps(server, monkeypatch, seconds):
     """Let each decode step take so long."""
-    batch = server.service.batcher._batch
-    step = batch.step
+    scheduler = server.service.batcher._scheduler
+    step = scheduler._decode
 
     def slow():
         time.sleep(seconds)
         return step()
 
-    monkeypatch.setattr(batch, "step", slow)
+    monkeypatch.setattr(scheduler, "_decode", slow)
 
 
 def nothing_left(server):
@@ -154,7 +154,7 @@ def test_an_answer_that_is_not_complete_in_time_ends_with_an_error(pipe, monkeyp
 
 def test_the_official_client_raises_the_error_of_a_broken_stream(pipe, monkeypatch):
     with serving(pipe) as server, server.openai() as client:
-        monkeypatch.setattr(server.service.batcher._batch, "step", lambda: 1 / 0)
+        monkeypatch.setattr(server.service.batcher._scheduler, "_gathered", lambda: 1 / 0)
         with pytest.raises(openai.APIError, match="Its log says why"):
             list(client.chat.completions.create(**question("Count.", stream=True, max_tokens=32)))
 
@@ -277,9 +277,9 @@ def test_a_server_is_not_ready_before_it_has_warmed_up(tiny_bundle, monkeypatch)
 SLOW = """
 import sys, time
 from hawk_trt.apps.cli.main import main
-from hawk_trt.apps.serve.batch import Batch
-step = Batch.step
-Batch.step = lambda batch: (time.sleep(0.2), step(batch))[1]
+from hawk_trt.scheduler import Scheduler
+step = Scheduler.step
+Scheduler.step = lambda scheduler: (time.sleep(0.2), step(scheduler))[1]
 sys.exit(main(sys.argv[1:]))
 """
 

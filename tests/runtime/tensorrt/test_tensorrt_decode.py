@@ -7,6 +7,7 @@ import pytest
 
 from examples.tiny_task import generate
 from hawk_trt import Pipeline, PruningConfig, Request
+from hawk_trt.runtime.protocol import DecodeInputs
 from trt_machine import Machines, engine_folder
 
 SAMPLES = list(generate(12, 4))
@@ -55,11 +56,11 @@ def test_a_replayed_token_is_one_launch_and_one_wait(plans, machines):
     answer(plans, 4)
     sample = SAMPLES[0]
     stream = plans.stream(sample.question, [sample.image], max_new_tokens=9, ignore_eos=True)
-    run = stream._run
-    run.prefill()
+    stream._scheduler.step()
+    generation, position = stream._sequence.generation, stream._sequence.position
     prefilled = Counter(machines.driver.calls), Counter(machines.driver.enqueued), len(machines.trt.calls)
-    for _ in range(8):
-        run.decode(np.array([5]))
+    for number in range(8):
+        generation.decode(DecodeInputs(np.array([5]), np.array([position + number])), logits=False)
     calls = machines.driver.calls - prefilled[0]
     assert calls == {"cuCtxPushCurrent": 8, "cuCtxPopCurrent": 8, "cuGraphLaunch": 8, "cuStreamSynchronize": 8}
     work = machines.driver.enqueued - prefilled[1]

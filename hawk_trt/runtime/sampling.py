@@ -4,6 +4,8 @@ Greedy takes the largest logit, the lower index on a tie. Otherwise one uniform 
 row's own generator, so a row with a seed gives the same answer alone and in a batch.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -18,9 +20,10 @@ class Sampler:
     renormalised probability reaches top_p (at least one token); on a tie the lower index stays.
     """
 
-    def __init__(self, config: SamplingConfig) -> None:
-        self._config = config
-        self._generator = np.random.default_rng(config.seed)
+    def __init__(self, config: SamplingConfig | None = None) -> None:
+        self._config = config or SamplingConfig()
+        self.greedy = self._config.greedy
+        self._generator = np.random.default_rng(self._config.seed)
 
     def next_token(self, logits: npt.NDArray[np.float32]) -> int:
         """Choose a token.
@@ -48,6 +51,20 @@ class Sampler:
         cumulative = np.cumsum(probability[kept])
         drawn = np.searchsorted(cumulative, self._generator.random() * cumulative[-1], side="right")
         return int(tokens[kept[min(int(drawn), kept.size - 1)]])
+
+
+class ForcedSampler:
+    """Gives tokens that are known already, then the most probable ones."""
+
+    greedy = True
+
+    def __init__(self, tokens: Sequence[int]) -> None:
+        self._tokens = iter(tokens)
+
+    def next_token(self, logits: npt.NDArray[np.float32]) -> int:
+        """The next of the tokens."""
+        token = next(self._tokens, None)
+        return int(np.argmax(logits)) if token is None else token
 
 
 def _top_k(logits: npt.NDArray[np.float32], top_k: int) -> npt.NDArray[np.intp]:

@@ -1,0 +1,318 @@
+"""Scheduler: the one loop. Add requests, step, take what has moved.
+
+add     a request           -> a Sequence that waits: prepared and laid out
+step    one prefill (of the prompt that waits longest, or of some short ones of like length together), or one decode
+        step of all sequences that run; they alternate, so that running answers never stand still for long
+drop    nobody waits for this sequence any more
+
+`generate` adds one request and steps to its end, `generate_batch` adds many, the server adds from its clients, parity
+adds one whose sampler is given its tokens. A sequence decodes where its prefill wrote its KV cache; where sequences
+have come or gone, the next step first gathers the caches of those that run into one.
+"""
+
+import time
+from collections import abc, deque
+
+import numpy as np
+
+from hawk_trt.bundle import Bundle
+from hawk_trt.errors import BackendError, InvalidInput
+from hawk_trt.inputs.processor import Processor
+from hawk_trt.pruning.selection import asked_by, head_weights, kept_count, select
+from hawk_trt.request import PruningConfig, Request, Timings
+from hawk_trt.runtime.diagnosis import first_not_finite
+from hawk_trt.runtime.protocol import Backend, DecodeInputs, Generation, StepOutputs, Visual
+from hawk_trt.runtime.vision_cache import VisionCache
+from hawk_trt.sequence import Sequence
+from hawk_trt.stages import in_place
+
+DEFAULT_MAX_NEW_TOKENS = 128
+# Measured on two CPU cores (make bench-batching): up to 8 rows each answer takes less time, 16 brought nothing more.
+DEFAULT_MAX_BATCH = 8
+# Columns that a shared cache begins with and grows by: attention pays for all columns, a gathering for those in use.
+ROOM = 64
+# Prompts that wait are run together up to so many tokens, with so much more than their own for padding: 6 to 16 % less
+# processor time was measured for 2 to 8 short ones. Longer ones gain less, and hold up the answers under way.
+_JOINT_TOKENS = 1024
+_MAX_PADDING = 1.25
+_MB = 1_000_000
+
+
+class Scheduler:
+    """Runs requests on one backend. Not thread-safe, but for `prepare`, `waiting.append` and `drop`.
+
+    Attributes:
+        waiting: prepared, in the order in which they came; none overtakes another.
+        running: rows of the next decode step.
+        num_prefills: run so far, of a prompt or of several together.
+        num_steps: decode steps run so far.
+        num_rows: rows of all decode steps together.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        processor: Processor,
+        vision: VisionCache,
+        backend: Backend,
+        *,
+        max_batch: int = DEFAULT_MAX_BATCH,
+        max_cache_bytes: int | None = None,
+        room: int | None = None,
+    ) -> None:
+        """Start with nothing to do.
+
+        Args:
+            bundle: of the model.
+            processor: turns prompts into tensors.
+            vision: turns images and videos into embeddings.
+            backend: runs the stages.
+            max_batch: rows of a decode step, at most.
+            max_cache_bytes: of the KV caches of all rows together, None without bound. While rows are gathered, one
+                tensor of one layer comes on top.
+            room: columns for generated tokens that a KV cache begins with and grows by; None makes them all at once.
+        """
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.max_cache_bytes = max_cache_bytes
+        self.num_prefills = self.num_steps = self.num_rows = 0
+        self._bundle, self._processor, self._vision, self._backend = bundle, processor, vision, backend
+        self._max_batch = min(max_batch, backend.max_batch or max_batch)
+        self._room = room if backend.can_gather else None
+        # a portable step writes a new cache beside the old
+        copies = 1 if in_place(backend.target) else 2
+        self._column_bytes = copies * bundle.manifest.kv_bytes_per_token
+        self._decode_next = False
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to do."""
+        return not (self.waiting or self.running)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of the KV caches of all rows, as they lie in memory now."""
+        generations = {id(s.generation): s.generation for s in self.running}
+        return sum(generation.nbytes for generation in generations.values() if generation is not None)
+
+    def add(self, request: Request) -> Sequence:
+        """Prepare a request and let it wait for its turn.
+
+        Raises:
+            InvalidInput: something that cannot be used as given, or more KV cache than there may ever be.
+        """
+        sequence = self.prepare(request)
+        self.waiting.append(sequence)
+        return sequence
+
+    def prepare(self, request: Request) -> Sequence:
+        """A request as a sequence that does not wait yet: milliseconds of work for a long prompt.
+
+        Raises:
+            InvalidInput: something that cannot be used as given, or more KV cache than there may ever be.
+        """
+        started = time.perf_counter()
+        manifest, chat, pruning = self._bundle.manifest, self._processor.chat, request.pruning or PruningConfig()
+        inputs = self._processor(request)
+        layout = asked_by(self._processor.layout(inputs, pruning.query), pruning)
+        max_kept = layout.num_tokens - layout.num_visual + kept_count(layout, pruning)
+        limit = request.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
+        limit = min(limit, manifest.language.max_position_embeddings - layout.next_position)
+        context = self._backend.max_context
+        if context is not None:  # the answer also ends where the cache does; its last token is not cached
+            if max_kept > context:
+                raise InvalidInput(
+                    f"KV cache: got {max_kept} tokens to keep, these engines hold {context}. Lower keep_ratio, or "
+                    "rebuild with a larger --max-context: python -m engines"
+                )
+            limit = min(limit, context - max_kept + 1)
+        sequence = Sequence(
+            request=request,
+            inputs=inputs,
+            pruning=pruning,
+            layout=layout,
+            head_weights=head_weights(self._bundle, pruning),
+            max_kept=max_kept,
+            limit=limit,
+            tokenizer=None if chat is None else chat.tokenizer,
+            eos=manifest.special_tokens.eos,
+        )
+        # the CPU has the logits anyway, and the sampler tells a broken run from an answer
+        sequence.need_logits = request.return_logits or not sequence.sampler.greedy or self._backend.device == "cpu"
+        if not self._within_bound(needed := self._bytes([sequence])):
+            raise InvalidInput(
+                f"prompt: got {max_kept} tokens kept and up to {limit} to generate, {needed / _MB:.1f} MB of KV cache; "
+                f"expected at most {(self.max_cache_bytes or 0) / _MB:.1f} MB. Lower keep_ratio or max_new_tokens, or "
+                "raise max_cache_mb"
+            )
+        sequence.started = started
+        sequence.timings.preprocess = time.perf_counter() - started
+        return sequence
+
+    def drop(self, sequence: Sequence) -> None:
+        """Let a sequence go before the next step; its memory comes back when the others are gathered."""
+        sequence.dropped = True
+
+    def step(self) -> list[Sequence]:
+        """Run one prefill or one decode step.
+
+        Returns:
+            The sequences that it moved: each has a new `piece`, which may be empty, has finished, or has its `error`.
+        """
+        self._leave()
+        sequences = [] if self._decode_next and self.running else self._next_prompts()
+        self._decode_next = bool(sequences)
+        moved = self._prefill(sequences) if sequences else self._decode()
+        self._leave()
+        return moved
+
+    def _leave(self) -> None:
+        """Let finished and dropped sequences go."""
+        for sequence in [sequence for sequence in list(self.waiting) if sequence.dropped]:
+            self.waiting.remove(sequence)
+        # without gather a generation keeps all its rows: those that are finished go along to its end
+        if self._backend.can_gather or all(sequence.finished for sequence in self.running):
+            for sequence in self.running:
+                if sequence.finished:
+                    sequence.generation = None
+            self.running = [sequence for sequence in self.running if not sequence.finished]
+
+    def _next_prompts(self) -> list[Sequence]:
+        """What the next prefill runs: the first that waits, and those right behind it that lose little by joining."""
+        if self.running and not self._backend.can_gather:
+            return []
+        taken: list[Sequence] = []
+        for sequence in list(self.waiting):
+            lengths = [other.layout.num_tokens for other in (*taken, sequence)]
+            padded = len(lengths) * max(lengths)
+            alike = padded <= min(_JOINT_TOKENS, sum(lengths) * _MAX_PADDING)
+            if taken and not (alike and np.array_equal(sequence.head_weights, taken[0].head_weights)):
+                break
+            if not self._fits([*taken, sequence]):
+                break
+            taken.append(sequence)
+        for _ in taken:
+            self.waiting.popleft()
+        return taken
+
+    def _fits(self, more: abc.Sequence[Sequence]) -> bool:
+        """Whether these can run beside those that run."""
+        rows = [*self.running, *more]
+        context = self._backend.max_context
+        if len(rows) > self._max_batch or (context is not None and _columns_needed(rows) > context):
+            return False
+        return self._within_bound(self._bytes(rows))
+
+    def _bytes(self, rows: abc.Sequence[Sequence]) -> int:
+        """Of the caches of these rows at their longest, side by side."""
+        return len(rows) * _columns_needed(rows) * self._column_bytes
+
+    def _within_bound(self, cache_bytes: int) -> bool:
+        return self.max_cache_bytes is None or cache_bytes <= self.max_cache_bytes
+
+    def _prefill(self, sequences: list[Sequence]) -> list[Sequence]:
+        """Run prompts together; where that fails each alone, since one's fault is no other's."""
+        try:
+            if self.running and not self._within_bound(self.cache_bytes + self._bytes(sequences)):
+                self._gathered()  # the memory of rows that have left
+            generation, visual, outputs = self._run_prompts(sequences)
+        except Exception as error:  # whatever a caller's selector or a fault of ours raises must not end other answers
+            if len(sequences) == 1:
+                sequences[0].error = error
+                return sequences
+            return [moved for sequence in sequences for moved in self._prefill([sequence])]
+        for row, sequence in enumerate(sequences):
+            sequence.generation, sequence.row = generation, row
+            self._advance(sequence, outputs, row, visual)
+        self.running += sequences
+        return sequences
+
+    def _run_prompts(self, sequences: abc.Sequence[Sequence]) -> tuple[Generation, Visual, StepOutputs]:
+        """Vision, selection, first_layer and decoder over the prompts, into a new KV cache."""
+        self.num_prefills += 1
+        begun = time.perf_counter()
+        visual, cached = self._vision.encode([(s.inputs, s.layout) for s in sequences])
+        encoded = time.perf_counter()
+        chosen = select([(s.layout, s.pruning) for s in sequences], self._bundle, self._backend, visual)
+        inputs = chosen.inputs
+        steps = max(sequence.limit for sequence in sequences) - 1
+        columns = inputs.num_kept_total + (steps if self._room is None else min(steps, self._room))
+        generation = self._backend.start(len(sequences), columns)
+        prepared = time.perf_counter()
+        # the sampler looks at the first logits in any case, and tells a broken run from an answer
+        outputs = generation.prefill(inputs, visual, logits=True)
+        for row, sequence in enumerate(sequences):
+            sequence.num_cached = cached[row]
+            sequence.kept = outputs.kept_indices[row, inputs.kv_start[row] :] - inputs.pads[row]
+            if chosen.scores is None:
+                sequence.scores = outputs.scores[row][inputs.visual_rows[row] >= 0]
+            else:
+                sequence.scores = chosen.scores[row]
+            sequence.timings = Timings(
+                preprocess=sequence.timings.preprocess,
+                vision=encoded - begun,
+                select=chosen.seconds,
+                first_layer=prepared - encoded - chosen.seconds + outputs.first_layer_seconds,
+                decoder=outputs.decoder_seconds,
+            )
+        return generation, visual, outputs.step
+
+    def _decode(self) -> list[Sequence]:
+        """Run one token of every row."""
+        if not self.running:
+            return []
+        begun = time.perf_counter()
+        rows = list(self.running)
+        try:
+            generation = self._gathered()
+            tokens = np.array([sequence.token_ids[-1] for sequence in rows], np.int64)
+            positions = np.array([sequence.position for sequence in rows], np.int64)
+            logits = any(sequence.need_logits for sequence in rows)
+            outputs = generation.decode(DecodeInputs(tokens, positions), logits=logits)
+        except Exception as error:  # the rows of a step share its fate; those that wait do not
+            for sequence in rows:
+                sequence.error = error
+            return rows
+        seconds = time.perf_counter() - begun
+        self.num_steps += 1
+        self.num_rows += len(rows)
+        moved = [sequence for sequence in rows if not sequence.finished]
+        for row, sequence in enumerate(rows):
+            if not sequence.finished:
+                sequence.timings.decode += seconds
+                self._advance(sequence, outputs, row)
+        return moved
+
+    def _advance(self, sequence: Sequence, outputs: StepOutputs, row: int, visual: Visual | None = None) -> None:
+        """Give a sequence its row of a step; numbers that are not finite end that sequence alone."""
+        try:
+            sequence.step(int(outputs.next_token[row]), None if outputs.logits is None else outputs.logits[row])
+        except BackendError as error:
+            num_layers = self._bundle.manifest.language.num_hidden_layers
+            assert sequence.generation is not None
+            where = first_not_finite(visual, sequence.generation, num_layers, row)
+            sequence.error = BackendError(f"{error}. {where}")
+
+    def _gathered(self) -> Generation:
+        """The one generation of all rows, with room for a column more; what left has given its memory back."""
+        first = self.running[0].generation
+        assert first is not None
+        if not self._backend.can_gather:
+            return first
+        length = max(sequence.columns for sequence in self.running) + 1
+        whole = len(self.running) == first.batch and all(
+            sequence.generation is first and sequence.row == row for row, sequence in enumerate(self.running)
+        )
+        if whole and length <= first.columns:
+            return first
+        columns = min(length + (self._room or ROOM), _columns_needed(self.running))
+        parts = [(sequence.generation, sequence.row) for sequence in self.running if sequence.generation is not None]
+        gathered = self._backend.gather(parts, columns)
+        for row, sequence in enumerate(self.running):
+            sequence.generation, sequence.row = gathered, row
+        return gathered
+
+
+def _columns_needed(rows: abc.Iterable[Sequence]) -> int:
+    """Columns of the KV cache that the longest of the rows takes at its end."""
+    return max(sequence.max_columns for sequence in rows)

@@ -1,0 +1,194 @@
+"""Sequence: one answer on its way, from the prompt's layout to the result, whoever decodes its steps.
+
+In: a request, laid out, and the token of each step. Out: text pieces that are safe to show, then the result. A piece
+never holds half a character and never the beginning of a stop string; all pieces together are the text.
+"""
+
+import time
+from collections import abc
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+from hawk_trt.errors import InvalidInput
+from hawk_trt.inputs.layout import PromptLayout
+from hawk_trt.request import ModelInputs, PruningConfig, Request, Result, Timings
+from hawk_trt.runtime.protocol import Generation
+from hawk_trt.runtime.sampling import ForcedSampler, Sampler
+
+
+class Sequence:
+    """One prompt and its answer so far.
+
+    Attributes:
+        request: what was asked.
+        inputs: the prompt's tensors.
+        pruning: how the prompt is pruned.
+        layout: where everything of the prompt lies.
+        head_weights: float32 [heads].
+        limit: most tokens that the answer can have.
+        max_kept: tokens that the prompt keeps at most, text and visual; keep_mass may keep fewer.
+        need_logits: whether its decode steps must bring logits to the host.
+        generation: holds its KV cache while it runs, in row `row`.
+        scores: float32 [num_visual], from the prefill on.
+        kept: int64 [kept], positions kept in the layout, from the prefill on.
+        num_cached: images and videos that the vision stage did not run for.
+        timings: seconds so far.
+        token_ids: tokens generated, the stop token included.
+        piece: text that the last step completed, often none.
+        finish_reason: "stop" after a stop token or stop string, "length" at the limit, None before.
+        error: why it ended without an answer.
+        dropped: whether nobody waits for it any more; the scheduler lets it go before its next step.
+    """
+
+    scores: npt.NDArray[np.float32]
+    kept: npt.NDArray[np.int64]
+    need_logits: bool
+
+    def __init__(
+        self,
+        request: Request,
+        inputs: ModelInputs,
+        pruning: PruningConfig,
+        layout: PromptLayout,
+        head_weights: npt.NDArray[np.float32],
+        max_kept: int,
+        limit: int,
+        tokenizer: Tokenizer | None,
+        eos: abc.Collection[int],
+    ) -> None:
+        """Start an empty answer.
+
+        Raises:
+            InvalidInput: there are stop strings and no tokenizer to find them with.
+        """
+        if request.stop and tokenizer is None:
+            raise InvalidInput(
+                "stop: stop strings need a tokenizer and this bundle has none. "
+                "Export a checkpoint folder with a tokenizer.json, or end the answer by max_new_tokens"
+            )
+        self.request = request
+        self.inputs = inputs
+        self.pruning = pruning
+        self.layout = layout
+        self.head_weights = head_weights
+        self.max_kept = max_kept
+        self.limit = limit
+        self.sampler: Sampler | ForcedSampler = Sampler(request.sampling)
+        self.generation: Generation | None = None
+        self.row = 0
+        self.num_cached = 0
+        self.timings = Timings()
+        self.started = time.perf_counter()
+        self.token_ids: list[int] = []
+        self.piece = ""
+        self.finish_reason: Literal["stop", "length"] | None = None
+        self.error: Exception | None = None
+        self.dropped = False
+        self._tokenizer = tokenizer
+        self._decoder = DecodeStream(skip_special_tokens=True)
+        self._eos = frozenset(() if request.ignore_eos else eos)
+        self._pieces: list[str] = []
+        self._held = ""  # decoded, but perhaps the beginning of a stop string
+        self._logits: list[npt.NDArray[np.float32]] = []
+
+    @property
+    def finished(self) -> bool:
+        """Whether it needs no more steps."""
+        return self.finish_reason is not None or self.error is not None or self.dropped
+
+    @property
+    def position(self) -> int:
+        """Position of the last token generated, which the next step runs over."""
+        return self.layout.next_position + len(self.token_ids) - 1
+
+    @property
+    def columns(self) -> int:
+        """Columns of the KV cache written so far: the last token is not cached yet."""
+        return len(self.kept) + len(self.token_ids) - 1
+
+    @property
+    def max_columns(self) -> int:
+        """Columns of the KV cache that the longest answer takes."""
+        return self.max_kept + self.limit - 1
+
+    @property
+    def text(self) -> str | None:
+        """All pieces so far, None without a tokenizer."""
+        return None if self._tokenizer is None else "".join(self._pieces)
+
+    def step(self, next_token: int, logits: npt.NDArray[np.float32] | None) -> None:
+        """Take what a step brought: choose a token, add its text, end where it ends the answer.
+
+        Args:
+            next_token: the most probable one.
+            logits: float32 [vocab], None where the step brought none.
+
+        Raises:
+            BackendError: no number among the logits can be used.
+        """
+        if logits is not None:
+            next_token = self.sampler.next_token(logits)
+            if self.request.return_logits:
+                self._logits.append(logits.copy())
+        self.token_ids.append(next_token)
+        if next_token in self._eos:
+            self.piece = self._end("stop")
+        elif self._tokenizer is not None:
+            self._held += self._decoder.step(self._tokenizer, next_token) or ""
+            self.piece = self._release()
+        if self.finish_reason is None and len(self.token_ids) >= self.limit:
+            self.piece += self._end("length")
+        if self.finish_reason is not None:
+            self.timings.total = time.perf_counter() - self.started
+
+    def result(self) -> Result:
+        """The answer, as far as it goes."""
+        return Result(
+            text=self.text,
+            token_ids=list(self.token_ids),
+            finish_reason=self.finish_reason or "length",
+            num_visual=self.layout.num_visual,
+            num_kept=int(np.count_nonzero(self.layout.visual_rows[self.kept] >= 0)),
+            kept_indices=self.layout.source_index[self.kept],
+            scores=self.scores,
+            timings=self.timings,
+            num_cached=self.num_cached,
+            logits=np.stack(self._logits) if self.request.return_logits else None,
+        )
+
+    def _end(self, reason: Literal["stop", "length"]) -> str:
+        """End the answer; the text held back, unfinished characters included."""
+        if self._tokenizer is not None:
+            tokens = self.token_ids[:-1] if reason == "stop" else self.token_ids
+            decoded = sum(map(len, self._pieces)) + len(self._held)
+            self._held += self._tokenizer.decode(tokens)[decoded:]
+        shown = self._release()
+        if self.finish_reason is None:  # no stop string within the last characters
+            self.finish_reason = reason
+            self._pieces.append(self._held)
+            shown += self._held
+        return shown
+
+    def _release(self) -> str:
+        """Take out of the held text what can be shown; end the answer at a stop string."""
+        stops = self.request.stop
+        ends = [(self._held.find(stop) + len(stop), len(stop)) for stop in stops if stop in self._held]
+        if ends:
+            # By completion, so that the text does not depend on how it was cut into tokens.
+            end, length = min(ends, key=lambda found: (found[0], -found[1]))
+            self.finish_reason = "stop"
+            shown, self._held = self._held[: end - length], ""
+        else:
+            hold = max((_overlap(self._held, stop) for stop in stops), default=0)
+            shown, self._held = self._held[: len(self._held) - hold], self._held[len(self._held) - hold :]
+        self._pieces.append(shown)
+        return shown
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of text that is the beginning of stop, but not all of it."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
