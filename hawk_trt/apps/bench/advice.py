@@ -32,8 +32,6 @@ class Size:
     """A prompt, and how the KV cache grows with an answer.
 
     Attributes:
-        num_text: text tokens.
-        num_visual: visual tokens.
         allocated: whether attention runs over all columns that a request will need from its start (in place in ONNX
             Runtime), or over those written so far.
     """
@@ -60,11 +58,8 @@ class StageTimes:
     """One keep ratio, measured: medians in seconds, of an answer of new_tokens.
 
     Attributes:
-        keep_ratio: of it.
-        new_tokens: of the answer.
         image: preprocess and vision.
-        first_layer: prefill.
-        decoder: prefill.
+        first_layer, decoder: prefill.
         rest: of the host.
         begin: what the first decode steps cost more than later ones, all together.
         step: a decode step, with all that the host does for a token.
@@ -93,14 +88,7 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True)
 class Recommendation:
-    """For one answer length: a keep ratio, or None for no pruning, and why.
-
-    Attributes:
-        new_tokens: of the answer.
-        keep_ratio: recommended.
-        saving: share of the total time that it saves.
-        reason: in a sentence.
-    """
+    """For one answer length: a keep ratio, or None for no pruning, the share of the time that it saves, and why."""
 
     new_tokens: int
     keep_ratio: float | None
@@ -109,29 +97,20 @@ class Recommendation:
 
 
 class TimeModel:
-    """The fitted model.
-
-    Attributes:
-        size: of the prompt.
-        image_seconds: preprocess and vision.
-    """
+    """The fitted model of a prompt's size."""
 
     def __init__(self, size: Size, times: Sequence[StageTimes]) -> None:
-        """Fit.
-
-        Args:
-            size: of the prompt that was measured.
-            times: at least two keep ratios; three or more tell the curve from the line.
+        """Fit; three keep ratios or more tell the curve from the line.
 
         Raises:
-            InvalidInput: fewer.
+            InvalidInput: fewer than two keep ratios.
         """
         if len({time.keep_ratio for time in times}) < 2:
             raise InvalidInput(f"keep ratios: got {len(times)} measured, expected at least two to see what they change")
         self.size = size
-        self.image_seconds = float(np.median([time.image for time in times]))
-        self._rest = float(np.median([time.rest for time in times]))
-        self._begin = float(np.median([time.begin for time in times]))
+        self._image, self._rest, self._begin = (
+            float(np.median([getattr(time, name) for time in times])) for name in ("image", "rest", "begin")
+        )
         prefills = [
             (1.0, size.kept(time.keep_ratio), size.kept(time.keep_ratio) * columns)
             for time in times
@@ -147,7 +126,7 @@ class TimeModel:
         kept = self.size.kept(keep_ratio)
         prefill = np.array([1.0, kept, kept * self.size.prefill_columns(keep_ratio, new_tokens)])
         step = np.array([1.0, self.size.step_columns(keep_ratio, new_tokens)])
-        first_token = self.image_seconds + self._rest + float(prefill @ (self._first_layer + self._decoder))
+        first_token = self._image + self._rest + float(prefill @ (self._first_layer + self._decoder))
         decoding = self._begin + (new_tokens - 1) * float(step @ self._step) if new_tokens > 1 else 0.0
         return Prediction(
             keep_ratio, num_kept(self.size.num_visual, keep_ratio, 1), new_tokens, first_token, first_token + decoding
@@ -172,8 +151,8 @@ class TimeModel:
     def _why_not(self, full: Prediction) -> str:
         """What the time goes to that pruning cannot save."""
         decoding = full.total - full.first_token
-        if self.image_seconds >= _HALF * full.total:
-            share = self.image_seconds / full.total
+        if self._image >= _HALF * full.total:
+            share = self._image / full.total
             return (
                 f"vision-bound: {_percent(share)} of the time goes to the image before any token can be dropped. "
                 "Smaller images help (--max-pixels)"
@@ -194,20 +173,16 @@ def _fit(rows: Sequence[tuple[float, ...]], seconds: Sequence[float]) -> FloatAr
     """Least squares of the relative error with no coefficient below 0: the best of all subsets of the columns."""
     # of a time of 0 (a stage that a backend does not tell) the weight is 1, and the fit is 0
     weight = np.array([1.0 / value if value > 0 else 1.0 for value in seconds])
-    design = np.array(rows) * weight[:, None]
-    target = np.array(seconds) * weight
+    design, target = np.array(rows) * weight[:, None], np.array(seconds) * weight
+    scale = design.max(axis=0)
     columns = range(design.shape[1])
-    best, least = np.zeros(design.shape[1]), float(target @ target)
-    for count in range(1, len(columns) + 1):
-        for chosen in itertools.combinations(columns, count):
-            part = design[:, chosen]
-            scale = np.abs(part).max(axis=0)
-            solution = np.linalg.lstsq(part / scale, target, rcond=None)[0] / scale
-            left = float(np.square(part @ solution - target).sum())
-            if (solution >= 0).all() and left < least - 1e-12:
-                best = np.zeros(len(columns))
-                best[list(chosen)] = solution
-                least = left
+    best, least = np.zeros(len(columns)), float(target @ target)
+    for chosen in (list(c) for count in columns for c in itertools.combinations(columns, count + 1)):
+        solution = np.linalg.lstsq(design[:, chosen] / scale[chosen], target, rcond=None)[0] / scale[chosen]
+        left = float(np.square(design[:, chosen] @ solution - target).sum())
+        if (solution >= 0).all() and left < least - 1e-12:
+            best, least = np.zeros(len(columns)), left
+            best[chosen] = solution
     return best
 
 

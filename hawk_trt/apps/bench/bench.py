@@ -6,7 +6,7 @@ Runs are interleaved, so that a machine that slows down slows all rows alike.
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,17 +23,11 @@ if TYPE_CHECKING:
 # In the order in which a request meets them; milliseconds in a row.
 STAGES = ("preprocess", "vision", "score", "first_layer", "decoder", "decode_step")
 MEMORY_METRIC = "VmHWM, peak resident memory of the process, weights included"
-_CLEAR_PEAK = "5"  # what resets VmHWM in /proc/self/clear_refs
 
 
 @dataclass(frozen=True, slots=True)
 class BenchPrompt:
-    """A prompt to measure.
-
-    Attributes:
-        name: for the table.
-        prepare: makes its tensors; timed as preprocess.
-    """
+    """A prompt to measure: its name, and what makes its tensors, timed as preprocess."""
 
     name: str
     prepare: Callable[[], ModelInputs]
@@ -53,8 +47,6 @@ class BenchRow:
     """One prompt at one keep ratio.
 
     Attributes:
-        prompt: its name.
-        keep_ratio: share of visual tokens kept.
         num_tokens, num_visual, num_kept: in the prompt, and kept of the visual ones.
         stages: by name. score (scores, top-k, gather) is measured on its own and is also a part of
             first_layer; decode_step is one generated token.
@@ -78,12 +70,12 @@ class BenchRow:
 
 @dataclass(slots=True)
 class _Samples:
-    """What the repeats of one pair gave."""
+    """What the repeats of one pair gave; times in milliseconds."""
 
-    results: list[Result]
-    preprocess: list[float]
-    score: list[float]
-    peak_bytes: int | None = None
+    results: list[Result] = field(default_factory=list)
+    preprocess: list[float] = field(default_factory=list)
+    score: list[float] = field(default_factory=list)
+    peaks_bytes: list[int] = field(default_factory=list)
 
 
 def bench(
@@ -115,28 +107,16 @@ def bench(
             f"max_new_tokens, repeats, warmup: got {max_new_tokens}, {repeats}, {warmup}, expected at least 2, 1, 0"
         )
     pairs = [(prompt, PruningConfig(keep_ratio=ratio)) for prompt in prompts for ratio in keep_ratios]
-    samples = [_Samples([], [], []) for _ in pairs]
+    samples = [_Samples() for _ in pairs]
     for number in range(warmup + repeats):
         for (prompt, pruning), found in zip(pairs, samples, strict=True):
-            _measure(pipe, prompt, pruning, max_new_tokens, found if number >= warmup else _Samples([], [], []))
+            _measure(pipe, prompt, pruning, max_new_tokens, found if number >= warmup else _Samples())
             step()
     token_bytes = pipe.bundle.manifest.kv_bytes_per_token
-    return [_row(prompt, pruning, found, token_bytes) for (prompt, pruning), found in zip(pairs, samples, strict=True)]
-
-
-def _measure(
-    pipe: "Pipeline", prompt: BenchPrompt, pruning: PruningConfig, max_new_tokens: int, found: _Samples
-) -> None:
-    _reset_peak()
-    begun = time.perf_counter()
-    inputs = prompt.prepare()
-    found.preprocess.append(1e3 * (time.perf_counter() - begun))
-    result = pipe.generate(inputs, pruning=pruning, max_new_tokens=max_new_tokens, ignore_eos=True)
-    found.results.append(result)
-    peak = _peak_bytes()
-    if peak is not None:
-        found.peak_bytes = max(peak, found.peak_bytes or 0)
-    found.score.append(1e3 * score_seconds(pipe, inputs, pruning))
+    return [
+        _row(prompt.name, pruning.keep_ratio, found, token_bytes)
+        for (prompt, pruning), found in zip(pairs, samples, strict=True)
+    ]
 
 
 def score_seconds(pipe: "Pipeline", inputs: ModelInputs, pruning: PruningConfig) -> float:
@@ -150,39 +130,45 @@ def score_seconds(pipe: "Pipeline", inputs: ModelInputs, pruning: PruningConfig)
     return source.score_seconds
 
 
-def _row(prompt: BenchPrompt, pruning: PruningConfig, found: _Samples, token_bytes: int) -> BenchRow:
-    results = found.results
-    first = results[0]
-    dropped = first.num_visual - first.num_kept
-    num_tokens = len(first.kept_indices) + dropped
-    stages = {
-        "preprocess": _spread(found.preprocess),
-        "vision": _spread([1e3 * r.timings.vision for r in results]),
-        "score": _spread(found.score),
-        "first_layer": _spread([1e3 * r.timings.first_layer for r in results]),
-        "decoder": _spread([1e3 * r.timings.decoder for r in results]),
-        "decode_step": _spread([1e3 * r.timings.decode / max(len(r.token_ids) - 1, 1) for r in results]),
-    }
-    first_tokens = [
-        ms + 1e3 * (t.preprocess + t.vision + t.select + t.first_layer + t.decoder)
-        for ms, t in zip(found.preprocess, (r.timings for r in results), strict=True)
-    ]
-    totals = [ms + 1e3 * r.timings.total for ms, r in zip(found.preprocess, results, strict=True)]
+def _measure(
+    pipe: "Pipeline", prompt: BenchPrompt, pruning: PruningConfig, max_new_tokens: int, found: _Samples
+) -> None:
+    _reset_peak()
+    begun = time.perf_counter()
+    inputs = prompt.prepare()
+    found.preprocess.append(1e3 * (time.perf_counter() - begun))
+    found.results.append(pipe.generate(inputs, pruning=pruning, max_new_tokens=max_new_tokens, ignore_eos=True))
+    found.peaks_bytes += _peak_bytes()
+    found.score.append(1e3 * score_seconds(pipe, inputs, pruning))
+
+
+def _row(prompt: str, keep_ratio: float, found: _Samples, token_bytes: int) -> BenchRow:
+    first = found.results[0]
+    timings = [result.timings for result in found.results]
+    steps = [1e3 * r.timings.decode / max(len(r.token_ids) - 1, 1) for r in found.results]
+    prefills = [1e3 * (t.preprocess + t.vision + t.select + t.first_layer + t.decoder) for t in timings]
     return BenchRow(
-        prompt=prompt.name,
-        keep_ratio=pruning.keep_ratio,
-        num_tokens=num_tokens,
+        prompt=prompt,
+        keep_ratio=keep_ratio,
+        num_tokens=len(first.kept_indices) + first.num_visual - first.num_kept,
         num_visual=first.num_visual,
         num_kept=first.num_kept,
-        stages=stages,
-        first_token=_spread(first_tokens),
-        total=_spread(totals),
+        stages={
+            "preprocess": _spread(found.preprocess),
+            "vision": _spread([1e3 * t.vision for t in timings]),
+            "score": _spread(found.score),
+            "first_layer": _spread([1e3 * t.first_layer for t in timings]),
+            "decoder": _spread([1e3 * t.decoder for t in timings]),
+            "decode_step": _spread(steps),
+        },
+        first_token=_spread(np.add(found.preprocess, prefills)),
+        total=_spread(np.add(found.preprocess, [1e3 * t.total for t in timings])),
         kv_bytes=len(first.kept_indices) * token_bytes,
-        peak_bytes=found.peak_bytes,
+        peak_bytes=max(found.peaks_bytes, default=None),
     )
 
 
-def _spread(values: Sequence[float]) -> Spread:
+def _spread(values: "Sequence[float] | np.ndarray[tuple[int, ...], np.dtype[np.float64]]") -> Spread:
     low, median, high = np.percentile(values, (25, 50, 75)).tolist()
     return Spread(median, low, high)
 
@@ -190,15 +176,15 @@ def _spread(values: Sequence[float]) -> Spread:
 def _reset_peak() -> None:
     """Let the peak start anew from what is resident now."""
     try:
-        Path("/proc/self/clear_refs").write_text(_CLEAR_PEAK)
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     except OSError:
         return  # not Linux, or not allowed: the peak then is that of the process so far
 
 
-def _peak_bytes() -> int | None:
+def _peak_bytes() -> list[int]:
+    """The peak, where the system tells."""
     try:
-        status = Path("/proc/self/status").read_text()
+        lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
-        return None
-    line = next((line for line in status.splitlines() if line.startswith("VmHWM")), None)
-    return None if line is None else int(line.split()[1]) * 1024
+        return []
+    return [int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")]

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,6 +20,7 @@ _FIRST = 6
 _STEPS = 16
 _MOST_ROUNDS = 9
 
+# Answers the prompt, never stopping before the given number of tokens.
 Ask = Callable[[PruningConfig, int], Result]
 
 
@@ -32,27 +34,20 @@ def prompt_size(pipe: "Pipeline", result: Result) -> Size:
 
 
 def measure(ask: Ask, seconds: float, ratios: Sequence[float] = MEASURED_RATIOS) -> list[StageTimes]:
-    """Run the prompt at each keep ratio in turn, at least twice and then as long as the time allows; medians.
-
-    Args:
-        ask: answers the prompt, never stopping before the given number of tokens.
-        seconds: that this may take, where two rounds do.
-        ratios: keep ratios.
-    """
+    """Medians at each keep ratio; the ratios take turns, at least twice and then as long as the time allows."""
     begun = time.perf_counter()
     for ratio in ratios:  # the first run of every shape pays for what is made once
         ask(PruningConfig(keep_ratio=ratio), 2)
     rounds: list[list[StageTimes]] = []
     while len(rounds) < 2 or (len(rounds) < _MOST_ROUNDS and time.perf_counter() - begun < seconds):
         rounds.append([measure_once(ask, ratio) for ratio in ratios])
-    return [medians([measured[place] for measured in rounds]) for place in range(len(ratios))]
+    return [medians(runs) for runs in zip(*rounds, strict=True)]
 
 
 def measure_once(ask: Ask, ratio: float) -> StageTimes:
     """Run the prompt at one keep ratio: a few tokens far, and some tokens further."""
     pruning = PruningConfig(keep_ratio=ratio)
     first, whole = ask(pruning, _FIRST).timings, ask(pruning, _FIRST + _STEPS).timings
-    rest = _behind_prefill(first) - first.decode
     step = max(_behind_prefill(whole) - _behind_prefill(first), 0.0) / _STEPS
     return StageTimes(
         keep_ratio=ratio,
@@ -60,29 +55,17 @@ def measure_once(ask: Ask, ratio: float) -> StageTimes:
         image=whole.preprocess + whole.vision,
         first_layer=whole.first_layer,
         decoder=whole.decoder,
-        rest=max(rest, 0.0),
+        rest=max(_behind_prefill(first) - first.decode, 0.0),
         begin=max(first.decode - (_FIRST - 1) * step, 0.0),
         step=step,
     )
 
 
+def medians(runs: Sequence[StageTimes]) -> StageTimes:
+    """The median of each time over runs of the same keep ratio and number of tokens."""
+    times = {name.name: float(np.median([getattr(run, name.name) for run in runs])) for name in fields(StageTimes)[2:]}
+    return StageTimes(runs[0].keep_ratio, runs[0].new_tokens, **times)
+
+
 def _behind_prefill(timings: Timings) -> float:
     return timings.total - timings.preprocess - timings.vision - timings.first_layer - timings.decoder
-
-
-def medians(measured: Sequence[StageTimes]) -> StageTimes:
-    """The median of each time over runs of the same keep ratio."""
-
-    def median(name: str) -> float:
-        return float(np.median([getattr(times, name) for times in measured]))
-
-    return StageTimes(
-        keep_ratio=measured[0].keep_ratio,
-        new_tokens=measured[0].new_tokens,
-        image=median("image"),
-        first_layer=median("first_layer"),
-        decoder=median("decoder"),
-        rest=median("rest"),
-        begin=median("begin"),
-        step=median("step"),
-    )

@@ -9,7 +9,6 @@ from rich.console import Console
 from rich.table import Table
 
 from hawk_trt.apps.bench.bench import STAGES, BenchRow, Spread
-from hawk_trt.errors import InvalidInput
 
 _PREFILL = ("preprocess", "vision", "first_layer", "decoder")
 
@@ -22,15 +21,8 @@ def print_rows(rows: Sequence[BenchRow], console: Console) -> None:
         table = Table(
             title=f"{prompt}: {own[0].num_tokens} tokens, {own[0].num_visual} of them visual", title_justify="left"
         )
-        for name in (
-            "keep",
-            "kept",
-            *(stage.replace("_", " ") for stage in STAGES),
-            "first token",
-            "total",
-            "KV",
-            "peak",
-        ):
+        stages = [stage.replace("_", " ") for stage in STAGES]
+        for name in ("keep", "kept", *stages, "first token", "total", "KV", "peak"):
             table.add_column(name, justify="right")
         for row in own:
             table.add_row(
@@ -47,15 +39,9 @@ def print_rows(rows: Sequence[BenchRow], console: Console) -> None:
 
 
 def plot_rows(rows: Sequence[BenchRow]) -> bytes:
-    """A PNG: stacked stage times up to the first token, by keep ratio, one panel a prompt.
+    """A PNG: stacked stage times up to the first token, by keep ratio, one panel a prompt."""
+    from matplotlib.figure import Figure  # an extra that only plots need
 
-    Raises:
-        InvalidInput: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure  # an extra that only plots need
-    except ImportError as error:
-        raise InvalidInput(f"plots need matplotlib ({error}): pip install matplotlib") from error
     groups = [(prompt, list(group)) for prompt, group in groupby(rows, key=lambda row: row.prompt)]
     figure = Figure(figsize=(1.5 + 3.2 * len(groups), 4.2), layout="constrained")
     panels = figure.subplots(1, len(groups), squeeze=False)[0]

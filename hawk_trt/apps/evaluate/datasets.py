@@ -33,14 +33,10 @@ _FILES = ("samples.jsonl", "samples.json")
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One question.
+    """One question; the images come before it, then the videos.
 
     Attributes:
-        id: names it in the data set.
-        question: the text.
         answers: what counts as right; for multiple choice the letter or the text of the right choice.
-        images: before the question, in this order; then videos.
-        videos: as the pipeline takes them.
         choices: of multiple choice, A first.
     """
 
@@ -65,9 +61,7 @@ class Dataset:
     """Samples in a fixed order; a smaller count takes the first of a larger one.
 
     Attributes:
-        name: as it was asked for.
         fingerprint: sha256 of what the samples are, whatever their count.
-        count: of samples.
         make: gives the samples anew.
     """
 
@@ -136,7 +130,13 @@ class _Entry:
 
 
 def _from_file(name: str, count: int | None, seed: int) -> Dataset:
-    path = _file(Path(name))
+    path = Path(name)
+    if path.is_dir():
+        path = next((path / file for file in _FILES if (path / file).is_file()), path)
+    if path.is_dir():
+        raise InvalidInput(f"dataset {path}: this folder holds no {' or '.join(_FILES)}")
+    if not path.is_file():
+        raise InvalidInput(f"dataset: got {name!r}, expected {TINY}, a JSONL file or a folder with {_FILES[0]}")
     content = path.read_bytes()
     try:
         if path.suffix == ".json":
@@ -154,17 +154,6 @@ def _from_file(name: str, count: int | None, seed: int) -> Dataset:
     order = np.random.default_rng(seed).permutation(len(samples))[:count]
     digest = hashlib.sha256(content + f" {seed}".encode())
     return Dataset(name, digest.hexdigest(), len(order), lambda: (samples[place] for place in order))
-
-
-def _file(path: Path) -> Path:
-    if path.is_dir():
-        for name in _FILES:
-            if (path / name).is_file():
-                return path / name
-        raise InvalidInput(f"dataset {path}: this folder holds no {' or '.join(_FILES)}")
-    if not path.is_file():
-        raise InvalidInput(f"dataset: got {str(path)!r}, expected {TINY}, a JSONL file or a folder with {_FILES[0]}")
-    return path
 
 
 def _sample(path: Path, number: int, entry: _Entry) -> Sample:

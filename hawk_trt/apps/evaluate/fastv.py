@@ -51,7 +51,7 @@ class FastVAnswer:
 
 
 class FastV:
-    """A checkpoint's decoder with FastV in it."""
+    """A checkpoint's decoder with FastV in it; batches of one."""
 
     def __init__(self, model: Any) -> None:  # noqa: ANN401 - a class of transformers, by its config
         self._language = model.model.language_model
@@ -86,15 +86,7 @@ class FastV:
         max_new_tokens: int,
         stop_tokens: Sequence[int],
     ) -> FastVAnswer:
-        """Answer one prompt greedily.
-
-        Args:
-            prompt: where everything lies.
-            visual_embeds: (num_visual, hidden) float32, in the order of the prompt.
-            num_kept: visual tokens kept.
-            max_new_tokens: longest answer.
-            stop_tokens: ids that end it.
-        """
+        """Answer one prompt greedily; visual_embeds: (num_visual, hidden) float32, in the order of the prompt."""
         device = self._lm_head.weight.device
         visual = prompt.visual_rows >= 0
         embeds = self._language.embed_tokens(torch.tensor(prompt.input_ids, device=device))

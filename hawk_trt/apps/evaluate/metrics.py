@@ -15,6 +15,8 @@ from rapidfuzz.distance import Levenshtein
 
 from hawk_trt.apps.evaluate.datasets import LETTERS, Sample
 
+Metric = Callable[[str, Sample], float]
+
 _RELATIVE_TOLERANCE = 0.05
 _ANLS_THRESHOLD = 0.5
 _PEOPLE_ENOUGH = 3
@@ -49,7 +51,12 @@ def anls(answer: str, sample: Sample) -> float:
 
 def relaxed_accuracy(answer: str, sample: Sample) -> float:
     """1 where a number is within 5 % of one of the answers, or a text equals one."""
-    return float(any(_is_near(answer, right) for right in sample.answers) or exact_match(answer, sample))
+    got = _number(answer)
+    for right in sample.answers:
+        expected = _number(right)
+        if got is not None and expected is not None and abs(got - expected) <= _RELATIVE_TOLERANCE * abs(expected):
+            return 1.0
+    return exact_match(answer, sample)
 
 
 def multiple_choice(answer: str, sample: Sample) -> float:
@@ -59,7 +66,7 @@ def multiple_choice(answer: str, sample: Sample) -> float:
     return float(chosen is not None and chosen in right)
 
 
-METRICS: dict[str, Callable[[str, Sample], float]] = {
+METRICS: dict[str, Metric] = {
     "exact-match": exact_match,
     "vqa-accuracy": vqa_accuracy,
     "anls": anls,
@@ -78,13 +85,6 @@ def _vqa_words(text: str) -> str:
     words = kept.translate(_NO_PUNCTUATION).replace("\0", ".").split()
     numbers = {word: str(value) for value, word in enumerate(_NUMBER_WORDS)}
     return " ".join(numbers.get(word, word) for word in words if word not in _ARTICLES)
-
-
-def _is_near(answer: str, right: str) -> bool:
-    got, expected = _number(answer), _number(right)
-    if got is None or expected is None:
-        return False
-    return abs(got - expected) <= _RELATIVE_TOLERANCE * abs(expected)
 
 
 def _number(text: str) -> float | None:

@@ -14,6 +14,7 @@ from typing import Generic, TypeVar
 import msgspec
 
 from hawk_trt.errors import InvalidInput
+from hawk_trt.files import parse_json
 
 Record = TypeVar("Record")
 
@@ -35,10 +36,10 @@ class ResultLog(Generic[Record]):
         option: str = "--out",
         sync: bool = False,
     ) -> None:
-        """Open a log, or begin one.
+        """Open a log, or begin one; its folder is made where there is none.
 
         Args:
-            path: the file; its folder is made where there is none.
+            path: the file.
             subject: what the results are of: model, data set, settings.
             record_type: dataclass of one result.
             option: of the command line that chooses the file's folder, for messages.
@@ -48,14 +49,18 @@ class ResultLog(Generic[Record]):
             InvalidInput: the file holds results of something else, is no log, or another run is writing to it.
         """
         self.path = path
-        self._option = option
         self._sync = sync
         self.records: list[Record] = []
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a+b", buffering=0)
         try:
-            self._lock()
-            self._begin(subject, record_type)
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._begin(subject, record_type, option)
+        except BlockingIOError as error:
+            self._file.close()
+            raise InvalidInput(
+                f"{path}: another run is writing there. Wait for it, or choose another {option}"
+            ) from error
         except BaseException:  # whoever cannot have the log does not hold its lock either
             self._file.close()
             raise
@@ -72,44 +77,21 @@ class ResultLog(Generic[Record]):
         """Close the file."""
         self._file.close()
 
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InvalidInput(
-                f"{self.path}: another run is writing there. Wait for it, or choose another {self._option}"
-            ) from error
-
-    def _begin(self, subject: Mapping[str, str], record_type: type[Record]) -> None:
+    def _begin(self, subject: Mapping[str, str], record_type: type[Record], option: str) -> None:
         """Read what there is, drop a line that was cut short, and write the first one to an empty file."""
         content = self.path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
         lines = whole.splitlines()
+        advice = f"Choose another {option}, or delete it"
         if lines:
-            self._check_subject(lines[0], subject)
-            self.records = self._read(lines[1:], record_type)
+            held = parse_json(lines[0], dict[str, str], f"{self.path}: not a file of results", InvalidInput, advice)
+            for name in sorted({*held, *subject}):
+                if held.get(name) != subject.get(name):
+                    raise InvalidInput(
+                        f"{self.path}: it holds results of another {name} ({held.get(name)}, not {subject.get(name)}). "
+                        f"{advice}"
+                    )
+            self.records = [parse_json(line, record_type, str(self.path), InvalidInput, advice) for line in lines[1:]]
         self._file.truncate(len(whole))
         if not lines:
             self._file.write(msgspec.json.encode(dict(sorted(subject.items()))) + b"\n")
-
-    def _check_subject(self, line: bytes, subject: Mapping[str, str]) -> None:
-        try:
-            held = msgspec.json.decode(line, type=dict[str, str])
-        except msgspec.MsgspecError as error:
-            raise InvalidInput(
-                f"{self.path}: not a file of results ({error}). Choose another {self._option}"
-            ) from error
-        for name in sorted({*held, *subject}):
-            if held.get(name) != subject.get(name):
-                raise InvalidInput(
-                    f"{self.path}: it holds results of another {name} ({held.get(name)}, not {subject.get(name)}). "
-                    f"Choose another {self._option}, or delete it"
-                )
-
-    def _read(self, lines: list[bytes], record_type: type[Record]) -> list[Record]:
-        try:
-            return [msgspec.json.decode(line, type=record_type) for line in lines]
-        except msgspec.MsgspecError as error:
-            raise InvalidInput(
-                f"{self.path}: damaged ({error}). Delete it, or choose another {self._option}"
-            ) from error

@@ -14,20 +14,18 @@ from hawk_trt.apps.evaluate.intervals import Interval, mean_interval
 from hawk_trt.apps.evaluate.trials import Cell, Trial
 from hawk_trt.request import Timings
 
+_STAGES = [field.name for field in fields(Timings)]  # the total comes last
+_MEANS = ("num_visual", "num_kept", "num_tokens", "kv_bytes")
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
     """One selector at one keep ratio.
 
     Attributes:
-        selector: who chose.
-        keep_ratio: as asked for.
         samples: answered.
         accuracy: mean score with its interval of 95 %.
-        num_visual: visual tokens a prompt, mean.
-        num_kept: of them kept, mean.
-        num_tokens: tokens generated, mean.
-        kv_bytes: keys and values of a prompt, mean.
+        num_visual, num_kept, num_tokens, kv_bytes: means of the trials'.
         latency_ms: median by stage; None where another runtime answered.
         on_front: whether no other row is as accurate in less time.
     """
@@ -43,14 +41,19 @@ class Row:
     latency_ms: dict[str, float] | None
     on_front: bool = False
 
+    @property
+    def total_ms(self) -> float | None:
+        """Median of the whole answer."""
+        return None if self.latency_ms is None else self.latency_ms["total"]
+
 
 def summarise(trials: Sequence[Trial], cells: Sequence[Cell], samples: Sequence[str]) -> list[Row]:
     """One row a cell, in the cells' order, over the given samples; cells without trials are left out."""
     wanted = set(samples)
     by_cell: dict[tuple[str, float], list[Trial]] = {cell.key: [] for cell in cells}
     for trial in trials:
-        if trial.sample in wanted and (trial.selector, trial.keep_ratio) in by_cell:
-            by_cell[trial.selector, trial.keep_ratio].append(trial)
+        if trial.sample in wanted and trial.key[1:] in by_cell:
+            by_cell[trial.key[1:]].append(trial)
     rows = [_row(key, found) for key, found in by_cell.items() if found]
     front = pareto_front(rows)
     return [replace(row, on_front=row in front) for row in rows]
@@ -58,7 +61,7 @@ def summarise(trials: Sequence[Trial], cells: Sequence[Cell], samples: Sequence[
 
 def pareto_front(rows: Sequence[Row]) -> list[Row]:
     """Rows that no other beats: none is at least as accurate and faster, or more accurate and as fast."""
-    timed = [(row, row.latency_ms["total"], row.accuracy.mean) for row in rows if row.latency_ms is not None]
+    timed = [(row, row.total_ms, row.accuracy.mean) for row in rows if row.total_ms is not None]
     return [
         row
         for row, time_ms, accuracy in timed
@@ -71,30 +74,26 @@ def pareto_front(rows: Sequence[Row]) -> list[Row]:
 
 def to_csv(rows: Sequence[Row]) -> str:
     """The rows as CSV, times in milliseconds; an empty field is a time that was not measured."""
-    stages = [field.name for field in fields(Timings)]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    means = ("num_visual", "num_kept", "num_tokens", "kv_bytes")
-    times = [f"{stage}_ms" for stage in stages]
-    writer.writerow(
-        ("selector", "keep_ratio", "samples", "accuracy", "accuracy_low", "accuracy_high", *means, *times, "on_front")
-    )
+    accuracy = ("accuracy", "accuracy_low", "accuracy_high")
+    times = [f"{stage}_ms" for stage in _STAGES]
+    writer.writerow(("selector", "keep_ratio", "samples", *accuracy, *_MEANS, *times, "on_front"))
     for row in rows:
-        times = [""] * len(stages) if row.latency_ms is None else [f"{row.latency_ms[stage]:.3f}" for stage in stages]
-        accuracy = [f"{value:.4f}" for value in (row.accuracy.mean, row.accuracy.low, row.accuracy.high)]
-        own = [f"{getattr(row, name):.1f}" for name in means]
-        writer.writerow([row.selector, row.keep_ratio, row.samples, *accuracy, *own, *times, int(row.on_front)])
+        scores = [f"{value:.4f}" for value in (row.accuracy.mean, row.accuracy.low, row.accuracy.high)]
+        means = [f"{getattr(row, name):.1f}" for name in _MEANS]
+        times = ["" if row.latency_ms is None else f"{row.latency_ms[stage]:.3f}" for stage in _STAGES]
+        writer.writerow([row.selector, row.keep_ratio, row.samples, *scores, *means, *times, int(row.on_front)])
     return text.getvalue()
 
 
 def print_rows(rows: Sequence[Row], console: Console) -> None:
     """Print the rows as two tables, each of which fits a terminal of 80 columns."""
-    stages = [field.name for field in fields(Timings)]  # the total comes last
     answers = _table("selector", "keep", "kept", "accuracy [95 %]", "total, ms", "KV, kB")
-    times = _table("median ms", "keep", *stages[:-1])
+    times = _table("median ms", "keep", *_STAGES[:-1])
     for row in rows:
         accuracy = row.accuracy
-        latencies = ["-" if row.latency_ms is None else f"{row.latency_ms[stage]:.2f}" for stage in stages]
+        latencies = ["-" if row.latency_ms is None else f"{row.latency_ms[stage]:.2f}" for stage in _STAGES]
         answers.add_row(
             f"{row.selector}{' *' if row.on_front else ''}",
             f"{row.keep_ratio:g}",
@@ -119,20 +118,11 @@ def _table(*columns: str) -> Table:
 
 def _row(key: tuple[str, float], trials: Sequence[Trial]) -> Row:
     timings = [trial.timings for trial in trials if trial.timings is not None]
-    latency_ms = None
-    if timings:
-        latency_ms = {
-            field.name: 1000.0 * float(np.median([getattr(timing, field.name) for timing in timings]))
-            for field in fields(Timings)
-        }
-    return Row(
-        selector=key[0],
-        keep_ratio=key[1],
-        samples=len(trials),
-        accuracy=mean_interval([trial.score for trial in trials]),
-        num_visual=float(np.mean([trial.num_visual for trial in trials])),
-        num_kept=float(np.mean([trial.num_kept for trial in trials])),
-        num_tokens=float(np.mean([trial.num_tokens for trial in trials])),
-        kv_bytes=float(np.mean([trial.kv_bytes for trial in trials])),
-        latency_ms=latency_ms,
+    latency_ms = {
+        stage: 1e3 * float(np.median([getattr(one, stage) for one in timings])) for stage in _STAGES if timings
+    }
+    accuracy = mean_interval([trial.score for trial in trials])
+    num_visual, num_kept, num_tokens, kv_bytes = (
+        float(np.mean([getattr(trial, name) for trial in trials])) for name in _MEANS
     )
+    return Row(*key, len(trials), accuracy, num_visual, num_kept, num_tokens, kv_bytes, latency_ms or None)

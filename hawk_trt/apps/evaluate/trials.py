@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hawk_trt.apps.evaluate.datasets import Dataset, Sample
+from hawk_trt.apps.evaluate.metrics import Metric
 from hawk_trt.apps.evaluate.result_log import ResultLog
 from hawk_trt.request import ModelInputs, PruningConfig, Timings
 
@@ -26,7 +27,7 @@ class Cell:
 
     @property
     def key(self) -> tuple[str, float]:
-        """Names it in results."""
+        """Names the cell in results."""
         return self.selector, self.pruning.keep_ratio
 
 
@@ -36,12 +37,10 @@ class Trial:
 
     Attributes:
         sample: its id.
-        selector: name of the cell.
-        keep_ratio: of the cell.
-        answer: the text.
+        selector, keep_ratio: of the cell.
         score: in [0, 1].
         num_visual: visual tokens in the prompt.
-        num_kept: visual tokens kept.
+        num_kept: of them kept.
         num_tokens: tokens generated.
         kv_bytes: keys and values of the prompt, all layers.
         timings: seconds by stage; None where another runtime answered.
@@ -57,6 +56,11 @@ class Trial:
     num_tokens: int
     kv_bytes: int
     timings: Timings | None
+
+    @property
+    def key(self) -> tuple[str, str, float]:
+        """Sample and cell: what a log knows a trial by."""
+        return self.sample, self.selector, self.keep_ratio
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,21 +78,15 @@ Answerer = Callable[[PreparedSample, Cell], Trial]
 class PipelineAnswerer:
     """Answers with a pipeline."""
 
-    def __init__(self, pipe: "Pipeline", metric: Callable[[str, Sample], float], max_new_tokens: int) -> None:
+    def __init__(self, pipe: "Pipeline", metric: Metric, max_new_tokens: int) -> None:
         self._pipe = pipe
         self._metric = metric
         self._max_new_tokens = max_new_tokens
-        self._token_bytes = pipe.bundle.manifest.kv_bytes_per_token
 
     def __call__(self, prepared: PreparedSample, cell: Cell) -> Trial:
         """Answer one sample."""
         result = self._pipe.generate(prepared.inputs, pruning=cell.pruning, max_new_tokens=self._max_new_tokens)
-        # the tensors were made beforehand, and belong to the whole
-        timings = replace(
-            result.timings,
-            preprocess=result.timings.preprocess + prepared.seconds,
-            total=result.timings.total + prepared.seconds,
-        )
+        timings = result.timings  # without those of the tensors, which were made beforehand
         answer = result.text or ""
         return Trial(
             sample=prepared.sample.id,
@@ -99,8 +97,10 @@ class PipelineAnswerer:
             num_visual=result.num_visual,
             num_kept=result.num_kept,
             num_tokens=len(result.token_ids),
-            kv_bytes=len(result.kept_indices) * self._token_bytes,
-            timings=timings,
+            kv_bytes=len(result.kept_indices) * self._pipe.bundle.manifest.kv_bytes_per_token,
+            timings=replace(
+                timings, preprocess=timings.preprocess + prepared.seconds, total=timings.total + prepared.seconds
+            ),
         )
 
 
@@ -117,7 +117,7 @@ def prepare(pipe: "Pipeline", sample: Sample, *, max_pixels: int | None = None) 
 
 def missing(dataset: Dataset, cells: Sequence[Cell], log: ResultLog[Trial]) -> int:
     """Trials that the log does not hold yet."""
-    known = {(trial.sample, trial.selector, trial.keep_ratio) for trial in log.records}
+    known = {trial.key for trial in log.records}
     return sum((sample.id, *cell.key) not in known for sample in dataset for cell in cells)
 
 
@@ -141,7 +141,7 @@ def run_trials(
         answerers: who answers in a cell.
         seed: of random choices, which differ from sample to sample.
     """
-    known = {(trial.sample, trial.selector, trial.keep_ratio) for trial in log.records}
+    known = {trial.key for trial in log.records}
     warm: set[tuple[str, float]] = set()
     for number, sample in enumerate(dataset):
         left = [cell for cell in cells if (sample.id, *cell.key) not in known]

@@ -14,7 +14,7 @@ from hawk_trt.apps.parity.trace import ReferenceTrace
 from hawk_trt.pipeline import Trace
 from hawk_trt.runtime.comparison import Tolerance, at_most
 
-_Matrix = npt.NDArray[np.float64]
+_NAN = float("nan")
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,9 +22,8 @@ class SelectionRow:
     """The kept set against the reference's.
 
     Attributes:
-        num_visual: visual tokens of the prompt.
         num_kept: visual tokens that the reference keeps.
-        overlap: share of the reference's kept visual tokens that the bundle keeps too.
+        overlap: share of them that the bundle keeps too.
         margin: the reference's last kept score - its first dropped one, the smallest over all top-ks;
             None where nothing is dropped.
         swap_distance: how far from the cut a wrongly kept or dropped token lies at most, as a share of
@@ -71,44 +70,36 @@ class TokenRow:
 
 
 def compare_selection(trace: Trace, reference: ReferenceTrace, tolerance: Tolerance) -> SelectionRow:
-    """Compare what is kept, and the scores that decided it.
-
-    Args:
-        trace: of the bundle.
-        reference: run with its own choice of tokens, at least one of them visual.
-        tolerance: what they may differ by.
-    """
-    expected = reference.scores.astype(np.float64)
-    got = np.asarray(trace.scores, dtype=np.float64)
+    """Compare what is kept, and the scores that decided it; the reference made its own choice among visual tokens."""
+    expected, got = reference.scores.astype(np.float64), np.asarray(trace.scores, dtype=np.float64)
     num_visual, num_kept = len(expected), len(reference.kept_visual)
-    failures: tuple[str, ...] = ()
     if got.shape != expected.shape:
-        return SelectionRow(
-            num_visual, num_kept, 0.0, None, float("nan"), float("nan"), float("nan"), float("nan"),
-            (f"scores: got {got.shape}, expected {expected.shape}",),
-        )  # fmt: skip
+        wrong = f"scores: got {got.shape}, expected {expected.shape}"
+        return SelectionRow(num_visual, num_kept, 0.0, None, _NAN, _NAN, _NAN, _NAN, (wrong,))
     # Where all scores are alike, their differences are rounding: 1 % of the largest counts as spread.
     spread = max(float(np.ptp(expected)), 0.01 * float(np.abs(expected).max()))
     error = got - expected
     # Kept or dropped does not depend on a shift of all scores, so it is no error here.
     error_share = _share(float(np.abs(error - np.median(error)).max()), spread)
-    failures += at_most("score error", error_share, tolerance.score_error)
+    failures = at_most("score error", error_share, tolerance.score_error)
 
     kept = np.isin(np.arange(num_visual), reference.kept_visual)
     got_kept = np.isin(reference.visual_indices, trace.kept_indices)
     margins, distances = [], [0.0]
     for group in np.unique(reference.topk_groups):
         member = reference.topk_groups == group
-        if np.count_nonzero(member & kept) != np.count_nonzero(member & got_kept):
-            failures += (f"kept {np.count_nonzero(member & got_kept)} of a top-{np.count_nonzero(member & kept)}",)
-        if not np.any(member & kept) or not np.any(member & ~kept):
+        count, got_count = np.count_nonzero(member & kept), np.count_nonzero(member & got_kept)
+        if count != got_count:
+            failures += (f"kept {got_count} of a top-{count}",)
+        if count == 0 or count == np.count_nonzero(member):
             continue
         last_kept, first_dropped = expected[member & kept].min(), expected[member & ~kept].max()
         margins.append(float(last_kept - first_dropped))
         swapped = expected[member & (kept != got_kept)]
         distances += [_share(abs(float(s) - float(last_kept + first_dropped) / 2), spread) for s in swapped]
     failures += at_most("distance of a swapped token from the cut", max(distances), tolerance.score_error)
-    if not np.array_equal(trace.kept_indices, _kept_indices(reference, got_kept)):
+    text = np.setdiff1d(reference.kept_indices, reference.visual_indices)
+    if not np.array_equal(trace.kept_indices, np.union1d(text, reference.visual_indices[got_kept])):
         failures += ("kept_indices: not all text and the kept visual tokens in ascending order",)
     return SelectionRow(
         num_visual,
@@ -126,62 +117,43 @@ def compare_selection(trace: Trace, reference: ReferenceTrace, tolerance: Tolera
 def compare_tokens(tokens: Sequence[int], trace: Trace, reference: ReferenceTrace, tolerance: Tolerance) -> TokenRow:
     """Compare teacher-forced logits [steps, vocab] and free-running tokens.
 
-    The reference was forced to the bundle's tokens, so up to their first difference its most probable
-    tokens are its own free-running ones.
-
-    Args:
-        tokens: that the bundle chose when running freely.
-        trace: of the bundle, forced to them.
-        reference: forced to them too.
-        tolerance: what they may differ by.
+    Both sides were forced to the tokens that the bundle chose when running freely, so up to their first difference the
+    reference's most probable tokens are its own free-running ones.
     """
-    expected = reference.logits.astype(np.float64)
-    got = np.asarray(trace.logits, dtype=np.float64)
+    expected, got = reference.logits.astype(np.float64), np.asarray(trace.logits, dtype=np.float64)
     if got.shape != expected.shape or len(tokens) != len(expected):
         wrong = f"logits: got {got.shape} and {len(tokens)} tokens, expected {expected.shape}"
-        return TokenRow(len(expected), 0.0, float("nan"), False, 0, float("nan"), (wrong,))
+        return TokenRow(len(expected), 0.0, _NAN, False, 0, _NAN, (wrong,))
     with np.errstate(invalid="ignore"):  # infinities become NaN, and NaN fails
         log_p, log_q = _log_softmax(expected), _log_softmax(got)
         kl = float((np.exp(log_p) * (log_p - log_q)).sum(1).max())
     best = expected.argmax(1)
     different = np.flatnonzero(best != np.asarray(tokens))
-    first = int(different[0]) if len(different) else None
-    margin = 0.0
-    if first is not None:
+    first, margin = None, 0.0
+    if len(different):
+        first = int(different[0])
         margin = _share(float(expected[first].max() - expected[first, tokens[first]]), float(np.abs(expected).max()))
     # Two logits that are each off by the largest error allowed can change places when twice that apart.
-    failures = at_most("KL", kl, tolerance.kl) + at_most(
-        "margin of the token chosen otherwise", margin, 2 * tolerance.decoder.max_error
-    )
+    limit = 2 * tolerance.decoder.max_error
+    failures = at_most("KL", kl, tolerance.kl) + at_most("margin of the token chosen otherwise", margin, limit)
     agreement = float((best == got.argmax(1)).mean())
     return TokenRow(len(expected), agreement, kl, first is None, first, margin, failures)
 
 
 def rank_correlation(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> float:
     """Spearman's rank correlation; equal values share their mean rank, and two constants agree."""
-    ranks_a, ranks_b = _ranks(a), _ranks(b)
-    deviation_a, deviation_b = ranks_a - ranks_a.mean(), ranks_b - ranks_b.mean()
-    scale = float(np.sqrt((deviation_a**2).sum() * (deviation_b**2).sum()))
-    if scale == 0.0:
-        return float(np.array_equal(ranks_a, ranks_b))
-    return float((deviation_a * deviation_b).sum() / scale)
+    ranks = []
+    for values in (a, b):
+        _, place, count = np.unique(values, return_inverse=True, return_counts=True)
+        ranks.append((np.cumsum(count) - (count - 1) / 2)[place])
+    if 0.0 in (np.ptp(ranks[0]), np.ptp(ranks[1])):
+        return float(np.array_equal(ranks[0], ranks[1]))
+    return float(np.asarray(np.corrcoef(ranks[0], ranks[1]))[0, 1])
 
 
-def _ranks(values: npt.NDArray[np.float64]) -> _Matrix:
-    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(count)
-    return np.asarray((last - (count - 1) / 2)[place], dtype=np.float64)
-
-
-def _kept_indices(reference: ReferenceTrace, visual_kept: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
-    """The reference's kept positions, had it kept these visual tokens."""
-    text = np.setdiff1d(reference.kept_indices, reference.visual_indices)
-    return np.sort(np.concatenate([text, reference.visual_indices[visual_kept]]))
-
-
-def _log_softmax(logits: _Matrix) -> _Matrix:
+def _log_softmax(logits: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     shifted = logits - logits.max(1, keepdims=True)
-    return np.asarray(shifted - np.log(np.exp(shifted).sum(1, keepdims=True)), dtype=np.float64)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(1, keepdims=True)))
 
 
 def _share(value: float, whole: float) -> float:

@@ -6,7 +6,7 @@ All indices refer to the prompt without its masked positions.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -20,14 +20,7 @@ from hawk_trt.request import PruningConfig
 class PromptTokens:
     """Token ids that the rules look for; None where the checkpoint has none.
 
-    Attributes:
-        image: placeholder of an image.
-        video: placeholder of a video.
-        vision_end: ends an image or video.
-        im_start: starts a turn.
-        im_end: ends a turn.
-        user: what follows im_start in a user's turn ("user" and a line break).
-        special: every token that query="turn" leaves out.
+    user: what follows im_start in a user's turn ("user" and a line break). special: what query="turn" leaves out.
     """
 
     image: int | None
@@ -61,42 +54,25 @@ class VisualItem:
 
 def prompt_tokens(bundle: Bundle) -> PromptTokens:
     """The token ids of the reference's rules, from a bundle's manifest and tokenizer.json."""
-    special = bundle.manifest.special_tokens
-    user: tuple[int, ...] = ()
-    left_out: frozenset[int] = frozenset()
+    known = bundle.manifest.special_tokens
+    tokens = PromptTokens(known.image, known.video, known.vision_end, known.im_start, known.im_end)
     text = bundle.read_text("tokenizer.json")
-    if text is not None:
-        tokenizer = Tokenizer.from_str(text)
-        user = tuple(tokenizer.encode("user\n", add_special_tokens=False).ids)
-        added = tokenizer.get_added_tokens_decoder()
-        left_out = frozenset(index for index, token in added.items() if token.special)
-    return PromptTokens(
-        image=special.image,
-        video=special.video,
-        vision_end=special.vision_end,
-        im_start=special.im_start,
-        im_end=special.im_end,
-        user=user,
-        special=left_out,
-    )
+    if text is None:
+        return tokens
+    tokenizer = Tokenizer.from_str(text)
+    user = tuple(tokenizer.encode("user\n", add_special_tokens=False).ids)
+    added = tokenizer.get_added_tokens_decoder()
+    return replace(tokens, user=user, special=frozenset(index for index, token in added.items() if token.special))
 
 
 def query_range(ids: Sequence[int], visual: Sequence[int], tokens: PromptTokens, query: str) -> list[int]:
-    """Positions of the query tokens.
-
-    Args:
-        ids: the prompt's token ids.
-        visual: positions of its visual tokens, at least one.
-        tokens: ids of the special tokens.
-        query: "paper" or "turn".
+    """Positions of the query tokens; visual: positions of the visual tokens, at least one.
 
     Raises:
         ParityError: query="turn" and the prompt holds no user turn with text.
     """
-    return _paper_query(ids, visual, tokens) if query == "paper" else _turn_query(ids, tokens)
-
-
-def _paper_query(ids: Sequence[int], visual: Sequence[int], tokens: PromptTokens) -> list[int]:
+    if query == "turn":
+        return _turn_query(ids, tokens)
     # From the last image to the last im_end; an im_end right behind the image does not count.
     image_ends = [position for position, token in enumerate(ids) if token == tokens.vision_end]
     anchor = image_ends[-1] if image_ends else visual[-1]

@@ -33,7 +33,7 @@ try:
     from transformers import AutoConfig, DynamicCache
     from transformers.utils import logging as transformers_logging
 
-    from hawk_trt.apps.parity.reference_models import FAMILIES, ReferenceModel
+    from hawk_trt.apps.parity.reference_models import FAMILIES, Qwen25VL
 except ImportError as error:
     raise ParityError(
         f"the PyTorch reference needs torch and transformers ({error}): pip install torch transformers safetensors"
@@ -70,7 +70,7 @@ class EmbeddedPrompt:
 class Reference:
     """A checkpoint's PyTorch model, run with HAWK."""
 
-    def __init__(self, model: ReferenceModel, head_weights: Sequence[float], normalization: str) -> None:
+    def __init__(self, model: Qwen25VL, head_weights: Sequence[float], normalization: str) -> None:
         self._model = model
         self._head_weights = tuple(head_weights)
         self._normalization = normalization

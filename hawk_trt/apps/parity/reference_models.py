@@ -1,11 +1,11 @@
 """What the PyTorch reference needs of each family: language model, visual embeddings and positions.
 
-A class a family, found by the model_type of config.json. With reference.py the only file of the package that
-imports torch and transformers.
+A class a family, found by the model_type of config.json. With reference.py the only file of parity that imports torch
+and transformers.
 """
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,40 +22,21 @@ from hawk_trt.apps.parity.prompt_rules import VisualItem, mrope_positions
 from hawk_trt.request import ModelInputs
 
 
-class ReferenceModel(Protocol):
-    """One family's model in PyTorch.
+class Qwen25VL:
+    """Qwen2.5-VL, and what the other families change.
 
     Attributes:
         language: the language model, with layers, embed_tokens and config.
         lm_head: from hidden states to logits.
     """
 
-    language: Any
-    lm_head: Any
-
-    def items(self, inputs: ModelInputs) -> tuple[list[VisualItem], list[VisualItem]]:
-        """The images and the videos of a prompt."""
-
-    def embed(self, inputs: ModelInputs) -> tuple[list[Tensor], list[Tensor]]:
-        """Rows [tokens, (1 + levels) * hidden] of each image and of each video.
-
-        Visual embeddings, and DeepStack's levels beside them where the family has some.
-        """
-
-    def positions(self, kinds: Sequence[int], items: Sequence[VisualItem]) -> list[list[int]]:
-        """Positions of each token on each axis; kinds: the item of each token, -1 for text."""
-
-
-class Qwen25VL:
-    """Qwen2.5-VL."""
-
     model_class: ClassVar[Any] = Qwen2_5_VLForConditionalGeneration
 
     def __init__(self, model: Any) -> None:  # noqa: ANN401 - the model classes share no base with these attributes
-        self.language = model.model.language_model
-        self.lm_head = model.lm_head
+        self.language: Any = model.model.language_model
+        self.lm_head: Any = model.lm_head
         self._vision = model.model
-        self._sizes: Any = model.config.vision_config
+        self._config: Any = model.config
 
     def items(self, inputs: ModelInputs) -> tuple[list[VisualItem], list[VisualItem]]:
         """The images and the videos of a prompt."""
@@ -65,33 +46,36 @@ class Qwen25VL:
         return images, [VisualItem(True, grid, float(step)) for grid, step in zip(grids, seconds, strict=True)]
 
     def embed(self, inputs: ModelInputs) -> tuple[list[Tensor], list[Tensor]]:
-        """Rows of each image and of each video."""
+        """Rows [tokens, (1 + levels) * hidden] of each image and of each video.
+
+        Visual embeddings, and DeepStack's levels beside them where the family has some.
+        """
         images: list[Tensor] = []
         videos: list[Tensor] = []
         if inputs.pixel_values is not None and len(_rows(inputs.image_grid_thw)):
-            pixels, grids = self._vision_inputs(inputs.pixel_values, inputs.image_grid_thw)
-            images = self._rows(self._vision.get_image_features(pixels, grids))
+            grids = torch.tensor(_rows(inputs.image_grid_thw), device=self.lm_head.weight.device)
+            images = self._parts(self._vision.get_image_features(self._pixels(inputs.pixel_values), grids))
         if inputs.pixel_values_videos is not None and len(_rows(inputs.video_grid_thw)):
-            pixels, grids = self._vision_inputs(inputs.pixel_values_videos, inputs.video_grid_thw)
-            videos = self._rows(self._vision.get_video_features(pixels, grids))
+            grids = torch.tensor(_rows(inputs.video_grid_thw), device=self.lm_head.weight.device)
+            videos = self._parts(self._vision.get_video_features(self._pixels(inputs.pixel_values_videos), grids))
         return images, videos
 
     def positions(self, kinds: Sequence[int], items: Sequence[VisualItem]) -> list[list[int]]:
-        """Positions of each token on each axis."""
-        return mrope_positions(kinds, items, float(self._sizes.tokens_per_second))
+        """Positions of each token on each axis; kinds: the item of each token, -1 for text."""
+        return mrope_positions(kinds, items, float(self._config.vision_config.tokens_per_second))
 
-    def _rows(self, features: Any) -> list[Tensor]:  # noqa: ANN401 - an output class of transformers
+    def _parts(self, features: Any) -> list[Tensor]:  # noqa: ANN401 - an output class of transformers
         return list(features.pooler_output)
 
     def _merged(self, grid: Sequence[int]) -> tuple[int, int, int]:
         frames, rows, columns = grid
-        merge = int(self._sizes.spatial_merge_size)
+        merge = int(self._config.vision_config.spatial_merge_size)
         return frames, rows // merge, columns // merge
 
-    def _vision_inputs(self, pixel_values: npt.ArrayLike, grid_thw: npt.ArrayLike | None) -> tuple[Tensor, Tensor]:
+    def _pixels(self, pixel_values: npt.ArrayLike) -> Tensor:
         weight = self.lm_head.weight
         pixels = torch.from_numpy(np.ascontiguousarray(pixel_values, dtype=np.float32))
-        return pixels.to(weight.device, weight.dtype), torch.tensor(_rows(grid_thw), device=weight.device)
+        return pixels.to(weight.device, weight.dtype)
 
 
 class Qwen2VL(Qwen25VL):
@@ -123,20 +107,14 @@ class Qwen3VL(Qwen25VL):
             frame_kinds.append(len(frames) - 1 if kind >= 0 else -1)
         return mrope_positions(frame_kinds, frames, 1.0)
 
-    def _rows(self, features: Any) -> list[Tensor]:  # noqa: ANN401 - an output class of transformers
+    def _parts(self, features: Any) -> list[Tensor]:  # noqa: ANN401 - an output class of transformers
         return [torch.cat(parts, 1) for parts in zip(features.pooler_output, *features.deepstack_features, strict=True)]
 
 
-class InternVL:
+class InternVL(Qwen25VL):
     """InternVL: a run of placeholders is an image or a frame, its length says of how many tiles; positions are 1-D."""
 
     model_class: ClassVar[Any] = InternVLForConditionalGeneration
-
-    def __init__(self, model: Any) -> None:  # noqa: ANN401 - the model classes share no base with these attributes
-        self.language = model.model.language_model
-        self.lm_head = model.lm_head
-        self._vision = model.model
-        self._config: Any = model.config
 
     def items(self, inputs: ModelInputs) -> tuple[list[VisualItem], list[VisualItem]]:
         """The images of a prompt, frames among them, and no videos."""
@@ -155,22 +133,21 @@ class InternVL:
         """Rows of each image, and none of videos."""
         if inputs.pixel_values is None:
             return [], []
-        weight = self.lm_head.weight
-        pixels = torch.from_numpy(np.ascontiguousarray(inputs.pixel_values, dtype=np.float32))
-        features = self._vision.get_image_features(pixels.to(weight.device, weight.dtype)).pooler_output
+        features = self._vision.get_image_features(self._pixels(inputs.pixel_values)).pooler_output
         tiles = [item.grid[0] for item in self.items(inputs)[0]]
         return [part.flatten(0, 1) for part in features.split(tiles)], []
 
-    def positions(
-        self,
-        kinds: Sequence[int],
-        items: Sequence[VisualItem],  # noqa: ARG002 - only the number of tokens counts here
-    ) -> list[list[int]]:
+    def positions(self, kinds: Sequence[int], items: Sequence[VisualItem]) -> list[list[int]]:  # noqa: ARG002
         """One position after another."""
         return [[place] for place in range(len(kinds))]
 
 
-FAMILIES: dict[str, Any] = {"internvl": InternVL, "qwen2_vl": Qwen2VL, "qwen2_5_vl": Qwen25VL, "qwen3_vl": Qwen3VL}
+FAMILIES: dict[str, type[Qwen25VL]] = {
+    "internvl": InternVL,
+    "qwen2_vl": Qwen2VL,
+    "qwen2_5_vl": Qwen25VL,
+    "qwen3_vl": Qwen3VL,
+}
 
 
 def _rows(grid_thw: npt.ArrayLike | None) -> list[list[int]]:

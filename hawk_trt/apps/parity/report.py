@@ -14,11 +14,8 @@ class CaseReport:
     """One prompt at one keep ratio.
 
     Attributes:
-        name: of the prompt.
-        keep_ratio: share of visual tokens kept.
         stages: vision, scores, first_layer and decoder; the first two only where there are visual tokens.
         selection: None without visual tokens.
-        tokens: of the decode steps.
     """
 
     name: str
@@ -28,13 +25,17 @@ class CaseReport:
     tokens: TokenRow
 
     @property
+    def title(self) -> str:
+        """The prompt and its keep ratio."""
+        return f"{self.name}, keep ratio {self.keep_ratio:g}"
+
+    @property
     def failures(self) -> tuple[str, ...]:
         """What is out of tolerance, each with where."""
         rows = [(row.stage, row.failures) for row in self.stages]
         rows += [("kept set", self.selection.failures)] if self.selection else []
         rows += [("tokens", self.tokens.failures)]
-        where = f"{self.name}, keep ratio {self.keep_ratio:g}"
-        return tuple(f"{where}: {name}: {failure}" for name, failures in rows for failure in failures)
+        return tuple(f"{self.title}: {name}: {failure}" for name, failures in rows for failure in failures)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +43,9 @@ class ParityReport:
     """All cases, and what they were held to.
 
     Attributes:
-        bundle: its folder.
-        checkpoint: the reference's.
         backend: that ran the bundle, with its device.
         dtype: of the bundle.
-        reference_dtype: of the reference.
-        tolerance: of the dtype.
-        cases: in the order run.
+        reference_dtype: of the checkpoint's model in PyTorch.
         failures: of all cases.
         passed: whether there is none.
     """
@@ -67,9 +64,12 @@ class ParityReport:
 def print_report(report: ParityReport, console: Console) -> None:
     """Print a block for each case, then the tolerances and the verdict."""
     for case in report.cases:
-        console.print(f"{case.name}, keep ratio {case.keep_ratio:g}", style="bold", markup=False, highlight=False)
+        console.print(case.title, style="bold", markup=False, highlight=False)
         console.print(_stage_table(case))
-        for name, text, failures in _lines(case):
+        lines = [("tokens", _tokens_in_words(case.tokens), case.tokens.failures)]
+        if case.selection is not None:
+            lines.insert(0, ("kept set", _selection_in_words(case.selection), case.selection.failures))
+        for name, text, failures in lines:
             console.print(f"{name:<11} {text}  {_verdict(failures)}\n", highlight=False, end="", soft_wrap=True)
         console.print()
     console.print(f"{report.dtype}, {report.backend}, against PyTorch {report.reference_dtype}. {_limits(report)}")
@@ -86,49 +86,34 @@ def _stage_table(case: CaseReport) -> Table:
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("")
     for row in case.stages:
-        table.add_row(
-            row.stage,
-            str(row.rows),
-            f"{row.cosine:.6f}",
-            f"{row.cosine_min:.6f}",
-            f"{row.norm_ratio:.6f}",
-            f"{row.norm_ratio_worst:.6f}",
-            f"{row.max_error:.1e}",
-            f"{row.max_error_share:.1e}",
-            _verdict(row.failures),
-        )
+        shares = (row.cosine, row.cosine_min, row.norm_ratio, row.norm_ratio_worst)
+        errors = (row.max_error, row.max_error_share)
+        numbers = [*(f"{share:.6f}" for share in shares), *(f"{error:.1e}" for error in errors)]
+        table.add_row(row.stage, str(row.rows), *numbers, _verdict(row.failures))
     return table
 
 
-def _lines(case: CaseReport) -> list[tuple[str, str, tuple[str, ...]]]:
-    """Kept set and tokens, each with its name and failures."""
-    lines = []
-    if (row := case.selection) is not None:
-        margin = "" if row.margin is None else f", margin at the cut {row.margin:.1e}"
-        swaps = f", swaps up to {row.swap_distance:.1e} from it" if row.swap_distance else ""
-        text = (
-            f"{row.num_kept} of {row.num_visual}, overlap {row.overlap:.4f}{margin}{swaps}, "
-            f"rank correlation {row.rank_correlation:.5f}, score error {row.score_error_share:.1e} of the spread"
-        )
-        lines.append(("kept set", text, row.failures))
-    tokens = case.tokens
-    parted = f"part at step {tokens.first_difference}, margin {tokens.margin_there:.1e} of the largest logit"
-    text = (
-        f"{tokens.steps} steps, argmax agrees {tokens.argmax_agreement:.3f}, KL {tokens.kl:.1e} nats, "
-        f"free-running {'equal' if tokens.tokens_equal else parted}"
+def _selection_in_words(row: SelectionRow) -> str:
+    margin = "" if row.margin is None else f", margin at the cut {row.margin:.1e}"
+    swaps = f", swaps up to {row.swap_distance:.1e} from it" if row.swap_distance else ""
+    return (
+        f"{row.num_kept} of {row.num_visual}, overlap {row.overlap:.4f}{margin}{swaps}, "
+        f"rank correlation {row.rank_correlation:.5f}, score error {row.score_error_share:.1e} of the spread"
     )
-    return [*lines, ("tokens", text, tokens.failures)]
+
+
+def _tokens_in_words(row: TokenRow) -> str:
+    parted = f"part at step {row.first_difference}, margin {row.margin_there:.1e} of the largest logit"
+    return (
+        f"{row.steps} steps, argmax agrees {row.argmax_agreement:.3f}, KL {row.kl:.1e} nats, "
+        f"free-running {'equal' if row.tokens_equal else parted}"
+    )
 
 
 def _limits(report: ParityReport) -> str:
     tolerance = report.tolerance
-    stages = (
-        ("vision", tolerance.vision),
-        ("scores", tolerance.scores),
-        ("first_layer", tolerance.first_layer),
-        ("decoder", tolerance.decoder),
-    )
-    limits = [f"{name} {limit.cosine:g} / 1 ± {limit.norm_ratio:g} / {limit.max_error:g}" for name, limit in stages]
+    stages = {name: getattr(tolerance, name) for name in ("vision", "scores", "first_layer", "decoder")}
+    limits = [f"{name} {at.cosine:g} / 1 ± {at.norm_ratio:g} / {at.max_error:g}" for name, at in stages.items()]
     return (
         f"Tolerances (cosine / norm ratio / error of largest): {', '.join(limits)}; "
         f"scores and swaps at the cut {tolerance.score_error:g} of the spread; KL {tolerance.kl:g}"
