@@ -29,7 +29,6 @@ class Importance:
     """What a calibration found.
 
     Attributes:
-        weights: of each head.
         intervals: 95 % of each weight, bootstrap over questions.
         drops: d of each data set and head.
         by_dataset: each data set's own weights, None where no head matters there.
@@ -49,10 +48,7 @@ class Importance:
 
 
 def importance(tables: Sequence[FloatArray]) -> Importance:
-    """Weights of the heads.
-
-    Args:
-        tables: of each data set: [samples, 1 + heads], scores of the whole model first, then without each head.
+    """Weights of the heads, from a table [samples, 1 + heads] a data set: scores of the whole model, then without each.
 
     Raises:
         InvalidInput: no head matters in any data set.
@@ -86,12 +82,7 @@ def _shares(drops: FloatArray) -> FloatArray:
 
 def _average(shares: Sequence[FloatArray]) -> FloatArray:
     """Mean over the data sets that have a say: [rows, heads], NaN where none has."""
-    stacked = np.stack(shares)
-    told = ~np.isnan(stacked)
-    count = told.sum(axis=0)
-    total = np.where(told, stacked, 0.0).sum(axis=0)
-    weights: FloatArray = np.divide(total, count, out=np.full(count.shape, np.nan), where=count > 0)
-    return weights
+    return np.asarray(np.ma.masked_invalid(np.stack(shares)).mean(axis=0).filled(np.nan))
 
 
 def _bootstrap(tables: Sequence[FloatArray]) -> tuple[FloatArray, FloatArray]:

@@ -27,8 +27,7 @@ def do_on_ray(plan: Plan, units: Sequence[Unit], shards: int, address: str | Non
         plan: of the work.
         units: the work.
         shards: workers side by side.
-        address: of the cluster; None is the one that RAY_ADDRESS names, else one that runs on this machine, else one
-            that is started here.
+        address: None is RAY_ADDRESS, else a cluster that runs on this machine, else one that is started here.
 
     Raises:
         InvalidInput: Ray is not installed.

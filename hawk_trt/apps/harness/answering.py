@@ -11,24 +11,12 @@ if TYPE_CHECKING:
 
 
 class Answering:
-    """A pipeline with the settings of one run of a benchmark.
-
-    Attributes:
-        pipe: the pipeline.
-    """
+    """A pipeline with the settings of one run of a benchmark; min_pixels and max_pixels: see Pipeline.prepare."""
 
     def __init__(
         self, pipe: "Pipeline", pruning: PruningConfig, min_pixels: int | None = None, max_pixels: int | None = None
     ) -> None:
-        """Take a loaded pipeline.
-
-        Args:
-            pipe: it.
-            pruning: of every answer.
-            min_pixels: enlarge smaller images to this area; None takes the checkpoint's.
-            max_pixels: shrink larger images to this area; None takes the checkpoint's.
-        """
-        self.pipe = pipe
+        self._pipe = pipe
         self._pruning = pruning
         self._min_pixels = min_pixels
         self._max_pixels = max_pixels
@@ -48,7 +36,7 @@ class Answering:
             InvalidInput: a message, image or video that cannot be used.
             BackendError: the runtime failed.
         """
-        results = self.pipe.generate_batch(
+        results = self._pipe.generate_batch(
             [Request(messages) for messages in conversations],
             self._pruning,
             max_new_tokens,

@@ -50,25 +50,11 @@ class HawkTrt(lmms):
         batch_size: int | str = 1,
         max_batch_size: int | None = None,  # noqa: ARG002 - lmms-eval passes it to every model
     ) -> None:
-        """Load the bundle.
+        """Load a bundle, or engines.
 
-        Args:
-            bundle: its folder, or one of engines.
-            keep_ratio: share of visual tokens kept; 1.0 prunes nothing.
-            selector: who chooses them.
-            query: "paper" or "turn".
-            quota: "global", "per-image" or "per-frame".
-            head_weights: a file of weights; None takes the bundle's.
-            min_pixels: enlarge smaller images to this area; None takes the checkpoint's.
-            max_pixels: shrink larger images to this area; None takes the checkpoint's.
-            fps: frames a second taken from videos; None takes the family's.
-            max_frames: most frames taken from a video; None takes the default.
-            system_prompt: before every conversation that has none.
-            backend: None takes TensorRT for engines, else ONNX Runtime.
-            target: of the graphs; None takes the best.
-            device: "cpu", "cuda" or "cuda:N".
-            batch_size: questions side by side; "auto" is one.
-            max_batch_size: unread, lmms-eval passes it.
+        The names mean what they mean in PruningConfig, Pipeline.load and `hawk-trt run`; head_weights is a file of
+        weights, system_prompt comes before every conversation that has none. batch_size: questions answered side by
+        side; "auto" is one.
 
         Raises:
             HawkError: it cannot be loaded, or an option cannot be used.

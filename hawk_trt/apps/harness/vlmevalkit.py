@@ -18,13 +18,10 @@ if TYPE_CHECKING:
 
 
 def model_class(clone: Path) -> type[Any]:
-    """The model class, made with VLMEvalKit's own base.
-
-    Args:
-        clone: VLMEvalKit's folder.
+    """The model class, made with VLMEvalKit's own base from the folder of its clone.
 
     Raises:
-        InvalidInput: it is not there, or cannot be imported.
+        InvalidInput: VLMEvalKit is not there, or cannot be imported.
     """
     script = clone / "run.py"
     if not script.is_file():
@@ -53,10 +50,10 @@ def model_class(clone: Path) -> type[Any]:
             max_frames: int | None = None,
         ) -> None:
             super().__init__()
-            self.answering = answering
-            self._max_frames = max_frames
+            self._answering = answering
             self._max_new_tokens = max_new_tokens
             self._system = system
+            self._max_frames = max_frames
             # VLMEvalKit sets fps to a data set's own; a fixed number of frames is not this model's way
             self.fps = fps
             self.nframe = None
@@ -68,20 +65,13 @@ def model_class(clone: Path) -> type[Any]:
         ) -> str:
             """Answer one question of a data set."""
             messages = to_messages(message, self._system, self.fps, self._max_frames)
-            return self.answering.answer([messages], self._max_new_tokens)[0]
+            return self._answering.answer([messages], self._max_new_tokens)[0]
 
     return HawkTrt
 
 
 def run(clone: Path, name: str, model: object, arguments: Sequence[str]) -> None:
-    """Name a model to VLMEvalKit, and run its run.py on it.
-
-    Args:
-        clone: VLMEvalKit's folder, as given to model_class.
-        name: of the model in the results.
-        model: of that class.
-        arguments: of run.py, beside the model.
-    """
+    """Name a model of model_class to VLMEvalKit, and run its run.py on it with these arguments."""
     from vlmeval.config import supported_VLM
 
     supported_VLM[name] = lambda: model
@@ -94,11 +84,8 @@ def to_messages(
 ) -> "list[Message]":
     """Chat messages from VLMEvalKit's list of {"type": ..., "value": ..., "role": ...}.
 
-    Args:
-        parts: in their order; a part without a role is the user's.
-        system: message before them, where they bring none.
-        fps: frames a second taken from videos, None for the family's.
-        max_frames: most frames taken from a video, None for the default.
+    A part without a role is the user's. The system message comes before parts that bring none; fps and max_frames go
+    to every video.
 
     Raises:
         InvalidInput: a type that is not text, image or video.
