@@ -92,7 +92,7 @@ def answer(folder: Path, keep_ratio: float = 0.2) -> dict[str, float]:
     heads = (language.num_attention_heads, language.num_key_value_heads)
     raw = head_scores(embeds, layout.query_weights, norm, language.rms_norm_eps, *projections, *heads)
     chosen, scores = weighted_topk(
-        raw[None], weights, host.visual_rows, host.select_bias, host.num_kept_total, manifest.normalization
+        raw[None], weights, host.source_rows, host.select_bias, host.num_kept_total, manifest.normalization
     )
     expected = scores[0][layout.visual_rows >= 0]
     error = float(np.abs(result.scores - expected).max() / np.ptp(expected))

@@ -167,6 +167,7 @@ def _prefill_ranges(manifest: Manifest, limits: Limits) -> dict[str, Range]:
     return {
         "batch": Range(1, limits.batch, limits.batch),
         "seq_len": Range(1, prompt, limits.prompt_tokens),
+        "num_text": Range(1, (prompt - visual) * limits.batch, limits.prompt_tokens * limits.batch),
         "num_visual": Range(1, visual * limits.batch, limits.visual_tokens * limits.batch),
         "num_kept_total": Range(1, kept, limits.kept_tokens),
         "past_len": Range(0, 0, 0),
@@ -179,6 +180,7 @@ def _decode_ranges(manifest: Manifest, limits: Limits) -> dict[str, Range]:
     return {
         "batch": Range(1, limits.batch, limits.batch),
         "seq_len": Range(1, 1, 1),
+        "num_text": Range(1, limits.batch, limits.batch),
         "num_visual": Range(1, 1, 1),
         "num_kept_total": Range(1, 1, 1),
         "past_len": Range(1, max(typical - 1, 1), limits.context - 1),

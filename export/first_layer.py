@@ -34,7 +34,7 @@ def build_first_layer(
     g = GraphBuilder(FIRST_LAYER, dtype, target, weights, WEIGHT_FILE)
     spec = first_layer_spec(config, target)
     inputs = g.inputs(spec)
-    embeds = _merge(g, inputs["text_embeds"], inputs["visual_embeds"], inputs["visual_rows"])
+    embeds = _merge(g, inputs["text_embeds"], inputs["visual_embeds"], inputs["source_rows"])
     with g.scope("hawk"):
         score = _normed_head_scores if config.qk_norm else _head_scores
         head_scores = score(g, config, embeds, inputs["query_weights"])
@@ -43,7 +43,7 @@ def build_first_layer(
             normalization,
             head_scores,
             inputs["head_weights"],
-            inputs["visual_rows"],
+            inputs["source_rows"],
             inputs["select_bias"],
             inputs["slots"],
         )
@@ -75,13 +75,16 @@ def build_first_layer(
     return g.model()
 
 
-def _merge(g: GraphBuilder, text_embeds: ir.Value, visual_embeds: ir.Value, visual_rows: ir.Value) -> ir.Value:
-    """Visual rows in place of their placeholders: [batch, seq_len, hidden]."""
+def _merge(g: GraphBuilder, text_embeds: ir.Value, visual_embeds: ir.Value, source_rows: ir.Value) -> ir.Value:
+    """Each position's row of either table: [batch, seq_len, hidden]."""
     zero = g.const(0, "int64")
     with g.scope("merge"):
-        visual = g.unsqueeze(g.op("GreaterOrEqual", visual_rows, zero, name="is_visual"), 2, name="is_visual_row")
-        rows = g.op("Gather", visual_embeds, g.op("Max", visual_rows, zero, name="row"), axis=0, name="visual_by_token")
-        return g.op("Where", visual, rows, text_embeds, name="inputs_embeds")
+        is_visual = g.op("GreaterOrEqual", source_rows, zero, name="is_visual")
+        visual_row = g.op("Max", source_rows, zero, name="visual_row")
+        text_row = g.op("Max", g.op("Sub", g.const(-1, "int64"), source_rows, name="mirrored"), zero, name="text_row")
+        visual = g.op("Gather", visual_embeds, visual_row, axis=0, name="visual_by_token")
+        text = g.op("Gather", text_embeds, text_row, axis=0, name="text_by_token")
+        return g.op("Where", g.unsqueeze(is_visual, 2, name="is_visual_row"), visual, text, name="inputs_embeds")
 
 
 def _kept_levels(
@@ -93,7 +96,7 @@ def _kept_levels(
         The level behind layer 0, [batch, num_kept_total, 1, hidden], and the later ones as an output, if there are.
     """
     zero = g.const(0, "int64")
-    rows = g.op("GatherND", inputs["visual_rows"], index_vectors, batch_dims=1, name="kept_rows")
+    rows = g.op("GatherND", inputs["source_rows"], index_vectors, batch_dims=1, name="kept_rows")
     visual = g.unsqueeze(g.op("GreaterOrEqual", rows, zero, name="is_visual"), 2, 3, name="is_visual_row")
     levels = g.op("Gather", inputs["deepstack_embeds"], g.op("Max", rows, zero, name="row"), axis=0, name="by_token")
     levels = g.op("Where", visual, levels, g.scalar(0.0), name="levels")  # [batch, num_kept_total, levels, hidden]

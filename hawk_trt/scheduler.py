@@ -245,7 +245,7 @@ class Scheduler:
             sequence.num_cached = cached[row]
             sequence.kept = outputs.kept_indices[row, inputs.kv_start[row] :] - inputs.pads[row]
             if chosen.scores is None:
-                sequence.scores = outputs.scores[row][inputs.visual_rows[row] >= 0]
+                sequence.scores = outputs.scores[row][inputs.source_rows[row] >= 0]
             else:
                 sequence.scores = chosen.scores[row]
             sequence.timings = Timings(

@@ -124,13 +124,17 @@ def value_name(layer: int, *, past: bool) -> str:
 
 
 def first_layer_spec(config: LanguageConfig, target: str) -> StageSpec:
-    """The first_layer graph for a target."""
+    """The first_layer graph for a target.
+
+    source_rows tells each position's embedding: r >= 0 is row r of visual_embeds, r < 0 is row -1 - r of text_embeds.
+    Neither of the two is ever empty: where a batch has none, a row that nobody reads takes its place.
+    """
     hidden, axes = config.hidden_size, config.position_axes
     inputs = (
-        TensorSpec("text_embeds", "model", ("batch", "seq_len", hidden)),
+        TensorSpec("text_embeds", "model", ("num_text", hidden)),
         TensorSpec("visual_embeds", "model", ("num_visual", hidden)),
         *deepstack_embeds_spec(config.deepstack_levels, hidden),
-        TensorSpec("visual_rows", "int64", ("batch", "seq_len")),
+        TensorSpec("source_rows", "int64", ("batch", "seq_len")),
         TensorSpec("position_ids", "int64", (axes, "batch", "seq_len")),
         TensorSpec("query_weights", "float32", ("batch", "seq_len")),
         TensorSpec("select_bias", "float32", ("batch", "seq_len")),

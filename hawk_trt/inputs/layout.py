@@ -68,12 +68,12 @@ class PromptLayout:
 class PrefillInputs:
     """Host inputs of first_layer for a batch, by the names of the stage contract.
 
-    input_ids is int64 [batch, seq_len] for the embedding lookup; num_kept_total is the length of `slots`;
-    pads holds the left padding of each row.
+    text_ids is int64 [num_text], the ids of the text of all rows, which text_embeds is looked up by; at least one.
+    num_kept_total is the length of `slots`; pads holds the left padding of each row.
     """
 
-    input_ids: IntArray
-    visual_rows: IntArray
+    text_ids: IntArray
+    source_rows: IntArray
     position_ids: IntArray
     query_weights: npt.NDArray[np.float32]
     select_bias: npt.NDArray[np.float32]
@@ -192,17 +192,20 @@ def collate(
     total = max(totals)
     seq_len = max(p.num_tokens + total - own for p, own in zip(prompts, totals, strict=True))
     batch = len(prompts)
-    input_ids = np.zeros((batch, seq_len), np.int64)
-    visual_rows = np.full((batch, seq_len), -1, np.int64)
+    text_ids: list[IntArray] = []
+    source_rows = np.full((batch, seq_len), -1, np.int64)
     position_ids = np.zeros((prompts[0].position_ids.shape[0], batch, seq_len), np.int64)
     query_weights = np.zeros((batch, seq_len), np.float32)
     select_bias = np.full((batch, seq_len), BIAS_DROP, np.float32)
-    offset = 0
+    num_visual = num_text = 0
     for i, (prompt, own, chosen) in enumerate(zip(prompts, totals, kept_rows, strict=True)):
         pad = seq_len - prompt.num_tokens
         visual = prompt.visual_rows >= 0
-        input_ids[i, pad:] = np.where(visual, 0, prompt.input_ids)
-        visual_rows[i, pad:] = np.where(visual, prompt.visual_rows + offset, -1)
+        text_ids.append(prompt.input_ids[~visual])
+        if len(text_ids[-1]):
+            source_rows[i, :pad] = -1 - num_text  # its own first text: no other row's embedding is read for this one
+        text_rows = num_text + np.cumsum(~visual) - 1
+        source_rows[i, pad:] = np.where(visual, num_visual + prompt.visual_rows, -1 - text_rows)
         position_ids[:, i, pad:] = prompt.position_ids
         query_weights[i, pad:] = prompt.query_weights
         select_bias[i, pad - (total - own) : pad] = BIAS_KEEP
@@ -210,10 +213,11 @@ def collate(
         if chosen is not None:
             bias[visual] = np.where(chosen, BIAS_KEEP, BIAS_DROP)
         select_bias[i, pad:] = bias
-        offset += prompt.num_rows
+        num_visual += prompt.num_rows
+        num_text += len(text_ids[-1])
     return PrefillInputs(
-        input_ids=input_ids,
-        visual_rows=visual_rows,
+        text_ids=np.concatenate(text_ids) if num_text else np.zeros(1, np.int64),
+        source_rows=source_rows,
         position_ids=position_ids,
         query_weights=query_weights,
         select_bias=select_bias,

@@ -93,14 +93,14 @@ class Source:
             begun = time.perf_counter()
             self._scores = self._backend.score(self._inputs, self._visual)
             self.score_seconds = time.perf_counter() - begun
-        scores: Float32Array = self._scores[row][self._inputs.visual_rows[row] >= 0]
+        scores: Float32Array = self._scores[row][self._inputs.source_rows[row] >= 0]
         return scores
 
     def visual_embeds(self, row: int) -> Float32Array:
         """Embeddings of a row's visual tokens: float32 [num_visual, hidden]."""
         if self._embeds is None:
             self._embeds = self._visual.numpy()
-        rows = self._inputs.visual_rows[row]
+        rows = self._inputs.source_rows[row]
         embeds: Float32Array = self._embeds[rows[rows >= 0]].astype(np.float32)
         return embeds
 

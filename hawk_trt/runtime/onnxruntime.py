@@ -131,7 +131,7 @@ class OnnxRuntimeBackend:
 
     def score(self, inputs: PrefillInputs, visual: Visual) -> npt.NDArray[np.float32]:
         """HAWK scores alone: float32 [batch, seq_len]. Layer 0 runs on one token, and its cache is dropped."""
-        cache = KVCache(self, len(inputs.input_ids), 1)
+        cache = KVCache(self, len(inputs.source_rows), 1)
         binding = self.stages[FIRST_LAYER].bind(
             {**self.prompt_feeds(inputs, visual, 1), **cache.inputs(FIRST_LAYER)}, cache.outputs(FIRST_LAYER)
         )
@@ -155,9 +155,9 @@ class OnnxRuntimeBackend:
         """Inputs of first_layer over a prompt, but for the cache."""
         upload = self.place.upload
         return {
-            "text_embeds": upload(self.embedding_table[inputs.input_ids]),
+            "text_embeds": upload(self.embedding_table[inputs.text_ids]),
             **self._own(visual).values,
-            "visual_rows": upload(inputs.visual_rows),
+            "source_rows": upload(inputs.source_rows),
             "position_ids": upload(inputs.position_ids),
             "query_weights": upload(inputs.query_weights),
             "select_bias": upload(inputs.select_bias),
@@ -289,7 +289,7 @@ class _DecodeStep:
         first, decoder = backend.stages[FIRST_LAYER], backend.stages[DECODER]
         self._table = backend.embedding_table
         self._cache = cache
-        self._embeds = Buffer(place, (batch, 1, language.hidden_size), manifest.dtype)
+        self._embeds = Buffer(place, (batch, language.hidden_size), manifest.dtype)
         self._positions = Buffer(place, (language.position_axes, batch, 1), "int64")
         self.hidden_states = place.empty((batch, 1, language.hidden_size), first.dtype("hidden_states"))
         self.logits = place.empty((batch, language.vocab_size), "float32")
@@ -305,7 +305,7 @@ class _DecodeStep:
             "text_embeds": self._embeds.value,
             "position_ids": self._positions.value,
             **backend.no_visual(),
-            "visual_rows": place.upload(np.full((batch, 1), -1, np.int64)),
+            "source_rows": place.upload(-1 - np.arange(batch, dtype=np.int64)[:, None]),
             "query_weights": place.zeros((batch, 1), "float32"),
             "select_bias": place.upload(np.full((batch, 1), BIAS_KEEP, np.float32)),
             "slots": place.zeros((1,), "int64"),
@@ -321,7 +321,7 @@ class _DecodeStep:
 
     def run(self, inputs: DecodeInputs) -> None:
         """One step."""
-        self._embeds.set(self._table[inputs.token_ids][:, None])
+        self._embeds.set(self._table[inputs.token_ids])
         self._positions.set(inputs.position_ids[None, :, None])
         for stage, binding in self._bindings.items():
             self._cache.rebind(stage, binding)

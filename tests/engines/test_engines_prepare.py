@@ -71,15 +71,15 @@ def step_feeds(bundle, stage, random, written, seq_len):
     if stage == DECODER:
         hidden = random.standard_normal((2, seq_len, language.hidden_size), dtype=np.float32)
         return {"hidden_states": hidden, "kept_position_ids": positions, **common}
-    visual_rows = np.full((2, seq_len), -1, np.int64)
+    source_rows = -1 - np.arange(2 * seq_len, dtype=np.int64).reshape(2, seq_len)
     bias = np.full((2, seq_len), BIAS_KEEP, np.float32)
     kept = seq_len
     if seq_len > 4:
-        visual_rows[:, 1:4], bias[:, 1:4], kept = [0, 1, 2], 0, seq_len - 2
+        source_rows[:, 1:4], bias[:, 1:4], kept = [0, 1, 2], 0, seq_len - 2
     return {
-        "text_embeds": random.standard_normal((2, seq_len, language.hidden_size), dtype=np.float32),
+        "text_embeds": random.standard_normal((2 * seq_len, language.hidden_size), dtype=np.float32),
         "visual_embeds": random.standard_normal((3, language.hidden_size), dtype=np.float32),
-        "visual_rows": visual_rows,
+        "source_rows": source_rows,
         "position_ids": positions,
         "query_weights": np.full((2, seq_len), 1 / seq_len, np.float32),
         "select_bias": bias,

@@ -61,10 +61,11 @@ def test_one_word_has_one_size_in_all_inputs_of_a_profile(bundle, limits):
 def test_prefill_takes_the_limits_and_decode_one_token(bundle):
     prefill, decode = planned(bundle, FIRST_LAYER)[PREFILL], planned(bundle, FIRST_LAYER)[DECODE]
     hidden = bundle.manifest.language.hidden_size
-    assert prefill["text_embeds"][2] == (2, 400, hidden) and prefill["text_embeds"][0] == (1, 1, hidden)
+    assert prefill["text_embeds"][2] == (800, hidden) and prefill["text_embeds"][0] == (1, hidden)
+    assert prefill["source_rows"][2] == (2, 400)
     assert prefill["visual_embeds"][2] == (600, hidden)  # of both rows
     assert prefill["slots"][2] == (256,)  # what is kept goes into the cache
-    assert decode["text_embeds"] == ((1, 1, hidden), (2, 1, hidden), (2, 1, hidden))
+    assert decode["text_embeds"] == ((1, hidden), (2, hidden), (2, hidden))
     assert decode["slots"] == ((1,), (1,), (1,))
     assert decode["visual_embeds"] == ((1, hidden),) * 3
     assert prefill["context_slots"][2] == decode["context_slots"][2] == (256,)

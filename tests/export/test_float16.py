@@ -53,10 +53,10 @@ def stage_feeds(pipe, stage, dtype):
         feeds = next(pipe.family.vision_feeds(patches, 10_000))
     elif stage == "first_layer":
         feeds = {
-            "text_embeds": pipe.bundle.embedding_table()[prefill.input_ids].astype(np.float32),
+            "text_embeds": pipe.bundle.embedding_table()[prefill.text_ids].astype(np.float32),
             "visual_embeds": rng.normal(size=(16, SIZES.hidden_size)).astype(np.float32),
             "slots": np.zeros(prefill.num_kept_total, np.int64),
-            **{name: getattr(prefill, name) for name in ("visual_rows", "position_ids", "query_weights")},
+            **{name: getattr(prefill, name) for name in ("source_rows", "position_ids", "query_weights")},
             **{name: getattr(prefill, name) for name in ("select_bias", "head_weights", "kv_start")},
         }
     else:

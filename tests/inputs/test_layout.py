@@ -124,7 +124,7 @@ def test_rows_of_a_batch_are_left_padded_so_that_all_keep_as_many_tokens():
     weights = np.ones(2, np.float32)
     inputs = collate([short, long], [0, 1], [None, None], weights)
     assert inputs.num_kept_total == 7
-    assert inputs.input_ids.shape == (2, 10)
+    assert inputs.source_rows.shape == (2, 10)
     assert inputs.kv_start.tolist() == [5, 0]
     assert inputs.pads.tolist() == [8, 0]
     keep, drop = np.float32(BIAS_KEEP), np.float32(BIAS_DROP)
@@ -140,16 +140,33 @@ def test_a_batch_is_padded_beyond_its_longest_row_where_kept_counts_ask_for_it()
     long, short = layout([*IMAGE, 1, 2]), layout([1, 1, 1, 1, 1, 1, 1], images=None)
     inputs = collate([long, short], [1, 0], [None, None], np.ones(1, np.float32))
     assert inputs.num_kept_total == 7
-    assert inputs.input_ids.shape[1] == 10
+    assert inputs.source_rows.shape[1] == 10
     for row, total in enumerate((5, 7)):
         kept_padding = (inputs.select_bias[row, : inputs.pads[row]] > 0).sum()
         assert kept_padding == inputs.num_kept_total - total
 
 
-def test_visual_rows_of_a_batch_count_through():
-    prompts = [layout([*IMAGE, 1]), layout([*IMAGE, 1])]
-    rows = collate(prompts, [4, 4], [None, None], np.ones(1, np.float32)).visual_rows
+def test_rows_of_a_batch_count_through_visual_tokens_and_text():
+    prompts = [layout([*IMAGE, 1]), layout([4, *IMAGE, 2])]
+    inputs = collate(prompts, [4, 4], [None, None], np.ones(1, np.float32))
+    rows = inputs.source_rows
     assert rows[rows >= 0].tolist() == list(range(8))
+    # each prompt's text in its order, between it the tokens that begin and end an image
+    told = [prompt.input_ids[prompt.visual_rows < 0].tolist() for prompt in prompts]
+    for row, pad, ids in zip(rows, inputs.pads, told, strict=True):
+        assert inputs.text_ids[-1 - row[pad:][row[pad:] < 0]].tolist() == ids
+    assert len(inputs.text_ids) == sum(map(len, told))
+
+
+def test_padding_reads_its_own_prompts_text_and_a_batch_without_any_one_dummy_row():
+    short, long = layout([1, 2], images=None), layout([4, *IMAGE, 1, 2, 5])
+    inputs = collate([long, short], [1, 0], [None, None], np.ones(1, np.float32))
+    padding = inputs.source_rows[1, : inputs.pads[1]]
+    assert len(padding) and set(inputs.text_ids[-1 - padding]) == {1}
+    only_visual = layout(IMAGE[1:5])
+    assert only_visual.num_visual == only_visual.num_tokens
+    inputs = collate([only_visual], [4], [None], np.ones(1, np.float32))
+    assert (len(inputs.text_ids), inputs.source_rows.tolist()) == (1, [[0, 1, 2, 3]])
 
 
 def test_a_choice_made_on_the_host_becomes_a_bias():

@@ -126,7 +126,7 @@ class DecodeStep:
                 name: self._given.array(resolve(entry, _dims(batch)), numpy_dtype(entry.dtype), offset)
                 for (name, entry), offset in zip(self._entries.items(), self._offsets, strict=False)
             }
-        self._views["text_embeds"][:, 0] = self._table[inputs.token_ids]
+        self._views["text_embeds"][:] = self._table[inputs.token_ids]
         self._views["position_ids"][..., 0] = inputs.position_ids
         if self._cache.inplace:
             self._views["write_index"][:] = self._cache.length
@@ -164,14 +164,14 @@ def _constants(manifest: EngineManifest) -> dict[str, npt.NDArray[Any]]:
     visual = [entry for entry in tensor_entries(manifest).values() if entry.shape[:1] == ("num_visual",)]
     return {
         **{entry.name: np.zeros(resolve(entry, {"num_visual": 1}), numpy_dtype(entry.dtype)) for entry in visual},
-        "visual_rows": np.full((batch, 1), -1, np.int64),
+        "source_rows": -1 - np.arange(batch, dtype=np.int64)[:, None],
         "query_weights": np.zeros((batch, 1), np.float32),
         "select_bias": np.full((batch, 1), BIAS_KEEP, np.float32),
     }
 
 
 def _dims(batch: int) -> dict[str, int]:
-    return {"batch": batch, "seq_len": 1}
+    return {"batch": batch, "seq_len": 1, "num_text": batch}
 
 
 def _offsets(entries: dict[str, TensorEntry], batch: int) -> list[int]:

@@ -65,9 +65,9 @@ class Prefill:
 
     def _bind(self, inputs: PrefillInputs, num_visual: int, num_kept_total: int) -> dict[str, int]:
         """Set shapes and addresses of first_layer; returns the sizes of all dimensions."""
-        batch, seq_len = inputs.input_ids.shape
-        dims = {"batch": batch, "seq_len": seq_len, "num_visual": num_visual, "num_kept_total": num_kept_total}
-        dims |= self._cache.dims(num_kept_total)
+        batch, seq_len = inputs.source_rows.shape
+        dims = {"batch": batch, "seq_len": seq_len, "num_text": len(inputs.text_ids), "num_visual": num_visual}
+        dims |= {"num_kept_total": num_kept_total, **self._cache.dims(num_kept_total)}
         self._first_layer.bind(dims, {**self._memory.addresses, **self._cache.addresses()})
         return dims
 
@@ -77,8 +77,8 @@ class Prefill:
         slots and context_slots are not among them: only their lengths count.
         """
         arrays = {
-            "text_embeds": self._table[inputs.input_ids],
-            "visual_rows": inputs.visual_rows,
+            "text_embeds": self._table[inputs.text_ids],
+            "source_rows": inputs.source_rows,
             "position_ids": inputs.position_ids,
             "query_weights": inputs.query_weights,
             "select_bias": inputs.select_bias,
@@ -86,7 +86,7 @@ class Prefill:
             "kv_start": inputs.kv_start,
         }
         if self._cache.inplace:
-            arrays["write_index"] = np.zeros(len(inputs.input_ids), np.int64)
+            arrays["write_index"] = np.zeros(len(inputs.source_rows), np.int64)
         for name, array in arrays.items():
             self._memory.upload(name, array)
 
