@@ -17,7 +17,6 @@ from hawk_trt.errors import InvalidInput
 _HEADER_SECONDS = 10.0
 _MAX_HEADER_BYTES = 32_768
 _LAST_SECONDS = 3
-_POLL_SECONDS = 0.05
 _BACKLOG = 1024
 _ANSWERING = object()
 
@@ -51,13 +50,13 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: FastAPI) -> None:
         self._service: Service = app.state.service
-        settings = self._service.settings
+        self._drained_at = float("inf")  # on the clock of time.monotonic()
         super().__init__(
             uvicorn.Config(
                 app,
                 http=TimedProtocol,
                 ws="none",
-                limit_concurrency=settings.max_connections,
+                limit_concurrency=self._service.settings.max_connections,
                 h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
                 timeout_graceful_shutdown=_LAST_SECONDS,
                 server_header=False,
@@ -65,28 +64,23 @@ class Server(uvicorn.Server):
                 lifespan="on",
             )
         )
-        self._draining: asyncio.Task[None] | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - of signal.signal
-        """Drain at the first signal, end at the second."""
-        if self._service.state == "draining":
+        """Drain at the first signal, end at the second. The port stays open, to say that the server is not ready."""
+        service = self._service
+        if self._drained_at < float("inf"):
             self.force_exit = self.should_exit = True
             return
-        log.info("%s: finishing %d requests", signal.Signals(sig).name, self._service.open_requests)
-        self._service.state = "draining"
+        log.info("%s: finishing %d requests", signal.Signals(sig).name, service.open_requests)
+        service.state = "draining"
+        self._drained_at = time.monotonic() + service.settings.drain_seconds
 
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second: whether to end."""
-        if self._service.state == "draining" and self._draining is None:
-            self._draining = asyncio.create_task(self._drain())
+        draining = self._drained_at < float("inf")
+        if draining and (not self._service.open_requests or time.monotonic() > self._drained_at):
+            self.should_exit = True
         return await super().on_tick(counter)
-
-    async def _drain(self) -> None:
-        """Wait for the running answers, within the limit; the port stays open, to say that the server is not ready."""
-        until = time.monotonic() + self._service.settings.drain_seconds
-        while self._service.open_requests and time.monotonic() < until:
-            await asyncio.sleep(_POLL_SECONDS)
-        self.should_exit = True
 
 
 def listen(host: str, port: int) -> socket.socket:
