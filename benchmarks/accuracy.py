@@ -36,9 +36,7 @@ from hawk_trt.apps.evaluate.trials import (
     run_trials,
 )
 from hawk_trt.bundle import manifest_digest
-from hawk_trt.pruning.selectors import Candidates
-from hawk_trt.pruning.selectors.candidates import IntArray
-from hawk_trt.pruning.selectors.ranking import best
+from hawk_trt.pruning.selectors import Candidates, IntArray, best
 
 CHECKPOINT = Path(__file__).parent.parent / "examples" / "tiny-vlm"
 OTHER_QUESTION, FASTV = "another question", "fastv"

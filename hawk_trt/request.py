@@ -14,11 +14,11 @@ import numpy.typing as npt
 
 from hawk_trt.errors import InvalidInput
 from hawk_trt.inputs.streamed_rows import StreamedRows
-from hawk_trt.pruning.selectors import EQUAL_HEADS, SCORED, Selector
-from hawk_trt.pruning.selectors import SELECTORS as _SELECTORS
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PillowImage
+
+    from hawk_trt.pruning.selectors import Selector
 
     ImageInput: TypeAlias = str | PathLike[str] | bytes | PillowImage | npt.NDArray[np.uint8]
     VideoInput: TypeAlias = str | PathLike[str] | npt.NDArray[np.uint8] | Sequence[ImageInput]
@@ -26,7 +26,11 @@ if TYPE_CHECKING:
     Prompt: TypeAlias = "str | Sequence[Message] | ModelInputs"
 
 
-SELECTORS = tuple(_SELECTORS)
+SELECTORS = ("hawk", "uniform", "fastv-input", "random", "divprune", "cdpruner", "dart", "norm")
+SCORED = ("hawk", "uniform", "fastv-input")
+"""Selectors that rank by HAWK's scores: the graph can carry them out by itself."""
+EQUAL_HEADS = ("uniform", "fastv-input")
+"""Selectors that take no head weights."""
 QUERIES = ("paper", "turn")
 QUOTAS = ("global", "per-image", "per-frame")
 
@@ -57,7 +61,7 @@ class PruningConfig:
 
     keep_ratio: float = 0.2
     head_weights: tuple[float, ...] | None = None
-    selector: str | Selector = "hawk"
+    selector: "str | Selector" = "hawk"
     min_visual_tokens: int = 1
     query: str = "paper"
     quota: str = "global"
@@ -66,9 +70,7 @@ class PruningConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check_number("keep_ratio", self.keep_ratio, "a number in (0, 1]")
-        if not 0.0 < self.keep_ratio <= 1.0:
-            raise InvalidInput(f"keep_ratio: got {self.keep_ratio}, expected a number in (0, 1]")
+        _check_number("keep_ratio", self.keep_ratio, 0.0, 1.0, above=True)
         _check_integer("min_visual_tokens", self.min_visual_tokens, 1)
         for name, value, allowed in (
             ("selector", self.selector, SELECTORS),
@@ -86,12 +88,8 @@ class PruningConfig:
 
     def _check_score_options(self) -> None:
         if self.keep_mass is not None:
-            _check_number("keep_mass", self.keep_mass, "a number in (0, 1]")
-            if not 0.0 < self.keep_mass <= 1.0:
-                raise InvalidInput(f"keep_mass: got {self.keep_mass}, expected a number in (0, 1]")
-        _check_number("diversity", self.diversity, "a number in [0, 1]")
-        if not 0.0 <= self.diversity <= 1.0:
-            raise InvalidInput(f"diversity: got {self.diversity}, expected a number in [0, 1]")
+            _check_number("keep_mass", self.keep_mass, 0.0, 1.0, above=True)
+        _check_number("diversity", self.diversity, 0.0, 1.0)
         if (self.keep_mass is not None or self.diversity) and self.selector not in SCORED:
             name = "diversity" if self.keep_mass is None else "keep_mass"
             raise InvalidInput(
@@ -119,12 +117,8 @@ class SamplingConfig:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        _check_number("temperature", self.temperature, "a number of at least 0")
-        _check_number("top_p", self.top_p, "a number in (0, 1]")
-        if self.temperature < 0.0:
-            raise InvalidInput(f"temperature: got {self.temperature}, expected a number of at least 0")
-        if not 0.0 < self.top_p <= 1.0:
-            raise InvalidInput(f"top_p: got {self.top_p}, expected a number in (0, 1]")
+        _check_number("temperature", self.temperature, 0.0)
+        _check_number("top_p", self.top_p, 0.0, 1.0, above=True)
         _check_integer("top_k", self.top_k, 0)
         if self.seed is not None:
             _check_integer("seed", self.seed, 0)
@@ -160,9 +154,17 @@ def check_head_weights(weights: Sequence[float], num_heads: int | None = None) -
     return values
 
 
-def _check_number(name: str, value: object, expected: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise InvalidInput(f"{name}: got {value!r}, expected {expected}")
+def _check_number(name: str, value: object, least: float, most: float = math.inf, *, above: bool = False) -> None:
+    """Refuse what is no finite number from least (with `above`: from above it) to most."""
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not math.isfinite(value)
+        or not least <= value <= most
+        or (above and value == least)
+    ):
+        bounds = f"in {'(' if above else '['}{least:g}, {most:g}]" if math.isfinite(most) else f"of at least {least:g}"
+        raise InvalidInput(f"{name}: got {value!r}, expected a number {bounds}")
 
 
 def _check_integer(name: str, value: object, least: int) -> None:

@@ -5,8 +5,9 @@ stages have made so far, and goes into the graph through select_bias.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -15,11 +16,14 @@ from hawk_trt.bundle import Bundle
 from hawk_trt.errors import InvalidInput
 from hawk_trt.inputs.layout import PrefillInputs, PromptLayout, collate
 from hawk_trt.pruning.hawk import num_kept
-from hawk_trt.pruning.selectors import EQUAL_HEADS, SCORED, SELECTORS
-from hawk_trt.pruning.selectors.candidates import Candidates, Float32Array, IntArray
-from hawk_trt.pruning.selectors.ranking import best_varied, count_of_mass
-from hawk_trt.request import PruningConfig, check_head_weights
+from hawk_trt.request import EQUAL_HEADS, SCORED, PruningConfig, check_head_weights
 from hawk_trt.runtime.protocol import Backend, Visual
+
+if TYPE_CHECKING:
+    from hawk_trt.pruning.selectors import Candidates
+
+Float32Array: TypeAlias = npt.NDArray[np.float32]
+IntArray: TypeAlias = npt.NDArray[np.int64]
 
 
 def head_weights(bundle: Bundle, pruning: PruningConfig) -> Float32Array:
@@ -155,7 +159,7 @@ def select(
 
 
 def choose(prompt: PromptLayout, source: Source, row: int, pruning: PruningConfig) -> npt.NDArray[np.bool_]:
-    """The kept tokens of a prompt, pool by pool.
+    """The kept tokens of a prompt, pool by pool: bool [num_visual].
 
     Args:
         prompt: row `row` of the batch.
@@ -163,12 +167,11 @@ def choose(prompt: PromptLayout, source: Source, row: int, pruning: PruningConfi
         row: its number.
         pruning: how to choose.
 
-    Returns:
-        bool [num_visual].
-
     Raises:
         InvalidInput: a caller's own selector gave something else than k of the candidates.
     """
+    from hawk_trt.pruning.selectors import Candidates  # few prompts need the selectors of the host
+
     rng = np.random.default_rng(pruning.seed)
     kept = np.zeros(prompt.num_visual, np.bool_)
     for pool in _pools(prompt, pruning):
@@ -183,7 +186,10 @@ def choose(prompt: PromptLayout, source: Source, row: int, pruning: PruningConfi
     return kept
 
 
-def _choose(candidates: Candidates, pruning: PruningConfig) -> IntArray:
+def _choose(candidates: "Candidates", pruning: PruningConfig) -> IntArray:
+    """Which of a pool are kept, by their places in it."""
+    from hawk_trt.pruning.selectors import SELECTORS, best_varied, count_of_mass
+
     k = _limit(candidates.members, pruning)
     if pruning.keep_mass is not None:
         k = min(k, max(pruning.min_visual_tokens, count_of_mass(candidates.scores, pruning.keep_mass)))
@@ -193,12 +199,7 @@ def _choose(candidates: Candidates, pruning: PruningConfig) -> IntArray:
         return best_varied(candidates.scores, candidates.visual_embeds, k, pruning.diversity)
     if isinstance(pruning.selector, str):
         return SELECTORS[pruning.selector](candidates, k)
-    return _checked(pruning.selector, candidates, k)
-
-
-def _checked(selector: Callable[[Candidates, int], IntArray], candidates: Candidates, k: int) -> IntArray:
-    """A caller's own choice, once it is one."""
-    chosen = np.asarray(selector(candidates, k))
+    chosen = np.asarray(pruning.selector(candidates, k))  # a caller's own, checked
     if (
         chosen.shape != (k,)
         or chosen.dtype.kind not in "iu"

@@ -12,8 +12,15 @@ from hawk_trt import Pipeline, PruningConfig
 from hawk_trt.apps.parity.cases import tensor_cases
 from hawk_trt.errors import InvalidInput
 from hawk_trt.pruning.hawk import head_scores, normalize
-from hawk_trt.pruning.selectors import SCORED, SELECTORS, cdpruner, dart, divprune
-from hawk_trt.pruning.selectors.ranking import best, best_varied, count_of_mass
+from hawk_trt.pruning.selectors import SELECTORS, best, best_varied, cdpruner, count_of_mass, dart, divprune
+from hawk_trt.request import SCORED
+from hawk_trt.request import SELECTORS as NAMES
+
+
+def test_the_names_that_a_config_takes_are_those_that_there_are():
+    assert set(SELECTORS) == set(NAMES)
+    assert set(SCORED) <= set(NAMES)
+
 
 HOST = sorted(set(SELECTORS) - set(SCORED))
 SAMPLE = next(generate(3, 1))

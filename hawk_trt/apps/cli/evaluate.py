@@ -30,8 +30,7 @@ from hawk_trt.apps.evaluate.trials import (
 )
 from hawk_trt.bundle import manifest_digest
 from hawk_trt.errors import BundleError, InvalidInput
-from hawk_trt.pruning.selectors import EQUAL_HEADS, SCORED
-from hawk_trt.request import SELECTORS, PruningConfig
+from hawk_trt.request import EQUAL_HEADS, SCORED, SELECTORS, PruningConfig
 
 if TYPE_CHECKING:
     from hawk_trt import Pipeline

@@ -20,7 +20,7 @@ from hawk_trt.errors import InvalidInput
 from hawk_trt.files import write_atomically
 from hawk_trt.inputs.images import load_image
 from hawk_trt.inputs.video import load_video
-from hawk_trt.pruning.selectors import EQUAL_HEADS, SCORED
+from hawk_trt.request import EQUAL_HEADS, SCORED
 
 if TYPE_CHECKING:
     from hawk_trt.pipeline import Pipeline

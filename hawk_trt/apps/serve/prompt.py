@@ -17,8 +17,7 @@ from hawk_trt.apps.serve.protocol import ChatMessage, ChatRequest, ImagePart, Im
 from hawk_trt.apps.serve.settings import ServeSettings
 from hawk_trt.errors import InvalidInput
 from hawk_trt.inputs.images import data_url_bytes, load_image, resize
-from hawk_trt.pruning.selectors import EQUAL_HEADS, SCORED
-from hawk_trt.request import ModelInputs, PruningConfig, Request, SamplingConfig
+from hawk_trt.request import EQUAL_HEADS, SCORED, ModelInputs, PruningConfig, Request, SamplingConfig
 
 if TYPE_CHECKING:
     from hawk_trt.pipeline import Pipeline
