@@ -50,7 +50,8 @@ async def prepared_request(request: Request, opened: Annotated[OpenRequest, Depe
                 opened.hold(opened.held_bytes + len(fetched[place]))
         work = partial(prepare, service.pipe, settings, chat, images, fetched)
         prepared = await service.in_thread(work)
-    opened.hold(prepared.tensor_bytes)  # in place of the body, which nothing needs any more
+    pixels = prepared.inputs.pixel_values
+    opened.hold(0 if pixels is None else pixels.nbytes)  # in place of the body, which nothing needs any more
     return prepared
 
 

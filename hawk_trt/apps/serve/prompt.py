@@ -36,7 +36,8 @@ class Prepared:
     """A request ready to run.
 
     Attributes:
-        request: for the batcher, its prompt as tensors.
+        request: for the batcher; its prompt is inputs.
+        inputs: the prompt as tensors.
         sizes: width and height of its images.
         stream: whether the answer is sent while it grows.
         include_usage: whether a streamed answer ends with its usage.
@@ -44,27 +45,16 @@ class Prepared:
     """
 
     request: Request
+    inputs: ModelInputs
     sizes: tuple[tuple[int, int], ...]
     stream: bool
     include_usage: bool
     details: bool
 
     @property
-    def inputs(self) -> ModelInputs:
-        """The prompt as tensors."""
-        assert isinstance(self.request.prompt, ModelInputs)
-        return self.request.prompt
-
-    @property
     def prompt_tokens(self) -> int:
         """Of the prompt, before pruning."""
         return int(np.asarray(self.inputs.input_ids).size)
-
-    @property
-    def tensor_bytes(self) -> int:
-        """That the request holds."""
-        pixel_values = self.inputs.pixel_values
-        return 0 if pixel_values is None else pixel_values.nbytes
 
 
 def images_of(chat: ChatRequest, settings: ServeSettings) -> dict[str, ImageUrl]:
@@ -129,19 +119,19 @@ def prepare(
         inputs = pipe.prepare([_message(message, rest) for message in chat.messages], max_pixels=settings.max_pixels)
     except InvalidInput as error:
         raise invalid(str(error), "messages", "invalid_prompt") from error
-    request = Request(
-        inputs,
-        pruning=pruning,
-        max_new_tokens=limit,
-        sampling=SamplingConfig(
-            temperature=settings.temperature if chat.temperature is None else chat.temperature,
-            top_p=1.0 if chat.top_p is None else max(chat.top_p, _SMALLEST_TOP_P),
-            seed=None if chat.seed is None else chat.seed % _SEEDS,
-        ),
-        stop=(chat.stop,) if isinstance(chat.stop, str) else tuple(chat.stop or ()),
-    )
     prepared = Prepared(
-        request=request,
+        request=Request(
+            inputs,
+            pruning=pruning,
+            max_new_tokens=limit,
+            sampling=SamplingConfig(
+                temperature=settings.temperature if chat.temperature is None else chat.temperature,
+                top_p=1.0 if chat.top_p is None else max(chat.top_p, _SMALLEST_TOP_P),
+                seed=None if chat.seed is None else chat.seed % _SEEDS,
+            ),
+            stop=(chat.stop,) if isinstance(chat.stop, str) else tuple(chat.stop or ()),
+        ),
+        inputs=inputs,
         sizes=tuple((picture.shape[1], picture.shape[0]) for picture in pictures),
         stream=bool(chat.stream),
         include_usage=chat.stream_options is not None and bool(chat.stream_options.include_usage),

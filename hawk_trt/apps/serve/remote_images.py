@@ -57,7 +57,7 @@ class RemoteImages:
             raise invalid(f"{where}: the host has no public address", where, "image_host") from None
         except TimeoutError:
             raise invalid(f"{where}: not fetched within {self._timeout_s:g} seconds", where, "image_fetch") from None
-        except (OSError, httpcore.NetworkError, httpcore.ProtocolError) as error:
+        except (OSError, httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException) as error:
             kind = type(error).__name__  # the error itself tells of the network behind the server
             raise invalid(f"{where}: cannot be fetched ({kind})", where, "image_fetch") from error
 

@@ -126,6 +126,28 @@ def test_a_wrong_request_is_refused_with_a_reason_and_the_server_goes_on(server,
     assert server.service.open_requests == 0
 
 
+PLACES = {
+    "seed": (question(seed="7"), "invalid_value"),
+    "n": (question(n=True), "unsupported"),
+    "logprobs": (question(logprobs=0), "unsupported"),
+    "stop[1]": (question(stop=["x", 3]), "invalid_value"),
+    "pruning.keep_ratio": (pruned(keep_ratio="0.2"), "invalid_value"),
+    "messages[0].role": (message(role=None), "invalid_value"),
+    "messages[0].content": (message(content=5), "invalid_value"),
+    "messages[0].name": (message(name="me"), "unsupported"),
+    "messages[0].content[0].image_url.url": (message(content=[image("") | {"image_url": {"url": 1}}]), "invalid_value"),
+    "messages[0].content[0].text": (message(content=[{"type": "text"}]), "invalid_value"),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_an_error_names_the_place_of_the_fault(server, place):
+    body, code = PLACES[place]
+    error = server.http.post("/v1/chat/completions", json=body).json()["error"]
+    assert (error["param"], error["code"]) == (place, code)
+    assert error["message"].startswith(f"{place}: ")
+
+
 HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: application/json\r\n"
 RAW = {
     "no HTTP": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", 400),
