@@ -57,6 +57,7 @@ class BuiltPlan:
         layers: of the network after parsing.
         plugin_layers: of these, the top-k plugin's.
         flags: builder flags that were on, by name.
+        scratch_bytes: device memory that it needs while it runs, as TensorRT's log tells; 0 where it does not.
         seconds: that parsing and building took.
     """
 
@@ -64,6 +65,7 @@ class BuiltPlan:
     layers: int
     plugin_layers: int
     flags: tuple[str, ...]
+    scratch_bytes: int
     seconds: float
 
 

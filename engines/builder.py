@@ -4,6 +4,7 @@ In: a PreparedGraph and its optimization profiles. Out: the serialized plan and 
 strongly typed: dtypes are those of the graph. No enum number is ever stored, since TensorRT 11 renumbered them.
 """
 
+import re
 import signal
 import sys
 import time
@@ -30,6 +31,7 @@ TENSORRT_VERSION: str = trt.__version__
 _PLUGIN = (PLUGIN_OP, "1", "")  # name, version, namespace
 # Between two lines where no bar can be drawn.
 _PLAIN_SECONDS = 20.0
+_SCRATCH = re.compile(r"Max Scratch Memory: (\d+)")
 _PLUGIN_LAYERS = ("PLUGIN", "PLUGIN_V2", "PLUGIN_V3")
 
 
@@ -58,10 +60,14 @@ class Log(trt.ILogger):
     def __init__(self, *, verbose: bool) -> None:
         trt.ILogger.__init__(self)
         self.lines: list[LogLine] = []
+        self.scratch_bytes = 0
         self._verbose = verbose
 
     def log(self, severity: trt.ILogger.Severity, msg: str) -> None:
         """TensorRT's callback; it must not raise."""
+        scratch = _SCRATCH.search(msg)
+        if scratch:
+            self.scratch_bytes = max(self.scratch_bytes, int(scratch[1]))  # of each profile one line
         if severity.name not in ("INFO", "VERBOSE"):
             self.lines.append(LogLine(severity.name, msg))
         if self._verbose:
@@ -164,9 +170,8 @@ def build_plan(graph: PreparedGraph, profiles: Sequence[Sequence[InputRange]], s
         if memory is None or any(line.is_error and line.severity == "WARNING" for line in log.lines):
             raise BackendError(builder_message(graph.file.name, TENSORRT_VERSION, log.lines, names))
         _save_timing_cache(config, settings)
-        return BuiltPlan(
-            _buffer(memory), network.num_layers, plugin_layers, _flags(config), time.perf_counter() - started
-        )
+        seconds = time.perf_counter() - started
+        return BuiltPlan(_buffer(memory), network.num_layers, plugin_layers, _flags(config), log.scratch_bytes, seconds)
 
 
 def _load_plugin(library: Path) -> None:

@@ -39,7 +39,7 @@ def build(graph, entry, version="10.16.1.11", plugin_layers=0):
     header = json.dumps(told).encode()
     start = b"ftrt".ljust(24, b"\0") + bytes(int(part) for part in version.split("."))
     content = start + struct.pack("<q", len(header)) + header + model.SerializeToString()
-    return BuiltPlan(memoryview(content), len(model.graph.node), plugin_layers, (), 0.0)
+    return BuiltPlan(memoryview(content), len(model.graph.node), plugin_layers, (), 0, 0.0)
 
 
 class Refused(Exception):

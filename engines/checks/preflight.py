@@ -1,45 +1,52 @@
 """The command python -m engines.checks.preflight: every graph through NVIDIA's parser and builder, without a GPU.
 
-In: bundles, the limits of the engines, and the plugin where it is built. Out: a row a graph, whether TensorRT's
-parser and builder take it as the engine builder gives it to them. It runs the builder's own code; see gpuless.py for
-what a pass means.
+In: bundles, the limits of the engines, and the plugin where it is built. Out: a row a graph: whether TensorRT's
+parser and builder take it as the engine builder gives it to them, and how its scratch memory grows with the length. It
+runs the builder's own code; see gpuless.py for what a pass means.
 """
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from hawk_trt.bundle import Bundle
+from hawk_trt.bundle import Bundle, Manifest
+from hawk_trt.engine_folder import Limits
 from hawk_trt.errors import BackendError, HawkError, InvalidInput
 from hawk_trt.stages import STAGES
 
-from ..prepare import prepare
+from ..prepare import PreparedGraph, prepare
 from ..profiles import TENSORRT_TARGETS, add_limits, limits_of, plan_profiles
 from . import gpuless
+
+if TYPE_CHECKING:
+    from ..builder import BuildSettings
 
 _FAILED = 1
 # Of tables where there is no terminal to ask.
 _WIDTH = 140
+# Fused attention needs scratch that grows with the length, a score tensor of each head with its square. Scratch is
+# measured at these shares of the limits. A mask's grows with the square too, by so many bytes a pair of tokens at most.
+_SHARES = (0.25, 0.5, 1.0)
+_MASK_BYTES = 4
+_MOST_GROWTH = 1.3
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One graph.
+    """One graph, built with the plugin or without; counts and sizes are 0 where it was refused.
 
     Attributes:
-        graph: its file, with its dtype.
-        plugin: whether it was built with the plugin.
-        layers: of the network, 0 where it was refused.
-        plugin_layers: of these, the plugin's.
-        plan_bytes: size of the plan, 0 where it was refused.
-        seconds: that parsing and building took.
+        scratch_bytes: at each of _SHARES of the limits; without --scratch at the limits alone.
+        growth: the power of the length that scratch grows with, None where it is not measured.
         refusal: why it was refused, None where it was built.
     """
 
@@ -48,6 +55,8 @@ class Row:
     layers: int
     plugin_layers: int
     plan_bytes: int
+    scratch_bytes: tuple[int, ...]
+    growth: float | None
     seconds: float
     refusal: str | None
 
@@ -85,6 +94,9 @@ def _parser() -> argparse.ArgumentParser:
         "--plugin", type=Path, metavar="PATH", help="top-k plugin, built for TensorRT 11: build with it too"
     )
     add_limits(parser)
+    parser.add_argument(
+        "--scratch", action="store_true", help="build at three lengths, and refuse scratch that grows with the square"
+    )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     return parser
 
@@ -112,7 +124,7 @@ def _run(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace, bundle: Bundle, plugin: Path | None) -> Iterator[Row]:
     """Build every graph of a bundle that engines are built from; with the plugin, every one that it changes."""
-    from ..builder import BuildSettings, build_plan
+    from ..builder import BuildSettings
 
     manifest, with_plugin = bundle.manifest, plugin is not None
     size = limits_of(args, manifest, plugin=with_plugin)
@@ -124,24 +136,57 @@ def _check(args: argparse.Namespace, bundle: Bundle, plugin: Path | None) -> Ite
                 continue
             name = f"{manifest.precision} {graph.file.name}"
             try:
-                built = build_plan(graph, plan_profiles(manifest, stage, graph.inputs, size), settings)
+                yield _built(name, args, manifest, graph, settings, size)
             except BackendError as error:
-                yield Row(name, with_plugin, 0, 0, 0, 0.0, str(error))
-            else:
-                counts = (built.layers, built.plugin_layers, built.content.nbytes)
-                yield Row(name, with_plugin, *counts, built.seconds, None)
+                yield Row(name, with_plugin, 0, 0, 0, (), None, 0.0, str(error))
+
+
+def _built(
+    name: str,
+    args: argparse.Namespace,
+    manifest: Manifest,
+    graph: PreparedGraph,
+    settings: "BuildSettings",
+    size: Limits,
+) -> Row:
+    """Build a graph at its limits, and at shares of them to see how its scratch memory grows."""
+    from ..builder import build_plan
+
+    scratch, seconds = [], 0.0
+    for share in _SHARES if args.scratch else _SHARES[-1:]:
+        visual, prompt, context = (
+            max(int(share * most), 2) for most in (size.visual_tokens, size.prompt_tokens, size.context)
+        )
+        part = Limits(visual, max(prompt, visual + 1), context, size.batch)
+        built = build_plan(graph, plan_profiles(manifest, graph.stage, graph.inputs, part), settings)
+        scratch.append(built.scratch_bytes)
+        seconds += built.seconds
+    growth = None
+    if args.scratch and scratch[-2]:
+        growth = round(math.log(scratch[-1] / scratch[-2], _SHARES[-1] / _SHARES[-2]), 2)
+    refusal = None
+    if growth is not None and growth > _MOST_GROWTH and scratch[-1] > size.batch * size.context**2 * _MASK_BYTES:
+        refusal = (
+            f"{graph.file.name}: its scratch memory grows with the length to the power of {growth}: TensorRT keeps a "
+            f"score tensor, {scratch[-1] / 1e6:.0f} MB at {size.prompt_tokens} tokens, in place of fused attention"
+        )
+    counts = (built.layers, built.plugin_layers, built.content.nbytes)
+    return Row(name, settings.plugin is not None, *counts, tuple(scratch), growth, seconds, refusal)
 
 
 def _print(report: Report, console: Console) -> None:
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for column in ("graph", "plugin"):
         table.add_column(column, no_wrap=True)
-    for column in ("layers", "plugin's", "plan MB", "seconds"):
+    for column in ("layers", "plugin's", "plan MB", "scratch MB", "grows", "seconds"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
     for row in report.rows:
         verdict = "[green]built[/green]" if row.refusal is None else "[red]REFUSED[/red]"
-        numbers = (str(row.layers), str(row.plugin_layers), f"{row.plan_bytes / 1e6:.1f}", f"{row.seconds:.1f}")
+        scratch = " / ".join(f"{size / 1e6:.0f}" for size in row.scratch_bytes)
+        growth = "" if row.growth is None else f"^{row.growth:.2f}"
+        counts = (str(row.layers), str(row.plugin_layers), f"{row.plan_bytes / 1e6:.1f}")
+        numbers = (*counts, scratch, growth, f"{row.seconds:.1f}")
         table.add_row(row.graph, "with" if row.plugin else "without", *numbers, verdict)
     console.print(table)
     for row in report.rows:

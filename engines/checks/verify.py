@@ -19,7 +19,7 @@ from hawk_trt.errors import BackendError, InvalidInput
 from hawk_trt.pipeline import Pipeline
 from hawk_trt.pruning.selection import kept_count
 from hawk_trt.request import ModelInputs, PruningConfig
-from hawk_trt.runtime.comparison import TOLERANCES, StageTolerance, Tolerance, compare_stage, tolerance_of
+from hawk_trt.runtime.comparison import TOLERANCES, Tolerance, compare_stage, tolerance_of
 from hawk_trt.runtime.reference import (
     BEST_LOGITS,
     REFERENCE,
@@ -31,7 +31,7 @@ from hawk_trt.runtime.reference import (
     tensor_prompts,
     trace,
 )
-from hawk_trt.stages import DECODER, FIRST_LAYER, VISION
+from hawk_trt.stages import DECODER, FIRST_LAYER, STAGES, VISION
 
 _FAILURES_SHOWN = 3
 # A constant score has no spread; then any distance is too far.
@@ -45,7 +45,7 @@ class OutputRow:
     Attributes:
         stage: that makes it.
         output: visual_embeds, scores, kept set, hidden_states, KV norms of a layer, logits, tokens; or "finite".
-        prompts: that it was looked at on.
+        prompts: how many it was looked at on.
         numbers: of the worst prompt in words; empty where only finiteness was looked at.
         failures: what is wrong, each with its prompt.
     """
@@ -59,14 +59,7 @@ class OutputRow:
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """The whole check.
-
-    Attributes:
-        reference: what the plans were compared with, None where there was nothing.
-        not_compared: why, where reference is None; empty else.
-        rows: of the outputs, in the order in which they are made.
-        passed: whether nothing failed.
-    """
+    """The whole check; `reference` is None where there was nothing to compare with, and not_compared says why."""
 
     reference: str | None
     not_compared: str
@@ -136,20 +129,17 @@ def verify(engines: Path, reference: Reference | None) -> Verification:
         HawkError: the plans cannot be loaded or run.
     """
     limits = EngineFolder.load(engines).manifest.limits
+    most = (limits.visual_tokens, limits.prompt_tokens, limits.context)
     with Pipeline.load(engines, backend="tensorrt", device="cuda") as plans:
         manifest = plans.bundle.manifest
         pruning = PruningConfig(keep_ratio=manifest.keep_ratio)
-
-        def fits(inputs: ModelInputs) -> bool:
+        prompts = {}
+        for name, inputs in tensor_prompts(manifest).items():
             layout = plans.layout(inputs)
             kept = layout.num_tokens - layout.num_visual + kept_count(layout, pruning)
-            return (
-                layout.num_visual <= limits.visual_tokens
-                and layout.num_tokens <= limits.prompt_tokens
-                and kept + STEPS <= limits.context
-            )
-
-        prompts = {name: inputs for name, inputs in tensor_prompts(manifest).items() if fits(inputs)}
+            sizes = (layout.num_visual, layout.num_tokens, kept + STEPS)
+            if all(size <= limit for size, limit in zip(sizes, most, strict=True)):
+                prompts[name] = inputs
         if not prompts:
             return Verification(None, "the limits are smaller than any prompt of the check: nothing was run", (), True)
         if reference is None:
@@ -166,6 +156,11 @@ def verify(engines: Path, reference: Reference | None) -> Verification:
     return _verification(reference.made_by, "", (*finite, *compared_rows(compared, tolerance)))
 
 
+def _verification(reference: str | None, not_compared: str, rows: Iterable[OutputRow]) -> Verification:
+    told = tuple(rows)
+    return Verification(reference, not_compared, told, not any(row.failures for row in told))
+
+
 def compare(plans: Pipeline, name: str, inputs: ModelInputs, expected: StageTrace) -> Compared:
     """Run one prompt, once more where the plans choose other visual tokens."""
     tokens = expected.tokens.tolist()
@@ -175,27 +170,12 @@ def compare(plans: Pipeline, name: str, inputs: ModelInputs, expected: StageTrac
     return Compared(name, own, trace(plans, inputs, tokens, expected.kept).condensed(expected.logit_ids), expected)
 
 
-def _verification(reference: str | None, not_compared: str, rows: Iterable[OutputRow]) -> Verification:
-    told = tuple(rows)
-    return Verification(reference, not_compared, told, not any(row.failures for row in told))
-
-
 def finite_rows(prompts: Mapping[str, StageTrace]) -> Iterator[OutputRow]:
     """One row a stage: all that it made is finite, and not all of it zero."""
-    for stage in (VISION, FIRST_LAYER, DECODER):
+    for stage in STAGES:
         failures = []
         for name, got in prompts.items():
-            made = {
-                VISION: {"visual_embeds": got.visual_embeds},
-                FIRST_LAYER: {
-                    "scores": got.scores,
-                    "hidden_states": got.hidden_states,
-                    "KV of layer 0": got.kv_norms[0],
-                },
-                DECODER: {f"KV of layer {i}": norms for i, norms in enumerate(got.kv_norms) if i}
-                | {"logits": got.logits},
-            }
-            for output, values in made[stage].items():
+            for output, values in ((output, values) for maker, output, values in _outputs(got) if maker == stage):
                 bad = int(np.count_nonzero(~np.isfinite(values)))
                 if bad:
                     failures.append(f"{name}: {output}: {bad} of {values.size} values are not finite")
@@ -206,37 +186,39 @@ def finite_rows(prompts: Mapping[str, StageTrace]) -> Iterator[OutputRow]:
 
 def compared_rows(prompts: Sequence[Compared], tolerance: Tolerance) -> Iterator[OutputRow]:
     """One row an output, in the order in which they are made; at least one prompt."""
-    shown = [p for p in prompts if len(p.expected.scores)]
-    vision = [(p.name, p.own.visual_embeds, p.expected.visual_embeds) for p in shown]
-    yield _row(VISION, "visual_embeds", vision, tolerance.vision)
-    scores = [(p.name, p.own.scores[None], p.expected.scores[None]) for p in shown]
-    yield _row(FIRST_LAYER, "scores", scores, tolerance.scores)
-    yield _kept_row(shown, tolerance.score_error)
-    hidden = [(p.name, p.forced.hidden_states, p.expected.hidden_states) for p in prompts]
-    yield _row(FIRST_LAYER, "hidden_states", hidden, tolerance.first_layer)
-    for layer in range(len(prompts[0].expected.kv_norms)):
-        stage, limit = (DECODER, tolerance.decoder) if layer else (FIRST_LAYER, tolerance.first_layer)
-        norms = [
-            (f"{p.name}: {word}", p.forced.kv_norms[layer, part][None], p.expected.kv_norms[layer, part][None])
-            for p in prompts
-            for part, word in enumerate(("keys", "values"))
-        ]
-        yield _row(stage, f"KV norms of layer {layer}", norms, limit)
-    logits = [(p.name, p.forced.logits, p.expected.logits) for p in prompts]
-    yield _row(DECODER, "logits", logits, tolerance.decoder)
+    limits = {
+        "visual_embeds": tolerance.vision,
+        "scores": tolerance.scores,
+        "hidden_states": tolerance.first_layer,
+        "KV norms of layer 0": tolerance.first_layer,
+    }
+    pairs = [(p.name, list(_outputs(p.forced)), list(_outputs(p.expected))) for p in prompts]
+    for index, (stage, output, _) in enumerate(pairs[0][2]):
+        limit = limits.get(output, tolerance.decoder)
+        cosine, error, failures, seen = 1.0, 0.0, [], 0
+        for name, got, expected in pairs:
+            if not expected[index][2].size:  # a prompt without visual tokens
+                continue
+            row = compare_stage(stage, got[index][2], expected[index][2], limit)
+            cosine, error = np.minimum(cosine, row.cosine_min), np.maximum(error, row.max_error_share)  # NaN stays
+            failures += [f"{name}: {failure}" for failure in row.failures]
+            seen += 1
+        numbers = f"cosine {cosine:.6f}, error {error:.1e} of the largest" if seen else ""
+        yield OutputRow(stage, output, seen, numbers, tuple(failures))
+        if output == "scores":
+            yield _kept_row([p for p in prompts if len(p.expected.scores)], tolerance.score_error)
     # two logits that are each off by the largest error allowed can change places when twice that apart
     yield _token_row(prompts, 2 * tolerance.decoder.max_error)
 
 
-def _row(stage: str, output: str, given: Sequence[tuple[str, Floats, Floats]], tolerance: StageTolerance) -> OutputRow:
-    rows = [(name, compare_stage(stage, got, expected, tolerance)) for name, got, expected in given]
-    if not rows:
-        return OutputRow(stage, output, 0, "", ())
-    cosine = np.min([row.cosine_min for _, row in rows])  # NaN where any is
-    error = np.max([row.max_error_share for _, row in rows])
-    failures = tuple(f"{name}: {failure}" for name, row in rows for failure in row.failures)
-    prompts = len({name.partition(":")[0] for name, _ in rows})
-    return OutputRow(stage, output, prompts, f"cosine {cosine:.6f}, error {error:.1e} of the largest", failures)
+def _outputs(got: StageTrace) -> Iterator[tuple[str, str, Floats]]:
+    """Stage, name and rows of every output, in the order in which they are made."""
+    yield VISION, "visual_embeds", got.visual_embeds
+    yield FIRST_LAYER, "scores", got.scores[None]
+    yield FIRST_LAYER, "hidden_states", got.hidden_states
+    for layer, norms in enumerate(got.kv_norms):  # a row of keys and one of values
+        yield DECODER if layer else FIRST_LAYER, f"KV norms of layer {layer}", norms
+    yield DECODER, "logits", got.logits
 
 
 def _kept_row(prompts: Sequence[Compared], limit: float) -> OutputRow:

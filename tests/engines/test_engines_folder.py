@@ -53,7 +53,7 @@ def planned(bundle, *, machine=ORIN, plugin=None, **limits):
 def stand_in(graph, entry):
     assert [tensor.name for tensor in entry.inputs] == [tensor.name for tensor in graph.inputs]
     content = header() + graph.stage.encode() * 100
-    return BuiltPlan(memoryview(content), 7, int(graph.has_topk), ("TIMING",), 0.5)
+    return BuiltPlan(memoryview(content), 7, int(graph.has_topk), ("TIMING",), 0, 0.5)
 
 
 def written(bundle, out, **options):

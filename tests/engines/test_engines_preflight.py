@@ -82,7 +82,15 @@ def bundles(tiny_checkpoint, tiny_bundle, tmp_path_factory):
 
 
 def test_every_graph_that_engines_are_built_from_passes_nvidias_parser_and_builder(bundles, repository):
-    command = [sys.executable, "-m", "engines.checks.preflight", *map(str, bundles), "--batch", "2", "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "engines.checks.preflight",
+        *map(str, bundles),
+        "--batch",
+        "2",
+        "--json",
+    ]
     done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     report = json.loads(done.stdout)
@@ -93,9 +101,28 @@ def test_every_graph_that_engines_are_built_from_passes_nvidias_parser_and_build
     assert "with the plugin: not checked" in done.stderr
 
 
+def test_scratch_that_grows_with_the_square_of_the_length_is_refused(bundles, repository):
+    """The portable first layer and decoder keep a score tensor today; all else is fused."""
+    command = [sys.executable, "-m", "engines.checks.preflight", str(bundles[1]), "--scratch", "--json"]
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)
+    rows = {row["graph"]: row for row in json.loads(done.stdout)["rows"]}
+    refused = {graph for graph, row in rows.items() if row["refusal"]}
+    assert refused == {"float16 first_layer.portable.onnx", "float16 decoder.portable.onnx"} and done.returncode == 1
+    assert "to the power of" in rows["float16 decoder.portable.onnx"]["refusal"]
+    assert all(len(row["scratch_bytes"]) == 3 for row in rows.values())
+
+
 @pytest.mark.skipif(PLUGIN is None, reason="HAWK_PREFLIGHT_PLUGIN names no top-k plugin built for TensorRT 11")
 def test_the_plugin_takes_the_place_of_the_standard_operators(bundles, repository):
-    command = [sys.executable, "-m", "engines.checks.preflight", *map(str, bundles), "--plugin", PLUGIN, "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "engines.checks.preflight",
+        *map(str, bundles),
+        "--plugin",
+        PLUGIN,
+        "--json",
+    ]
     done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     rows = [row for row in json.loads(done.stdout)["rows"] if row["plugin"]]

@@ -143,7 +143,7 @@ def test_values_that_are_not_finite_or_all_zero_are_found_without_a_reference(pr
     assert failures == {
         "vision": (f"{name}: visual_embeds: all values are 0",),
         "first_layer": (),
-        "decoder": (f"{name}: KV of layer 1: 1 of {norms[1].size} values are not finite",),
+        "decoder": (f"{name}: KV norms of layer 1: 1 of {norms[1].size} values are not finite",),
     }
     assert Verification(None, "why", told, False).failures == "; ".join(
         f"{stage}: {failure}" for stage, told in failures.items() for failure in told
