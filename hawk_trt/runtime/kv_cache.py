@@ -6,18 +6,14 @@ portable   every step returns a longer cache, which is the next step's input
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import onnxruntime as ort
 
-from hawk_trt.bundle import numpy_dtype
+from hawk_trt.bundle import Manifest, numpy_dtype
 from hawk_trt.errors import BackendError
-from hawk_trt.runtime.session import Binding, Buffer
+from hawk_trt.runtime.session import Binding, Buffer, Device
 from hawk_trt.stages import DECODER, FIRST_LAYER, in_place, key_name, value_name
-
-if TYPE_CHECKING:
-    from hawk_trt.runtime.onnxruntime import OnnxRuntimeBackend
 
 
 class KVCache:
@@ -30,14 +26,13 @@ class KVCache:
         ends: int64 [batch], where each row writes next; the same for all when portable.
     """
 
-    def __init__(self, backend: "OnnxRuntimeBackend", batch: int, columns: int) -> None:
-        manifest, place = backend.bundle.manifest, backend.place
+    def __init__(self, manifest: Manifest, place: Device, target: str, batch: int, columns: int) -> None:
         language = manifest.language
         self.batch = batch
         self.columns = columns
         self.starts = np.zeros(batch, np.int64)
         self.ends = np.zeros(batch, np.int64)
-        self._inplace = in_place(backend.target)
+        self._inplace = in_place(target)
         self._layers = {FIRST_LAYER: range(1), DECODER: range(1, language.num_hidden_layers)}
         shape = (batch, language.num_key_value_heads, columns if self._inplace else 0, language.head_dim)
         self._tensors = {
@@ -46,16 +41,20 @@ class KVCache:
         self._write_index = Buffer(place, (batch,), "int64") if self._inplace else None
 
     @classmethod
-    def gather(cls, backend: "OnnxRuntimeBackend", parts: "Sequence[tuple[KVCache, int]]", columns: int) -> "KVCache":
+    def gather(
+        cls, manifest: Manifest, place: Device, target: str, parts: "Sequence[tuple[KVCache, int]]", columns: int
+    ) -> "KVCache":
         """Rows of several caches as one, tensor by tensor: what was gathered is gone where it was.
 
         Args:
-            backend: that all are of.
+            manifest: of the bundle.
+            place: where all of them lie.
+            target: of the graphs.
             parts: a cache and the number of one of its rows, for each row of the new one.
             columns: that the new one can hold a row.
         """
-        place, dtype = backend.place, backend.bundle.manifest.dtype
-        cache = cls(backend, len(parts), 0)
+        dtype = manifest.dtype
+        cache = cls(manifest, place, target, len(parts), 0)
         cache.columns = columns
         lengths = np.array([source.ends[row] - source.starts[row] for source, row in parts])
         if cache._inplace:

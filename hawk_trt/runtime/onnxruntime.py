@@ -131,7 +131,7 @@ class OnnxRuntimeBackend:
 
     def score(self, inputs: PrefillInputs, visual: Visual) -> npt.NDArray[np.float32]:
         """HAWK scores alone: float32 [batch, seq_len]. Layer 0 runs on one token, and its cache is dropped."""
-        cache = KVCache(self, len(inputs.source_rows), 1)
+        cache = KVCache(self.bundle.manifest, self.place, self.target, len(inputs.source_rows), 1)
         binding = self.stages[FIRST_LAYER].bind(
             {**self.prompt_feeds(inputs, visual, 1), **cache.inputs(FIRST_LAYER)}, cache.outputs(FIRST_LAYER)
         )
@@ -140,7 +140,7 @@ class OnnxRuntimeBackend:
 
     def start(self, batch: int, columns: int) -> "OrtGeneration":
         """A generation whose KV cache holds up to `columns` tokens a row."""
-        return OrtGeneration(self, KVCache(self, batch, columns))
+        return OrtGeneration(self, KVCache(self.bundle.manifest, self.place, self.target, batch, columns))
 
     def gather(self, parts: "Sequence[tuple[Generation, int]]", columns: int) -> "OrtGeneration":
         """Rows of several generations as one; on a GPU their caches go through the host."""
@@ -206,7 +206,8 @@ class OrtGeneration:
         """Rows of several generations as one, ready to decode."""
         for generation, _ in parts:
             generation._step = None  # its bindings hold on to the cache
-        cache = KVCache.gather(backend, [(generation._cache, row) for generation, row in parts], columns)
+        caches = [(generation._cache, row) for generation, row in parts]
+        cache = KVCache.gather(backend.bundle.manifest, backend.place, backend.target, caches, columns)
         gathered = cls(backend, cache)
         gathered._fixed = {
             "kv_start": backend.place.upload(cache.starts),

@@ -12,7 +12,7 @@ from hawk_trt.engine_folder import EngineFolder
 from hawk_trt.errors import InvalidInput
 from hawk_trt.pruning.head_weights import read_head_weights
 from hawk_trt.request import QUERIES, QUOTAS, SELECTORS, PruningConfig
-from hawk_trt.runtime.protocol import BACKENDS, backend_for
+from hawk_trt.runtime.backends import BACKENDS, backend_for
 from hawk_trt.stages import TARGETS
 
 if TYPE_CHECKING:

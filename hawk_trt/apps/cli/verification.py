@@ -10,7 +10,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from hawk_trt.apps.cli.output import note, size
 from hawk_trt.bundle import Bundle, read_manifest
 from hawk_trt.engine_folder import EngineFolder, read_engine_manifest
-from hawk_trt.runtime.protocol import backend_for
+from hawk_trt.runtime.backends import backend_for
 
 
 def verify(folder: Path) -> Bundle:

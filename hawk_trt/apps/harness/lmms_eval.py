@@ -18,7 +18,7 @@ from hawk_trt import Pipeline, PruningConfig, SamplingConfig
 from hawk_trt.apps.harness.answering import Answering
 from hawk_trt.errors import InvalidInput
 from hawk_trt.pruning.head_weights import read_head_weights
-from hawk_trt.runtime.protocol import backend_for
+from hawk_trt.runtime.backends import backend_for
 
 if TYPE_CHECKING:
     from hawk_trt.request import Message

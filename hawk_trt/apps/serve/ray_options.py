@@ -14,7 +14,7 @@ from hawk_trt.errors import InvalidInput
 from hawk_trt.pipeline import Pipeline
 from hawk_trt.pruning.head_weights import read_head_weights
 from hawk_trt.request import PruningConfig
-from hawk_trt.runtime.protocol import backend_for
+from hawk_trt.runtime.backends import backend_for
 from hawk_trt.runtime.vision_cache import DEFAULT_VISION_CACHE_MB
 
 _LISTS = ("cors_origin", "remote_host")
