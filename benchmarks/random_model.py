@@ -22,7 +22,7 @@ _ALIGNMENT = 4096
 _PREFIXES = {"visual.": "model.visual.", "language_model.": "model.language_model."}
 _IDS = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id")
 _TINY = Path(__file__).parent.parent / "examples" / "tiny-vlm"
-_SIDECARS = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+_SMALL_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 _PREPROCESSOR = "preprocessor_config.json"
 _MAX_PIXELS = 16384 * 28 * 28
 
@@ -49,7 +49,7 @@ def make_model(folder: Path, config: dict[str, Any]) -> tuple[Path, Path]:
     if not (checkpoint / _PREPROCESSOR).is_file():  # the last that is written
         checkpoint.mkdir(parents=True, exist_ok=True)
         _write_tensors(checkpoint / "model.safetensors", random_checkpoint(checkpoint, config))
-        for name in _SIDECARS:
+        for name in _SMALL_FILES:
             shutil.copyfile(_TINY / name, checkpoint / name)
         preprocessor = json.loads((_TINY / _PREPROCESSOR).read_text())
         preprocessor["size"]["longest_edge"] = _MAX_PIXELS

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from hawk_trt.bundle import Bundle, WeightFormat
 from hawk_trt.errors import HawkError
-from hawk_trt.inputs.hub import download, is_hub_id
+from hawk_trt.inputs.checkpoint_files import download, is_hub_id
 from hawk_trt.pipeline import Pipeline
 from hawk_trt.pruning.head_weights import read_head_weights
 from hawk_trt.runtime.reference import REFERENCE, Reference
@@ -107,8 +107,11 @@ def _run(args: argparse.Namespace, checkpoint: Checkpoint, name: str | None) -> 
     )
     current = None if args.force else up_to_date(checkpoint, args.out.resolve(), options, name)
     if current is None:
+        notes: list[str] = []
         with _progress() as progress:
-            bundle = export(checkpoint, args.out, options, name=name, progress=progress)
+            bundle = export(checkpoint, args.out, options, name=name, progress=progress, note=notes.append)
+        for note in notes:
+            print(f"note: {note}", file=sys.stderr)
         if bundle.manifest.head_weights.source == UNIFORM:
             print(_UNIFORM_NOTE, file=sys.stderr)
     else:

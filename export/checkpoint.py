@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from hawk_trt.errors import CheckpointError
-from hawk_trt.inputs.sidecars import CONFIG, GENERATION_CONFIG, read_json
+from hawk_trt.inputs.checkpoint_files import CONFIG, GENERATION_CONFIG, read_json
 
 from .tensor_file import CheckpointTensor, TensorFile, read_tensor_file
 from .vision import tensor_names

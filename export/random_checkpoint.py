@@ -15,7 +15,7 @@ from zlib import crc32
 import numpy as np
 import numpy.typing as npt
 
-from hawk_trt.inputs.sidecars import CONFIG, GENERATION_CONFIG
+from hawk_trt.inputs.checkpoint_files import CONFIG, GENERATION_CONFIG
 from hawk_trt.models.registry import family_of
 
 from .checkpoint import Checkpoint

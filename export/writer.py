@@ -32,7 +32,7 @@ from hawk_trt.bundle import (
 )
 from hawk_trt.errors import BundleError, CheckpointError, InvalidInput
 from hawk_trt.files import check_free_space, check_replaceable, clean_up_after_killed, staged
-from hawk_trt.inputs.sidecars import SIDECARS, added_tokens, read_sidecars
+from hawk_trt.inputs.checkpoint_files import SMALL_FILES, added_tokens, read_small_files, stop_tokens
 from hawk_trt.models.registry import family_of
 from hawk_trt.request import PruningConfig, check_head_weights
 from hawk_trt.runtime.reference import REFERENCE
@@ -42,6 +42,7 @@ from .checkpoint import EMBEDDINGS, LM_HEAD, Checkpoint
 from .graphs import build_graphs
 from .head_weights import default_head_weights
 from .inventory import inventory
+from .prompts import try_prompts
 from .quantisation import BLOCK_SIZES, WEIGHT_BITS
 from .weights import WeightStore
 
@@ -115,6 +116,7 @@ def export(
     *,
     name: str | None = None,
     progress: Callable[[int, int], None] | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> Bundle:
     """Export a checkpoint, or return the bundle that is there if it is up to date.
 
@@ -124,6 +126,7 @@ def export(
         options: None takes the defaults.
         name: of the checkpoint, as the manifest says it; None takes the folder's.
         progress: called with the bytes of weights done and their total.
+        note: called with each sentence about the checkpoint that its user should know.
 
     Raises:
         CheckpointError: a checkpoint that cannot be read or is not supported.
@@ -157,9 +160,13 @@ def export(
     check_free_space(out, weights.disk_bytes + _SPARE_BYTES, "the bundle needs", advice)
     with staged(out) as folder:
         files = {}
-        for file_name, content in read_sidecars(opened.folder, template).items():
+        small = read_small_files(opened.folder, template)
+        for file_name, content in small.contents.items():
             (folder / file_name).write_bytes(content)
             files[file_name] = file_entry(folder / file_name)
+        for sentence in (*small.notes, *try_prompts(Bundle(folder, replace(plan, files=files)), family)):
+            if note is not None:
+                note(sentence)
         entries = []
         for (target, stage), graph in graphs.items():
             entry = _graph_entry(graph, stage, target)
@@ -196,6 +203,7 @@ def _plan(checkpoint: Checkpoint, options: ExportOptions, name: str | None) -> M
     family = family_of(checkpoint.config)
     model = family.read_config(checkpoint.config, checkpoint.generation, added_tokens(checkpoint.folder))
     language, tokens = model.language, model.special_tokens
+    tokens = replace(tokens, eos=stop_tokens(checkpoint.folder, tokens.eos))
     head_weights = options.head_weights or default_head_weights(family.name, language)
     check_head_weights(head_weights.values, language.num_attention_heads)
     architecture = (checkpoint.config.get("architectures") or [str(checkpoint.config.get("model_type"))])[0]
@@ -209,7 +217,7 @@ def _plan(checkpoint: Checkpoint, options: ExportOptions, name: str | None) -> M
     return Manifest(
         schema_version=SCHEMA_VERSION,
         source=Source(
-            name or checkpoint.folder.resolve().name, architecture, checkpoint.fingerprint(SIDECARS), options.link
+            name or checkpoint.folder.resolve().name, architecture, checkpoint.fingerprint(SMALL_FILES), options.link
         ),
         dtype=options.dtype,
         normalization=options.normalization,
@@ -249,7 +257,9 @@ def _check_replaceable(out: Path, checkpoint: Path) -> None:
     replaces = (out / MANIFEST).is_file()
     check_replaceable(
         out,
-        lambda name: replaces and (name in (MANIFEST, REFERENCE, *SIDECARS) or Path(name).suffix in _BUNDLE_SUFFIXES),
+        lambda name: (
+            replaces and (name in (MANIFEST, REFERENCE, *SMALL_FILES) or Path(name).suffix in _BUNDLE_SUFFIXES)
+        ),
         "export",
     )
 

@@ -31,7 +31,7 @@ from hawk_trt.scheduler import DEFAULT_MAX_NEW_TOKENS, Scheduler
 from hawk_trt.sequence import Sequence as Answer
 
 if TYPE_CHECKING:
-    from hawk_trt.inputs.tools import JsonObject
+    from hawk_trt.inputs.messages import JsonObject
     from hawk_trt.request import ImageInput, Message, VideoInput
 
 
@@ -270,7 +270,7 @@ class Pipeline:
         assert result.logits is not None
         return Trace(embeds, result.scores, result.kept_indices, hidden, result.logits)
 
-    def layout(self, inputs: ModelInputs, query: str = "paper") -> PromptLayout:
+    def layout(self, inputs: ModelInputs, query: str | None = None) -> PromptLayout:
         """Where everything of a prompt lies.
 
         Raises:

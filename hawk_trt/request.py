@@ -45,8 +45,9 @@ class PruningConfig:
             rescaled; None takes the bundle's.
         selector: who chooses the kept tokens: one of SELECTORS, or a function of Candidates and k.
         min_visual_tokens: at least so many are kept (or all, where there are fewer).
-        query: "paper", the text after the last image up to the end of its turn, or "turn",
-            every text token of the last user turn.
+        query: "paper", the text after the last image up to the end of its turn, "turn", every text token of
+            the last user turn, or None: "paper", and where that holds no text, since the image follows the
+            question, the last user turn that has text.
         quota: "global", one selection over all visual tokens; "per-image", one for each image or
             video; or "per-frame", one for each image and each frame of a video.
         keep_mass: keep the fewest tokens that carry this share of the score mass, in (0, 1], and no
@@ -63,7 +64,7 @@ class PruningConfig:
     head_weights: tuple[float, ...] | None = None
     selector: "str | Selector" = "hawk"
     min_visual_tokens: int = 1
-    query: str = "paper"
+    query: str | None = None
     quota: str = "global"
     keep_mass: float | None = None
     diversity: float = 0.0
@@ -74,7 +75,7 @@ class PruningConfig:
         _check_integer("min_visual_tokens", self.min_visual_tokens, 1)
         for name, value, allowed in (
             ("selector", self.selector, SELECTORS),
-            ("query", self.query, QUERIES),
+            ("query", self.query or QUERIES[0], QUERIES),
             ("quota", self.quota, QUOTAS),
         ):
             if value not in allowed and not (name == "selector" and callable(value)):
@@ -282,6 +283,7 @@ class Result:
         scores: float32 [num_visual], HAWK's score of each visual token in prompt order, before any bias.
         timings: seconds by stage.
         logits: float32 [steps, vocab] where asked for; row i is what token_ids[i] was chosen from.
+        query: "paper" or "turn": which text scored the visual tokens.
         num_cached: images and videos of the prompt (InternVL: frames) that the vision stage did not run for, since
             the vision cache knew them.
     """
@@ -296,3 +298,4 @@ class Result:
     timings: Timings = field(default_factory=Timings)
     logits: npt.NDArray[np.float32] | None = None
     num_cached: int = 0
+    query: str = "paper"

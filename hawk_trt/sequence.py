@@ -157,6 +157,7 @@ class Sequence:
             scores=self.scores,
             timings=self.timings,
             num_cached=self.num_cached,
+            query=self.layout.query,
             logits=np.stack(self._logits) if self.request.return_logits else None,
         )
 

@@ -111,8 +111,46 @@ def test_the_turn_query_hears_a_question_before_the_image(inplace):
         return inplace.generate([{"role": "user", "content": content}], pruning=pruning, max_new_tokens=1).scores
 
     one, other = "What colour is the ring?", "How many arrows are there?"
-    np.testing.assert_allclose(scores(one, "paper"), scores(other, "paper"), atol=1e-5)
+    with pytest.warns(UserWarning, match="the question does not choose the visual tokens"):
+        np.testing.assert_allclose(scores(one, "paper"), scores(other, "paper"), atol=1e-5)
+    for question in (one, other):
+        np.testing.assert_array_equal(scores(question, None), scores(question, "turn"))
     assert np.corrcoef(scores(one, "turn"), scores(other, "turn"))[0, 1] < 0.9
+
+
+IMAGE_ITEM, QUESTION = {"type": "image", "image": SAMPLES[0].image}, {"type": "text", "text": "Count the circles."}
+ASKED = {
+    "image first": ([("user", [IMAGE_ITEM, QUESTION])], "paper", "Count the circles."),
+    "text first": ([("user", [QUESTION, IMAGE_ITEM])], "turn", "Count the circles."),
+    "text around": ([("user", [QUESTION, IMAGE_ITEM, {"type": "text", "text": "Now."}])], "paper", "Now."),
+    "blank behind": (
+        [("user", [QUESTION, IMAGE_ITEM, {"type": "text", "text": " \n"}])],
+        "turn",
+        "Count the circles. \n",
+    ),
+    "question in the next turn": (
+        [("user", [IMAGE_ITEM]), ("assistant", "ok"), ("user", "Count the circles.")],
+        "paper",
+        "<|im_end|>\n<|im_start|>assistant\nok<|im_end|>\n<|im_start|>user\nCount the circles.",
+    ),
+    "image in the next turn": (
+        [("user", [QUESTION]), ("assistant", "of what?"), ("user", [IMAGE_ITEM])],
+        "turn",
+        "Count the circles.",
+    ),
+    "image from a tool": ([("user", [QUESTION]), ("tool", [IMAGE_ITEM])], "turn", "Count the circles."),
+    "nothing asked": ([("user", [IMAGE_ITEM])], "paper", "<|im_end|>\n<|im_start|>assistant\n"),
+}
+
+
+@pytest.mark.parametrize("case", ASKED)
+def test_the_question_chooses_the_tokens_wherever_it_stands(inplace, case):
+    turns, query, text = ASKED[case]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    layout = inplace.layout(inplace.prepare(messages))
+    asked = layout.input_ids[layout.query_weights > 0].tolist()
+    assert inplace.chat_tokenizer().decode(asked, skip_special_tokens=False) == text
+    assert inplace.generate(messages, max_new_tokens=1).query == layout.query == query
 
 
 def test_head_weights_need_no_export_and_are_used_as_given(inplace):

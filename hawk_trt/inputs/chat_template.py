@@ -1,20 +1,35 @@
-"""The checkpoint's chat template: turns in, the prompt as one string out.
+"""The checkpoint's chat template: turns in, the prompt as texts and special tokens out.
 
-A template is Jinja from a checkpoint, hence not trusted: it runs in Jinja's sandbox.
+A template is Jinja from a checkpoint, hence not trusted: it runs in Jinja's sandbox, for a bounded time. Special tokens
+come from the template alone: one that a user spells out stays text. So that the two can be told apart after
+rendering, a guard character goes before each place in a user's text where a special token starts, or could start with
+what the next text adds.
 """
 
+import ctypes
 import json
-from collections.abc import Mapping, Sequence
+import math
+import re
+import threading
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from functools import cached_property
-from typing import Any, NoReturn
+from itertools import pairwise
+from typing import TYPE_CHECKING, NoReturn
 
-import jinja2
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from hawk_trt.errors import InvalidInput
+from hawk_trt.inputs.messages import JsonObject, Turn, strings, with_strings
 
-from hawk_trt.errors import BundleError, InvalidInput
-from hawk_trt.inputs.messages import Turn
-from hawk_trt.inputs.tools import JsonObject
+if TYPE_CHECKING:
+    import jinja2
+    from jinja2.nodes import Node
+    from jinja2.parser import Parser
+
+_SECONDS = 5.0
+# Of a text or list that a template repeats, and of base times exponent: beyond, memory is at stake.
+_MAX_REPEATED = 10_000_000
+_MAX_EXPONENT = 1000
 
 
 class ChatTemplate:
@@ -24,35 +39,63 @@ class ChatTemplate:
         source: its Jinja.
     """
 
-    def __init__(self, source: str, variables: Mapping[str, str]) -> None:
+    def __init__(self, source: str, variables: Mapping[str, str], special: Collection[str]) -> None:
         """Keep a template.
 
         Args:
             source: Jinja.
             variables: more variables for it: bos_token, eos_token and the like.
+            special: the special tokens as spelled, none empty.
         """
         self.source = source
         self._variables = dict(variables)
+        self._special = special
 
-    def render(self, turns: Sequence[Turn], tools: Sequence[JsonObject] = ()) -> str:
+    def pieces(self, turns: Sequence[Turn], tools: Sequence[JsonObject] = ()) -> Iterator[tuple[str, str | None]]:
         """Render turns and the beginning of the assistant's answer.
 
         Args:
             turns: the messages.
             tools: JSON objects that tell the model what it may call.
 
+        Yields:
+            A piece of text as the user wrote it, perhaps empty, and the special token after it, None at the end.
+
         Raises:
-            InvalidInput: the template does not compile, takes no tools where there are some, or refuses these turns.
+            InvalidInput: the template does not compile, takes no tools where there are some, refuses these turns, or
+                takes longer than 5 seconds.
         """
-        messages = [{"role": turn.role, "content": _content(turn), **turn.more} for turn in turns]
+        import jinja2  # compiling and rendering need it, and nothing else
+
+        texts = [text for turn in turns for text in turn.texts()]
+        guard = Guard(self._special, [*texts, *strings(tools), self.source])
+        messages = [
+            {"role": turn.role, "content": _content(turn, guard)} | with_strings(turn.more, guard.apply)
+            for turn in turns
+        ]
+        self._check_tools(turns, tools)
         try:
-            self._check_tools(turns, tools)
-            return self._compiled.render(
-                messages=messages, tools=list(tools) or None, add_generation_prompt=True, **self._variables
-            )
+            with _time_limit(_SECONDS):
+                rendered = self._compiled.render(
+                    messages=messages,
+                    tools=with_strings(tools, guard.apply) or None,
+                    documents=None,
+                    add_generation_prompt=True,
+                    **self._variables,
+                )
+        except RecursionError as error:
+            raise InvalidInput("chat template: it calls itself without an end. Change the bundle's template") from error
+        except TimeoutError as error:
+            raise InvalidInput(
+                f"chat template: not done after {_SECONDS:g} seconds. Change the bundle's chat template"
+            ) from error
         # A template is a program: beside Jinja's own errors it meets Python's, as for "a" + 1 or a missing key.
-        except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        except (
+            *(jinja2.TemplateError, ArithmeticError, AttributeError, LookupError),
+            *(MemoryError, RuntimeError, TypeError, ValueError),
+        ) as error:
             raise InvalidInput(f"chat template: {error}. Change the messages, or the bundle's chat template") from error
+        return guard.split(rendered)
 
     def _check_tools(self, turns: Sequence[Turn], tools: Sequence[JsonObject]) -> None:
         """Refuse what the template would leave out without a word."""
@@ -65,52 +108,102 @@ class ChatTemplate:
                 )
 
     @cached_property
-    def _compiled(self) -> jinja2.Template:
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _raise_exception
-        environment.globals["strftime_now"] = _strftime_now
-        return environment.from_string(self.source)
+    def _compiled(self) -> "jinja2.Template":
+        """The template in an environment that has all that transformers' has."""
+        return _environment().from_string(self.source)
 
 
-def template_source(jinja: str | None, processor: Mapping[str, Any], tokenizer: Mapping[str, Any]) -> str | None:
-    """The Jinja of a checkpoint's chat template.
+class Guard:
+    """A character that no text of a prompt holds, and the special tokens that it guards."""
 
-    Args:
-        jinja: chat_template.jinja, which goes first.
-        processor: chat_template.json, next.
-        tokenizer: tokenizer_config.json, last.
+    def __init__(self, special: Collection[str], texts: Iterable[str]) -> None:
+        """Choose the character.
 
-    Returns:
-        The template, the one named "default" where there are several; None where there is none.
+        Args:
+            special: the special tokens as spelled, none empty.
+            texts: all that will be in the rendered string: the prompt's texts and the template.
+        """
+        used = set().union(*texts, *special)
+        # Private use first; a text with a million different characters would be needed to leave none.
+        self._character = next(chr(code) for code in range(0xE000, 0x110000) if chr(code) not in used)
+        self._special = tuple(special)
+        longest_first = "|".join(re.escape(token) for token in sorted(special, key=len, reverse=True))
+        self._starts = re.compile(f"(?={longest_first})" if special else "(?!)")
+        self._cuts = re.compile(f"{self._character}.|({longest_first or '(?!)'})", re.DOTALL)
 
-    Raises:
-        BundleError: several templates and none of them the default, or something that is no template.
-    """
-    if jinja is not None:
-        return jinja
-    found = processor.get("chat_template") or tokenizer.get("chat_template")
-    if isinstance(found, list):
-        named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
-        found = named.get("default") or (next(iter(named.values())) if len(named) == 1 else named)
-    if found is None or isinstance(found, str):
-        return found
-    raise BundleError(
-        f"chat_template: got {type(found).__name__}, expected a string or a list with one named default. "
-        "Put the template to use into chat_template.jinja in the checkpoint folder and export again: make export"
-    )
+    def apply(self, text: str) -> str:
+        """The text with its special tokens guarded."""
+        starts = {match.start() for match in self._starts.finditer(text)} | self._open_ends(text)
+        bounds = [0, *sorted(starts), len(text)]
+        return self._character.join(text[begin:end] for begin, end in pairwise(bounds))
+
+    def split(self, rendered: str) -> Iterator[tuple[str, str | None]]:
+        """Cut a rendered string at the special tokens that are not guarded; see ChatTemplate.pieces."""
+        begin = 0
+        for match in self._cuts.finditer(rendered):
+            if match[1] is not None:
+                yield rendered[begin : match.start()].replace(self._character, ""), match[1]
+                begin = match.end()
+        yield rendered[begin:].replace(self._character, ""), None
+
+    def _open_ends(self, text: str) -> set[int]:
+        """Where the text's end, which templates may trim, is the beginning of a special token."""
+        end = len(text.rstrip())
+        longest = max(map(len, self._special), default=0)
+        return {
+            start
+            for start in range(max(0, end - longest + 1), end)
+            if any(token.startswith(text[start:end]) for token in self._special)
+        }
 
 
-def _content(turn: Turn) -> str | list[dict[str, str]]:
+def _content(turn: Turn, guard: Guard) -> str | list[dict[str, str]]:
     """A turn's content as templates know it; sources stay out, since templates only look at their kind."""
     if isinstance(turn.content, str):
-        return turn.content
+        return guard.apply(turn.content)
     return [
-        {"type": "text", "text": part} if isinstance(part, str) else {"type": part.kind, part.kind: ""}
+        {"type": "text", "text": guard.apply(part)} if isinstance(part, str) else {"type": part.kind, part.kind: ""}
         for part in turn.content
     ]
+
+
+def _environment() -> "jinja2.Environment":
+    import jinja2.ext
+    from jinja2.exceptions import SecurityError
+    from jinja2.nodes import CallBlock
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(jinja2.ext.Extension):
+        """{% generation %}, which marks the assistant's text for training, and changes no prompt."""
+
+        tags = {"generation"}  # noqa: RUF012 - as the class above it has them
+
+        def parse(self, parser: "Parser") -> "Node":
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return CallBlock(self.call_method("_same"), [], [], body).set_lineno(line)
+
+        def _same(self, caller: "jinja2.runtime.Macro") -> str:
+            return str(caller())
+
+    class Sandbox(ImmutableSandboxedEnvironment):
+        intercepted_binops = frozenset({"*", "**"})
+
+        def call_binop(self, context: "jinja2.runtime.Context", operator: str, left: object, right: object) -> object:
+            sizes = [
+                len(value) if isinstance(value, str | list | tuple) else abs(value)
+                for value in (left, right)
+                if isinstance(value, str | list | tuple | int | float)
+            ]
+            if math.prod(sizes) > (_MAX_REPEATED if operator == "*" else _MAX_EXPONENT):
+                raise SecurityError(f"{operator} makes a value that is too large")
+            return super().call_binop(context, operator, left, right)
+
+    environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation])
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    return environment
 
 
 def _to_json(
@@ -125,8 +218,31 @@ def _to_json(
 
 
 def _raise_exception(message: str) -> NoReturn:
+    import jinja2
+
     raise jinja2.TemplateError(message)
 
 
 def _strftime_now(format: str) -> str:
     return datetime.now().strftime(format)
+
+
+@contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in this thread when the Python code inside has run so long."""
+    thread, lock, done = threading.get_ident(), threading.Lock(), False
+
+    def stop() -> None:
+        with lock:
+            if not done:
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(TimeoutError))
+
+    timer = threading.Timer(seconds, stop)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        with lock:
+            done = True
+        timer.cancel()

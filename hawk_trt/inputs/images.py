@@ -7,20 +7,21 @@ costs neither memory nor time. Nothing of Pillow's global state is changed.
 import base64
 import binascii
 import io
+import math
 import os
 import struct
 import threading
 import warnings
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, JpegImagePlugin, UnidentifiedImageError
 
 from hawk_trt.errors import InvalidInput
 
@@ -29,6 +30,21 @@ if TYPE_CHECKING:
 
 # Pillow's own bound against decompression bombs: a quarter gigabyte of RGB.
 MAX_PIXELS = 89_478_485
+# The formats that are opened. Pillow reads more, and some of them (EPS) by starting other programs.
+FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+
+# A baseline JPEG of so many times the bound is still opened: its decoder shrinks by 2, 4 or 8 on the way.
+_SHRUNK_JPEG = 4
+# A progressive JPEG holds all its coefficients at once, and every scan goes over all of them.
+_SHRUNK_PROGRESSIVE = 2
+_MAX_SCANNED_PIXELS = 2_000_000_000
+_MAX_PNG_CHUNKS = 100_000
+_BMP_HEADERS = 65_536
+_REFUSED_MODES = {
+    "F": "got floating point pixels, whose range is unknown. Convert it to 8 bits",
+    "La": "got grey that is premultiplied with its transparency. Convert it to LA",
+    "LAB": "got the colours of another space (LAB), expected RGB. Convert it with Pillow's ImageCms",
+}
 
 _ORIENTATION_TAG = 0x0112
 _TRANSPOSE_OF_ORIENTATION: dict[object, Image.Transpose] = {
@@ -55,22 +71,26 @@ _DAMAGED = (
     struct.error,
     zlib.error,
 )
-_DECODING = threading.Lock()
+# How base64 of JPEG, PNG, GIF, WebP, BMP and TIFF begins.
+_BASE64_STARTS = ("/9j/", "_9j_", "iVBORw0KGgo", "R0lGOD", "UklGR", "Qk", "SUkq", "TU0A")
+_SCAN = b"\xff\xda"
+_PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def load_image(
-    source: "ImageInput", *, max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] | None = None
+    source: "ImageInput", *, max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] = FORMATS
 ) -> npt.NDArray[np.uint8]:
     """Decode an image, upright and in RGB.
 
-    EXIF orientation is applied, transparency is composited on white (as the Qwen processors do), 16-bit grey is
-    scaled to 8 bit.
+    EXIF orientation is applied, and transparency is composited on white (as the Qwen processors do). Every other
+    mode becomes RGB as Pillow converts it, or is refused where Pillow would clip it.
 
     Args:
-        source: a path (also file:// or a data: URL), the bytes of a file, a PIL image, or uint8 [height, width],
-            [height, width, 1], [.., 3] (RGB) or [.., 4] (RGBA).
-        max_pixels: the most that are decoded.
-        formats: of files, by Pillow's names; None is all that Pillow reads.
+        source: a path (also file://, a data: URL or base64), the bytes of a file, a PIL image, or uint8
+            [height, width], [height, width, 1], [.., 3] (RGB) or [.., 4] (RGBA).
+        max_pixels: a larger file is shrunk to it by a whole number, a JPEG while it is decoded. What is not a JPEG
+            and has more than MAX_PIXELS is refused, as are PIL images and arrays of more than max_pixels.
+        formats: of files, by Pillow's names.
 
     Returns:
         uint8 [height, width, 3], possibly read-only.
@@ -81,12 +101,15 @@ def load_image(
     if isinstance(source, np.ndarray):
         return _from_array(source, max_pixels)
     if isinstance(source, Image.Image):
-        with _decoding("image (PIL)"):
-            return _decode(source, "image (PIL)", max_pixels)
+        check_size(source.width, source.height, "image (PIL)", max_pixels)
+        with decoding("image (PIL)"):
+            return _upright(to_rgb(source, "image (PIL)"), source)
     if isinstance(source, bytes | bytearray | memoryview):
         return _from_file(io.BytesIO(source), "image (bytes)", max_pixels, formats)
-    if isinstance(source, str) and source.startswith("data:"):
+    if isinstance(source, str) and source[:5].lower() == "data:":
         return _from_file(io.BytesIO(data_url_bytes(source)), "image (data URL)", max_pixels, formats)
+    if isinstance(source, str) and source.startswith(_BASE64_STARTS) and not _exists(source):
+        return _from_file(io.BytesIO(base64_bytes(source)), "image (base64)", max_pixels, formats)
     path = local_path(source, "image")
     with path.open("rb") as file:
         return _from_file(file, str(path), max_pixels, formats)
@@ -118,12 +141,12 @@ def local_path(source: "str | os.PathLike[str]", what: str) -> Path:
     if not isinstance(source, str | os.PathLike):
         raise InvalidInput(f"{what}: got {type(source).__name__}, expected a path, bytes, a PIL image or a uint8 array")
     name = os.fspath(source)
-    if name.startswith("file://"):
-        name = unquote(urlsplit(name).path)
-    elif "://" in name:
-        raise InvalidInput(f"{name}: addresses are not fetched. Download the {what} and give its path")
     path = Path(name)
     try:
+        if name.lower().startswith("file://"):
+            path = _path_of_url(name)
+        elif "://" in name:
+            raise InvalidInput(f"{name[:200]}: addresses are not fetched. Download the {what} and give its path")
         there, regular = path.exists(), path.is_file()
         content = b""
         if regular:
@@ -155,14 +178,64 @@ def check_size(width: int, height: int, name: str, max_pixels: int = MAX_PIXELS)
         )
 
 
-@contextmanager
-def _decoding(name: str) -> Iterator[None]:
-    """Turn what Pillow raises into InvalidInput, and drop its warnings of sizes and odd metadata.
+def data_url_bytes(url: str) -> bytes:
+    """What a data: URL of an image holds.
 
-    warnings.catch_warnings swaps the filters of the whole process, so two threads must not interleave in it.
+    Raises:
+        InvalidInput: it is not base64.
     """
-    with _DECODING, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    header, _, payload = url.partition(",")
+    if not header.lower().endswith(";base64"):
+        raise InvalidInput(f"image: got {header[:60]!r}, expected data:image/...;base64,...")
+    return base64_bytes(unquote(payload), "image (data URL)")
+
+
+def base64_bytes(text: str, name: str = "image (base64)") -> bytes:
+    """Decode base64, with or without padding and line breaks, of the usual or the URL-safe alphabet.
+
+    Raises:
+        InvalidInput: it is not base64.
+    """
+    plain = "".join(text.split()).rstrip("=").replace("-", "+").replace("_", "/")
+    try:
+        return base64.b64decode(plain + "=" * (-len(plain) % 4), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise InvalidInput(f"{name}: not valid base64 ({error})") from error
+
+
+class _QuietPillow:
+    """Drops Pillow's warnings of sizes and odd metadata while any thread decodes.
+
+    warnings.catch_warnings swaps the filters of the whole process, so the first thread that enters swaps them, and
+    the last that leaves swaps them back.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._filters = ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:
+                self._filters.enter_context(warnings.catch_warnings())
+                warnings.simplefilter("ignore")
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._filters.close()
+
+
+_QUIET = _QuietPillow()
+
+
+@contextmanager
+def decoding(name: str) -> Iterator[None]:
+    """Turn what Pillow raises into InvalidInput."""
+    with _QUIET:
         try:
             yield
         except InvalidInput:
@@ -170,51 +243,102 @@ def _decoding(name: str) -> Iterator[None]:
         except Image.DecompressionBombError as error:
             raise InvalidInput(f"{name}: more than {MAX_PIXELS:,} pixels. Scale it down first") from error
         except UnidentifiedImageError as error:
-            raise InvalidInput(f"{name}: not an image that Pillow can read. Convert it to PNG or JPEG") from error
+            raise InvalidInput(
+                f"{name}: not an image in a format that is read here. Convert it to PNG or JPEG"
+            ) from error
         except _DAMAGED as error:
             raise InvalidInput(
                 f"{name}: truncated or damaged ({error or type(error).__name__}). Get the file again"
             ) from error
 
 
-def _from_file(file: IO[bytes], name: str, max_pixels: int, formats: tuple[str, ...] | None) -> npt.NDArray[np.uint8]:
-    with _decoding(name), Image.open(file, formats=formats) as image:
-        return _decode(image, name, max_pixels)
+def _from_file(file: IO[bytes], name: str, max_pixels: int, formats: tuple[str, ...]) -> npt.NDArray[np.uint8]:
+    if max_pixels < 1:
+        raise InvalidInput(f"{name}: no pixel is left of the limit for all images together. Send fewer images")
+    with decoding(name), open_image(file, formats) as image:
+        _check_work(image, file, name)
+        if isinstance(image, JpegImagePlugin.JpegImageFile) and image.width * image.height > max_pixels:
+            shrink = math.sqrt(image.width * image.height / max_pixels)
+            step = next((step for step in (2, 4, 8) if step >= shrink), 8)
+            image.draft(None, (max(image.width // step, 1), max(image.height // step, 1)))
+        rgb = to_rgb(image, name)
+        factor = math.ceil(math.sqrt(rgb.width * rgb.height / max_pixels))
+        return _upright(rgb.reduce(factor) if factor > 1 else rgb, image)
 
 
-def _decode(image: Image.Image, name: str, max_pixels: int) -> npt.NDArray[np.uint8]:
-    check_size(image.width, image.height, name, max_pixels)
-    rgb = _to_rgb(image, name)
-    turn = _TRANSPOSE_OF_ORIENTATION.get(_orientation(image))
+def open_image(file: IO[bytes], formats: tuple[str, ...]) -> Image.Image:
+    """Open a file without decoding it; of the formats only JPEG may be larger than Pillow lets pass."""
+    content = file.read() if file.read(8) == _PNG else b""
+    file.seek(0)
+    if _png_chunks(content) > _MAX_PNG_CHUNKS:  # Pillow reads them one by one before it knows the size
+        raise ValueError("it holds far more chunks than a picture needs")
+    Image.preinit()  # registers the usual formats
+    try:
+        try:
+            return Image.open(file, formats=[name for name in formats if name in Image.OPEN])
+        except UnidentifiedImageError:
+            Image.init()  # registers the rarer formats
+            return Image.open(file, formats=[name for name in formats if name in Image.OPEN])
+    except Image.DecompressionBombError:
+        file.seek(0)
+        if "JPEG" not in formats or file.read(3) != b"\xff\xd8\xff":
+            raise
+        file.seek(0)
+        return JpegImagePlugin.JpegImageFile(file)
+
+
+def _png_chunks(content: bytes) -> int:
+    """Chunks of a PNG behind its signature, counted no further than is allowed."""
+    at, count = 0, 0
+    while at + 8 <= len(content) and count <= _MAX_PNG_CHUNKS:
+        at, count = at + 12 + int.from_bytes(content[at : at + 4], "big"), count + 1
+    return count
+
+
+def _check_work(image: Image.Image, file: IO[bytes], name: str) -> None:
+    """Refuse files whose decoding would take memory or time out of all proportion to their picture."""
+    pixels, jpeg = image.width * image.height, image.format in ("JPEG", "MPO")
+    progressive = jpeg and bool(image.info.get("progressive"))
+    shrunk = _SHRUNK_PROGRESSIVE if progressive else _SHRUNK_JPEG
+    check_size(image.width, image.height, name, MAX_PIXELS * (shrunk if jpeg else 1))
+    run_length = isinstance(image, ImageFile.ImageFile) and [tile[0] for tile in image.tile] == ["bmp_rle"]
+    if not (progressive or run_length):
+        return
+    place = file.tell()
+    file.seek(0)
+    content = file.read()
+    file.seek(place)
+    scanned = progressive and pixels * content.count(_SCAN) > _MAX_SCANNED_PIXELS
+    if scanned or (run_length and len(content) > 2 * pixels + _BMP_HEADERS):
+        raise InvalidInput(f"{name}: holds far more data than its {pixels:,} pixels need. Save it again as PNG or JPEG")
+
+
+def _upright(rgb: Image.Image, image: Image.Image) -> npt.NDArray[np.uint8]:
+    """The pixels of an image, turned as its EXIF data ask; a decoder that turns by itself has removed them by now."""
+    try:
+        turn = _TRANSPOSE_OF_ORIENTATION.get(image.getexif().get(_ORIENTATION_TAG))
+    except _DAMAGED:  # damaged metadata do not make the pixels unusable
+        turn = None
     return np.asarray(rgb if turn is None else rgb.transpose(turn))
 
 
-def _orientation(image: Image.Image) -> object:
-    """The EXIF orientation, None where there is none or it cannot be read."""
-    try:
-        return image.getexif().get(_ORIENTATION_TAG)
-    except _DAMAGED:  # damaged metadata do not make the pixels unusable
-        return None
-
-
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
-    if image.mode.startswith("I"):
-        return _grey16_to_rgb(image, name)
-    if image.mode == "F":
-        raise InvalidInput(f"{name}: got floating point pixels, whose range is unknown. Convert it to 8 bits")
-    if "A" in image.getbands() or image.info.get("transparency") is not None:
+def to_rgb(image: Image.Image, name: str) -> Image.Image:
+    """Any mode as RGB: transparency on white, all else as Pillow converts it where that loses nothing."""
+    mode = image.mode
+    if mode in ("F", "La", "LAB"):
+        raise InvalidInput(f"{name}: {_REFUSED_MODES[mode]}")
+    if mode.startswith("I"):
+        low, high = np.asarray(image).min(), np.asarray(image).max()
+        if low < 0 or high > 255:
+            raise InvalidInput(
+                f"{name}: got grey levels from {low} to {high}, expected 0 to 255: how bright {high} is, the file does "
+                "not say. Scale them to 0 to 255 and save 8 bits"
+            )
+    if "A" in image.getbands() or "a" in image.getbands() or image.info.get("transparency") is not None:
         opaque = image.convert("RGBA")
         white = Image.new("RGBA", opaque.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, opaque).convert("RGB")
     return image.convert("RGB")
-
-
-def _grey16_to_rgb(image: Image.Image, name: str) -> Image.Image:
-    """16-bit grey, which Pillow holds as I;16 or I, and which its own convert would clip to white."""
-    grey = np.asarray(image).astype(np.int64)
-    if grey.min() < 0 or grey.max() > 65535:
-        raise InvalidInput(f"{name}: got 32-bit pixels, whose range is unknown. Convert it to 8 or 16 bits")
-    return Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
 
 
 def _from_array(array: npt.NDArray[np.uint8], max_pixels: int) -> npt.NDArray[np.uint8]:
@@ -228,19 +352,21 @@ def _from_array(array: npt.NDArray[np.uint8], max_pixels: int) -> npt.NDArray[np
     check_size(array.shape[1], array.shape[0], "image (array)", max_pixels)
     if array.ndim == 3 and array.shape[2] == 3:
         return np.ascontiguousarray(array)
-    return np.asarray(_to_rgb(Image.fromarray(np.ascontiguousarray(array)), "image (array)"))
+    return np.asarray(to_rgb(Image.fromarray(np.ascontiguousarray(array)), "image (array)"))
 
 
-def data_url_bytes(url: str) -> bytes:
-    """What a data: URL of an image holds.
+def _path_of_url(url: str) -> Path:
+    """The path of a file:// URL, whose name may hold "#", "?" and "%" escaped or as they are."""
+    rest = url[len("file://") :]
+    names = (unquote(rest), rest, unquote(rest.removeprefix("localhost")))
+    host = rest.partition("/")[0]
+    if host not in ("", "localhost") and not any(map(_exists, names)):
+        raise InvalidInput(f"{url[:200]}: no such file. Write file:/// and the whole path")
+    return Path(next(filter(_exists, names), names[-1]))
 
-    Raises:
-        InvalidInput: it is not base64.
-    """
-    header, _, payload = url.partition(",")
-    if not header.endswith(";base64"):
-        raise InvalidInput(f"image: got {header[:60]!r}, expected data:image/...;base64,...")
+
+def _exists(name: str) -> bool:
     try:
-        return base64.b64decode(payload, validate=True)
-    except binascii.Error as error:
-        raise InvalidInput(f"image (data URL): not valid base64 ({error})") from error
+        return Path(name).exists()
+    except (OSError, ValueError):  # too long, or with a NUL: no name of a file
+        return False

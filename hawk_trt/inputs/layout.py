@@ -4,8 +4,10 @@ In: ModelInputs. Out: PromptLayout, one prompt without its padding, then Prefill
 first_layer for a left-padded batch. Nothing here touches pixels, weights or a runtime.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +18,9 @@ from hawk_trt.models.family import IMAGE, VIDEO, Family
 from hawk_trt.models.vision_config import VisionConfig
 from hawk_trt.request import ModelInputs
 from hawk_trt.stages import BIAS_DROP, BIAS_KEEP
+
+if TYPE_CHECKING:
+    from hawk_trt.inputs.tokenizer import ChatTokenizer
 
 IntArray = npt.NDArray[np.int64]
 
@@ -32,6 +37,7 @@ class PromptLayout:
         frames: int64 [n], which image or frame of a video, counted through all of them; -1 for text.
         position_ids: int64 [axes, n].
         query_weights: float32 [n], 1/T at the query tokens.
+        query: "paper" or "turn": whose rule chose the query tokens.
         num_rows: rows of the prompt's visual embeddings, those of masked placeholders included.
         image_grid_thw: int64 [images, 3], masked ones included.
         video_grid_thw: int64 [videos, 3], masked ones included.
@@ -44,6 +50,7 @@ class PromptLayout:
     frames: IntArray
     position_ids: IntArray
     query_weights: npt.NDArray[np.float32]
+    query: str
     num_rows: int
     image_grid_thw: IntArray
     video_grid_thw: IntArray
@@ -87,8 +94,8 @@ def prompt_layout(
     inputs: ModelInputs,
     family: Family,
     special: SpecialTokens,
-    query: str,
-    turn_query_mask: Callable[[IntArray], npt.NDArray[np.bool_]] | None,
+    query: str | None,
+    chat: "ChatTokenizer | None",
 ) -> PromptLayout:
     """Lay out one prompt.
 
@@ -96,8 +103,8 @@ def prompt_layout(
         inputs: the prompt's tensors.
         family: of the model.
         special: its special tokens.
-        query: "paper" or "turn".
-        turn_query_mask: marks the text tokens of the last user turn, None without a tokenizer.
+        query: "paper", "turn" or None, as PruningConfig has it.
+        chat: knows the turns; None without a tokenizer.
 
     Raises:
         InvalidInput: shapes, masks, placeholders and grids that do not fit, or query="turn" without a tokenizer.
@@ -118,12 +125,7 @@ def prompt_layout(
         kind[placed], grids[IMAGE][image_present], grids[VIDEO][video_present], seconds[video_present]
     )[:, real[placed]]
     real_ids = ids[real]
-    if query == "turn":
-        if turn_query_mask is None:
-            raise InvalidInput('query: "turn" needs a tokenizer, and this bundle has none; use query="paper"')
-        asked = turn_query_mask(real_ids)
-    else:
-        asked = paper_query_mask(real_ids, rows[real] >= 0, special)
+    asked, query = _query_mask(real_ids, rows[real] >= 0, special, query, chat)
     count = int(asked.sum())
     weights = np.where(asked, np.float32(1.0 / max(count, 1)), np.float32(0.0)).astype(np.float32)
     return PromptLayout(
@@ -134,10 +136,37 @@ def prompt_layout(
         frames=frames[real],
         position_ids=positions,
         query_weights=weights,
+        query=query,
         num_rows=int((kind > 0).sum()),
         image_grid_thw=grids[IMAGE],
         video_grid_thw=grids[VIDEO],
     )
+
+
+def _query_mask(
+    ids: IntArray,
+    visual: npt.NDArray[np.bool_],
+    special: SpecialTokens,
+    query: str | None,
+    chat: "ChatTokenizer | None",
+) -> tuple[npt.NDArray[np.bool_], str]:
+    """The tokens that score the visual ones, and the rule that chose them."""
+    if query == "turn":
+        if chat is None:
+            raise InvalidInput('query: "turn" needs a tokenizer, and this bundle has none; use query="paper"')
+        return chat.turn_query_mask(ids), "turn"
+    paper = paper_query_mask(ids, visual, special)
+    turn = chat.asking_turn_mask(ids, paper) if chat is not None and visual.any() else None
+    if turn is None:
+        return paper, "paper"
+    if query == "paper":
+        warnings.warn(
+            'query="paper": the text behind the last image is the template\'s alone, so the question does not choose '
+            'the visual tokens. Put the image before the question, or leave query out, or take query="turn"',
+            stacklevel=2,
+        )
+        return paper, "paper"
+    return turn, "turn"
 
 
 def paper_query_mask(ids: IntArray, visual: npt.NDArray[np.bool_], special: SpecialTokens) -> npt.NDArray[np.bool_]:

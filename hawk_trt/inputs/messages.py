@@ -1,44 +1,81 @@
 """Prompts as users write them, checked and brought to one shape: a string or chat messages in, turns out.
 
-A turn's content is a string, or texts and visual items in the order in which the model reads them.
+A turn's content is a string, or texts and visual items in the order in which the model reads them. The shapes of
+transformers, of qwen-vl-utils and of OpenAI are read; what cannot be honoured is refused by its name.
 """
 
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from os import PathLike
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+import numpy as np
+
 from hawk_trt.errors import InvalidInput
-from hawk_trt.inputs.tools import JsonObject, checked_objects, strings, with_strings
+from hawk_trt.inputs.images import base64_bytes
 
 if TYPE_CHECKING:
     from hawk_trt.request import ImageInput, Message, VideoInput
 
 VisualKind: TypeAlias = Literal["image", "video"]
+JsonObject: TypeAlias = Mapping[str, Any]
 
 _ROLES = ("system", "user", "assistant", "tool")
-# Of a message beside role and content. An answer that only calls tools has no content.
-_MORE_KEYS = {"assistant": {"tool_calls"}, "tool": {"name", "tool_call_id"}}
-_KEYS = {"text": ("type", "text"), "image": ("type", "image"), "video": ("type", "video", "fps", "max_frames")}
+# Of a message beside role, content and name. An answer that only calls tools has no content.
+_MORE_KEYS = {"assistant": ("reasoning_content", "tool_calls"), "tool": ("tool_call_id",)}
+_KINDS: dict[str, Literal["text", "image", "video"]] = {
+    "text": "text",
+    "image": "image",
+    "video": "video",
+    "input_text": "text",
+    "image_url": "image",
+    "input_image": "image",
+    "video_url": "video",
+}
+_SOURCES = {"image": ("image", "image_url", "url", "path", "base64"), "video": ("video", "video_url", "url", "path")}
+_SIZES = ("min_pixels", "max_pixels", "resized_height", "resized_width")
+# The names in an item, and what a VisualItem calls them.
+_COUNTS = {"nframes": "num_frames", "num_frames": "num_frames", "min_frames": "min_frames", "max_frames": "max_frames"}
+_SECONDS = {"video_start": "start", "video_end": "end"}
+_RATES = ("fps", "sample_fps")
+_KEYS = {
+    "text": ("text",),
+    "image": (*_SOURCES["image"], "detail", *_SIZES),
+    "video": (*_SOURCES["video"], *_RATES, *_COUNTS, *_SECONDS, *_SIZES, "total_pixels", "timestamps"),
+}
+# OpenAI's names of what is done here anyway: the image is taken as it is, within the checkpoint's bounds.
+_FULL_DETAIL = ("auto", "high", "original")
 
 
 @dataclass(frozen=True, slots=True)
 class VisualItem:
-    """An image or video of a prompt.
+    """An image or video of a prompt; None takes the checkpoint's or the family's rule.
 
     Attributes:
         kind: "image" or "video".
         source: what the caller gave, an ImageInput or a VideoInput by kind, not yet opened.
-        fps: frames a second to sample from a video, None for the default.
-        max_frames: the most to sample from it, None for the default.
+        min_pixels: enlarge to this area (of a frame).
+        max_pixels: shrink to this area (of a frame).
+        resized: height and width to resize to, before they are rounded to whole tokens.
+        total_pixels: shrink the frames of a video until all together have this area.
+        fps, num_frames, min_frames, max_frames, start, end, timestamps: of a video, as video.load_video takes them.
     """
 
     kind: VisualKind
     source: Any  # kind decides which of the two it is, which no annotation can say
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    resized: tuple[int, int] | None = None
+    total_pixels: int | None = None
     fps: float | None = None
+    num_frames: int | None = None
+    min_frames: int | None = None
     max_frames: int | None = None
+    start: float | None = None
+    end: float | None = None
+    timestamps: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +85,7 @@ class Turn:
     Attributes:
         role: of who says it.
         content: a string, or texts and visual items.
-        more: tool_calls of the assistant, name and tool_call_id of a tool.
+        more: its name, and the tool_calls, tool_call_id or reasoning_content that it has.
     """
 
     role: str
@@ -64,36 +101,29 @@ class Turn:
         """Its images and videos, in order."""
         return tuple(part for part in self.content if isinstance(part, VisualItem))
 
-    def with_texts(self, change: Callable[[str], str]) -> "Turn":
-        """The same with each text changed."""
-        more = with_strings(self.more, change)
-        if isinstance(self.content, str):
-            return replace(self, content=change(self.content), more=more)
-        parts = tuple(change(part) if isinstance(part, str) else part for part in self.content)
-        return replace(self, content=parts, more=more)
-
 
 def read_prompt(
-    prompt: "str | Sequence[Message]", images: "Sequence[ImageInput]" = (), videos: "Sequence[VideoInput]" = ()
+    prompt: "str | Sequence[Message]",
+    images: "ImageInput | Sequence[ImageInput]" = (),
+    videos: "VideoInput | Sequence[VideoInput]" = (),
 ) -> tuple[Turn, ...]:
     """Check a prompt and bring it to turns.
 
     Args:
         prompt: a string, one user turn with all images, then all videos, before it; or chat messages, each a
-            mapping with "role" and "content", the content a string or a list of items: {"type": "text", "text": ...},
-            {"type": "image", "image": ...}, {"type": "video", "video": ..., "fps": ..., "max_frames": ...}. An
-            assistant's may have tool_calls, a tool's name and tool_call_id, as the template knows them.
-        images: sources of a string's images, or of the image items without one, in order.
+            mapping with "role" and "content", the content a string, None, or a list of items: {"type": "text",
+            "text": ...}, {"type": "image", "image": ...}, {"type": "video", "video": ..., "fps": ...}. docs/prompts.md
+            lists the keys. A key whose value is None counts as not there.
+        images: sources of a string's images, or of the image items without one, in order; one alone needs no list.
         videos: the same for videos.
 
     Raises:
         InvalidInput: a shape, role, content type or key that is not known, no message, no turn to answer, or
             images and videos that do not fit the items without a source.
     """
-    _check_list("images", images)
-    _check_list("videos", videos)
+    sources: dict[VisualKind, Sequence[Any]] = {"image": as_list(images, "image"), "video": as_list(videos, "video")}
     if isinstance(prompt, str):
-        items = [VisualItem("image", image) for image in images] + [VisualItem("video", video) for video in videos]
+        items = [VisualItem(kind, source) for kind, listed in sources.items() for source in listed]
         return (Turn("user", (*items, _text(prompt, "prompt"))),)
     if isinstance(prompt, bytes) or not isinstance(prompt, Sequence):
         raise InvalidInput(f"prompt: got {type(prompt).__name__}, expected a string, a list of messages or ModelInputs")
@@ -105,7 +135,55 @@ def read_prompt(
             "messages: the last one is the assistant's, expected a turn to answer. "
             "Append a user message, or leave the last message out"
         )
-    return _with_sources(turns, images, videos)
+    return _with_sources(turns, sources)
+
+
+def as_list(values: Any, kind: VisualKind) -> Sequence[Any]:  # noqa: ANN401 - an image or video, or several
+    """Several images or videos, or a single one, as a list."""
+    if isinstance(values, np.ndarray):
+        several = 4 if kind == "image" else 5
+        return list(values) if values.ndim == several else [values]
+    single = isinstance(values, str | bytes | bytearray | memoryview) or not isinstance(values, Sequence)
+    return [values] if single else values
+
+
+def checked_objects(values: object, where: str) -> tuple[JsonObject, ...]:
+    """A list of JSON objects, for tools or tool_calls.
+
+    Raises:
+        InvalidInput: something else, or a value that JSON does not have.
+    """
+    if isinstance(values, str | bytes) or not isinstance(values, Sequence):
+        raise InvalidInput(f"{where}: got {type(values).__name__}, expected a list of JSON objects")
+    for index, value in enumerate(values):
+        if not isinstance(value, Mapping):
+            raise InvalidInput(f"{where}[{index}]: got {type(value).__name__}, expected a JSON object")
+        _check_json(value, f"{where}[{index}]")
+    return tuple(values)
+
+
+def strings(value: object) -> Iterator[str]:
+    """All strings in a JSON value, keys too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield key
+            yield from strings(inner)
+    elif isinstance(value, Sequence):
+        for inner in value:
+            yield from strings(inner)
+
+
+def with_strings(value: Any, change: Callable[[str], str]) -> Any:  # noqa: ANN401 - a JSON value in, one like it out
+    """The same JSON value with each string changed; identifiers as keys stay: templates read them."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {key if key.isidentifier() else change(key): with_strings(inner, change) for key, inner in value.items()}
+    if isinstance(value, Sequence):
+        return [with_strings(inner, change) for inner in value]
+    return value
 
 
 def _turn(message: object, where: str) -> Turn:
@@ -114,13 +192,15 @@ def _turn(message: object, where: str) -> Turn:
     role = message["role"]
     if role not in _ROLES:
         raise InvalidInput(f"{where}: got role {role!r}, expected {_listed(_ROLES)}")
-    allowed = ("role", "content", *sorted(_MORE_KEYS.get(role, ())))
-    if not set(message) <= set(allowed) or not ("content" in message or message.get("tool_calls")):
-        raise InvalidInput(f"{where}: got {_shape(message)}, expected a mapping of {_listed(allowed)}")
-    more = _more(message, where)
-    content = message.get("content")
-    if content is None and "tool_calls" in more:
-        content = ""
+    given = {key: value for key, value in message.items() if value is not None}
+    allowed = ("role", "content", "name", *_MORE_KEYS.get(role, ()))
+    if not set(given) <= set(allowed) or not ("content" in message or given.get("tool_calls")):
+        raise InvalidInput(f"{where}: got {_shape(given)}, expected a mapping of {_listed(allowed)}")
+    texts = [key for key in ("name", "reasoning_content", "tool_call_id") if key in given]
+    more: dict[str, Any] = {key: _text(given[key], f"{where} {key}") for key in texts}
+    if given.get("tool_calls"):
+        more["tool_calls"] = checked_objects(given["tool_calls"], f"{where} tool_calls")
+    content = given.get("content", "")
     if isinstance(content, str):
         return Turn(role, _text(content, where), more)
     if not isinstance(content, Sequence) or isinstance(content, bytes):
@@ -128,51 +208,84 @@ def _turn(message: object, where: str) -> Turn:
     return Turn(role, tuple(_item(item, f"{where} item {index}") for index, item in enumerate(content)), more)
 
 
-def _more(message: Mapping[str, Any], where: str) -> JsonObject:
-    """What a message has beside role and content."""
-    more: dict[str, Any] = {key: _text(message[key], f"{where} {key}") for key in _MORE_KEYS["tool"] & set(message)}
-    if message.get("tool_calls"):
-        more["tool_calls"] = checked_objects(message["tool_calls"], f"{where} tool_calls")
-    return more
-
-
 def _item(item: object, where: str) -> str | VisualItem:
     if not isinstance(item, Mapping):
-        raise InvalidInput(f"{where}: got {_shape(item)}, expected a mapping with a type: {_listed(_KEYS)}")
+        raise InvalidInput(f"{where}: got {_shape(item)}, expected a mapping with a type: {_listed(_KINDS)}")
+    given = {key: value for key, value in item.items() if value is not None}
     # Many prompts leave the type out; the key then says it.
-    kind = item.get("type", next((key for key in _KEYS if key in item), None))
-    if not isinstance(kind, str) or kind not in _KEYS:
-        raise InvalidInput(f"{where}: got type {kind!r}, expected {_listed(_KEYS)}")
-    if not set(item) <= set(_KEYS[kind]):
-        raise InvalidInput(f"{where}: got {_shape(item)}, expected no keys but {_listed(_KEYS[kind])}")
+    kind_name = given.get("type", next((key for key in _KINDS if key in given), None))
+    kind = _KINDS.get(kind_name) if isinstance(kind_name, str) else None
+    if kind is None:
+        raise InvalidInput(f"{where}: got type {kind_name!r}, expected {_listed(_KINDS)}")
+    if not set(given) <= {"type", *_KEYS[kind]}:
+        unknown = _listed(sorted(map(str, set(given) - {"type", *_KEYS[kind]})))
+        raise InvalidInput(f"{where}: got {unknown}, expected no keys but type, {_listed(_KEYS[kind])}")
     if kind == "text":
-        return _text(item.get("text"), where)
+        return _text(given.get("text"), where)
+    source = _source(given, kind, where)
+    rates = [_number(given, name, where) for name in _RATES if name in given]
+    counts = [(_COUNTS[name], _integer(given, name, where)) for name in _COUNTS if name in given]
+    if len(rates) > 1 or len(dict(counts)) < len(counts):
+        raise InvalidInput(f"{where}: got {_shape(given)}, expected one name for each setting")
+    sizes = {name: _integer(given, name, where) for name in (*_SIZES, "total_pixels")}
+    height, width = sizes["resized_height"], sizes["resized_width"]
+    if (height is None) != (width is None):
+        raise InvalidInput(f"{where}: got resized_height {height} and resized_width {width}, expected both")
+    if not isinstance(given.get("timestamps", True), bool):
+        raise InvalidInput(f"{where}: got timestamps {given['timestamps']!r}, expected true or false")
+    numbers = dict(counts)
     return VisualItem(
-        "image" if kind == "image" else "video",
-        item.get(kind),
-        _fps(item.get("fps"), where),
-        _max_frames(item.get("max_frames"), where),
+        kind=kind,
+        source=source,
+        min_pixels=sizes["min_pixels"],
+        max_pixels=sizes["max_pixels"],
+        resized=None if height is None or width is None else (height, width),
+        total_pixels=sizes["total_pixels"],
+        fps=rates[0] if rates else None,
+        num_frames=numbers.get("num_frames"),
+        min_frames=numbers.get("min_frames"),
+        max_frames=numbers.get("max_frames"),
+        start=_number(given, "video_start", where, zero=True),
+        end=_number(given, "video_end", where),
+        timestamps=given.get("timestamps", True),
     )
 
 
-def _with_sources(
-    turns: tuple[Turn, ...], images: "Sequence[ImageInput]", videos: "Sequence[VideoInput]"
-) -> tuple[Turn, ...]:
+def _source(given: Mapping[str, Any], kind: VisualKind, where: str) -> object:
+    """The image or video of an item, None where another argument brings it."""
+    names = [name for name in _SOURCES[kind] if name in given]
+    if len(names) > 1:
+        raise InvalidInput(f"{where}: got {_listed(names)}, expected one of them")
+    source = given[names[0]] if names else None
+    detail = given.get("detail")
+    if names and names[0].endswith("_url") and isinstance(source, Mapping):
+        if not {"url"} <= set(source) <= {"url", "detail"}:
+            raise InvalidInput(f"{where}: got {_shape(source)} as {names[0]}, expected a mapping of url")
+        source, detail = source["url"], source.get("detail", detail)
+    if detail is not None and detail not in _FULL_DETAIL:
+        raise InvalidInput(
+            f"{where}: got detail {detail!r}, expected {_listed(_FULL_DETAIL)}; max_pixels bounds a size"
+        )
+    if names == ["base64"]:
+        return base64_bytes(_text(source, where), where)
+    return source
+
+
+def _with_sources(turns: tuple[Turn, ...], sources: Mapping[VisualKind, Sequence[Any]]) -> tuple[Turn, ...]:
     """Give images and videos to the items without a source."""
     missing = Counter(item.kind for turn in turns for item in turn.visual() if item.source is None)
-    sources: dict[VisualKind, Iterator[ImageInput | VideoInput]] = {"image": iter(images), "video": iter(videos)}
-    given: dict[VisualKind, int] = {"image": len(images), "video": len(videos)}
-    for kind, count in given.items():
-        if missing[kind] != count:
+    for kind, given in sources.items():
+        if missing[kind] != len(given):
             raise InvalidInput(
-                f"{kind}s: got {count}, but the messages have {missing[kind]} {kind} items without a source; "
+                f"{kind}s: got {len(given)}, but the messages have {missing[kind]} {kind} items without a source; "
                 f'expected one for each {{"type": "{kind}"}}'
             )
+    waiting = {kind: iter(given) for kind, given in sources.items()}
 
     def filled(part: str | VisualItem) -> str | VisualItem:
         if isinstance(part, str) or part.source is not None:
             return part
-        return replace(part, source=next(sources[part.kind]))
+        return replace(part, source=next(waiting[part.kind]))
 
     return tuple(
         turn if isinstance(turn.content, str) else replace(turn, content=tuple(filled(part) for part in turn.content))
@@ -180,10 +293,20 @@ def _with_sources(
     )
 
 
-def _check_list(name: str, values: object) -> None:
-    # A single path or array is a sequence too, of characters or rows: taking it apart would be a riddle.
-    if isinstance(values, str | bytes | PathLike) or not isinstance(values, Sequence):
-        raise InvalidInput(f"{name}: got a single {type(values).__name__}, expected a list: {name}=[...]")
+def _check_json(value: object, where: str) -> None:
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            if not isinstance(key, str):
+                raise InvalidInput(f"{where}: got a key {key!r}, expected strings as keys")
+            _check_json(key, where)
+            _check_json(inner, f"{where}.{key}")
+    elif isinstance(value, str):
+        _text(value, where)
+    elif isinstance(value, list | tuple):
+        for index, inner in enumerate(value):
+            _check_json(inner, f"{where}[{index}]")
+    elif not (value is None or isinstance(value, bool | int | float)):
+        raise InvalidInput(f"{where}: got {type(value).__name__}, expected a JSON value")
 
 
 def _text(value: object, where: str) -> str:
@@ -198,18 +321,23 @@ def _text(value: object, where: str) -> str:
     return value
 
 
-def _fps(value: object, where: str) -> float | None:
+def _number(item: Mapping[str, Any], key: str, where: str, *, zero: bool = False) -> float | None:
+    value = item.get(key)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value > 0):
-        raise InvalidInput(f"{where}: got fps {value!r}, expected a number above 0, frames a second")
+    least = 0.0 if zero else math.ulp(0.0)
+    if isinstance(value, bool) or not isinstance(value, Real) or not least <= float(value) < math.inf:
+        raise InvalidInput(f"{where}: got {key} {value!r}, expected a number {'of at least' if zero else 'above'} 0")
     return float(value)
 
 
-def _max_frames(value: object, where: str) -> int | None:
-    if value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
-        return value
-    raise InvalidInput(f"{where}: got max_frames {value!r}, expected an integer above 0")
+def _integer(item: Mapping[str, Any], key: str, where: str) -> int | None:
+    value = item.get(key)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        raise InvalidInput(f"{where}: got {key} {value!r}, expected an integer above 0")
+    return int(value)
 
 
 def _shape(value: object) -> str:

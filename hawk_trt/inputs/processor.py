@@ -1,20 +1,18 @@
 """Prompt, images and videos become ModelInputs, as the checkpoint's own processor makes them."""
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from hawk_trt.bundle import Bundle
-from hawk_trt.errors import BundleError, InvalidInput
+from hawk_trt.errors import InvalidInput
 from hawk_trt.inputs.images import load_image
 from hawk_trt.inputs.layout import PromptLayout, prompt_layout
-from hawk_trt.inputs.messages import VisualItem
-from hawk_trt.inputs.prompt import ChatTokenizer
+from hawk_trt.inputs.messages import VisualItem, as_list
 from hawk_trt.inputs.streamed_rows import joined_rows
-from hawk_trt.inputs.video import load_video
+from hawk_trt.inputs.tokenizer import ChatTokenizer, read_settings
 from hawk_trt.models.family import Family, ImageSettings, Patches, TokenRun
 from hawk_trt.request import ModelInputs, Request
 
@@ -36,10 +34,15 @@ class Processor:
         self._family = family
         self._context = bundle.manifest.language.max_position_embeddings
         self._vocab_size = bundle.manifest.language.vocab_size
-        images = _read(bundle, _PREPROCESSOR)
+        images = read_settings(bundle, _PREPROCESSOR)
         self._image_settings = None if images is None else family.image_settings(images)
-        self._video_settings = self._settings_for_videos(_read(bundle, _VIDEO_PREPROCESSOR))
+        self._video_settings = self._settings_for_videos(read_settings(bundle, _VIDEO_PREPROCESSOR))
         self._special_tokens = bundle.manifest.special_tokens
+
+    @property
+    def takes_images(self) -> bool:
+        """Whether the bundle says how images are resized and normalised."""
+        return self._image_settings is not None
 
     def __call__(self, request: Request) -> ModelInputs:
         """Turn a request's prompt into tensors.
@@ -50,7 +53,7 @@ class Processor:
         """
         prompt, images, videos, tools = request.prompt, request.images, request.videos, request.tools
         if isinstance(prompt, ModelInputs):
-            if len(images) or len(videos) or len(tools):
+            if as_list(images, "image") or as_list(videos, "video") or tools:
                 raise InvalidInput(
                     "images, videos, tools: got some beside ModelInputs, which hold their own; leave them out"
                 )
@@ -84,19 +87,13 @@ class Processor:
             None if clips is None else np.array(seconds, np.float32),
         )
 
-    def layout(self, inputs: ModelInputs, query: str = "paper") -> PromptLayout:
+    def layout(self, inputs: ModelInputs, query: str | None = None) -> PromptLayout:
         """Where everything of a prompt lies.
 
         Raises:
             InvalidInput: tensors that do not fit each other, or more of them than the model's context.
         """
-        layout = prompt_layout(
-            inputs,
-            self._family,
-            self._special_tokens,
-            query,
-            None if self.chat is None else self.chat.turn_query_mask,
-        )
+        layout = prompt_layout(inputs, self._family, self._special_tokens, query, self.chat)
         if layout.input_ids.min() < 0 or layout.input_ids.max() >= self._vocab_size:
             raise InvalidInput(
                 f"input_ids: got ids from {layout.input_ids.min()} to {layout.input_ids.max()}, "
@@ -112,24 +109,68 @@ class Processor:
     def _images(self, items: Sequence[VisualItem], min_pixels: int | None, max_pixels: int | None) -> Patches | None:
         if not items:
             return None
-        settings = _bounded(self._image_settings, min_pixels, max_pixels)
         loaded = [load_image(item.source) for item in items]
-        return self._family.images_to_patches(loaded, settings)
+        settings = [self._bounded(self._image_settings, item, min_pixels, max_pixels) for item in items]
+        if all(own == settings[0] for own in settings):
+            return self._family.images_to_patches(loaded, settings[0])
+        return _joined(
+            self._family.images_to_patches([image], own) for image, own in zip(loaded, settings, strict=True)
+        )
 
     def _videos(
         self, items: Sequence[VisualItem], min_pixels: int | None, max_pixels: int | None
     ) -> tuple[Patches | None, list[float], list[Sequence[float]]]:
         if not items:
             return None, [], []
-        settings = _bounded(self._video_settings, min_pixels, max_pixels)
+        from hawk_trt.inputs.video import load_video  # most prompts have none
+
         clips, seconds, times = [], [], []
         for item in items:
-            video = load_video(item.source, item.fps, item.max_frames, self._family.frame_numbers)
+            video = load_video(
+                item.source,
+                item.fps,
+                item.max_frames,
+                self._family.frame_numbers,
+                num_frames=item.num_frames,
+                min_frames=item.min_frames,
+                start=item.start,
+                end=item.end,
+                timestamps=item.timestamps,
+            )
+            settings = self._bounded(self._video_settings, item, min_pixels, max_pixels, len(video.frames))
             clips.append(self._family.video_to_patches(video.frames, settings))
             seconds.append(video.seconds_per_frame * self._family.vision.temporal_patch_size)
             times.append(video.times)
-        pixels = joined_rows([clip.pixel_values for clip in clips])
-        return Patches(pixels, np.concatenate([clip.grid_thw for clip in clips])), seconds, times
+        return _joined(clips), seconds, times
+
+    def _bounded(
+        self,
+        settings: ImageSettings | None,
+        item: VisualItem,
+        min_pixels: int | None,
+        max_pixels: int | None,
+        num_frames: int = 1,
+    ) -> ImageSettings:
+        """The settings of one image or video: the checkpoint's, then the prompt's, then its own."""
+        if settings is None:
+            raise InvalidInput(f"images: this bundle has no {_PREPROCESSOR}, so it takes ModelInputs alone")
+        bounds = self._family.pixel_bounds
+        own_bounds = (item.min_pixels or item.max_pixels) and item.kind == "video"
+        if bounds == "nothing" and (item.resized or item.total_pixels or own_bounds):
+            raise InvalidInput(
+                f"{item.kind}: got resized_height, total_pixels or bounds of frames, but this model's "
+                "tiles and frames have one size. Leave them out; max_pixels bounds the tiles of an image"
+            )
+        frames = num_frames if bounds == "video" and item.kind == "video" else 1
+        low = settings.min_pixels if min_pixels is None else min_pixels
+        high = settings.max_pixels if max_pixels is None else max_pixels
+        low = low if item.min_pixels is None else item.min_pixels * frames
+        high = high if item.max_pixels is None else item.max_pixels * frames
+        if bounds == "video" and item.total_pixels is not None:
+            high = min(high, item.total_pixels)
+        if not 0 < low <= high:
+            raise InvalidInput(f"min_pixels, max_pixels: got {low} and {high}, expected 0 < min_pixels <= max_pixels")
+        return replace(settings, min_pixels=low, max_pixels=high, resized=item.resized, total_pixels=item.total_pixels)
 
     def _settings_for_videos(self, own: Mapping[str, Any] | None) -> ImageSettings | None:
         """Settings of videos: the checkpoint's own ones for them, else those of images with the family's bound."""
@@ -158,26 +199,8 @@ def _grids(patches: Patches | None) -> Iterator[list[int]]:
     return iter([] if patches is None else patches.grid_thw.tolist())
 
 
-def _read(bundle: Bundle, name: str) -> Mapping[str, Any] | None:
-    text = bundle.read_text(name)
-    if text is None:
-        return None
-    try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise BundleError(
-            f"{name}: not JSON ({error}). Mend it in the checkpoint and export again: make export"
-        ) from error
-    if not isinstance(content, dict):
-        raise BundleError(f"{name}: got a {type(content).__name__}, expected an object. Export again: make export")
-    return content
-
-
-def _bounded(settings: ImageSettings | None, min_pixels: int | None, max_pixels: int | None) -> ImageSettings:
-    if settings is None:
-        raise InvalidInput(f"images: this bundle has no {_PREPROCESSOR}, so it takes ModelInputs alone")
-    low = settings.min_pixels if min_pixels is None else min_pixels
-    high = settings.max_pixels if max_pixels is None else max_pixels
-    if not 0 < low <= high:
-        raise InvalidInput(f"min_pixels, max_pixels: got {low} and {high}, expected 0 < min_pixels <= max_pixels")
-    return replace(settings, min_pixels=low, max_pixels=high)
+def _joined(parts: Iterable[Patches]) -> Patches:
+    """Images or videos one after another."""
+    several = list(parts)
+    pixels = joined_rows([part.pixel_values for part in several])
+    return Patches(pixels, np.concatenate([part.grid_thw for part in several]))

@@ -1,32 +1,27 @@
-"""Videos as users bring them: a file, a list of images or an array in; RGB frames and their spacing out.
+"""Videos as users bring them: a file, a list of images or an array in; RGB frames and their times out.
 
-Frames given one by one are all used. A file is sampled as the Qwen2-VL video processor does; video_file.py
-decodes it.
+Frames given one by one are all used. A file is sampled by the family's rule; video_file.py decodes it.
 """
 
 import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from hawk_trt.errors import BackendError, InvalidInput
+from hawk_trt.errors import InvalidInput
 from hawk_trt.inputs.images import load_image, local_path
+from hawk_trt.inputs.video_file import FileFrames, Frame, VideoIndex, index_file
+from hawk_trt.models.qwen_video import DEFAULT_FPS, FRAME_MULTIPLE, MAX_FRAMES, sample_indices
 
 if TYPE_CHECKING:
     from hawk_trt.request import VideoInput
 
 # Frames of the file, its frames a second, those asked for, the most to take: int64 frame numbers, ascending.
 FrameSampler: TypeAlias = Callable[[int, float, float | None, int], npt.NDArray[np.int64]]
-
-DEFAULT_FPS = 2.0
-MIN_FRAMES = 4
-MAX_FRAMES = 768
-FRAME_MULTIPLE = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +36,7 @@ class Video:
         times: seconds of each frame from the start of the video.
     """
 
-    frames: Sequence[npt.NDArray[np.uint8]]
+    frames: Sequence[Frame]
     seconds_per_frame: float
     times: Sequence[float]
 
@@ -51,6 +46,12 @@ def load_video(
     fps: float | None = None,
     max_frames: int | None = None,
     sampler: FrameSampler | None = None,
+    *,
+    num_frames: int | None = None,
+    min_frames: int | None = None,
+    start: float | None = None,
+    end: float | None = None,
+    timestamps: bool = True,
 ) -> Video:
     """Open a video.
 
@@ -59,56 +60,93 @@ def load_video(
         fps: frames a second to sample from a file, or at which the given frames were taken; None is 2.
         max_frames: sampled from a file at most; None is 768.
         sampler: the family's rule for files, None for sample_indices.
+        num_frames: sampled from a file, in place of fps.
+        min_frames: sampled from a file at least, where it has so many.
+        start: second of a file from which on frames are sampled.
+        end: second of a file up to which frames are sampled.
+        timestamps: where a file's frame rate varies, take the times of its frames from the file; else a frame's time
+            is its number divided by the average rate, as in transformers.
 
     Raises:
-        InvalidInput: missing, unreadable, no video, without frames, or fps is not above 0.
+        InvalidInput: missing, unreadable, no video, without frames, or an option out of its range, or one that a
+            list of frames cannot honour.
         BackendError: a file, and PyAV is not installed.
     """
     rate = DEFAULT_FPS if fps is None else fps
     if not (math.isfinite(rate) and rate > 0):
         raise InvalidInput(f"fps: got {fps}, expected a number above 0, frames a second")
+    for name, value in (("num_frames", num_frames), ("min_frames", min_frames), ("max_frames", max_frames)):
+        if value is not None and value < FRAME_MULTIPLE:
+            raise InvalidInput(f"{name}: got {value}, expected at least {FRAME_MULTIPLE}")
     most = MAX_FRAMES if max_frames is None else max_frames
-    if most < FRAME_MULTIPLE:
-        raise InvalidInput(f"max_frames: got {max_frames}, expected at least {FRAME_MULTIPLE}")
+    if num_frames is not None and (fps is not None or min_frames is not None or max_frames is not None):
+        raise InvalidInput("num_frames: got fps, min_frames or max_frames beside it, expected it alone")
+    if (min_frames or 0) > most:
+        raise InvalidInput(f"min_frames: got {min_frames}, expected at most max_frames, {most}")
+    if not 0 <= (start or 0.0) < (math.inf if end is None else end):
+        raise InvalidInput(f"video_start, video_end: got {start} and {end}, expected 0 <= start < end, in seconds")
     if isinstance(source, str | os.PathLike):
-        return _open_file(local_path(source, "video"), fps, most, sampler or sample_indices)
+        index = index_file(local_path(source, "video"))
+        shown = _times(index, timestamps)
+        numbers, seconds = _sampled(index, shown, fps, (num_frames, min_frames, most), (start, end), sampler)
+        return Video(FileFrames(index, numbers), seconds, [float(shown[number]) for number in numbers])
     if isinstance(source, np.ndarray) and source.ndim != 4:
         raise InvalidInput(f"video: got {source.dtype}{list(source.shape)}, expected uint8[frames, height, width, 3]")
     if isinstance(source, bytes) or not isinstance(source, np.ndarray | Sequence):
         raise InvalidInput(f"video: got {type(source).__name__}, expected a path, a sequence of images or an array")
-    if not len(source):
+    count = len(source)
+    if not count:
         raise InvalidInput("video: got no frame, expected at least one")
-    return Video([load_image(frame) for frame in source], 1.0 / rate, [number / rate for number in range(len(source))])
+    fits = num_frames in (None, count) and (min_frames or 0) <= count <= (max_frames or count)
+    if not fits or start is not None or end is not None:
+        raise InvalidInput(
+            f"video: got {count} frames in a list, all of which are used; num_frames, min_frames, max_frames, "
+            "video_start and video_end choose from a file. Leave them out"
+        )
+    return Video([load_image(frame) for frame in source], 1.0 / rate, [number / rate for number in range(count)])
 
 
-def sample_indices(
-    total: int, video_fps: float, fps: float | None, max_frames: int = MAX_FRAMES
-) -> npt.NDArray[np.int64]:
-    """Which frames of a file are taken: evenly spaced, an even number of them (one of a single frame).
+def _times(index: VideoIndex, timestamps: bool) -> npt.NDArray[np.float64]:
+    """Seconds from the first frame to each: by the average rate, or by the file where they differ."""
+    by_rate = np.arange(index.total) / index.fps
+    if not timestamps or len(index.times) < 2:
+        return by_rate
+    told = (index.times - index.times[0]) * index.time_base
+    # Closer than half a frame, only rounding differs: then a video of a constant rate is as in transformers.
+    varies = np.abs(told - by_rate).max() > 0.5 / index.fps and told[-1] > 0
+    return told if varies else by_rate
 
-    Args:
-        total: frames of the file.
-        video_fps: its frames a second.
-        fps: frames a second wanted, None is 2; at least 4 frames are taken, where there are so many.
-        max_frames: taken at most.
 
-    Returns:
-        int64 [frames], ascending.
+def _sampled(
+    index: VideoIndex,
+    shown: npt.NDArray[np.float64],
+    fps: float | None,
+    counts: tuple[int | None, int | None, int],
+    span: tuple[float | None, float | None],
+    sampler: FrameSampler | None,
+) -> tuple[tuple[int, ...], float]:
+    """The numbers of the frames to take, and the seconds from one to the next.
+
+    shown: seconds of each frame.  counts: num_frames, min_frames, max_frames.  span: the first and last second.
     """
-    rate = DEFAULT_FPS if fps is None else fps
-    wanted = min(max(total / video_fps * rate, MIN_FRAMES), max_frames, total)
-    count = max(math.floor(wanted / FRAME_MULTIPLE) * FRAME_MULTIPLE, 1)
-    # The processor's own arithmetic: float32 steps, truncated.
-    return (np.arange(count) * (total / count)).astype(np.float32).astype(np.int64)
+    choose = sampler or sample_indices
+    (num_frames, min_frames, most), (start, end) = counts, span
+    constant = len(shown) < 2 or abs(shown[-1] * index.fps - (index.total - 1)) < 0.5
+    rate = index.fps if constant else (index.total - 1) / float(shown[-1])
+    near = 1e-6
+    first = 0 if start is None else int(np.searchsorted(shown, start - near))
+    last = index.total if end is None else int(np.searchsorted(shown, end + near))
+    total = last - first
+    if total < 1 or (num_frames or 0) > total:
+        where = "" if start is None and end is None else f" from second {start or 0:g} to {end or shown[-1]:g}"
+        raise InvalidInput(f"{index.path}: got {total} frames{where}, expected at least {num_frames or 1}")
 
+    def rate_of(count: int) -> float:
+        return (count + 0.5) * rate / total  # of which the family's rule makes so many frames
 
-def _open_file(path: Path, fps: float | None, max_frames: int, sampler: FrameSampler) -> Video:
-    try:
-        from hawk_trt.inputs.video_file import FileFrames, index_file  # PyAV is an extra: only video files need it
-    except ImportError as error:
-        raise BackendError("video files need PyAV. Install it: pip install av") from error
-    index = index_file(path)
-    numbers = sampler(index.total, index.fps, fps, max_frames)
-    taken = tuple(numbers.tolist())
-    times = [number / index.fps for number in taken]
-    return Video(FileFrames(index, taken), index.total / (len(taken) * index.fps), times)
+    if num_frames is not None:
+        fps, most = rate_of(num_frames), num_frames
+    numbers = choose(total, rate, fps, most)
+    if min_frames is not None and len(numbers) < min(min_frames, total):
+        numbers = choose(total, rate, rate_of(min(min_frames, total)), most)
+    return tuple((numbers + first).tolist()), total / (len(numbers) * rate)

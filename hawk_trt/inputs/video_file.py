@@ -1,31 +1,47 @@
-"""Frames of a video file by their numbers. Needs PyAV.
+"""Frames of a video file by their numbers. PyAV decodes all but animated GIF, WebP and PNG, which Pillow does.
 
 The packets are read once without decoding, which counts the frames exactly and finds the keyframes. Frames are
 decoded while they are gone through, one at a time: an hour of video needs no more memory than a minute.
 """
 
+import re
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import overload
+from typing import TYPE_CHECKING, TypeAlias, overload
 
-import av
 import numpy as np
 import numpy.typing as npt
-from av.container import InputContainer
-from av.video.frame import VideoFrame
-from av.video.stream import VideoStream
+from PIL import Image
 
-from hawk_trt.errors import InvalidInput
-from hawk_trt.inputs.images import check_size
+from hawk_trt.errors import BackendError, InvalidInput
+from hawk_trt.inputs.images import MAX_PIXELS, check_size, decoding, open_image, to_rgb
 
+if TYPE_CHECKING:
+    from av.container import InputContainer
+    from av.video.frame import VideoFrame
+    from av.video.stream import VideoStream
+
+Frame: TypeAlias = npt.NDArray[np.uint8]
+
+# Ten days at 30 frames a second: more packets are a sample table that lies.
+_MAX_PACKETS = 26_000_000
+_MAX_TABLES_BYTES = 1 << 30
+# What FFmpeg may open: files alone, and no playlist that names other files.
+_OPTIONS = {
+    "protocol_whitelist": "file",
+    "format_whitelist": "mov,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,h264,hevc,vvc,av1,obu,ivf,ogg,asf,m4v,mjpeg,"
+    "gif,apng,png_pipe,jpeg_pipe,webp_pipe,bmp_pipe,tiff_pipe,image2,nut,rm,dv,mxf,wtv,swf,y4m,yuv4mpegpipe,"
+    "wav,mp3,flac,aac",
+}
 # Seeking throws away what the decoder has in flight: worth it from about a second of frames on.
 _SEEK_FRAMES = 32
 # A decoder may swallow hidden or incomplete frames at the very end: the last one given stands in for so many.
 _TAIL_FRAMES = 4
-
-Frame = npt.NDArray[np.uint8]
+_MAX_ANIMATED_PIXELS = 10_000_000_000
+_DEFAULT_DURATION_MS = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,18 +52,21 @@ class VideoIndex:
         path: the file.
         fps: frames a second, on average.
         total: number of frames.
-        times: int64 [total], when each frame is shown, in the stream's time base, ascending; empty where the file
-            does not say.
+        times: int64 [total], when each frame is shown, ascending; empty where the file does not say.
+        time_base: seconds of one step of times.
         key_numbers: numbers of the frames that decoding can start from, ascending; empty without times.
         key_times: where to seek for each of them.
+        animated: whether it is an animated GIF, WebP or PNG, which Pillow decodes.
     """
 
     path: Path
     fps: float
     total: int
     times: npt.NDArray[np.int64]
-    key_numbers: tuple[int, ...]
-    key_times: tuple[int, ...]
+    time_base: float
+    key_numbers: tuple[int, ...] = ()
+    key_times: tuple[int, ...] = ()
+    animated: bool = False
 
 
 class FileFrames(Sequence[Frame]):
@@ -61,7 +80,8 @@ class FileFrames(Sequence[Frame]):
         return len(self._numbers)
 
     def __iter__(self) -> Iterator[Frame]:
-        return _decode(self._index, self._numbers)
+        decode = _animation_frames(self._index.path, self._numbers) if self._index.animated else self._decode()
+        return iter(decode)
 
     @overload
     def __getitem__(self, item: int) -> Frame: ...
@@ -70,34 +90,46 @@ class FileFrames(Sequence[Frame]):
     def __getitem__(self, item: int | slice) -> "Frame | FileFrames":
         if isinstance(item, slice):
             return FileFrames(self._index, tuple(sorted(self._numbers[item])))
-        return next(_decode(self._index, (self._numbers[item],)))
+        return next(iter(FileFrames(self._index, (self._numbers[item],))))
+
+    def _decode(self) -> Iterator[Frame]:
+        with _opened(self._index.path) as (container, stream):
+            stream.thread_type = "AUTO"
+            for picture in _pick(container, stream, self._index, self._numbers):
+                yield _upright_rgb(picture, stream, self._index.path)
 
 
 def index_file(path: Path) -> VideoIndex:
-    """Read the packets of a video.
+    """The frames of a file, without decoding them.
 
     Raises:
         InvalidInput: not a video, damaged, cut short, without frames or frame rate, or of too large a size.
+        BackendError: PyAV is not installed.
     """
+    durations_ms = _animation_durations(path)
+    if durations_ms is not None:
+        times = np.cumsum([0, *durations_ms])
+        return VideoIndex(
+            path, 1000 * len(durations_ms) / int(times[-1]), len(times) - 1, times[:-1], 0.001, animated=True
+        )
     shown: list[int] = []
     keys: list[tuple[int, int]] = []
     total, cut_short = 0, False
-    try:
-        with av.open(str(path)) as container:
-            stream = _video_stream(container, path)
-            check_size(stream.width, stream.height, str(path))
-            rate = stream.average_rate or stream.guessed_rate
-            for packet in container.demux(stream):
-                if not packet.size or packet.is_discard:
-                    continue
-                total, cut_short = total + 1, packet.is_corrupt
-                if packet.pts is not None:
-                    shown.append(packet.pts)
-                    if packet.is_keyframe:
-                        # Files are indexed by decoding time: seeking by the later showing time may overshoot.
-                        keys.append((packet.pts, packet.pts if packet.dts is None else packet.dts))
-    except av.FFmpegError as error:
-        raise _unreadable(path, error) from error
+    _check_sample_tables(path)
+    with _opened(path) as (container, stream):
+        rate = stream.average_rate or stream.guessed_rate
+        time_base = float(stream.time_base or 0)
+        for packet in container.demux(stream):
+            if not packet.size or packet.is_discard:
+                continue
+            total, cut_short = total + 1, packet.is_corrupt
+            if total > _MAX_PACKETS:
+                raise InvalidInput(f"{path}: holds more than {_MAX_PACKETS:,} frames. Cut it into shorter videos")
+            if packet.pts is not None:
+                shown.append(packet.pts)
+                if packet.is_keyframe:
+                    # Files are indexed by decoding time: seeking by the later showing time may overshoot.
+                    keys.append((packet.pts, packet.pts if packet.dts is None else packet.dts))
     if not total:
         raise InvalidInput(f"{path}: holds no video frame. Get the file again, or give its frames as images")
     if cut_short:
@@ -113,26 +145,39 @@ def index_file(path: Path) -> VideoIndex:
         fps=rate.numerator / rate.denominator,
         total=total,
         times=times,
+        time_base=time_base,
         key_numbers=tuple(int(np.searchsorted(times, pts)) for pts, _ in keys),
         key_times=tuple(seek for _, seek in keys),
     )
 
 
-def _decode(index: VideoIndex, numbers: Sequence[int]) -> Iterator[Frame]:
-    """Decode the frames with these numbers (ascending)."""
+@contextmanager
+def _opened(path: Path) -> "Iterator[tuple[InputContainer, VideoStream]]":
+    """The container and its best video stream; what FFmpeg raises inside becomes InvalidInput."""
     try:
-        with av.open(str(index.path)) as container:
-            stream = _video_stream(container, index.path)
-            stream.thread_type = "AUTO"
-            for picture in _pick(container, stream, index, numbers):
-                yield _upright_rgb(picture, stream)
+        import av  # PyAV is an extra: only video files need it
+    except ImportError as error:
+        raise BackendError("video files need PyAV. Install it: pip install av") from error
+    try:
+        # As a URL, so that no name of a folder ("http:") is taken for a protocol.
+        with av.open(f"file:{path.absolute()}", options=_OPTIONS, metadata_errors="replace") as container:
+            stream = container.streams.best("video")
+            if stream is None or stream.codec_context is None:
+                raise InvalidInput(
+                    f"{path}: holds no video that can be decoded. Convert it to MP4, or give its frames as images"
+                )
+            check_size(stream.width, stream.height, str(path))
+            stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # later frames may be larger
+            yield container, stream
     except av.FFmpegError as error:
-        raise _unreadable(index.path, error) from error
+        raise InvalidInput(
+            f"{path}: not a video, or damaged ({error}). Convert it to MP4, or give its frames as images"
+        ) from error
 
 
 def _pick(
-    container: InputContainer, stream: VideoStream, index: VideoIndex, numbers: Sequence[int]
-) -> Iterator[VideoFrame]:
+    container: "InputContainer", stream: "VideoStream", index: VideoIndex, numbers: Sequence[int]
+) -> "Iterator[VideoFrame]":
     """The pictures with these numbers, skipping ahead to keyframes where that pays.
 
     A frame that is never shown is replaced by the next one.
@@ -162,29 +207,83 @@ def _pick(
         yield picture
 
 
-def _number(picture: VideoFrame, index: VideoIndex, following: int) -> int:
+def _number(picture: "VideoFrame", index: VideoIndex, following: int) -> int:
     """The number of a picture by its time, or the following one where times say nothing."""
     if picture.pts is None or not len(index.times):
         return following
     return min(int(np.searchsorted(index.times, picture.pts)), index.total - 1)
 
 
-def _upright_rgb(picture: VideoFrame, stream: VideoStream) -> Frame:
+def _upright_rgb(picture: "VideoFrame", stream: "VideoStream", path: Path) -> Frame:
     """A picture as uint8 [height, width, 3], turned as the file asks (phones film on their side)."""
+    check_size(picture.width, picture.height, str(path))
     # A size that changes on the way is brought to that of the stream.
     frame = picture.to_ndarray(format="rgb24", width=stream.width, height=stream.height)
     turns = round(picture.rotation / 90)  # counter-clockwise, as numpy counts
     return np.ascontiguousarray(np.rot90(frame, turns), dtype=np.uint8)
 
 
-def _video_stream(container: InputContainer, path: Path) -> VideoStream:
-    streams = container.streams.video
-    if not streams or streams[0].codec_context is None:
-        raise InvalidInput(
-            f"{path}: holds no video that can be decoded. Convert it to MP4, or give its frames as images"
-        )
-    return streams[0]
+def _check_sample_tables(path: Path) -> None:
+    """Refuse an MP4 that says it holds more frames than it has bytes: FFmpeg makes room for all of them."""
+    size_bytes = path.stat().st_size
+    with path.open("rb") as file:
+        at = 0
+        while at + 8 <= size_bytes:
+            file.seek(at)
+            header = file.read(16)
+            length, kind = int.from_bytes(header[:4], "big"), header[4:8]
+            if not kind.isalnum():
+                return
+            length = int.from_bytes(header[8:], "big") if length == 1 else length or size_bytes - at
+            if kind == b"moov":
+                file.seek(at)
+                content = file.read(min(length, _MAX_TABLES_BYTES))
+                for found in re.finditer(rb"stsz.{8}(.{4})|stz2.{8}(.{4})", content, re.DOTALL):
+                    count = int.from_bytes(found[1] or found[2], "big")
+                    if count > size_bytes:
+                        raise InvalidInput(
+                            f"{path}: damaged, it says {count:,} frames in {size_bytes:,} bytes. Get the file again"
+                        )
+            at += max(length, 8)
 
 
-def _unreadable(path: Path, error: Exception) -> InvalidInput:
-    return InvalidInput(f"{path}: not a video, or damaged ({error}). Convert it to MP4, or give its frames as images")
+def _animation_durations(path: Path) -> list[int] | None:
+    """Milliseconds of each frame of an animated GIF, WebP or PNG; None for any other file.
+
+    Raises:
+        InvalidInput: damaged, or too large to go through.
+    """
+    with path.open("rb") as file:
+        head = file.read(12)
+        if not head.startswith((b"GIF8", b"\x89PNG")) and (head[:4], head[8:]) != (b"RIFF", b"WEBP"):
+            return None
+        with decoding(str(path)), open_image(file, ("GIF", "PNG", "WEBP")) as image:
+            check_size(image.width, image.height, str(path))
+            still, count = _still_frames(image), getattr(image, "n_frames", 1)
+            if count - still < 2:
+                return None
+            if count * image.width * image.height > _MAX_ANIMATED_PIXELS:
+                raise InvalidInput(f"{path}: {count:,} frames of {image.width} x {image.height} are too many. Cut it")
+            durations = []
+            for number in range(still, count):
+                image.seek(number)
+                image.load()  # only then a WebP says how long it is shown
+                durations.append(round(image.info.get("duration") or _DEFAULT_DURATION_MS))
+            return durations
+
+
+def _animation_frames(path: Path, numbers: Sequence[int]) -> Iterator[npt.NDArray[np.uint8]]:
+    """Frames of an animated GIF, WebP or PNG by their numbers (ascending), as load_image gives an image."""
+    with path.open("rb") as file:
+        with decoding(str(path)):
+            image = open_image(file, ("GIF", "PNG", "WEBP"))
+        for number in numbers:
+            with decoding(str(path)):
+                image.seek(number + _still_frames(image))
+                frame = np.asarray(to_rgb(image, str(path)))
+            yield frame
+
+
+def _still_frames(image: Image.Image) -> int:
+    """How many frames lie before the first of the animation: a PNG may have a picture for viewers without it."""
+    return int(bool(image.info.get("default_image")))

@@ -6,7 +6,7 @@ everything after the vision stage is the same for all. A family is one file here
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, TypeAlias
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +28,8 @@ class ImageSettings:
     """How images are resized and normalised, from preprocessor_config.json.
 
     min_pixels and max_pixels bound the area after resizing; mean and std are per RGB channel, on [0, 1].
-    max_video_tokens, where it is given, makes the frames of a long video smaller: see qwen_video.
+    max_video_tokens, where it is given, makes the frames of a long video smaller: see qwen_video. total_pixels does so
+    for one video. resized: height and width to take an image for, before they are rounded to whole tokens.
     """
 
     min_pixels: int
@@ -38,6 +39,8 @@ class ImageSettings:
     rescale_factor: float
     resample: int
     max_video_tokens: int | None = None
+    total_pixels: int | None = None
+    resized: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +85,13 @@ class Family(Protocol):
         name: in bundles.
         max_frame_pixels: the largest area of a video frame where the checkpoint says no bounds for videos, None for
             that of images.
+        pixel_bounds: what the bounds of a video's pixels bound: each "frame", the whole "video", or "nothing", since
+            frames and tiles have one size.
     """
 
     name: ClassVar[str]
     max_frame_pixels: ClassVar[int | None]
+    pixel_bounds: ClassVar[Literal["frame", "video", "nothing"]]
 
     def __init__(self, vision: VisionConfig) -> None:
         """Take the model's vision sizes, of the family's own class."""

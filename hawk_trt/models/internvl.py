@@ -6,7 +6,7 @@ its grid_thw is [tiles, patches, patches]. A video is its frames, each an item b
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,7 @@ class InternVL:
 
     name: ClassVar[str] = "internvl"
     max_frame_pixels: ClassVar[int | None] = None
+    pixel_bounds: ClassVar[Literal["frame", "video", "nothing"]] = "nothing"
     vision: InternVLVision
 
     def __init__(self, vision: InternVLVision) -> None:

@@ -15,7 +15,7 @@ from hawk_trt.errors import InvalidInput
 from hawk_trt.inputs.images import resize
 from hawk_trt.models import normalisation
 from hawk_trt.models.family import ImageSettings, IntArray, Patches
-from hawk_trt.models.normalisation import value_tables, wrong
+from hawk_trt.models.normalisation import value_tables, whole_number, wrong
 from hawk_trt.models.vision_config import InternVLVision
 
 # ImageNet's, which all checkpoints of the family have.
@@ -36,16 +36,12 @@ def image_settings(preprocessor: Mapping[str, Any], vision: InternVLVision) -> I
     """
     side = vision.image_size
     size = preprocessor.get("size") or side
-    sides = {size} if isinstance(size, int) else {value for value in size.values() if value is not None}
-    if sides != {side}:
+    sides = [value for value in size.values() if value is not None] if isinstance(size, Mapping) else [size]
+    if not sides or any(value != side for value in sides):
         raise wrong("size", size, f"tiles of {side} x {side} pixels, as config.json says")
 
     def tiles(name: str, default: int) -> int:
-        value = preprocessor.get(name)
-        value = default if value is None else value
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise wrong(name, value, "a number of tiles")
-        return value
+        return whole_number(name, preprocessor.get(name), default, "a number of tiles")
 
     few, many = tiles("min_patches", vision.min_tiles), tiles("max_patches", vision.max_tiles)
     return normalisation.image_settings(preprocessor, (few * side**2, many * side**2), _MEAN, _STD)

@@ -15,12 +15,45 @@ from hawk_trt.models.family import ImageSettings
 Channels = tuple[float, float, float]
 
 _BICUBIC = 3
+# Normalised values are float32: what lies beyond these is no setting of pixels.
+_MOST = 1e6
+_LEAST_STD = 1e-6
+
+
+def object_of(preprocessor: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """The JSON object under a key, empty where there is none.
+
+    Raises:
+        CheckpointError: something else is there.
+    """
+    value = preprocessor.get(key)
+    if value is not None and not isinstance(value, Mapping):
+        raise wrong(key, value, "a JSON object")
+    return value or {}
+
+
+def whole_number(name: str, value: object, default: int, expected: str) -> int:
+    """An integer of at least 1, which JSON may also write as 50176.0; the default for null.
+
+    Raises:
+        CheckpointError: something else.
+    """
+    if value is None:
+        return default
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not 1 <= value < _MOST**2
+        or value != int(value)
+    ):
+        raise wrong(name, value, expected)
+    return int(value)
 
 
 def image_settings(
     preprocessor: Mapping[str, Any], pixels: tuple[int, int], mean: Channels, std: Channels
 ) -> ImageSettings:
-    """Settings from preprocessor_config.json.
+    """Settings from preprocessor_config.json; a key whose value is null counts as not there.
 
     Args:
         preprocessor: its content.
@@ -35,17 +68,21 @@ def image_settings(
         raise wrong("do_resize", False, "true (images are cut into whole patches)")
     if pixels[0] > pixels[1]:
         raise wrong("min_pixels", pixels[0], f"at most max_pixels {pixels[1]}")
-    resample = preprocessor.get("resample", _BICUBIC)
-    if resample not in range(6):
+    given = {key: value for key, value in preprocessor.items() if value is not None}
+    resample = given.get("resample", _BICUBIC)
+    if isinstance(resample, bool) or not isinstance(resample, int) or resample not in range(6):
         raise wrong("resample", resample, "one of Pillow's filters, 0 to 5")
+    factor = given.get("rescale_factor", 1 / 255)
+    if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < _MOST:
+        raise wrong("rescale_factor", factor, "a number above 0")
     normalised = preprocessor.get("do_normalize") is not False
     rescaled = preprocessor.get("do_rescale") is not False
     return ImageSettings(
         min_pixels=pixels[0],
         max_pixels=pixels[1],
-        mean=_channel_values("image_mean", preprocessor.get("image_mean", mean)) if normalised else (0.0, 0.0, 0.0),
-        std=_channel_values("image_std", preprocessor.get("image_std", std)) if normalised else (1.0, 1.0, 1.0),
-        rescale_factor=float(preprocessor.get("rescale_factor", 1 / 255)) if rescaled else 1.0,
+        mean=_channel_values("image_mean", given.get("image_mean", mean)) if normalised else (0.0, 0.0, 0.0),
+        std=_channel_values("image_std", given.get("image_std", std)) if normalised else (1.0, 1.0, 1.0),
+        rescale_factor=float(factor) if rescaled else 1.0,
         resample=resample,
     )
 
@@ -69,8 +106,9 @@ def wrong(key: str, got: object, expected: str) -> CheckpointError:
 
 def _channel_values(name: str, value: object) -> Channels:
     values = tuple(value) if isinstance(value, list | tuple) else (value,) * 3
-    if len(values) != 3 or not all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
+    numbers = all(isinstance(v, int | float) and not isinstance(v, bool) and abs(v) < _MOST for v in values)
+    if len(values) != 3 or not numbers:
         raise wrong(name, value, "three numbers, one a channel")
-    if name == "image_std" and 0 in values:
+    if name == "image_std" and min(values) < _LEAST_STD:
         raise wrong(name, value, "numbers above 0")
     return float(values[0]), float(values[1]), float(values[2])

@@ -4,15 +4,15 @@ The vision stage sees frames of one size at a time, as [num_frames, num_patches,
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from hawk_trt.bundle import SpecialTokens
-from hawk_trt.inputs.video import sample_indices
 from hawk_trt.models import qwen_config, qwen_frames, qwen_patches, qwen_positions, qwen_video
 from hawk_trt.models.family import ImageSettings, IntArray, ModelConfig, Patches, TokenRun
+from hawk_trt.models.qwen_video import sample_indices
 from hawk_trt.models.settings import integer, number
 from hawk_trt.models.vision_config import Qwen2Vision
 from hawk_trt.request import ModelInputs
@@ -38,6 +38,7 @@ class Qwen2VL:
 
     name: ClassVar[str] = "qwen2_vl"
     max_frame_pixels: ClassVar[int | None] = qwen_video.MAX_FRAME_PIXELS
+    pixel_bounds: ClassVar[Literal["frame", "video", "nothing"]] = "frame"
     vision: Qwen2Vision
 
     def __init__(self, vision: Qwen2Vision) -> None:

@@ -10,9 +10,9 @@ import numpy as np
 
 from hawk_trt.bundle import SpecialTokens
 from hawk_trt.errors import InvalidInput
-from hawk_trt.inputs.video import DEFAULT_FPS, MIN_FRAMES
 from hawk_trt.models.family import IntArray, TokenRun
 from hawk_trt.models.qwen_patches import MAX_ASPECT_RATIO
+from hawk_trt.models.qwen_video import DEFAULT_FPS, MIN_FRAMES
 
 
 def frame_numbers(total: int, video_fps: float, fps: float | None, max_frames: int) -> IntArray:

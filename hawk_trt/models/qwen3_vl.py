@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from math import isqrt
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,7 @@ class Qwen3VL(Qwen2VL):
 
     name: ClassVar[str] = "qwen3_vl"
     max_frame_pixels: ClassVar[int | None] = None
+    pixel_bounds: ClassVar[Literal["frame", "video", "nothing"]] = "video"
     vision: Qwen3Vision
 
     def __init__(self, vision: Qwen3Vision) -> None:

@@ -198,7 +198,8 @@ def special_tokens(
         value = found[0] if found else added_tokens.get(content)
         return None if value is None else checked(key, value)
 
-    eos: Any = next((s["eos_token_id"] for s in (generation, config, text) if s.get("eos_token_id") is not None), [])
+    found = [source.get("eos_token_id") for source in (generation, config, text)]
+    eos = [token for value in found if value is not None for token in (value if isinstance(value, list) else [value])]
     return SpecialTokens(
         image=first("image_token_id", spellings["image"], config, text),
         video=first("video_token_id", spellings["video"], config, text),
@@ -207,7 +208,7 @@ def special_tokens(
         im_start=first("im_start_token_id", "<|im_start|>", config, text),
         im_end=first("im_end_token_id", "<|im_end|>", config, text),
         pad=first("pad_token_id", "<|endoftext|>", generation, config, text),
-        eos=tuple(checked("eos_token_id", token) for token in (eos if isinstance(eos, list) else [eos])),
+        eos=tuple(dict.fromkeys(checked("eos_token_id", token) for token in eos)),
     )
 
 

@@ -16,7 +16,7 @@ from hawk_trt.errors import InvalidInput
 from hawk_trt.inputs.images import resize
 from hawk_trt.models import normalisation
 from hawk_trt.models.family import ImageSettings, Patches
-from hawk_trt.models.normalisation import value_tables, wrong
+from hawk_trt.models.normalisation import object_of, value_tables, whole_number
 from hawk_trt.models.vision_config import VisionConfig
 
 MAX_ASPECT_RATIO = 200
@@ -36,14 +36,11 @@ def image_settings(preprocessor: Mapping[str, Any]) -> ImageSettings:
     Raises:
         CheckpointError: a setting that is not usable.
     """
-    size = preprocessor.get("size") or {}
+    size = object_of(preprocessor, "size")
 
     def bound(name: str, edge: str, default: int) -> int:
         found = [value for value in (preprocessor.get(name), size.get(edge), size.get(name)) if value is not None]
-        value = found[0] if found else default
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise wrong(name, value, "a number of pixels")
-        return value
+        return whole_number(name, found[0] if found else None, default, "a number of pixels")
 
     pixels = (bound("min_pixels", "shortest_edge", _MIN_PIXELS), bound("max_pixels", "longest_edge", _MAX_PIXELS))
     return normalisation.image_settings(preprocessor, pixels, _MEAN, _STD)
@@ -124,7 +121,8 @@ def target_size(image: npt.NDArray[np.uint8], settings: ImageSettings, vision: V
     """
     check_rgb(image)
     factor = vision.token_side
-    return smart_resize(image.shape[0], image.shape[1], factor, settings.min_pixels, settings.max_pixels)
+    height, width = settings.resized or image.shape[:2]
+    return smart_resize(height, width, factor, settings.min_pixels, settings.max_pixels)
 
 
 def check_rgb(image: npt.NDArray[np.uint8]) -> None:

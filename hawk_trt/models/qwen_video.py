@@ -19,6 +19,12 @@ from hawk_trt.models.normalisation import value_tables
 from hawk_trt.models.qwen_patches import check_rgb, cut, target_size
 from hawk_trt.models.vision_config import VisionConfig
 
+# How the Qwen2-VL processor samples a file: frames a second, and how many of them.
+DEFAULT_FPS = 2.0
+MIN_FRAMES = 4
+MAX_FRAMES = 768
+FRAME_MULTIPLE = 2
+
 # Of a frame, where a checkpoint says no bounds for videos: what Qwen's own examples take.
 MAX_FRAME_PIXELS = 768 * 28 * 28
 # Videos of fewer patches (77 MB of Qwen2.5-VL's) become a plain array.
@@ -56,7 +62,11 @@ def video_to_patches(
     first = frames[0]
     check_rgb(first)
     bounded = replace(settings, max_pixels=max_frame_pixels(len(frames), settings, vision))
-    tall, wide = target_size(first, bounded, vision) if frame_size is None else frame_size(*first.shape[:2])
+    tall, wide = (
+        target_size(first, bounded, vision)
+        if frame_size is None
+        else frame_size(*(settings.resized or first.shape[:2]))
+    )
     patch, steps = vision.patch_size, -(-len(frames) // vision.temporal_patch_size)
     grid = (steps, tall // patch, wide // patch)
 
@@ -66,6 +76,27 @@ def video_to_patches(
     rows = StreamedRows(math.prod(grid), vision.patch_dim, parts)
     pixels = rows if len(rows) >= STREAMED_FROM_PATCHES else np.asarray(rows)
     return Patches(pixels, np.array([grid], dtype=np.int64))
+
+
+def sample_indices(
+    total: int, video_fps: float, fps: float | None, max_frames: int = MAX_FRAMES
+) -> npt.NDArray[np.int64]:
+    """Which frames of a file are taken: evenly spaced, an even number of them (one of a single frame).
+
+    Args:
+        total: frames of the file.
+        video_fps: its frames a second.
+        fps: frames a second wanted, None is 2; at least 4 frames are taken, where there are so many.
+        max_frames: taken at most.
+
+    Returns:
+        int64 [frames], ascending.
+    """
+    rate = DEFAULT_FPS if fps is None else fps
+    wanted = min(max(total / video_fps * rate, MIN_FRAMES), max_frames, total)
+    count = max(math.floor(wanted / FRAME_MULTIPLE) * FRAME_MULTIPLE, 1)
+    # The processor's own arithmetic: float32 steps, truncated.
+    return (np.arange(count) * (total / count)).astype(np.float32).astype(np.int64)
 
 
 def max_frame_pixels(num_frames: int, settings: ImageSettings, vision: VisionConfig) -> int:
@@ -79,6 +110,7 @@ def max_frame_pixels(num_frames: int, settings: ImageSettings, vision: VisionCon
         return settings.max_pixels
     token_pixels = vision.token_side**2
     total = int(settings.max_video_tokens * token_pixels * _SHARE_OF_CONTEXT)
+    total = min(total, settings.total_pixels or total)
     share = max(total * vision.temporal_patch_size // num_frames, int(settings.min_pixels * _OVER_LEAST))
     return min(settings.max_pixels, share)
 

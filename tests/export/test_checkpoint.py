@@ -27,7 +27,7 @@ from export.checkpoint import Checkpoint
 from export.inventory import inventory
 from export.tensor_file import read_tensor_file
 from hawk_trt.errors import CheckpointError
-from hawk_trt.inputs.hub import download, is_hub_id
+from hawk_trt.inputs.checkpoint_files import download, is_hub_id
 from hawk_trt.models.registry import family_of
 
 NORM = "language_model.norm.weight"

@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import pytest
+from tokenizers import Tokenizer, models
 
 from checkpoints import (
     HUB,
@@ -308,7 +309,9 @@ def test_the_two_flags_give_a_checkpoint_without_tokenizer_its_query_bounds(tmp_
 
 def test_the_tokenizers_added_tokens_are_found(tmp_path, tensors):
     folder = make_checkpoint(tmp_path / "model", tensors)
-    write_json(folder / "tokenizer.json", {"added_tokens": [{"id": 11, "content": "<|im_end|>"}]})
+    tokenizer = Tokenizer(models.WordLevel({str(number): number for number in range(11)}))
+    tokenizer.add_special_tokens(["<|im_end|>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
     assert export(folder, tmp_path / "out").manifest.special_tokens.im_end == 11
     write_json(folder / "tokenizer.json", {"added_tokens": [{"content": "<|im_end|>"}]})
     with pytest.raises(CheckpointError, match=r"tokenizer\.json: its added_tokens"):

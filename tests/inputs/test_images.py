@@ -4,6 +4,8 @@ import base64
 import io
 import struct
 import threading
+import time
+import urllib.parse
 import warnings
 import zlib
 
@@ -131,16 +133,51 @@ def test_damaged_exif_data_do_not_lose_the_image():
     np.testing.assert_array_equal(load_image(content), load_image(plain))
 
 
-@pytest.mark.parametrize("mode", ["I;16", "I"])
-def test_16_bit_grey_is_scaled_not_clipped(mode):
-    grey = np.linspace(0, 65535, 31 * 47).reshape(31, 47).astype(np.uint16)
-    image = Image.fromarray(grey) if mode == "I;16" else Image.fromarray(grey.astype(np.int32))
+DEEP_MODES = ["I", "I;16", "I;16L", "I;16B"]
+
+
+def deep(mode, levels):
+    """Grey levels as a picture of more than 8 bits."""
+    if mode in ("I", "I;16"):
+        return Image.fromarray(levels.astype(np.int32 if mode == "I" else np.uint16))
+    order = ">u2" if mode == "I;16B" else "<u2"
+    return Image.frombytes(mode, levels.shape[::-1], levels.astype(order).tobytes())
+
+
+@pytest.mark.parametrize("mode", DEEP_MODES)
+def test_grey_of_more_than_8_bits_that_holds_8_keeps_its_levels(mode):
+    levels = np.arange(256).reshape(16, 16)
+    image = deep(mode, levels)
     assert image.mode == mode
-    expected = np.repeat(np.round(grey / 257.0).astype(np.uint8)[:, :, None], 3, axis=2)
+    expected = np.repeat(levels[:, :, None], 3, axis=2)
+    np.testing.assert_array_equal(np.asarray(image.convert("RGB")), expected)
     np.testing.assert_array_equal(load_image(image), expected)
-    if mode == "I;16":
-        np.testing.assert_array_equal(load_image(encoded(image, "PNG")), expected)
-        np.testing.assert_array_equal(load_image(encoded(image, "TIFF")), expected)
+
+
+@pytest.mark.parametrize("mode", DEEP_MODES)
+@pytest.mark.parametrize("highest", [256, 4095, 65535])
+def test_grey_beyond_8_bits_is_refused_since_pillow_would_clip_it(mode, highest):
+    image = deep(mode, np.linspace(0, highest, 64).reshape(8, 8).astype(np.int64))
+    with pytest.raises(InvalidInput, match=f"grey levels from 0 to {highest}, expected 0 to 255.*Scale them"):
+        load_image(image)
+
+
+@pytest.mark.parametrize("mode", ["F", "LAB", "La"])
+def test_a_mode_without_one_meaning_is_refused_with_the_remedy(mode):
+    with pytest.raises(InvalidInput, match="Convert it"):
+        load_image(Image.new(mode, (4, 4)))
+
+
+def test_every_mode_of_pillow_is_decided():
+    for mode in (*Image.MODES, "I;16L", "I;16B", "RGBa", "La"):
+        image = Image.new(mode, (4, 4))
+        try:
+            loaded = load_image(image)
+        except InvalidInput as error:
+            assert "Convert it" in str(error)
+        else:
+            straight = image.convert("RGBA") if mode == "RGBa" else image
+            np.testing.assert_array_equal(loaded, their_rgb(straight))
 
 
 @pytest.mark.parametrize("shape", [(31, 47), (31, 47, 1), (31, 47, 3), (31, 47, 4)])
@@ -186,7 +223,7 @@ EXPECTED = {
     "bomb": ("bomb.png", "89,478,485", "Scale it down"),
     "zero": ("zero.pcx",),
     "float": ("f.tif", "floating point", "8 bits"),
-    "deep": ("i.tif", "32-bit", "16 bits"),
+    "deep": ("i.tif", "grey levels from 70000", "0 to 255"),
 }
 
 
@@ -237,6 +274,117 @@ def test_a_hundred_megapixels_are_refused_before_anything_is_decoded(monkeypatch
         load_image(png_header(10_000, 10_000))
     with pytest.raises(InvalidInput, match="100,000,000 pixels"):
         load_image(Image.new("1", (10_000, 10_000)))
+
+
+def test_a_large_photo_is_shrunk_while_it_is_decoded():
+    photo = Image.effect_noise((8160, 6120), 40).convert("RGB")
+    content = encoded(photo, "JPEG", quality=50)
+    loaded = load_image(content, max_pixels=16_000_000)
+    assert loaded.shape == (3060, 4080, 3)
+    assert abs(loaded.mean() - np.asarray(photo).mean()) < 2
+    assert load_image(content, max_pixels=300_000).shape == (383, 510, 3)  # by 8 in the decoder, by 2 after it
+    assert load_image(encoded(photo.resize((2000, 1000)), "PNG"), max_pixels=500_000).shape == (500, 1000, 3)
+
+
+def test_a_photo_beyond_pillows_own_limit_opens():
+    content = encoded(Image.new("L", (16_320, 12_240), 90), "JPEG")
+    loaded = load_image(content)
+    assert loaded.shape == (6120, 8160, 3)
+    assert (loaded == 90).all()
+
+
+def test_an_image_of_a_format_that_starts_other_programs_is_not_opened():
+    eps = encoded(Image.fromarray(NOISE), "EPS")
+    with pytest.raises(InvalidInput, match="not an image in a format that is read here"):
+        load_image(eps)
+
+
+def test_avif_opens():
+    content = encoded(Image.fromarray(NOISE), "AVIF")
+    with Image.open(io.BytesIO(content)) as plain:
+        np.testing.assert_array_equal(load_image(content), np.asarray(plain.convert("RGB")))
+
+
+def progressive_with_scans(count):
+    """A progressive JPEG of 2000 x 2000 whose last scan is repeated."""
+    content = encoded(Image.new("L", (2000, 2000), 90), "JPEG", progressive=True)
+    scan = content[content.rindex(b"\xff\xda") : content.rindex(b"\xff\xd9")]
+    return content[: content.rindex(b"\xff\xd9")] + scan * count + b"\xff\xd9"
+
+
+def chunky_png(count):
+    content = encoded(Image.fromarray(NOISE), "PNG")
+    empty = struct.pack(">I", 0) + b"teSt" + struct.pack(">I", zlib.crc32(b"teSt"))
+    return content[:33] + empty * count + content[33:]
+
+
+def run_length_bitmap(empty_lines):
+    """An 8-bit BMP of 4 x 4 in run-length coding, whose data begin with so many empty lines."""
+    data = b"\x00\x00" * empty_lines + b"\x04\x07\x00\x00" * 4 + b"\x00\x01"
+    palette = bytes(4 * 256)
+    info = struct.pack("<IiiHHIIiiII", 40, 4, 4, 1, 8, 1, len(data), 0, 0, 256, 0)
+    start = 14 + len(info) + len(palette)
+    return b"BM" + struct.pack("<IHHI", start + len(data), 0, 0, start) + info + palette + data
+
+
+@pytest.mark.parametrize(
+    ("usual", "bomb"),
+    [
+        (progressive_with_scans(10), progressive_with_scans(2000)),
+        (chunky_png(10), chunky_png(200_000)),
+        (run_length_bitmap(0), run_length_bitmap(1_000_000)),
+    ],
+    ids=["scans", "chunks", "runs"],
+)
+def test_a_file_with_far_more_data_than_its_picture_needs_is_refused_at_once(usual, bomb):
+    assert load_image(usual).ndim == 3
+    start = time.monotonic()
+    with pytest.raises(InvalidInput, match=r"far more (data|chunks) than"):
+        load_image(bomb)
+    assert time.monotonic() - start < 5
+
+
+def spelled(content):
+    plain = base64.b64encode(content).decode()
+    return {
+        "padded": plain,
+        "unpadded": plain.rstrip("="),
+        "wrapped": base64.encodebytes(content).decode(),
+        "wrapped as mail does": plain.replace("A", "A\r\n"),
+        "url-safe": base64.urlsafe_b64encode(content).decode(),
+        "escaped": urllib.parse.quote(plain),
+        "after a space": f" {plain}\n",
+    }
+
+
+@pytest.mark.parametrize("spelling", spelled(b""))
+def test_base64_has_one_meaning_however_it_is_written(spelling):
+    picture = next(
+        image for size in range(20, 60) if len(image := encoded(Image.fromarray(NOISE[:, :size]), "JPEG")) % 3
+    )
+    text = spelled(picture)[spelling]
+    for kind in (
+        "data:image/jpeg;base64",
+        "DATA:image/JPEG;BASE64",
+        "data:;base64",
+        "data:image/png;name=a;base64",
+    ):
+        np.testing.assert_array_equal(load_image(f"{kind},{text}"), load_image(picture))
+    if spelling not in ("escaped", "after a space"):
+        np.testing.assert_array_equal(load_image(text), load_image(picture))
+
+
+@pytest.mark.parametrize("name", ["a#b.png", "a?b.png", "a%20b.png", "100%.png", "ä b.png", "a%b#c?d.png"])
+def test_a_file_url_finds_every_name_escaped_or_not(tmp_path, name):
+    path = tmp_path / name
+    Image.fromarray(NOISE).save(path)
+    for url in (
+        path.as_uri(),
+        f"file://{path}",
+        f"FILE://{path}",
+        path.as_uri().replace("file://", "file://localhost"),
+    ):
+        np.testing.assert_array_equal(load_image(url), NOISE)
 
 
 def test_the_bound_is_pillows_own_and_its_global_state_stays():

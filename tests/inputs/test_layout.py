@@ -1,5 +1,7 @@
 """Where the tokens of a prompt lie: padding, placeholders, the query, rows side by side."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -17,9 +19,9 @@ IMAGE = [6, 9, 9, 9, 9, 7]  # a 4 x 4 grid
 GRID = np.array([[1, 4, 4]])
 
 
-def layout(ids, mask=None, images=GRID, query="paper", turn=None, **videos):
+def layout(ids, mask=None, images=GRID, query=None, chat=None, **videos):
     inputs = ModelInputs(input_ids=ids, attention_mask=mask, image_grid_thw=images, **videos)
-    return prompt_layout(inputs, FAMILY, SPECIAL, query, turn)
+    return prompt_layout(inputs, FAMILY, SPECIAL, query, chat)
 
 
 def test_padding_is_left_out_wherever_it_stands():
@@ -91,7 +93,7 @@ def test_a_prompt_without_images_asks_nothing():
 
 
 def test_the_turn_query_takes_what_the_tokenizer_marks():
-    marked = layout([1, *IMAGE, 2, 5], query="turn", turn=lambda ids: ids == 1)
+    marked = layout([1, *IMAGE, 2, 5], query="turn", chat=SimpleNamespace(turn_query_mask=lambda ids: ids == 1))
     assert np.flatnonzero(marked.query_weights).tolist() == [0]
     with pytest.raises(InvalidInput, match='"turn" needs a tokenizer'):
         layout([1, *IMAGE, 2, 5], query="turn")

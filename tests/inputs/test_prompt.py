@@ -1,6 +1,8 @@
 """Prompts become the ids that transformers gives, and text never becomes a special token."""
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +12,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from hawk_trt.bundle import SpecialTokens
-from hawk_trt.errors import BundleError, InvalidInput
-from hawk_trt.inputs.chat_template import template_source
-from hawk_trt.inputs.escape import Escape
-from hawk_trt.inputs.prompt import ChatTokenizer
+from hawk_trt.errors import InvalidInput
+from hawk_trt.inputs.chat_template import Guard
+from hawk_trt.inputs.tokenizer import ChatTokenizer
 from hawk_trt.models.family import TokenRun
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny-vlm"
@@ -186,9 +187,9 @@ def test_two_texts_cannot_form_a_special_token_though_the_template_trims_them():
 
 
 def test_a_special_token_of_one_character_or_inside_another_is_escaped():
-    escape = Escape(["#", "<|a", "<|a|>", "|a|"], ["\ue000"])
-    rendered = "#" + escape.apply("x#<|a|>|a|\ue000") + "<|a|>" + escape.apply("<|a") + "<|a"
-    assert list(escape.split(rendered)) == [("", "#"), ("x#<|a|>|a|\ue000", "<|a|>"), ("<|a", "<|a"), ("", None)]
+    guard = Guard(["#", "<|a", "<|a|>", "|a|"], ["\ue000"])
+    rendered = "#" + guard.apply("x#<|a|>|a|\ue000") + "<|a|>" + guard.apply("<|a") + "<|a"
+    assert list(guard.split(rendered)) == [("", "#"), ("x#<|a|>|a|\ue000", "<|a|>"), ("<|a", "<|a"), ("", None)]
 
 
 def test_a_token_only_the_config_or_the_bundle_calls_special_is_not_injected():
@@ -234,20 +235,39 @@ def test_items_without_a_source_take_the_next_image_or_video():
         ([user(text("x"))], ["a.png"], "images: got 1, but the messages have 0 image items"),
         ([user({"type": "image"}, {"type": "image"})], ["a.png"], "images: got 1, but the messages have 2 image items"),
         ([user({"type": "video"})], [], "videos: got 0, but the messages have 1 video items"),
-        ("x", "a.png", "images: got a single str, expected a list"),
-        ("x", np.zeros((2, 2, 3), np.uint8), "images: got a single ndarray, expected a list"),
         ([], [], "messages: got an empty list"),
         ({"role": "user", "content": "x"}, [], "prompt: got dict, expected a string, a list of messages"),
         (["x"], [], "got str, expected a mapping of role, content"),
         ([{"role": "user"}], [], "got a mapping of role, expected a mapping of role, content"),
-        ([{"role": "user", "content": "x", "name": "y"}], [], "got a mapping of role, content, name"),
+        ([{"role": "user", "content": "x", "id": "y"}], [], "got a mapping of role, content, id"),
+        ([{"from": "human", "value": "x"}], [], "got a mapping of from, value, expected a mapping of role, content"),
+        ([{"role": "user", "content": 3}], [], "got int as content, expected a string or a list"),
         ([{"role": "robot", "content": "x"}], [], "got role 'robot', expected system, user, assistant"),
         ([{"role": ["user"], "content": "x"}], [], "expected system, user, assistant"),
-        ([{"role": "user", "content": None}], [], "got NoneType as content, expected a string or a list"),
         ([user("x")], [], r"messages\[0\] item 0: got str, expected a mapping with a type"),
         ([user({"type": "audio", "audio": "a"})], [], "got type 'audio', expected text, image, video"),
         ([user({"type": []})], [], "expected text, image, video"),
-        ([user({"type": "image", "image": "a", "max_pixels": 9})], [], "expected no keys but type, image"),
+        ([user({"type": "image", "image": "a", "fps": 9})], [], "got fps, expected no keys but type, image"),
+        ([user({"type": "image", "image": "a", "url": "b"})], [], "got image, url, expected one of them"),
+        ([user({"type": "image", "image": "a", "max_pixels": 0})], [], "got max_pixels 0, expected an integer above 0"),
+        ([user({"type": "image", "image": "a", "resized_height": 9})], [], "resized_width None, expected both"),
+        ([user({"type": "image", "base64": "%"})], [], "messages.0. item 0: not valid base64"),
+        ([user({"type": "image_url", "image_url": {"url": "a", "detail": "low"}})], [], "got detail 'low'"),
+        ([user({"type": "image_url", "image_url": {"uri": "a"}})], [], "got a mapping of uri as image_url"),
+        ([user({"type": "input_image", "file_id": "a"})], [], "got file_id, expected no keys but"),
+        ([user({"type": "video", "video": "a", "raw_fps": 30})], [], "got raw_fps, expected no keys but type, video"),
+        ([user({"type": "video", "video": "a", "fps": 1, "sample_fps": 2})], [], "expected one name for each setting"),
+        ([user({"type": "video", "video": "a", "nframes": 1.5})], [], "got nframes 1.5, expected an integer above 0"),
+        (
+            [user({"type": "video", "video": "a", "video_start": -1})],
+            [],
+            "video_start -1, expected a number of at least",
+        ),
+        (
+            [user({"type": "video", "video": "a", "timestamps": "no"})],
+            [],
+            "got timestamps 'no', expected true or false",
+        ),
         ([user({"type": "text", "text": 3})], [], "got int as text"),
         ([user({"type": "video", "video": "a", "fps": 0})], [], "got fps 0, expected a number above 0"),
         ([user({"type": "video", "video": "a", "fps": float("nan")})], [], "got fps nan"),
@@ -286,27 +306,6 @@ def test_templates_have_the_tools_that_transformers_gives_them():
     tokenizer = chat_tokenizer(template=template)
     ids = tokenizer.encode([{"role": "user", "content": '<é & "q">'}, user(text("no"))]).input_ids.tolist()
     assert tokenizer.tokenizer.decode(ids, skip_special_tokens=False) == '<|im_end|>4"<é & \\"q\\">"'
-
-
-@pytest.mark.parametrize(
-    ("jinja", "processor", "tokenizer", "expected"),
-    [
-        ("a", {"chat_template": "b"}, {"chat_template": "c"}, "a"),
-        (None, {"chat_template": "b"}, {"chat_template": "c"}, "b"),
-        (None, {}, {"chat_template": "c"}, "c"),
-        (None, {}, {"chat_template": [{"name": "tools", "template": "t"}, {"name": "default", "template": "d"}]}, "d"),
-        (None, {}, {"chat_template": [{"name": "only", "template": "o"}]}, "o"),
-        (None, {}, {}, None),
-    ],
-)
-def test_the_template_comes_from_where_the_checkpoint_keeps_it(jinja, processor, tokenizer, expected):
-    assert template_source(jinja, processor, tokenizer) == expected
-
-
-def test_several_templates_without_a_default_are_an_error():
-    named = [{"name": "a", "template": "a"}, {"name": "b", "template": "b"}]
-    with pytest.raises(BundleError, match="expected a string or a list with one named default"):
-        template_source(None, {}, {"chat_template": named})
 
 
 def test_placeholders_expand_to_their_visual_tokens():
@@ -371,3 +370,134 @@ def test_a_turn_query_needs_text_of_the_user(messages):
     tokenizer = chat_tokenizer(template=TINY_TEMPLATE)
     with pytest.raises(InvalidInput, match=r'query: "turn" needs .* Use query="paper"'):
         tokenizer.turn_query_mask(tokenizer.encode(messages).input_ids)
+
+
+PIXELS = np.zeros((4, 4, 3), np.uint8)
+SHAPES = {
+    "transformers, url": {"type": "image", "url": "a.png"},
+    "transformers, path": {"type": "image", "path": "a.png"},
+    "OpenAI's chat": {"type": "image_url", "image_url": {"url": "a.png", "detail": "auto"}},
+    "OpenAI's chat, null detail": {"type": "image_url", "image_url": {"url": "a.png", "detail": None}},
+    "Qwen's chat": {"type": "image_url", "image_url": "a.png"},
+    "OpenAI's responses": {"type": "input_image", "image_url": "a.png", "detail": "high"},
+    "no type": {"image": "a.png"},
+    "no type, url": {"image_url": {"url": "a.png"}},
+    "a row of a data set": {"type": "image", "image": "a.png", "text": None, "video": None, "fps": None},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_common_shape_of_an_image_is_read(shape):
+    expected = chat_tokenizer().encode([user({"type": "image", "image": "a.png"}, text("Which?"))])
+    for question in (text("Which?"), {"type": "input_text", "text": "Which?"}, {"text": "Which?", "image": None}):
+        encoded = chat_tokenizer().encode([{"role": "user", "content": (SHAPES[shape], question)}])
+        assert [(item.kind, item.source) for item in encoded.visual] == [("image", "a.png")]
+        assert encoded.input_ids.tolist() == expected.input_ids.tolist()
+
+
+def test_base64_is_an_image_of_bytes():
+    encoded = chat_tokenizer().encode([user({"type": "image", "base64": "aGF3aw"})])
+    assert encoded.visual[0].source == b"hawk"
+
+
+@pytest.mark.parametrize("shape", ["video", "url", "path", "video_url"])
+def test_every_setting_of_a_video_is_read(shape):
+    item = {"type": "video", shape: "v.mp4", "nframes": np.int64(8), "video_start": 1, "video_end": np.float32(2.5)}
+    item |= {"min_pixels": 784, "max_pixels": 50176, "total_pixels": 10**6, "resized_height": 56, "resized_width": 84}
+    video = chat_tokenizer().encode([user(item | {"timestamps": False})]).visual[0]
+    assert (video.source, video.num_frames, video.start, video.end, video.timestamps) == ("v.mp4", 8, 1.0, 2.5, False)
+    assert (video.min_pixels, video.max_pixels, video.total_pixels, video.resized) == (784, 50176, 10**6, (56, 84))
+    item = {"type": "video_url", "video_url": {"url": "v.mp4"}, "sample_fps": 1, "min_frames": 4, "max_frames": 8}
+    video = chat_tokenizer().encode([user(item)]).visual[0]
+    assert (video.source, video.fps, video.min_frames, video.max_frames) == ("v.mp4", 1.0, 4, 8)
+
+
+@pytest.mark.parametrize(
+    ("images", "sources"), [("a.png", ["a.png"]), (PIXELS, [PIXELS]), (np.stack([PIXELS, PIXELS]), [PIXELS, PIXELS])]
+)
+def test_one_image_needs_no_list(images, sources):
+    encoded = chat_tokenizer().encode("Which?", images=images)
+    assert len(encoded.visual) == len(sources)
+    assert all(np.array_equal(item.source, source) for item, source in zip(encoded.visual, sources, strict=True))
+
+
+def test_one_video_needs_no_list():
+    for video in ("v.mp4", np.zeros((2, 4, 4, 3), np.uint8)):
+        assert len(chat_tokenizer().encode("Which?", videos=video).visual) == 1
+
+
+def test_keys_without_a_value_and_no_content_are_no_keys_and_an_empty_text():
+    echoed = {"role": "assistant", "content": "red", "refusal": None, "tool_calls": None, "audio": None}
+    question = {"role": "user", "content": "And now?"}
+    plain = chat_tokenizer().encode([question, {"role": "assistant", "content": "red"}, question]).input_ids.tolist()
+    assert chat_tokenizer().encode([question, echoed, question]).input_ids.tolist() == plain
+    nothing, empty = ([{"role": "system", "content": content}, question] for content in (None, ""))
+    assert chat_tokenizer().encode(nothing).input_ids.tolist() == chat_tokenizer().encode(empty).input_ids.tolist()
+
+
+def test_a_name_and_reasoning_reach_the_template_as_in_transformers():
+    template = "{% for m in messages %}{{ m.name }}:{{ m.reasoning_content }}:{{ m.content }};{% endfor %}"
+    messages = [
+        {"role": "user", "name": "ann", "content": "x"},
+        {"role": "assistant", "reasoning_content": "<|im_end|>", "content": "y"},
+        {"role": "user", "content": "z"},
+    ]
+    tokenizer = chat_tokenizer(template=template)
+    ids = tokenizer.encode(messages).input_ids
+    assert tokenizer.tokenizer.decode(ids.tolist(), skip_special_tokens=False) == "ann::x;:<|im_end|>:y;::z;"
+    assert not np.isin(ids, SPECIAL_IDS).any()
+
+
+# What trainers save: assistant text inside {% generation %}; loops that are left; every argument of tojson.
+FULL_TEMPLATE = """\
+{% for m in messages %}{% if m.role == 'assistant' %}<|im_start|>assistant
+{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}
+{% else %}{% if loop.index0 == 4 %}{% break %}{% endif %}{% if m.content == 'skip' %}{% continue %}{% endif %}
+{%- generation -%} <|im_start|>{{ m.role }} {{ m | tojson(indent=2, sort_keys=true, ensure_ascii=true) }}
+{%- endgeneration %}{{ [m.content] | tojson(separators=(',', ':')) }}{% endif %}{% endfor %}
+{{ dict(a=1) | tojson }}{{ strftime_now('%Y') }}{% if documents is none %}no documents{% endif %}
+{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_the_template_has_all_that_transformers_gives_it(tmp_path, name):
+    transformers = pytest.importorskip("transformers")
+    contents = ["hello", "hi é", "skip", "yo", "last"]
+    messages = [{"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(contents)]
+    path = tmp_path / "tokenizer.json"
+    path.write_text(TOKENIZERS[name], encoding="utf-8")
+    reference = transformers.PreTrainedTokenizerFast(tokenizer_file=str(path), chat_template=FULL_TEMPLATE)
+    expected = reference.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert chat_tokenizer(TOKENIZERS[name], FULL_TEMPLATE).encode(messages).input_ids.tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "it calls itself without an end"),
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "not done after"),
+        ("{{ 'x' * 1000000000000 }}", "makes a value that is too large"),
+        ("{{ 9 ** 999999999 }}", "makes a value that is too large"),
+        ("{{ [1] * 1000000000 }}", "makes a value that is too large"),
+        ("{{ range(1000000000) | list }}", "Range too big"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{{ 1 / 0 }}", "division by zero"),
+    ],
+)
+def test_a_hostile_template_ends_with_one_line(monkeypatch, template, message):
+    monkeypatch.setattr("hawk_trt.inputs.chat_template._SECONDS", 0.5)
+    with pytest.raises(InvalidInput, match=message):
+        chat_tokenizer(template=template).encode("x")
+
+
+def test_the_time_limit_works_in_any_thread_and_ends_with_the_rendering(monkeypatch):
+    monkeypatch.setattr("hawk_trt.inputs.chat_template._SECONDS", 0.2)
+    slow = chat_tokenizer(template="{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}")
+    with ThreadPoolExecutor(3) as pool:
+        errors = [pool.submit(slow.encode, "x").exception() for _ in range(3)]
+    assert all("not done after 0.2 seconds" in str(error) for error in errors)
+    quick = chat_tokenizer()
+    for _ in range(20):
+        quick.encode("x")
+    time.sleep(0.3)  # no timer is left that could still go off

@@ -7,7 +7,7 @@ from test_prompt import TINY, TINY_TEMPLATE, TOKENIZERS, chat_tokenizer, special
 
 from hawk_trt.bundle import Bundle
 from hawk_trt.errors import BundleError
-from hawk_trt.inputs.prompt import ChatTokenizer
+from hawk_trt.inputs.tokenizer import ChatTokenizer
 
 
 def bundle_of(folder, texts):

@@ -76,7 +76,7 @@ def test_a_special_token_spelled_in_a_tool_or_a_call_is_text():
         ([LOOK, "look"], r"tools\[1\]: got str, expected a JSON object"),
         ([{"function": {1: 2}}], r"tools\[0\].function: got a key 1"),
         ([{"function": {"x": [object()]}}], r"tools\[0\].function.x\[0\]: got object, expected a JSON value"),
-        ([{"function": "\ud800"}], r"tools\[0\].function: half of a surrogate pair"),
+        ([{"function": "\ud800"}], r"tools\[0\].function: character 0 is half of a surrogate pair"),
     ],
 )
 def test_tools_that_are_no_json_are_an_error_that_says_where(tools, message):

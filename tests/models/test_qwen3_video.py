@@ -9,7 +9,7 @@ import pytest
 from hawk_trt.bundle import Bundle, SpecialTokens
 from hawk_trt.errors import InvalidInput
 from hawk_trt.inputs.images import resize
-from hawk_trt.inputs.prompt import ChatTokenizer
+from hawk_trt.inputs.tokenizer import ChatTokenizer
 from hawk_trt.models.family import TokenRun
 from hawk_trt.models.qwen3_video import frame_numbers, frame_size, video_text
 from hawk_trt.models.registry import family_by_name

@@ -6,12 +6,19 @@ the folder's name or on times.
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hawk_trt.bundle import SCHEMA_VERSION, Bundle, HeadWeights, Manifest, Source, TableEntry
 from hawk_trt.errors import CheckpointError
-from hawk_trt.inputs.sidecars import CONFIG, GENERATION_CONFIG, added_tokens, read_json, read_sidecars
+from hawk_trt.inputs.checkpoint_files import (
+    CONFIG,
+    GENERATION_CONFIG,
+    added_tokens,
+    read_json,
+    read_small_files,
+    stop_tokens,
+)
 from hawk_trt.models.registry import family_of
 from hawk_trt.request import PruningConfig
 
@@ -52,14 +59,14 @@ def open_checkpoint(folder: Path, hub_id: str | None = None) -> CheckpointBundle
     generation = read_json(folder / GENERATION_CONFIG) if (folder / GENERATION_CONFIG).is_file() else {}
     family = family_of(config)
     model = family.read_config(config, generation, added_tokens(folder))
-    contents = read_sidecars(folder, model.chat_template)
+    contents = read_small_files(folder, model.chat_template).contents
     if "tokenizer.json" not in contents:
         raise CheckpointError(
             f"{folder}: no tokenizer.json there, so it cannot answer questions. If it has vocab.json, write one with "
             "transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
         )
     architecture = (config.get("architectures") or [str(config.get("model_type"))])[0]
-    heads = model.language.num_attention_heads
+    heads, tokens = model.language.num_attention_heads, model.special_tokens
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
         source=Source(hub_id or folder.resolve().name, architecture, _fingerprint(folder, contents)),
@@ -70,7 +77,7 @@ def open_checkpoint(folder: Path, hub_id: str | None = None) -> CheckpointBundle
         vision=model.vision,
         graphs=(),
         embeddings=TableEntry("", 0, "float32", (0, 0)),
-        special_tokens=model.special_tokens,
+        special_tokens=replace(tokens, eos=stop_tokens(folder, tokens.eos)),
         keep_ratio=PruningConfig().keep_ratio,
         head_weights=HeadWeights((1.0 / heads,) * heads, "uniform"),
         files={},

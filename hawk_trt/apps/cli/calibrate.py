@@ -17,7 +17,7 @@ from hawk_trt.apps.evaluate.metrics import METRICS
 from hawk_trt.apps.evaluate.result_log import ResultLog
 from hawk_trt.apps.parity.prompt_rules import prompt_tokens
 from hawk_trt.errors import InvalidInput
-from hawk_trt.inputs.hub import download, is_hub_id
+from hawk_trt.inputs.checkpoint_files import download, is_hub_id
 from hawk_trt.stages import DTYPES
 
 SUMMARY = "measure how much each query head matters, by leaving it out (needs torch)"

@@ -20,5 +20,5 @@ def draw(path: Path, explained: Explanation, args: argparse.Namespace, pipe: "Pi
     manifest = pipe.bundle.manifest
     frames = load_frames(explained, pipe, args.image, args.video, args.fps, args.max_frames)
     model = f"{Path(manifest.source.name).name}, {manifest.precision}"
-    note = f"{model}. Scores: {manifest.normalization}, query {args.query}, quota {args.quota}."
+    note = f"{model}. Scores: {manifest.normalization}, query {args.query or 'default'}, quota {args.quota}."
     save(render(explained, frames, note=note), path)

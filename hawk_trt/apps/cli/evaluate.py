@@ -194,7 +194,7 @@ def _subject(args: argparse.Namespace, pipe: "Pipeline", dataset: Dataset) -> di
         "metric": args.metric,
         "max_new_tokens": str(args.max_new_tokens),
         "max_pixels": str(args.max_pixels),
-        "query": args.query,
+        "query": args.query or "paper, else turn",
         "quota": args.quota,
         "min_visual_tokens": str(args.min_visual_tokens),
         "head_weights": "the bundle's" if weights is None else ", ".join(f"{weight:g}" for weight in weights),

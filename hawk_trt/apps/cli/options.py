@@ -61,9 +61,8 @@ def add_pruning_options(group: "argparse._ArgumentGroup") -> None:
     group.add_argument(
         "--query",
         choices=QUERIES,
-        default="paper",
         help="text that scores the visual tokens: paper, what follows the last image; turn, all of the last user turn "
-        "(default: %(default)s)",
+        "(default: paper, and turn where no text follows the image)",
     )
     group.add_argument(
         "--quota",

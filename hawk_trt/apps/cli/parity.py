@@ -117,7 +117,7 @@ def _cases(args: argparse.Namespace, pipe: "Pipeline", bundle: Bundle) -> list[P
     if not has_tokenizer:
         return tensor_cases(bundle.manifest, args.seed)
     cases = generated_cases(pipe, prompts, args.seed)
-    if args.query == "paper":  # a video of tensors has no user's turn
+    if args.query != "turn":  # a video of tensors has no user's turn
         cases += tensor_cases(bundle.manifest, args.seed, only_video=True)
     return cases
 

@@ -36,6 +36,7 @@ def compare_case(
         steps: tokens generated.
         tolerance: what they may differ by.
     """
+    pruning = replace(pruning, query=pruning.query or "paper")  # the authors' rule, whatever the prompt
     result = pipe.generate(case.inputs, pruning=pruning, max_new_tokens=steps, ignore_eos=True)
     # After the last token nothing is compared, so the bundle is not fed with it; nor is the reference.
     trace = pipe.trace(case.inputs, pruning, forced_tokens=result.token_ids[:-1])

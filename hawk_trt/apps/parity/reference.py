@@ -260,7 +260,7 @@ class Reference:
 
     def _scores(self, prompt: EmbeddedPrompt, pruning: PruningConfig) -> tuple[list[int], Tensor, Tensor]:
         """Positions of the query, scores of each head [heads, num_visual] and what ranks the visual tokens."""
-        query = query_range(prompt.ids, prompt.visual, prompt.tokens, pruning.query) if prompt.visual else []
+        query = query_range(prompt.ids, prompt.visual, prompt.tokens, pruning.query or "paper") if prompt.visual else []
         raw = self._head_scores(prompt.embeds, query, prompt.visual)
         weights = torch.tensor(pruning.head_weights or self._head_weights, dtype=raw.dtype, device=raw.device)
         return query, raw, (weights[:, None] * _normalize(raw, self._normalization)).sum(0)

@@ -153,6 +153,7 @@ async def _finish(
         total_tokens=prepared.prompt_tokens + len(result.token_ids),
         visual_tokens=result.num_visual,
         kept_visual_tokens=result.num_kept,
+        query=result.query,
     )
     if not prepared.details:
         return usage, None

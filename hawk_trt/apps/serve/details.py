@@ -28,6 +28,7 @@ def details_of(pipe: "Pipeline", prepared: Prepared, result: Result) -> dict[str
     """
     pruning = prepared.request.pruning or PruningConfig()
     details: dict[str, Any] = {name: getattr(pruning, name) for name in _PRUNING}
+    details["query"] = result.query
     details["seconds"] = {stage.name: getattr(result.timings, stage.name) for stage in fields(Timings)}
     details["images"] = []
     if not result.num_visual:

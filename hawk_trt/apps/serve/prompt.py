@@ -22,8 +22,6 @@ from hawk_trt.request import EQUAL_HEADS, SCORED, ModelInputs, PruningConfig, Re
 if TYPE_CHECKING:
     from hawk_trt.pipeline import Pipeline
 
-# Pillow reads more, and some of that by starting other programs.
-_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 _LOW_DETAIL_PX = 512
 _SMALLEST_TOP_P = 1e-9  # the protocol allows 0, which is the most probable token as well
 _SEEDS = 2**64  # the protocol allows negative ones
@@ -145,19 +143,19 @@ def prepare(
 
 
 def _decoded(images: Mapping[str, ImageUrl], fetched: Mapping[str, bytes], max_pixels: int) -> list[Picture]:
-    """All images, uint8 [height, width, 3] each; max_pixels bounds them together."""
+    """All images, uint8 [height, width, 3] each; one of more than its share of max_pixels is shrunk."""
+    share = max_pixels // max(len(images), 1)
     decoded = []
     for place, image in images.items():
         try:
             content = fetched[place] if is_remote(image) else data_url_bytes(image.url)
             if not content:
                 raise InvalidInput("image (bytes): got none")
-            picture = load_image(content, max_pixels=max_pixels, formats=_FORMATS)
+            picture = load_image(content, max_pixels=share)
         except InvalidInput as error:
             reason = str(error).partition(": ")[2]
             raise invalid(f"{place}: {reason}", place, "invalid_image") from error
         height, width = picture.shape[:2]
-        max_pixels -= height * width
         if image.detail == "low" and max(height, width) > _LOW_DETAIL_PX:
             scale = _LOW_DETAIL_PX / max(height, width)
             size = max(1, round(height * scale)), max(1, round(width * scale))

@@ -186,6 +186,7 @@ class Usage(BaseModel):
     total_tokens: int
     visual_tokens: int = Field(description="Of the prompt's images, before pruning.")
     kept_visual_tokens: int = Field(description="Of these, what pruning kept.")
+    query: str = Field(description="Which text scored the visual tokens: paper or turn, as in pruning.")
 
 
 class AnswerMessage(BaseModel):

@@ -4,7 +4,6 @@ Special tokens come from the chat template alone: one that a user spells out is 
 none gets exactly the ids that encoding the whole rendered string gives.
 """
 
-import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,16 +14,15 @@ from tokenizers import AddedToken, Tokenizer
 
 from hawk_trt.bundle import Bundle, SpecialTokens
 from hawk_trt.errors import BundleError, InvalidInput
-from hawk_trt.inputs.chat_template import ChatTemplate, template_source
-from hawk_trt.inputs.escape import Escape
-from hawk_trt.inputs.messages import VisualItem, read_prompt
-from hawk_trt.inputs.tools import JsonObject, checked_objects, strings, with_strings
+from hawk_trt.files import parse_json
+from hawk_trt.inputs.chat_template import ChatTemplate
+from hawk_trt.inputs.messages import JsonObject, VisualItem, checked_objects, read_prompt
 from hawk_trt.models.family import TokenRun
 
 if TYPE_CHECKING:
     from hawk_trt.request import ImageInput, Message, VideoInput
 
-_USER_HEADER = "user\n"
+_MAX_HEADER_TOKENS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,13 +61,7 @@ class ChatTokenizer:
         Raises:
             BundleError: tokenizer.json cannot be read.
         """
-        try:
-            self.tokenizer = Tokenizer.from_str(tokenizer_json)
-        except Exception as error:  # the tokenizers package raises no class of its own
-            raise BundleError(
-                f"tokenizer.json: the installed tokenizers package cannot read it ({error}). "
-                "Update it: pip install --upgrade tokenizers"
-            ) from error
+        self.tokenizer = _read_tokenizer(tokenizer_json)
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self.tokenizer.encode_special_tokens = True  # pieces of text are text, whatever they spell
@@ -78,7 +70,7 @@ class ChatTokenizer:
         added = self.tokenizer.get_added_tokens_decoder()
         self._special_ids = {token.content: index for index, token in added.items() if token.special}
         self._special_tokens = special_tokens
-        self._template = None if template is None else ChatTemplate(template, variables)
+        self._template = None if template is None else ChatTemplate(template, variables, self._special_ids)
 
     @classmethod
     def from_bundle(cls, bundle: Bundle) -> "ChatTokenizer | None":
@@ -90,16 +82,27 @@ class ChatTokenizer:
         tokenizer_json = bundle.read_text("tokenizer.json")
         if tokenizer_json is None:
             return None
-        config = _read_json(bundle, "tokenizer_config.json")
-        jinja = bundle.read_text("chat_template.jinja")
-        template = template_source(jinja, _read_json(bundle, "chat_template.json"), config)
-        return cls(tokenizer_json, config, template, bundle.manifest.special_tokens)
+        name = "tokenizer_config.json"
+        config = parse_json(
+            bundle.read_text(name) or "{}", dict[str, Any], name, BundleError, "Export again: make export"
+        )
+        return cls(tokenizer_json, config, bundle.read_text("chat_template.jinja"), bundle.manifest.special_tokens)
+
+    @property
+    def has_template(self) -> bool:
+        """Whether there is a chat template, without which only decoding works."""
+        return self._template is not None
+
+    @property
+    def takes_tools(self) -> bool:
+        """Whether the chat template has a place for tools."""
+        return self._template is not None and "tools" in self._template.source
 
     def encode(
         self,
         prompt: "str | Sequence[Message]",
-        images: "Sequence[ImageInput]" = (),
-        videos: "Sequence[VideoInput]" = (),
+        images: "ImageInput | Sequence[ImageInput]" = (),
+        videos: "VideoInput | Sequence[VideoInput]" = (),
         tools: Sequence[JsonObject] = (),
     ) -> EncodedPrompt:
         """Turn a string or chat messages into token ids; messages.read_prompt says what they may hold.
@@ -114,13 +117,8 @@ class ChatTokenizer:
                 "prompt: this bundle has no chat template, expected ModelInputs. Or put a chat_template.jinja "
                 "into the checkpoint folder and export again: make export"
             )
-        texts = [*(text for turn in turns for text in turn.texts()), *strings(tools)]
-        escape = Escape(self._special_ids, [*texts, self._template.source])
-        rendered = self._template.render(
-            [turn.with_texts(escape.apply) for turn in turns], with_strings(tools, escape.apply)
-        )
         parts: list[str | TokenRun] = []
-        for piece, special in escape.split(rendered):
+        for piece, special in self._template.pieces(turns, tools):
             parts += [piece] if special is None else [piece, TokenRun(self._special_ids[special])]
         encoded = EncodedPrompt(
             self._token_ids(parts), tuple(parts), tuple(item for turn in turns for item in turn.visual())
@@ -192,29 +190,55 @@ class ChatTokenizer:
         Raises:
             InvalidInput: no such turn, or one without text.
         """
-        starts = np.flatnonzero(input_ids == self._special_tokens.im_start)[::-1]
-        begins = (self._after_header(input_ids, int(start) + 1) for start in starts)
-        begin = next((begin for begin in begins if begin is not None), None)
-        if begin is None:
+        users = [text for role, text in self._turns(input_ids) if role == "user"]
+        if not users:
             raise InvalidInput('query: "turn" needs a user turn and this prompt has none. Use query="paper"')
-        ends = np.flatnonzero(input_ids[begin:] == self._special_tokens.im_end)
-        turn = input_ids[begin : begin + int(ends[0])] if ends.size else input_ids[begin:]
-        mask = np.zeros(input_ids.size, dtype=np.bool_)
-        mask[begin : begin + turn.size] = ~(self._is_visual(turn) | np.isin(turn, list(self._special_ids.values())))
-        if not mask.any():
+        if not len(users[-1]):
             raise InvalidInput('query: "turn" needs text in the last user turn and there is none. Use query="paper"')
+        mask = np.zeros(input_ids.size, dtype=np.bool_)
+        mask[users[-1]] = True
         return mask
 
-    def _after_header(self, input_ids: npt.NDArray[np.int64], begin: int) -> int | None:
-        """Where the text of a turn starts, None if the turn is not the user's."""
-        header = ""
-        for end in range(begin + 1, input_ids.size + 1):
-            header = self.tokenizer.decode(input_ids[begin:end].tolist(), skip_special_tokens=False)
-            if header.startswith(_USER_HEADER):
-                return end
-            if not _USER_HEADER.startswith(header):
-                break
-        return None
+    def asking_turn_mask(
+        self, input_ids: npt.NDArray[np.int64], paper: npt.NDArray[np.bool_]
+    ) -> npt.NDArray[np.bool_] | None:
+        """The text of the last user turn that has any, where the authors' query range has none.
+
+        Args:
+            input_ids: [seq_len] int64.
+            paper: [seq_len] bool, the authors' range.
+
+        Returns:
+            [seq_len] bool; None where the authors' range holds text of a turn, or no turn of a user does.
+        """
+        turns = self._turns(input_ids)
+        if any(self._says_something(input_ids, text[paper[text]]) for _, text in turns):
+            return None
+        asked = [text for role, text in turns if role == "user" and self._says_something(input_ids, text)]
+        if not asked:
+            return None
+        mask = np.zeros(input_ids.size, dtype=np.bool_)
+        mask[asked[-1]] = True
+        return mask
+
+    def _turns(self, input_ids: npt.NDArray[np.int64]) -> list[tuple[str, npt.NDArray[np.int64]]]:
+        """Role of each turn, and where its text is: neither header, nor visual and special tokens."""
+        no_text = self._is_visual(input_ids) | np.isin(input_ids, list(self._special_ids.values()))
+        turns = []
+        for start in np.flatnonzero(input_ids == self._special_tokens.im_start).tolist():
+            header, begin = "", start + 1
+            while "\n" not in header and begin < min(input_ids.size, start + 1 + _MAX_HEADER_TOKENS):
+                begin += 1
+                header = self.tokenizer.decode(input_ids[start + 1 : begin].tolist(), skip_special_tokens=False)
+            role, newline, _ = header.partition("\n")
+            ends = np.flatnonzero(input_ids[begin:] == self._special_tokens.im_end)
+            if newline and (len(ends) or role == "user"):  # the header of the answer that is asked for opens no turn
+                end = begin + int(ends[0]) if len(ends) else input_ids.size
+                turns.append((role, begin + np.flatnonzero(~no_text[begin:end])))
+        return turns
+
+    def _says_something(self, input_ids: npt.NDArray[np.int64], places: npt.NDArray[np.int64]) -> bool:
+        return bool(self.tokenizer.decode(input_ids[places].tolist()).strip())
 
     def _is_visual(self, input_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
         placeholders = (self._special_tokens.image, self._special_tokens.video)
@@ -231,17 +255,30 @@ class ChatTokenizer:
             )
 
 
-def _read_json(bundle: Bundle, name: str) -> Mapping[str, Any]:
+def read_settings(bundle: Bundle, name: str) -> dict[str, Any] | None:
+    """The JSON object in a small file of a bundle, None where it has none.
+
+    Raises:
+        BundleError: it is damaged.
+    """
     text = bundle.read_text(name)
+    advice = "Mend it in the checkpoint and export again: make export"
+    return None if text is None else parse_json(text, dict[str, Any], name, BundleError, advice)
+
+
+def _read_tokenizer(tokenizer_json: str) -> Tokenizer:
     try:
-        content = {} if text is None else json.loads(text)
-    except json.JSONDecodeError as error:
+        tokenizer = Tokenizer.from_str(tokenizer_json)
+    except (
+        BaseException
+    ) as error:  # the tokenizers package raises no class of its own, and panics are none of Exception
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
         raise BundleError(
-            f"{name}: not JSON ({error}). Mend it in the checkpoint and export again: make export"
+            f"tokenizer.json: the installed tokenizers package cannot read it ({error}). "
+            "Update it: pip install --upgrade tokenizers"
         ) from error
-    if not isinstance(content, Mapping):
-        raise BundleError(f"{name}: got a {type(content).__name__}, expected an object. Export again: make export")
-    return content
+    return tokenizer
 
 
 def _named_tokens(config: Mapping[str, Any]) -> dict[str, str]:

@@ -1,0 +1,78 @@
+"""Prompts that an export tries, so that a chat template or a setting that cannot be used shows then, not later."""
+
+import numpy as np
+
+from hawk_trt.bundle import Bundle
+from hawk_trt.errors import BundleError, CheckpointError, InvalidInput
+from hawk_trt.inputs.processor import Processor
+from hawk_trt.models.family import Family, TokenRun
+from hawk_trt.request import Request
+
+_QUESTION = "What is this?"
+_ANSWER = "A picture."
+_IMAGE_SIDE = 64
+_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "look",
+        "description": "Look again.",
+        "parameters": {"type": "object", "properties": {"where": {"type": "string"}}, "required": ["where"]},
+    },
+}
+
+
+def try_prompts(bundle: Bundle, family: Family) -> list[str]:
+    """Make a prompt of text, one with an image and, where the template takes them, one with tools.
+
+    Args:
+        bundle: its small files are there.
+        family: of the model.
+
+    Returns:
+        What does not work and need not, a sentence each.
+
+    Raises:
+        CheckpointError: a file is damaged, or the template refuses text or an image.
+    """
+    try:
+        processor = Processor(bundle, family)
+    except (BundleError, InvalidInput) as error:
+        raise CheckpointError(str(error)) from error
+    if processor.chat is None:
+        return ["no tokenizer.json there, so the bundle takes tensors (ModelInputs) alone"]
+    if not processor.chat.has_template:
+        return ["no chat template there, so the bundle takes tensors (ModelInputs) alone"]
+    image = np.full((_IMAGE_SIDE, _IMAGE_SIDE, 3), 128, np.uint8)
+    notes = [] if processor.takes_images else ["no preprocessor_config.json there, so the bundle takes no image files"]
+    try:
+        processor(Request(_QUESTION))
+        if processor.takes_images:
+            processor(Request(_QUESTION, images=[image]))
+    except InvalidInput as error:
+        raise CheckpointError(f"no prompt can be made of a question and an image: {error}") from error
+    if processor.chat.takes_tools:
+        try:
+            processor(Request(_QUESTION, tools=[_TOOL]))
+        except InvalidInput as error:
+            notes.append(f"a prompt with tools cannot be made: {error}")
+    return notes + _what_ends_a_turn(processor, bundle.manifest.special_tokens.eos)
+
+
+def _what_ends_a_turn(processor: Processor, eos: tuple[int, ...]) -> list[str]:
+    """A note where the token that the template puts behind an answer is no stop token."""
+    assert processor.chat is not None
+    turns = [{"role": role, "content": text} for role, text in (("user", _QUESTION), ("assistant", _ANSWER))]
+    try:
+        parts = processor.chat.encode([*turns, turns[0]]).parts
+    except InvalidInput as error:
+        return [f"a second question cannot be asked: {error}"]
+    at = next((number for number, part in enumerate(parts) if isinstance(part, str) and _ANSWER in part), len(parts))
+    after = next((part.token_id for part in parts[at:] if isinstance(part, TokenRun)), None)
+    if after in eos:
+        return []
+    end = "nothing" if after is None else processor.chat.tokenizer.id_to_token(after)
+    stops = ", ".join(str(processor.chat.tokenizer.id_to_token(token)) for token in eos) or "none"
+    return [
+        f"no stop token ends a chat: the chat template ends an answer with {end}, the checkpoint's stop tokens are "
+        f"{stops}; answers go on to the longest length. Set eos_token_id in generation_config.json"
+    ]

@@ -1,0 +1,232 @@
+"""A checkpoint folder, found or downloaded, and its small files: configs, tokenizer, chat template, preprocessors.
+
+In: a folder or a hub id. Out: what prompts need, each setting once and under one name, as a bundle holds it. Where two
+files say the same thing, the file counts that counts for the AutoProcessor of transformers 5.23:
+
+chat template       processor_config.json, chat_template.json, chat_template.jinja, tokenizer_config.json
+images              image_processor of processor_config.json, preprocessor_config.json
+videos              video_processor of processor_config.json, video_preprocessor_config.json
+stop tokens         all of generation_config.json, config.json and the tokenizer end an answer
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from hawk_trt.errors import CheckpointError
+from hawk_trt.files import MAX_JSON_BYTES
+from hawk_trt.files import read_json as read_json_of
+
+CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
+TOKENIZER = "tokenizer.json"
+_TOKENIZER_CONFIG = "tokenizer_config.json"
+_TEMPLATE = "chat_template.jinja"
+_OLD_TEMPLATE = "chat_template.json"
+_PROCESSOR = "processor_config.json"
+_PREPROCESSOR = "preprocessor_config.json"
+_VIDEO_PREPROCESSOR = "video_preprocessor_config.json"
+SMALL_FILES = (
+    *(CONFIG, GENERATION_CONFIG, TOKENIZER, _TOKENIZER_CONFIG, _TEMPLATE, _OLD_TEMPLATE),
+    *(_PREPROCESSOR, _VIDEO_PREPROCESSOR, _PROCESSOR),
+)
+_KEYS_OF_PROCESSOR = {_PREPROCESSOR: "image_processor", _VIDEO_PREPROCESSOR: "video_processor"}
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# Weights, configs, tokenizer and chat template; not the pickled copies, images and papers that lie beside them.
+_PATTERNS = ["model*.safetensors", "*.json", "*.jinja"]
+
+
+@dataclass(frozen=True, slots=True)
+class SmallFiles:
+    """The small files of a checkpoint.
+
+    Attributes:
+        contents: by their names in a bundle, each setting once.
+        added_tokens: content to id of the tokenizer's added tokens; empty without a tokenizer.
+        notes: which file counted where two differ, a sentence each.
+    """
+
+    contents: dict[str, bytes]
+    added_tokens: dict[str, int]
+    notes: tuple[str, ...]
+
+
+def read_small_files(folder: Path, template: str | None = None) -> SmallFiles:
+    """The small files of a checkpoint. None but config.json must be there.
+
+    Args:
+        folder: of the checkpoint.
+        template: the chat template of a family whose checkpoints hold none that knows images; it counts before that
+            of tokenizer_config.json.
+
+    Raises:
+        CheckpointError: a file is damaged.
+    """
+    notes: list[str] = []
+    contents = {name: _read(folder / name) for name in SMALL_FILES if (folder / name).is_file()}
+    whole, old = (_object(folder, name) for name in (_PROCESSOR, _OLD_TEMPLATE))
+    tokenizer = _object(folder, _TOKENIZER_CONFIG)
+    if TOKENIZER in contents:
+        jinja = contents.get(_TEMPLATE)
+        chosen = _first(
+            "chat template",
+            {
+                _PROCESSOR: _template(folder / _PROCESSOR, whole.get("chat_template")),
+                _OLD_TEMPLATE: _template(folder / _OLD_TEMPLATE, old.get("chat_template")),
+                _TEMPLATE: None if jinja is None else _text(folder / _TEMPLATE, jinja),
+                "the family": template,
+                _TOKENIZER_CONFIG: _template(folder / _TOKENIZER_CONFIG, tokenizer.get("chat_template")),
+            },
+            notes,
+        )
+        if chosen is not None:
+            contents[_TEMPLATE] = chosen.encode()
+    for name, key in _KEYS_OF_PROCESSOR.items():
+        nested = whole.get(key)
+        if nested is not None and not isinstance(nested, dict):
+            raise CheckpointError(f"{folder / _PROCESSOR}: {key}: got {type(nested).__name__}, expected a JSON object")
+        own = _object(folder, name) if name in contents else None
+        settings = _first(key.replace("_", " "), {_PROCESSOR: nested, name: own}, notes)
+        if settings is not None:
+            contents[name] = msgspec.json.format(msgspec.json.encode(settings), indent=2)
+    contents.pop(_PROCESSOR, None)
+    contents.pop(_OLD_TEMPLATE, None)
+    return SmallFiles(contents, added_tokens(folder), tuple(notes))
+
+
+def stop_tokens(folder: Path, found: Sequence[int]) -> tuple[int, ...]:
+    """All tokens that end an answer.
+
+    Args:
+        folder: of the checkpoint.
+        found: those of generation_config.json and config.json.
+
+    Returns:
+        them, and the eos_token of tokenizer_config.json, where the tokenizer has it.
+    """
+    token = _object(folder, _TOKENIZER_CONFIG).get("eos_token")
+    content = token.get("content") if isinstance(token, Mapping) else token
+    own = added_tokens(folder).get(content) if isinstance(content, str) else None
+    return tuple(dict.fromkeys([*found, *([] if own is None else [own])]))
+
+
+def added_tokens(folder: Path) -> dict[str, int]:
+    """Content to id of the tokenizer's added tokens; empty without a tokenizer.
+
+    Raises:
+        CheckpointError: tokenizer.json is damaged.
+    """
+    path = folder / TOKENIZER
+    if not path.is_file():
+        return {}
+    tokens = read_json(path).get("added_tokens") or ()
+    try:
+        return {token.content: token.id for token in msgspec.convert(tokens, list[_AddedToken])}
+    except msgspec.ValidationError as error:
+        raise CheckpointError(f"{path}: its added_tokens are damaged ({error}), expected content and id") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of a checkpoint.
+
+    Raises:
+        CheckpointError: it cannot be read or holds something else.
+    """
+    return read_json_of(path, dict[str, Any], CheckpointError, "Download it again, or mend it")
+
+
+def is_hub_id(checkpoint: str) -> bool:
+    """Whether the argument names a hub repository (owner/name) rather than a folder that is there."""
+    return not Path(checkpoint).exists() and _HUB_ID.fullmatch(checkpoint) is not None
+
+
+def download(hub_id: str, revision: str | None = None) -> Path:
+    """The local folder of a hub checkpoint; files already in the cache are not downloaded again.
+
+    Args:
+        hub_id: owner/name.
+        revision: branch, tag or commit; None is the main branch.
+
+    Raises:
+        CheckpointError: huggingface_hub is missing, the checkpoint does not exist, or cannot be downloaded.
+    """
+    try:
+        from huggingface_hub import snapshot_download  # only hub ids need it
+        from huggingface_hub.errors import (
+            GatedRepoError,
+            HfHubHTTPError,
+            HFValidationError,
+            LocalEntryNotFoundError,
+        )
+    except ImportError as error:
+        raise CheckpointError(
+            f"{hub_id}: no such folder, and a download needs huggingface_hub. Install it: pip install huggingface_hub"
+        ) from error
+    at = f"{hub_id}, revision {revision}" if revision else hub_id
+    try:
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=_PATTERNS))
+    except GatedRepoError as error:
+        raise CheckpointError(f"{at}: access must be granted on its page first; then log in: hf auth login") from error
+    except LocalEntryNotFoundError as error:
+        raise CheckpointError(
+            f"{at}: no such folder, and the hub cannot be reached. Download it where there is a network "
+            f"(hf download {hub_id} --local-dir DIR) and give the folder"
+        ) from error
+    except (HFValidationError, HfHubHTTPError, OSError) as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{at}: no such folder, and the hub says: {first_line}") from error
+
+
+class _AddedToken(msgspec.Struct):
+    content: str
+    id: int
+
+
+def _first(what: str, candidates: Mapping[str, Any], notes: list[str]) -> Any:  # noqa: ANN401 - a text or an object
+    """The first that is there, with a note where a later file says something else."""
+    there = {name: value for name, value in candidates.items() if value is not None}
+    if not there:
+        return None
+    name, chosen = next(iter(there.items()))
+    if others := [other for other, value in there.items() if value != chosen and other != "the family"]:
+        notes.append(f"{what}: {name} counts, as in transformers; {', '.join(others)} differs and is left out")
+    return chosen
+
+
+def _template(path: Path, found: object) -> str | None:
+    """A chat template from the key of a JSON file: the one named "default" where there are several."""
+    if isinstance(found, list):
+        found = {str(entry.get("name")): entry.get("template") for entry in found if isinstance(entry, Mapping)}
+    if isinstance(found, Mapping):
+        found = found.get("default") or (next(iter(found.values())) if len(found) == 1 else found)
+    if found is None or isinstance(found, str):
+        return found
+    raise CheckpointError(
+        f"{path}: chat_template: got {type(found).__name__}, expected a string or a list with one named default. "
+        f"Put the template to use into {_TEMPLATE} in the checkpoint folder, and delete this key"
+    )
+
+
+def _object(folder: Path, name: str) -> dict[str, Any]:
+    return read_json(folder / name) if (folder / name).is_file() else {}
+
+
+def _read(path: Path) -> bytes:
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise CheckpointError(f"{path}: got {path.stat().st_size:,} bytes, expected at most {MAX_JSON_BYTES:,}")
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _text(path: Path, content: bytes) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path}: not UTF-8 ({error})") from error
