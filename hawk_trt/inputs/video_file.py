@@ -95,8 +95,9 @@ class FileFrames(Sequence[Frame]):
     def _decode(self) -> Iterator[Frame]:
         with _opened(self._index.path) as (container, stream):
             stream.thread_type = "AUTO"
+            size = stream.width, stream.height  # the stream's own follow its frames
             for picture in _pick(container, stream, self._index, self._numbers):
-                yield _upright_rgb(picture, stream, self._index.path)
+                yield _upright_rgb(picture, size, self._index.path)
 
 
 def index_file(path: Path) -> VideoIndex:
@@ -214,11 +215,11 @@ def _number(picture: "VideoFrame", index: VideoIndex, following: int) -> int:
     return min(int(np.searchsorted(index.times, picture.pts)), index.total - 1)
 
 
-def _upright_rgb(picture: "VideoFrame", stream: "VideoStream", path: Path) -> Frame:
+def _upright_rgb(picture: "VideoFrame", size: tuple[int, int], path: Path) -> Frame:
     """A picture as uint8 [height, width, 3], turned as the file asks (phones film on their side)."""
     check_size(picture.width, picture.height, str(path))
-    # A size that changes on the way is brought to that of the stream.
-    frame = picture.to_ndarray(format="rgb24", width=stream.width, height=stream.height)
+    # A size that changes on the way is brought to that of the first frame: width and height.
+    frame = picture.to_ndarray(format="rgb24", width=size[0], height=size[1])
     turns = round(picture.rotation / 90)  # counter-clockwise, as numpy counts
     return np.ascontiguousarray(np.rot90(frame, turns), dtype=np.uint8)
 
