@@ -28,6 +28,7 @@ LM_HEAD = "lm_head.weight"
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _SHARD = re.compile(r"model-(\d+)-of-(\d+)\.safetensors")
+_PEFT_PREFIX = "base_model.model."
 # Buffers that old checkpoints saved and that config.json determines.
 _COMPUTED = ".inv_freq"
 # What quantised checkpoints call the parts of a weight.
@@ -68,14 +69,23 @@ class Checkpoint:
         config = read_json(folder / CONFIG)
         generation = read_json(folder / GENERATION_CONFIG) if (folder / GENERATION_CONFIG).is_file() else {}
         quantization = config.get("quantization_config")
-        if quantization:
-            method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
+        try:
+            files = _weight_files(folder)
+            tensors = _canonical_tensors(files, tensor_names(config))
+        except CheckpointError as error:
+            if not quantization:
+                raise
             raise CheckpointError(
                 f"{folder / CONFIG}: quantised weights (quant_method {method}) cannot be exported: "
-                "take the checkpoint they were made from"
+                f"take the checkpoint they were made from ({error})"
+            ) from error
+        if quantization:
+            raise CheckpointError(
+                f"{folder / CONFIG}: quantization_config (quant_method {method}) is left over: the weights beside it "
+                "are plain floats. Delete the key from config.json"
             )
-        files = _weight_files(folder)
-        return cls(folder, config, generation, files, _canonical_tensors(files, tensor_names(config)))
+        return cls(folder, config, generation, files, tensors)
 
     def has(self, name: str) -> bool:
         """Whether the checkpoint holds a tensor of this canonical name."""
@@ -214,6 +224,11 @@ def _canonical_tensors(
     tensors: dict[str, CheckpointTensor] = {}
     for file in files:
         for tensor in file.tensors:
+            if tensor.name.startswith(_PEFT_PREFIX):
+                raise CheckpointError(
+                    f"{file.path}: tensor {tensor.name}: saved from inside PEFT. Merge the adapter and save the model: "
+                    "model.merge_and_unload().save_pretrained(NEW_DIR)"
+                )
             if _QUANTISED.search(tensor.name):
                 raise CheckpointError(
                     f"{file.path}: tensor {tensor.name}: part of quantised weights, which cannot be exported: "

@@ -131,7 +131,7 @@ def _parse(path: Path, header: bytes) -> dict[str, Any]:
 
     try:
         entries = json.loads(header.decode("utf-8"), object_pairs_hook=unique)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: its header is not JSON ({error}): not safetensors. {_DOWNLOAD_AGAIN}"
         ) from error

@@ -50,6 +50,8 @@ _BUNDLE_SUFFIXES = (".onnx", ".data", ".safetensors")
 # For graphs and small files, beside the weights.
 _SPARE_BYTES = 64 << 20
 _NAMES_SHOWN = 8
+# Of reward and value models, beside a language model that is whole.
+_TRAINING_HEADS = ("v_head.", "value_head.", "score.", "reward_head.", "rm_head.", "regression_layer.")
 # ONNX Runtime's CPU provider has no bfloat16 kernels.
 _CANNOT_RUN = {("bfloat16", CPU)}
 
@@ -155,7 +157,7 @@ def export(
         ).items()
     }
     table = weights.table()
-    _account_for_all(opened, plan.language)
+    notes = _account_for_all(opened, plan.language)
     advice = "Free space, choose another disk with --out, or use --link where dtypes match"
     check_free_space(out, weights.disk_bytes + _SPARE_BYTES, "the bundle needs", advice)
     with staged(out) as folder:
@@ -164,7 +166,8 @@ def export(
         for file_name, content in small.contents.items():
             (folder / file_name).write_bytes(content)
             files[file_name] = file_entry(folder / file_name)
-        for sentence in (*small.notes, *try_prompts(Bundle(folder, replace(plan, files=files)), family)):
+        tried = try_prompts(Bundle(folder, replace(plan, files=files)), family)
+        for sentence in (*notes, *small.notes, *tried):
             if note is not None:
                 note(sentence)
         entries = []
@@ -235,8 +238,12 @@ def _plan(checkpoint: Checkpoint, options: ExportOptions, name: str | None) -> M
     )
 
 
-def _account_for_all(checkpoint: Checkpoint, language: LanguageConfig) -> None:
-    """Refuse tensors that no graph reads; a tied checkpoint may repeat its embeddings as lm_head.weight."""
+def _account_for_all(checkpoint: Checkpoint, language: LanguageConfig) -> list[str]:
+    """Refuse tensors that no graph reads; a tied checkpoint may repeat its embeddings as lm_head.weight.
+
+    Returns:
+        A note where heads that answers do not need, of a reward or value, are left out.
+    """
     unused = checkpoint.unused()
     if language.tie_word_embeddings and LM_HEAD in unused:
         if not checkpoint.same_values(LM_HEAD, EMBEDDINGS):
@@ -245,9 +252,14 @@ def _account_for_all(checkpoint: Checkpoint, language: LanguageConfig) -> None:
                 "(tie_word_embeddings). Set it to false if the head was trained on its own, else delete the tensor"
             )
         unused.remove(LM_HEAD)
+    heads = [name for name in unused if name.startswith(_TRAINING_HEADS)]
+    unused = [name for name in unused if name not in heads]
     if unused:
         shown = ", ".join(unused[:_NAMES_SHOWN]) + (", ..." if len(unused) > _NAMES_SHOWN else "")
         raise CheckpointError(f"{checkpoint.folder}: {len(unused)} tensors that no graph reads: {shown}")
+    return (
+        [f"{', '.join(heads[:_NAMES_SHOWN])}: a head of training (reward or value), which is left out"] if heads else []
+    )
 
 
 def _check_replaceable(out: Path, checkpoint: Path) -> None:

@@ -5,16 +5,23 @@ from typing import Any, TypeGuard
 
 from hawk_trt.errors import CheckpointError
 
+# Beyond these no model is, and a size that a checkpoint makes up would fill the memory before a tensor is missed.
+_MOST_LAYERS = 1000
+_MOST = 2**40
+# A number is used as float32.
+_LARGEST = 1e30
+
 
 def integer(section: Mapping[str, Any], key: str, where: str = "") -> int:
-    """The integer of at least 1 under a key; where is the section's name, with its dot.
+    """The integer of at least 1 under a key, and of a size that models have; where is the section's name, with its dot.
 
     Raises:
         CheckpointError: it is missing or something else.
     """
     value = section.get(key)
-    if not is_integer(value) or value < 1:
-        raise wrong(where + key, value, "an integer of at least 1")
+    most = _MOST_LAYERS if key in ("num_hidden_layers", "depth") else _MOST
+    if not is_integer(value) or not 1 <= value <= most:
+        raise wrong(where + key, value, f"an integer of 1 to {most}")
     return value
 
 
@@ -25,8 +32,8 @@ def number(section: Mapping[str, Any], key: str, where: str = "") -> float:
         CheckpointError: it is missing or something else.
     """
     value = section.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise wrong(where + key, value, "a number above 0")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < _LARGEST:
+        raise wrong(where + key, value, f"a number above 0 and below {_LARGEST:g}")
     return float(value)
 
 

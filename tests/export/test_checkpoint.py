@@ -155,6 +155,7 @@ def test_a_file_cut_anywhere_is_refused_by_name(tmp_path):
     ("header", "message"),
     [
         (b"not json", "not JSON"),
+        (b'{"a":' + b"[" * 200_000 + b"]" * 200_000 + b"}", "not JSON"),
         (b"\xff\xfe", "not JSON"),
         ([1], "no JSON object"),
         ({"w": 3}, "tensor w: got 3"),
@@ -244,7 +245,25 @@ def test_quantised_checkpoints_are_refused_by_name(tmp_path):
         with pytest.raises(CheckpointError, match=rf"{name}.*quantised"):
             Checkpoint.open(folder)
     write_json(folder / "config.json", config() | {"quantization_config": {"quant_method": "awq"}})
-    with pytest.raises(CheckpointError, match="quant_method awq"):
+    with pytest.raises(CheckpointError, match=r"quant_method awq.*take the checkpoint they were made from"):
+        Checkpoint.open(folder)
+
+
+@pytest.mark.parametrize("left", [{"quant_method": "bitsandbytes", "load_in_4bit": True}, {"bits": 4}])
+def test_a_quantization_config_beside_plain_weights_says_what_to_delete(tmp_path, left):
+    folder = make_checkpoint(tmp_path / "model")
+    write_json(folder / "config.json", config() | {"quantization_config": left})
+    with pytest.raises(CheckpointError, match=r"left over.*plain floats. Delete the key from config.json"):
+        Checkpoint.open(folder)
+    for nothing in (None, {}):
+        write_json(folder / "config.json", config() | {"quantization_config": nothing})
+        Checkpoint.open(folder)
+
+
+def test_weights_saved_from_inside_peft_say_how_to_merge(tmp_path):
+    folder = make_checkpoint(tmp_path / "model")
+    write_safetensors(folder / "model.safetensors", {"base_model.model.model.norm.weight": np.zeros(4, np.float16)})
+    with pytest.raises(CheckpointError, match=r"saved from inside PEFT.*merge_and_unload"):
         Checkpoint.open(folder)
 
 
