@@ -142,7 +142,7 @@ async def models(request: Request) -> ModelList:
     return ModelList(data=[request.app.state.model])
 
 
-@_keyed.get("/v1/models/{name:path}", summary="Tell of one model", responses=_errors(401, 404))
+@_keyed.get("/v1/models/{name:path}", summary="Describe one model", responses=_errors(401, 404))
 async def one_model(name: str, request: Request) -> Model:
     """The model, and what a request may ask of it."""
     model: Model = request.app.state.model
@@ -170,9 +170,9 @@ async def health() -> dict[str, str]:
     return {"status": "ok"}
 
 
-@_open.get("/ready", summary="Whether requests are taken", responses={503: {"description": "Not now."}})
+@_open.get("/ready", summary="Whether the server accepts requests", responses={503: {"description": "Not now."}})
 async def ready(request: Request, response: Response) -> dict[str, str]:
-    """200 while they are; 503 while the server warms up or stops, or where it could not start."""
+    """200 while it does; 503 while it warms up or stops, or where it could not start."""
     service: Service = request.app.state.service
     response.status_code = 200 if service.ready else 503
     return {"status": service.state}

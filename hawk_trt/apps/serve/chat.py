@@ -24,7 +24,7 @@ _STREAM_HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}
 
 
 async def open_request(request: Request) -> AsyncIterator[OpenRequest]:
-    """Take the request on, before its body is read, until its answer has been sent."""
+    """Accept the request, before its body is read, until its answer has been sent."""
     service: Service = request.app.state.service
     with service.open() as opened:
         yield opened

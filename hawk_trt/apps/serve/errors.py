@@ -1,4 +1,4 @@
-"""What a client is told instead of an answer: an HTTP status, and an error in the shape of OpenAI's protocol."""
+"""The errors that a client gets: an HTTP status, and a body in the shape of OpenAI's protocol."""
 
 import logging
 
@@ -64,7 +64,7 @@ def invalid(message: str, param: str | None = None, code: str = "invalid_value")
 
 
 def api_error(error: Exception) -> ApiError:
-    """What a client is told of an error. An error within the server goes to the log, and the client hears only that."""
+    """The error that a client gets for an exception. The log alone says what went wrong within the server."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, InvalidInput):
@@ -77,14 +77,14 @@ def api_error(error: Exception) -> ApiError:
     if isinstance(error, DeadlinePassed | TimeoutError):
         return ApiError(504, "The answer was not complete within the server's time limit.", code="timeout")
     if isinstance(error, HTTPException):  # of the router: no such path or method
-        told = ApiError(error.status_code, str(error.detail), code=f"http_{error.status_code}")
-        told.headers.update(error.headers or {})
-        return told
+        found = ApiError(error.status_code, str(error.detail), code=f"http_{error.status_code}")
+        found.headers.update(error.headers or {})
+        return found
     _LOG.error("a request failed", exc_info=error)
     return ApiError(500, "The server failed to answer this request. Its log says why.", code="internal_error")
 
 
 def error_response(error: Exception) -> Response:
-    """The whole response."""
-    told = api_error(error)
-    return Response(told.body.model_dump_json(), told.status, told.headers, "application/json")
+    """The response that a client gets for an exception."""
+    found = api_error(error)
+    return Response(found.body.model_dump_json(), found.status, found.headers, "application/json")

@@ -31,7 +31,7 @@ Picture = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A request ready to run.
+    """A request that the batcher can answer.
 
     Attributes:
         request: for the batcher; its prompt is inputs.

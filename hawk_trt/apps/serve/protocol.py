@@ -1,7 +1,7 @@
 """OpenAI's chat completions as pydantic models: what a client sends and what it gets.
 
-Every field of the protocol's request is named. What this server does not do is refused unless it is left at a value
-that asks for nothing; a field that the protocol does not have is refused too.
+ChatRequest names every field of the protocol. The server refuses a field whose value asks for something that the server
+cannot do, and a field that the protocol does not have.
 """
 
 import json
@@ -23,7 +23,7 @@ class _Strict(BaseModel):
 
 
 def _only(*values: object) -> Any:  # noqa: ANN401 - as pydantic's Field
-    """A field that is taken at these values alone, or null: they ask for nothing that this server does not do."""
+    """A field that the server accepts at these values alone, or null, since they ask for nothing."""
     return Field(None, description="Not supported, but for these values.", json_schema_extra=_names(values))
 
 
@@ -102,7 +102,9 @@ class Pruning(_Strict):
     """How many visual tokens are kept and who chooses them; the server's own setting holds for what is left out."""
 
     keep_ratio: float | None = Field(None, gt=0, le=1, description="Share of the visual tokens kept.", examples=[0.2])
-    selector: str | None = Field(None, description="Who chooses.", json_schema_extra=_names(SELECTORS))
+    selector: str | None = Field(
+        None, description="The rule that chooses the kept tokens.", json_schema_extra=_names(SELECTORS)
+    )
     query: str | None = Field(
         None,
         description="Text that scores the visual tokens: what follows the last image (paper), or the last user turn.",

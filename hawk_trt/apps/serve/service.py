@@ -38,7 +38,7 @@ class Service:
     Attributes:
         open_requests: requests that are read, prepared, waiting or running.
         held_bytes: of their bodies and image tensors.
-        state: "starting" until warmed up, then "ready"; "draining" when it takes nothing more; "failed" where the
+        state: "starting" until warmed up, then "ready"; "draining" when it accepts nothing more; "failed" where the
             warm-up failed.
     """
 
@@ -68,11 +68,11 @@ class Service:
 
     @property
     def ready(self) -> bool:
-        """Whether requests are taken."""
+        """Whether the server accepts requests."""
         return self.state == "ready" and self.batcher.ready
 
     async def in_thread(self, work: Callable[[], T]) -> T:
-        """Do what would hold up the event loop. Who is cancelled meanwhile waits for its end."""
+        """Do work that would block the event loop. A request that is cancelled meanwhile waits for its end."""
         return await anyio.to_thread.run_sync(work, limiter=self._threads)
 
     async def warm_up(self) -> None:
@@ -93,7 +93,7 @@ class Service:
             log.info("ready: %s", self.settings.model_name)
 
     async def close(self) -> None:
-        """Finish what was taken, within the limit, and stop."""
+        """Finish the open requests, within the time limit, and stop."""
         self.state = "draining"
         await anyio.to_thread.run_sync(self.batcher.close, True, self.settings.drain_seconds)
 
@@ -133,7 +133,7 @@ class Service:
 
 
 class OpenRequest:
-    """One request that the server has taken on: the bytes that it brings along, its job, and the job's events.
+    """One request that the server has accepted: the bytes that it holds, and the events of its answer.
 
     Attributes:
         begun: when it came, on the clock of time.monotonic().
@@ -176,7 +176,7 @@ class OpenRequest:
         """More text, or the result.
 
         Raises:
-            HawkError: the job failed.
+            HawkError: the answer failed.
             TimeoutError: the deadline passed.
         """
         with anyio.fail_after(self.deadline - time.monotonic()):
