@@ -48,7 +48,7 @@ demo: export ## Ask the shipped tiny model about a shipped image, with 20 % of i
 
 check: lint types types-tensorrt tests ## Lint, types, tests: what CI runs
 
-CPP := $(wildcard $(addprefix plugins/,*.cu *.cuh *.cpp checks/*.cpp checks/*/*.h))
+CPP := $(wildcard plugins/*.cu plugins/*.cuh plugins/*.cpp tests/plugins/*.cpp tests/plugins/*/*.h)
 
 lint: $(FULL)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/clang-format --dry-run -Werror $(CPP)
@@ -96,7 +96,7 @@ plugin: ## The TensorRT plugin into build/plugins: TENSORRT_ROOT=folder where it
 	cmake -S plugins -B build/plugins $(TENSORRT_ROOT:%=-DTENSORRT_ROOT=%) && cmake --build build/plugins
 
 plugin-check: $(FULL) ## The plugin without a GPU: contract and registries; TENSORRT_ROOT="one or more folders"
-	$(BIN)/python -m plugins.check $(TENSORRT_ROOT)
+	$(BIN)/python -m tests.plugins.plugin_check $(TENSORRT_ROOT)
 
 gpu-report: ## All that only a GPU can tell, into a JSON and a table; FLAGS=--rehearse without one; GPU_PYTHON has PyTorch for CUDA
 	$(GPU_PYTHON) -m benchmarks.gpu_report $(FLAGS)

@@ -105,7 +105,7 @@ class PluginLibrary:
 
     Args:
         plugin: libhawk_trt_plugin.so.
-        harness: libhawk_plugin_harness.so of the same build.
+        harness: libhawk_plugin_harness.so, which make plugin-check builds beside it.
         normalization: "l2", "softmax" or "minmax".
 
     Raises:

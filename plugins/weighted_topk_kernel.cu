@@ -187,12 +187,12 @@ std::size_t weighted_topk_workspace_bytes(int64_t batch, int64_t heads, int64_t 
 cudaError_t weighted_topk(Normalization normalization, WeightedTopKTensors const& tensors,
                           WeightedTopKSizes const& sizes, void* workspace, cudaStream_t stream) {
     bool const in_range = sizes.batch >= 0 && sizes.batch <= kMaxBatch && sizes.heads >= 1 &&
-                          sizes.heads <= kMaxHeads && sizes.seq_len >= 0 && sizes.seq_len <= kMaxSeqLen &&
-                          sizes.num_kept >= 0 && sizes.num_kept <= sizes.seq_len;
+                          sizes.heads <= kMaxHeads && sizes.seq_len <= kMaxSeqLen && sizes.num_kept >= 1 &&
+                          sizes.num_kept <= sizes.seq_len;
     if (!in_range) {
         return cudaErrorInvalidValue;
     }
-    if (sizes.batch == 0 || sizes.seq_len == 0) {
+    if (sizes.batch == 0) {
         return cudaSuccess;
     }
     // Longer rows have longer chunks, so that every block of the second launch merges few partials.

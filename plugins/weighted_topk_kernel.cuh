@@ -10,7 +10,7 @@
 //     kept(b)    = the num_kept largest keys of the row, as ascending indices
 //
 // Everything is float32 and accumulated in float32, in an order that depends on the shape alone: equal
-// inputs give equal bits. The selection is exact for every num_kept up to seq_len. -0 equals +0, the lower
+// inputs give equal bits. The selection is exact for every num_kept from 1 to seq_len. -0 equals +0, the lower
 // index wins a tie, and a NaN key (a NaN weight or bias makes one; a NaN score cannot) comes after all others.
 #pragma once
 
@@ -32,7 +32,7 @@ struct WeightedTopKSizes {
     int64_t batch;
     int64_t heads;
     int64_t seq_len;
-    int64_t num_kept;  // at most seq_len
+    int64_t num_kept;  // 1 to seq_len
 };
 
 struct WeightedTopKTensors {

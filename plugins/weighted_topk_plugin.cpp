@@ -100,8 +100,13 @@ int32_t check_at_most(char const* word, int64_t got, char const* limit_word, int
     return 0;
 }
 
+int32_t check_num_kept(char const* word, int64_t got) noexcept {
+    return got >= 1 ? 0 : refuse("%s = %lld, expected at least 1", word, static_cast<long long>(got));
+}
+
 int32_t check_sizes(hawk::WeightedTopKSizes const& sizes) noexcept {
-    if (check_at_most("num_kept (the length of slots)", sizes.num_kept, "seq_len", sizes.seq_len) != 0 ||
+    if (check_num_kept("num_kept (the length of slots)", sizes.num_kept) != 0 ||
+        check_at_most("num_kept (the length of slots)", sizes.num_kept, "seq_len", sizes.seq_len) != 0 ||
         check_at_most("heads", sizes.heads, "the kernel's limit", hawk::kMaxHeads) != 0 ||
         check_at_most("batch", sizes.batch, "the kernel's limit", hawk::kMaxBatch) != 0 ||
         check_at_most("seq_len", sizes.seq_len, "the kernel's limit", hawk::kMaxSeqLen) != 0) {
@@ -220,9 +225,15 @@ class WeightedTopK final : public IPluginV3,
                 return kRefused;
             }
         }
+        if (check_num_kept("the largest num_kept (the length of slots)", in[kSlots].max.d[0]) != 0) {
+            return kRefused;
+        }
         return check_at_most("the smallest num_kept (the length of slots)", in[kSlots].min.d[0], "the largest seq_len",
                              in[kHeadScores].max.d[2]);
     }
+
+    // TensorRT adds shapes and formats; the field is all else that decides which code runs.
+    char const* getTimingCacheID() noexcept override { return kNormalizations[static_cast<int32_t>(normalization_)]; }
 
     std::size_t getWorkspaceSize(DynamicPluginTensorDesc const* in, int32_t, DynamicPluginTensorDesc const*,
                                  int32_t) const noexcept override {

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import numpy as np
+import on_cpu
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,7 +15,6 @@ from export import weighted_topk as node
 from hawk_trt.errors import BackendError, InvalidInput
 from hawk_trt.pruning import hawk
 from hawk_trt.stages import BIAS_DROP, BIAS_KEEP, NORMALIZATIONS
-from plugins import on_cpu
 from plugins.cases import Case, disagreement, random_case
 from plugins.kernel_library import Addresses, KernelLibrary, Sizes
 
@@ -155,7 +155,18 @@ def test_a_key_that_is_not_a_number_comes_last(kernel_file):
     assert np.isfinite(scores).all()
 
 
-@pytest.mark.parametrize("sizes", [Sizes(1, 2, 5, 6), Sizes(1, 1025, 5, 1), Sizes(65_536, 1, 1, 1), Sizes(1, 0, 5, 1)])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        Sizes(1, 2, 5, 6),
+        Sizes(1, 2, 5, 0),
+        Sizes(1, 2, 900, 0),
+        Sizes(1, 2, 0, 0),
+        Sizes(1, 1025, 5, 1),
+        Sizes(65_536, 1, 1, 1),
+        Sizes(1, 0, 5, 1),
+    ],
+)
 def test_sizes_out_of_range_are_refused(kernel_file, sizes):
     kernel = KernelLibrary(kernel_file, "l2")
     with pytest.raises(BackendError, match=rf"num_kept={sizes.num_kept}.*invalid argument"):
@@ -212,7 +223,7 @@ def places_of_barriers():
 @pytest.mark.parametrize(("file", "start", "length"), list(places_of_barriers()))
 def test_every_barrier_is_needed_and_its_absence_seen(tmp_path, file, start, length):
     folder = tmp_path / "kernel"
-    shutil.copytree(on_cpu.FOLDER, folder, ignore=shutil.ignore_patterns("checks", "*.py", "__pycache__"))
+    shutil.copytree(on_cpu.FOLDER, folder, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
     text = (folder / file).read_text()
     (folder / file).write_text(text[:start] + ";" + text[start + length :])
     library = on_cpu.compile_for_cpu(tmp_path / "cache", sources=folder)
@@ -220,7 +231,7 @@ def test_every_barrier_is_needed_and_its_absence_seen(tmp_path, file, start, len
     trial = subprocess.run(
         [sys.executable, "-c", f"import test_plugin_kernel as t; t.try_many_schedules({str(library)!r})"],
         cwd=on_cpu.FOLDER.parent,
-        env={"PYTHONPATH": ".:tests"},
+        env={"PYTHONPATH": ".:tests:tests/plugins"},
         capture_output=True,
         check=False,
     )

@@ -1,7 +1,7 @@
 """The plugin's kernel file compiled for this machine's processor: the same source, its threads as fibers.
 
 In: a cache folder. Out: a library with the entries of libhawk_topk.so, which takes addresses of host memory. What the
-emulation covers, and what not, is said at the top of checks/cuda_on_cpu/cuda_runtime.h.
+emulation covers, and what not, is said at the top of cuda_on_cpu/cuda_runtime.h.
 """
 
 import hashlib
@@ -12,9 +12,9 @@ from pathlib import Path
 
 from hawk_trt.errors import BackendError
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).parent.parent.parent / "plugins"
 SOURCES = ("weighted_topk_kernel.cu", "weighted_topk_c.cpp")
-EMULATION = FOLDER / "checks" / "cuda_on_cpu"
+EMULATION = Path(__file__).parent / "cuda_on_cpu"
 _FLAGS = (
     "-std=c++17",
     "-O2",
@@ -28,13 +28,14 @@ _FLAGS = (
 )
 
 
-def compile_for_cpu(cache: Path, sources: Path = FOLDER, compiler: str = "g++") -> Path:
+def compile_for_cpu(cache: Path, sources: Path = FOLDER, compiler: str = "g++", options: tuple[str, ...] = ()) -> Path:
     """Compile the kernel, or take it from the cache where nothing changed.
 
     Args:
         cache: folder to keep libraries in, named by the hash of what went in.
         sources: folder of the kernel's files.
         compiler: a C++17 compiler that takes g++'s flags.
+        options: more flags.
 
     Returns:
         The library.
@@ -46,7 +47,7 @@ def compile_for_cpu(cache: Path, sources: Path = FOLDER, compiler: str = "g++") 
     if program is None:
         raise BackendError(f"{compiler}: not found; the kernel's checks need it. Install it: apt install g++")
     version = subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout
-    digest = hashlib.sha256("\n".join((version, *_FLAGS)).encode())
+    digest = hashlib.sha256("\n".join((version, *_FLAGS, *options)).encode())
     for file in sorted([*sources.glob("*.cu"), *sources.glob("*.cuh"), *sources.glob("*.cpp"), *EMULATION.iterdir()]):
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
     library = cache / f"libhawk_topk_cpu-{digest.hexdigest()[:16]}.so"
@@ -56,7 +57,7 @@ def compile_for_cpu(cache: Path, sources: Path = FOLDER, compiler: str = "g++") 
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
         output = Path(scratch) / library.name
         files = ["-x", "c++", *(str(sources / name) for name in SOURCES)]
-        command = [program, *_FLAGS, "-I", str(EMULATION), *files, "-o", str(output)]
+        command = [program, *_FLAGS, *options, "-I", str(EMULATION), *files, "-o", str(output)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise BackendError(f"{compiler} refused the kernel:\n{done.stderr}")

@@ -1,5 +1,5 @@
 // Enough of CUDA's execution model to run the plugin's kernel file, unmodified, on a CPU:
-//   g++ -std=c++17 -U_FORTIFY_SOURCE -I checks/cuda_on_cpu -x c++ weighted_topk_kernel.cu
+//   g++ -std=c++17 -U_FORTIFY_SOURCE -I tests/plugins/cuda_on_cpu -x c++ weighted_topk_kernel.cu
 // (without the -U, a distribution that fortifies takes the change of stacks for an attack)
 //
 // Blocks run one after another, in a shuffled order. The threads of a block are fibers of one CPU thread; which

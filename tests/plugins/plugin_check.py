@@ -1,4 +1,4 @@
-"""The command python -m plugins.check: the plugin against TensorRT's headers and real plugin registries, without a GPU.
+"""The command python -m tests.plugins.plugin_check: the plugin against TensorRT's headers and registries; no GPU.
 
 In: one or more folders with TensorRT's headers. For each: the plugin is built, warnings being errors; its contract
 is checked through getCreators() with no TensorRT library loaded; then it is loaded, created from and deregistered in
@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m plugins.check",
+        prog="python -m tests.plugins.plugin_check",
         description="Build the plugin and check its contract and its loading in TensorRT's registry; needs no GPU.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,

@@ -201,6 +201,12 @@ void check_build(IPluginV3* plugin) {
         tensor.min.d[tensor.min.nbDims - 1] = 1;
     }
     require(build->getWorkspaceSize(all, 5, all + 5, 2) == bytes, "which is that of the largest shapes");
+    require(std::string(build->getTimingCacheID()) == normalization_of(plugin),
+            "timings are kept, a normalization each");
+    all[4].min = all[4].max = dims({0});
+    std::string const none_kept = said(
+        [&] { require(build->configurePlugin(all, 5, all + 5, 2) != 0, "a profile that keeps nothing is refused"); });
+    require(none_kept.find("num_kept (the length of slots) = 0, expected at least 1") != std::string::npos, "and why");
     all[4].min = all[4].max = dims({1301});
     std::string const text = said([&] {
         require(build->configurePlugin(all, 5, all + 5, 2) != 0, "a profile that keeps more than there is, is refused");
@@ -236,6 +242,12 @@ void check_runtime(IPluginV3* plugin) {
                 t.out[0].dims = dims({2, 1301});
             },
             {"1301", "seq_len = 1300"});
+    refused(runtime, "K = 0",
+            [](Tensors& t) {
+                t.in[4].dims = dims({0});
+                t.out[0].dims = dims({2, 0});
+            },
+            {"num_kept (the length of slots) = 0", "at least 1"});
     refused(runtime, "a float16 score", [](Tensors& t) { t.in[0].type = DataType::kHALF; },
             {"head_scores", "float16", "expected float32"});
     refused(runtime, "int32 visual_rows", [](Tensors& t) { t.in[2].type = DataType::kINT32; },
