@@ -15,6 +15,7 @@ from hawk_trt.apps.parity.prompt_rules import prompt_tokens
 from hawk_trt.apps.parity.report import ParityReport, print_report
 from hawk_trt.bundle import Bundle
 from hawk_trt.errors import BundleError, InvalidInput, ParityError
+from hawk_trt.runtime import reference as stage_reference
 from hawk_trt.runtime.comparison import tolerance_of
 from hawk_trt.stages import DTYPES
 
@@ -48,6 +49,15 @@ def add_parser(subparsers: "options.Subparsers[argparse.ArgumentParser]") -> Non
     group.add_argument(
         "--reference-dtype", choices=DTYPES, default="float32", help="of the model in PyTorch (default: %(default)s)"
     )
+    parser.add_argument(
+        "--save",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="BUNDLE",
+        help=f"bundles of the same checkpoint, in any dtype: their {stage_reference.REFERENCE}, which engine builds are "
+        "compared with, becomes what this one's stages make of a few prompts, if it is float32 and in tolerance",
+    )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
@@ -59,11 +69,13 @@ def run(args: argparse.Namespace) -> int:
     """
     if args.steps < 1:
         raise InvalidInput(f"--steps: got {args.steps}, expected at least 1")
+    bundle = options.load_bundle(args.bundle)
+    manifest = bundle.manifest
+    if args.save and manifest.dtype != "float32":
+        raise InvalidInput(f"--save: got a {manifest.dtype} bundle, a reference is made in float32")
     # Missing torch is said before anything is loaded; the import is here since only this command needs it.
     from hawk_trt.apps.parity.reference import Reference
 
-    bundle = options.load_bundle(args.bundle)
-    manifest = bundle.manifest
     ratios = args.keep_ratio or sorted({manifest.keep_ratio, 1.0})
     prunings = [options.pruning(args, ratio) for ratio in ratios]
     pipe = options.open_pipeline(args)
@@ -99,6 +111,11 @@ def run(args: argparse.Namespace) -> int:
         print_json(report)
     else:
         print_report(report, Console())
+    if args.save and report.passed:
+        made = stage_reference.Reference.make(pipe)
+        for folder in args.save:
+            made.put_into(folder)
+            note(f"{folder / stage_reference.REFERENCE}: written")
     return 0 if report.passed else 1
 
 

@@ -17,10 +17,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import msgspec
 import numpy as np
 
 from hawk_trt.errors import InvalidInput
+from hawk_trt.files import parse_json
 
 if TYPE_CHECKING:
     from hawk_trt.request import ImageInput, VideoInput
@@ -138,16 +138,12 @@ def _from_file(name: str, count: int | None, seed: int) -> Dataset:
     if not path.is_file():
         raise InvalidInput(f"dataset: got {name!r}, expected {TINY}, a JSONL file or a folder with {_FILES[0]}")
     content = path.read_bytes()
-    try:
-        if path.suffix == ".json":
-            entries = msgspec.json.decode(content, type=list[_Entry])
-        else:
-            entries = [msgspec.json.decode(line, type=_Entry) for line in content.splitlines() if line.strip()]
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise InvalidInput(
-            f'{path}: expected {{"image": ..., "question": ..., "answer": ...}} a line, in a .json a list of them '
-            f"({error})"
-        ) from error
+    advice = 'No samples: expected {"image": ..., "question": ..., "answer": ...} a line, in a .json a list of them'
+    if path.suffix == ".json":
+        entries = parse_json(content, list[_Entry], str(path), InvalidInput, advice)
+    else:
+        lines = [line for line in content.splitlines() if line.strip()]
+        entries = [parse_json(line, _Entry, str(path), InvalidInput, advice) for line in lines]
     samples = [_sample(path, number, entry) for number, entry in enumerate(entries)]
     if not samples or len({sample.id for sample in samples}) < len(samples):
         raise InvalidInput(f"{path}: got {len(samples)} samples, expected at least one, and each id once")

@@ -16,8 +16,10 @@ from hawk_trt.apps.cli.main import main
 from hawk_trt.apps.parity.cases import tensor_cases
 from hawk_trt.apps.parity.check import compare_case
 from hawk_trt.apps.parity.prompt_rules import prompt_tokens
+from hawk_trt.bundle import Bundle
 from hawk_trt.pipeline import Pipeline
 from hawk_trt.request import PruningConfig
+from hawk_trt.runtime import reference as stage_reference
 from hawk_trt.runtime.comparison import TOLERANCES
 
 pytest.importorskip("torch")
@@ -69,6 +71,20 @@ def test_given_images_and_prompts_are_cases(tiny_bundle, tiny_checkpoint, tmp_pa
     assert main([*command, *prompts[2:], "--images", *images, "--together"]) == 0
     (case,) = json.loads(capsys.readouterr().out)["cases"]
     assert case["name"] == "wide.png, small.png"
+
+
+def test_a_float32_bundle_that_agrees_gives_its_reference_to_others(tiny_bundle, tiny_checkpoint, tmp_path, capsys):
+    other = tmp_path / "bfloat16"
+    assert export_main([str(tiny_checkpoint), "--out", str(other), "--dtype", "bfloat16"]) == 0
+    command = ["parity", str(tiny_bundle), "--checkpoint", str(tiny_checkpoint), "--keep-ratio", "1", "--steps", "1"]
+    assert main([*command, "--save", str(other)]) == 0
+    assert "reference.npz: written" in capsys.readouterr().err
+    bundle = Bundle.load(other, verify=True)
+    reference = stage_reference.Reference.load(other / "reference.npz")
+    reference.check(bundle.manifest)
+    assert reference.made_by == "tiny-vlm, float32, onnxruntime on cpu"
+    assert main(["parity", str(other), "--checkpoint", str(tiny_checkpoint), "--save", str(other)]) == 1
+    assert "--save: got a bfloat16 bundle, a reference is made in float32" in capsys.readouterr().err
 
 
 def test_a_float16_bundle_agrees_within_its_own_tolerance(tiny_checkpoint, tmp_path, capsys):

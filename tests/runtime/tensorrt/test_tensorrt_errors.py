@@ -13,6 +13,7 @@ from hawk_trt import Pipeline, PruningConfig, Request
 from hawk_trt.bundle import manifest_bytes
 from hawk_trt.engine_folder import ENGINES_MANIFEST, EngineFolder
 from hawk_trt.errors import BackendError, BundleError, InvalidInput
+from hawk_trt.inputs.layout import collate
 from hawk_trt.runtime.protocol import DecodeInputs
 from trt_machine import Machines, engine_folder
 
@@ -214,6 +215,19 @@ def test_prompts_beyond_what_the_engines_take_name_the_option_that_rebuilds(engi
         ):
             roomy.generate("What is red?", [s.image for s in SAMPLES for _ in range(20)][:20])
         answer(pipe)  # a refusal leaves the engines usable
+
+
+def test_a_prompt_of_which_nothing_is_kept_is_refused(engines):
+    """K = 0: the plugin would write out of bounds."""
+    with load(engines) as pipe:
+        inputs = pipe.prepare(SAMPLES[0].question, [SAMPLES[0].image])
+        layout = pipe.layout(inputs)
+        prompt = collate([layout], [5], [None], np.ones(8, np.float32))
+        generation = pipe.backend.start(1, 64)
+        with pytest.raises(BackendError, match=r"num_kept_total = 0, first_layer\.plan was built for 1 to"):
+            generation.prefill(
+                dataclasses.replace(prompt, num_kept_total=0), pipe.encode([inputs], [layout]), logits=False
+            )
 
 
 def test_an_answer_ends_where_the_cache_does(tiny_bundle, tmp_path):
