@@ -55,8 +55,8 @@ def add_parser(subparsers: "options.Subparsers[argparse.ArgumentParser]") -> Non
         nargs="+",
         default=[],
         metavar="BUNDLE",
-        help=f"bundles of the same checkpoint, in any dtype: their {stage_reference.REFERENCE}, which builds are compared "
-        "with, becomes what this one's stages make of a few prompts, if it is float32 and in tolerance",
+        help=f"bundles of the same checkpoint, in any dtype: their {stage_reference.REFERENCE}, which builds "
+        "are compared with, becomes what this one's stages make of a few prompts, if it is float32 and in tolerance",
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
