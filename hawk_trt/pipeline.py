@@ -44,13 +44,15 @@ class Trace:
         scores: float32 [num_visual].
         kept_indices: int64 [kept], in the prompt as given.
         hidden_states: float32 [kept, hidden], first_layer's output.
-        logits: float32 [steps, vocab]; row 0 after the prompt, row i after forced token i.
+        kv_norms: float32 [layers, 2, columns], lengths of the keys and the values of each column.
+        logits: float32 [steps, vocab]; row 0 after the prompt, row i after token i.
     """
 
     visual_embeds: npt.NDArray[np.float32]
     scores: npt.NDArray[np.float32]
     kept_indices: npt.NDArray[np.int64]
     hidden_states: npt.NDArray[np.float32]
+    kv_norms: npt.NDArray[np.float32]
     logits: npt.NDArray[np.float32]
 
 
@@ -243,18 +245,21 @@ class Pipeline:
     def _scheduler(self) -> Scheduler:
         return Scheduler(self.bundle, self.processor, self.vision_cache, self.backend)
 
-    def trace(self, inputs: ModelInputs, pruning: PruningConfig, forced_tokens: Sequence[int]) -> Trace:
-        """Run one prompt with given tokens and keep what every stage made.
+    def trace(
+        self, inputs: ModelInputs, pruning: PruningConfig, forced_tokens: Sequence[int] = (), steps: int | None = None
+    ) -> Trace:
+        """Run one prompt and keep what every stage made.
 
         Args:
             inputs: the prompt.
             pruning: how it is pruned.
-            forced_tokens: the tokens decoded one after another; logits has one row more.
+            forced_tokens: the tokens decoded one after another; where they end, the most probable ones.
+            steps: rows of logits; None is one more than there are forced tokens.
 
         Raises:
             InvalidInput: something that cannot be used as given.
         """
-        steps = len(forced_tokens) + 1
+        steps = len(forced_tokens) + 1 if steps is None else steps
         scheduler = self._scheduler()
         request = Request(inputs, pruning=pruning, max_new_tokens=steps + 1, ignore_eos=True, return_logits=True)
         sequence = scheduler.add(request)
@@ -262,13 +267,16 @@ class Pipeline:
         rows = sequence.layout.visual_rows
         embeds = self.encode([inputs], [sequence.layout]).numpy().astype(np.float32)[rows[rows >= 0]]
         _check(scheduler.step())
-        assert sequence.generation is not None
-        hidden = sequence.generation.hidden_states()[sequence.row]
-        for _ in forced_tokens:
+        generation = sequence.generation
+        assert generation is not None  # there is a token more to come
+        hidden = generation.hidden_states()[0]
+        for _ in range(steps - 1):
             _check(scheduler.step())
+        layers = range(self.bundle.manifest.language.num_hidden_layers)
+        norms = np.stack([[_column_norms(part[0]) for part in generation.cache(layer)] for layer in layers])
         result = sequence.result()
         assert result.logits is not None
-        return Trace(embeds, result.scores, result.kept_indices, hidden, result.logits)
+        return Trace(embeds, result.scores, result.kept_indices, hidden, norms, result.logits)
 
     def layout(self, inputs: ModelInputs, query: str | None = None) -> PromptLayout:
         """Where everything of a prompt lies.
@@ -311,6 +319,13 @@ class TextStream:
         for _ in self:
             pass
         return self._sequence.result()
+
+
+def _column_norms(cache: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    """Length of each column of [kv_heads, columns, head_dim]."""
+    values = cache.astype(np.float32)
+    norms: npt.NDArray[np.float32] = np.sqrt(np.einsum("hcd,hcd->c", values, values))
+    return norms
 
 
 def _answers(scheduler: Scheduler, sequences: Sequence[Answer]) -> list[Result]:

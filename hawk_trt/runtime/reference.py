@@ -24,13 +24,10 @@ import numpy.typing as npt
 from hawk_trt.bundle import MANIFEST, Manifest, file_entry, manifest_bytes, read_manifest
 from hawk_trt.errors import BundleError
 from hawk_trt.files import write_atomically
-from hawk_trt.inputs.layout import collate
 from hawk_trt.models.family import TokenRun
 from hawk_trt.models.registry import family_by_name
 from hawk_trt.pipeline import Pipeline
-from hawk_trt.pruning.selection import kept_count
 from hawk_trt.request import ModelInputs, PruningConfig
-from hawk_trt.runtime.protocol import DecodeInputs
 
 REFERENCE = "reference.npz"
 STEPS = 8
@@ -187,32 +184,19 @@ def trace(
         forced_tokens: decoded one after another, STEPS - 1 at least; None decodes the most probable ones.
         kept: bool [num_visual], the visual tokens kept; None lets the scores choose.
     """
-    manifest = pipe.bundle.manifest
     layout = pipe.layout(inputs)
-    pruning = PruningConfig(keep_ratio=manifest.keep_ratio)
-    weights = np.array(manifest.head_weights.values, np.float32)
-    prompt = collate([layout], [kept_count(layout, pruning)], [kept], weights)
-    visual = pipe.encode([inputs], [layout])
-    generation = pipe.backend.start(1, prompt.num_kept_total + STEPS)
-    outputs = generation.prefill(prompt, visual, logits=True)
-    hidden = generation.hidden_states()[0]
-    steps = [outputs.step]
-    for number in range(STEPS - 1):
-        token = int(steps[-1].next_token[0]) if forced_tokens is None else forced_tokens[number]
-        position = np.array([layout.next_position + number], np.int64)
-        steps.append(generation.decode(DecodeInputs(np.array([token], np.int64), position), logits=True))
-    rows = layout.visual_rows[layout.visual_rows >= 0]
-    logits = np.concatenate([step.logits for step in steps if step.logits is not None])
-    caches = (generation.cache(layer) for layer in range(manifest.language.num_hidden_layers))
+    selector = "hawk" if kept is None else lambda *_: np.flatnonzero(kept)
+    pruning = PruningConfig(keep_ratio=pipe.bundle.manifest.keep_ratio, selector=selector)
+    made = pipe.trace(inputs, pruning, () if forced_tokens is None else forced_tokens, STEPS)
     return StageTrace(
-        visual_embeds=visual.numpy().astype(np.float32)[rows],
-        scores=outputs.scores[0, prompt.pads[0] :][layout.visual_rows >= 0],
-        kept=np.isin(rows, layout.visual_rows[outputs.kept_indices[0] - prompt.pads[0]]),
-        hidden_states=hidden,
-        kv_norms=np.stack([[_norms(part) for part in pair] for pair in caches]),
-        tokens=logits.argmax(1),
-        logits=logits,
-        logit_ids=np.arange(logits.shape[1]),
+        visual_embeds=made.visual_embeds,
+        scores=made.scores,
+        kept=np.isin(layout.source_index[layout.visual_rows >= 0], made.kept_indices),
+        hidden_states=made.hidden_states,
+        kv_norms=made.kv_norms,
+        tokens=made.logits.argmax(1),
+        logits=made.logits,
+        logit_ids=np.arange(made.logits.shape[1]),
     )
 
 
@@ -279,12 +263,6 @@ def model_of(manifest: Manifest) -> tuple[str, str]:
         manifest.special_tokens,
     )
     return hashlib.sha256(msgspec.json.encode(told)).hexdigest(), "" if manifest.weights is None else manifest.precision
-
-
-def _norms(cache: npt.NDArray[Any]) -> Floats:
-    """[1, kv_heads, columns, head_dim] -> float32 [columns]."""
-    norms: Floats = np.linalg.norm(cache[0].astype(np.float32), axis=(0, 2))
-    return norms
 
 
 def _sketch(rows: Floats) -> Floats:
