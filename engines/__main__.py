@@ -97,7 +97,7 @@ def _run(args: argparse.Namespace, rebuild: str) -> None:
     try:
         from .builder import TENSORRT_VERSION, BuildSettings, build_plan  # the rest of the command works without it
 
-        machine = _machine(TENSORRT_VERSION)
+        machine, gpu_bytes = _machine(TENSORRT_VERSION)
     except ImportError as error:
         preflight = "Without a GPU, see whether TensorRT takes the graphs: make preflight"
         raise BackendError(f"{missing_for_tensorrt(error)}. {preflight}") from error
@@ -135,7 +135,7 @@ def _run(args: argparse.Namespace, rebuild: str) -> None:
         return build_plan(graph, entry.profiles, settings)
 
     check = None if args.no_verify else lambda folder: verify(folder, reference)
-    engines, verification = write_engines(plan, args.out, build, check, note)
+    engines, verification = write_engines(plan, args.out, build, check, note, gpu_bytes)
     _report(engines, verification, time.perf_counter() - started, as_json=args.json)
 
 
@@ -150,10 +150,11 @@ def existing_file(path: Path) -> Path:
     return path.resolve()
 
 
-def _machine(tensorrt: str) -> Machine:
-    from hawk_trt.runtime.tensorrt.cuda import this_machine  # needs cuda-bindings
+def _machine(tensorrt: str) -> tuple[Machine, int | None]:
+    """The machine, and the bytes of its GPU's memory."""
+    from hawk_trt.runtime.tensorrt.cuda import call, this_machine  # needs cuda-bindings
 
-    return this_machine(tensorrt)
+    return this_machine(tensorrt), int(call("cuDeviceTotalMem", call("cuDeviceGet", 0)))
 
 
 def _timing_cache(given: str | None, name: str) -> Path | None:

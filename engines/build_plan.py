@@ -33,14 +33,7 @@ _DECIDES = ("builder.py", "prepare.py", "profiles.py", "workarounds.py")
 
 @dataclass(frozen=True, slots=True)
 class BuildPlan:
-    """What is to be built, all of it known before the first build.
-
-    Attributes:
-        bundle: to build from.
-        manifest: engines.json as it will be, but for what only the builds tell.
-        graphs: prepared, by stage.
-        plugin: its library, None without.
-    """
+    """What is to be built; `manifest` is engines.json as it will be, but for what only the builds tell."""
 
     bundle: Bundle
     manifest: EngineManifest

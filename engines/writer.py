@@ -17,6 +17,7 @@ from hawk_trt.engine_folder import ENGINES_MANIFEST, EngineFolder, PlanEntry, re
 from hawk_trt.errors import BackendError, BundleError, HawkError
 from hawk_trt.files import check_free_space, check_replaceable, clean_up_after_killed, staged
 from hawk_trt.runtime.versions import available_memory_bytes
+from hawk_trt.stages import DECODER, FIRST_LAYER, VISION
 
 from .build_plan import BuildPlan, BuiltPlan
 from .checks.verify import Verification
@@ -29,6 +30,8 @@ _ENGINE_SUFFIXES = (".plan", ".data", ".so", ".json", ".jinja", ".npz")
 # For the small files, and for what a plan has beside its weights.
 _SPARE_BYTES = 256 << 20
 _BLOCK_BYTES = 1 << 20
+# What makes the scratch memory of a stage smaller.
+_FLAGS = {VISION: "--max-visual-tokens", FIRST_LAYER: "--max-prompt-tokens", DECODER: "--max-context"}
 
 
 def write_engines(
@@ -37,6 +40,7 @@ def write_engines(
     build: Callable[[PreparedGraph, PlanEntry], BuiltPlan],
     check: Callable[[Path], Verification] | None,
     warn: Callable[[str], None],
+    gpu_bytes: int | None = None,
 ) -> tuple[EngineFolder, Verification | None]:
     """Build all plans and put the folder in its place.
 
@@ -46,9 +50,11 @@ def write_engines(
         build: makes the plan of one graph.
         check: looks at the finished folder before it takes its place; None leaves that out.
         warn: called with what the user should know before the first build.
+        gpu_bytes: memory of the GPU, None where it is not known.
 
     Raises:
-        BackendError: a stage cannot be built, or the plans are wrong; wrong ones are kept in OUT.failed.
+        BackendError: a stage cannot be built or needs more memory than there is, or the plans are wrong; wrong ones
+            are kept in OUT.failed.
         BundleError: out cannot be replaced or written, or the disk is full.
     """
     out = out.resolve()
@@ -65,7 +71,7 @@ def write_engines(
         files: dict[str, FileEntry] = {}
         entries = []
         for graph, entry in zip(plan.graphs, plan.manifest.plans, strict=True):
-            done, files[entry.file] = _build_stage(graph, entry, build, folder)
+            done, files[entry.file] = _build_stage(graph, entry, build, folder, gpu_bytes)
             entries.append(done)
         plugin = plan.plugin if any(entry.plugin_layers for entry in entries) else None
         if plugin is not None:
@@ -110,10 +116,21 @@ def _check_replaceable(out: Path) -> None:
 
 
 def _build_stage(
-    graph: PreparedGraph, entry: PlanEntry, build: Callable[[PreparedGraph, PlanEntry], BuiltPlan], folder: Path
+    graph: PreparedGraph,
+    entry: PlanEntry,
+    build: Callable[[PreparedGraph, PlanEntry], BuiltPlan],
+    folder: Path,
+    gpu_bytes: int | None,
 ) -> tuple[PlanEntry, FileEntry]:
     """Build and write one plan; its memory is free again when this returns."""
     built = build(graph, entry)
+    needed = graph.weight_bytes + built.scratch_bytes
+    if gpu_bytes is not None and needed > gpu_bytes:
+        raise BackendError(
+            f"{entry.file}: needs {graph.weight_bytes / 1e9:.1f} GB for weights and {built.scratch_bytes / 1e9:.1f} GB "
+            f"of scratch memory at the largest request, this GPU has {gpu_bytes / 1e9:.1f} GB. Build with a smaller "
+            f"{_FLAGS[graph.stage]}, or --batch"
+        )
     file = _write(folder / entry.file, built.content, weights=True)
     done = replace(
         entry,

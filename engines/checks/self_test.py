@@ -40,16 +40,7 @@ class Ran:
 
 @dataclass(frozen=True, slots=True)
 class EngineResult:
-    """One engine folder.
-
-    Attributes:
-        name: dtype, lowering, plugin.
-        build: "built", or why not.
-        stages: "right", or what is wrong or was not compared.
-        answers: how many of the sample answers are equal, token by token.
-        passed: whether nothing failed.
-        folder: where it is.
-    """
+    """A line of the report: dtype, target and plugin as name, and in words what came of each step."""
 
     name: str
     build: str
@@ -184,12 +175,8 @@ def _report(results: list[EngineResult]) -> str:
 def _built_on(results: list[EngineResult]) -> list[str]:
     """TensorRT, CUDA, driver and GPU as the first engine folder tells them."""
     manifests = (result.folder / "engines.json" for result in results)
-    manifest = next((path for path in manifests if path.is_file()), None)
-    if manifest is None:
-        return []
-    built = json.loads(manifest.read_text(encoding="utf-8"))["machine"]
-    told = ", ".join(f"{name} {value}" for name, value in built.items())
-    return [f"* {told}"]
+    built = next((json.loads(path.read_text("utf-8"))["machine"] for path in manifests if path.is_file()), None)
+    return [] if built is None else ["* " + ", ".join(f"{name} {value}" for name, value in built.items())]
 
 
 def _cell(text: str) -> str:

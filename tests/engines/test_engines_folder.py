@@ -276,6 +276,18 @@ def test_too_little_memory_is_said_before_the_first_build(bundle, tmp_path, monk
     assert said == [warning]
 
 
+def test_more_scratch_than_the_gpu_has_is_refused_with_the_flag_that_helps(bundle, tmp_path):
+    def large(graph, entry):
+        return replace(stand_in(graph, entry), scratch_bytes=9 << 30 if graph.stage == FIRST_LAYER else 0)
+
+    with pytest.raises(
+        BackendError, match=r"first_layer.plan: needs .* 9.7 GB of scratch.* 8.6 GB.*--max-prompt-tokens"
+    ):
+        write_engines(planned(bundle), tmp_path / "engines", large, None, pytest.fail, 8 << 30)
+    assert not list(tmp_path.iterdir())
+    assert write_engines(planned(bundle), tmp_path / "engines", large, None, pytest.fail, 16 << 30)
+
+
 def test_a_manifest_is_the_same_after_writing_and_reading(folder):
     manifest = EngineFolder.load(folder).manifest
     assert manifest_bytes(manifest) == (folder / ENGINES_MANIFEST).read_bytes()
