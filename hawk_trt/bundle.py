@@ -5,6 +5,7 @@
     first_layer.<target>.onnx      shared by all targets (or, linked, in the checkpoint's
     decoder.<target>.onnx          own safetensors files)
     config.json, tokenizer.json, chat_template.jinja, preprocessor_config.json, ...
+    reference.npz                   what the stages make of a few prompts in float32, where that was run
 
 Graphs and small files are hashed at every load, weight files by size at load and by hash on request:
 hashing 16 GB at each start would cost more than loading the model.

@@ -30,6 +30,16 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="HAWK_REAL_CHECKPOINT names no checkpoint folder"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _exports_make_no_reference():
+    """The command runs what it has exported once more, to write reference.npz; here only the tests of that do."""
+    from export import __main__ as command
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "_with_reference", lambda bundle: bundle)
+        yield
+
+
 @pytest.fixture(scope="session")
 def repository() -> Path:
     """The root of the repository."""

@@ -5,6 +5,8 @@ import shutil
 import numpy as np
 import pytest
 
+from export import __main__ as command
+from export.__main__ import _with_reference as make_reference
 from hawk_trt.bundle import Bundle
 from hawk_trt.pipeline import Pipeline
 from hawk_trt.runtime.reference import REFERENCE, STEPS, Reference, StageTrace, _sketch, tensor_prompts, trace
@@ -51,6 +53,25 @@ def test_a_reference_is_small_and_the_same_after_a_file(pipe, tiny_bundle, tmp_p
             np.testing.assert_array_equal(getattr(read.prompts[name], field), getattr(expected, field), err_msg=field)
     made.put_into(tmp_path / "bundle")  # again, in its own place
     Bundle.load(tmp_path / "bundle", verify=True)
+
+
+def test_the_export_command_writes_it_for_float32_and_only_once(tiny_checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command, "_with_reference", make_reference)
+    out = tmp_path / "bundle"
+    options = [str(tiny_checkpoint), "--out", str(out), "--target", "cpu"]
+    assert command.main([*options, "--no-reference"]) == 0 and not (out / REFERENCE).exists()
+    assert command.main(options) == 0 and "up to date" in capsys.readouterr().out
+    assert Bundle.load(out, verify=True).manifest.files[REFERENCE].size_bytes == (out / REFERENCE).stat().st_size
+    written = (out / REFERENCE).stat().st_mtime_ns
+    assert command.main(options) == 0 and (out / REFERENCE).stat().st_mtime_ns == written
+    assert command.main([*options, "--dtype", "float16"]) == 0 and not (out / REFERENCE).exists()
+
+
+def test_too_little_memory_for_it_is_said_and_leaves_the_bundle_as_it_is(tiny_bundle, monkeypatch, capsys):
+    monkeypatch.setattr(command, "available_memory_bytes", lambda: 10**9)
+    bundle = Bundle.load(tiny_bundle)
+    assert make_reference(bundle) is bundle
+    assert "note: reference.npz" in (told := capsys.readouterr().err) and "takes 1.1 GB of memory, 1.0 GB" in told
 
 
 def test_the_logits_that_are_kept_are_the_most_probable_and_some_others(pipe):
