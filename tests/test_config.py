@@ -192,7 +192,7 @@ def test_a_missing_language_size_is_named(key):
     [
         ({"hidden_act": "quick_gelu"}, ("vision_config.hidden_act", "quick_gelu", "silu")),
         ({"num_heads": 15}, ("vision_config.num_heads", "15", "1280")),
-        ({"in_chans": 1}, ("vision_config.in_channels", "1", "3")),
+        ({"in_chans": 1}, ("vision_config.in_chans", "1", "3")),
         ({"in_chans": None}, ("vision_config.in_chans", "nothing")),
         ({"window_size": 14}, ("vision_config.window_size", "14")),
         ({"out_hidden_size": 2048}, ("vision_config.out_hidden_size", "2048", "3584")),

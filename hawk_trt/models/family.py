@@ -28,8 +28,8 @@ class ImageSettings:
     """How images are resized and normalised, from preprocessor_config.json.
 
     min_pixels and max_pixels bound the area after resizing; mean and std are per RGB channel, on [0, 1].
-    max_video_tokens, where it is given, makes the frames of a long video smaller: see qwen_video. total_pixels does so
-    for one video. resized: height and width to take an image for, before they are rounded to whole tokens.
+    max_video_tokens, where it is given, makes the frames of a long video smaller: see qwen_patches. total_pixels does
+    so for one video. resized: height and width to take an image for, before they are rounded to whole tokens.
     """
 
     min_pixels: int

@@ -1,11 +1,15 @@
-"""Runtime facts of InternVL3: sizes, tiles, what placeholders say, 1-D positions.
+"""InternVL3, with a Qwen2 language side: images and videos as tiles, what placeholders say, 1-D positions.
+
+An image is resized to the grid of square tiles whose shape is nearest to its own and cut into them, row by row; where
+there is more than one, a small version of the whole, the thumbnail, follows as a tile of its own. A frame of a video is
+one tile. Every tile becomes the same number of visual tokens.
 
 The processor gives no grid: a prompt holds a run of <IMG_CONTEXT> for each image or frame, between <img> and </img>,
 and pixel_values holds all tiles in the prompt's order. A run is an item here, of as many tiles as its length says;
 its grid_thw is [tiles, patches, patches]. A video is its frames, each an item behind the text "Frame1: " and so on.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -13,18 +17,26 @@ import numpy.typing as npt
 
 from hawk_trt.bundle import SpecialTokens
 from hawk_trt.errors import InvalidInput
-from hawk_trt.models import internvl_config, internvl_tiles
+from hawk_trt.inputs.images import resize
+from hawk_trt.models import internvl_config, normalisation
+from hawk_trt.models.config import language_config
 from hawk_trt.models.family import IMAGE, VIDEO, ImageSettings, IntArray, ModelConfig, Patches, TokenRun
+from hawk_trt.models.normalisation import BICUBIC, check_rgb, value_tables, whole_number, wrong
 from hawk_trt.models.vision_config import InternVLVision
 from hawk_trt.request import ModelInputs
 from hawk_trt.stages import StageSpec, TensorSpec
 
 # Of a video file, where no rate is asked for: what the model's own examples take.
 _DEFAULT_FRAMES = 8
+# ImageNet's, which all checkpoints of the family have.
+_MEAN = (0.485, 0.456, 0.406)
+_STD = (0.229, 0.224, 0.225)
+
+Image = npt.NDArray[np.uint8]
 
 
 class InternVL:
-    """The Family of InternVL3 checkpoints with a Qwen2 language side, of both makes."""
+    """The Family of InternVL3 checkpoints, those of transformers (-hf) and the original ones."""
 
     name: ClassVar[str] = "internvl"
     max_frame_pixels: ClassVar[int | None] = None
@@ -40,9 +52,10 @@ class InternVL:
         generation: Mapping[str, Any] | None = None,
         added_tokens: Mapping[str, int] | None = None,
     ) -> ModelConfig:
-        """Read and check config.json, of either make; see internvl_config."""
+        """Read and check config.json, of either make."""
+        config = internvl_config.with_text_config(config)
         return ModelConfig(
-            internvl_config.language_config(config),
+            language_config(config, mrope=False),
             internvl_config.vision_config(config),
             internvl_config.special_tokens(config, generation or {}, added_tokens or {}),
             internvl_config.chat_template(config),
@@ -55,6 +68,125 @@ class InternVL:
             inputs=(TensorSpec("pixel_values", "float32", ("num_tiles", 3, side, side)),),
             outputs=(TensorSpec("visual_embeds", "model", ("num_visual", self.vision.out_hidden_size)),),
         )
+
+    def vision_feeds(self, patches: Patches, max_patches: int) -> Iterator[dict[str, npt.NDArray[Any]]]:
+        """Feeds of the vision stage, some tiles a call, in prompt order."""
+        tiles = max(1, max_patches // self.vision.tile_patches**2)
+        for start in range(0, len(patches.pixel_values), tiles):
+            yield {"pixel_values": np.ascontiguousarray(patches.pixel_values[start : start + tiles], np.float32)}
+
+    def image_settings(self, preprocessor: Mapping[str, Any]) -> ImageSettings:
+        """Settings from preprocessor_config.json; its bounds of tiles become bounds of pixels.
+
+        crop_to_patches is not read: the checkpoints' processors cut images into tiles whatever it says.
+
+        Raises:
+            CheckpointError: a setting that is not usable, or tiles of another size than the tower's.
+        """
+        side = self.vision.image_size
+        size = preprocessor.get("size") or side
+        sides = [value for value in size.values() if value is not None] if isinstance(size, Mapping) else [size]
+        if not sides or any(value != side for value in sides):
+            raise wrong("size", size, f"tiles of {side} x {side} pixels, as config.json says")
+
+        def tiles(name: str, default: int) -> int:
+            return whole_number(name, preprocessor.get(name), default, "a number of tiles")
+
+        few, many = tiles("min_patches", self.vision.min_tiles), tiles("max_patches", self.vision.max_tiles)
+        return normalisation.image_settings(preprocessor, (few * side**2, many * side**2), _MEAN, _STD)
+
+    def images_to_patches(self, images: Sequence[Image], settings: ImageSettings) -> Patches:
+        """Resize, cut and normalise RGB images [height, width, 3].
+
+        settings: min_pixels and max_pixels bound all tiles but the thumbnail.
+
+        Returns:
+            Tiles [tiles, 3, side, side], and a grid of [tiles, patches, patches] for each image.
+
+        Raises:
+            InvalidInput: an image that is not RGB uint8 or is empty.
+        """
+        side = self.vision.image_size
+        most = max(1, settings.max_pixels // side**2)
+        fewest = min(most, -(-settings.min_pixels // side**2))
+        for image in images:
+            check_rgb(image)
+        grids = [tile_grid(image.shape[0], image.shape[1], side, fewest, most) for image in images]
+        counts = [columns * rows + self._has_thumbnail(columns * rows) for columns, rows in grids]
+        cut = (self._cut(image, *grid, settings.resample) for image, grid in zip(images, grids, strict=True))
+        return self._patches(cut, counts, settings)
+
+    def video_to_patches(self, frames: Sequence[Image], settings: ImageSettings) -> Patches:
+        """Resize and normalise the frames of one video, one tile each, going through them once.
+
+        Raises:
+            InvalidInput: no frame, or a frame that is not RGB uint8 or is empty.
+        """
+        if not len(frames):
+            raise InvalidInput("video: got no frame, expected at least one")
+
+        def cut() -> Iterator[Image]:
+            for frame in frames:
+                check_rgb(frame)
+                yield self._cut(frame, 1, 1, settings.resample)
+
+        return self._patches(cut(), [len(frames)], settings)
+
+    def image_parts(self, image: Image, count: int) -> Sequence[Image]:
+        """The tiles that an image was cut into, the thumbnail last.
+
+        count: of its tiles, the thumbnail among them.
+        """
+        tiles = count - self._has_thumbnail(count)
+        grid = tile_grid(image.shape[0], image.shape[1], self.vision.image_size, tiles, tiles)
+        return list(self._cut(image, *grid, BICUBIC))
+
+    @staticmethod
+    def frame_numbers(total: int, video_fps: float, fps: float | None, max_frames: int) -> IntArray:
+        """The middles of equal parts of the video: 8 of them, or as many as fps asks for."""
+        wanted = _DEFAULT_FRAMES if fps is None else int(total / video_fps * fps)
+        count = max(1, min(wanted, max_frames, total))
+        step = total / count
+        # The processor's own arithmetic: rounded to float32, then truncated.
+        numbers: IntArray = (step / 2 + np.arange(count) * step).astype(np.float32).astype(np.int64)
+        return numbers
+
+    def placeholder(
+        self, kind: str, grid: Sequence[int], times: Sequence[float], special: SpecialTokens
+    ) -> tuple[str | TokenRun, ...]:
+        """An image's tiles between <img> and </img>; a video's frames so, each a line that its number begins."""
+        if special.image is None or special.vision_start is None or special.vision_end is None:
+            raise InvalidInput(
+                "prompt: this bundle's tokenizer lacks <img>, <IMG_CONTEXT> or </img>, expected those of an InternVL "
+                "checkpoint. Pass ModelInputs"
+            )
+        start, end = TokenRun(special.vision_start), TokenRun(special.vision_end)
+        if kind == "image":
+            return (start, TokenRun(special.image, grid[0] * self.vision.tile_tokens), end)
+        parts: list[str | TokenRun] = []
+        for number in range(1, grid[0] + 1):
+            line = "" if number == 1 else "\n"
+            parts += [f"{line}Frame{number}: ", start, TokenRun(special.image, self.vision.tile_tokens), end]
+        return tuple(parts)
+
+    def model_inputs(
+        self,
+        input_ids: IntArray,
+        kinds: Sequence[str],
+        images: Patches | None,
+        videos: Patches | None,
+        second_per_grid_ts: npt.NDArray[np.float32] | None,
+    ) -> ModelInputs:
+        """All tiles in pixel_values, in the order of the prompt."""
+        given = {kind: patches for kind, patches in (("image", images), ("video", videos)) if patches is not None}
+        if len(given) < 2:  # already in order
+            alone = next(iter(given.values()), None)
+            return ModelInputs(input_ids, pixel_values=None if alone is None else np.asarray(alone.pixel_values))
+        tiles = {
+            kind: iter(np.split(np.asarray(own.pixel_values), np.cumsum(own.grid_thw[:, 0])[:-1]))
+            for kind, own in given.items()
+        }
+        return ModelInputs(input_ids, pixel_values=np.concatenate([next(tiles[kind]) for kind in kinds]))
 
     def item_grids(self, inputs: ModelInputs, visual_kind: npt.NDArray[np.int8]) -> tuple[IntArray, IntArray]:
         """The grids that the runs of placeholders say, and no videos, whose frames are images here.
@@ -89,74 +221,7 @@ class InternVL:
                 f"pixel_values: got {'none' if inputs.pixel_values is None else list(shape)}, "
                 f"expected float32[{tiles.sum()}, 3, {side}, {side}]: the placeholders are of {tiles.tolist()} tiles"
             )
-        return internvl_tiles.tile_grids(tiles.tolist(), self.vision), internvl_tiles.tile_grids([], self.vision)
-
-    def vision_feeds(self, patches: Patches, max_patches: int) -> Iterator[dict[str, npt.NDArray[Any]]]:
-        """Feeds of the vision stage, some tiles a call, in prompt order."""
-        tiles = max(1, max_patches // self.vision.tile_patches**2)
-        for start in range(0, len(patches.pixel_values), tiles):
-            yield {"pixel_values": np.ascontiguousarray(patches.pixel_values[start : start + tiles], np.float32)}
-
-    def image_settings(self, preprocessor: Mapping[str, Any]) -> ImageSettings:
-        """Settings from preprocessor_config.json or video_preprocessor_config.json; see internvl_tiles."""
-        return internvl_tiles.image_settings(preprocessor, self.vision)
-
-    def images_to_patches(self, images: Sequence[npt.NDArray[np.uint8]], settings: ImageSettings) -> Patches:
-        """Resize, cut and normalise RGB images [height, width, 3]; see internvl_tiles.images_to_tiles."""
-        return internvl_tiles.images_to_tiles(images, settings, self.vision)
-
-    def video_to_patches(self, frames: Sequence[npt.NDArray[np.uint8]], settings: ImageSettings) -> Patches:
-        """Resize and normalise the frames of one video, one tile each; see internvl_tiles.video_to_tiles."""
-        return internvl_tiles.video_to_tiles(frames, settings, self.vision)
-
-    def image_parts(self, image: npt.NDArray[np.uint8], count: int) -> Sequence[npt.NDArray[np.uint8]]:
-        """The tiles of an image, the thumbnail last; see internvl_tiles.tiles_of."""
-        return list(internvl_tiles.tiles_of(image, count, self.vision))
-
-    @staticmethod
-    def frame_numbers(total: int, video_fps: float, fps: float | None, max_frames: int) -> IntArray:
-        """The middles of equal parts of the video: 8 of them, or as many as fps asks for."""
-        wanted = _DEFAULT_FRAMES if fps is None else int(total / video_fps * fps)
-        count = max(1, min(wanted, max_frames, total))
-        step = total / count
-        # The processor's own arithmetic: rounded to float32, then truncated.
-        numbers: IntArray = (step / 2 + np.arange(count) * step).astype(np.float32).astype(np.int64)
-        return numbers
-
-    def placeholder(
-        self, kind: str, grid: Sequence[int], times: Sequence[float], special: SpecialTokens
-    ) -> tuple[str | TokenRun, ...]:
-        """An image's tiles between <img> and </img>; a video's frames so, each a line that its number begins."""
-        if special.image is None or special.vision_start is None or special.vision_end is None:
-            raise InvalidInput(
-                "prompt: this bundle's tokenizer lacks <img>, <IMG_CONTEXT> or </img>, expected those of an InternVL "
-                "checkpoint. Pass ModelInputs"
-            )
-        start, end = TokenRun(special.vision_start), TokenRun(special.vision_end)
-        tile_tokens = self.vision.tile_tokens
-        if kind == "image":
-            return (start, TokenRun(special.image, grid[0] * tile_tokens), end)
-        parts: list[str | TokenRun] = []
-        for number in range(1, grid[0] + 1):
-            line = "" if number == 1 else "\n"
-            parts += [f"{line}Frame{number}: ", start, TokenRun(special.image, tile_tokens), end]
-        return tuple(parts)
-
-    def model_inputs(
-        self,
-        input_ids: IntArray,
-        kinds: Sequence[str],
-        images: Patches | None,
-        videos: Patches | None,
-        second_per_grid_ts: npt.NDArray[np.float32] | None,
-    ) -> ModelInputs:
-        """All tiles in pixel_values, in the order of the prompt."""
-        given = {"image": images, "video": videos}
-        present = [patches for patches in given.values() if patches is not None]
-        if len(present) < 2:
-            return ModelInputs(input_ids, pixel_values=np.asarray(present[0].pixel_values) if present else None)
-        tiles = {kind: _items(patches) for kind, patches in given.items() if patches is not None}
-        return ModelInputs(input_ids, pixel_values=np.concatenate([next(tiles[kind]) for kind in kinds]))
+        return self._grids(tiles.tolist()), self._grids([])
 
     def position_ids(
         self,
@@ -168,7 +233,56 @@ class InternVL:
         """One position after another, text and visual tokens alike: int64 [1, seq_len]."""
         return np.arange(len(visual_kind), dtype=np.int64)[None]
 
+    def _has_thumbnail(self, tiles: int) -> bool:
+        return self.vision.use_thumbnail and tiles > 1
 
-def _items(patches: Patches) -> Iterator[npt.NDArray[np.float32]]:
-    """The tiles of each image or video."""
-    return iter(np.split(patches.pixel_values, np.cumsum(patches.grid_thw[:, 0])[:-1]))
+    def _cut(self, image: Image, columns: int, rows: int, resample: int) -> Image:
+        """The tiles of an image, row by row, and its thumbnail: uint8 [tiles, side, side, 3]."""
+        side = self.vision.image_size
+        whole = resize(image, rows * side, columns * side, resample)
+        tiles: Image = whole.reshape(rows, side, columns, side, 3).transpose(0, 2, 1, 3, 4).reshape(-1, side, side, 3)
+        return np.concatenate([tiles, self._cut(image, 1, 1, resample)]) if self._has_thumbnail(len(tiles)) else tiles
+
+    def _patches(self, cut: Iterable[Image], counts: Sequence[int], settings: ImageSettings) -> Patches:
+        """Normalise the tiles of images and videos; counts: of each."""
+        side = self.vision.image_size
+        pixels = np.empty((sum(counts), 3, side, side), dtype=np.float32)
+        tables, start = value_tables(settings), 0
+        for tiles in cut:
+            for channel, table in enumerate(tables):
+                pixels[start : start + len(tiles), channel] = table[tiles[..., channel]]
+            start += len(tiles)
+        return Patches(pixels, self._grids(counts))
+
+    def _grids(self, counts: Sequence[int]) -> IntArray:
+        """The grid_thw of items of so many tiles: int64 [items, 3], a tile as a step in time."""
+        patches = self.vision.tile_patches
+        return np.array([(count, patches, patches) for count in counts], dtype=np.int64).reshape(-1, 3)
+
+
+def tile_grid(height: int, width: int, side: int, fewest: int, most: int) -> tuple[int, int]:
+    """Columns and rows of the tiles of an image.
+
+    The grid of the aspect ratio nearest to the image's, of fewest to most tiles; of equally near ones the smallest,
+    or a larger one that the image fills by more than half.
+
+    Args:
+        height: of the image, in pixels.
+        width: of the image, in pixels.
+        side: of a tile, in pixels.
+        fewest: tiles at least.
+        most: tiles at most.
+    """
+    grids = [
+        (columns, rows)
+        for columns in range(1, most + 1)
+        for rows in range(1, most // columns + 1)
+        if columns * rows >= fewest
+    ]
+    best, best_distance = (1, 1), float("inf")
+    for columns, rows in sorted(grids, key=lambda grid: grid[0] * grid[1]):
+        distance = abs(width / height - columns / rows)
+        filled = height * width > 0.5 * side**2 * columns * rows
+        if distance < best_distance or (distance == best_distance and filled):
+            best, best_distance = (columns, rows), distance
+    return best

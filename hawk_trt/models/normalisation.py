@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hawk_trt.errors import CheckpointError
+from hawk_trt.errors import CheckpointError, InvalidInput
 from hawk_trt.models.family import ImageSettings
 
 Channels = tuple[float, float, float]
 
-_BICUBIC = 3
+BICUBIC = 3
 # Normalised values are float32: what lies beyond these is no setting of pixels.
 _MOST = 1e6
 _LEAST_STD = 1e-6
@@ -69,19 +69,20 @@ def image_settings(
     if pixels[0] > pixels[1]:
         raise wrong("min_pixels", pixels[0], f"at most max_pixels {pixels[1]}")
     given = {key: value for key, value in preprocessor.items() if value is not None}
-    resample = given.get("resample", _BICUBIC)
+    resample = given.get("resample", BICUBIC)
     if isinstance(resample, bool) or not isinstance(resample, int) or resample not in range(6):
         raise wrong("resample", resample, "one of Pillow's filters, 0 to 5")
     factor = given.get("rescale_factor", 1 / 255)
     if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < _MOST:
         raise wrong("rescale_factor", factor, "a number above 0")
-    normalised = preprocessor.get("do_normalize") is not False
+    if preprocessor.get("do_normalize") is False:
+        given |= {"image_mean": 0.0, "image_std": 1.0}
     rescaled = preprocessor.get("do_rescale") is not False
     return ImageSettings(
         min_pixels=pixels[0],
         max_pixels=pixels[1],
-        mean=_channel_values("image_mean", given.get("image_mean", mean)) if normalised else (0.0, 0.0, 0.0),
-        std=_channel_values("image_std", given.get("image_std", std)) if normalised else (1.0, 1.0, 1.0),
+        mean=_channel_values("image_mean", given.get("image_mean", mean)),
+        std=_channel_values("image_std", given.get("image_std", std)),
         rescale_factor=float(factor) if rescaled else 1.0,
         resample=resample,
     )
@@ -102,6 +103,16 @@ def value_tables(settings: ImageSettings) -> npt.NDArray[np.float32]:
 def wrong(key: str, got: object, expected: str) -> CheckpointError:
     """The error of a setting that cannot be used."""
     return CheckpointError(f"preprocessor_config.json: {key}: got {got!r}, expected {expected}")
+
+
+def check_rgb(image: npt.NDArray[np.uint8]) -> None:
+    """Refuse what is no RGB image.
+
+    Raises:
+        InvalidInput: it is not uint8 [height, width, 3], or empty.
+    """
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+        raise InvalidInput(f"image: got {image.dtype}{list(image.shape)}, expected uint8[height, width, 3]")
 
 
 def _channel_values(name: str, value: object) -> Channels:

@@ -1,28 +1,36 @@
-"""Runtime facts of dense Qwen3-VL models.
+"""Qwen3-VL, the dense models.
 
 Besides the frames of Qwen2-VL the vision stage takes, for each patch, four places in a learned table of positions and
 their weights: the table is resampled to the frame by bilinear interpolation. It also gives DeepStack's features. A
 video is told as text: each frame is a picture of its own between vision_start and vision_end, its time before it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from math import isqrt
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from hawk_trt.bundle import SpecialTokens
-from hawk_trt.models import qwen3_video, qwen_config, qwen_frames, qwen_video
-from hawk_trt.models.family import ImageSettings, IntArray, ModelConfig, Patches, TokenRun
-from hawk_trt.models.qwen2_vl import Qwen2VL
-from hawk_trt.models.settings import expect, integer, wrong
-from hawk_trt.models.vision_config import Qwen3Vision
+from hawk_trt.errors import InvalidInput
+from hawk_trt.models.config import Section, language_config, text_section, vision_section
+from hawk_trt.models.family import ImageSettings, IntArray, TokenRun
+from hawk_trt.models.qwen2_vl import Qwen2VL, block_numbers, vision_sizes
+from hawk_trt.models.qwen_patches import (
+    DEFAULT_FPS,
+    MAX_ASPECT_RATIO,
+    MIN_FRAMES,
+    PLANS_KEPT,
+    FrameBatch,
+    grown,
+    patch_positions,
+    shrunk,
+)
+from hawk_trt.models.vision_config import AnyVision, Qwen3Vision
 from hawk_trt.stages import LanguageConfig, StageSpec, TensorSpec, deepstack_embeds_spec
-
-_PLANS_KEPT = 16
 
 
 class Qwen3VL(Qwen2VL):
@@ -36,16 +44,29 @@ class Qwen3VL(Qwen2VL):
     def __init__(self, vision: Qwen3Vision) -> None:
         super().__init__(vision)
 
-    @staticmethod
-    def read_config(
-        config: Mapping[str, Any],
-        generation: Mapping[str, Any] | None = None,
-        added_tokens: Mapping[str, int] | None = None,
-    ) -> ModelConfig:
-        """Read and check config.json: queries and keys are normed, mRoPE's axes take turns, DeepStack adds."""
-        blocks = _deepstack_blocks(config)
-        tokens = qwen_config.special_tokens(config, generation or {}, added_tokens or {})
-        return ModelConfig(_language_config(config, len(blocks)), _vision_config(config, blocks), tokens)
+    @classmethod
+    def _language_config(cls, config: Mapping[str, Any]) -> LanguageConfig:
+        """Queries and keys are normed, mRoPE's axes take turns, DeepStack adds."""
+        text = text_section(config)
+        text.expect("attention_bias", False, False)
+        rope = Section(text.get("rope_parameters") or text.get("rope_scaling") or {})
+        rope.expect("mrope_interleaved", True, True)
+        language = language_config(config, own_head_dim=True)
+        levels = len(block_numbers(vision_section(config), "deepstack_visual_indexes"))
+        if levels >= language.num_hidden_layers:
+            raise text.wrong("num_hidden_layers", f"more than the {levels} of deepstack_visual_indexes")
+        return replace(language, qk_norm=True, mrope_interleaved=True, deepstack_levels=levels)
+
+    @classmethod
+    def _vision_config(cls, config: Mapping[str, Any]) -> AnyVision:
+        vision = vision_section(config)
+        blocks, places = block_numbers(vision, "deepstack_visual_indexes"), vision.integer("num_position_embeddings")
+        if list(blocks) != sorted(set(blocks)):
+            raise vision.wrong("deepstack_visual_indexes", "ascending block numbers")
+        if math.isqrt(places) ** 2 != places:
+            raise vision.wrong("num_position_embeddings", "the square of an integer")
+        sizes = vision_sizes(config, vision, "gelu_pytorch_tanh")
+        return Qwen3Vision(**sizes, num_position_embeddings=places, deepstack_visual_indexes=blocks)
 
     def vision_spec(self) -> StageSpec:
         """Inputs and outputs of the vision graph."""
@@ -57,34 +78,75 @@ class Qwen3VL(Qwen2VL):
         features = deepstack_embeds_spec(levels, self.vision.out_hidden_size)
         return StageSpec((*spec.inputs, *places), (*spec.outputs, *features))
 
-    def vision_feeds(self, patches: Patches, max_patches: int) -> Iterator[dict[str, npt.NDArray[Any]]]:
-        """Feeds of the vision stage in prompt order; see qwen_frames and interpolation."""
-        batches = qwen_frames.frame_batches(patches, self.vision, max_patches)
-        return (self._feeds(batch) for batch in batches)
+    def _feed(self, batch: FrameBatch) -> dict[str, npt.NDArray[Any]]:
+        merge, side = self.vision.spatial_merge_size, math.isqrt(self.vision.num_position_embeddings)
+        index, weight = interpolation(batch.height, batch.width, merge, side)
+        return super()._feed(batch) | {"place_index": index, "place_weight": weight}
 
-    def video_to_patches(self, frames: Sequence[npt.NDArray[np.uint8]], settings: ImageSettings) -> Patches:
-        """Resize, normalise and cut the frames of one video; the pixel bounds are of all frames together."""
+    def frame_size(self, num_frames: int, height: int, width: int, settings: ImageSettings) -> tuple[int, int]:
+        """Height and width of the resized frames; the pixel bounds are of all frames together.
+
+        So longer videos get smaller frames.
+
+        Raises:
+            InvalidInput: a side more than 200 times the other.
+        """
         factor, together = self.vision.token_side, self.vision.temporal_patch_size
-
-        def frame_size(height: int, width: int) -> tuple[int, int]:
-            bounds = (settings.min_pixels, settings.max_pixels)
-            return qwen3_video.frame_size(len(frames), height, width, factor, together, *bounds)
-
-        return qwen_video.video_to_patches(frames, settings, self.vision, frame_size)
+        if min(height, width) < factor:
+            scale = max(factor / height, factor / width)
+            height, width = int(height * scale), int(width * scale)
+        if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
+            raise InvalidInput(
+                f"video: got frames of {width} x {height} pixels, expected sides of at most 1 to {MAX_ASPECT_RATIO}. "
+                "Crop them"
+            )
+        num_frames = max(num_frames, together)  # a single frame is shown twice
+        tall, wide = round(height / factor) * factor, round(width / factor) * factor
+        volume = round(num_frames / together) * together * tall * wide
+        if volume > settings.max_pixels:
+            return shrunk(height, width, factor, math.sqrt(num_frames * height * width / settings.max_pixels))
+        if volume < settings.min_pixels:
+            return grown(height, width, factor, math.sqrt(settings.min_pixels / (num_frames * height * width)))
+        return tall, wide
 
     @staticmethod
     def frame_numbers(total: int, video_fps: float, fps: float | None, max_frames: int) -> IntArray:
-        """Which frames of a video file are taken; see qwen3_video.frame_numbers."""
-        return qwen3_video.frame_numbers(total, video_fps, fps, max_frames)
+        """Which frames of a file are taken: from the first to the last, evenly spaced.
+
+        2 a second, or fps; at least 4, where there are so many.
+        """
+        wanted = int(total / video_fps * (DEFAULT_FPS if fps is None else fps))
+        count = min(max(wanted, MIN_FRAMES), max_frames, total)
+        numbers: IntArray = np.linspace(0, total - 1, count).round().astype(np.int64)
+        return numbers
 
     def placeholder(
         self, kind: str, grid: Sequence[int], times: Sequence[float], special: SpecialTokens
     ) -> tuple[str | TokenRun, ...]:
-        """An image's placeholder once for each visual token; a video as qwen3_video.video_text tells it."""
+        """An image's placeholder once for each visual token; of a video each temporal patch's time and tokens.
+
+        The time is the mean of the patch's first and last frame; the last frame is repeated where one is missing. The
+        tokens lie between vision_start and vision_end.
+
+        Raises:
+            InvalidInput: a video, and the bundle's tokenizer lacks a token that it needs.
+        """
         if kind == "image":
             return super().placeholder(kind, grid, times, special)
-        tokens_a_frame = grid[1] * grid[2] // self.vision.spatial_merge_size**2
-        return qwen3_video.video_text(grid, tokens_a_frame, times, special)
+        start, video, end = special.vision_start, special.video, special.vision_end
+        if start is None or video is None or end is None:
+            raise InvalidInput(
+                "prompt: this bundle's tokenizer lacks <|vision_start|>, <|video_pad|> or <|vision_end|>, which a "
+                "video needs. Pass ModelInputs"
+            )
+        tokens = grid[1] * grid[2] // self.vision.spatial_merge_size**2
+        frame = (TokenRun(start), TokenRun(video, tokens), TokenRun(end))
+        together = -(-len(times) // grid[0])
+        parts: list[str | TokenRun] = []
+        for first in range(0, len(times), together):
+            last = min(first + together, len(times)) - 1
+            parts += [f"<{(times[first] + times[last]) / 2:.1f} seconds>", *frame]
+        return tuple(parts)
 
     def position_ids(
         self,
@@ -98,41 +160,8 @@ class Qwen3VL(Qwen2VL):
         frames[:, 0] = 1
         return super().position_ids(visual_kind, image_grid_thw, frames, second_per_grid_ts)
 
-    def _feeds(self, batch: qwen_frames.FrameBatch) -> dict[str, npt.NDArray[Any]]:
-        merge, side = self.vision.spatial_merge_size, isqrt(self.vision.num_position_embeddings)
-        index, weight = interpolation(batch.height, batch.width, merge, side)
-        return qwen_frames.frame_feeds(batch, self.vision) | {"place_index": index, "place_weight": weight}
 
-
-def _language_config(config: Mapping[str, Any], levels: int) -> LanguageConfig:
-    text = qwen_config.text_settings(config)
-    expect("attention_bias", text.get("attention_bias", False), False)
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    expect("mrope_interleaved", rope.get("mrope_interleaved", True), True)
-    language = qwen_config.language_config(config, own_head_dim=True)
-    if levels >= language.num_hidden_layers:
-        layers = language.num_hidden_layers
-        raise wrong("num_hidden_layers", layers, f"more than the {levels} of deepstack_visual_indexes")
-    return replace(language, qk_norm=True, mrope_interleaved=True, deepstack_levels=levels)
-
-
-def _vision_config(config: Mapping[str, Any], blocks: tuple[int, ...]) -> Qwen3Vision:
-    vision = qwen_config.vision_section(config)
-    sizes = qwen_config.vision_sizes(config, vision, "gelu_pytorch_tanh")
-    places = integer(vision, "num_position_embeddings", "vision_config.")
-    if isqrt(places) ** 2 != places:
-        raise wrong("vision_config.num_position_embeddings", places, "the square of an integer")
-    return Qwen3Vision(**sizes, num_position_embeddings=places, deepstack_visual_indexes=blocks)
-
-
-def _deepstack_blocks(config: Mapping[str, Any]) -> tuple[int, ...]:
-    blocks = qwen_config.block_numbers(qwen_config.vision_section(config), "deepstack_visual_indexes")
-    if list(blocks) != sorted(set(blocks)):
-        raise wrong("vision_config.deepstack_visual_indexes", list(blocks), "ascending block numbers")
-    return blocks
-
-
-@lru_cache(maxsize=_PLANS_KEPT)
+@lru_cache(maxsize=PLANS_KEPT)
 def interpolation(height: int, width: int, merge: int, side: int) -> tuple[IntArray, npt.NDArray[np.float32]]:
     """How the table of positions is resampled to a frame, corner on corner, bilinearly.
 
@@ -146,7 +175,7 @@ def interpolation(height: int, width: int, merge: int, side: int) -> tuple[IntAr
         Four places in the flattened table and their weights for each patch, in the processor's order:
         int64 and float32 [num_patches, 4], read-only.
     """
-    positions = qwen_frames.patch_positions(height, width, merge)
+    positions = patch_positions(height, width, merge)
     (low_row, high_row), row_weights = _taps(positions[:, 0], height, side)
     (low_column, high_column), column_weights = _taps(positions[:, 1], width, side)
     index = np.stack(

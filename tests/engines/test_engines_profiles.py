@@ -10,7 +10,7 @@ from engines.profiles import TENSORRT_TARGETS, TOPK_LIMIT, choose_target, plan_l
 from hawk_trt.bundle import Bundle, TensorEntry
 from hawk_trt.engine_folder import DECODE, PREFILL, Limits
 from hawk_trt.errors import InvalidInput
-from hawk_trt.models.qwen_windows import window_plan
+from hawk_trt.models.qwen2_5_vl import window_plan
 from hawk_trt.stages import CONTEXT_LEN, DECODER, FIRST_LAYER, PORTABLE, STAGES, TENSORRT, VISION
 
 LIMITS = Limits(visual_tokens=300, prompt_tokens=400, context=256, batch=2)
@@ -85,12 +85,12 @@ def test_the_window_ranges_hold_every_frame_that_a_processor_makes(bundle):
     most = 0
     for high in range(1, tokens + 1):
         for wide in range(1, tokens // high + 1):
-            plan = window_plan(2 * high, 2 * wide, 2, side)
+            _, plan = window_plan(2 * high, 2 * wide, 2, side)
             sizes = {
-                "num_merged": len(plan.merge_order),
-                "num_patches": len(plan.patch_positions),
-                "num_windows": len(plan.window_index),
-                "window_len": plan.window_index.shape[1],
+                "num_merged": len(plan["merge_order"]),
+                "num_patches": len(plan["patch_positions"]),
+                "num_windows": len(plan["window_index"]),
+                "window_len": plan["window_index"].shape[1],
             }
             most = max(most, sizes["num_windows"])
             assert all(ranges[word].low <= size <= ranges[word].high for word, size in sizes.items()), (high, wide)

@@ -17,6 +17,7 @@ SPECIAL = SpecialTokens(image=9, video=8, vision_start=6, vision_end=7, im_start
 FAMILY = family_by_name("qwen2_5_vl")(QWEN2_5_VL)
 IMAGE = [6, 9, 9, 9, 9, 7]  # a 4 x 4 grid
 GRID = np.array([[1, 4, 4]])
+ONE_VIDEO = {"ids": [6, 8, 8, 8, 8, 7], "images": None, "video_grid_thw": GRID}
 
 
 def layout(ids, mask=None, images=GRID, query=None, chat=None, **videos):
@@ -109,10 +110,19 @@ def test_the_turn_query_takes_what_the_tokenizer_marks():
         ({"mask": [1] * 4}, "attention_mask: got 4 values, expected 9"),
         ({"images": None}, "got 4 image placeholders, expected 0"),
         ({"images": [[1, 4, 4], [1, 2, 2]]}, "got 4 image placeholders, expected 5"),
-        ({"images": [[1, 4]]}, "image_grid_thw: got"),
-        ({"images": [[1, 0, 4]]}, "of at least 1 each"),
+        ({"images": [[1, 4]]}, r"image_grid_thw: got int64\[1, 2\], expected int64\[items, 3\]"),
+        ({"images": [4, 4]}, r"image_grid_thw: got int64\[2\], expected int64\[items, 3\]"),
+        ({"images": [[1.0, 4.0, 4.0]]}, "image_grid_thw: got float64"),
+        ({"images": [[1, 0, 4]]}, r"image_grid_thw\[0\]: got \[1, 0, 4\], expected at least one frame"),
+        ({"images": [[0, 4, 4]]}, r"image_grid_thw\[0\]: got \[0, 4, 4\], expected at least one frame"),
+        ({"images": [[1, 4, 3]]}, r"image_grid_thw\[0\]: got \[1, 4, 3\], expected .* multiples of 2"),
+        ({"ids": [4, *IMAGE, 9, 5]}, "got 5 image placeholders, expected 4"),
+        ({"ids": [4, 9, 9, 1, 9, 9, 5]}, "image 0: got 2 placeholders in a row, expected 4"),
         ({"ids": [8, *IMAGE, 1, 5]}, "got 1 video placeholders, expected 0"),
         ({"second_per_grid_ts": [1.0]}, "expected 0 finite seconds"),
+        ({**ONE_VIDEO, "second_per_grid_ts": [np.nan]}, "nan"),
+        ({**ONE_VIDEO, "second_per_grid_ts": [-1.0]}, "-1.0"),
+        ({**ONE_VIDEO, "second_per_grid_ts": []}, "expected 1 finite"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_what_was_expected(change, message):

@@ -18,7 +18,7 @@ from PIL import Image
 from hawk_trt.errors import BackendError, InvalidInput
 from hawk_trt.inputs.video import load_video
 from hawk_trt.inputs.video_file import FileFrames, index_file
-from hawk_trt.models.qwen_video import sample_indices
+from hawk_trt.models.qwen_patches import sample_indices
 
 BITS = 10
 FORMATS = {

@@ -10,8 +10,7 @@ from PIL import Image
 
 from hawk_trt.errors import CheckpointError, InvalidInput
 from hawk_trt.inputs.images import resize
-from hawk_trt.models.internvl import InternVL
-from hawk_trt.models.internvl_tiles import tile_grid
+from hawk_trt.models.internvl import InternVL, tile_grid
 from vision_configs import INTERNVL
 
 FAMILY = InternVL(INTERNVL)

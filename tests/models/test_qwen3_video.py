@@ -11,7 +11,6 @@ from hawk_trt.errors import InvalidInput
 from hawk_trt.inputs.images import resize
 from hawk_trt.inputs.tokenizer import ChatTokenizer
 from hawk_trt.models.family import TokenRun
-from hawk_trt.models.qwen3_video import frame_numbers, frame_size, video_text
 from hawk_trt.models.registry import family_by_name
 from random_models import IM_END, IMAGE, VIDEO, VISION_END, VISION_START
 from vision_configs import QWEN3_VL
@@ -34,7 +33,7 @@ def test_frames_of_a_file_are_those_that_transformers_takes(total, video_fps, fp
     theirs = their_video_processor().Qwen3VLVideoProcessor.sample_frames
     settings = SimpleNamespace(fps=2, min_frames=4, max_frames=768)
     expected = theirs(settings, SimpleNamespace(total_num_frames=total, fps=video_fps), fps=fps)
-    np.testing.assert_array_equal(frame_numbers(total, video_fps, fps, 768), expected)
+    np.testing.assert_array_equal(FAMILY.frame_numbers(total, video_fps, fps, 768), expected)
 
 
 @pytest.mark.parametrize("bounds", [(4096, 25165824), (131072, 786432)], ids=["released", "default"])
@@ -42,7 +41,8 @@ def test_frames_of_a_file_are_those_that_transformers_takes(total, video_fps, fp
 @pytest.mark.parametrize("size", [(20, 30), (31, 500), (360, 640), (1080, 1920), (17, 33)], ids=str)
 def test_frames_are_resized_as_transformers_does(frames, size, bounds):
     expected = their_video_processor().smart_resize(frames, *size, 2, 32, *bounds)
-    assert frame_size(frames, *size, 32, 2, *bounds) == expected
+    settings = FAMILY.image_settings({"min_pixels": bounds[0], "max_pixels": bounds[1]})
+    assert FAMILY.frame_size(frames, *size, settings) == expected
 
 
 def test_a_video_of_frames_is_cut_by_the_volume_of_all_of_them():
@@ -65,7 +65,7 @@ def test_a_video_is_told_with_the_times_of_its_frames(frames):
     special = SpecialTokens(IMAGE, VIDEO, VISION_START, VISION_END, None, IM_END, None, ())
     numbers = [7 * n for n in range(frames)]
     expected = Qwen3VLProcessor._calculate_timestamps(None, list(numbers), 25.0, 2)
-    parts = video_text([len(expected), 4, 6], 6, [number / 25.0 for number in numbers], special)
+    parts = FAMILY.placeholder("video", [len(expected), 4, 6], [number / 25.0 for number in numbers], special)
     marks = (TokenRun(VISION_START), TokenRun(VIDEO, 6), TokenRun(VISION_END))
     assert parts == tuple(part for time in expected for part in (f"<{time:.1f} seconds>", *marks))
 
@@ -79,7 +79,7 @@ def test_a_video_takes_the_place_of_its_placeholder_and_of_the_tokens_around_it(
     chat = ChatTokenizer.from_bundle(bundle)
     content = [{"type": "text", "text": "Look:"}, {"type": "video", "video": [np.zeros((56, 56, 3), np.uint8)] * 4}]
     encoded = chat.encode([{"role": "user", "content": [*content, {"type": "text", "text": "What is red?"}]}])
-    ids = chat.expand(encoded, [video_text([2, 4, 4], 4, [0.0, 0.5, 1.0, 1.5], special)])
+    ids = chat.expand(encoded, [FAMILY.placeholder("video", [2, 4, 4], [0.0, 0.5, 1.0, 1.5], special)])
     start, video, end = "<|vision_start|>", "<|video_pad|>", "<|vision_end|>"
     text = chat.tokenizer.decode(encoded.input_ids.tolist(), skip_special_tokens=False)
     assert f"Look:{start}{video}{end}What is red?" in text

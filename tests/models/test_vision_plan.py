@@ -11,8 +11,7 @@ from transformers.vision_utils import get_vision_position_ids, get_vision_window
 
 from hawk_trt.errors import InvalidInput
 from hawk_trt.models.family import Patches
-from hawk_trt.models.qwen2_5_vl import Qwen25VL
-from hawk_trt.models.qwen_windows import window_plan
+from hawk_trt.models.qwen2_5_vl import Qwen25VL, window_plan
 from hawk_trt.models.vision_config import Qwen25Vision
 
 VISION = Qwen25Vision(
@@ -111,23 +110,23 @@ def test_the_plan_alone_reproduces_the_vision_tower_of_transformers(tower, grid,
 @pytest.mark.parametrize("wide", [1, 2, 3, 4, 5, 7, 8, 9, 13, 36])
 def test_windows_and_positions_equal_transformers(high, wide):
     grid = torch.tensor([[1, 2 * high, 2 * wide]])
-    plan = window_plan(2 * high, 2 * wide, 2, 4)
+    block_order, plan = window_plan(2 * high, 2 * wide, 2, 4)
     order, bounds = get_vision_window_index(grid, spatial_merge_size=2, window_size=112, patch_size=14)
-    np.testing.assert_array_equal(plan.block_order, order)
-    np.testing.assert_array_equal(plan.window_mask.sum(axis=1), np.diff(bounds))
-    np.testing.assert_array_equal(plan.window_index[plan.window_mask], np.arange(4 * high * wide))
+    np.testing.assert_array_equal(block_order, order)
+    np.testing.assert_array_equal(plan["window_mask"].sum(axis=1), np.diff(bounds))
+    np.testing.assert_array_equal(plan["window_index"][plan["window_mask"]], np.arange(4 * high * wide))
     theirs = get_vision_position_ids(grid, 2).reshape(-1, 4, 2)[order].reshape(-1, 2)
-    np.testing.assert_array_equal(plan.patch_positions, theirs)
-    np.testing.assert_array_equal(plan.merge_order, torch.argsort(order))
+    np.testing.assert_array_equal(plan["patch_positions"], theirs)
+    np.testing.assert_array_equal(plan["merge_order"], torch.argsort(order))
 
 
 @pytest.mark.parametrize(("high", "wide"), [(2, 2), (10, 14), (16, 16), (34, 2)])
 def test_a_patch_finds_its_way_into_its_window_and_back(high, wide):
-    plan = window_plan(high, wide, 2, 4)
+    _, plan = window_plan(high, wide, 2, 4)
     values = np.arange(high * wide)
-    batched = np.where(plan.window_mask, values[plan.window_index], -1)
-    np.testing.assert_array_equal(batched.reshape(-1)[plan.window_slot], values)
-    assert not plan.window_index[~plan.window_mask].any()
+    batched = np.where(plan["window_mask"], values[plan["window_index"]], -1)
+    np.testing.assert_array_equal(batched.reshape(-1)[plan["window_slot"]], values)
+    assert not plan["window_index"][~plan["window_mask"]].any()
 
 
 def test_feeds_have_the_names_dtypes_and_shapes_of_the_spec():

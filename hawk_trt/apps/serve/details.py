@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hawk_trt.apps.serve.prompt import Prepared
-from hawk_trt.models.internvl_tiles import tile_grid
+from hawk_trt.models.internvl import tile_grid
 from hawk_trt.models.vision_config import InternVLVision
 from hawk_trt.request import PruningConfig, Result, Timings
 

@@ -1,0 +1,223 @@
+"""The config.json of a checkpoint: a reader that checks each value, the language side, the special tokens.
+
+Three generations of the file are read: the hub's (text sizes at the top level, rope_scaling), transformers 4.52's (at
+the top level and in text_config) and 5's (text_config with rope_parameters). text_config wins where it holds a key.
+What the graphs cannot compute is refused here, by the name of its key.
+"""
+
+from collections.abc import Mapping
+from typing import Any, TypeGuard
+
+from hawk_trt.bundle import SpecialTokens
+from hawk_trt.errors import CheckpointError
+from hawk_trt.stages import LanguageConfig
+
+# Beyond these no model is, and a size that a checkpoint makes up would fill the memory before a tensor is missed.
+_MOST_LAYERS = 1000
+_MOST = 2**40
+# A number is used as float32.
+_LARGEST = 1e30
+_IM_TOKENS = {"im_start": "<|im_start|>", "im_end": "<|im_end|>"}
+
+
+class Section:
+    """A section of config.json.
+
+    Attributes:
+        values: its content.
+    """
+
+    def __init__(self, values: Mapping[str, Any], name: str = "") -> None:
+        self.values = values
+        self._where = f"{name}." if name else ""
+
+    def get(self, key: str, default: object = None) -> Any:  # noqa: ANN401 - JSON
+        """The unchecked value under a key."""
+        return self.values.get(key, default)
+
+    def integer(self, key: str) -> int:
+        """The integer of at least 1 under a key, and of a size that models have.
+
+        Raises:
+            CheckpointError: it is missing or something else.
+        """
+        value = self.get(key)
+        most = _MOST_LAYERS if key in ("num_hidden_layers", "depth") else _MOST
+        if not is_integer(value) or not 1 <= value <= most:
+            raise self.wrong(key, f"an integer of 1 to {most}")
+        return value
+
+    def number(self, key: str) -> float:
+        """The number above 0 under a key.
+
+        Raises:
+            CheckpointError: it is missing or something else.
+        """
+        value = self.get(key)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < _LARGEST:
+            raise self.wrong(key, f"a number above 0 and below {_LARGEST:g}")
+        return float(value)
+
+    def expect(self, key: str, expected: object, unsaid: object = None) -> None:
+        """Refuse every value but one. unsaid: what a missing key means.
+
+        Raises:
+            CheckpointError: it is another value.
+        """
+        if self.get(key, unsaid) != expected:
+            raise self.wrong(key, str(expected))
+
+    def wrong(self, key: str, expected: str) -> CheckpointError:
+        """The error of a value that is missing or cannot be used."""
+        got = self.get(key)
+        shown = "nothing" if got is None else repr(got)
+        return CheckpointError(f"config.json: {self._where}{key}: got {shown}, expected {expected}")
+
+
+def is_integer(value: object) -> TypeGuard[int]:
+    """Whether a value is an integer, which true and false are not."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def vision_section(config: Mapping[str, Any], defaults: Mapping[str, object] | None = None) -> Section:
+    """The vision_config of config.json. defaults: of the keys that it leaves out.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    vision = config.get("vision_config")
+    if not isinstance(vision, Mapping):
+        raise Section(config).wrong("vision_config", "the sizes of the vision tower")
+    return Section({**(defaults or {}), **vision}, "vision_config")
+
+
+def text_section(config: Mapping[str, Any]) -> Section:
+    """The top level of config.json, overridden by what text_config sets."""
+    text = config.get("text_config") or {}
+    return Section({**config, **{key: value for key, value in text.items() if value is not None}})
+
+
+def language_config(config: Mapping[str, Any], *, mrope: bool = True, own_head_dim: bool = False) -> LanguageConfig:
+    """Sizes of the language model from config.json.
+
+    Args:
+        config: config.json.
+        mrope: whether positions have time, height and width; else plain 1-D ones.
+        own_head_dim: whether config.json says the size of a head; else it is hidden_size / num_attention_heads.
+
+    Raises:
+        CheckpointError: a setting is missing or not supported.
+    """
+    text = text_section(config)
+    _refuse_quantized(text)
+    _refuse_sliding_window(text)
+    text.expect("hidden_act", "silu")
+    hidden_size = text.integer("hidden_size")
+    heads, kv_heads = text.integer("num_attention_heads"), text.integer("num_key_value_heads")
+    if hidden_size % heads and not own_head_dim:
+        raise text.wrong("num_attention_heads", f"a divisor of hidden_size {hidden_size}")
+    if heads % kv_heads:
+        raise text.wrong("num_key_value_heads", f"a divisor of num_attention_heads {heads}")
+    head_dim = text.integer("head_dim") if own_head_dim else hidden_size // heads
+    if text.get("head_dim") not in (None, head_dim):
+        raise text.wrong("head_dim", f"hidden_size / num_attention_heads = {head_dim}")
+    rope_theta, mrope_section = _rope(text, head_dim, mrope=mrope)
+    return LanguageConfig(
+        hidden_size=hidden_size,
+        intermediate_size=text.integer("intermediate_size"),
+        num_hidden_layers=text.integer("num_hidden_layers"),
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        vocab_size=text.integer("vocab_size"),
+        rms_norm_eps=text.number("rms_norm_eps"),
+        rope_theta=rope_theta,
+        mrope_section=mrope_section,
+        max_position_embeddings=text.integer("max_position_embeddings"),
+        # Either place counts: 4.x wrote it at the top or in text_config, 5 at the top.
+        tie_word_embeddings=bool(config.get("tie_word_embeddings")) or bool(text.get("tie_word_embeddings")),
+    )
+
+
+def special_tokens(
+    config: Mapping[str, Any],
+    generation: Mapping[str, Any],
+    added_tokens: Mapping[str, int],
+    spellings: Mapping[str, str],
+) -> SpecialTokens:
+    """Ids of the tokens that the runtime must know, None or empty where the checkpoint names none.
+
+    Args:
+        config: config.json.
+        generation: generation_config.json, empty where there is none.
+        added_tokens: content to id of the tokenizer's added tokens, empty without a tokenizer.
+        spellings: of the tokens of images and videos, by their fields in SpecialTokens.
+
+    Raises:
+        CheckpointError: an id that is not a token of the vocabulary.
+    """
+    text = config.get("text_config") or {}
+    vocab_size = text_section(config).integer("vocab_size")
+
+    def checked(key: str, token: object) -> int:
+        if not is_integer(token) or not 0 <= token < vocab_size:
+            raise Section({key: token}).wrong(key, f"a token id below vocab_size {vocab_size}")
+        return token
+
+    def first(key: str, spelling: str, *sources: Mapping[str, Any]) -> int | None:
+        found = [source[key] for source in sources if source.get(key) is not None]
+        token = found[0] if found else added_tokens.get(spelling)
+        return None if token is None else checked(key, token)
+
+    spelt = {**spellings, **_IM_TOKENS}
+    named = {name: first(f"{name}_token_id", spelling, config, text) for name, spelling in spelt.items()}
+    pad = first("pad_token_id", "<|endoftext|>", generation, config, text)
+    found = [source.get("eos_token_id") for source in (generation, config, text)]
+    ends = [token for value in found if value is not None for token in (value if isinstance(value, list) else [value])]
+    return SpecialTokens(**named, pad=pad, eos=tuple(dict.fromkeys(checked("eos_token_id", token) for token in ends)))
+
+
+def _rope(text: Section, head_dim: int, *, mrope: bool) -> tuple[float, tuple[int, ...]]:
+    """rope_theta and mrope_section, from rope_parameters (5.x) or rope_scaling (before).
+
+    Dynamic scaling of 1-D positions begins beyond max_position_embeddings, where no prompt gets.
+    """
+    key = "rope_parameters" if text.get("rope_parameters") else "rope_scaling"
+    rope = Section(text.get(key) or {}, key)
+    known = "mrope" if mrope else "dynamic"
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type not in ("default", known):
+        advice = f"default or {known} (remove the scaling to use the trained context)"
+        raise Section({"rope_type": rope_type}, key).wrong("rope_type", advice)
+    theta = (rope if "rope_theta" in rope.values else text).number("rope_theta")
+    if not mrope:
+        return theta, ()
+    section = rope.get("mrope_section")
+    shares = isinstance(section, list | tuple) and all(is_integer(share) and share >= 0 for share in section)
+    if not shares or len(section) != 3 or 2 * sum(section) != head_dim:
+        expected = f"three numbers of frequencies that add up to head_dim / 2 = {head_dim / 2:g}"
+        raise rope.wrong("mrope_section", expected)
+    return theta, tuple(section)
+
+
+def _refuse_quantized(text: Section) -> None:
+    quantization = text.get("quantization_config")
+    if not quantization:
+        return
+    method = quantization.get("quant_method", "unnamed") if isinstance(quantization, Mapping) else quantization
+    raise CheckpointError(
+        f"config.json: quantization_config: got a checkpoint quantized with {method}, expected plain float weights. "
+        "Export the original checkpoint, the one without AWQ, GPTQ, bnb or FP8 in its name"
+    )
+
+
+def _refuse_sliding_window(text: Section) -> None:
+    layers = text.get("layer_types")
+    if layers is None:
+        # Before layer_types, the window applied from layer max_window_layers on.
+        first = text.get("max_window_layers", 0)
+        slides = text.get("use_sliding_window") and text.get("sliding_window") is not None
+        if slides and first < text.integer("num_hidden_layers"):
+            raise text.wrong("use_sliding_window", f"false (it would apply from layer {first} on)")
+    elif other := sorted({str(layer) for layer in layers} - {"full_attention"}):
+        raise Section({"layer_types": ", ".join(other)}).wrong("layer_types", "full_attention in every layer")
