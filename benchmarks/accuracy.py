@@ -17,7 +17,7 @@ from itertools import cycle, islice
 from pathlib import Path
 
 from hawk_trt import Pipeline, PruningConfig
-from hawk_trt.apps.cli.progress import progress
+from hawk_trt.apps.cli.output import counted
 from hawk_trt.apps.evaluate.datasets import Dataset, Sample, load_dataset
 from hawk_trt.apps.evaluate.fastv import FastV, FastVAnswerer
 from hawk_trt.apps.evaluate.intervals import Interval, difference_interval, mean_interval
@@ -151,7 +151,7 @@ def answer_all(
         made = run_trials(
             dataset, wanted, log, lambda s: prepare(pipe, s), lambda cell: special.get(cell.selector, own), seed
         )
-        for _ in progress(made, left, "answers"):
+        for _ in counted(made, left, "answers"):
             pass
     finally:
         log.close()

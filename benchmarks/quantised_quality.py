@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from export.writer import ExportOptions, export
 from hawk_trt import Pipeline, PruningConfig
-from hawk_trt.apps.cli.progress import progress
+from hawk_trt.apps.cli.output import counted
 from hawk_trt.apps.evaluate.datasets import Sample, load_dataset
 from hawk_trt.apps.evaluate.intervals import mean_interval
 from hawk_trt.apps.evaluate.metrics import exact_match
@@ -97,7 +97,7 @@ def main() -> int:
         with Pipeline.load(bundle.folder) as pipe:
             cells = [(place, sample) for place in range(len(KEEP_RATIOS)) for sample in enumerate(samples)]
             found: list[list[Answer]] = [[] for _ in KEEP_RATIOS]
-            for place, (number, sample) in progress(iter(cells), len(cells), name):
+            for place, (number, sample) in counted(iter(cells), len(cells), name):
                 known = float32[place][number] if float32 else None
                 found[place].append(answer(pipe, sample, KEEP_RATIOS[place], known))
         float32 = float32 or found

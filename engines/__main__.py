@@ -1,18 +1,24 @@
-"""The command python -m engines: a bundle becomes TensorRT plans, on the GPU that is to run them."""
+"""The command `hawk-trt build`, in a checkout also python -m engines: a bundle becomes TensorRT plans on its GPU."""
 
-import argparse
 import shlex
 import sys
 import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
+from typing import Annotated
 
-import msgspec
+from cyclopts import Group, Parameter
 from rich.console import Console
 from rich.table import Table
 
-from hawk_trt.bundle import Bundle
-from hawk_trt.engine_folder import EngineFolder, Machine, PlanEntry
-from hawk_trt.errors import BackendError, HawkError, InvalidInput
+from hawk_trt.apps.cli.main import INTERRUPTED, make_app, run_app
+from hawk_trt.apps.cli.options import Json
+from hawk_trt.apps.cli.output import note, print_json, size
+from hawk_trt.bundle import Bundle, Manifest
+from hawk_trt.engine_folder import EngineFolder, Limits, Machine, PlanEntry
+from hawk_trt.errors import BackendError, InvalidInput
 from hawk_trt.files import cache_folder
 from hawk_trt.runtime.versions import missing_for_tensorrt
 
@@ -20,80 +26,102 @@ from .build_plan import BuiltPlan, differences, plan_build
 from .checks.verify import Verification, load_reference, verify
 from .plugin_library import find_or_compile, may_find
 from .prepare import PreparedGraph
-from .profiles import TENSORRT_TARGETS, add_limits, choose_target, limits_of
+from .profiles import (
+    DEFAULT_TEXT_TOKENS,
+    DEFAULT_VISUAL_TOKENS,
+    TENSORRT_TARGETS,
+    TOPK_LIMIT,
+    choose_target,
+    plan_limits,
+)
 from .workarounds import workarounds_for
 from .writer import write_engines
 
-_FAILED = 1
-_INTERRUPTED = 130
+_BUILD, _CHECK = Group("The build", sort_key=3), Group("The check after it", sort_key=4)
 
 
-def main(arguments: list[str] | None = None, prog: str = "python -m engines") -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
-    given = sys.argv[1:] if arguments is None else arguments
-    args = _parser(prog).parse_args(given)
-    try:
-        _run(args, rebuild=shlex.join([*prog.split(), *given]))
-    except (HawkError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return _FAILED
-    except KeyboardInterrupt:
-        print("interrupted; nothing was changed", file=sys.stderr)
-        return _INTERRUPTED
-    return 0
+    app = make_app("python -m engines", command=build)
+    return run_app(app, sys.argv[1:] if arguments is None else arguments)
 
 
-def _parser(prog: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description="Build TensorRT plans from an ONNX bundle, on the GPU that is to run them.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder that an export wrote")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the engines' folder")
-    parser.add_argument(
-        "--target", choices=TENSORRT_TARGETS, help="of the graphs (default: tensorrt from TensorRT 10.15 on)"
-    )
-    add_limits(parser)
-    group = parser.add_argument_group("the build")
-    group.add_argument(
-        "--plugin",
-        metavar="PATH",
-        help="top-k plugin, or none (default: the one that make plugin built; else compiled where cmake and nvcc are)",
-    )
-    group.add_argument(
-        "--workspace-gib", type=float, metavar="X", help="scratch that a kernel may take (default: all free memory)"
-    )
-    group.add_argument(
-        "--timing-cache",
-        metavar="PATH",
-        help="measured kernels, kept between builds, or none (default: in the user's cache)",
-    )
-    group.add_argument("--force", action="store_true", help="build again even if nothing changed")
-    group.add_argument("--verbose", action="store_true", help="print TensorRT's whole log on stderr")
-    group = parser.add_argument_group("the check after it")
-    group.add_argument("--no-verify", action="store_true", help="leave it out")
-    group.add_argument(
-        "--reference",
-        type=Path,
-        metavar="BUNDLE",
-        help="float32 export of the same checkpoint to compare with (default: the bundle's reference.npz, else "
-        "the bundle itself in ONNX Runtime, unless it is bfloat16)",
-    )
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    return parser
+@Parameter(name="*", group=Group("The largest request", sort_key=2))
+@dataclass(frozen=True, kw_only=True)
+class LargestRequest:
+    """What the engines must be able to take.
+
+    Attributes:
+        batch: prompts side by side
+    """
+
+    max_visual_tokens: Annotated[
+        int | None, Parameter(help=f"of a prompt, before pruning (default: {DEFAULT_VISUAL_TOKENS})")
+    ] = None
+    max_prompt_tokens: Annotated[
+        int | None,
+        Parameter(help=f"text and visual, before pruning (default: {DEFAULT_TEXT_TOKENS} more than the visual ones)"),
+    ] = None
+    max_context: Annotated[
+        int | None,
+        Parameter(
+            help=f"tokens kept and generated: the KV cache's length (default: {TOPK_LIMIT}, or the model's if shorter)"
+        ),
+    ] = None
+    batch: int = 1
+
+    def limits(self, manifest: Manifest, *, plugin: bool) -> Limits:
+        """The limits that the options ask for.
+
+        Raises:
+            InvalidInput: they contradict each other, the model or TensorRT.
+        """
+        sizes = (self.max_visual_tokens, self.max_prompt_tokens, self.max_context, self.batch)
+        return plan_limits(manifest, *sizes, plugin=plugin)
 
 
-def _run(args: argparse.Namespace, rebuild: str) -> None:
+def build(
+    bundle: Path,
+    largest: LargestRequest = LargestRequest(),
+    *,
+    out: Path,
+    target: Annotated[str | None, Parameter(choices=TENSORRT_TARGETS)] = None,
+    plugin: Annotated[str | None, Parameter(group=_BUILD)] = None,
+    workspace_gib: Annotated[float | None, Parameter(group=_BUILD)] = None,
+    timing_cache: Annotated[str | None, Parameter(group=_BUILD)] = None,
+    force: Annotated[bool, Parameter(group=_BUILD)] = False,
+    verbose: Annotated[bool, Parameter(group=_BUILD)] = False,
+    no_verify: Annotated[bool, Parameter(group=_CHECK)] = False,
+    reference: Annotated[Path | None, Parameter(group=_CHECK)] = None,
+    json: Json = False,
+) -> int:
+    """Build TensorRT engines from a bundle, on the GPU that will run them.
+
+    Example: hawk-trt build artifacts/3b --out artifacts/3b-engines
+
+    Args:
+        bundle: folder that an export wrote
+        out: the engines' folder
+        target: of the graphs (default: tensorrt from TensorRT 10.15 on)
+        plugin: file of the top-k plugin, or none (default: what make plugin built; else it is compiled where cmake
+            and nvcc are)
+        workspace_gib: scratch that a kernel may take (default: all free memory)
+        timing_cache: file of measured kernels, kept between builds, or none (default: in the user's cache)
+        force: build again even if nothing changed
+        verbose: print TensorRT's whole log on stderr
+        no_verify: leave it out
+        reference: float32 export to compare with (default: the bundle's reference.npz, else itself, unless bfloat16)
+        json: print the result as JSON
+    """
     started = time.perf_counter()
-    bundle = Bundle.load(args.bundle)
-    named = None if args.plugin in (None, "none") else existing_file(Path(args.plugin))
-    expected = named is not None or (args.plugin is None and may_find())
-    limits_of(args, bundle.manifest, plugin=expected)  # what is wrong with them is said before anything is compiled
-    if args.workspace_gib is not None and args.workspace_gib <= 0:
-        raise InvalidInput(f"--workspace-gib: got {args.workspace_gib:g}, expected more than 0")
+    loaded = Bundle.load(bundle)
+    named = None if plugin in (None, "none") else existing_file(Path(plugin))
+    expected = named is not None or (plugin is None and may_find())
+    largest.limits(loaded.manifest, plugin=expected)  # what is wrong with them is said before anything is compiled
+    if workspace_gib is not None and workspace_gib <= 0:
+        raise InvalidInput(f"--workspace-gib: got {workspace_gib:g}, expected more than 0")
     # made before the build, so that what is wrong with it is said then and not after
-    reference = None if args.no_verify else load_reference(bundle, args.reference)
+    expected_results = None if no_verify else load_reference(loaded, reference)
     try:
         from .builder import TENSORRT_VERSION, BuildSettings, build_plan  # the rest of the command works without it
 
@@ -101,42 +129,47 @@ def _run(args: argparse.Namespace, rebuild: str) -> None:
     except ImportError as error:
         preflight = "Without a GPU, see whether TensorRT takes the graphs: make preflight"
         raise BackendError(f"{missing_for_tensorrt(error)}. {preflight}") from error
-    plugin = named
-    if args.plugin is None:
-        plugin = find_or_compile(TENSORRT_VERSION, machine.compute_capability, note)
-    size_limits = limits_of(args, bundle.manifest, plugin=plugin is not None)
-    target = choose_target(bundle.manifest, TENSORRT_VERSION, args.target)
+    library = named if plugin is not None else find_or_compile(TENSORRT_VERSION, machine.compute_capability, note)
+    size_limits = largest.limits(loaded.manifest, plugin=library is not None)
+    chosen = choose_target(loaded.manifest, TENSORRT_VERSION, target)
     workarounds = workarounds_for(TENSORRT_VERSION, size_limits.batch)
     settings = BuildSettings(
-        plugin=plugin,
-        workspace_bytes=None if args.workspace_gib is None else int(args.workspace_gib * 2**30),
-        timing_cache=_timing_cache(args.timing_cache, f"{machine.compute_capability}-{TENSORRT_VERSION}"),
+        plugin=library,
+        workspace_bytes=None if workspace_gib is None else int(workspace_gib * 2**30),
+        timing_cache=_timing_cache(timing_cache, f"{machine.compute_capability}-{TENSORRT_VERSION}"),
         workarounds=workarounds,
-        verbose=args.verbose,
+        verbose=verbose,
     )
     plan = plan_build(
-        bundle,
+        loaded,
         machine,
-        target,
+        chosen,
         size_limits,
-        plugin=plugin,
+        plugin=library,
         workspace_bytes=settings.workspace_bytes,
         workarounds=workarounds,
-        rebuild=rebuild,
+        rebuild=_rebuild(
+            bundle, out, asdict(largest) | {"target": target, "plugin": plugin, "workspace_gib": workspace_gib}
+        ),
     )
-    changed = differences(plan, args.out)
+    changed = differences(plan, out)
     if changed:
         note(f"building again, since another: {', '.join(changed)}")
-    if changed == [] and not args.force:
-        _report(EngineFolder.load(args.out), None, None, as_json=args.json)
-        return
+    if changed == [] and not force:
+        _report(EngineFolder.load(out), None, None, as_json=json)
+        return 0
 
-    def build(graph: PreparedGraph, entry: PlanEntry) -> BuiltPlan:
+    def build_stage(graph: PreparedGraph, entry: PlanEntry) -> BuiltPlan:
         return build_plan(graph, entry.profiles, settings)
 
-    check = None if args.no_verify else lambda folder: verify(folder, reference)
-    engines, verification = write_engines(plan, args.out, build, check, note, gpu_bytes)
-    _report(engines, verification, time.perf_counter() - started, as_json=args.json)
+    check = None if no_verify else lambda folder: verify(folder, expected_results)
+    try:
+        engines, verification = write_engines(plan, out, build_stage, check, note, gpu_bytes)
+    except KeyboardInterrupt:
+        note("interrupted; nothing was changed")
+        return INTERRUPTED
+    _report(engines, verification, time.perf_counter() - started, as_json=json)
+    return 0
 
 
 def existing_file(path: Path) -> Path:
@@ -148,6 +181,12 @@ def existing_file(path: Path) -> Path:
     if not path.is_file():
         raise InvalidInput(f"--plugin: {path} is not there")
     return path.resolve()
+
+
+def _rebuild(bundle: Path, out: Path, options: Mapping[str, object]) -> str:
+    """The command that makes these engines anew."""
+    given = [(f"--{name.replace('_', '-')}", str(value)) for name, value in options.items() if value is not None]
+    return shlex.join(["hawk-trt", "build", str(bundle), "--out", str(out), *chain(*given)])
 
 
 def _machine(tensorrt: str) -> tuple[Machine, int | None]:
@@ -183,7 +222,7 @@ def _report(engines: EngineFolder, verification: Verification | None, seconds: f
             "verification": verification,
             "seconds": seconds,
         }  # fmt: skip
-        print(msgspec.json.format(msgspec.json.encode(result), indent=1).decode())
+        print_json(result)
         return
     what = "up to date, nothing built (--force builds again)" if seconds is None else f"built in {seconds:.0f} s"
     sizes = manifest.limits
@@ -195,8 +234,7 @@ def _report(engines: EngineFolder, verification: Verification | None, seconds: f
     )
     for plan in manifest.plans:
         plugin = ", the top-k plugin among them" if plan.plugin_layers else ""
-        megabytes = plan_bytes[plan.stage] / 1e6
-        print(f"  {plan.stage}: {megabytes:.1f} MB, {plan.layers} layers{plugin}, {plan.seconds:.0f} s")
+        print(f"  {plan.stage}: {size(plan_bytes[plan.stage])}, {plan.layers} layers{plugin}, {plan.seconds:.0f} s")
     if verification is not None:
         _print_verification(verification)
     elif seconds is not None:
@@ -213,11 +251,6 @@ def _print_verification(verification: Verification) -> None:
         table.add_row(row.stage, row.output, str(row.prompts), row.numbers, verdict)
     Console().print(table)
     print(f"compared with {verification.reference}" if verification.reference else verification.not_compared)
-
-
-def note(text: str) -> None:
-    """Print a line on stderr."""
-    print(text, file=sys.stderr)
 
 
 if __name__ == "__main__":

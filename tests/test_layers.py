@@ -23,6 +23,8 @@ TORCH = {"torch", "transformers"}
 
 SOURCES = ("hawk_trt", "export", "engines", "plugins")
 MOST_ENTRIES, MOST_LINES = 14, 400
+# Commands that live with what they do, and belong to the command line.
+COMMANDS = {"export.__main__", "engines.__main__", "plugins.gpu_check"}
 
 
 def modules():
@@ -60,6 +62,8 @@ def graph():
 
 def part(module):
     """Which part of the house a module is of: core, the name of a folder, or that of an app."""
+    if module in COMMANDS:
+        return "cli"
     top, *rest = module.split(".")
     if top != "hawk_trt":
         return top

@@ -454,7 +454,7 @@ def test_wrong_usage_exits_2(tmp_path, checkpoint, capsys):
         with pytest.raises(SystemExit) as stopped:
             main(arguments)
         assert stopped.value.code == 2
-        assert "usage:" in capsys.readouterr().err
+        assert "See: python -m export --help" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

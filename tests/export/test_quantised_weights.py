@@ -277,7 +277,7 @@ def test_what_does_not_go_together_is_refused_by_name(tmp_path, capsys):
     for options, message in (
         (["--dtype", "int4", "--link"], "--link: int4 weights are made from the checkpoint's"),
         (["--activations", "float16"], "--activations, --block-size: only with --dtype int4 or int8, got float32"),
-        (["--dtype", "int4", "--block-size", "48"], "invalid choice: 48"),
+        (["--dtype", "int4", "--block-size", "48"], 'Invalid value "48" for --block-size'),
     ):
         with pytest.raises(SystemExit, match="2"):
             main([str(tmp_path), "--out", str(tmp_path), *options])

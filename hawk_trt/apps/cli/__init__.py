@@ -1,5 +1,6 @@
-"""The commands of `hawk-trt`, one module each, imported only when asked for.
+"""The commands of `hawk-trt`: one module a command, imported only when that command is asked for.
 
-A module has `add_parser(subparsers)` and `run(args)`, which returns the exit code. Results go to stdout,
-progress and notes to stderr.
+A command is a function: its parameters are the options, its docstring is the help, and it returns the exit code;
+a HawkError that it raises becomes one line on stderr.
+Results go to stdout, progress and notes to stderr.
 """

@@ -1,17 +1,18 @@
 """`hawk-trt advise`: what pruning would gain on this machine, from a short measurement of its stages."""
 
-import argparse
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
+from cyclopts import Parameter
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from hawk_trt.apps.bench.advice import Prediction, Recommendation, Size, StageTimes, TimeModel
 from hawk_trt.apps.bench.measurement import measure, prompt_size
-from hawk_trt.apps.cli import options
+from hawk_trt.apps.cli.options import PROMPT, Json, KeepRatios, Numbers, Pixels, Where
 from hawk_trt.apps.cli.output import note, print_json
 from hawk_trt.errors import InvalidInput
 from hawk_trt.request import PruningConfig, Result
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from hawk_trt import Pipeline
     from hawk_trt.request import ModelInputs
 
-SUMMARY = "predict the time to answer by keep ratio on this machine, and recommend one"
 _PROMPT = "Describe what is shown in this image."
 
 
@@ -45,95 +45,81 @@ class Advice:
     recommendations: tuple[Recommendation, ...]
 
 
-def add_parser(subparsers: "options.Subparsers[argparse.ArgumentParser]") -> None:
-    """Add the command's options."""
-    parser = options.add_command(subparsers, "advise", SUMMARY)
-    options.add_pipeline_options(parser)
-    group = parser.add_argument_group("prompt")
-    group.add_argument("--image", action="append", default=[], help="an image like yours; repeatable (default: noise)")
-    group.add_argument(
-        "--image-size", type=int, default=1008, metavar="N", help="height and width of the noise (default: %(default)s)"
-    )
-    group.add_argument("--prompt", default=_PROMPT, help="a question like yours (default: %(default)r)")
-    group.add_argument("--min-pixels", type=int, help="enlarge smaller images to this area (default: the checkpoint's)")
-    group.add_argument("--max-pixels", type=int, help="shrink larger images to this area (default: the checkpoint's)")
-    group = parser.add_argument_group("what is compared")
-    group.add_argument(
-        "--keep-ratios",
-        type=options.numbers,
-        default="0.6,0.4,0.2,0.1",
-        metavar="R,R,...",
-        help="shares of visual tokens kept (default: %(default)s)",
-    )
-    group.add_argument(
-        "--max-new-tokens",
-        type=options.numbers,
-        default="1,32,128,512",
-        metavar="N,N,...",
-        help="lengths of the answer (default: %(default)s)",
-    )
-    group.add_argument(
-        "--seconds", type=float, default=20.0, help="for measuring, at least two rounds (default: %(default)s)"
-    )
-    group = parser.add_argument_group("output")
-    group.add_argument("--json", action="store_true", help="print all as JSON")
+def advise(
+    model: Path,
+    where: Where = Where(),
+    pixels: Pixels = Pixels(),
+    *,
+    image: Annotated[tuple[str, ...], Parameter(group=PROMPT)] = (),
+    image_size: Annotated[int, Parameter(group=PROMPT)] = 1008,
+    prompt: Annotated[str, Parameter(group=PROMPT, allow_leading_hyphen=True)] = _PROMPT,
+    keep_ratios: KeepRatios = (0.6, 0.4, 0.2, 0.1),
+    max_new_tokens: Annotated[Numbers, Parameter(alias="--max-tokens")] = (1, 32, 128, 512),
+    seconds: float = 20.0,
+    json: Json = False,
+) -> int:
+    """Predict the time to answer by keep ratio on this machine, and recommend one.
 
+    Example: hawk-trt advise artifacts/3b --image photo.jpg --prompt "What does the sign say?"
 
-def run(args: argparse.Namespace) -> int:
-    """Measure, predict, recommend.
-
-    Raises:
-        HawkError: the bundle or an option cannot be used.
+    Args:
+        model: folder that an export wrote, or with engines built from it
+        image: an image like yours; repeatable (default: noise)
+        image_size: height and width of the noise
+        prompt: a question like yours
+        keep_ratios: shares of visual tokens kept, with commas between them
+        max_new_tokens: lengths of the answer, with commas between them
+        seconds: for measuring, at least two rounds
+        json: print all as JSON
     """
-    ratios = sorted({1.0, *(PruningConfig(keep_ratio=ratio).keep_ratio for ratio in args.keep_ratios)}, reverse=True)
-    lengths = [int(length) for length in args.max_new_tokens]
-    if min(lengths) < 1 or lengths != args.max_new_tokens:
-        raise InvalidInput(f"--max-new-tokens: got {args.max_new_tokens}, expected integers of at least 1")
-    if args.image_size < 1:
-        raise InvalidInput(f"--image-size: got {args.image_size}, expected at least 1")
-    with options.open_pipeline(args) as pipe:
-        inputs = None if pipe.chat_tokenizer() is not None else _tensors(args, pipe)
+    ratios = sorted({1.0, *(PruningConfig(keep_ratio=ratio).keep_ratio for ratio in keep_ratios)}, reverse=True)
+    lengths = [int(length) for length in max_new_tokens]
+    if min(lengths) < 1 or lengths != list(max_new_tokens):
+        raise InvalidInput(f"--max-new-tokens: got {list(max_new_tokens)}, expected integers of at least 1")
+    if image_size < 1:
+        raise InvalidInput(f"--image-size: got {image_size}, expected at least 1")
+    with where.open(model) as pipe:
+        inputs = None if pipe.chat_tokenizer() is not None else _tensors(pipe, image, image_size)
 
         def ask(pruning: PruningConfig, new_tokens: int) -> Result:
             if inputs is not None:
                 return pipe.generate(inputs, pruning=pruning, max_new_tokens=new_tokens, ignore_eos=True)
             return pipe.generate(
-                args.prompt,
-                images=args.image or [_noise(args.image_size)],
+                prompt,
+                images=image or [_noise(image_size)],
                 pruning=pruning,
                 max_new_tokens=new_tokens,
                 ignore_eos=True,
-                min_pixels=args.min_pixels,
-                max_pixels=args.max_pixels,
+                min_pixels=pixels.min_pixels,
+                max_pixels=pixels.max_pixels,
             )
 
         size = prompt_size(pipe, ask(PruningConfig(keep_ratio=1.0), 1))
-        note(f"measuring {size.num_text} text and {size.num_visual} visual tokens, about {args.seconds:g} s")
-        times = measure(ask, args.seconds)
+        note(f"measuring {size.num_text} text and {size.num_visual} visual tokens, about {seconds:g} s")
+        times = measure(ask, seconds)
         backend = pipe.backend
-    model = TimeModel(size, times)
+    predictor = TimeModel(size, times)
     advice = Advice(
-        bundle=str(args.bundle),
+        bundle=str(model),
         runtime=f"{backend.name}, {backend.device}, {backend.target}",
         size=size,
         measured=tuple(times),
-        predictions=tuple(model.predict(ratio, length) for ratio in ratios for length in lengths),
-        recommendations=tuple(model.recommend([r for r in ratios if r < 1.0], length) for length in lengths),
+        predictions=tuple(predictor.predict(ratio, length) for ratio in ratios for length in lengths),
+        recommendations=tuple(predictor.recommend([r for r in ratios if r < 1.0], length) for length in lengths),
     )
-    if args.json:
+    if json:
         print_json(advice)
     else:
         _print(advice, lengths, Console())
     return 0
 
 
-def _tensors(args: argparse.Namespace, pipe: "Pipeline") -> "ModelInputs":
+def _tensors(pipe: "Pipeline", image: tuple[str, ...], side: int) -> "ModelInputs":
     """A prompt for a bundle without a tokenizer: noise between special tokens."""
     from hawk_trt.runtime.reference import random_inputs  # only such bundles need it
 
-    if args.image:
+    if image:
         raise InvalidInput("--image: this bundle has no tokenizer, so it is measured with noise; choose --image-size")
-    side = args.image_size
     return random_inputs(pipe.bundle.manifest, np.random.default_rng(0), [(side, side)], 0)
 
 

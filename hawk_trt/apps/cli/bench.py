@@ -1,22 +1,22 @@
 """`hawk-trt bench`: time by stage and memory, pruned and not, of a bundle or of engines on this machine."""
 
-import argparse
 import platform
 import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
+from cyclopts import Group, Parameter
 from rich.console import Console
 
 from hawk_trt import __version__
-from hawk_trt.apps.bench.bench import MEMORY_METRIC, BenchPrompt, BenchRow, bench
-from hawk_trt.apps.cli import options
+from hawk_trt.apps.bench.bench import MEMORY_METRIC, BenchPrompt, BenchRow
+from hawk_trt.apps.bench.bench import bench as measure_rows
 from hawk_trt.apps.cli.doctor_checks import installed_version
-from hawk_trt.apps.cli.output import note, print_json
-from hawk_trt.apps.cli.progress import progress
+from hawk_trt.apps.cli.options import OUTPUT, Json, KeepRatios, MaxNewTokens, Numbers, Where
+from hawk_trt.apps.cli.output import counted, note, print_json
 from hawk_trt.errors import InvalidInput
 from hawk_trt.files import write_atomically
 from hawk_trt.request import ModelInputs
@@ -24,7 +24,6 @@ from hawk_trt.request import ModelInputs
 if TYPE_CHECKING:
     from hawk_trt import Pipeline
 
-SUMMARY = "measure time by stage and memory, at several keep ratios and prompt sizes"
 _QUESTION = "What is in this picture? Describe the most important things."
 
 
@@ -44,67 +43,103 @@ class _Report:
     rows: list[BenchRow]
 
 
-def add_parser(subparsers: "options.Subparsers[argparse.ArgumentParser]") -> None:
-    """Add the command's options."""
-    parser = options.add_command(subparsers, "bench", SUMMARY)
-    options.add_pipeline_options(parser)
-    group = parser.add_argument_group("prompts")
-    group.add_argument("--image", action="append", default=[], help="an image to ask about; repeatable")
-    group.add_argument("--prompt", default=_QUESTION, help="the question (default: %(default)r)")
-    group.add_argument(
-        "--sides",
-        type=options.numbers,
-        metavar="N,N,...",
-        help="square noise images of these sides in pixels instead (default: 448, where no image is given)",
-    )
-    group.add_argument("--text-tokens", type=int, default=32, help="where there is no tokenizer (default: %(default)s)")
-    group = parser.add_argument_group("measurement")
-    group.add_argument(
-        "--keep-ratios", type=options.numbers, default="1,0.4,0.2,0.1", metavar="R,R,...", help="(default: %(default)s)"
-    )
-    group.add_argument("--max-new-tokens", type=int, default=16, help="generated in each run (default: %(default)s)")
-    group.add_argument("--repeats", type=int, default=7, help="timed runs of each pair (default: %(default)s)")
-    group.add_argument("--warmup", type=int, default=2, help="runs before them (default: %(default)s)")
-    group = parser.add_argument_group("output")
-    group.add_argument("--plot", type=Path, metavar="PNG", help="draw stacked stage times by keep ratio")
-    group.add_argument("--json", action="store_true", help="print the measurements as JSON")
+@Parameter(name="*", group=Group("Prompts", sort_key=1))
+@dataclass(frozen=True, kw_only=True)
+class BenchPrompts:
+    """What is measured.
 
-
-def run(args: argparse.Namespace) -> int:
-    """Measure.
-
-    Raises:
-        HawkError: something that cannot be measured as asked for.
+    Attributes:
+        image: an image to ask about; repeatable
+        prompt: the question
+        sides: square noise images of these sides in pixels instead (default: 448, where no image is given)
+        text_tokens: where there is no tokenizer
     """
-    with options.open_pipeline(args) as pipe:
-        prompts = _prompts(args, pipe)
-        runs = (args.warmup + args.repeats) * len(prompts) * len(args.keep_ratios)
-        ticks = iter(progress(range(runs), runs, "runs"))
-        rows = bench(
+
+    image: tuple[str, ...] = ()
+    prompt: Annotated[str, Parameter(allow_leading_hyphen=True)] = _QUESTION
+    sides: Numbers = ()
+    text_tokens: int = 32
+
+    def prepared_by(self, pipe: "Pipeline") -> list[BenchPrompt]:
+        """The prompts.
+
+        Raises:
+            InvalidInput: a side that is too small, or noise that a bundle without a tokenizer cannot take.
+        """
+        sides = [int(side) for side in self.sides or ([] if self.image else [448])]
+        prompts = [BenchPrompt(Path(image).name, partial(pipe.prepare, self.prompt, [image])) for image in self.image]
+        for side in sides:
+            if side < 28:
+                raise InvalidInput(f"--sides: got {side}, expected pixels, at least 28")
+            prompts.append(self._noise(pipe, side))
+        return prompts
+
+    def _noise(self, pipe: "Pipeline", side: int) -> BenchPrompt:
+        """A noise image as a prompt; without a tokenizer its tensors, random ids around placeholders."""
+        rng = np.random.default_rng(side)
+        name = f"{side} x {side} px"
+        if {"tokenizer.json", "preprocessor_config.json"} <= set(pipe.bundle.manifest.files):
+            image = rng.integers(0, 256, (side, side, 3), dtype=np.uint8)
+            area = side * side
+            return BenchPrompt(name, partial(pipe.prepare, self.prompt, [image], min_pixels=area, max_pixels=area))
+        inputs = _tensors(pipe, rng, side, self.text_tokens)
+        return BenchPrompt(name, lambda: inputs)
+
+
+def bench(
+    model: Path,
+    where: Where = Where(),
+    prompts: BenchPrompts = BenchPrompts(),
+    *,
+    keep_ratios: KeepRatios = (1.0, 0.4, 0.2, 0.1),
+    max_new_tokens: MaxNewTokens = 16,
+    repeats: int = 7,
+    warmup: int = 2,
+    plot: Annotated[Path | None, Parameter(group=OUTPUT)] = None,
+    json: Json = False,
+) -> int:
+    """Measure time by stage and memory, at several keep ratios and prompt sizes.
+
+    Example: hawk-trt bench artifacts/3b --image photo.jpg --keep-ratio 1,0.4,0.2,0.1
+
+    Args:
+        model: folder that an export wrote, or with engines built from it
+        keep_ratios: shares of visual tokens kept, with commas between them
+        max_new_tokens: generated in each run
+        repeats: timed runs of each pair
+        warmup: runs before them
+        plot: PNG file, to draw stacked stage times by keep ratio
+        json: print the measurements as JSON
+    """
+    with where.open(model) as pipe:
+        prepared = prompts.prepared_by(pipe)
+        runs = (warmup + repeats) * len(prepared) * len(keep_ratios)
+        ticks = iter(counted(range(runs), runs, "runs"))
+        rows = measure_rows(
             pipe,
-            prompts,
-            args.keep_ratios,
-            max_new_tokens=args.max_new_tokens,
-            repeats=args.repeats,
-            warmup=args.warmup,
+            prepared,
+            keep_ratios,
+            max_new_tokens=max_new_tokens,
+            repeats=repeats,
+            warmup=warmup,
             step=partial(next, ticks, None),
         )
         next(ticks, None)  # the bar ends with its last item
         report = _Report(
-            bundle=str(args.bundle),
+            bundle=str(model),
             dtype=pipe.bundle.manifest.precision,
             backend=pipe.backend.name,
             device=pipe.backend.device,
             target=pipe.backend.target,
             machine=f"{platform.machine()}, {_cpu_name()}",
             versions={"python": platform.python_version(), "hawk_trt": __version__, pipe.backend.name: _runtime(pipe)},
-            repeats=args.repeats,
-            warmup=args.warmup,
-            max_new_tokens=args.max_new_tokens,
+            repeats=repeats,
+            warmup=warmup,
+            max_new_tokens=max_new_tokens,
             memory_metric=MEMORY_METRIC,
             rows=rows,
         )
-    if args.json:
+    if json:
         print_json(report)
     else:
         from hawk_trt.apps.bench.report import print_rows
@@ -112,34 +147,12 @@ def run(args: argparse.Namespace) -> int:
         console = Console(width=None if sys.stdout.isatty() else 160)
         print_rows(rows, console)
         console.print(f"{report.dtype}, {report.target}, {report.backend} on {report.device}; peak: {MEMORY_METRIC}")
-    if args.plot is not None:
+    if plot is not None:
         from hawk_trt.apps.bench.report import plot_rows
 
-        write_atomically(args.plot, plot_rows(rows))
-        note(f"plot           {args.plot}")
+        write_atomically(plot, plot_rows(rows))
+        note(f"plot           {plot}")
     return 0
-
-
-def _prompts(args: argparse.Namespace, pipe: "Pipeline") -> list[BenchPrompt]:
-    sides = [int(side) for side in args.sides or ([] if args.image else [448])]
-    prompts = [BenchPrompt(Path(image).name, partial(pipe.prepare, args.prompt, [image])) for image in args.image]
-    for side in sides:
-        if side < 28:
-            raise InvalidInput(f"--sides: got {side}, expected pixels, at least 28")
-        prompts.append(_noise_prompt(args, pipe, side))
-    return prompts
-
-
-def _noise_prompt(args: argparse.Namespace, pipe: "Pipeline", side: int) -> BenchPrompt:
-    """A noise image as a prompt; without a tokenizer its tensors, random ids around placeholders."""
-    rng = np.random.default_rng(side)
-    name = f"{side} x {side} px"
-    if "tokenizer.json" in pipe.bundle.manifest.files and "preprocessor_config.json" in pipe.bundle.manifest.files:
-        image = rng.integers(0, 256, (side, side, 3), dtype=np.uint8)
-        area = side * side
-        return BenchPrompt(name, partial(pipe.prepare, args.prompt, [image], min_pixels=area, max_pixels=area))
-    inputs = _tensors(pipe, rng, side, args.text_tokens)
-    return BenchPrompt(name, lambda: inputs)
 
 
 def _tensors(pipe: "Pipeline", rng: np.random.Generator, side: int, text_tokens: int) -> ModelInputs:

@@ -1,96 +1,100 @@
 """`hawk-trt calibrate`: how much each query head matters, measured by leaving it out; a weights file at the end."""
 
-import argparse
 from contextlib import ExitStack, closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
+from typing import Annotated
 
+from cyclopts import Group, Parameter
 from rich.console import Console
 
 from hawk_trt.apps.calibrate.work import FIRST_LAYER, SCOPES, Plan, Scores, Source, score_table, units_left
-from hawk_trt.apps.cli import options
-from hawk_trt.apps.cli.output import note, print_json
-from hawk_trt.apps.cli.progress import progress
+from hawk_trt.apps.cli.options import OUTPUT, WHERE, Dtype, Json, MaxNewTokens
+from hawk_trt.apps.cli.output import counted, note, print_json
 from hawk_trt.apps.evaluate.datasets import TINY, load_dataset
 from hawk_trt.apps.evaluate.metrics import METRICS
 from hawk_trt.apps.evaluate.result_log import ResultLog
 from hawk_trt.apps.parity.prompt_rules import prompt_tokens
 from hawk_trt.errors import InvalidInput
 from hawk_trt.inputs.checkpoint_files import download, is_hub_id
-from hawk_trt.stages import DTYPES
 
-SUMMARY = "measure how much each query head matters, by leaving it out (needs torch)"
-
-
-def add_parser(subparsers: "options.Subparsers[argparse.ArgumentParser]") -> None:
-    """Add the command's options."""
-    parser = options.add_command(subparsers, "calibrate", SUMMARY)
-    parser.add_argument("checkpoint", help="a checkpoint folder, or a hub id such as owner/name")
-    parser.add_argument("--revision", help="branch, tag or commit of a hub id")
-    group = parser.add_argument_group("questions")
-    group.add_argument(
-        "--dataset",
-        action="append",
-        help=f"{TINY} (the task of the shipped model), a JSONL file, or a folder with samples.jsonl, a line being "
-        '{"image": "a.png", "question": "...", "answer": "..."}; repeatable, each has the same say '
-        f"(default: {TINY})",
-    )
-    group.add_argument(
-        "--metric", action="append", choices=METRICS, help="of all data sets, or one of each (default: exact-match)"
-    )
-    group.add_argument("--count", type=int, help=f"of each data set (default: all of a file, 100 of {TINY})")
-    group.add_argument("--seed", type=int, default=0, help="of the samples' order (default: %(default)s)")
-    group.add_argument("--max-new-tokens", type=int, default=32, help="longest answer (default: %(default)s)")
-    group.add_argument("--max-pixels", type=int, help="shrink larger images to this area (default: the checkpoint's)")
-    group = parser.add_argument_group("what is left out")
-    group.add_argument(
-        "--scope",
-        choices=SCOPES,
-        default=FIRST_LAYER,
-        help="leave the head out of layer 0, or the head of that number out of every layer (default: %(default)s)",
-    )
-    group.add_argument(
-        "--keep-ratio",
-        type=float,
-        default=1.0,
-        help="share of visual tokens, chosen with equal heads; 1 measures the unpruned model, as the paper does "
-        "(default: %(default)s)",
-    )
-    group = parser.add_argument_group("where it runs")
-    group.add_argument("--device", default="cpu", help="of torch (default: %(default)s)")
-    group.add_argument("--dtype", choices=DTYPES, default="float32", help="of the model (default: %(default)s)")
-    group.add_argument(
-        "--heads-at-once", type=int, default=8, help="answers side by side; fewer need less memory (default: 8)"
-    )
-    group.add_argument(
-        "--shards",
-        type=int,
-        metavar="N",
-        help="N workers on a Ray cluster, each on a GPU of its own with --device cuda",
-    )
-    group.add_argument(
-        "--ray-address", help="of the cluster (default: RAY_ADDRESS, else one on this machine, started if need be)"
-    )
-    group = parser.add_argument_group("output")
-    group.add_argument(
-        "--out", type=Path, default=Path("head-weights.json"), metavar="FILE", help="weights (default: %(default)s)"
-    )
-    group.add_argument(
-        "--work",
-        type=Path,
-        default=Path("calibration"),
-        metavar="DIR",
-        help="every answer, which the next run goes on with (default: %(default)s)",
-    )
-    group.add_argument("--json", action="store_true", help="print the weights file")
+_LEFT_OUT = Group("What is left out", sort_key=2)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Answer what is not answered yet, and weigh.
+@Parameter(name="*", group=Group("Questions", sort_key=1))
+@dataclass(frozen=True, kw_only=True)
+class Questions:
+    """What the model is asked.
 
-    Raises:
-        HawkError: the checkpoint, a data set or an option cannot be used, or the results there are of something else.
+    Attributes:
+        dataset: tiny (the task of the shipped model), a JSONL file, or a folder with samples.jsonl, a line being
+            {"image": "a.png", "question": "...", "answer": "..."}; repeatable, each has the same say (default: tiny)
+        metric: of all data sets; repeat it for one of each (default: exact-match)
+        count: of each data set (default: all of a file, 100 of tiny)
+        seed: of the samples' order
+        max_new_tokens: longest answer
+        max_pixels: shrink larger images to this area (default: the checkpoint's)
+    """
+
+    dataset: tuple[str, ...] = ()
+    metric: Annotated[tuple[str, ...], Parameter(choices=tuple(METRICS))] = ()
+    count: int | None = None
+    seed: int = 0
+    max_new_tokens: MaxNewTokens = 32
+    max_pixels: int | None = None
+
+    def sources(self) -> tuple[Source, ...]:
+        """The data sets with their metrics.
+
+        Raises:
+            InvalidInput: a data set that cannot be read, or another number of metrics than of data sets.
+        """
+        names = [name if name == TINY else str(Path(name).resolve()) for name in self.dataset or (TINY,)]
+        metrics = self.metric or ("exact-match",)
+        if len(metrics) not in (1, len(names)):
+            raise InvalidInput(f"--metric: got {len(metrics)} for {len(names)} data sets, expected one, or one of each")
+        metrics = metrics * (len(names) // len(metrics))
+        datasets = [load_dataset(name, self.count, self.seed) for name in names]
+        return tuple(
+            Source(Path(name).stem or name, tuple(dataset), dataset.fingerprint, self.seed, metric, METRICS[metric])
+            for name, dataset, metric in zip(names, datasets, metrics, strict=True)
+        )
+
+
+def calibrate(
+    checkpoint: str,
+    questions: Questions = Questions(),
+    *,
+    revision: str | None = None,
+    scope: Annotated[str, Parameter(choices=SCOPES, group=_LEFT_OUT)] = FIRST_LAYER,
+    keep_ratio: Annotated[float, Parameter(alias="--keep-ratios", group=_LEFT_OUT)] = 1.0,
+    device: Annotated[str, Parameter(group=WHERE)] = "cpu",
+    dtype: Annotated[Dtype, Parameter(group=WHERE)] = "float32",
+    heads_at_once: Annotated[int, Parameter(group=WHERE)] = 8,
+    shards: Annotated[int | None, Parameter(group=WHERE)] = None,
+    ray_address: Annotated[str | None, Parameter(group=WHERE)] = None,
+    out: Annotated[Path, Parameter(group=OUTPUT)] = Path("head-weights.json"),
+    work: Annotated[Path, Parameter(group=OUTPUT)] = Path("calibration"),
+    json: Json = False,
+) -> int:
+    """Measure how much each query head matters, by leaving it out (needs PyTorch).
+
+    Example: hawk-trt calibrate Qwen/Qwen2.5-VL-3B-Instruct --dataset questions.jsonl --out weights.json
+
+    Args:
+        checkpoint: a checkpoint folder, or a hub id such as owner/name
+        revision: branch, tag or commit of a hub id
+        scope: leave the head out of layer 0, or the head of that number out of every layer
+        keep_ratio: share of visual tokens, chosen with equal heads; 1 measures the unpruned model, as the paper does
+        device: of torch
+        dtype: of the model
+        heads_at_once: answers side by side; fewer need less memory
+        shards: workers on a Ray cluster, each on a GPU of its own with --device cuda
+        ray_address: of the cluster (default: RAY_ADDRESS, else one on this machine, started if need be)
+        out: JSON file, the weights
+        work: folder of every answer, which the next run goes on with
+        json: print the weights file
     """
     # torch, when missing, is said before anything is read
     from hawk_trt.apps.parity.reference import Reference  # isort: skip
@@ -99,38 +103,27 @@ def run(args: argparse.Namespace) -> int:
     from hawk_trt.apps.calibrate.report import make_report, tell, verdict, write_report
     from hawk_trt.apps.calibrate.shards import do_here, do_on_ray
 
-    for name in ("heads_at_once", "shards"):
-        value = getattr(args, name)
+    for name, value in (("--heads-at-once", heads_at_once), ("--shards", shards)):
         if value is not None and value < 1:
-            raise InvalidInput(f"--{name.replace('_', '-')}: got {value}, expected at least 1")
-    names = [name if name == TINY else str(Path(name).resolve()) for name in args.dataset or [TINY]]
-    metrics = args.metric or ["exact-match"]
-    if len(metrics) not in (1, len(names)):
-        raise InvalidInput(f"--metric: got {len(metrics)} for {len(names)} data sets, expected one, or one of each")
-    metrics = metrics * (len(names) // len(metrics))
-    hub_id = args.checkpoint if is_hub_id(args.checkpoint) else None
-    if args.revision is not None and hub_id is None:
-        raise InvalidInput(f"--revision: only for a hub id (owner/name), got {args.checkpoint}")
-    datasets = [load_dataset(name, args.count, args.seed) for name in names]
-    sources = [
-        Source(Path(name).stem or name, tuple(dataset), dataset.fingerprint, args.seed, metric, METRICS[metric])
-        for name, dataset, metric in zip(names, datasets, metrics, strict=True)
-    ]
+            raise InvalidInput(f"{name}: got {value}, expected at least 1")
+    hub_id = checkpoint if is_hub_id(checkpoint) else None
+    if revision is not None and hub_id is None:
+        raise InvalidInput(f"--revision: only for a hub id (owner/name), got {checkpoint}")
     plan = Plan(
-        checkpoint=Path(args.checkpoint).resolve(),
-        sources=tuple(sources),
-        scope=args.scope,
+        checkpoint=Path(checkpoint).resolve(),
+        sources=questions.sources(),
+        scope=scope,
         load=Reference.load,
         special_tokens=prompt_tokens,
-        keep_ratio=args.keep_ratio,
-        max_new_tokens=args.max_new_tokens,
-        max_pixels=args.max_pixels,
-        dtype=args.dtype,
-        device=args.device,
+        keep_ratio=keep_ratio,
+        max_new_tokens=questions.max_new_tokens,
+        max_pixels=questions.max_pixels,
+        dtype=dtype,
+        device=device,
     )
     if hub_id:  # after all that could be wrong without it
         note(f"{hub_id}: downloading what is not in the Hugging Face cache of this machine")
-        plan = replace(plan, checkpoint=download(hub_id, args.revision))
+        plan = replace(plan, checkpoint=download(hub_id, revision))
     bundle = open_checkpoint(plan.checkpoint, hub_id)
     num_heads = bundle.manifest.language.num_attention_heads
     with ExitStack() as stack:
@@ -138,8 +131,8 @@ def run(args: argparse.Namespace) -> int:
             stack.enter_context(
                 closing(
                     ResultLog(
-                        args.work / f"{source.name}.jsonl",
-                        _subject(args, bundle.manifest.source.fingerprint, source),
+                        work / f"{source.name}.jsonl",
+                        _subject(plan, bundle.manifest.source.fingerprint, source),
                         Scores,
                         option="--work",
                         sync=True,
@@ -148,37 +141,37 @@ def run(args: argparse.Namespace) -> int:
             )
             for source in plan.sources
         ]
-        left = list(units_left(plan, [log.records for log in logs], num_heads, args.heads_at_once))
-        questions = sum(len(source.questions) for source in plan.sources)
-        total, to_go = questions * (1 + num_heads), sum(len(unit.heads) for unit in left)
-        note(f"{total} answers: {num_heads} heads and the whole model; {total - to_go} known in {args.work}")
+        left = list(units_left(plan, [log.records for log in logs], num_heads, heads_at_once))
+        asked = sum(len(source.questions) for source in plan.sources)
+        total, to_go = asked * (1 + num_heads), sum(len(unit.heads) for unit in left)
+        note(f"{total} answers: {num_heads} heads and the whole model; {total - to_go} known in {work}")
         if left:
-            done = do_on_ray(plan, left, args.shards, args.ray_address) if args.shards else do_here(plan, left)
-            for unit, scores in progress(done, len(left), f"units of up to {args.heads_at_once} answers"):
+            done = do_on_ray(plan, left, shards, ray_address) if shards else do_here(plan, left)
+            for unit, scores in counted(done, len(left), f"units of up to {heads_at_once} answers"):
                 logs[unit.source].append(scores)
         tables = [score_table(source, log.records, num_heads) for source, log in zip(plan.sources, logs, strict=True)]
     versions = {package: metadata.version(package) for package in ("torch", "transformers")}
     report = make_report(plan, bundle.manifest.source, tables, importance(tables), versions)
-    write_report(report, args.out)
-    if args.json:
+    write_report(report, out)
+    if json:
         print_json(report)
     else:
         Console().print(tell(report), highlight=False)
-    note(f"weights: {args.out}. Use them: --head-weights {args.out}, here or in python -m export")
-    if not report.differs_from_uniform and args.json:
+    note(f"weights: {out}. Use them: --head-weights {out}, here or in python -m export")
+    if not report.differs_from_uniform and json:
         note(verdict(report))
     return 0
 
 
-def _subject(args: argparse.Namespace, model: str, source: Source) -> dict[str, str]:
+def _subject(plan: Plan, model: str, source: Source) -> dict[str, str]:
     """What the results of a data set are of: another run goes on with them where all of it is the same."""
     return {
         "model": model,
-        "dtype": args.dtype,
+        "dtype": plan.dtype,
         "dataset": source.fingerprint,
         "metric": source.metric,
-        "scope": args.scope,
-        "keep_ratio": f"{args.keep_ratio:g}",
-        "max_new_tokens": str(args.max_new_tokens),
-        "max_pixels": str(args.max_pixels),
+        "scope": plan.scope,
+        "keep_ratio": f"{plan.keep_ratio:g}",
+        "max_new_tokens": str(plan.max_new_tokens),
+        "max_pixels": str(plan.max_pixels),
     }

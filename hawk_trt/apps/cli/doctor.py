@@ -1,17 +1,13 @@
 """`hawk-trt doctor`: what works on this machine, and whether a bundle is whole."""
 
-import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from hawk_trt.apps.cli import options
 from hawk_trt.apps.cli.doctor_checks import Report, examine
+from hawk_trt.apps.cli.options import Json, verify
 from hawk_trt.apps.cli.output import note, print_json, size
-from hawk_trt.apps.cli.verification import verify
 from hawk_trt.bundle import Manifest, read_manifest
 from hawk_trt.errors import BundleError
-
-SUMMARY = "say what works on this machine, and what would add the rest"
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,22 +19,21 @@ class BundleReport:
     problem: str | None
 
 
-def add_parser(subparsers: "options.Subparsers[argparse.ArgumentParser]") -> None:
-    """Add the command's options."""
-    parser = options.add_command(subparsers, "doctor", SUMMARY)
-    parser.add_argument("bundle", type=Path, nargs="?", help="also check this bundle, every file by hash")
-    parser.add_argument("--json", action="store_true", help="print all findings as JSON")
+def doctor(model: Path | None = None, *, json: Json = False) -> int:
+    """Say what works on this machine, and what would add the rest.
 
+    Example: hawk-trt doctor artifacts/3b
 
-def run(args: argparse.Namespace) -> int:
-    """Examine the machine and, where one is named, the bundle.
+    Args:
+        model: a bundle or engines to check too, every file by hash
+        json: print all findings as JSON
 
     Returns:
         0, or 1 where nothing can be run at all or the bundle is damaged.
     """
     report = examine()
-    bundle = None if args.bundle is None else _check(args.bundle)
-    if args.json:
+    bundle = None if model is None else _check(model)
+    if json:
         print_json(report, {} if bundle is None else {"bundle": bundle})
     else:
         _print_machine(report)

@@ -1,39 +1,42 @@
-"""The command line, `hawk-trt COMMAND ...`: finds the command's module, runs it, and turns errors into exit codes.
+"""The command line, `hawk-trt COMMAND ...`: finds the command's function, calls it, and turns errors into exit codes.
 
     0    done
     1    failed: one line on stderr (HAWK_DEBUG=1 shows the traceback too)
-    2    wrong usage
+    2    wrong usage: one line on stderr that names the help
     130  interrupted
 
-Modules are imported when their command is the one asked for, so that `--help` stays quick.
+Cyclopts reads the options. A command's module is imported when it is the one asked for, so that `--help` stays quick.
 """
 
-import argparse
 import io
 import os
 import sys
 import traceback
-from collections.abc import Sequence
-from importlib import import_module
-from types import ModuleType
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+
+from cyclopts import App, CycloptsError, Parameter
 
 from hawk_trt import __version__
 from hawk_trt.errors import HawkError
+from hawk_trt.runtime.versions import EXTRAS
 
-# Name: (module, what it does).
+# Name: (function, what it does).
 COMMANDS = {
-    "run": ("hawk_trt.apps.cli.run", "answer a prompt about images and videos, with few of their tokens"),
-    "serve": ("hawk_trt.apps.cli.serve", "serve the OpenAI protocol over HTTP"),
-    "explain": ("hawk_trt.apps.cli.explain", "draw which visual tokens are kept, and what is answered from them"),
-    "parity": ("hawk_trt.apps.cli.parity", "compare a bundle with PyTorch, stage by stage"),
-    "eval": ("hawk_trt.apps.cli.evaluate", "answer a data set with every selector and keep ratio"),
-    "bench": ("hawk_trt.apps.cli.bench", "measure time by stage and memory at several keep ratios"),
-    "calibrate": ("hawk_trt.apps.cli.calibrate", "measure how much each query head matters, by leaving it out"),
-    "advise": ("hawk_trt.apps.cli.advise", "predict the time to answer by keep ratio, and recommend one"),
-    "export": ("hawk_trt.export.__main__", "turn a Hugging Face checkpoint into a bundle of ONNX graphs"),
-    "build": ("hawk_trt.engines.__main__", "build TensorRT engines from a bundle, on the GPU that will run them"),
-    "doctor": ("hawk_trt.apps.cli.doctor", "say what works on this machine, and what would add the rest"),
+    "run": ("hawk_trt.apps.cli.run:run", "answer a prompt about images and videos, with few of their tokens"),
+    "serve": ("hawk_trt.apps.cli.serve:serve", "serve the OpenAI protocol over HTTP"),
+    "export": ("export.__main__:export_checkpoint", "turn a Hugging Face checkpoint into a bundle of ONNX graphs"),
+    "build": ("engines.__main__:build", "build TensorRT engines from a bundle, on the GPU that will run them"),
+    "explain": ("hawk_trt.apps.cli.explain:explain", "draw which visual tokens are kept, and the answers from them"),
+    "parity": ("hawk_trt.apps.cli.parity:parity", "compare a bundle with PyTorch, stage by stage"),
+    "eval": ("hawk_trt.apps.cli.evaluate:evaluate", "answer a data set with every selector and keep ratio"),
+    "bench": ("hawk_trt.apps.cli.bench:bench", "measure time by stage and memory at several keep ratios"),
+    "calibrate": ("hawk_trt.apps.cli.calibrate:calibrate", "measure how much each query head matters (needs PyTorch)"),
+    "advise": ("hawk_trt.apps.cli.advise:advise", "predict the time to answer by keep ratio, and recommend one"),
+    "doctor": ("hawk_trt.apps.cli.doctor:doctor", "say what works on this machine, and what would add the rest"),
 }
+COMPLETION = "--install-completion"
+INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,68 +49,103 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code.
 
     Raises:
-        SystemExit: wrong usage, --help or --version, by argparse.
+        SystemExit: wrong usage, --help or --version.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
+    app = make_app("hawk-trt", "Vision-language models with HAWK visual token pruning.")
+    wanted = next((word for word in argv if not word.startswith("-")), None)
+    for name, (function, summary) in COMMANDS.items():
+        # the command that is asked for shows the help of its docstring
+        app.command(_where_it_lies(function), name=name, help=None if name == wanted else summary)
+    if COMPLETION in argv:
+        app.register_install_completion_command(COMPLETION)
+    return run_app(app, argv)
+
+
+def make_app(name: str, help: str | None = None, command: Callable[..., int] | None = None) -> App:
+    """A command line in the manner of this project, with one command or with none yet."""
+    app = App(
+        name=name,
+        help=help,
+        version=f"hawk-trt {__version__}",
+        help_format="plaintext",
+        default_parameter=Parameter(negative=(), show_default=_default_shown, allow_repeating=True),
+        result_action="return_value",
+    )
+    if command is not None:
+        app.default(command)
+    return app
+
+
+def run_app(app: App, argv: Sequence[str]) -> int:
+    """Run a command line; returns the exit code, or ends the process as `main` says."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # an answer may hold what the terminal's encoding has not
             stream.reconfigure(errors="replace")
-    if argv[:1] in (["export"], ["build"]):  # these commands live outside hawk_trt/ and read their options themselves
-        return int(_import(COMMANDS[argv[0]][0]).main(argv[1:], prog=f"hawk-trt {argv[0]}"))
     try:
-        parser, module = _parser(argv)
-        args = parser.parse_args(argv)
-        if module is None:
-            parser.print_help(sys.stderr)
+        if not argv and app.default_command is None:
+            from rich.console import Console
+
+            app.help_print([], console=Console(stderr=True))
             return 2
-        code = int(module.run(args))
+        code = app(argv, exit_on_error=False, print_error=False)
         sys.stdout.flush()
     except KeyboardInterrupt:
         print(file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except BrokenPipeError:
         # Whoever read the output has left. What is still buffered goes nowhere, without a message at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except CycloptsError as error:
+        if isinstance(error.__cause__, HawkError):  # a value that its dataclass refused
+            return _failed(str(error.__cause__))
+        command = " ".join([*app.name, *argv[: argv[0] in COMMANDS and app.default_command is None]])
+        print(f"error: {' '.join(str(error).split())} See: {command} --help", file=sys.stderr)
+        raise SystemExit(2) from None
     except HawkError as error:
         return _failed(str(error))
-    except ModuleNotFoundError as error:  # of an extra
-        package = str(error.name).partition(".")[0]
-        return _failed(f"this command needs {package}: pip install {package}")
+    except ImportError as error:
+        return _failed(_missing(error))
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         return _failed(f"{place}{error.strerror or error}")
     except MemoryError:
         return _failed("not enough memory. See what is free: hawk-trt doctor")
-    return code
+    if code is None:  # --help, --version
+        raise SystemExit(0)
+    return int(code)
 
 
-def _parser(argv: Sequence[str]) -> tuple[argparse.ArgumentParser, ModuleType | None]:
-    """The parser, with the options of the one command that argv names, and its module."""
-    parser = argparse.ArgumentParser(
-        prog="hawk-trt", description="Vision-language models with HAWK visual token pruning.", allow_abbrev=False
+def _where_it_lies(function: str) -> str:
+    """export/ and engines/ lie inside hawk_trt once installed, and beside it in a checkout that is not installed."""
+    folder = function.partition(".")[0]
+    return f"hawk_trt.{function}" if folder != "hawk_trt" and find_spec(f"hawk_trt.{folder}") else function
+
+
+def _default_shown(value: object) -> str | None:
+    """How the help shows a default; those that say nothing are left out."""
+    if value is None or value is False or value == ():
+        return None
+    return (
+        ",".join(f"{one:g}" if isinstance(one, float) else str(one) for one in value)
+        if isinstance(value, tuple)
+        else str(value)
     )
-    parser.add_argument("--version", action="version", version=f"hawk-trt {__version__}")
-    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
-    wanted = next((word for word in argv if not word.startswith("-")), None)
-    chosen = None
-    for name, (module, summary) in COMMANDS.items():
-        if name == wanted:
-            chosen = _import(module)
-            chosen.add_parser(subparsers)
-        else:
-            subparsers.add_parser(name, help=summary)
-    return parser, chosen
 
 
-def _import(name: str) -> ModuleType:
-    """A command's module; export and engines lie beside hawk_trt in a checkout and inside it once installed."""
-    try:
-        return import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name not in ("hawk_trt.export", "hawk_trt.engines"):
-            raise
-        return import_module(name.removeprefix("hawk_trt."))
+def _missing(error: ImportError) -> str:
+    """What the command needs and is not installed, with all else that its extra brings.
+
+    Raises:
+        ImportError: it is a part of this project.
+    """
+    cause = error.__cause__ if isinstance(error.__cause__, ImportError) else error  # cyclopts wraps those of a command
+    package = (cause.name or "").partition(".")[0]
+    if not isinstance(cause, ModuleNotFoundError) or package == "hawk_trt":
+        raise error
+    together = next((extra for extra in EXTRAS.values() if package in extra), {package: ""})
+    return f"this command needs {package}: pip install {' '.join(together)}"
 
 
 def _failed(message: str) -> int:

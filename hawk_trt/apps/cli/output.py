@@ -1,10 +1,18 @@
-"""What commands print: JSON on stdout, notes on stderr."""
+"""What commands print: results and JSON on stdout; notes and progress on stderr."""
 
 import sys
-from typing import Any
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
+
+# Lines that tell of progress where no bar can be drawn: at most one in so many seconds.
+_SECONDS_BETWEEN_LINES = 2.0
+
+Item = TypeVar("Item")
 
 
 def print_json(*parts: object) -> None:
@@ -17,17 +25,64 @@ def print_json(*parts: object) -> None:
 
 def note(text: str) -> None:
     """Print a line on stderr."""
-    print(text, file=sys.stderr)
+    print(text, file=sys.stderr, flush=True)
 
 
-def size(size_bytes: int) -> str:
+def size(size_bytes: float) -> str:
     """A number of bytes for people: "6.3 MB"."""
-    value, unit = float(size_bytes), "bytes"
-    for unit in ("bytes", "kB", "MB", "GB", "TB"):
-        if value < 1000 or unit == "TB":
-            break
-        value /= 1000
-    return f"{value:.0f} bytes" if unit == "bytes" else f"{value:.1f} {unit}"
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size_bytes < 1000:
+            return f"{size_bytes:.0f} bytes" if unit == "bytes" else f"{size_bytes:.1f} {unit}"
+        size_bytes /= 1000
+    return f"{size_bytes:.1f} TB"
+
+
+@contextmanager
+def progress(what: str, *, in_bytes: bool = False) -> Iterator[Callable[[float, float], None]]:
+    """Show how far something is: a bar with the time left on a terminal, a line now and then elsewhere.
+
+    Args:
+        what: its name, in the plural.
+        in_bytes: whether it is counted in bytes.
+
+    Yields:
+        A function to call with how many are done and how many there are in all.
+    """
+    if not sys.stderr.isatty():
+        yield _lines(what, in_bytes=in_bytes)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    count = DownloadColumn() if in_bytes else MofNCompleteColumn()
+    columns = (TextColumn("{task.description}"), BarColumn(), count, TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def counted(items: Iterable[Item], total: int, what: str) -> Iterator[Item]:
+    """Pass items on and show how many of them have come."""
+    with progress(what) as show:
+        for number, item in enumerate(items, start=1):
+            show(number, total)
+            yield item
+
+
+def _lines(what: str, *, in_bytes: bool) -> Callable[[float, float], None]:
+    begun = printed_at = time.monotonic()
+
+    def show(done: float, total: float) -> None:
+        nonlocal printed_at
+        now = time.monotonic()
+        if now - printed_at < _SECONDS_BETWEEN_LINES and done < total:
+            return
+        printed_at = now
+        told = f"{size(done)} of {size(total)}" if in_bytes else f"{done:g} of {total:g}"
+        seconds_left = (now - begun) / done * (total - done) if done else 0.0
+        note(f"{told} {what}" + (f", about {seconds_left:.0f} s left" if seconds_left >= 1 else ""))
+
+    return show
 
 
 def _plain(value: object) -> object:

@@ -1,70 +1,65 @@
 """`hawk-trt run`: one prompt in, its answer on stdout, and what pruning and time it took on stderr."""
 
-import argparse
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Annotated
 
-from hawk_trt.apps.cli import options
+from cyclopts import Group, Parameter
+
 from hawk_trt.apps.cli.drawing import draw
+from hawk_trt.apps.cli.options import OUTPUT, Json, KeepRatio, Prompt, Pruning, Where
 from hawk_trt.apps.cli.output import note, print_json
 from hawk_trt.apps.explain.explanation import explain
 from hawk_trt.request import Result, SamplingConfig, Timings
 
-SUMMARY = "answer a prompt about images and videos, with few of their tokens"
+_SAMPLING = Group("Sampling", sort_key=3)
 
 
-def add_parser(subparsers: "options.Subparsers[argparse.ArgumentParser]") -> None:
-    """Add the command's options."""
-    parser = options.add_command(subparsers, "run", SUMMARY)
-    options.add_pipeline_options(parser)
-    options.add_prompt_options(parser)
-    group = parser.add_argument_group("pruning")
-    group.add_argument(
-        "--keep-ratio", type=float, help="share of visual tokens kept, in (0, 1] (default: the bundle's)"
-    )
-    options.add_pruning_options(group)
-    options.add_selector_options(group)
-    group = parser.add_argument_group("sampling")
-    group.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
-    group.add_argument(
-        "--top-p", type=float, default=1.0, help="fewest tokens of this probability (default: %(default)s)"
-    )
-    group.add_argument("--top-k", type=int, default=0, help="most probable tokens, 0 for all (default: %(default)s)")
-    group.add_argument("--seed", type=int, help="of the draw (default: another each time)")
-    group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end the answer there; repeatable")
-    group = parser.add_argument_group("output")
-    group.add_argument("--no-stream", action="store_true", help="print the answer when it is whole")
-    group.add_argument("--picture", type=Path, metavar="PNG", help="draw the kept tokens")
-    group.add_argument("--json", action="store_true", help="print the whole result as JSON")
+def run(
+    model: Path,
+    prompt: Prompt,
+    where: Where = Where(),
+    pruning: Pruning = Pruning(),
+    sampling: Annotated[SamplingConfig, Parameter(name="*", group=_SAMPLING)] = SamplingConfig(),
+    *,
+    keep_ratio: KeepRatio = None,
+    stop: Annotated[tuple[str, ...], Parameter(group=_SAMPLING, allow_leading_hyphen=True)] = (),
+    no_stream: Annotated[bool, Parameter(group=OUTPUT)] = False,
+    picture: Annotated[Path | None, Parameter(group=OUTPUT)] = None,
+    json: Json = False,
+) -> int:
+    """Answer a prompt about images and videos, with few of their tokens.
 
+    Example: hawk-trt run artifacts/3b --image photo.jpg --prompt "What does the sign say?" --keep-ratio 0.2
 
-def run(args: argparse.Namespace) -> int:
-    """Answer the prompt.
-
-    Raises:
-        HawkError: anything that cannot be used or done as asked for.
+    Args:
+        model: folder that an export wrote, or with engines built from it
+        keep_ratio: share of visual tokens kept, in (0, 1] (default: the bundle's)
+        stop: end the answer at this text; repeatable
+        no_stream: print the answer when it is whole
+        picture: PNG file, to draw the kept tokens
+        json: print the whole result as JSON
     """
     # All that can be refused without the model is refused before it is loaded.
-    sampling = SamplingConfig(args.temperature, args.top_p, args.top_k, args.seed)
-    pruning = options.selected_pruning(args, 1.0 if args.keep_ratio is None else args.keep_ratio)
-    text = options.prompt_text(args)
-    pipe = options.open_pipeline(args)
-    if args.keep_ratio is None:
-        pruning = replace(pruning, keep_ratio=pipe.bundle.manifest.keep_ratio)
-    prompt = options.messages(args, text)
+    config = pruning.config(1.0 if keep_ratio is None else keep_ratio)
+    text = prompt.text()
+    pipe = where.open(model)
+    if keep_ratio is None:
+        config = replace(config, keep_ratio=pipe.bundle.manifest.keep_ratio)
+    messages = prompt.messages(text)
     stream = pipe.stream(
-        prompt,
-        images=args.image,
-        videos=args.video,
-        pruning=pruning,
-        max_new_tokens=args.max_new_tokens,
+        messages,
+        images=prompt.image,
+        videos=prompt.video,
+        pruning=config,
+        max_new_tokens=prompt.max_new_tokens,
         sampling=sampling,
-        stop=args.stop,
-        min_pixels=args.min_pixels,
-        max_pixels=args.max_pixels,
+        stop=stop,
+        min_pixels=prompt.min_pixels,
+        max_pixels=prompt.max_pixels,
     )
-    live = sys.stdout.isatty() and not (args.no_stream or args.json)
+    live = sys.stdout.isatty() and not (no_stream or json)
     line_begun = False
     try:
         for piece in stream:
@@ -75,25 +70,31 @@ def run(args: argparse.Namespace) -> int:
         if line_begun:
             print()
     result = stream.result
-    picture = args.picture if result.num_visual else None
-    if args.json:
-        shown = {"keep_ratio": pruning.keep_ratio, "picture": None if picture is None else str(picture)}
+    drawn = picture if result.num_visual else None
+    if json:
+        shown = {"keep_ratio": config.keep_ratio, "picture": None if drawn is None else str(drawn)}
         print_json(replace(result, logits=None), shown)
     elif not live:
         print(result.text, flush=True)
-    if picture is not None:  # after the answer, which a picture that cannot be written must not cost
+    if drawn is not None:  # after the answer, which a picture that cannot be written must not cost
         inputs = pipe.prepare(
-            prompt, images=args.image, videos=args.video, min_pixels=args.min_pixels, max_pixels=args.max_pixels
+            messages,
+            images=prompt.image,
+            videos=prompt.video,
+            min_pixels=prompt.min_pixels,
+            max_pixels=prompt.max_pixels,
         )
         merge = pipe.bundle.manifest.vision.spatial_merge_size
-        explained = explain(text, pipe.layout(inputs), [(pruning.keep_ratio, result)], merge, args.selector)
-        draw(picture, explained, args, pipe)
-    _summarise(args, result)
+        explained = explain(text, pipe.layout(inputs), [(config.keep_ratio, result)], merge, pruning.selector)
+        draw(drawn, explained, prompt, pruning, pipe)
+    _summarise(result)
+    if picture is not None:
+        note(f"picture        {drawn or 'not drawn: there are no visual tokens'}")
     return 0
 
 
-def _summarise(args: argparse.Namespace, result: Result) -> None:
-    """The note after an answer: visual tokens kept, time by stage, and where the picture is."""
+def _summarise(result: Result) -> None:
+    """The note after an answer: visual tokens kept, time by stage, and how it ended."""
     if result.num_visual:
         share = 100.0 * result.num_kept / result.num_visual
         note(f"visual tokens  {result.num_kept} kept of {result.num_visual} ({share:.1f} %)")
@@ -104,5 +105,3 @@ def _summarise(args: argparse.Namespace, result: Result) -> None:
     tokens = len(result.token_ids)
     end = "stopped at --max-new-tokens" if result.finish_reason == "length" else "ended by itself"
     note(f"answer         {tokens} token{'s' * (tokens != 1)}, {end}")
-    if args.picture is not None:
-        note(f"picture        {args.picture if result.num_visual else 'not drawn: there are no visual tokens'}")

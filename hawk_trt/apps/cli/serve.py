@@ -1,131 +1,109 @@
 """`hawk-trt serve`: the OpenAI protocol over HTTP, until SIGTERM or Ctrl+C."""
 
-import argparse
 import ipaddress
-from dataclasses import fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from hawk_trt.apps.cli import options
+from cyclopts import Group, Parameter
+
+from hawk_trt.apps.cli.options import KeepRatio, Pruning, Where
 from hawk_trt.apps.cli.output import note
 from hawk_trt.apps.serve.settings import KEY_VARIABLE, ServeLimits, ServeSettings, read_api_keys
-from hawk_trt.errors import BackendError
 from hawk_trt.runtime.vision_cache import DEFAULT_VISION_CACHE_MB
 
 if TYPE_CHECKING:
     from hawk_trt import Pipeline
 
-SUMMARY = "serve the OpenAI protocol over HTTP: chat completions with images, pruned as each request asks"
-_PORT = 8000
+_LIMITS = Group("Limits", sort_key=4)
+_ADDRESS = Group("Address", sort_key=1)
 
 
-def add_parser(subparsers: "options.Subparsers[argparse.ArgumentParser]") -> None:
-    """Add the command's options."""
-    parser = options.add_command(subparsers, "serve", SUMMARY)
-    options.add_pipeline_options(parser)
-    group = parser.add_argument_group("address")
-    group.add_argument("--host", default="127.0.0.1", help="0.0.0.0 is all networks (default: %(default)s)")
-    group.add_argument("--port", type=int, default=_PORT, help="0 takes a free one (default: %(default)s)")
-    group.add_argument("--model-name", help="what clients call the model (default: the folder's name)")
-    group.add_argument(
-        "--api-key-file",
-        type=Path,
-        metavar="FILE",
-        help=f"keys that open the server, one a line (default: the one in {KEY_VARIABLE}, or none)",
-    )
-    group.add_argument(
-        "--cors-origin", action="append", default=[], metavar="ORIGIN", help="whose pages may call it; repeatable"
-    )
-    group.add_argument(
-        "--remote-host",
-        action="append",
-        default=[],
-        metavar="HOST",
-        help="images may be fetched from there: NAME, *.NAME or NAME:PORT; repeatable (default: data URLs alone)",
-    )
-    group.add_argument("--no-page", action="store_true", help="no page at / to ask from")
-    group = parser.add_argument_group("pruning of a request that does not say otherwise")
-    group.add_argument(
-        "--keep-ratio", type=float, help="share of visual tokens kept, in (0, 1] (default: the bundle's)"
-    )
-    options.add_pruning_options(group)
-    options.add_selector_options(group)
-    group = parser.add_argument_group("limits")
-    group.add_argument(
-        "--vision-cache-mb",
-        type=float,
-        default=DEFAULT_VISION_CACHE_MB,
-        metavar="N",
-        help="megabytes of embeddings of images asked about before (default: %(default)s)",
-    )
-    for field in fields(ServeLimits):
-        text = field.metadata["help"]
-        group.add_argument(
-            f"--{field.name.replace('_', '-')}",
-            type=int if field.type in (int, int | None) else float,
-            default=field.default,
-            metavar="N",
-            help=text if field.default is None else f"{text} (default: %(default)s)",
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """What is served, to whom and within which limits: all options of the command but the address.
+
+    Attributes:
+        model_name: what clients call the model (default: the folder's name)
+        api_key_file: file of keys that open the server, one a line (default: the one in HAWK_API_KEY, or none)
+        cors_origin: web origin whose pages may call the server; repeatable
+        remote_host: images may be fetched from there: NAME, *.NAME or NAME:PORT; repeatable (default: data URLs alone)
+        no_page: no page at / to ask from
+        keep_ratio: share of visual tokens kept, in (0, 1], unless the request says otherwise (default: the bundle's)
+        vision_cache_mb: megabytes of embeddings of images asked about before
+    """
+
+    where: Where = Where()
+    model_name: Annotated[str | None, Parameter(alias="--served-model-name")] = None
+    api_key_file: Path | None = None
+    cors_origin: tuple[str, ...] = ()
+    remote_host: tuple[str, ...] = ()
+    no_page: bool = False
+    keep_ratio: KeepRatio = None
+    pruning: Pruning = Pruning()
+    vision_cache_mb: Annotated[float, Parameter(group=_LIMITS)] = DEFAULT_VISION_CACHE_MB
+    limits: Annotated[ServeLimits, Parameter(name="*", group=_LIMITS)] = ServeLimits()
+
+    def settings(self, model: Path) -> ServeSettings:
+        """The server's settings.
+
+        Raises:
+            InvalidInput: a value out of its range, or a key file without a key.
+        """
+        return ServeSettings(
+            model_name=self.model_name or model.resolve().name,
+            pruning=self.pruning.config(1.0 if self.keep_ratio is None else self.keep_ratio),
+            remote_hosts=self.remote_host,
+            cors_origins=self.cors_origin,
+            api_keys=read_api_keys(self.api_key_file),
+            page=not self.no_page,
+            **asdict(self.limits),
         )
 
+    def open(self, model: Path, settings: ServeSettings) -> "tuple[Pipeline, ServeSettings]":
+        """The loaded model, and the settings with the keep ratio of its bundle where the options name none.
 
-def run(args: argparse.Namespace) -> int:
-    """Serve.
+        Raises:
+            HawkError: it cannot be loaded as asked for.
+        """
+        pipe = self.where.open(model, self.vision_cache_mb)
+        if self.keep_ratio is None:
+            pruning = replace(settings.pruning, keep_ratio=pipe.bundle.manifest.keep_ratio)
+            settings = replace(settings, pruning=pruning)
+        return pipe, settings
 
-    Raises:
-        HawkError: anything that cannot be used or done as asked for.
+
+def serve(
+    model: Path,
+    served: Served = Served(),
+    *,
+    host: Annotated[str, Parameter(group=_ADDRESS)] = "127.0.0.1",
+    port: Annotated[int, Parameter(group=_ADDRESS)] = 8000,
+) -> int:
+    """Serve the OpenAI protocol over HTTP: chat completions with images, pruned as each request asks.
+
+    Example: hawk-trt serve artifacts/3b --keep-ratio 0.2 --port 8000
+
+    Args:
+        model: folder that an export wrote, or with engines built from it
+        host: address to listen at; 0.0.0.0 is all networks
+        port: 0 takes a free one
     """
-    try:
-        from hawk_trt.apps.serve.app import create_app
-        from hawk_trt.apps.serve.server import Server, configure_logging, listen
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] == "hawk_trt":
-            raise
-        raise BackendError(
-            f"{error.name}: not installed. pip install 'hawk-trt[serve]', or fastapi uvicorn prometheus-client"
-        ) from error
-    settings = settings_of(args)
-    if not settings.api_keys and not _is_loopback(args.host):
-        note(f"warning: {args.host} is open to others and no key is set. Give one: --api-key-file or {KEY_VARIABLE}")
+    from hawk_trt.apps.serve.app import create_app
+    from hawk_trt.apps.serve.server import Server, configure_logging, listen
+
+    settings = served.settings(model)
+    if not settings.api_keys and not _is_loopback(host):
+        note(f"warning: {host} is open to others and no key is set. Give one: --api-key-file or {KEY_VARIABLE}")
     configure_logging()
-    pipe, settings = open_served(args, settings)
-    with pipe, listen(args.host, args.port) as port:
-        host, number = port.getsockname()[:2]
-        note(f"serving {settings.model_name} at http://{f'[{host}]' if ':' in host else host}:{number}/v1")
+    pipe, settings = served.open(model, settings)
+    with pipe, listen(host, port) as opened:
+        name, number = opened.getsockname()[:2]
+        note(f"serving {settings.model_name} at http://{f'[{name}]' if ':' in name else name}:{number}/v1")
         server = Server(create_app(pipe, settings))
-        server.run(sockets=[port])
+        server.run(sockets=[opened])
     return 0 if server.started else 1
-
-
-def open_served(args: argparse.Namespace, settings: ServeSettings) -> "tuple[Pipeline, ServeSettings]":
-    """The pipeline that the options name, and the settings with the keep ratio of its bundle where they name none.
-
-    Raises:
-        HawkError: it cannot be loaded as asked for.
-    """
-    pipe = options.open_pipeline(args, args.vision_cache_mb)
-    if args.keep_ratio is None:
-        kept = replace(settings.pruning, keep_ratio=pipe.bundle.manifest.keep_ratio)
-        settings = replace(settings, pruning=kept)
-    return pipe, settings
-
-
-def settings_of(args: argparse.Namespace) -> ServeSettings:
-    """The settings that the options name.
-
-    Raises:
-        InvalidInput: a value out of its range, or a key file without a key.
-    """
-    limits = {field.name: getattr(args, field.name) for field in fields(ServeLimits)}
-    return ServeSettings(
-        model_name=args.model_name or args.bundle.resolve().name,
-        pruning=options.selected_pruning(args, 1.0 if args.keep_ratio is None else args.keep_ratio),
-        remote_hosts=tuple(args.remote_host),
-        cors_origins=tuple(args.cors_origin),
-        api_keys=read_api_keys(args.api_key_file),
-        page=not args.no_page,
-        **limits,
-    )
 
 
 def _is_loopback(host: str) -> bool:

@@ -3,16 +3,11 @@
 import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
 
 from hawk_trt.errors import InvalidInput
 from hawk_trt.request import PruningConfig
 
 KEY_VARIABLE = "HAWK_API_KEY"
-
-
-def _limit(default: float | None, help: str) -> Any:  # noqa: ANN401 - as dataclasses.field, any type's default
-    return field(default=default, metadata={"help": help})
 
 
 def _quarter_of_memory_mb() -> float:
@@ -22,31 +17,52 @@ def _quarter_of_memory_mb() -> float:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeLimits:
-    """What a server allows; the help of each limit is its documentation.
+    """Every limit is an option of `hawk-trt serve`, and this text its help.
+
+    Attributes:
+        temperature: of a request that names none; 0 is greedy
+        max_batch: requests that share a decode step
+        max_queue: requests that wait; one more is told to come back
+        max_cache_mb: megabytes of KV cache of all running requests; unless told, a quarter of this machine's memory
+        max_waiting_mb: megabytes of bodies and image tensors of all requests together
+        max_body_mb: megabytes of one request, and of one image that is fetched
+        max_messages: messages of one request
+        max_images: images of one request
+        max_image_pixels: pixels of all images of one request, as sent
+        max_pixels: shrink larger images to this area (default: the checkpoint's)
+        max_prompt_tokens: tokens of one prompt (default: the model's context)
+        max_tokens: tokens of one answer, and of one whose request names no limit
+        max_connections: open connections; one more is answered 503
+        body_seconds: to receive a request
+        remote_seconds: to fetch one image
+        first_token_seconds: until an answer begins, waiting in the queue included
+        request_seconds: until an answer is complete
+        drain_seconds: to finish answers after SIGTERM
+        preprocess_threads: threads that decode images and make prompts
 
     Raises:
         InvalidInput: a limit below what any server could work with.
     """
 
-    temperature: float = _limit(1.0, "of a request that names none; 0 is greedy")
-    max_batch: int = _limit(8, "requests that share a decode step")
-    max_queue: int = _limit(64, "requests that wait; one more is told to come back")
-    max_cache_mb: float = _limit(_quarter_of_memory_mb(), "megabytes of KV cache of all running requests")
-    max_waiting_mb: float = _limit(1024, "megabytes of bodies and image tensors of all requests together")
-    max_body_mb: float = _limit(20, "megabytes of one request, and of one image that is fetched")
-    max_messages: int = _limit(256, "messages of one request")
-    max_images: int = _limit(16, "images of one request")
-    max_image_pixels: int = _limit(33_554_432, "pixels of all images of one request, as sent")
-    max_pixels: int | None = _limit(None, "shrink larger images to this area (default: the checkpoint's)")
-    max_prompt_tokens: int | None = _limit(None, "tokens of one prompt (default: the model's context)")
-    max_tokens: int = _limit(1024, "tokens of one answer, and of one whose request names no limit")
-    max_connections: int = _limit(512, "open connections; one more is answered 503")
-    body_seconds: float = _limit(30.0, "to receive a request")
-    remote_seconds: float = _limit(10.0, "to fetch one image")
-    first_token_seconds: float = _limit(60.0, "until an answer begins, waiting in the queue included")
-    request_seconds: float = _limit(300.0, "until an answer is complete")
-    drain_seconds: float = _limit(30.0, "to finish answers after SIGTERM")
-    preprocess_threads: int = _limit(2, "threads that decode images and make prompts")
+    temperature: float = 1.0
+    max_batch: int = 8
+    max_queue: int = 64
+    max_cache_mb: float = _quarter_of_memory_mb()
+    max_waiting_mb: float = 1024
+    max_body_mb: float = 20
+    max_messages: int = 256
+    max_images: int = 16
+    max_image_pixels: int = 33_554_432
+    max_pixels: int | None = None
+    max_prompt_tokens: int | None = None
+    max_tokens: int = 1024
+    max_connections: int = 512
+    body_seconds: float = 30.0
+    remote_seconds: float = 10.0
+    first_token_seconds: float = 60.0
+    request_seconds: float = 300.0
+    drain_seconds: float = 30.0
+    preprocess_threads: int = 2
 
     def __post_init__(self) -> None:
         for entry in fields(ServeLimits):

@@ -193,20 +193,24 @@ def test_wrong_usage_is_exit_code_2(argv, capsys):
     assert (usage_error(argv) if argv else main(argv)) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert "usage: hawk-trt" in err
+    assert "Usage: hawk-trt COMMAND" in err if not argv else err.startswith("error: ")
+    assert not argv or err.count("\n") == 1
+    assert not argv or f"See: hawk-trt {argv[0]} --help" in err or "See: hawk-trt --help" in err
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(command, capsys):
     assert usage_error([command, "--help"]) == 0
-    assert f"usage: hawk-trt {command}" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert f"Usage: hawk-trt {command}" in told
+    assert f"Example: hawk-trt {command} " in told
 
 
 def test_help_loads_no_runtime_and_nothing_loads_torch(ask):
     code = (
         "import sys\nfrom hawk_trt.apps.cli.main import main\n"
         "try:\n    code = main(sys.argv[1:])\nexcept SystemExit as stop:\n    code = stop.code\n"
-        "print(*sorted({'onnxruntime', 'torch', 'transformers', 'rich', 'av'} & set(sys.modules)), file=sys.stderr)\n"
+        "print(*sorted({'onnxruntime', 'torch', 'transformers', 'av'} & set(sys.modules)), file=sys.stderr)\n"
         "sys.exit(code)\n"
     )
     done = start("run", "--help", code=code)
@@ -227,8 +231,8 @@ def test_a_traceback_is_shown_on_request_only(tmp_path):
 def test_an_interrupt_is_exit_code_130():
     code = (
         "import sys, hawk_trt.apps.cli.doctor as doctor\n"
-        "def run(args): raise KeyboardInterrupt\n"
-        "doctor.run = run\n"
+        "def interrupted(): raise KeyboardInterrupt\n"
+        "doctor.doctor = interrupted\n"
         "from hawk_trt.apps.cli.main import main; sys.exit(main(['doctor']))\n"
     )
     done = start(code=code)
@@ -244,7 +248,7 @@ def test_a_reader_that_leaves_early_causes_no_noise():
 def test_an_answer_beyond_the_terminals_encoding_is_still_printed():
     code = (
         "import sys, hawk_trt.apps.cli.doctor as doctor\n"
-        "doctor.run = lambda args: print('caf\\u00e9 \\u732b') or 0\n"
+        "doctor.doctor = lambda: print('caf\\u00e9 \\u732b') or 0\n"
         "from hawk_trt.apps.cli.main import main; sys.exit(main(['doctor']))\n"
     )
     done = start(code=code, env={"PYTHONIOENCODING": "ascii"})

@@ -10,15 +10,18 @@ from hawk_trt.apps.cli import doctor_checks as doctor
 from hawk_trt.apps.cli.doctor_checks import Gpu, examine, parse_gpus, provider_problem
 from hawk_trt.runtime.versions import EXTRAS, at_least
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pytest brings it
+
 ROOT = Path(__file__).parents[3]
 ABSENT = dict.fromkeys((*doctor.RUNTIME, *doctor.ONNX_RUNTIMES, *doctor.TENSORRTS))
 
 
 def extras_of_pyproject():
-    text = (ROOT / "pyproject.toml").read_text()
-    section = text.split("[project.optional-dependencies]")[1].split("[project.scripts]")[0]
-    lines = re.findall(r"^(\w+) = \[(.*)\]$", section, re.MULTILINE)
-    return {name: dict(re.findall(r'"([\w-]+)>=([\d.]+)"', packages)) for name, packages in lines}
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    return {name: dict(re.findall(r"([\w-]+)>=([\d.]+)", " ".join(packages))) for name, packages in extras.items()}
 
 
 def test_doctor_knows_the_extras_of_pyproject():

@@ -348,7 +348,7 @@ def test_every_limit_has_an_option_with_its_default(capsys):
         main(["serve", "--help"])
     text = capsys.readouterr().out
     assert all(f"--{name.replace('_', '-')}" in text for name in ServeSettings.__dataclass_fields__ if "max" in name)
-    assert "(default: 64)" in text
+    assert "[default: 64]" in text
 
 
 def test_limits_below_any_use_are_refused():
