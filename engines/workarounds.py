@@ -14,34 +14,27 @@ newer TensorRT still needs them; the check after each build tells.
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import NamedTuple
+
+from hawk_trt.runtime.versions import at_least, up_to
 
 _VARIABLE = "__LUNOWUD"
 _NONE = "HAWK_NO_WORKAROUNDS"
 
 
-@dataclass(frozen=True, slots=True)
-class Workaround:
-    """One switch.
-
-    Attributes:
-        name: by which engines.json tells that it was on.
-        switch: that TensorRT's compiler reads.
-        since: first version that needs it, major and minor.
-        until: last version that needs it, None where it still does.
-        max_batch: largest batch of an engine that needs it, None for any.
-    """
+class Workaround(NamedTuple):
+    """A switch, by the name that engines.json has for it, and which versions and largest batch need it (None: all)."""
 
     name: str
     switch: str
-    since: tuple[int, int]
-    until: tuple[int, int] | None
+    since: str
+    until: str | None
     max_batch: int | None
 
 
 WORKAROUNDS = (
-    Workaround("no_dual_gemm", "-peep:match_dual_gemm=off", (10, 13), (10, 14), None),
-    Workaround("no_horizontal_fusion", "-peep:fc_h_fusion=off", (10, 13), None, 1),
+    Workaround("no_dual_gemm", "-peep:match_dual_gemm=off", "10.13", "10.14", None),
+    Workaround("no_horizontal_fusion", "-peep:fc_h_fusion=off", "10.13", None, 1),
 )
 
 
@@ -49,11 +42,11 @@ def workarounds_for(tensorrt: str, batch: int) -> tuple[Workaround, ...]:
     """The workarounds that a version needs for engines of a batch size."""
     if os.environ.get(_NONE, "0") not in ("", "0"):
         return ()
-    major, minor = (int(part) for part in tensorrt.split(".")[:2])
     return tuple(
         entry
         for entry in WORKAROUNDS
-        if entry.since <= (major, minor) <= (entry.until or (major, minor))
+        if at_least(tensorrt, entry.since)
+        and (entry.until is None or up_to(tensorrt, entry.until))
         and (entry.max_batch is None or batch <= entry.max_batch)
     )
 

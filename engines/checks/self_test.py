@@ -16,12 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import hawk_trt
 from hawk_trt.stages import DTYPES, TENSORRT
 
 from ..plugin_library import DEFAULT_PLUGIN
 from ..profiles import TENSORRT_TARGETS
 
-_CHECKPOINT = Path("examples/tiny-vlm")
+# In a checkout the folders lie side by side, installed they and the tiny model are parts of hawk_trt.
+_PARENT = (__package__ or "").removesuffix("engines.checks")
+_CHECKPOINT = Path("examples/tiny-vlm") if not _PARENT else Path(hawk_trt.__file__).parent / "data" / "tiny_vlm"
 _PACKAGES = ("tensorrt", "tensorrt-cu12", "tensorrt-cu13", "cuda-bindings", "onnx", "onnxruntime", "numpy")
 _LIMITS = ("--max-visual-tokens", "1024", "--max-prompt-tokens", "1536", "--max-context", "1024")
 _REASON_CHARACTERS = 600
@@ -74,7 +77,7 @@ def _results(checkpoint: Path, out: Path) -> Iterator[EngineResult]:
     bundles = {dtype: out / dtype for dtype in DTYPES}
     for dtype, bundle in bundles.items():
         _note(f"exporting {dtype}")
-        done = _run("export", str(checkpoint), "--out", str(bundle), "--dtype", dtype)
+        done = _run(f"{_PARENT}export", str(checkpoint), "--out", str(bundle), "--dtype", dtype)
         if done.status:
             yield EngineResult(dtype, f"export failed: {done.reason}", "", "", False, bundle)
             return
@@ -92,7 +95,7 @@ def _engine(name: str, checkpoint: Path, bundle: Path, reference: Path, folder: 
     _note(f"{name}: building")
     target = name.split(", ")[1]
     options = ("--target", target, "--plugin", plugin, "--reference", str(reference), *_LIMITS, "--force", "--json")
-    done = _run("engines", str(bundle), "--out", str(folder), *options)
+    done = _run(f"{_PARENT}engines", str(bundle), "--out", str(folder), *options)
     if done.status:
         if f"--target: got {TENSORRT} with TensorRT" in done.reason:
             return EngineResult(name, "not in this TensorRT", "", "", True, folder)

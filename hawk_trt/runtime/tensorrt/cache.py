@@ -29,6 +29,7 @@ class KVCache:
         inplace: whether steps write in place.
         context: columns that it can hold.
         length: columns written so far.
+        nbytes: device memory that it takes.
         turn: counts generations; the latest one has the cache.
         checked_rows: rows whose last logits tell whether all that was written is finite; None while a step runs,
             after one that failed, and before the first.
@@ -42,22 +43,18 @@ class KVCache:
         self.checked_rows: int | None = None
         self._side = 0
         self._manifest = manifest
-        self._names = _names(manifest)
-        slot = _slot_bytes(manifest)
+        self._names, sides, slot_bytes = _layout(manifest)
+        self.nbytes = self.size_bytes(manifest)
         self._sides = [
-            [address + (side * len(self._names) + i) * slot for i in range(len(self._names))]
-            for side in range(_sides(manifest))
+            [address + (side * len(self._names) + i) * slot_bytes for i in range(len(self._names))]
+            for side in range(sides)
         ]
 
     @staticmethod
     def size_bytes(manifest: EngineManifest) -> int:
         """Device memory that it takes."""
-        return _sides(manifest) * len(_names(manifest)) * _slot_bytes(manifest)
-
-    @property
-    def nbytes(self) -> int:
-        """Device memory that it takes."""
-        return self.size_bytes(self._manifest)
+        names, sides, slot_bytes = _layout(manifest)
+        return sides * len(names) * slot_bytes
 
     def restart(self) -> None:
         """Begin a new generation; what was written stays, behind the mask."""
@@ -111,17 +108,11 @@ class KVCache:
             )
 
 
-def _names(manifest: EngineManifest) -> list[tuple[str, str]]:
-    """Input and output name of every cache tensor."""
-    layers = range(manifest.bundle.language.num_hidden_layers)
-    return [(name(layer, past=True), name(layer, past=False)) for layer in layers for name in (key_name, value_name)]
-
-
-def _slot_bytes(manifest: EngineManifest) -> int:
+def _layout(manifest: EngineManifest) -> tuple[list[tuple[str, str]], int, int]:
+    """Input and output name of every cache tensor, how many sets of them there are, and the bytes of one."""
     language, limits = manifest.bundle.language, manifest.limits
+    layers = range(language.num_hidden_layers)
+    names = [(name(layer, past=True), name(layer, past=False)) for layer in layers for name in (key_name, value_name)]
     values = limits.batch * language.num_key_value_heads * limits.context * language.head_dim
-    return aligned(values * numpy_dtype(manifest.bundle.dtype).itemsize)
-
-
-def _sides(manifest: EngineManifest) -> int:
-    return 1 if in_place(manifest.target) else 2
+    slot_bytes = aligned(values * numpy_dtype(manifest.bundle.dtype).itemsize)
+    return names, 1 if in_place(manifest.target) else 2, slot_bytes
