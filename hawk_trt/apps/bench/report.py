@@ -43,7 +43,7 @@ def plot_rows(rows: Sequence[BenchRow]) -> bytes:
     from matplotlib.figure import Figure  # an extra that only plots need
 
     groups = [(prompt, list(group)) for prompt, group in groupby(rows, key=lambda row: row.prompt)]
-    figure = Figure(figsize=(1.5 + 3.2 * len(groups), 4.2), layout="constrained")
+    figure = Figure(figsize=(2.5 + 3.2 * len(groups), 4.2), layout="constrained")
     panels = figure.subplots(1, len(groups), squeeze=False)[0]
     for axes, (prompt, own) in zip(panels, groups, strict=True):
         places = range(len(own))
@@ -56,7 +56,8 @@ def plot_rows(rows: Sequence[BenchRow]) -> bytes:
         axes.set_title(f"{prompt}\n{own[0].num_visual} visual tokens", fontsize="medium")
         axes.set_xlabel("keep ratio")
     panels[0].set_ylabel("ms to the first token")
-    panels[-1].legend(fontsize="small")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles[::-1], labels[::-1], loc="outside right center", fontsize="small")  # as the bars are stacked
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=150)
     return png.getvalue()

@@ -58,15 +58,9 @@ class Model(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One data set.
+    """One data set: its questions in the order of a seed, and the metric that scores an answer in [0, 1].
 
-    Attributes:
-        name: short, for files and reports.
-        questions: in their order.
-        fingerprint: of all that the questions are.
-        seed: of their order.
-        metric: its name.
-        score: the metric: an answer and its question -> a score in [0, 1].
+    name: short, for files and reports. fingerprint: of all that the questions are.
     """
 
     name: str
@@ -136,14 +130,7 @@ class Scores:
 
 
 def units_left(plan: Plan, known: Sequence[Sequence[Scores]], num_heads: int, heads_at_once: int) -> Iterator[Unit]:
-    """What is still to be done, question by question.
-
-    Args:
-        plan: of the work.
-        known: what has been done of each source.
-        num_heads: of the model.
-        heads_at_once: heads of a unit, at most.
-    """
+    """What is still to be done, question by question; known: what has been done of each source."""
     for place, (source, records) in enumerate(zip(plan.sources, known, strict=True)):
         done = {(record.sample, head) for record in records for head in record.heads}
         for number, question in enumerate(source.questions):

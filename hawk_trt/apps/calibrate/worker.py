@@ -84,15 +84,9 @@ def answer(
     max_new_tokens: int,
     stop_tokens: Sequence[int],
 ) -> list[list[int]]:
-    """Answer one prompt greedily in so many rows: token ids of each, without the stop token.
+    """Answer one prompt of model.embed greedily in so many rows: token ids of each, without the stop token.
 
-    Args:
-        model: the model.
-        prompt: from its embed.
-        kept: positions of the prompt that the decoder sees, ascending.
-        rows: answers side by side.
-        max_new_tokens: longest answer.
-        stop_tokens: ids that end an answer.
+    kept: positions of the prompt that the decoder sees, ascending.
     """
     answers: list[list[int]] = [[] for _ in range(rows)]
     unfinished = set(range(rows))

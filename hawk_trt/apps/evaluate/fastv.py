@@ -8,7 +8,7 @@ and the parity reference import torch and transformers.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from hawk_trt.apps.evaluate.datasets import Sample
+from hawk_trt.apps.evaluate.metrics import Metric
 from hawk_trt.apps.evaluate.trials import Cell, PreparedSample, Trial
 from hawk_trt.errors import CheckpointError, InvalidInput
 from hawk_trt.inputs.layout import PromptLayout
@@ -139,9 +139,7 @@ class FastV:
 class FastVAnswerer:
     """Answers with FastV; without times, since another runtime's are not comparable."""
 
-    def __init__(
-        self, fastv: FastV, pipe: "Pipeline", metric: Callable[[str, Sample], float], max_new_tokens: int
-    ) -> None:
+    def __init__(self, fastv: FastV, pipe: "Pipeline", metric: Metric, max_new_tokens: int) -> None:
         self._fastv = fastv
         self._pipe = pipe
         self._metric = metric

@@ -25,17 +25,7 @@ def compare_case(
     steps: int,
     tolerance: Tolerance,
 ) -> CaseReport:
-    """Run one prompt on both sides and compare what each stage gave.
-
-    Args:
-        pipe: the bundle's.
-        reference: the checkpoint's.
-        case: the prompt.
-        embedded: the same prompt from reference.embed.
-        pruning: of both sides.
-        steps: tokens generated.
-        tolerance: what they may differ by.
-    """
+    """Run one prompt on both sides and compare what each stage gave; embedded: the same prompt from reference.embed."""
     pruning = replace(pruning, query=pruning.query or "paper")  # the authors' rule, whatever the prompt
     result = pipe.generate(case.inputs, pruning=pruning, max_new_tokens=steps, ignore_eos=True)
     # After the last token nothing is compared, so the bundle is not fed with it; nor is the reference.

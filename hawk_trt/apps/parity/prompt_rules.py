@@ -36,10 +36,7 @@ class PromptTokens:
 class VisualItem:
     """One image or video as the language model meets it.
 
-    Attributes:
-        is_video: whether its time axis advances.
-        grid: merged visual tokens in time, height and width.
-        seconds: that one step of the time axis spans; unread for an image.
+    grid: merged visual tokens in time, height and width. seconds: that a step of the time axis of a video spans.
     """
 
     is_video: bool
@@ -106,10 +103,7 @@ def mrope_positions(kinds: Sequence[int], items: Sequence[VisualItem], tokens_pe
     added to the position where the item starts; text after it goes on at the item's largest position + 1.
     transformers 5 differs after a video (it ignores the time axis there), so its own positions are not used.
 
-    Args:
-        kinds: item index of each visual token's item, -1 for text.
-        items: the prompt's images and videos, in order.
-        tokens_per_second: positions that a second of video spans.
+    kinds: of each token the index of its item, -1 for text. tokens_per_second: positions that a second of video spans.
     """
     positions: list[list[int]] = []
     following = 0
@@ -146,9 +140,7 @@ def num_kept(num_visual: int, pruning: PruningConfig) -> int:
 def frame_numbers(kinds: Sequence[int], items: Sequence[VisualItem]) -> list[int]:
     """The image or frame of a video that each token is of, counted through all of them; -1 for text.
 
-    Args:
-        kinds: item index of each visual token's item, -1 for text; masked tokens included.
-        items: the prompt's images and videos, in order.
+    kinds: of each token the index of its item, -1 for text; masked tokens included.
     """
     frames_of = [item.grid[0] if item.is_video else 1 for item in items]
     seen = [0] * len(items)
@@ -167,11 +159,6 @@ def keep_best(scores: Sequence[float], groups: Sequence[int], pruning: PruningCo
     """Which visual tokens are kept: ordinals among the visual tokens, ascending.
 
     The highest scores of each group win and, among equals, the lower index.
-
-    Args:
-        scores: of each visual token.
-        groups: tokens with the same number compete in one top-k.
-        pruning: how many are kept of each group.
     """
     kept: list[int] = []
     for group in sorted(set(groups)):

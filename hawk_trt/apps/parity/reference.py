@@ -45,15 +45,13 @@ class EmbeddedPrompt:
     """A prompt before layer 0, without its masked positions; made once, run with several prunings.
 
     Attributes:
-        ids: token ids [seq_len].
-        places: int64 [seq_len], where each stood in the prompt as given.
+        ids: [seq_len].
+        places: int64 [seq_len], where each token stood in the prompt as given.
         visual: positions of the visual tokens among ids.
-        owners: the image or video of each visual token.
-        frames: the image or frame of a video, counted through all of them.
+        owners, frames: of each visual token its image or video, and its image or frame counted through all of them.
         embeds: [seq_len, hidden], visual embeddings merged in.
         deepstack: [num_visual, hidden] of each DeepStack level, nothing where the family has none.
         position_ids: int64 [axes, seq_len].
-        tokens: ids of the special tokens.
     """
 
     ids: list[int]
@@ -85,14 +83,9 @@ class Reference:
         device: str = "cpu",
         dtype: str = "float32",
     ) -> "Reference":
-        """Load a checkpoint folder (or hub id).
+        """Load the checkpoint folder, or hub id, that a bundle was exported from.
 
-        Args:
-            checkpoint: the folder that the bundle was exported from.
-            head_weights: taken where a PruningConfig has none.
-            normalization: "l2", "softmax" or "minmax".
-            device: of torch.
-            dtype: of the model; scores are computed in float32 whatever it is.
+        head_weights are taken where a PruningConfig has none. Scores are computed in float32 whatever the dtype.
 
         Raises:
             BackendError: torch lacks the device.
