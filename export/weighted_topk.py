@@ -9,40 +9,91 @@ The node carries plugin_version and plugin_namespace, so that TensorRT takes the
 where it is loaded. Names inside are prefixed: TensorRT 10.3's parser mixes up inner and outer ones.
 """
 
-import numpy as np
+import onnx.parser
 import onnx_ir as ir
 
-from hawk_trt.stages import BIAS_KEEP
+from hawk_trt.stages import BIAS_DROP, BIAS_KEEP
 
-from .function_body import FunctionBody
 from .graph import HAWK_DOMAIN, GraphBuilder, opset
 
 NAME = "WeightedTopK"
 INPUTS = ("head_scores", "head_weights", "visual_rows", "select_bias", "slots")
 OUTPUTS = ("kept_indices", "scores")
-_L2_EPSILON = 1e-12
-_MINMAX_EPSILON = float(np.finfo(np.float32).eps)
+
+# head_scores: (batch, heads, seq_len); head_weights: (heads); visual_rows, select_bias: (batch, seq_len).
+_RULE = """
+    axis_0 = Constant <value = int64[1] {{0}}> ()
+    axis_1 = Constant <value = int64[1] {{1}}> ()
+    axis_last = Constant <value = int64[1] {{-1}}> ()
+    zero_row = Constant <value = int64 {{0}}> ()
+    zero = Constant <value = float {{0.0}}> ()
+    keep = Constant <value = float {{{keep}}}> ()
+    drop = Constant <value = float {{{drop}}}> ()
+    visual = GreaterOrEqual (visual_rows, zero_row)
+    visual_heads = Unsqueeze (visual, axis_1)
+    is_nan = IsNaN (head_scores)
+    is_inf = IsInf (head_scores)
+    not_finite = Or (is_nan, is_inf)
+    finite = Not (not_finite)
+    usable = And (visual_heads, finite)
+    s = Where (usable, head_scores, zero)
+    {normalise}
+    weight_row = Unsqueeze (head_weights, axis_0)
+    weighted_sum = MatMul (weight_row, normal)
+    sum_by_token = Squeeze (weighted_sum, axis_1)
+    scores = Where (visual, sum_by_token, zero)
+    bias_size = Abs (select_bias)
+    decided = GreaterOrEqual (bias_size, keep)
+    biased = Add (scores, select_bias)
+    key = Where (decided, select_bias, biased)
+    num_kept_total = Shape (slots)
+    best_keys, best = TopK <axis = -1, largest = 1, sorted = 1> (key, num_kept_total)
+    best_int32 = Cast <to = 6> (best)
+    kept_indices, order = TopK <axis = -1, largest = 0, sorted = 1> (best_int32, num_kept_total)
+"""
+
+# What is not visual is 0 in s, and 0 in normal too.
+_NORMALISE = {
+    "l2": """
+    epsilon = Constant <value = float {1e-12}> ()
+    norm = ReduceL2 <keepdims = 1> (s, axis_last)
+    bounded = Max (norm, epsilon)
+    normal = Div (s, bounded)
+""",
+    # the total is at least exp(0) = 1 wherever there is a visual token, so the bound only acts on rows without any
+    "softmax": """
+    epsilon = Constant <value = float {1e-30}> ()
+    visual_only = Where (visual_heads, s, drop)
+    max = ReduceMax <keepdims = 1> (visual_only, axis_last)
+    shifted = Sub (visual_only, max)
+    exp = Exp (shifted)
+    powers = Where (visual_heads, exp, zero)
+    total = ReduceSum <keepdims = 1> (powers, axis_last)
+    bounded = Max (total, epsilon)
+    normal = Div (powers, bounded)
+""",
+    "minmax": """
+    epsilon = Constant <value = float {1.1920929e-7}> ()
+    for_max = Where (visual_heads, s, drop)
+    for_min = Where (visual_heads, s, keep)
+    max = ReduceMax <keepdims = 1> (for_max, axis_last)
+    min = ReduceMin <keepdims = 1> (for_min, axis_last)
+    span = Sub (max, min)
+    bounded = Max (span, epsilon)
+    above_min = Sub (s, min)
+    scaled = Div (above_min, bounded)
+    normal = Where (visual_heads, scaled, zero)
+""",
+}
 
 
-def weighted_topk(
-    g: GraphBuilder,
-    normalization: str,
-    head_scores: ir.Value,
-    head_weights: ir.Value,
-    visual_rows: ir.Value,
-    select_bias: ir.Value,
-    slots: ir.Value,
-) -> tuple[ir.Value, ir.Value]:
+def weighted_topk(g: GraphBuilder, normalization: str, *inputs: ir.Value) -> tuple[ir.Value, ir.Value]:
     """Add the node and its function.
 
     Args:
         g: the graph.
         normalization: "l2", "softmax" or "minmax".
-        head_scores: (batch, heads, seq_len) float32, raw score of each position.
-        head_weights: (heads) float32.
-        visual_rows: (batch, seq_len) int64, below 0 where a position is not visual.
-        select_bias: (batch, seq_len) float32.
-        slots: (num_kept_total) int64, its values unread.
+        *inputs: INPUTS, in their order.
 
     Returns:
         kept_indices (batch, num_kept_total) int32, ascending, and scores (batch, seq_len) float32.
@@ -50,11 +101,7 @@ def weighted_topk(
     g.functions.append(build_function(g.target, normalization))
     kept, scores = g.ops(
         NAME,
-        head_scores,
-        head_weights,
-        visual_rows,
-        select_bias,
-        slots,
+        *inputs,
         name=NAME,
         count=2,
         domain=HAWK_DOMAIN,
@@ -68,78 +115,19 @@ def weighted_topk(
 
 
 def build_function(target: str, normalization: str) -> ir.Function:
-    """The function body of a normalization, over the target's opset."""
-    inputs = [ir.Value(name=f"{NAME}/{name}") for name in INPUTS]
-    body = FunctionBody(NAME)
-    head_scores, head_weights, visual_rows, select_bias, slots = inputs
-    visual = body.op("GreaterOrEqual", visual_rows, body.const(0, np.int64), name="visual")
-    visual_heads = body.op("Unsqueeze", visual, body.const([1], np.int64), name="visual_heads")
-    bad = body.op(
-        "Or",
-        body.op("IsNaN", head_scores, name="is_nan"),
-        body.op("IsInf", head_scores, name="is_inf"),
-        name="not_finite",
+    """The function of a normalization over a target's opset."""
+    rule = _RULE.format(keep=BIAS_KEEP, drop=BIAS_DROP, normalise=_NORMALISE[normalization])
+    attributes = {"normalization": normalization, "plugin_version": "1", "plugin_namespace": ""}
+    told = ", ".join(f'{name}: string = "{value}"' for name, value in attributes.items())
+    text = (
+        f'<opset_import: ["": {opset(target)}], domain: "{HAWK_DOMAIN}"> '
+        f"{NAME} <{told}> ({', '.join(INPUTS)}) => ({', '.join(OUTPUTS)}) {{{rule}}}"
     )
-    usable = body.op("And", visual_heads, body.op("Not", bad, name="finite"), name="usable")
-    zero = body.const(0.0, np.float32)
-    raw = body.op("Where", usable, head_scores, zero, name="raw_scores")
-    normal = {"l2": _l2, "softmax": _softmax, "minmax": _minmax}[normalization](body, raw, visual_heads, zero)
-    row = body.op("Unsqueeze", head_weights, body.const([0], np.int64), name="weight_row")
-    scores = body.op("MatMul", row, normal, name="weighted_sum")  # [batch, 1, seq_len]
-    scores = body.op("Squeeze", scores, body.const([1], np.int64), name="squeezed_scores")
-    scores = body.op("Where", visual, scores, zero, name="visual_scores")
-    decided = body.op(
-        "GreaterOrEqual",
-        body.op("Abs", select_bias, name="bias_size"),
-        body.const(BIAS_KEEP, np.float32),
-        name="decided",
-    )
-    key = body.op("Where", decided, select_bias, body.op("Add", scores, select_bias, name="biased"), name="key")
-    count = body.op("Shape", slots, name="num_kept_total")
-    _, best = body.ops("TopK", key, count, axis=-1, largest=1, sorted=1, name="best", count=2)
-    best = body.op("Cast", best, to=ir.DataType.INT32, name="best_int32")
-    ascending, _ = body.ops("TopK", best, count, axis=-1, largest=0, sorted=1, name="ascending", count=2)
-    ascending.name, scores.name = (f"{NAME}/{name}" for name in OUTPUTS)
-    graph = ir.Graph(inputs, [ascending, scores], nodes=body.nodes, opset_imports={"": opset(target)}, name=NAME)
-    attribute = ir.Attr("normalization", ir.AttributeType.STRING, normalization)
-    version = ir.Attr("plugin_version", ir.AttributeType.STRING, "1")
-    namespace = ir.Attr("plugin_namespace", ir.AttributeType.STRING, "")
-    return ir.Function(HAWK_DOMAIN, NAME, graph=graph, attributes=[attribute, version, namespace])
-
-
-def _l2(body: FunctionBody, raw: ir.Value, visual: ir.Value, zero: ir.Value) -> ir.Value:
-    """S / max(||s||_2, 1e-12); masked positions are 0 and stay so."""
-    del visual, zero
-    norm = body.op("ReduceL2", raw, body.const([-1], np.int64), keepdims=1, name="l2")
-    return body.op(
-        "Div", raw, body.op("Max", norm, body.const(_L2_EPSILON, np.float32), name="l2_bounded"), name="normal"
-    )
-
-
-def _softmax(body: FunctionBody, raw: ir.Value, visual: ir.Value, zero: ir.Value) -> ir.Value:
-    """exp(s - max) / sum over the visual tokens; 0 elsewhere, and everywhere without any."""
-    axis = body.const([-1], np.int64)
-    masked = body.op("Where", visual, raw, body.const(-BIAS_KEEP, np.float32), name="visual_only")
-    shifted = body.op("Sub", masked, body.op("ReduceMax", masked, axis, keepdims=1, name="max"), name="shifted")
-    powers = body.op("Where", visual, body.op("Exp", shifted, name="exp"), zero, name="powers")
-    total = body.op("ReduceSum", powers, axis, keepdims=1, name="total")
-    # at least exp(0) = 1 wherever there is a visual token, so the bound only acts on rows without any
-    bounded = body.op("Max", total, body.const(1e-30, np.float32), name="total_bounded")
-    return body.op("Div", powers, bounded, name="normal")
-
-
-def _minmax(body: FunctionBody, raw: ir.Value, visual: ir.Value, zero: ir.Value) -> ir.Value:
-    """(s - min) / max(max - min, eps) over the visual tokens; 0 elsewhere."""
-    axis = body.const([-1], np.int64)
-    high = body.op("Where", visual, raw, body.const(-BIAS_KEEP, np.float32), name="for_max")
-    low = body.op("Where", visual, raw, body.const(BIAS_KEEP, np.float32), name="for_min")
-    top = body.op("ReduceMax", high, axis, keepdims=1, name="max")
-    bottom = body.op("ReduceMin", low, axis, keepdims=1, name="min")
-    span = body.op(
-        "Max",
-        body.op("Sub", top, bottom, name="span"),
-        body.const(_MINMAX_EPSILON, np.float32),
-        name="span_bounded",
-    )
-    scaled = body.op("Div", body.op("Sub", raw, bottom, name="above_min"), span, name="scaled")
-    return body.op("Where", visual, scaled, zero, name="normal")
+    function = ir.serde.deserialize_function(onnx.parser.parse_function(text))
+    for value in function.inputs:
+        value.name = f"{NAME}/{value.name}"
+    for node in function:
+        for value in node.outputs:
+            value.name = f"{NAME}/{value.name}"
+        node.name = node.outputs[0].name
+    return function
