@@ -2,7 +2,7 @@
 
 In: a folder with config.json and safetensors, one file or shards with their index. Out: configs as dicts and
 where each tensor lies. All generations of names become visual.*, language_model.* and lm_head.weight, so that the
-graphs know one; see export.names.
+graphs know one; see export.tensors.
 Which tensors were asked for is remembered: one that nobody reads means a graph that misses something.
 """
 
@@ -21,9 +21,6 @@ from hawk_trt.inputs.checkpoint_files import CONFIG, GENERATION_CONFIG, read_jso
 
 from .tensor_file import CheckpointTensor, TensorFile, read_tensor_file
 from .vision import tensor_names
-
-EMBEDDINGS = "language_model.embed_tokens.weight"
-LM_HEAD = "lm_head.weight"
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"

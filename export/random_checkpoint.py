@@ -19,7 +19,7 @@ from hawk_trt.inputs.checkpoint_files import CONFIG, GENERATION_CONFIG
 from hawk_trt.models.registry import family_of
 
 from .checkpoint import Checkpoint
-from .inventory import inventory
+from .graphs import inventory
 from .tensor_file import CheckpointTensor, alternating_buffers
 
 _FLOAT32 = np.dtype(np.float32)

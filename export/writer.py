@@ -38,12 +38,12 @@ from hawk_trt.request import PruningConfig, check_head_weights
 from hawk_trt.runtime.reference import REFERENCE
 from hawk_trt.stages import CPU, DTYPES, NORMALIZATIONS, TARGETS, LanguageConfig
 
-from .checkpoint import EMBEDDINGS, LM_HEAD, Checkpoint
-from .graphs import build_graphs
+from .checkpoint import Checkpoint
+from .graphs import build_graphs, inventory
 from .head_weights import default_head_weights
-from .inventory import inventory
 from .prompts import try_prompts
 from .quantisation import BLOCK_SIZES, WEIGHT_BITS
+from .tensors import EMBEDDINGS, LM_HEAD
 from .weights import WeightStore
 
 _BUNDLE_SUFFIXES = (".onnx", ".data", ".safetensors")

@@ -68,7 +68,7 @@ def released_shapes(config: Any, model_class: Any) -> dict[str, tuple[int, ...]]
     """Canonical names and shapes of all tensors of transformers' model of a config.json, without making them."""
     import torch
 
-    from export.names import qwen_names
+    from export.tensors import qwen_names
 
     with torch.device("meta"):
         model = model_class(model_class.config_class(**config))

@@ -12,8 +12,7 @@ from hawk_trt.models.vision_config import VisionConfig
 from hawk_trt.stages import StageSpec
 
 from ..graph import Weights
-from ..names import qwen_names
-from ..shapes import Shapes
+from ..tensors import Shapes, qwen_names
 from ..vision.internvl import build_internvl_vision, internvl_names, internvl_shapes
 from ..vision.qwen2_5_vl import build_qwen2_5_vl_vision, qwen2_5_vl_shapes
 from ..vision.qwen2_vl import build_qwen2_vl_vision, qwen2_vl_shapes
@@ -29,7 +28,7 @@ class VisionGraph(Generic[Vision]):
     Attributes:
         build: makes its vision graph from inputs and outputs, sizes, dtype, profile and weights.
         shapes: names and shapes of all tensors of its vision tower, from its sizes.
-        names: canonical names of a tensor of the checkpoint; see export.names.
+        names: canonical names of a tensor of the checkpoint; see export.tensors.
     """
 
     build: Callable[[StageSpec, Vision, str, str, Weights], ir.Model]

@@ -12,10 +12,10 @@ import onnx_ir as ir
 
 from hawk_trt.models.vision_config import Qwen2Vision
 
-from .. import shapes
+from .. import tensors
 from ..graph import GraphBuilder
 from ..layers import add_residual, layer_norm, linear, rotary_float32, wide_linear
-from ..shapes import Shapes
+from ..tensors import Shapes
 from ..vision.activations import gelu
 from ..vision.tiles import Tiles, frame_attention, query_key_value, query_tiles, token_tiles
 
@@ -52,31 +52,39 @@ class Mlp:
     activation: Callable[[GraphBuilder, ir.Value], ir.Value]
 
 
-def frames(g: GraphBuilder, inputs: dict[str, ir.Value], vision: Qwen2Vision) -> Frames:
-    """Build the shared values from pixel_values and patch_positions, [num_patches, 2]: row and column."""
-    heads = vision.num_heads
+def frames(g: GraphBuilder, inputs: dict[str, ir.Value], vision: Qwen2Vision, x: ir.Value) -> Frames:
+    """Build the shared values. x: the embedded patches, [num_frames * num_patches, dim]."""
+    heads, pixels = vision.num_heads, inputs["pixel_values"]
     head_dim = vision.hidden_size // heads
-    half = head_dim // 2
+    tables = rotary_tables(g, inputs["patch_positions"], vision)
+    with g.scope("frames"):
+        frame_shape = g.op("Shape", pixels, start=0, end=2, name="frame_shape")
+        table_shape = g.op("Concat", frame_shape, g.ints(head_dim // 2), axis=0, name="table_shape")
+        cos, sin = (
+            g.op("Expand", table, table_shape, name=name) for table, name in zip(tables, ("cos", "sin"), strict=True)
+        )
+        shape = g.op("Concat", frame_shape, g.ints(heads, head_dim), axis=0, name="qkv_shape")
+    return Frames(cos, sin, shape, heads, head_dim, token_tiles(g, x), query_tiles(g, pixels))
+
+
+def rotary_tables(g: GraphBuilder, positions: ir.Value, vision: Qwen2Vision) -> tuple[ir.Value, ir.Value]:
+    """Cos and sin, float32 [num_patches, head_dim / 2]: the row's angles, then the column's.
+
+    positions: int64 [num_patches, 2], row and column.
+    """
+    half = vision.hidden_size // vision.num_heads // 2
     exponents = np.arange(0, half, 2, dtype=np.float32) / np.float32(half)
     inv_freq = (1.0 / np.float32(vision.rope_theta) ** exponents).astype(np.float32)
-    with g.scope("frames"):
-        frame_shape = g.op("Shape", inputs["pixel_values"], start=0, end=2, name="frame_shape")
-        positions = g.cast(inputs["patch_positions"], "int64", "float32", "positions_float32")
-        places = g.unsqueeze(positions, 2, name="places")  # [num_patches, 2, 1]
+    with g.scope("rotary_tables"):
+        places = g.unsqueeze(g.cast(positions, "int64", "float32", "float32"), 2, name="places")  # [num_patches, 2, 1]
         angles = g.op("Mul", places, g.const(inv_freq, "float32"), name="angles_by_axis")
-        angles = g.reshape(angles, 0, half, name="angles")  # the row's, then the column's
-        table_shape = g.op("Concat", frame_shape, g.ints(half), axis=0, name="table_shape")
-        cos, sin = (g.op("Expand", g.op(op, angles, name=op.lower()), table_shape, name=op) for op in ("Cos", "Sin"))
-        extent = g.ops("Split", frame_shape, axis=0, num_outputs=2, count=2, name="extent")
-        shape = g.op("Concat", frame_shape, g.ints(heads, head_dim), axis=0, name="qkv_shape")
-        tokens, queries = token_tiles(g, g.op("Mul", *extent, name="num_tokens")), query_tiles(g, extent[1])
-    return Frames(cos, sin, shape, heads, head_dim, tokens, queries)
+        angles = g.reshape(angles, 0, half, name="angles")
+        return g.op("Cos", angles, name="cos"), g.op("Sin", angles, name="sin")
 
 
 def patch_embed(g: GraphBuilder, pixels: ir.Value, vision: Qwen2Vision) -> ir.Value:
     """pixel_values -> [num_frames * num_patches, dim] in the residual dtype; the convolution is one product."""
-    dim = vision.hidden_size
-    patch_dim = vision.patch_dim
+    dim, patch_dim = vision.hidden_size, vision.patch_dim
     with g.scope("patch_embed"):
         flat = g.reshape(g.cast(pixels, "float32", g.dtype, "to_model"), -1, patch_dim, name="flat_pixels")
         weight = "visual.patch_embed.proj"
@@ -124,12 +132,12 @@ def tower_shapes(vision: Qwen2Vision, mlp: Mlp, *, patch_bias: bool) -> Shapes:
     for number in range(vision.depth):
         weight = f"visual.blocks.{number}"
         found |= {
-            **shapes.layer_norm(f"{weight}.norm1", dim),
-            **shapes.layer_norm(f"{weight}.norm2", dim),
-            **shapes.linear(f"{weight}.attn.qkv", 3 * dim, dim),
-            **shapes.linear(f"{weight}.attn.proj", dim, dim),
-            **shapes.linear(f"{weight}.mlp.{mlp.first}", inner, dim),
-            **shapes.linear(f"{weight}.mlp.{mlp.second}", dim, inner),
+            **tensors.layer_norm(f"{weight}.norm1", dim),
+            **tensors.layer_norm(f"{weight}.norm2", dim),
+            **tensors.linear(f"{weight}.attn.qkv", 3 * dim, dim),
+            **tensors.linear(f"{weight}.attn.proj", dim, dim),
+            **tensors.linear(f"{weight}.mlp.{mlp.first}", inner, dim),
+            **tensors.linear(f"{weight}.mlp.{mlp.second}", dim, inner),
         }
     return found
 

@@ -12,10 +12,10 @@ import onnx_ir as ir
 from hawk_trt.models.vision_config import InternVLVision
 from hawk_trt.stages import VISION, StageSpec
 
-from .. import shapes
+from .. import tensors
 from ..graph import GraphBuilder, Weights
 from ..layers import add_residual, attention, head_norm, layer_norm, linear, rms_norm
-from ..shapes import Shapes
+from ..tensors import Shapes
 from ..vision.activations import gelu
 
 WEIGHT_FILE = f"{VISION}.data"
@@ -61,19 +61,19 @@ def internvl_shapes(vision: InternVLVision) -> Shapes:
         "visual.position_embeddings": (1, 1 + vision.tile_patches**2, dim),
         "visual.patch_embed.weight": (dim, vision.in_channels, patch, patch),
         "visual.patch_embed.bias": (dim,),
-        **shapes.layer_norm("visual.merger.norm", merged),
-        **shapes.linear("visual.merger.linear_1", out, merged),
-        **shapes.linear("visual.merger.linear_2", out, out),
+        **tensors.layer_norm("visual.merger.norm", merged),
+        **tensors.linear("visual.merger.linear_1", out, merged),
+        **tensors.linear("visual.merger.linear_2", out, out),
     }
     for block in (f"visual.blocks.{index}" for index in range(vision.depth)):
         for norm in (f"{block}.norm1", f"{block}.norm2"):
-            found |= shapes.layer_norm(norm, dim) if vision.norm == "layer_norm" else {f"{norm}.weight": (dim,)}
+            found |= tensors.layer_norm(norm, dim) if vision.norm == "layer_norm" else {f"{norm}.weight": (dim,)}
         for letter in "qkv":
-            found |= shapes.linear(f"{block}.attn.{letter}_proj", dim, dim, bias=vision.qkv_bias)
+            found |= tensors.linear(f"{block}.attn.{letter}_proj", dim, dim, bias=vision.qkv_bias)
         if vision.qk_norm:
             found |= {f"{block}.attn.{letter}_norm.weight": (dim,) for letter in "qk"}
-        found |= shapes.linear(f"{block}.attn.proj", dim, dim)
-        found |= shapes.linear(f"{block}.mlp.fc1", inner, dim) | shapes.linear(f"{block}.mlp.fc2", dim, inner)
+        found |= tensors.linear(f"{block}.attn.proj", dim, dim)
+        found |= tensors.linear(f"{block}.mlp.fc1", inner, dim) | tensors.linear(f"{block}.mlp.fc2", dim, inner)
         found |= {f"{block}.ls1": (dim,), f"{block}.ls2": (dim,)}
     return found
 

@@ -8,22 +8,20 @@ full-attention layer needs neither gather nor mask.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import onnx_ir as ir
 
 from hawk_trt.models.vision_config import Qwen25Vision
 from hawk_trt.stages import VISION, StageSpec
 
-from .. import shapes
+from .. import tensors
 from ..graph import GraphBuilder, Weights
 from ..layers import add_residual, attention, gated_mlp, linear, mask_bias, rms_norm, rotary_float32
-from ..shapes import Shapes
-from ..vision.activations import gelu
+from ..tensors import Shapes
+from ..vision.frame_tower import merger, patch_embed, rotary_tables
 from ..vision.tiles import Tiles, frame_attention, query_key_value, query_tiles, token_tiles
 
 WEIGHT_FILE = f"{VISION}.data"
 _NORM_EPSILON = 1e-6
-_ROPE_THETA = 10000.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,19 +51,19 @@ def qwen2_5_vl_shapes(vision: Qwen25Vision) -> Shapes:
     found: Shapes = {
         "visual.patch_embed.proj.weight": (hidden, vision.in_channels, vision.temporal_patch_size, patch, patch),
         "visual.merger.ln_q.weight": (hidden,),
-        **shapes.linear("visual.merger.mlp.0", merged, merged),
-        **shapes.linear("visual.merger.mlp.2", vision.out_hidden_size, merged),
+        **tensors.linear("visual.merger.mlp.0", merged, merged),
+        **tensors.linear("visual.merger.mlp.2", vision.out_hidden_size, merged),
     }
     for index in range(vision.depth):
         block = f"visual.blocks.{index}"
         found |= {
             f"{block}.norm1.weight": (hidden,),
             f"{block}.norm2.weight": (hidden,),
-            **shapes.linear(f"{block}.attn.qkv", 3 * hidden, hidden),
-            **shapes.linear(f"{block}.attn.proj", hidden, hidden),
-            **shapes.linear(f"{block}.mlp.gate_proj", inner, hidden),
-            **shapes.linear(f"{block}.mlp.up_proj", inner, hidden),
-            **shapes.linear(f"{block}.mlp.down_proj", hidden, inner),
+            **tensors.linear(f"{block}.attn.qkv", 3 * hidden, hidden),
+            **tensors.linear(f"{block}.attn.proj", hidden, hidden),
+            **tensors.linear(f"{block}.mlp.gate_proj", inner, hidden),
+            **tensors.linear(f"{block}.mlp.up_proj", inner, hidden),
+            **tensors.linear(f"{block}.mlp.down_proj", hidden, inner),
         }
     return found
 
@@ -80,49 +78,27 @@ def build_qwen2_5_vl_vision(
     head_dim = dim // heads
     pixels = inputs["pixel_values"]
     frames = g.op("Shape", pixels, start=0, end=1, name="num_frames")
-    cos, sin = _rotary_tables(g, inputs["patch_positions"], head_dim)
+    cos, sin = rotary_tables(g, inputs["patch_positions"], vision)
     with g.scope("windows"):
         windows = _windows(g, inputs, frames, cos, sin, heads, head_dim)
     with g.scope("frames"):
         frame_len = g.op("Shape", pixels, start=1, end=2, name="frame_len")
         whole = _frames(g, frame_len, frames, cos, sin, heads, head_dim)
-    with g.scope("patch_embed"):
-        patch_dim = vision.patch_dim
-        flat = g.reshape(g.cast(pixels, "float32", g.dtype, "to_model"), -1, patch_dim, name="flat_pixels")
-        weight = g.weight("visual.patch_embed.proj.weight", (dim, patch_dim))
-        x = g.cast(g.op("Gemm", flat, weight, transB=1, name="proj"), g.dtype, g.residual, "to_residual")
-    tokens, queries = token_tiles(g, g.op("Shape", x, start=0, end=1, name="num_tokens")), query_tiles(g, frame_len)
+    x = patch_embed(g, pixels, vision)
+    tokens, queries = token_tiles(g, x), query_tiles(g, pixels)
     full = set(vision.fullatt_block_indexes)
     for block in range(vision.depth):
         x = _block(g, x, frames, (tokens, queries), whole if block in full else windows, block, vision)
     with g.scope("merger"):
         h = rms_norm(g, x, "visual.merger.ln_q", _NORM_EPSILON, "ln_q")
         h = g.reshape(h, -1, dim * merge**2, name="merge")
-        h = linear(g, h, "visual.merger.mlp.0", "mlp.0")
-        h = linear(g, gelu(g, h), "visual.merger.mlp.2", "mlp.2")
-        by_frame = g.op(
-            "Reshape",
-            h,
-            g.op("Concat", frames, g.ints(-1, vision.out_hidden_size), axis=0, name="by_frame_shape"),
-            name="by_frame",
-        )
+        h = merger(g, h, "visual.merger.mlp.0", "visual.merger.mlp.2")
+        by_frame_shape = g.op("Concat", frames, g.ints(-1, vision.out_hidden_size), axis=0, name="by_frame_shape")
+        by_frame = g.op("Reshape", h, by_frame_shape, name="by_frame")
         raster = g.op("Gather", by_frame, inputs["merge_order"], axis=1, name="raster_order")
         embeds = g.reshape(raster, -1, vision.out_hidden_size, name="visual_embeds")
     g.outputs(spec, {"visual_embeds": embeds})
     return g.model()
-
-
-def _rotary_tables(g: GraphBuilder, positions: ir.Value, head_dim: int) -> tuple[ir.Value, ir.Value]:
-    """Cos and sin [num_patches, head_dim / 2]: the row's angles, then the column's. positions: [num_patches, 2]."""
-    quarter = np.arange(0, head_dim // 2, 2, dtype=np.float32) / np.float32(head_dim // 2)
-    inv_freq = (1.0 / np.float32(_ROPE_THETA) ** quarter).astype(np.float32)
-    with g.scope("rotary_tables"):
-        places = g.unsqueeze(g.cast(positions, "int64", "float32", "float32"), 2, name="places")
-        angles = g.op(
-            "Mul", places, g.const(inv_freq, "float32"), name="angles_by_axis"
-        )  # [num_patches, 2, head_dim / 4]
-        angles = g.reshape(angles, 0, head_dim // 2, name="angles")
-        return g.op("Cos", angles, name="cos"), g.op("Sin", angles, name="sin")
 
 
 def _windows(

@@ -5,10 +5,10 @@ import onnx_ir as ir
 from hawk_trt.models.vision_config import Qwen2Vision
 from hawk_trt.stages import VISION, StageSpec
 
-from .. import shapes
+from .. import tensors
 from ..graph import GraphBuilder, Weights
 from ..layers import layer_norm
-from ..shapes import Shapes
+from ..tensors import Shapes
 from ..vision import frame_tower
 from ..vision.activations import quick_gelu
 
@@ -22,9 +22,9 @@ def qwen2_vl_shapes(vision: Qwen2Vision) -> Shapes:
     merged = dim * vision.spatial_merge_size**2
     return {
         **frame_tower.tower_shapes(vision, _MLP, patch_bias=False),
-        **shapes.layer_norm("visual.merger.ln_q", dim),
-        **shapes.linear("visual.merger.mlp.0", merged, merged),
-        **shapes.linear("visual.merger.mlp.2", vision.out_hidden_size, merged),
+        **tensors.layer_norm("visual.merger.ln_q", dim),
+        **tensors.linear("visual.merger.mlp.0", merged, merged),
+        **tensors.linear("visual.merger.mlp.2", vision.out_hidden_size, merged),
     }
 
 
@@ -32,8 +32,8 @@ def build_qwen2_vl_vision(spec: StageSpec, vision: Qwen2Vision, dtype: str, targ
     """Build the vision graph for a target."""
     g = GraphBuilder(VISION, dtype, target, weights, WEIGHT_FILE)
     inputs = g.inputs(spec)
-    shared = frame_tower.frames(g, inputs, vision)
     x = frame_tower.patch_embed(g, inputs["pixel_values"], vision)
+    shared = frame_tower.frames(g, inputs, vision, x)
     for number in range(vision.depth):
         x = frame_tower.block(g, x, shared, number, _MLP)
     with g.scope("merger"):

@@ -9,10 +9,10 @@ import onnx_ir as ir
 from hawk_trt.models.vision_config import Qwen3Vision
 from hawk_trt.stages import VISION, StageSpec
 
-from .. import shapes
+from .. import tensors
 from ..graph import GraphBuilder, Weights
 from ..layers import layer_norm
-from ..shapes import Shapes
+from ..tensors import Shapes
 from ..vision import frame_tower
 from ..vision.activations import gelu_tanh
 
@@ -28,9 +28,9 @@ def qwen3_vl_shapes(vision: Qwen3Vision) -> Shapes:
     found = frame_tower.tower_shapes(vision, _MLP, patch_bias=True)
     found["visual.pos_embed.weight"] = (vision.num_position_embeddings, dim)
     for merger, norm_size in (("visual.merger", dim), *((name, merged) for name in mergers)):
-        found |= shapes.layer_norm(f"{merger}.norm", norm_size)
-        found |= shapes.linear(f"{merger}.linear_fc1", merged, merged)
-        found |= shapes.linear(f"{merger}.linear_fc2", out, merged)
+        found |= tensors.layer_norm(f"{merger}.norm", norm_size)
+        found |= tensors.linear(f"{merger}.linear_fc1", merged, merged)
+        found |= tensors.linear(f"{merger}.linear_fc2", out, merged)
     return found
 
 
@@ -38,8 +38,8 @@ def build_qwen3_vl_vision(spec: StageSpec, vision: Qwen3Vision, dtype: str, targ
     """Build the vision graph for a target."""
     g = GraphBuilder(VISION, dtype, target, weights, WEIGHT_FILE)
     inputs = g.inputs(spec)
-    shared = frame_tower.frames(g, inputs, vision)
     x = _add_places(g, frame_tower.patch_embed(g, inputs["pixel_values"], vision), inputs, vision.hidden_size)
+    shared = frame_tower.frames(g, inputs, vision, x)
     deepstack = vision.deepstack_visual_indexes
     levels: list[ir.Value] = []
     for number in range(vision.depth):

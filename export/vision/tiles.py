@@ -24,19 +24,21 @@ _QUERY_AXIS = 2
 class Tiles:
     """How all parts of a graph cut their rows: equal tiles, the last one filled up with zeros."""
 
-    def __init__(self, g: GraphBuilder, rows: ir.Value, most: int, axis: int = 0) -> None:
+    def __init__(self, g: GraphBuilder, source: ir.Value, source_axis: int, most: int, axis: int = 0) -> None:
         """Compute the shapes.
 
         Args:
             g: the graph.
-            rows: their number, int64 [1].
+            source: a tensor with as many rows, along source_axis.
+            source_axis: see source.
             most: rows of one tile.
             axis: of the rows, the last but one.
         """
-        self._g, self._rows, self._axis = g, rows, axis
+        self._g, self._axis = g, axis
         if g.target != CPU:
             return
         with g.scope("tiles"):
+            rows = self._rows = g.op("Shape", source, start=source_axis, end=source_axis + 1, name="rows")
             count = self._divide_up(rows, g.ints(most), "count")
             length = self._divide_up(rows, count, "length")
             missing = g.op("Sub", g.op("Mul", count, length, name="padded"), rows, name="missing")
@@ -89,14 +91,14 @@ class Tiles:
         return g.op("Div", more, b, name=name)
 
 
-def token_tiles(g: GraphBuilder, tokens: ir.Value) -> Tiles:
-    """Tiles of tokens [tokens, features], for the token-wise parts. tokens: their number, int64 [1]."""
-    return Tiles(g, tokens, TOKENS)
+def token_tiles(g: GraphBuilder, x: ir.Value) -> Tiles:
+    """Tiles of tokens, for the token-wise parts. x: [tokens, features]."""
+    return Tiles(g, x, 0, TOKENS)
 
 
-def query_tiles(g: GraphBuilder, patches: ir.Value) -> Tiles:
-    """Tiles of queries [frames, heads, patches, head_dim]. patches: their number, int64 [1]."""
-    return Tiles(g, patches, QUERIES, _QUERY_AXIS)
+def query_tiles(g: GraphBuilder, pixels: ir.Value) -> Tiles:
+    """Tiles of queries [frames, heads, patches, head_dim]. pixels: [frames, patches, patch_dim]."""
+    return Tiles(g, pixels, 1, QUERIES, _QUERY_AXIS)
 
 
 def query_key_value(g: GraphBuilder, tiles: Tiles, x: ir.Value, weight: str, dim: int) -> Sequence[ir.Value]:

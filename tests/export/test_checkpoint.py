@@ -24,7 +24,7 @@ from checkpoints import (
     write_safetensors,
 )
 from export.checkpoint import Checkpoint
-from export.inventory import inventory
+from export.graphs import inventory
 from export.tensor_file import read_tensor_file
 from hawk_trt.errors import CheckpointError
 from hawk_trt.inputs.checkpoint_files import download, is_hub_id

@@ -465,7 +465,7 @@ def test_a_failure_is_one_line_on_stderr(tmp_path):
 
 
 def test_shapes_of_the_tests_are_those_of_the_exporter():
-    from export.inventory import inventory
+    from export.graphs import inventory
 
     family = family_of(config())
     model = family.read_config(config())

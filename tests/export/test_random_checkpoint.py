@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import export.__main__ as command
-from export.inventory import inventory
+from export.graphs import inventory
 from export.random_checkpoint import random_checkpoint
 from export.real_shapes import SHAPES, shape_config
 from export.writer import ExportOptions

@@ -10,9 +10,8 @@ import pytest
 from checkpoints import QWEN_MODELS, Sizes, make_checkpoint, make_sparse_checkpoint, shapes, write_json
 from export.__main__ import main as export
 from export.checkpoint import Checkpoint
-from export.graphs import build_graphs
+from export.graphs import build_graphs, inventory
 from export.head_weights import UNIFORM, default_head_weights
-from export.inventory import inventory
 from export.real_shapes import shape_config
 from export.weights import WeightStore
 from hawk_trt.bundle import read_manifest

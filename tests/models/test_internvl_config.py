@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 
+from export.graphs import inventory
 from export.head_weights import default_head_weights
-from export.inventory import inventory
 from hawk_trt.errors import CheckpointError
 from hawk_trt.models.internvl import InternVL
 from hawk_trt.models.registry import family_of

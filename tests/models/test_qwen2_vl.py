@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from engines.prepare import prepare
 from export.__main__ import main as export
-from export.inventory import inventory
+from export.graphs import inventory
 from hawk_trt import Pipeline, PruningConfig
 from hawk_trt.apps.cli.main import main as hawk_trt
 from hawk_trt.apps.parity.prompt_rules import PromptTokens

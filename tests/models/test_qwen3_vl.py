@@ -8,7 +8,7 @@ import onnx
 import pytest
 
 from export.__main__ import main as export
-from export.inventory import inventory
+from export.graphs import inventory
 from hawk_trt import Pipeline, PruningConfig
 from hawk_trt.apps.cli.main import main as hawk_trt
 from hawk_trt.apps.parity.prompt_rules import PromptTokens
