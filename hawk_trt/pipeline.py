@@ -155,6 +155,8 @@ class Pipeline:
         *,
         ignore_eos: bool = False,
         return_logits: bool = False,
+        logprobs: int | None = None,
+        skip_special_tokens: bool = True,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
     ) -> Result:
@@ -170,6 +172,8 @@ class Pipeline:
             stop: strings that end the answer and are not part of it.
             ignore_eos: go on after a stop token.
             return_logits: give the logits of every step.
+            logprobs: give the log probability of every token, and those of so many most probable ones.
+            skip_special_tokens: leave special tokens out of the text.
             min_pixels: enlarge smaller images to this area.
             max_pixels: shrink larger images to this area.
 
@@ -179,7 +183,7 @@ class Pipeline:
         """
         request = Request(
             prompt, images, videos, pruning, max_new_tokens, sampling, stop, ignore_eos, return_logits,
-            min_pixels=min_pixels, max_pixels=max_pixels,
+            logprobs, skip_special_tokens, min_pixels=min_pixels, max_pixels=max_pixels,
         )  # fmt: skip
         scheduler = self._scheduler()
         return _answers(scheduler, [scheduler.add(request)])[0]
@@ -196,13 +200,15 @@ class Pipeline:
         *,
         ignore_eos: bool = False,
         return_logits: bool = False,
+        logprobs: int | None = None,
+        skip_special_tokens: bool = True,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
     ) -> "TextStream":
         """As generate, but the answer's text comes in pieces: iterate, then read `.result`."""
         request = Request(
             prompt, images, videos, pruning, max_new_tokens, sampling, stop, ignore_eos, return_logits,
-            min_pixels=min_pixels, max_pixels=max_pixels,
+            logprobs, skip_special_tokens, min_pixels=min_pixels, max_pixels=max_pixels,
         )  # fmt: skip
         scheduler = self._scheduler()
         return TextStream(scheduler, scheduler.add(request))
@@ -217,6 +223,8 @@ class Pipeline:
         *,
         ignore_eos: bool = False,
         return_logits: bool = False,
+        logprobs: int | None = None,
+        skip_special_tokens: bool = True,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
     ) -> list[Result]:
@@ -230,7 +238,7 @@ class Pipeline:
         """
         options = Request(
             "", (), (), pruning, max_new_tokens, sampling, stop, ignore_eos, return_logits,
-            min_pixels=min_pixels, max_pixels=max_pixels,
+            logprobs, skip_special_tokens, min_pixels=min_pixels, max_pixels=max_pixels,
         )  # fmt: skip
         scheduler = self._scheduler()
         sequences = []

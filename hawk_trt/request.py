@@ -5,7 +5,7 @@ All are values: frozen, compared by content, the two configs checked at construc
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -107,6 +107,11 @@ class SamplingConfig:
         top_p: keeps the smallest set of tokens whose probability reaches it, in (0, 1].
         top_k: keeps so many of the most probable tokens; 0 keeps all.
         seed: of the draw; None draws afresh each time.
+        min_p: keeps tokens of at least this share of the largest probability, in [0, 1].
+        repetition_penalty: above 1, tokens of the prompt and the answer become less probable; transformers' rule.
+        presence_penalty: is taken from the logits of tokens that the answer holds, in [-2, 2]; OpenAI's rule.
+        frequency_penalty: the same, for each time that the answer holds them.
+        logit_bias: is added to the logits of some tokens, in [-100, 100]: pairs of token id and bias, or a mapping.
 
     Raises:
         InvalidInput: a value is out of its range.
@@ -116,6 +121,11 @@ class SamplingConfig:
     top_p: float = 1.0
     top_k: int = 0
     seed: int | None = None
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: "Mapping[int, float] | Sequence[tuple[int, float]]" = ()
 
     def __post_init__(self) -> None:
         _check_number("temperature", self.temperature, 0.0)
@@ -123,11 +133,26 @@ class SamplingConfig:
         _check_integer("top_k", self.top_k, 0)
         if self.seed is not None:
             _check_integer("seed", self.seed, 0)
+        _check_number("min_p", self.min_p, 0.0, 1.0)
+        _check_number("repetition_penalty", self.repetition_penalty, 0.0, above=True)
+        _check_number("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _check_number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        biases = dict(self.logit_bias)
+        object.__setattr__(self, "logit_bias", tuple(sorted(biases.items())))
+        for token, bias in biases.items():
+            _check_integer("logit_bias", token, 0)
+            _check_number("logit_bias", bias, -100.0, 100.0)
 
     @property
     def greedy(self) -> bool:
-        """Whether the most probable token is always taken."""
+        """Whether nothing is drawn at random."""
         return self.temperature == 0.0
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether penalties or biases change the logits before a token is chosen."""
+        penalties = self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0
+        return bool(penalties or self.logit_bias)
 
 
 def check_head_weights(weights: Sequence[float], num_heads: int | None = None) -> tuple[float, ...]:
@@ -216,6 +241,8 @@ class Request:
         stop: strings that end the answer and are not part of it.
         ignore_eos: go on after a stop token.
         return_logits: give the logits of every step.
+        logprobs: give the log probability of every token, and those of so many most probable ones; None gives none.
+        skip_special_tokens: leave special tokens out of the text.
         tools: what the chat template tells the model that it may call, JSON objects.
         min_pixels: enlarge smaller images to this area.
         max_pixels: shrink larger images to this area.
@@ -233,6 +260,8 @@ class Request:
     stop: Sequence[str] = ()
     ignore_eos: bool = False
     return_logits: bool = False
+    logprobs: int | None = None
+    skip_special_tokens: bool = True
     tools: "Sequence[Mapping[str, Any]]" = ()
     min_pixels: int | None = None
     max_pixels: int | None = None
@@ -240,13 +269,29 @@ class Request:
     def __post_init__(self) -> None:
         if self.max_new_tokens is not None:
             _check_integer("max_new_tokens", self.max_new_tokens, 1)
+        if self.logprobs is not None:
+            _check_integer("logprobs", self.logprobs, 0)
         if isinstance(self.stop, str) or not all(isinstance(string, str) and string for string in self.stop):
             raise InvalidInput(f"stop: got {self.stop!r}, expected a list of non-empty strings")
 
     def with_defaults(self, options: "Request") -> "Request":
         """This request, with the options of another where it asks for none of its own."""
-        names = {entry.name for entry in fields(self)} - {"prompt", "images", "videos", "tools"}
-        return replace(self, **{name: getattr(self, name) or getattr(options, name) for name in names})
+        names = (
+            "pruning",
+            "max_new_tokens",
+            "sampling",
+            "stop",
+            "ignore_eos",
+            "return_logits",
+            "min_pixels",
+            "max_pixels",
+        )
+        return replace(
+            self,
+            logprobs=options.logprobs if self.logprobs is None else self.logprobs,
+            skip_special_tokens=self.skip_special_tokens and options.skip_special_tokens,
+            **{name: getattr(self, name) or getattr(options, name) for name in names},
+        )
 
 
 @dataclass(slots=True)
@@ -269,6 +314,21 @@ class Timings:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """How probable the token of a step was, by the model's own logits: without penalties, biases or temperature.
+
+    Attributes:
+        token_id: that was chosen.
+        logprob: natural logarithm of its probability.
+        top: the most probable tokens with theirs, the best first.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Result:
     """One answer.
 
@@ -283,6 +343,7 @@ class Result:
         scores: float32 [num_visual], HAWK's score of each visual token in prompt order, before any bias.
         timings: seconds by stage.
         logits: float32 [steps, vocab] where asked for; row i is what token_ids[i] was chosen from.
+        logprobs: of each token of token_ids, where asked for.
         query: "paper" or "turn": which text scored the visual tokens.
         num_cached: images and videos of the prompt (InternVL: frames) that the vision stage did not run for, since
             the vision cache knew them.
@@ -299,3 +360,4 @@ class Result:
     logits: npt.NDArray[np.float32] | None = None
     num_cached: int = 0
     query: str = "paper"
+    logprobs: list[TokenLogprobs] | None = None

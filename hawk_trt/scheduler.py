@@ -138,7 +138,8 @@ class Scheduler:
             eos=manifest.special_tokens.eos,
         )
         # the CPU has the logits anyway, and the sampler tells a broken run from an answer
-        sequence.need_logits = request.return_logits or not sequence.sampler.greedy or self._backend.device == "cpu"
+        asked = request.return_logits or request.logprobs is not None
+        sequence.need_logits = asked or sequence.sampler.needs_logits or self._backend.device == "cpu"
         if not self._within_bound(needed := self._bytes([sequence])):
             raise InvalidInput(
                 f"prompt: got {max_kept} tokens kept and up to {limit} to generate, {needed / _MB:.1f} MB of KV cache; "

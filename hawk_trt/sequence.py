@@ -15,9 +15,9 @@ from tokenizers.decoders import DecodeStream
 
 from hawk_trt.errors import InvalidInput
 from hawk_trt.inputs.layout import PromptLayout
-from hawk_trt.request import ModelInputs, PruningConfig, Request, Result, Timings
+from hawk_trt.request import ModelInputs, PruningConfig, Request, Result, Timings, TokenLogprobs
 from hawk_trt.runtime.protocol import Generation
-from hawk_trt.runtime.sampling import ForcedSampler, Sampler
+from hawk_trt.runtime.sampling import ForcedSampler, Sampler, log_softmax
 
 
 class Sequence:
@@ -77,7 +77,7 @@ class Sequence:
         self.head_weights = head_weights
         self.max_kept = max_kept
         self.limit = limit
-        self.sampler: Sampler | ForcedSampler = Sampler(request.sampling)
+        self.sampler: Sampler | ForcedSampler = Sampler(request.sampling, layout.input_ids)
         self.generation: Generation | None = None
         self.row = 0
         self.num_cached = 0
@@ -89,11 +89,12 @@ class Sequence:
         self.error: Exception | None = None
         self.dropped = False
         self._tokenizer = tokenizer
-        self._decoder = DecodeStream(skip_special_tokens=True)
+        self._decoder = DecodeStream(skip_special_tokens=request.skip_special_tokens)
         self._eos = frozenset(() if request.ignore_eos else eos)
         self._pieces: list[str] = []
         self._held = ""  # decoded, but perhaps the beginning of a stop string
         self._logits: list[npt.NDArray[np.float32]] = []
+        self._logprobs: list[TokenLogprobs] = []
 
     @property
     def finished(self) -> bool:
@@ -134,6 +135,8 @@ class Sequence:
             next_token = self.sampler.next_token(logits)
             if self.request.return_logits:
                 self._logits.append(logits.copy())
+            if self.request.logprobs is not None:
+                self._logprobs.append(_logprobs(logits, next_token, self.request.logprobs))
         self.token_ids.append(next_token)
         if next_token in self._eos:
             self.piece = self._end("stop")
@@ -158,6 +161,7 @@ class Sequence:
             timings=self.timings,
             num_cached=self.num_cached,
             query=self.layout.query,
+            logprobs=None if self.request.logprobs is None else list(self._logprobs),
             logits=np.stack(self._logits) if self.request.return_logits else None,
         )
 
@@ -166,7 +170,7 @@ class Sequence:
         if self._tokenizer is not None:
             tokens = self.token_ids[:-1] if reason == "stop" else self.token_ids
             decoded = sum(map(len, self._pieces)) + len(self._held)
-            self._held += self._tokenizer.decode(tokens)[decoded:]
+            self._held += self._tokenizer.decode(tokens, self.request.skip_special_tokens)[decoded:]
         shown = self._release()
         if self.finish_reason is None:  # no stop string within the last characters
             self.finish_reason = reason
@@ -188,6 +192,14 @@ class Sequence:
             shown, self._held = self._held[: len(self._held) - hold], self._held[len(self._held) - hold :]
         self._pieces.append(shown)
         return shown
+
+
+def _logprobs(logits: npt.NDArray[np.float32], token: int, count: int) -> TokenLogprobs:
+    """The log probability of a token and of the most probable ones."""
+    values = log_softmax(logits)
+    best = np.argpartition(-values, min(count, values.size - 1))[:count]
+    best = best[np.lexsort((best, -values[best]))]
+    return TokenLogprobs(token, float(values[token]), tuple((int(i), float(values[i])) for i in best))
 
 
 def _overlap(text: str, stop: str) -> int:

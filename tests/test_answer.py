@@ -1,6 +1,7 @@
 """Streamed pieces are whole characters, make up the text, and the text ends where it should."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -26,10 +27,13 @@ def bytes_of(text):
     return letters.encode(text).ids
 
 
-def answer_of(tokenizer, ids, eos=(), stop=(), limit=10**6):
+LAYOUT = SimpleNamespace(input_ids=[0])
+
+
+def answer_of(tokenizer, ids, eos=(), stop=(), limit=10**6, **options):
     """A sequence that was given ids, and its pieces."""
-    request = Request(ModelInputs([0]), stop=stop)
-    sequence = Sequence(request, request.prompt, PruningConfig(), None, None, 1, limit, tokenizer, eos)
+    request = Request(ModelInputs([0]), stop=stop, **options)
+    sequence = Sequence(request, request.prompt, PruningConfig(), LAYOUT, None, 1, limit, tokenizer, eos)
     pieces = []
     for token_id in ids:
         sequence.step(token_id, None)
@@ -145,3 +149,10 @@ def test_without_a_tokenizer_there_are_only_ids():
 def test_stop_strings_that_cannot_be_used_are_an_error(tokenizer, stop, message):
     with pytest.raises(InvalidInput, match=message):
         answer_of(tokenizer, [1], stop=stop)
+
+
+def test_special_tokens_stay_in_the_text_where_they_are_the_answer():
+    box = TOKENIZER.token_to_id("<|image_pad|>")
+    ids = [box, *ids_of("12"), box]
+    assert "".join(answer_of(TOKENIZER, ids, skip_special_tokens=False)[1]) == "<|image_pad|>12<|image_pad|>"
+    assert "".join(answer_of(TOKENIZER, ids)[1]) == "12"

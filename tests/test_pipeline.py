@@ -368,3 +368,47 @@ def test_threads_are_those_of_every_session(tiny_bundle):
     for threads in (0, 1.5, True):
         with pytest.raises(InvalidInput, match="threads: got"):
             Pipeline.load(tiny_bundle, threads=threads)
+
+
+def test_log_probabilities_are_those_of_the_logits(inplace):
+    sample = SAMPLES[0]
+    options = {"pruning": PRUNING, "max_new_tokens": 4, "return_logits": True}
+    sampling = SamplingConfig(temperature=2.0, seed=3, logit_bias={5: 4.0})
+    result = inplace.generate(sample.question, [sample.image], sampling=sampling, logprobs=3, **options)
+    for logits, step, token in zip(result.logits, result.logprobs, result.token_ids, strict=True):
+        expected = logits - np.log(np.exp(logits.astype(np.float64)).sum())
+        assert step.token_id == token
+        assert step.logprob == pytest.approx(expected[token], abs=1e-5)
+        assert [token for token, _ in step.top] == np.argsort(-expected, kind="stable")[:3].tolist()
+        np.testing.assert_allclose([value for _, value in step.top], np.sort(expected)[::-1][:3], atol=1e-5)
+    one, other = (inplace.generate(sample.question, [sample.image], logprobs=n, **options) for n in (0, None))
+    assert all(step.top == () for step in one.logprobs)
+    assert other.logprobs is None
+
+
+def test_greedy_tokens_with_a_repetition_penalty_are_those_of_transformers(inplace, tiny_checkpoint):
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    model = transformers.AutoModelForImageTextToText.from_pretrained(tiny_checkpoint, dtype=torch.float32).eval()
+    inputs = inplace.prepare("Count the circles.", [SAMPLES[0].image])
+    ids = torch.tensor(np.asarray(inputs.input_ids))[None]
+    types = (ids == inplace.bundle.manifest.special_tokens.image).int()
+    with torch.inference_mode():
+        theirs = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            mm_token_type_ids=types,
+            pixel_values=torch.tensor(np.asarray(inputs.pixel_values)),
+            image_grid_thw=torch.tensor(np.asarray(inputs.image_grid_thw)),
+            max_new_tokens=10,
+            min_new_tokens=10,
+            do_sample=False,
+            repetition_penalty=1.8,
+        )[0, ids.shape[1] :].tolist()
+    eos = set(inplace.bundle.manifest.special_tokens.eos)
+    sampling = SamplingConfig(repetition_penalty=1.8, logit_bias=dict.fromkeys(eos, -100.0))  # min_new_tokens
+    ours = inplace.generate(
+        inputs, pruning=PruningConfig(1.0), max_new_tokens=10, ignore_eos=True, sampling=sampling
+    ).token_ids
+    assert ours == theirs
+    assert ours != inplace.generate(inputs, pruning=PruningConfig(1.0), max_new_tokens=10, ignore_eos=True).token_ids

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from hawk_trt.errors import BackendError
+from hawk_trt.errors import BackendError, InvalidInput
 from hawk_trt.request import SamplingConfig
 from hawk_trt.runtime.sampling import Sampler
 
@@ -93,3 +93,73 @@ def test_logits_that_are_not_finite_are_an_error_not_a_token(temperature, values
     sampler = Sampler(SamplingConfig(temperature=temperature, top_k=2))
     with pytest.raises(BackendError, match=f"non-finite logits: {found}"):
         sampler.next_token(np.array(values, np.float32))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"min_p": 0.3},
+        {"temperature": 1.5, "min_p": 0.2},
+        {"top_k": 5, "top_p": 0.8, "min_p": 0.25},
+        {"repetition_penalty": 1.7},
+        {"repetition_penalty": 0.6, "temperature": 0.8, "top_k": 4},
+    ],
+)
+def test_the_tokens_that_may_come_are_those_of_transformers_processors(settings):
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    warpers = {
+        "repetition_penalty": transformers.RepetitionPenaltyLogitsProcessor,
+        "temperature": transformers.TemperatureLogitsWarper,
+        "top_k": transformers.TopKLogitsWarper,
+        "top_p": transformers.TopPLogitsWarper,
+        "min_p": transformers.MinPLogitsWarper,
+    }
+    prompt = [3, 3, 7, 11]
+    for seed in range(4):
+        logits = np.random.default_rng(seed).normal(0, 1.5, 16).astype(np.float32)
+        scores = torch.tensor(logits)[None]
+        for name, warper in warpers.items():  # in transformers' own order
+            if name in settings:
+                scores = warper(settings[name])(torch.tensor([prompt]), scores)
+        expected = torch.softmax(scores, -1)[0].numpy()
+        found = np.zeros(16)
+        for draw in range(2000):
+            config = SamplingConfig(**{"temperature": 1.0, **settings}, seed=draw)
+            found[Sampler(config, prompt).next_token(logits)] += 1 / 2000
+        assert not found[expected == 0].any()
+        assert np.all(np.abs(found - expected) <= 5 * np.sqrt(expected * (1 - expected) / 2000) + 1e-9)
+
+
+def test_penalties_count_the_answer_alone_and_the_repetition_penalty_the_prompt_too():
+    logits = np.array([1.0, 1.2, 1.1, -0.5], np.float32)
+    repeated = Sampler(SamplingConfig(repetition_penalty=2.0), [1])
+    assert [repeated.next_token(logits) for _ in range(3)] == [2, 0, 1]  # 1.2 / 2, then 1.1 / 2, then 1.0 / 2
+    present = Sampler(SamplingConfig(presence_penalty=0.15), [1])
+    assert [present.next_token(logits) for _ in range(4)] == [1, 2, 1, 1]
+    frequent = Sampler(SamplingConfig(frequency_penalty=0.15), [1])
+    assert [frequent.next_token(logits) for _ in range(5)] == [1, 2, 1, 0, 2]
+
+
+def test_a_bias_forbids_or_forces_a_token_and_nan_is_still_found():
+    logits = np.array([1.0, 1.2, 1.1, -0.5], np.float32)
+    assert Sampler(SamplingConfig(logit_bias={1: -100})).next_token(logits) == 2
+    assert Sampler(SamplingConfig(logit_bias=[(3, 100.0)], temperature=1.0, seed=0)).next_token(logits) == 3
+    with pytest.raises(BackendError):
+        Sampler(SamplingConfig(logit_bias={0: -100})).next_token(np.array([np.nan, 1.0], np.float32))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"min_p": 1.5},
+        {"repetition_penalty": 0.0},
+        {"presence_penalty": 2.5},
+        {"frequency_penalty": float("nan")},
+        {"logit_bias": {-1: 0.0}},
+        {"logit_bias": {1: 1000.0}},
+    ],
+)
+def test_settings_out_of_range_are_refused(values):
+    with pytest.raises(InvalidInput, match=next(iter(values))):
+        SamplingConfig(**values)
