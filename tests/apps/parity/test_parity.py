@@ -67,6 +67,7 @@ def same(reference):
         scores=reference.scores,
         kept_indices=reference.kept_indices,
         hidden_states=reference.hidden_states,
+        kv_norms=np.ones((2, 2, 16), np.float32),  # no row of parity
         logits=reference.logits,
     )
 
