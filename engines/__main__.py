@@ -22,7 +22,7 @@ from hawk_trt.errors import BackendError, InvalidInput
 from hawk_trt.files import cache_folder
 from hawk_trt.runtime.versions import missing_for_tensorrt
 
-from .build_plan import BuiltPlan, differences, plan_build
+from .build_plan import BuildSettings, BuiltPlan, differences, plan_build
 from .checks.verify import Verification, load_reference, verify
 from .plugin_library import find_or_compile, may_find
 from .prepare import PreparedGraph
@@ -123,7 +123,7 @@ def build(
     # made before the build, so that what is wrong with it is said then and not after
     expected_results = None if no_verify else load_reference(loaded, reference)
     try:
-        from .builder import TENSORRT_VERSION, BuildSettings, build_plan  # the rest of the command works without it
+        from .builder import TENSORRT_VERSION, build_plan  # the rest of the command works without it
 
         machine, gpu_bytes = _machine(TENSORRT_VERSION)
     except ImportError as error:
@@ -132,26 +132,15 @@ def build(
     library = named if plugin is not None else find_or_compile(TENSORRT_VERSION, machine.compute_capability, note)
     size_limits = largest.limits(loaded.manifest, plugin=library is not None)
     chosen = choose_target(loaded.manifest, TENSORRT_VERSION, target)
-    workarounds = workarounds_for(TENSORRT_VERSION, size_limits.batch)
     settings = BuildSettings(
         plugin=library,
         workspace_bytes=None if workspace_gib is None else int(workspace_gib * 2**30),
         timing_cache=_timing_cache(timing_cache, f"{machine.compute_capability}-{TENSORRT_VERSION}"),
-        workarounds=workarounds,
+        workarounds=workarounds_for(TENSORRT_VERSION, size_limits.batch),
         verbose=verbose,
     )
-    plan = plan_build(
-        loaded,
-        machine,
-        chosen,
-        size_limits,
-        plugin=library,
-        workspace_bytes=settings.workspace_bytes,
-        workarounds=workarounds,
-        rebuild=_rebuild(
-            bundle, out, asdict(largest) | {"target": target, "plugin": plugin, "workspace_gib": workspace_gib}
-        ),
-    )
+    given = asdict(largest) | {"target": target, "plugin": plugin, "workspace_gib": workspace_gib}
+    plan = plan_build(loaded, machine, chosen, size_limits, settings, _rebuild(bundle, out, given))
     changed = differences(plan, out)
     if changed:
         note(f"building again, since another: {', '.join(changed)}")

@@ -32,6 +32,25 @@ _DECIDES = ("builder.py", "prepare.py", "profiles.py", "workarounds.py")
 
 
 @dataclass(frozen=True, slots=True)
+class BuildSettings:
+    """What all stages of one run share.
+
+    Attributes:
+        plugin: the top-k plugin's library, None to build without.
+        workspace_bytes: scratch that a tactic may take, None for all there is.
+        timing_cache: file that keeps measured tactics between builds, None for none.
+        workarounds: to apply.
+        verbose: print TensorRT's whole log.
+    """
+
+    plugin: Path | None
+    workspace_bytes: int | None
+    timing_cache: Path | None
+    workarounds: tuple[Workaround, ...]
+    verbose: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class BuildPlan:
     """What is to be built; `manifest` is engines.json as it will be, but for what only the builds tell."""
 
@@ -63,15 +82,7 @@ class BuiltPlan:
 
 
 def plan_build(
-    bundle: Bundle,
-    machine: Machine,
-    target: str,
-    limits: Limits,
-    *,
-    plugin: Path | None,
-    workspace_bytes: int | None,
-    workarounds: tuple[Workaround, ...],
-    rebuild: str,
+    bundle: Bundle, machine: Machine, target: str, limits: Limits, settings: BuildSettings, rebuild: str
 ) -> BuildPlan:
     """Prepare all graphs and lay out their profiles.
 
@@ -80,15 +91,14 @@ def plan_build(
         machine: to build on and for.
         target: of the graphs.
         limits: the largest request.
-        plugin: the top-k plugin's library, None to build without.
-        workspace_bytes: scratch that a tactic may take, None for all there is.
-        workarounds: to apply.
+        settings: of all stages.
         rebuild: the command that does this.
 
     Raises:
         BundleError: the bundle does not hold the target.
         InvalidInput: engines cannot be built for its family yet.
     """
+    plugin = settings.plugin
     graphs = tuple(
         prepare(bundle, stage, target, max_context=limits.context, plugin=plugin is not None) for stage in STAGES
     )
@@ -103,7 +113,7 @@ def plan_build(
             plugin_layers=0,
             layers=0,
             flags=(),
-            workarounds=tuple(entry.name for entry in workarounds),
+            workarounds=tuple(entry.name for entry in settings.workarounds),
             seconds=0.0,
         )
         for graph in graphs
@@ -118,7 +128,7 @@ def plan_build(
         plans=plans,
         plugin=None if plugin is None else plugin.name,
         plugin_sha256=None if plugin is None else sha256_file(plugin),
-        workspace_bytes=workspace_bytes,
+        workspace_bytes=settings.workspace_bytes,
         files={},
         rebuild=rebuild,
         versions={"hawk_trt": __version__, "engines": _code_digest(), "onnx": metadata.version("onnx")},

@@ -9,7 +9,6 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, SupportsInt
@@ -22,10 +21,10 @@ from hawk_trt.engine_folder import InputRange
 from hawk_trt.errors import BackendError
 from hawk_trt.files import write_atomically
 
-from .build_plan import BuiltPlan
+from .build_plan import BuildSettings, BuiltPlan
 from .messages import LogLine, ParserFault, builder_message, parser_message
 from .prepare import PLUGIN_OP, PreparedGraph
-from .workarounds import Workaround, applied
+from .workarounds import applied
 
 TENSORRT_VERSION: str = trt.__version__
 _PLUGIN = (PLUGIN_OP, "1", "")  # name, version, namespace
@@ -33,25 +32,6 @@ _PLUGIN = (PLUGIN_OP, "1", "")  # name, version, namespace
 _PLAIN_SECONDS = 20.0
 _SCRATCH = re.compile(r"Max Scratch Memory: (\d+)")
 _PLUGIN_LAYERS = ("PLUGIN", "PLUGIN_V2", "PLUGIN_V3")
-
-
-@dataclass(frozen=True, slots=True)
-class BuildSettings:
-    """What all stages of one run share.
-
-    Attributes:
-        plugin: the top-k plugin's library, None to build without.
-        workspace_bytes: scratch that a tactic may take, None for all there is.
-        timing_cache: file that keeps measured tactics between builds, None for none.
-        workarounds: to apply.
-        verbose: print TensorRT's whole log.
-    """
-
-    plugin: Path | None
-    workspace_bytes: int | None
-    timing_cache: Path | None
-    workarounds: tuple[Workaround, ...]
-    verbose: bool = False
 
 
 class Log(trt.ILogger):

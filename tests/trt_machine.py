@@ -7,7 +7,7 @@ from types import ModuleType
 import pytest
 
 from cuda_standin import Driver
-from engines.build_plan import plan_build
+from engines.build_plan import BuildSettings, plan_build
 from engines.profiles import plan_limits
 from engines.writer import write_engines
 from hawk_trt.bundle import Bundle
@@ -30,10 +30,8 @@ def engine_folder(bundle_path, out, target, *, plugin=None, version="10.16.1.11"
         machine(version),
         target,
         plan_limits(bundle.manifest, **sizes, plugin=False),
-        plugin=None,
-        workspace_bytes=None,
-        workarounds=(),
-        rebuild="python -m engines BUNDLE --out ENGINES",
+        BuildSettings(None, None, None, ()),
+        "python -m engines BUNDLE --out ENGINES",
     )
     plan = replace(plan, plugin=plugin)
 

@@ -12,7 +12,6 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import msgspec
 from rich.console import Console
@@ -23,12 +22,10 @@ from hawk_trt.engine_folder import Limits
 from hawk_trt.errors import BackendError, HawkError, InvalidInput
 from hawk_trt.stages import STAGES
 
+from ..build_plan import BuildSettings
 from ..prepare import PreparedGraph, prepare
 from ..profiles import TENSORRT_TARGETS, add_limits, limits_of, plan_profiles
 from . import gpuless
-
-if TYPE_CHECKING:
-    from ..builder import BuildSettings
 
 _FAILED = 1
 # Of tables where there is no terminal to ask.
@@ -124,8 +121,6 @@ def _run(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace, bundle: Bundle, plugin: Path | None) -> Iterator[Row]:
     """Build every graph of a bundle that engines are built from; with the plugin, every one that it changes."""
-    from ..builder import BuildSettings
-
     manifest, with_plugin = bundle.manifest, plugin is not None
     size = limits_of(args, manifest, plugin=with_plugin)
     settings = BuildSettings(None if plugin is None else plugin.resolve(), None, None, ())
@@ -146,7 +141,7 @@ def _built(
     args: argparse.Namespace,
     manifest: Manifest,
     graph: PreparedGraph,
-    settings: "BuildSettings",
+    settings: BuildSettings,
     size: Limits,
 ) -> Row:
     """Build a graph at its limits, and at shares of them to see how its scratch memory grows."""

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from engines.__main__ import main
-from engines.build_plan import BuiltPlan, differences, plan_build
+from engines.build_plan import BuildSettings, BuiltPlan, differences, plan_build
 from engines.checks.verify import OutputRow, Verification, load_reference
 from engines.profiles import plan_limits
 from engines.workarounds import WORKAROUNDS
@@ -43,10 +43,8 @@ def planned(bundle, *, machine=ORIN, plugin=None, **limits):
         machine,
         TENSORRT,
         plan_limits(bundle.manifest, plugin=plugin is not None, **limits),
-        plugin=plugin,
-        workspace_bytes=None,
-        workarounds=WORKAROUNDS[1:],
-        rebuild=REBUILD,
+        BuildSettings(plugin, None, None, WORKAROUNDS[1:]),
+        REBUILD,
     )
 
 

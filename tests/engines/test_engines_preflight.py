@@ -30,7 +30,8 @@ REFUSALS = """
 import os, sys
 from dataclasses import replace
 import onnx
-from engines.builder import BuildSettings, build_plan
+from engines.build_plan import BuildSettings
+from engines.builder import build_plan
 from engines.prepare import prepare
 from engines.profiles import plan_profiles
 from hawk_trt.bundle import Bundle
@@ -152,7 +153,7 @@ def test_the_whole_command_builds_and_refuses_to_leave_plans_of_another_library(
     )
     lines = done.stderr.splitlines()
     assert lines[:3] == [f"building {stage}.tensorrt.onnx" for stage in STAGES], done.stderr
-    assert "vision.plan: a plan of TensorRT-RTX, expected one of TensorRT. Rebuild: python -m engines" in lines[-1]
+    assert "vision.plan: a plan of TensorRT-RTX, expected one of TensorRT. Rebuild: hawk-trt build" in lines[-1]
     assert done.returncode == 1 and cache.stat().st_size > 100
     assert [path.name for path in tmp_path.iterdir()] == ["timing.cache"]
 
