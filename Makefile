@@ -6,7 +6,7 @@
 .PHONY: check-models check-page check-serving bench-native real
 .PHONY: advise calibrate train-tiny
 .PHONY: plugin plugin-check gpu-report
-.PHONY: engines self-test preflight preflight-large types-tensorrt
+.PHONY: engines self-test preflight preflight-cuda preflight-large types-tensorrt
 .PHONY: bench bench-batching bench-shape bench-claims bench-export bench-growth bench-load bench-memory bench-peers bench-quantised bench-start peers
 
 PYTHON ?= python3
@@ -88,6 +88,9 @@ self-test: $(READY) ## Engines of the tiny model on this GPU, compared with ONNX
 
 preflight: $(FULL) ## Every graph of a bundle through NVIDIA's parser and builder, without a GPU: BUNDLE=folder
 	$(BIN)/python -m engines.checks.preflight $(BUNDLE) $(FLAGS)
+
+preflight-cuda: $(FULL) ## Where ONNX Runtime's CUDA provider puts every node, all families and dtypes, oldest and newest version; no GPU
+	$(BIN)/python -m benchmarks.gpu_report.preflight $(FLAGS)
 
 preflight-large: $(FULL) ## The same with graphs of 7B shapes and two layers: 4 minutes, 14 GB of memory
 	$(BIN)/pytest -q -s -m slow tests/engines/test_engines_preflight.py

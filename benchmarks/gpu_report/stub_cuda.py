@@ -140,8 +140,8 @@ def _stub_folder(site: Path, folder: Path, cache: Path) -> Path:
         return folder
     provider = site / _PROVIDER
     imported = re.findall(r" U (\w+)", _output("nm", "-D", "--undefined-only", str(provider)))
-    needed = re.findall(r"NEEDED\).*\[(libcu[^\]]+)\]", _output("readelf", "-d", str(provider)))
-    wanted = {name for name in imported if re.match(r"cuda|__cuda|cu[A-Z]|cublas|curand", name)}
+    needed = re.findall(r"NEEDED\).*\[(lib(?:cu|nv)[^\]]+)\]", _output("readelf", "-d", str(provider)))
+    wanted = {name for name in imported if re.match(r"__cuda|cu(?:[A-Z]|blas|da|dnn|fft|rand)|nvrtc", name)}
     wanted |= {name.decode() for name in re.findall(rb"\0(cudnn[A-Z]\w+)(?=\0)", provider.read_bytes())}
     rest = sorted(wanted - set(re.findall(r"\b(\w+)\([^;]*\) \{", _SOURCE)))
     major = next(name for name in needed if name.startswith("libcudart.so.")).rpartition(".")[2]
@@ -149,7 +149,7 @@ def _stub_folder(site: Path, folder: Path, cache: Path) -> Path:
     source = folder / "stubs.c"
     source.write_text(_SOURCE + "".join(f"int {name}() {{ return 0; }}\n" for name in rest), encoding="utf-8")
     flags = ("-w", "-O1", "-shared", "-fPIC", f"-DCUDART_MAJOR={major}", f"-I{_headers(cache)}")
-    for name in (*needed, *_LOADED_AT_RUN):
+    for name in {*needed, *_LOADED_AT_RUN}:
         _output("gcc", *flags, f"-Wl,-soname,{name}", "-o", str(folder / name), str(source))
     (folder / _DONE).touch()
     return folder

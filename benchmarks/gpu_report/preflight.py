@@ -1,0 +1,256 @@
+"""The command python -m benchmarks.gpu_report.preflight: where ONNX Runtime's CUDA provider puts each node; no GPU.
+
+In: bundles, or nothing for a small random model of every family in every dtype and quantisation; versions of
+onnxruntime-gpu, the oldest and the newest supported unless told otherwise. Out: a row for each graph of the target cuda
+and exit 1 where a session cannot be made, a copy between CPU and GPU was added, or a node that computes is on the CPU.
+The provider is the real one, over the stub libraries of stub_cuda.py: it proves loading and placement, neither values
+nor speed. Wheels are fetched when first needed, 250 MB each, into build/onnxruntime-gpu.
+"""
+
+import argparse
+import collections
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu_report import stub_cuda
+from benchmarks.gpu_report.record import ROOT
+from hawk_trt.bundle import Bundle, WeightFormat
+from hawk_trt.errors import BackendError, HawkError
+from hawk_trt.stages import CUDA, DTYPES, STAGES
+
+VERSIONS = ("1.27.0", "1.31.1")
+# What a graph does with shapes, which the provider computes on the host on purpose. One of these that took data instead
+# would cost copies, and those are counted.
+_SHAPE_OPERATORS = {
+    *("Add", "Cast", "Concat", "Constant", "ConstantOfShape", "Div", "Equal", "Gather", "Max", "Min", "Mod", "Mul"),
+    *("Neg", "Range", "Reshape", "Shape", "Slice", "Split", "Squeeze", "Sub", "Unsqueeze", "Where"),
+}
+_GRAPHED = ("first_layer", "decoder")  # decode steps, which a CUDA graph may hold
+_CPU_PROVIDER = "CPUExecutionProvider"
+_FAILED = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where the nodes of one graph went.
+
+    Attributes:
+        graph: its file.
+        refusal: why there is no session, None where there is one.
+        copies: Memcpy nodes that were added.
+        on_cpu: nodes on the CPU provider by operator.
+    """
+
+    graph: str
+    refusal: str | None
+    copies: int
+    on_cpu: dict[str, int]
+
+    @property
+    def problem(self) -> str | None:
+        """What is wrong, None where nothing is."""
+        if self.refusal is not None:
+            return f"no session: {self.refusal}"
+        computing = {name: count for name, count in self.on_cpu.items() if name not in _SHAPE_OPERATORS}
+        if self.copies or computing:
+            return f"{self.copies} copies, computing on the CPU: {computing or 'nothing'}"
+        return None
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns its exit status: 0 all is placed well, 1 something is not, 2 wrong usage."""
+    args = _parser().parse_args(arguments)
+    if args.place is not None:
+        return _place(args.place)
+    failed = 0
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            bundles = args.bundles or list(random_bundles(Path(scratch)))
+            graphs = [path for bundle in bundles for path in cuda_graphs(bundle)]
+            for version in args.versions:
+                placements = place(graphs, version)
+                wrong = [placement for placement in placements if placement.problem]
+                for placement in wrong:
+                    print(f"onnxruntime-gpu {version}: {placement.graph}: {placement.problem}")
+                shapes = max(sum(placement.on_cpu.values()) for placement in placements)
+                good = len(placements) - len(wrong)
+                print(
+                    f"onnxruntime-gpu {version}: {good} of {len(placements)} graphs placed well, "
+                    f"at most {shapes} shape nodes on the CPU"
+                )
+                failed += len(wrong)
+    except (HawkError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return _FAILED
+    return _FAILED if failed else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu_report.preflight",
+        description="Load the graphs of the target cuda in ONNX Runtime's CUDA provider without a GPU.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("bundles", type=Path, nargs="*", metavar="BUNDLE", help="none: small models of every family")
+    parser.add_argument("--versions", nargs="+", default=VERSIONS, metavar="VERSION", help="of onnxruntime-gpu")
+    parser.add_argument("--place", type=Path, nargs="+", help=argparse.SUPPRESS)  # the process over the stubs
+    return parser
+
+
+def cuda_graphs(bundle: Path) -> list[Path]:
+    """The graphs of a bundle's target cuda.
+
+    Raises:
+        BundleError: it holds none.
+    """
+    loaded = Bundle.load(bundle)
+    return [loaded.folder / loaded.manifest.graph(stage, CUDA).file for stage in STAGES]
+
+
+def place(graphs: list[Path], version: str) -> list[Placement]:
+    """Load graphs in a version of onnxruntime-gpu, in a process of its own.
+
+    Raises:
+        BackendError: the wheel or the stubs cannot be had, or the process died.
+    """
+    command = [sys.executable, "-m", "benchmarks.gpu_report.preflight", "--place", *map(str, graphs)]
+    environment = os.environ | stub_cuda.environment(version)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise BackendError(f"onnxruntime-gpu {version}: status {done.returncode}: {done.stderr.strip()[-400:]}")
+    return [Placement(**row) for row in json.loads(done.stdout)]
+
+
+def _place(graphs: list[Path]) -> int:
+    """The process over the stubs: placements as JSON on stdout."""
+    placements = [asdict(_placement(path)) for path in graphs]
+    print(json.dumps(placements))
+    sys.stdout.flush()
+    os._exit(0)  # the stubs do not survive the provider's own clean-up
+
+
+def _placement(path: Path) -> Placement:
+    """Make a session and read where its nodes went from ONNX Runtime's own log, which goes to the stderr of C."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 0
+    settings = {"device_id": "0", "use_tf32": "0"}
+    if path.name.startswith(_GRAPHED):
+        settings["enable_cuda_graph"] = "1"
+    refusal = None
+    with tempfile.TemporaryFile() as log:
+        stderr = os.dup(2)
+        os.dup2(log.fileno(), 2)
+        try:
+            providers = [("CUDAExecutionProvider", settings), _CPU_PROVIDER]
+            session = ort.InferenceSession(str(path), options, providers=providers)
+            if session.get_providers()[0] == _CPU_PROVIDER:
+                refusal = "the CUDA provider did not start"
+        except Exception as error:  # ONNX Runtime's errors have no common class, and each is the answer here
+            refusal = " ".join(str(error).split())[:300]
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+        log.seek(0)
+        said = log.read().decode(errors="replace")
+    return Placement("/".join(path.parts[-2:]), refusal, *_placed(said))
+
+
+def _placed(log: str) -> tuple[int, dict[str, int]]:
+    """Copies that were added, and nodes on the CPU by operator, as a verbose log tells them."""
+    copies = sum(int(number) for number in re.findall(r"(\d+) Memcpy nodes? (?:is|are) added", log))
+    provider, on_cpu = "", collections.Counter[str]()
+    for line in log.splitlines():
+        if all_nodes := re.search(r"All nodes placed on \[(\w+)\]\. Number of nodes: (\d+)", line):
+            if all_nodes[1] == _CPU_PROVIDER:  # they are not listed then
+                on_cpu["every operator"] += int(all_nodes[2])
+        elif heading := re.search(r"Node\(s\) placed on \[(\w+)\]", line):
+            provider = heading[1]
+        elif node := re.search(r"VerifyEachNodeIsAssignedToAnEp\]\s+(\w+) \(", line):
+            on_cpu[node[1]] += provider == _CPU_PROVIDER
+    return copies, dict(+on_cpu)
+
+
+def random_bundles(folder: Path) -> Iterator[Path]:
+    """A small random model of every family, in every dtype, and quantised with the activations that CUDA multiplies."""
+    from export.random_checkpoint import random_checkpoint
+    from export.writer import ExportOptions, export
+
+    formats: list[tuple[str, str, WeightFormat | None]] = [(dtype, dtype, None) for dtype in DTYPES]
+    for bits in (8, 4):
+        formats += [(f"int{bits}-{dtype}", dtype, WeightFormat(bits, 64)) for dtype in ("float32", "float16")]
+    for family, config in _configs().items():
+        for name, dtype, weights in formats:
+            source = folder / "checkpoints" / f"{family}-{name}"
+            source.mkdir(parents=True)
+            out = folder / f"{family}-{name}"
+            options = ExportOptions(dtype, (CUDA,), im_end_token_id=300, vision_end_token_id=301, weights=weights)
+            export(random_checkpoint(source, config), out, options, name=family)
+            yield out
+
+
+def _configs() -> dict[str, dict[str, Any]]:
+    """config.json of a small model of each family, as transformers writes it."""
+    import transformers
+
+    text = {
+        "vocab_size": 320,
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 4096,
+        "eos_token_id": 300,
+        "bos_token_id": None,
+    }
+    ids = {"image_token_id": 310, "video_token_id": 311, "vision_start_token_id": 312, "vision_end_token_id": 301}
+    mrope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 12, 12]}
+    qwen = text | {"rope_parameters": mrope}
+    tower = {"depth": 2, "num_heads": 2, "hidden_size": 128, "intermediate_size": 256, "out_hidden_size": 256}
+    qwen3 = qwen | {"head_dim": 64, "rope_parameters": mrope | {"mrope_interleaved": True}}
+    configs = {
+        "Qwen2VL": transformers.Qwen2VLConfig(
+            text_config=qwen, vision_config={"depth": 2, "embed_dim": 128, "hidden_size": 256, "num_heads": 2}, **ids
+        ),
+        "Qwen2_5_VL": transformers.Qwen2_5_VLConfig(
+            text_config=qwen, vision_config=tower | {"fullatt_block_indexes": [1]}, **ids
+        ),
+        "Qwen3VL": transformers.Qwen3VLConfig(
+            text_config=qwen3,
+            vision_config=tower | {"num_position_embeddings": 36, "deepstack_visual_indexes": [0, 1]},
+            **ids,
+        ),
+        "InternVL": transformers.InternVLConfig(
+            text_config=transformers.Qwen2Config(**text),
+            vision_config={
+                "hidden_size": 128,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "intermediate_size": 256,
+                "image_size": [56, 56],
+                "patch_size": [14, 14],
+            },
+            image_token_id=310,
+            image_seq_length=4,
+        ),
+    }
+    return {
+        family: json.loads(config.to_json_string(use_diff=False))
+        | {"eos_token_id": 300, "architectures": [f"{family}ForConditionalGeneration"]}
+        for family, config in configs.items()
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

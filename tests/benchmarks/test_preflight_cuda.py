@@ -1,0 +1,80 @@
+"""make preflight-cuda: the tiny model's graphs in the real CUDA provider over stub libraries, and graphs that go wrong.
+
+Fetches onnxruntime-gpu (250 MB) once into build/.
+"""
+
+import platform
+
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from benchmarks.gpu_report import stub_cuda
+from benchmarks.gpu_report.preflight import VERSIONS, Placement, cuda_graphs, main, place
+from export.__main__ import main as export
+from hawk_trt.errors import BackendError
+
+pytestmark = pytest.mark.skipif(
+    platform.machine() != "x86_64", reason="onnxruntime-gpu is on the index for x86-64 alone"
+)
+
+NEWEST = VERSIONS[-1]
+
+
+def save(path, *operators):
+    """A graph of float32 operators in a row."""
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [None, 8]) for name in ("0", str(len(operators)))]
+    nodes = [helper.make_node(name, [str(i)], [str(i + 1)]) for i, name in enumerate(operators)]
+    graph = helper.make_graph(nodes, "graph", values[:1], values[1:])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def placements(tiny_checkpoint, tiny_bundle, tmp_path_factory):
+    """Of the tiny model in three dtypes, and of graphs with an operator that has no CUDA kernel, by graph."""
+    folder = tmp_path_factory.mktemp("preflight-cuda")
+    graphs = cuda_graphs(tiny_bundle)
+    for name, options in (("bfloat16", []), ("int4", ["--activations", "float16"])):
+        out = folder / f"tiny-{name}"
+        assert export([str(tiny_checkpoint), "--out", str(out), "--dtype", name, *options]) == 0
+        graphs += cuda_graphs(out)
+    graphs += [save(folder / "alone.onnx", "Hardmax"), save(folder / "between.onnx", "Relu", "Hardmax", "Relu")]
+    graphs.append(save(folder / "good.onnx", "Relu"))
+    return {placement.graph: placement for placement in place(graphs, NEWEST)}
+
+
+def test_every_graph_of_the_tiny_model_stays_on_the_gpu(placements):
+    tiny = {name: placement.problem for name, placement in placements.items() if "tiny" in name}
+    assert len(tiny) == 9
+    assert not any(tiny.values()), tiny
+
+
+def test_an_operator_without_a_kernel_is_seen(placements):
+    alone, between, good = (placement for name, placement in placements.items() if "tiny" not in name)
+    assert alone.problem == "0 copies, computing on the CPU: {'every operator': 1}"
+    assert between.problem == "2 copies, computing on the CPU: {'Hardmax': 1}"
+    assert good.problem is None
+
+
+def test_a_provider_that_does_not_start_is_no_pass(tmp_path, monkeypatch):
+    site = stub_cuda.wheel_folder(NEWEST)
+    monkeypatch.setattr(stub_cuda, "environment", lambda _: {"PYTHONPATH": str(site.resolve())})
+    (placement,) = place([save(tmp_path / "good.onnx", "Relu")], NEWEST)
+    assert placement.problem == "no session: the CUDA provider did not start"
+
+
+def test_a_copy_or_an_operator_that_computes_on_the_cpu_is_a_problem():
+    assert Placement("graph", None, 0, {"Shape": 3, "Gather": 2}).problem is None
+    assert Placement("graph", None, 1, {"Shape": 3}).problem == "1 copies, computing on the CPU: nothing"
+    assert Placement("graph", None, 0, {"MatMul": 1}).problem == "0 copies, computing on the CPU: {'MatMul': 1}"
+    assert Placement("graph", "no kernel", 0, {}).problem == "no session: no kernel"
+
+
+def test_a_version_that_is_not_there_is_an_error(tiny_bundle, capsys, monkeypatch):
+    def no_wheel(*_):
+        raise BackendError("no such version")
+
+    monkeypatch.setattr("benchmarks.gpu_report.stub_cuda.wheel_folder", no_wheel)
+    assert main([str(tiny_bundle), "--versions", "0.1"]) == 1
+    assert "error: no such version" in capsys.readouterr().err
