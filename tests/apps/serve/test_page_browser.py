@@ -249,12 +249,12 @@ def test_an_image_that_is_too_large_to_send_is_made_smaller(browser, tiny_bundle
 
 
 def test_errors_of_the_server_speak_of_the_page(browser, tiny_bundle):
-    with serving(tiny_bundle, max_image_pixels=100) as small, opened(browser, small, refusals=True) as page:
+    with serving(tiny_bundle, max_prompt_tokens=20) as small, opened(browser, small, refusals=True) as page:
         drop(page, PICTURE)
         page.get_by_label("Question", exact=True).fill(ASK)
         page.get_by_role("button", name="Ask").click()
         page.wait_for_selector("#alert:not([hidden])")
-        assert page.locator("#alert").inner_text().startswith("The image: ")
+        assert page.locator("#alert").inner_text().startswith("The question: got a prompt of ")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
