@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hawk_trt.apps.cli.main import INTERRUPTED, make_app, run_app
+from hawk_trt.apps.cli.models import expect_bundle
 from hawk_trt.apps.cli.options import Json
 from hawk_trt.apps.cli.output import note, print_json, size
 from hawk_trt.bundle import Bundle, Manifest
@@ -114,6 +115,7 @@ def build(
         json: print the result as JSON
     """
     started = time.perf_counter()
+    expect_bundle(bundle)
     loaded = Bundle.load(bundle)
     named = None if plugin in (None, "none") else existing_file(Path(plugin))
     expected = named is not None or (plugin is None and may_find())

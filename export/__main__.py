@@ -11,6 +11,7 @@ from typing import Annotated
 from cyclopts import CycloptsError, Parameter
 
 from hawk_trt.apps.cli.main import INTERRUPTED, make_app, run_app
+from hawk_trt.apps.cli.models import expect_checkpoint
 from hawk_trt.apps.cli.options import Json, dtypes, names
 from hawk_trt.apps.cli.output import note, print_json, progress, size
 from hawk_trt.bundle import Bundle, WeightFormat
@@ -125,47 +126,40 @@ def export_checkpoint(
         force=force,
     )
     try:
+        start = time.perf_counter()
         if shape is not None:
             config = shape_config(shape, layers, vision_layers)
             if im_end_token_id is None:  # <|im_end|>; there is no tokenizer to say it
                 options = replace(options, im_end_token_id=config["eos_token_id"])
             with tempfile.TemporaryDirectory() as folder:
-                _export(
-                    random_checkpoint(Path(folder), config),
-                    f"{shape}, random weights",
-                    out,
-                    options,
-                    no_reference=True,
-                    json=json,
-                )
+                made = random_checkpoint(Path(folder), config)
+                bundle, current = _bundle(made, out, options, f"{shape}, random weights")
         else:
             assert checkpoint is not None
+            expect_checkpoint(checkpoint)
             name = checkpoint if is_hub_id(checkpoint) else None
             opened = Checkpoint.open(download(name, revision) if name else checkpoint)
-            _export(opened, name, out, options, no_reference=no_reference, json=json)
+            bundle, current = _bundle(opened, out, options, name)
+            bundle = bundle if no_reference else _with_reference(bundle)
     except KeyboardInterrupt:
         note("interrupted; nothing was changed")
         return INTERRUPTED
+    _report(bundle, out, time.perf_counter() - start, up_to_date=current, as_json=json)
     return 0
 
 
-def _export(
-    checkpoint: Checkpoint, name: str | None, out: Path, options: ExportOptions, *, no_reference: bool, json: bool
-) -> None:
-    start = time.perf_counter()
+def _bundle(checkpoint: Checkpoint, out: Path, options: ExportOptions, name: str | None) -> tuple[Bundle, bool]:
     current = None if options.force else up_to_date(checkpoint, out.resolve(), options, name)
-    bundle = current
-    if bundle is None:
-        notes: list[str] = []
-        with progress("of weights", in_bytes=True) as show:
-            bundle = export(checkpoint, out, options, name=name, progress=show, note=notes.append)
-        for told in notes:
-            note(f"note: {told}")
-        if bundle.manifest.head_weights.source == UNIFORM:
-            note(_UNIFORM_NOTE)
-    if not no_reference:
-        bundle = _with_reference(bundle)
-    _report(bundle, out, time.perf_counter() - start, up_to_date=current is not None, as_json=json)
+    if current is not None:
+        return current, True
+    notes: list[str] = []
+    with progress("of weights", in_bytes=True) as show:
+        bundle = export(checkpoint, out, options, name=name, progress=show, note=notes.append)
+    for told in notes:
+        note(f"note: {told}")
+    if bundle.manifest.head_weights.source == UNIFORM:
+        note(_UNIFORM_NOTE)
+    return bundle, False
 
 
 def _with_reference(bundle: Bundle) -> Bundle:

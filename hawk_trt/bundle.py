@@ -229,9 +229,8 @@ def read_manifest(folder: Path) -> Manifest:
     Raises:
         BundleError: no bundle there, a damaged manifest, or one of another schema.
     """
-    absent = (
-        f"{folder}: no bundle there ({MANIFEST} is missing). Make one: make export MODEL=path-or-hub-id OUT={folder}"
-    )
+    command = f"hawk-trt export CHECKPOINT-OR-HUB-ID --out {folder}"
+    absent = f"{folder}: no bundle there ({MANIFEST} is missing). Make one: {command}"
     return read_versioned(folder / MANIFEST, Manifest, SCHEMA_VERSION, absent, "the export", _AGAIN)
 
 

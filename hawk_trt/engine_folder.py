@@ -238,7 +238,7 @@ def read_engine_manifest(folder: Path) -> EngineManifest:
     """
     absent = (
         f"{folder}: no engines there ({ENGINES_MANIFEST} is missing). "
-        f"Build them from a bundle, on the GPU that is to run them: make engines BUNDLE=bundle ENGINES={folder}"
+        f"Build them from a bundle, on the GPU that is to run them: hawk-trt build BUNDLE --out {folder}"
     )
     path, again = folder / ENGINES_MANIFEST, "Build again: make engines"
     return read_versioned(path, EngineManifest, ENGINES_SCHEMA_VERSION, absent, "the build", again)

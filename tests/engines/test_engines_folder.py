@@ -158,7 +158,7 @@ def test_a_newer_changed_or_damaged_manifest_is_refused(folder, change, message)
 
 
 def test_a_folder_without_engines_says_how_to_build_them(tmp_path):
-    with pytest.raises(BundleError, match=rf"no engines there .*make engines BUNDLE=bundle ENGINES={tmp_path}"):
+    with pytest.raises(BundleError, match=rf"no engines there .*hawk-trt build BUNDLE --out {tmp_path}"):
         EngineFolder.load(tmp_path)
 
 

@@ -63,7 +63,7 @@ def advise(
     Example: hawk-trt advise artifacts/3b --image photo.jpg --prompt "What does the sign say?"
 
     Args:
-        model: folder that an export wrote, or with engines built from it
+        model: a bundle or engines; or a checkpoint or hub id, which is exported first, once
         image: an image like yours; repeatable (default: noise)
         image_size: height and width of the noise
         prompt: a question like yours

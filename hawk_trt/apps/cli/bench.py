@@ -103,7 +103,7 @@ def bench(
     Example: hawk-trt bench artifacts/3b --image photo.jpg --keep-ratio 1,0.4,0.2,0.1
 
     Args:
-        model: folder that an export wrote, or with engines built from it
+        model: a bundle or engines; or a checkpoint or hub id, which is exported first, once
         keep_ratios: shares of visual tokens kept, with commas between them
         max_new_tokens: generated in each run
         repeats: timed runs of each pair

@@ -10,6 +10,7 @@ from cyclopts import Group, Parameter
 from rich.console import Console
 
 from hawk_trt.apps.calibrate.work import FIRST_LAYER, SCOPES, Plan, Scores, Source, score_table, units_left
+from hawk_trt.apps.cli.models import expect_checkpoint
 from hawk_trt.apps.cli.options import OUTPUT, WHERE, Dtype, Json, MaxNewTokens
 from hawk_trt.apps.cli.output import counted, note, print_json
 from hawk_trt.apps.evaluate.datasets import TINY, load_dataset
@@ -106,6 +107,7 @@ def calibrate(
     for name, value in (("--heads-at-once", heads_at_once), ("--shards", shards)):
         if value is not None and value < 1:
             raise InvalidInput(f"{name}: got {value}, expected at least 1")
+    expect_checkpoint(checkpoint)
     hub_id = checkpoint if is_hub_id(checkpoint) else None
     if revision is not None and hub_id is None:
         raise InvalidInput(f"--revision: only for a hub id (owner/name), got {checkpoint}")

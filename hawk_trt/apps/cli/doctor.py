@@ -62,7 +62,11 @@ def _print_machine(report: Report) -> None:
         print(f"{gpu.name}, compute capability {gpu.compute_capability}, driver {gpu.driver}{memory}")
     memory = "unknown" if report.memory_available_bytes is None else size(report.memory_available_bytes)
     print(f"memory available {memory}, disk free {size(report.disk_free_bytes)}")
-    installed = [f"{name} {found}" for name, found in report.packages.items() if found]
+    installed = [
+        f"{name} {found}" + ("" if report.tested.get(name, found) == found else f" (tested with {report.tested[name]})")
+        for name, found in report.packages.items()
+        if found
+    ]
     print(f"packages: {', '.join(installed)}")
     print(f"onnxruntime providers: {', '.join(report.providers) or 'none'}\n")
     width = max(len(capability.name) for capability in report.capabilities)

@@ -6,23 +6,25 @@ its CUDA provider works shows when it runs a graph and not before.
 
 import importlib
 import platform
+import re
 import shutil
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 
-from hawk_trt import __version__
+import hawk_trt
 from hawk_trt.runtime.versions import EXTRAS, at_least, available_memory_bytes
 
-RUNTIME = ("jinja2", "ml_dtypes", "msgspec", "numpy", "pillow", "rich", "tokenizers")
+RUNTIME = ("cyclopts", "jinja2", "ml_dtypes", "msgspec", "numpy", "pillow", "rich", "tokenizers")
 ONNX_RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
 TENSORRTS = ("tensorrt", "tensorrt-cu12", "tensorrt-cu13")
 CUDA_BINDINGS = "cuda-bindings"
-CUDA_PROVIDER = "CUDAExecutionProvider"
+CPU_PROVIDER, CUDA_PROVIDER = "CPUExecutionProvider", "CUDAExecutionProvider"
+_NO_GPU = "no NVIDIA GPU with a driver here (nvidia-smi lists none)"
 
 # y = x + x of one float32, opset 18: the least that shows a provider computing.
 _ADD_ONNX = (
@@ -47,8 +49,6 @@ class Capability:
     """One thing a user may want to do.
 
     Attributes:
-        name: of it.
-        works: whether it does, here and now.
         detail: with what it works, or why it does not.
         command: what adds it; None where it works or nothing that can be installed would help.
     """
@@ -64,26 +64,23 @@ class Report:
     """All that doctor finds out about the machine.
 
     Attributes:
-        hawk_trt: its version.
-        python: version.
-        machine: operating system and processor.
         packages: versions by name, None where not installed.
+        tested: the versions that the tests pass with.
         providers: ONNX Runtime's execution providers, as it lists them.
-        gpus: NVIDIA GPUs.
         memory_available_bytes: main memory that a process could take, None where the system does not say.
         disk_free_bytes: in the current folder.
-        capabilities: what works.
     """
 
-    hawk_trt: str
-    python: str
-    machine: str
     packages: dict[str, str | None]
     providers: tuple[str, ...]
     gpus: tuple[Gpu, ...]
-    memory_available_bytes: int | None
-    disk_free_bytes: int
     capabilities: tuple[Capability, ...]
+    tested: dict[str, str] = field(default_factory=lambda: tested_versions())
+    hawk_trt: str = hawk_trt.__version__
+    python: str = platform.python_version()
+    machine: str = f"{platform.system()} {platform.machine()}"
+    memory_available_bytes: int | None = field(default_factory=available_memory_bytes)
+    disk_free_bytes: int = field(default_factory=lambda: shutil.disk_usage(Path.cwd()).free)
 
     def works(self, name: str) -> bool:
         """Whether a capability works."""
@@ -93,27 +90,21 @@ class Report:
 def examine() -> Report:
     """Look at the machine."""
     extras = [name for extra in EXTRAS.values() for name in extra]
-    names = (*RUNTIME, *ONNX_RUNTIMES, *extras, *TENSORRTS, CUDA_BINDINGS)
-    packages = {name: installed_version(name) for name in names}
+    packages = {
+        name: installed_version(name) for name in (*RUNTIME, *ONNX_RUNTIMES, *extras, *TENSORRTS, CUDA_BINDINGS)
+    }
     gpus = find_gpus()
     providers, problem = _providers()
+    onnxruntime = next(
+        (found for name in reversed(ONNX_RUNTIMES) if (found := packages[name])), "of an unknown version"
+    )
     capabilities = (
-        _cpu(packages, problem),
-        _cuda(packages, providers, gpus, problem),
+        _cpu(onnxruntime, problem),
+        _cuda(onnxruntime, packages, providers, gpus, problem),
         *(_extra(name, packages) for name in EXTRAS),
         _tensorrt(packages, gpus),
     )
-    return Report(
-        hawk_trt=__version__,
-        python=platform.python_version(),
-        machine=f"{platform.system()} {platform.machine()}",
-        packages=packages,
-        providers=providers,
-        gpus=gpus,
-        memory_available_bytes=available_memory_bytes(),
-        disk_free_bytes=shutil.disk_usage(Path.cwd()).free,
-        capabilities=capabilities,
-    )
+    return Report(packages, providers, gpus, capabilities)
 
 
 def installed_version(name: str) -> str | None:
@@ -124,6 +115,12 @@ def installed_version(name: str) -> str | None:
         return None
 
 
+def tested_versions() -> dict[str, str]:
+    """The versions that the tests pass with, by package."""
+    pins = (Path(hawk_trt.__file__).parent / "data" / "constraints.txt").read_text(encoding="utf-8")
+    return dict(re.findall(r"^([\w-]+)==([\w.+]+)", pins, re.MULTILINE))
+
+
 def find_gpus() -> tuple[Gpu, ...]:
     """The GPUs that nvidia-smi lists; none where there is no nvidia-smi or no driver."""
     program = shutil.which("nvidia-smi")
@@ -132,10 +129,9 @@ def find_gpus() -> tuple[Gpu, ...]:
     fields = "name,compute_cap,driver_version,memory.total,memory.free"
     query = [program, f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
     try:
-        listing = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
+        return parse_gpus(subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout)
     except (subprocess.SubprocessError, OSError):
         return ()
-    return parse_gpus(listing)
 
 
 def parse_gpus(listing: str) -> tuple[Gpu, ...]:
@@ -175,25 +171,28 @@ def _providers() -> tuple[tuple[str, ...], str | None]:
     if find_spec("onnxruntime") is None:
         return (), "onnxruntime is not installed"
     try:
-        onnxruntime = importlib.import_module("onnxruntime")
+        return tuple(importlib.import_module("onnxruntime").get_available_providers()), None
     except ImportError as error:
         return (), f"onnxruntime cannot be imported ({error})"
-    return tuple(onnxruntime.get_available_providers()), None
 
 
-def _cpu(packages: dict[str, str | None], problem: str | None) -> Capability:
-    problem = problem or provider_problem("CPUExecutionProvider")
+def _cpu(onnxruntime: str, problem: str | None) -> Capability:
+    problem = problem or provider_problem(CPU_PROVIDER)
     if problem:
         return Capability("run on CPU", False, problem, "pip install onnxruntime")
-    return Capability("run on CPU", True, f"onnxruntime {_onnxruntime(packages)}; float32 and float16 bundles")
+    return Capability("run on CPU", True, f"onnxruntime {onnxruntime}; float32 and float16 bundles")
 
 
 def _cuda(
-    packages: dict[str, str | None], providers: tuple[str, ...], gpus: tuple[Gpu, ...], problem: str | None
+    onnxruntime: str,
+    packages: dict[str, str | None],
+    providers: tuple[str, ...],
+    gpus: tuple[Gpu, ...],
+    problem: str | None,
 ) -> Capability:
     name = "run on CUDA"
     if not gpus and CUDA_PROVIDER not in providers:
-        return Capability(name, False, "no NVIDIA GPU with a driver here (nvidia-smi lists none)")
+        return Capability(name, False, _NO_GPU)
     if problem or CUDA_PROVIDER not in providers:
         # The two packages share one folder: with both installed, either may win.
         remove = "pip uninstall -y onnxruntime onnxruntime-gpu && " if packages["onnxruntime"] else ""
@@ -202,14 +201,12 @@ def _cuda(
     problem = provider_problem(CUDA_PROVIDER)
     if problem:
         return Capability(name, False, f"{CUDA_PROVIDER}: {problem}", "pip install 'onnxruntime-gpu[cuda,cudnn]'")
-    device = gpus[0].name if gpus else "CUDA device"
-    return Capability(name, True, f"onnxruntime {_onnxruntime(packages)} on {device}")
+    return Capability(name, True, f"onnxruntime {onnxruntime} on {gpus[0].name if gpus else 'CUDA device'}")
 
 
 def _extra(name: str, packages: dict[str, str | None]) -> Capability:
-    wanted = EXTRAS[name]
     lacking, needed = [], []
-    for package, lowest in wanted.items():
+    for package, lowest in EXTRAS[name].items():
         found = packages[package]
         if found is None:
             lacking.append(f"{package} is not installed")
@@ -219,7 +216,7 @@ def _extra(name: str, packages: dict[str, str | None]) -> Capability:
             needed.append(f"'{package}>={lowest}'")
     if lacking:
         return Capability(name, False, ", ".join(lacking), f"pip install {' '.join(needed)}")
-    return Capability(name, True, ", ".join(f"{package} {packages[package]}" for package in wanted))
+    return Capability(name, True, ", ".join(f"{package} {packages[package]}" for package in EXTRAS[name]))
 
 
 def _tensorrt(packages: dict[str, str | None], gpus: tuple[Gpu, ...]) -> Capability:
@@ -227,13 +224,8 @@ def _tensorrt(packages: dict[str, str | None], gpus: tuple[Gpu, ...]) -> Capabil
     if found is None and find_spec("tensorrt") is not None:
         found = "of an unknown version"
     if not gpus:
-        return Capability("TensorRT", False, "no NVIDIA GPU with a driver here (nvidia-smi lists none)")
-    if found is None:
-        return Capability("TensorRT", False, "tensorrt is not installed", "pip install tensorrt")
-    if packages[CUDA_BINDINGS] is None:
-        return Capability("TensorRT", False, f"{CUDA_BINDINGS} is not installed", f"pip install {CUDA_BINDINGS}")
+        return Capability("TensorRT", False, _NO_GPU)
+    for package, there in (("tensorrt", found), (CUDA_BINDINGS, packages[CUDA_BINDINGS])):
+        if there is None:
+            return Capability("TensorRT", False, f"{package} is not installed", f"pip install {package}")
     return Capability("TensorRT", True, f"tensorrt {found} on {gpus[0].name}")
-
-
-def _onnxruntime(packages: dict[str, str | None]) -> str:
-    return next((found for name in reversed(ONNX_RUNTIMES) if (found := packages[name])), "of an unknown version")

@@ -90,7 +90,7 @@ def evaluate(
     Example: hawk-trt eval artifacts/3b --dataset questions.jsonl --selectors hawk,random --keep-ratio 1,0.2
 
     Args:
-        model: folder that an export wrote, or with engines built from it
+        model: a bundle or engines; or a checkpoint or hub id, which is exported first, once
         keep_ratios: shares of visual tokens kept, with commas between them; 1 is answered once for all selectors
         selectors: hawk, random and others (docs/selectors.md), with commas between them; fastv answers in PyTorch
         checkpoint: of fastv: the folder that the bundle was exported from, or its hub id

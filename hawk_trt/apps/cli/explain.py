@@ -27,7 +27,7 @@ def explain(
     Example: hawk-trt explain artifacts/3b --image photo.jpg --prompt "What does the sign say?" --out kept.png
 
     Args:
-        model: folder that an export wrote, or with engines built from it
+        model: a bundle or engines; or a checkpoint or hub id, which is exported first, once
         keep_ratios: shares of visual tokens kept, each in (0, 1], with commas between them
         out: PNG file, the picture
         json: print grids, scores, kept tokens and answers as JSON

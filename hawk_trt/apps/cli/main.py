@@ -56,9 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     wanted = next((word for word in argv if not word.startswith("-")), None)
     for name, (function, summary) in COMMANDS.items():
         # the command that is asked for shows the help of its docstring
-        app.command(_where_it_lies(function), name=name, help=None if name == wanted else summary)
-    if COMPLETION in argv:
-        app.register_install_completion_command(COMPLETION)
+        app.command(where_it_lies(function), name=name, help=None if name == wanted else summary)
+    if wanted is None:
+        app.register_install_completion_command(COMPLETION, help="Teach your shell the commands and options.")
     return run_app(app, argv)
 
 
@@ -117,7 +117,7 @@ def run_app(app: App, argv: Sequence[str]) -> int:
     return int(code)
 
 
-def _where_it_lies(function: str) -> str:
+def where_it_lies(function: str) -> str:
     """export/ and engines/ lie inside hawk_trt once installed, and beside it in a checkout that is not installed."""
     folder = function.partition(".")[0]
     return f"hawk_trt.{function}" if folder != "hawk_trt" and find_spec(f"hawk_trt.{folder}") else function

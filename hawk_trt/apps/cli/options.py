@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Group, Parameter, Token
 
+from hawk_trt.apps.cli.models import ready
 from hawk_trt.apps.cli.output import note, progress, size
 from hawk_trt.bundle import Bundle, read_manifest
 from hawk_trt.engine_folder import EngineFolder, read_engine_manifest
@@ -92,7 +93,7 @@ class Where:
         """Load a bundle or engines.
 
         Args:
-            model: their folder.
+            model: their folder, or a checkpoint, which is exported first.
             vision_cache_mb: for a command that may be asked twice about an image, unlike most.
 
         Raises:
@@ -100,6 +101,7 @@ class Where:
         """
         from hawk_trt import Pipeline  # loading graphs and a tokenizer is only for those who run them
 
+        model = ready(model)
         if self.verify:
             verify(model)
         return Pipeline.load(
@@ -262,6 +264,7 @@ def load_bundle(folder: Path) -> Bundle:
     Raises:
         BundleError: neither is there, or it is damaged.
     """
+    folder = ready(folder)
     return EngineFolder.load(folder).bundle if backend_for(folder) == "tensorrt" else Bundle.load(folder)
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Group, Parameter
 from rich.console import Console
 
+from hawk_trt.apps.cli.models import expect_checkpoint
 from hawk_trt.apps.cli.options import OUTPUT, PRUNING, Dtype, Json, Numbers, Scoring, Where, load_bundle
 from hawk_trt.apps.cli.output import note, print_json
 from hawk_trt.apps.parity.cases import DEFAULT_PROMPT, ParityCase, generated_cases, given_cases, tensor_cases
@@ -91,7 +92,7 @@ def parity(
     Example: hawk-trt parity artifacts/3b --checkpoint Qwen/Qwen2.5-VL-3B-Instruct
 
     Args:
-        model: folder that an export wrote, or with engines built from it
+        model: a bundle or engines; or a checkpoint or hub id, which is exported first, once
         checkpoint: the checkpoint folder that the bundle was exported from, or its hub id
         keep_ratios: shares of visual tokens kept (default: the bundle's, and 1)
         reference_device: of torch
@@ -101,6 +102,7 @@ def parity(
     """
     if compared.steps < 1:
         raise InvalidInput(f"--steps: got {compared.steps}, expected at least 1")
+    expect_checkpoint(checkpoint)
     bundle = load_bundle(model)
     manifest = bundle.manifest
     if save and manifest.dtype != "float32":

@@ -34,7 +34,7 @@ def run(
     Example: hawk-trt run artifacts/3b --image photo.jpg --prompt "What does the sign say?" --keep-ratio 0.2
 
     Args:
-        model: folder that an export wrote, or with engines built from it
+        model: a bundle or engines; or a checkpoint or hub id, which is exported first, once
         keep_ratio: share of visual tokens kept, in (0, 1] (default: the bundle's)
         stop: end the answer at this text; repeatable
         no_stream: print the answer when it is whole

@@ -86,7 +86,7 @@ def serve(
     Example: hawk-trt serve artifacts/3b --keep-ratio 0.2 --port 8000
 
     Args:
-        model: folder that an export wrote, or with engines built from it
+        model: a bundle or engines; or a checkpoint or hub id, which is exported first, once
         host: address to listen at; 0.0.0.0 is all networks
         port: 0 takes a free one
     """

@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         """Run VLMEvalKit's benchmarks on a bundle or on engines; what stands behind -- goes to its run.py.
 
         Args:
-            model: folder that an export wrote, or with engines built from it
+            model: a bundle or engines; or a checkpoint or hub id, which is exported first, once
             vlmevalkit: a clone of VLMEvalKit
             name: of the model in its results
             keep_ratio: share of visual tokens kept

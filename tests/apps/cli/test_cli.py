@@ -1,6 +1,7 @@
 import json
 import os
 import pty
+import re
 import shutil
 import subprocess
 import sys
@@ -154,7 +155,7 @@ def test_each_image_keeps_its_quota(ask, capsys):
         (["--video", "no-such-clip.mp4"], "no-such-clip.mp4"),
         (["--prompt", "  "], "--prompt"),
         (["--device", "abacus"], "device: got 'abacus'"),
-        (["--backend", "tensorrt"], "make engines"),
+        (["--backend", "tensorrt"], "hawk-trt build"),
         (["--min-pixels", "100000000"], "min_pixels"),
     ],
 )
@@ -369,4 +370,64 @@ def test_doctor_and_verify_find_a_changed_byte(tiny_bundle, weights, tmp_path, c
 
 def test_doctor_of_no_bundle_says_how_to_make_one(tmp_path, capsys):
     assert main(["doctor", str(tmp_path)]) == 1
-    assert "make export" in capsys.readouterr().err
+    assert "hawk-trt export" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "suggestion"),
+    [
+        (["rum", "bundle"], 'Did you mean "run"?'),
+        (["run", "bundle", "--promt", "?"], "Did you mean --prompt"),
+        (["run", "bundle", "--prompt", "?", "--keep-rato", "0.2"], "Did you mean --keep-ratio"),
+        (["run", "bundle", "--prompt", "?", "--selector", "hawks"], '"hawk"'),
+    ],
+)
+def test_a_misspelt_word_is_answered_with_the_right_one(argv, suggestion, capsys):
+    assert usage_error(argv) == 2
+    assert suggestion in capsys.readouterr().err
+
+
+def test_flags_have_the_names_that_others_give_them(ask, capsys):
+    words = ["run", "--model", ask[1], *ask[2:], "--max-tokens", "1", "--keep-ratios", "0.1", "--json"]
+    assert main(words) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (len(result["token_ids"]), result["keep_ratio"]) == (1, 0.1)
+    assert main([*words[:-1], "--keep-ratio", "0.5", "--json"]) == 0  # the last one counts
+    assert json.loads(capsys.readouterr().out)["keep_ratio"] == 0.5
+
+
+def test_a_checkpoint_is_exported_once_and_then_answers(ask, sample, tiny_checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for told in (True, False):
+        assert main(["run", str(tiny_checkpoint), *ask[2:]]) == 0
+        out, err = capsys.readouterr()
+        assert out == f"{sample[2]}\n"
+        assert ("Exporting it in float32" in err) is told
+    (folder,) = (tmp_path / "hawk_trt" / "bundles").iterdir()
+    assert (folder / "bundle.json").is_file()
+
+
+def test_what_is_named_in_anothers_place_is_recognised(tiny_bundle, tiny_checkpoint, tmp_path, capsys):
+    engines = tmp_path / "engines"
+    engines.mkdir()
+    (engines / "engines.json").write_text("{}")
+    out = str(tmp_path / "out")
+    for argv, command in (
+        (["export", tiny_bundle, "--out", out], f"hawk-trt run {tiny_bundle} --prompt TEXT"),
+        (["export", engines, "--out", out], f"hawk-trt run {engines} --prompt TEXT"),
+        (["build", tiny_checkpoint, "--out", out], f"hawk-trt export {tiny_checkpoint} --out tiny-vlm-bundle"),
+        (["build", "Qwen/Qwen2.5-VL-3B-Instruct", "--out", out], "hawk-trt export Qwen/Qwen2.5-VL-3B-Instruct --out"),
+        (["build", engines, "--out", out], f"hawk-trt run {engines} --prompt TEXT"),
+        (["run", tmp_path, "--prompt", "?"], f"hawk-trt export CHECKPOINT-OR-HUB-ID --out {tmp_path}"),
+    ):
+        assert main([str(word) for word in argv]) == 1
+        err = capsys.readouterr().err
+        assert command in err and err.count("\n") == 1
+    assert not Path(out).exists()
+
+
+def test_doctor_tells_the_versions_that_the_tests_pass_with(capsys):
+    assert main(["doctor", "--json"]) == 0
+    tested = json.loads(capsys.readouterr().out)["tested"]
+    pins = dict(re.findall(r"^([\w-]+)==([\w.]+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    assert tested == pins and {"numpy", "onnxruntime", "cyclopts"} <= set(tested)

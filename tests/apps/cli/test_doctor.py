@@ -54,7 +54,7 @@ def test_a_provider_that_is_not_there_is_no_crash():
 def test_both_onnxruntime_packages_are_removed_before_the_cuda_one_is_installed():
     packages = ABSENT | {"onnxruntime": "1.31.1", "onnxruntime-gpu": "1.31.1"}
     gpu = Gpu("A GPU", "9.0", "580", 10, 9)
-    capability = doctor._cuda(packages, ("CPUExecutionProvider",), (gpu,), None)
+    capability = doctor._cuda("1.31.1", packages, ("CPUExecutionProvider",), (gpu,), None)
     assert not capability.works
     assert capability.command == "pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime-gpu"
 

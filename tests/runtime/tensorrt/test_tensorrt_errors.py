@@ -152,7 +152,7 @@ def test_what_engines_cannot_be_loaded_with_is_refused(engines, options, message
 
 
 def test_a_bundle_and_an_engine_folder_are_not_mixed_up(engines, tiny_bundle):
-    with pytest.raises(BundleError, match="make engines"):
+    with pytest.raises(BundleError, match="hawk-trt build"):
         load(tiny_bundle)
     with Pipeline.load(engines) as pipe:
         assert pipe.backend.name == "tensorrt"
