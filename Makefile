@@ -3,7 +3,7 @@
 .NOTPARALLEL:
 .PHONY: help setup demo check lint types tests tests-slow export parity accuracy clean
 .PHONY: wheel check-wheel
-.PHONY: check-models check-page check-serving bench-native real
+.PHONY: check-files check-models check-page check-serving bench-native real
 .PHONY: advise calibrate train-tiny
 .PHONY: plugin plugin-check gpu-report
 .PHONY: engines self-test preflight preflight-cuda preflight-large types-tensorrt
@@ -17,7 +17,7 @@ TENSORRT_ROOT ?=
 
 # make demo MODEL=Qwen/Qwen2.5-VL-3B-Instruct OUT=artifacts/3b IMAGE=photo.jpg PROMPT="..."
 MODEL ?= examples/tiny-vlm
-OUT ?= artifacts/$(notdir $(MODEL:%/=%))
+OUT ?= artifacts/$(shell basename "$(MODEL)")
 DTYPE ?= float32
 TARGET ?=
 KEEP_RATIO ?= 0.2
@@ -44,7 +44,7 @@ help: ## Show this
 setup: $(FULL) ## Make .venv with all that development needs, torch included
 
 demo: export ## Ask the shipped tiny model about a shipped image, with 20 % of its visual tokens
-	@$(BIN)/hawk-trt run $(OUT) --image $(IMAGE) --prompt "$(PROMPT)" --keep-ratio $(KEEP_RATIO) --picture $(PICTURE)
+	@$(BIN)/hawk-trt run "$(OUT)" --image "$(IMAGE)" --prompt "$(PROMPT)" --keep-ratio $(KEEP_RATIO) --picture "$(PICTURE)"
 
 check: lint types types-tensorrt tests ## Lint, types, tests: what CI runs
 
@@ -66,28 +66,28 @@ tests-slow: $(FULL) ## The larger samples of the tests, minutes on a laptop
 	$(BIN)/pytest -q -ra -m slow
 
 export: $(READY) ## Checkpoint to ONNX bundle: MODEL=path-or-hub-id OUT=folder DTYPE=float16 TARGET=cpu (else all)
-	$(BIN)/python -m export $(MODEL) --out $(OUT) --dtype $(DTYPE) $(TARGET:%=--target %)
+	$(BIN)/python -m export "$(MODEL)" --out "$(OUT)" --dtype $(DTYPE) $(TARGET:%=--target %)
 
 parity: $(FULL) export ## Compare the bundle with PyTorch, stage by stage: MODEL=path OUT=folder
-	$(BIN)/hawk-trt parity $(OUT) --checkpoint $(MODEL)
+	$(BIN)/hawk-trt parity "$(OUT)" --checkpoint "$(MODEL)"
 
 advise: $(READY) export ## Which keep ratio pays on this machine: MODEL=path-or-hub-id IMAGE=photo.jpg PROMPT="..."
-	$(BIN)/hawk-trt advise $(OUT) --image $(IMAGE) --prompt "$(PROMPT)" $(FLAGS)
+	$(BIN)/hawk-trt advise "$(OUT)" --image "$(IMAGE)" --prompt "$(PROMPT)" $(FLAGS)
 
 calibrate: $(FULL) ## Head weights of a checkpoint: MODEL=path-or-hub-id FLAGS="--dataset questions.jsonl --device cuda"
-	$(BIN)/hawk-trt calibrate $(MODEL) --out $(OUT)-head-weights.json --work $(OUT)-calibration $(FLAGS)
+	$(BIN)/hawk-trt calibrate "$(MODEL)" --out "$(OUT)-head-weights.json" --work "$(OUT)-calibration" $(FLAGS)
 
 train-tiny: $(FULL) ## The shipped tiny model trained anew, on one thread: about half an hour
 	$(BIN)/python -m examples.tiny_training --out artifacts/tiny-vlm-new $(FLAGS)
 
 engines: $(READY) ## TensorRT plans of a bundle, on this GPU: BUNDLE=folder ENGINES=folder FLAGS="--max-context 2048"
-	$(BIN)/python -m engines $(BUNDLE) --out $(ENGINES) $(FLAGS)
+	$(BIN)/python -m engines "$(BUNDLE)" --out "$(ENGINES)" $(FLAGS)
 
 self-test: $(READY) ## Engines of the tiny model on this GPU, compared with ONNX Runtime: a report to attach to an issue
 	$(BIN)/python -m engines.checks.self_test
 
 preflight: $(FULL) ## Every graph of a bundle through NVIDIA's parser and builder, without a GPU: BUNDLE=folder
-	$(BIN)/python -m engines.checks.preflight $(BUNDLE) $(FLAGS)
+	$(BIN)/python -m engines.checks.preflight "$(BUNDLE)" $(FLAGS)
 
 preflight-cuda: $(FULL) ## Where ONNX Runtime's CUDA provider puts every node, all families and dtypes, oldest and newest version; no GPU
 	$(BIN)/python -m benchmarks.gpu_report.preflight $(FLAGS)
@@ -112,7 +112,7 @@ bench-shape: $(READY)
 	  --out artifacts/$(SHAPE)-random --dtype $(DTYPE) $(TARGET:%=--target %)
 
 bench-memory: $(READY) export ## Memory over 1,000 answers of the tiny model: two minutes
-	$(BIN)/python -m benchmarks.memory_growth $(OUT) $(FLAGS)
+	$(BIN)/python -m benchmarks.memory_growth "$(OUT)" $(FLAGS)
 
 bench-batching: $(READY) ## Concurrent requests in shared steps against one by one, 1 to 32 clients; BUNDLE=folder, else the 3B's width
 	$(BIN)/python -m benchmarks.batching $(if $(filter file,$(origin BUNDLE)),,$(BUNDLE)) $(FLAGS)
@@ -134,7 +134,7 @@ bench-peers: $(FULL) ## transformers, OpenVINO GenAI and onnxruntime-genai on ou
 	$(BIN)/python -m benchmarks.peers $(FLAGS)
 
 accuracy: $(FULL) export ## Right answers of the tiny model by selector, and what must hold of them: ten minutes
-	$(BIN)/python -m benchmarks.accuracy $(OUT)
+	$(BIN)/python -m benchmarks.accuracy "$(OUT)"
 
 wheel: $(FULL) ## The wheel into dist/: the core, the apps, export, engines, the plugin's sources and the tiny model
 	rm -rf build/lib dist && $(BIN)/python -m pip wheel -q --no-deps --no-build-isolation -w dist .
@@ -143,11 +143,14 @@ check-wheel: wheel ## The wheel in an empty environment, away from the checkout:
 	$(BIN)/pytest -q -m wheel
 
 check-serving: $(FULL) export ## The server under 100 clients, 2,000 requests for its memory, a long fuzz, Ray: ten minutes
-	$(BIN)/python -m benchmarks.serving_load $(OUT) $(FLAGS) && HAWK_FUZZ_EXAMPLES=300 $(BIN)/pytest -q tests/apps/serve/test_serving_openapi.py
+	$(BIN)/python -m benchmarks.serving_load "$(OUT)" $(FLAGS) && HAWK_FUZZ_EXAMPLES=300 $(BIN)/pytest -q tests/apps/serve/test_serving_openapi.py
 	$(BIN)/pytest -q -s -m ray
 
 check-page: $(FULL) ## The server's page in headless Chromium (apt-get install chromium), with screenshots in artifacts/
 	$(BIN)/pytest -q -m browser
+
+check-files: $(FULL) ## 2,000 damaged files of checkpoints and bundles: each a clear error or none
+	$(BIN)/python -m tests.fuzz_files $(FLAGS)
 
 check-models: $(FULL) ## Real sizes, random weights: 32B and 72B linked, two layers of the 3B and 7B against numpy
 	$(BIN)/python -m benchmarks.real_sizes $(FLAGS)
@@ -156,7 +159,7 @@ bench-native: $(FULL) ## Memory and time of images up to 16,384 visual tokens at
 	$(BIN)/python -m benchmarks.native_resolution $(FLAGS)
 
 real: parity ## A released checkpoint: export, parity, an answer about IMAGE; MODEL=path-or-hub-id OUT=folder
-	$(BIN)/hawk-trt run $(OUT) --image $(IMAGE) --prompt "$(PROMPT)" --keep-ratio $(KEEP_RATIO) --max-new-tokens 32
+	$(BIN)/hawk-trt run "$(OUT)" --image "$(IMAGE)" --prompt "$(PROMPT)" --keep-ratio $(KEEP_RATIO) --max-new-tokens 32
 
 bench-export: $(FULL) ## Time and memory of an export of 7B shapes against copying the files: 18 GB of disk, 3 minutes
 	$(BIN)/python -m benchmarks.export_7b
@@ -165,7 +168,7 @@ bench-claims: $(FULL) ## What pruning must bring at the 7B's width, beside trans
 	$(BIN)/python -m benchmarks.claims $(FLAGS)
 
 bench-start: $(FULL) export ## Import time, start-up time and peak memory of the runtime
-	$(BIN)/python benchmarks/start.py $(OUT)
+	$(BIN)/python benchmarks/start.py "$(OUT)"
 
 clean: ## Remove what was generated; .venv stays
 	rm -rf artifacts build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -12,6 +12,7 @@ hashing 16 GB at each start would cost more than loading the model.
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ import numpy.typing as npt
 from hawk_trt.errors import BundleError
 from hawk_trt.files import read_json, sha256_file
 from hawk_trt.models.vision_config import AnyVision
-from hawk_trt.stages import LanguageConfig
+from hawk_trt.stages import DTYPES, LanguageConfig
 
 MANIFEST = "bundle.json"
 SCHEMA_VERSION = 3
@@ -210,6 +211,16 @@ class Bundle:
             BundleError: a file is missing or differs.
         """
         check_files(self.folder, self.manifest.files, "the export", _AGAIN, verify=verify, progress=progress)
+        table, files = self.manifest.embeddings, self.manifest.files
+        stray = {table.file, *(graph.file for graph in self.manifest.graphs)} - files.keys()
+        if stray:
+            raise BundleError(
+                f"{self.folder}: damaged, {', '.join(sorted(stray))[:200]} is none of its files. {_AGAIN}"
+            )
+        fits = table.dtype in DTYPES and table.offset >= 0 and all(size > 0 for size in table.shape)
+        needed = table.offset + math.prod(table.shape) * numpy_dtype(table.dtype).itemsize if fits else math.inf
+        if needed > files[table.file].size_bytes:
+            raise BundleError(f"{self.folder}: damaged, the embeddings reach beyond {table.file}. {_AGAIN}")
 
     def read_text(self, name: str) -> str | None:
         """Text of a small file of the bundle, None where it has none."""
@@ -302,6 +313,10 @@ def check_files(
     """
     for name, entry in files.items():
         path = folder / name
+        if Path(name).name != name or "\0" in name:
+            raise BundleError(
+                f"{folder}: damaged, it names the file {name[:200]!r}, expected names without folders. {again}"
+            )
         if not path.is_file():
             raise BundleError(f"{path}: missing. {again}")
         size_bytes = path.stat().st_size

@@ -104,6 +104,13 @@ def test_the_python_example_in_the_readme_runs(tiny_bundle, tmp_path):
     assert done.stdout.split("\n") == ["cyan from 13 of 64 visual tokens", "5"], done.stderr
 
 
+def test_make_takes_paths_with_spaces():
+    command = ["make", "-n", "demo", "IMAGE=my photos/a b.png", "MODEL=my models/tiny vlm", "VENV=.venv"]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert shlex.split(printed.splitlines()[-1])[3:5] == ["--image", "my photos/a b.png"]
+    assert "artifacts/tiny vlm" in shlex.split(printed.splitlines()[-1])
+
+
 def test_the_version_is_the_same_everywhere():
     project = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
     changes = re.findall(r"^## \[(\d.*)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)

@@ -128,12 +128,16 @@ class Guard:
         self._character = next(chr(code) for code in range(0xE000, 0x110000) if chr(code) not in used)
         self._special = tuple(special)
         longest_first = "|".join(re.escape(token) for token in sorted(special, key=len, reverse=True))
-        self._starts = re.compile(f"(?={longest_first})" if special else "(?!)")
         self._cuts = re.compile(f"{self._character}.|({longest_first or '(?!)'})", re.DOTALL)
 
     def apply(self, text: str) -> str:
         """The text with its special tokens guarded."""
-        starts = {match.start() for match in self._starts.finditer(text)} | self._open_ends(text)
+        starts = self._open_ends(text)
+        for token in self._special:
+            start = text.find(token)
+            while start >= 0:
+                starts.add(start)
+                start = text.find(token, start + 1)
         bounds = [0, *sorted(starts), len(text)]
         return self._character.join(text[begin:end] for begin, end in pairwise(bounds))
 

@@ -8,7 +8,6 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
@@ -35,16 +34,21 @@ _KINDS: dict[str, Literal["text", "image", "video"]] = {
     "video_url": "video",
 }
 _SOURCES = {"image": ("image", "image_url", "url", "path", "base64"), "video": ("video", "video_url", "url", "path")}
-_SIZES = ("min_pixels", "max_pixels", "resized_height", "resized_width")
-# The names in an item, and what a VisualItem calls them.
-_COUNTS = {"nframes": "num_frames", "num_frames": "num_frames", "min_frames": "min_frames", "max_frames": "max_frames"}
-_SECONDS = {"video_start": "start", "video_end": "end"}
-_RATES = ("fps", "sample_fps")
+# The settings of an item, and what a VisualItem calls them.
+_SIZES = {name: name for name in ("min_pixels", "max_pixels", "resized_height", "resized_width")}
+_SETTINGS = {
+    "image": _SIZES,
+    "video": _SIZES
+    | {"total_pixels": "total_pixels", "timestamps": "timestamps", "fps": "fps", "sample_fps": "fps"}
+    | {"nframes": "num_frames", "num_frames": "num_frames", "min_frames": "min_frames", "max_frames": "max_frames"}
+    | {"video_start": "start", "video_end": "end"},
+}
 _KEYS = {
     "text": ("text",),
-    "image": (*_SOURCES["image"], "detail", *_SIZES),
-    "video": (*_SOURCES["video"], *_RATES, *_COUNTS, *_SECONDS, *_SIZES, "total_pixels", "timestamps"),
+    "image": (*_SOURCES["image"], *_SETTINGS["image"], "detail"),
+    "video": (*_SOURCES["video"], *_SETTINGS["video"]),
 }
+_MOST = 1e15
 # OpenAI's names of what is done here anyway: the image is taken as it is, within the checkpoint's bounds.
 _FULL_DETAIL = ("auto", "high", "original")
 
@@ -58,7 +62,7 @@ class VisualItem:
         source: what the caller gave, an ImageInput or a VideoInput by kind, not yet opened.
         min_pixels: enlarge to this area (of a frame).
         max_pixels: shrink to this area (of a frame).
-        resized: height and width to resize to, before they are rounded to whole tokens.
+        resized_height, resized_width: what to resize to, before it is rounded to whole tokens; both or none.
         total_pixels: shrink the frames of a video until all together have this area.
         fps, num_frames, min_frames, max_frames, start, end, timestamps: of a video, as video.load_video takes them.
     """
@@ -67,7 +71,8 @@ class VisualItem:
     source: Any  # kind decides which of the two it is, which no annotation can say
     min_pixels: int | None = None
     max_pixels: int | None = None
-    resized: tuple[int, int] | None = None
+    resized_height: int | None = None
+    resized_width: int | None = None
     total_pixels: int | None = None
     fps: float | None = None
     num_frames: int | None = None
@@ -76,6 +81,12 @@ class VisualItem:
     start: float | None = None
     end: float | None = None
     timestamps: bool = True
+
+    @property
+    def resized(self) -> tuple[int, int] | None:
+        """Height and width to resize to."""
+        height, width = self.resized_height, self.resized_width
+        return None if height is None or width is None else (height, width)
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,33 +233,34 @@ def _item(item: object, where: str) -> str | VisualItem:
         raise InvalidInput(f"{where}: got {unknown}, expected no keys but type, {_listed(_KEYS[kind])}")
     if kind == "text":
         return _text(given.get("text"), where)
-    source = _source(given, kind, where)
-    rates = [_number(given, name, where) for name in _RATES if name in given]
-    counts = [(_COUNTS[name], _integer(given, name, where)) for name in _COUNTS if name in given]
-    if len(rates) > 1 or len(dict(counts)) < len(counts):
-        raise InvalidInput(f"{where}: got {_shape(given)}, expected one name for each setting")
-    sizes = {name: _integer(given, name, where) for name in (*_SIZES, "total_pixels")}
-    height, width = sizes["resized_height"], sizes["resized_width"]
-    if (height is None) != (width is None):
-        raise InvalidInput(f"{where}: got resized_height {height} and resized_width {width}, expected both")
-    if not isinstance(given.get("timestamps", True), bool):
-        raise InvalidInput(f"{where}: got timestamps {given['timestamps']!r}, expected true or false")
-    numbers = dict(counts)
-    return VisualItem(
-        kind=kind,
-        source=source,
-        min_pixels=sizes["min_pixels"],
-        max_pixels=sizes["max_pixels"],
-        resized=None if height is None or width is None else (height, width),
-        total_pixels=sizes["total_pixels"],
-        fps=rates[0] if rates else None,
-        num_frames=numbers.get("num_frames"),
-        min_frames=numbers.get("min_frames"),
-        max_frames=numbers.get("max_frames"),
-        start=_number(given, "video_start", where, zero=True),
-        end=_number(given, "video_end", where),
-        timestamps=given.get("timestamps", True),
-    )
+    settings: dict[str, Any] = {}
+    for key in _SETTINGS[kind].keys() & given.keys():
+        name = _SETTINGS[kind][key]
+        if name in settings:
+            raise InvalidInput(f"{where}: got {_shape(given)}, expected one name for each setting")
+        settings[name] = _setting(given[key], key, where)
+    if ("resized_height" in settings) != ("resized_width" in settings):
+        raise InvalidInput(f"{where}: got {_shape(given)}, expected resized_height and resized_width, or neither")
+    return VisualItem(kind, _source(given, kind, where), **settings)
+
+
+def _setting(value: object, key: str, where: str) -> bool | int | float:
+    """The value of a setting of an item: a switch, a rate, seconds, or else a whole number."""
+    number = math.nan
+    if isinstance(value, int | float | np.number) and not isinstance(value, bool) and -_MOST < value < _MOST:
+        number = float(value)
+    least, expected = (0.0, "at least") if key == "video_start" else (math.ulp(0.0), "above")
+    if key == "timestamps":
+        if isinstance(value, bool):
+            return value
+        raise InvalidInput(f"{where}: got timestamps {value!r}, expected true or false")
+    if key in ("fps", "sample_fps", "video_start", "video_end"):
+        if least <= number < math.inf:
+            return number
+        raise InvalidInput(f"{where}: got {key} {value!r}, expected a number {expected} 0")
+    if isinstance(value, int | np.integer) and number > 0:
+        return int(value)
+    raise InvalidInput(f"{where}: got {key} {value!r}, expected an integer above 0")
 
 
 def _source(given: Mapping[str, Any], kind: VisualKind, where: str) -> object:
@@ -319,25 +331,6 @@ def _text(value: object, where: str) -> str:
             f"{where}: character {error.start} is half of a surrogate pair, expected valid text"
         ) from error
     return value
-
-
-def _number(item: Mapping[str, Any], key: str, where: str, *, zero: bool = False) -> float | None:
-    value = item.get(key)
-    if value is None:
-        return None
-    least = 0.0 if zero else math.ulp(0.0)
-    if isinstance(value, bool) or not isinstance(value, Real) or not least <= float(value) < math.inf:
-        raise InvalidInput(f"{where}: got {key} {value!r}, expected a number {'of at least' if zero else 'above'} 0")
-    return float(value)
-
-
-def _integer(item: Mapping[str, Any], key: str, where: str) -> int | None:
-    value = item.get(key)
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-        raise InvalidInput(f"{where}: got {key} {value!r}, expected an integer above 0")
-    return int(value)
 
 
 def _shape(value: object) -> str:

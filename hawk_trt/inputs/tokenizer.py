@@ -4,8 +4,10 @@ Special tokens come from the chat template alone: one that a user spells out is 
 none gets exactly the ids that encoding the whole rendered string gives.
 """
 
+import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import astuple, dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,28 +18,37 @@ from hawk_trt.bundle import Bundle, SpecialTokens
 from hawk_trt.errors import BundleError, InvalidInput
 from hawk_trt.files import parse_json
 from hawk_trt.inputs.chat_template import ChatTemplate
-from hawk_trt.inputs.messages import JsonObject, VisualItem, checked_objects, read_prompt
+from hawk_trt.inputs.messages import JsonObject, VisualItem, checked_objects, read_prompt, strings
 from hawk_trt.models.family import TokenRun
 
 if TYPE_CHECKING:
     from hawk_trt.request import ImageInput, Message, VideoInput
 
 _MAX_HEADER_TOKENS = 32
+# No text has so many characters a token on average.
+_CHARACTERS_A_TOKEN = 64
+# Threads of its own make the tokenizers package warn after every fork.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class EncodedPrompt:
-    """A prompt as token ids.
+    """A prompt as texts and special tokens.
 
     Attributes:
-        input_ids: int64 [seq_len], one placeholder for each image or video.
-        parts: the same as texts and special tokens.
+        parts: texts and special tokens, one placeholder for each image or video.
         visual: the images and videos, in the order of their placeholders.
+        tokenizer: turns the texts into tokens.
     """
 
-    input_ids: npt.NDArray[np.int64]
     parts: tuple[str | TokenRun, ...]
     visual: tuple[VisualItem, ...]
+    tokenizer: "ChatTokenizer"
+
+    @cached_property
+    def input_ids(self) -> npt.NDArray[np.int64]:
+        """int64 [seq_len], with one placeholder for each image or video."""
+        return self.tokenizer.token_ids(self.parts)
 
 
 class ChatTokenizer:
@@ -48,7 +59,12 @@ class ChatTokenizer:
     """
 
     def __init__(
-        self, tokenizer_json: str, config: Mapping[str, Any], template: str | None, special_tokens: SpecialTokens
+        self,
+        tokenizer_json: str,
+        config: Mapping[str, Any],
+        template: str | None,
+        special_tokens: SpecialTokens,
+        context: int = 1 << 20,
     ) -> None:
         """Make a tokenizer from a checkpoint's texts.
 
@@ -57,6 +73,7 @@ class ChatTokenizer:
             config: tokenizer_config.json; the template may use its bos_token, eos_token and the like.
             template: Jinja; None where the checkpoint has none, then only decoding works.
             special_tokens: ids that the runtime must know.
+            context: tokens that the model reads at most; texts that cannot fit are refused before they are tokenised.
 
         Raises:
             BundleError: tokenizer.json cannot be read.
@@ -71,6 +88,7 @@ class ChatTokenizer:
         self._special_ids = {token.content: index for index, token in added.items() if token.special}
         self._special_tokens = special_tokens
         self._template = None if template is None else ChatTemplate(template, variables, self._special_ids)
+        self._max_characters = _CHARACTERS_A_TOKEN * context
 
     @classmethod
     def from_bundle(cls, bundle: Bundle) -> "ChatTokenizer | None":
@@ -82,11 +100,10 @@ class ChatTokenizer:
         tokenizer_json = bundle.read_text("tokenizer.json")
         if tokenizer_json is None:
             return None
-        name = "tokenizer_config.json"
-        config = parse_json(
-            bundle.read_text(name) or "{}", dict[str, Any], name, BundleError, "Export again: make export"
-        )
-        return cls(tokenizer_json, config, bundle.read_text("chat_template.jinja"), bundle.manifest.special_tokens)
+        config = read_settings(bundle, "tokenizer_config.json") or {}
+        context = bundle.manifest.language.max_position_embeddings
+        template = bundle.read_text("chat_template.jinja")
+        return cls(tokenizer_json, config, template, bundle.manifest.special_tokens, context)
 
     @property
     def has_template(self) -> bool:
@@ -117,12 +134,16 @@ class ChatTokenizer:
                 "prompt: this bundle has no chat template, expected ModelInputs. Or put a chat_template.jinja "
                 "into the checkpoint folder and export again: make export"
             )
+        characters = sum(len(text) for turn in turns for text in turn.texts()) + sum(map(len, strings(tools)))
+        if characters > self._max_characters:
+            raise InvalidInput(
+                f"prompt: got {characters:,} characters of text, expected at most {self._max_characters:,}, which "
+                "already is more than the model's context holds. Shorten the text"
+            )
         parts: list[str | TokenRun] = []
         for piece, special in self._template.pieces(turns, tools):
             parts += [piece] if special is None else [piece, TokenRun(self._special_ids[special])]
-        encoded = EncodedPrompt(
-            self._token_ids(parts), tuple(parts), tuple(item for turn in turns for item in turn.visual())
-        )
+        encoded = EncodedPrompt(tuple(parts), tuple(item for turn in turns for item in turn.visual()), self)
         self._check_placeholders(encoded)
         return encoded
 
@@ -162,19 +183,22 @@ class ChatTokenizer:
             if around[0] in parts and (expanded[-1:], left[:1]) == ([around[0]], [around[1]]):
                 del expanded[-1], left[0]
             expanded += parts
-        return self._token_ids(expanded)
+        return self.token_ids(expanded)
 
-    def _token_ids(self, parts: Sequence[str | TokenRun]) -> npt.NDArray[np.int64]:
-        """The ids of texts and runs of tokens, one after another: int64 [seq_len]."""
-        token_ids: list[int] = []
-        text = ""
-        for part in (*parts, TokenRun(0, 0)):
+    def token_ids(self, parts: Sequence[str | TokenRun]) -> npt.NDArray[np.int64]:
+        """The ids of texts and runs of tokens, one after another: int64 [seq_len]; texts that meet are read as one."""
+        texts, runs = [""], []
+        for part in parts:
             if isinstance(part, str):
-                text += part
-                continue
-            token_ids += self.tokenizer.encode(text, add_special_tokens=False).ids if text else []
-            token_ids += [part.token_id] * part.count
-            text = ""
+                texts[-1] += part
+            else:
+                texts.append("")
+                runs.append(part)
+        # As a batch, since only that lets other threads run meanwhile.
+        encoded = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        token_ids = list(encoded[0].ids)
+        for run, text in zip(runs, encoded[1:], strict=True):
+            token_ids += [run.token_id] * run.count + text.ids
         return np.array(token_ids, dtype=np.int64)
 
     def turn_query_mask(self, input_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
@@ -246,7 +270,8 @@ class ChatTokenizer:
 
     def _check_placeholders(self, encoded: EncodedPrompt) -> None:
         kinds = {self._special_tokens.image: "image", self._special_tokens.video: "video"}
-        placed = [kinds[index] for index in encoded.input_ids[self._is_visual(encoded.input_ids)].tolist()]
+        runs = [part.token_id for part in encoded.parts if isinstance(part, TokenRun)]
+        placed = [kinds[token] for token in runs if token is not None and token in kinds]
         given = [item.kind for item in encoded.visual]
         if placed != given:
             raise InvalidInput(
@@ -275,7 +300,7 @@ def _read_tokenizer(tokenizer_json: str) -> Tokenizer:
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
         raise BundleError(
-            f"tokenizer.json: the installed tokenizers package cannot read it ({error}). "
+            f"tokenizer.json: the installed tokenizers package cannot read it ({str(error)[:200]}). "
             "Update it: pip install --upgrade tokenizers"
         ) from error
     return tokenizer

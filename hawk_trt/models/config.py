@@ -17,6 +17,8 @@ _MOST_LAYERS = 1000
 _MOST = 2**40
 # A number is used as float32.
 _LARGEST = 1e30
+# Characters of a value in an error.
+_SHOWN = 200
 _IM_TOKENS = {"im_start": "<|im_start|>", "im_end": "<|im_end|>"}
 
 
@@ -27,8 +29,15 @@ class Section:
         values: its content.
     """
 
-    def __init__(self, values: Mapping[str, Any], name: str = "") -> None:
-        self.values = values
+    def __init__(self, values: object, name: str = "") -> None:
+        """Take a section.
+
+        Raises:
+            CheckpointError: it is no JSON object.
+        """
+        if not isinstance(values, Mapping):
+            raise CheckpointError(f"config.json: {name}: got {repr(values)[:_SHOWN]}, expected a JSON object")
+        self.values: Mapping[str, Any] = values
         self._where = f"{name}." if name else ""
 
     def get(self, key: str, default: object = None) -> Any:  # noqa: ANN401 - JSON
@@ -70,7 +79,7 @@ class Section:
     def wrong(self, key: str, expected: str) -> CheckpointError:
         """The error of a value that is missing or cannot be used."""
         got = self.get(key)
-        shown = "nothing" if got is None else repr(got)
+        shown = "nothing" if got is None else repr(got)[:_SHOWN]
         return CheckpointError(f"config.json: {self._where}{key}: got {shown}, expected {expected}")
 
 
@@ -93,7 +102,7 @@ def vision_section(config: Mapping[str, Any], defaults: Mapping[str, object] | N
 
 def text_section(config: Mapping[str, Any]) -> Section:
     """The top level of config.json, overridden by what text_config sets."""
-    text = config.get("text_config") or {}
+    text = Section(config.get("text_config") or {}, "text_config").values
     return Section({**config, **{key: value for key, value in text.items() if value is not None}})
 
 
@@ -156,7 +165,7 @@ def special_tokens(
     Raises:
         CheckpointError: an id that is not a token of the vocabulary.
     """
-    text = config.get("text_config") or {}
+    text = Section(config.get("text_config") or {}, "text_config").values
     vocab_size = text_section(config).integer("vocab_size")
 
     def checked(key: str, token: object) -> int:

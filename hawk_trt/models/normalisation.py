@@ -102,7 +102,7 @@ def value_tables(settings: ImageSettings) -> npt.NDArray[np.float32]:
 
 def wrong(key: str, got: object, expected: str) -> CheckpointError:
     """The error of a setting that cannot be used."""
-    return CheckpointError(f"preprocessor_config.json: {key}: got {got!r}, expected {expected}")
+    return CheckpointError(f"preprocessor_config.json: {key}: got {repr(got)[:200]}, expected {expected}")
 
 
 def check_rgb(image: npt.NDArray[np.uint8]) -> None:

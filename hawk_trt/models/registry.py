@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hawk_trt.errors import CheckpointError
+from hawk_trt.models.config import Section
 from hawk_trt.models.family import Family
 
 _ARCHITECTURES = {
@@ -50,7 +51,10 @@ def family_of(config: Mapping[str, Any]) -> type[Family]:
     Raises:
         CheckpointError: an architecture that is not supported.
     """
-    got = tuple(config.get("architectures") or ()) or (str(config.get("model_type")),)
+    named = config.get("architectures")
+    if named is not None and not (isinstance(named, list) and all(isinstance(name, str) for name in named)):
+        raise Section(config).wrong("architectures", "a list of names")
+    got = tuple(named or ()) or (str(config.get("model_type"))[:60],)
     for name in got:
         if name in _ARCHITECTURES:
             return family_by_name(_ARCHITECTURES[name])

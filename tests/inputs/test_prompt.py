@@ -1,6 +1,7 @@
 """Prompts become the ids that transformers gives, and text never becomes a special token."""
 
 import json
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -250,7 +251,11 @@ def test_items_without_a_source_take_the_next_image_or_video():
         ([user({"type": "image", "image": "a", "fps": 9})], [], "got fps, expected no keys but type, image"),
         ([user({"type": "image", "image": "a", "url": "b"})], [], "got image, url, expected one of them"),
         ([user({"type": "image", "image": "a", "max_pixels": 0})], [], "got max_pixels 0, expected an integer above 0"),
-        ([user({"type": "image", "image": "a", "resized_height": 9})], [], "resized_width None, expected both"),
+        (
+            [user({"type": "image", "image": "a", "resized_height": 9})],
+            [],
+            "resized_width, or neither",
+        ),
         ([user({"type": "image", "base64": "%"})], [], "messages.0. item 0: not valid base64"),
         ([user({"type": "image_url", "image_url": {"url": "a", "detail": "low"}})], [], "got detail 'low'"),
         ([user({"type": "image_url", "image_url": {"uri": "a"}})], [], "got a mapping of uri as image_url"),
@@ -261,7 +266,7 @@ def test_items_without_a_source_take_the_next_image_or_video():
         (
             [user({"type": "video", "video": "a", "video_start": -1})],
             [],
-            "video_start -1, expected a number of at least",
+            "video_start -1, expected a number at least 0",
         ),
         (
             [user({"type": "video", "video": "a", "timestamps": "no"})],
@@ -501,3 +506,33 @@ def test_the_time_limit_works_in_any_thread_and_ends_with_the_rendering(monkeypa
     for _ in range(20):
         quick.encode("x")
     time.sleep(0.3)  # no timer is left that could still go off
+
+
+def test_text_that_no_context_holds_is_refused_before_it_is_tokenised(monkeypatch):
+    tokenizer = ChatTokenizer(TOKENIZERS["tiny"], {}, TINY_TEMPLATE, special_tokens(TOKENIZERS["tiny"]), context=100)
+    monkeypatch.setattr(ChatTokenizer, "token_ids", lambda *_: pytest.fail("tokenised"))
+    tokenizer.encode("x" * 6400)
+    for messages in ("x" * 6401, [user(text("x" * 6400), text("y"))], [user(text("x"), IMAGE, text("y" * 6400))]):
+        with pytest.raises(InvalidInput, match="got 6,401 characters of text, expected at most 6,400"):
+            tokenizer.encode(messages)
+
+
+def test_other_threads_run_while_a_long_text_is_tokenised():
+    long = "hello world, what colour is the ring? " * 30_000
+    stop, gaps = threading.Event(), []
+
+    def watch():
+        while not stop.is_set():
+            before = time.perf_counter()
+            time.sleep(0.005)
+            gaps.append(time.perf_counter() - before)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    begun = time.perf_counter()
+    ids = SHARED.encode(long).input_ids
+    seconds = time.perf_counter() - begun
+    stop.set()
+    watcher.join()
+    assert len(ids) > 100_000
+    assert max(gaps) < max(0.6, 0.5 * seconds)

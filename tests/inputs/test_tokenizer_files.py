@@ -14,7 +14,11 @@ def bundle_of(folder, texts):
     """A bundle as far as its text files go."""
     for name, content in texts.items():
         (folder / name).write_text(content, encoding="utf-8")
-    manifest = SimpleNamespace(files=dict.fromkeys(texts), special_tokens=special_tokens(TOKENIZERS["tiny"]))
+    manifest = SimpleNamespace(
+        files=dict.fromkeys(texts),
+        special_tokens=special_tokens(TOKENIZERS["tiny"]),
+        language=SimpleNamespace(max_position_embeddings=1000),
+    )
     return Bundle(folder, manifest)
 
 
