@@ -14,7 +14,7 @@ hashing 16 GB at each start would cost more than loading the model.
 import hashlib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -211,6 +211,9 @@ class Bundle:
             BundleError: a file is missing or differs.
         """
         check_files(self.folder, self.manifest.files, "the export", _AGAIN, verify=verify, progress=progress)
+        *named, eos = astuple(self.manifest.special_tokens)
+        if not all(token is None or 0 <= token < 2**31 for token in (*named, *eos)):
+            raise BundleError(f"{self.folder}: damaged, special_tokens has no ids of tokens. {_AGAIN}")
         table, files = self.manifest.embeddings, self.manifest.files
         stray = {table.file, *(graph.file for graph in self.manifest.graphs)} - files.keys()
         if stray:

@@ -314,11 +314,12 @@ def _named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
 
 def _declared_special(config: Mapping[str, Any]) -> set[str]:
     """The other tokens that tokenizer_config.json calls special."""
-    added = (config.get("added_tokens_decoder") or {}).values()
-    entries = [entry for entry in added if isinstance(entry, Mapping) and entry.get("special")]
+    added = config.get("added_tokens_decoder")
+    told = added.values() if isinstance(added, Mapping) else ()
+    entries = [entry for entry in told if isinstance(entry, Mapping) and entry.get("special")]
     for key in ("additional_special_tokens", "extra_special_tokens"):
         more = config.get(key) or ()
-        entries += more.values() if isinstance(more, Mapping) else more
+        entries += more.values() if isinstance(more, Mapping) else more if isinstance(more, list) else ()
     return {content for entry in entries if (content := _content(entry))}
 
 
