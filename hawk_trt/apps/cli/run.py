@@ -7,10 +7,8 @@ from typing import Annotated
 
 from cyclopts import Group, Parameter
 
-from hawk_trt.apps.cli.drawing import draw
 from hawk_trt.apps.cli.options import OUTPUT, Json, KeepRatio, Prompt, Pruning, Where
 from hawk_trt.apps.cli.output import note, print_json
-from hawk_trt.apps.explain.explanation import explain
 from hawk_trt.request import Result, SamplingConfig, Timings
 
 _SAMPLING = Group("Sampling", sort_key=3)
@@ -77,6 +75,9 @@ def run(
     elif not live:
         print(result.text, flush=True)
     if drawn is not None:  # after the answer, which a picture that cannot be written must not cost
+        from hawk_trt.apps.cli.drawing import draw  # a tenth of a start is for those who draw
+        from hawk_trt.apps.explain.explanation import explain
+
         inputs = pipe.prepare(
             messages,
             images=prompt.image,
