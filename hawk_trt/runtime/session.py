@@ -5,8 +5,9 @@ what another wrote without a copy. On the CPU an OrtValue shares the memory of i
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from functools import cache
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,8 @@ class Device:
                 "device: this onnxruntime has no CUDA provider. "
                 "pip uninstall -y onnxruntime && pip install onnxruntime-gpu"
             )
+        if self.kind == "cuda":
+            _preload_libraries()
 
     def providers(self) -> list[tuple[str, dict[str, str]]]:
         """Execution providers of a session. TF32 off: it rounds products to 10 bits and changes the kept set."""
@@ -209,6 +212,13 @@ def _share_arena() -> None:
     """
     memory = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
     ort.create_and_register_allocator(memory, ort.OrtArenaCfg({"max_power_of_two_extend_bytes": _ARENA_STEP}))
+
+
+@cache
+def _preload_libraries() -> None:
+    """Load the CUDA and cuDNN libraries of the nvidia-* packages, which the loader's path does not have."""
+    with redirect_stdout(StringIO()):  # it prints what it does not find; the provider then says what it lacks
+        ort.preload_dlls()
 
 
 @contextmanager
