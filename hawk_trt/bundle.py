@@ -28,6 +28,7 @@ from hawk_trt.models.vision_config import AnyVision
 from hawk_trt.stages import DTYPES, LanguageConfig
 
 MANIFEST = "bundle.json"
+ENGINES_MANIFEST = "engines.json"
 SCHEMA_VERSION = 3
 _AGAIN = "Export again: make export"
 _Versioned = TypeVar("_Versioned")
@@ -342,3 +343,8 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
         name = ml_dtypes.bfloat16
     dtype: np.dtype[Any] = np.dtype(name)
     return dtype
+
+
+def holds_engines(folder: Path) -> bool:
+    """Whether a folder holds TensorRT engines, and not the graphs of a bundle."""
+    return (folder / ENGINES_MANIFEST).is_file()

@@ -14,11 +14,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from hawk_trt.bundle import Bundle, FileEntry, Manifest, TensorEntry, check_files, read_versioned
+from hawk_trt.bundle import ENGINES_MANIFEST, Bundle, FileEntry, Manifest, TensorEntry, check_files, read_versioned
 from hawk_trt.errors import BundleError
 from hawk_trt.runtime.versions import same_version
 
-ENGINES_MANIFEST = "engines.json"
 ENGINES_SCHEMA_VERSION = 2
 # Optimization profiles of first_layer and decoder, by index; vision has the first alone.
 PREFILL = 0

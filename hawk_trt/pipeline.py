@@ -17,13 +17,12 @@ import numpy as np
 import numpy.typing as npt
 
 from hawk_trt.bundle import Bundle
-from hawk_trt.engine_folder import EngineFolder
 from hawk_trt.errors import InvalidInput
 from hawk_trt.inputs.layout import PromptLayout
 from hawk_trt.inputs.processor import Processor
 from hawk_trt.models.registry import family_by_name
 from hawk_trt.request import ModelInputs, PruningConfig, Request, Result, SamplingConfig
-from hawk_trt.runtime.backends import backend_for, load_backend
+from hawk_trt.runtime.backends import load_backend
 from hawk_trt.runtime.protocol import Backend, Visual
 from hawk_trt.runtime.sampling import ForcedSampler
 from hawk_trt.runtime.vision_cache import DEFAULT_VISION_CACHE_MB, VisionCache
@@ -78,7 +77,6 @@ class Pipeline:
     def load(
         cls,
         path: str | Path,
-        backend: str | None = None,
         device: str | None = None,
         target: str | None = None,
         *,
@@ -90,8 +88,7 @@ class Pipeline:
 
         Args:
             path: a bundle's folder, or an engine folder.
-            backend: "onnxruntime" or "tensorrt"; None takes the one that the folder is made for.
-            device: "cpu", "cuda" or "cuda:N"; None is "cpu" in ONNX Runtime and "cuda" in TensorRT.
+            device: "cpu", "cuda" or "cuda:N"; None is "cpu" for a bundle and "cuda" for engines.
             target: of the graphs: "cpu", "cuda" or "portable"; None takes the best for the device and version.
             verify: also hash the weight files, which takes as long as reading them.
             vision_cache_mb: megabytes of visual embeddings to keep, so that another question about an image or video
@@ -103,12 +100,10 @@ class Pipeline:
         Raises:
             InvalidInput: vision_cache_mb is not a number of megabytes, or threads not one of threads.
             BundleError: nothing to load there, damaged files, or none of the target or for this machine.
-            BackendError: a backend or device that cannot be used here.
+            BackendError: a device that cannot be used here, or a runtime that is not installed.
         """
-        made_for = backend_for(path)
-        source = (EngineFolder if (backend or made_for) == "tensorrt" else Bundle).load(path, verify=verify)
-        bundle = source.bundle if isinstance(source, EngineFolder) else source
-        return cls(bundle, load_backend(source, backend or made_for, device, target, threads), vision_cache_mb)
+        bundle, backend = load_backend(Path(path), device, target, threads, verify=verify)
+        return cls(bundle, backend, vision_cache_mb)
 
     def close(self) -> None:
         """Release the model."""

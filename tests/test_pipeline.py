@@ -315,11 +315,10 @@ def test_a_missing_target_names_the_export_option(tiny_checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"backend": "openvino"}, "expected one of onnxruntime, tensorrt"),
         ({"device": "tpu"}, 'expected "cpu", "cuda"'),
     ],
 )
-def test_an_unknown_backend_or_device_is_refused(tiny_bundle, arguments, message):
+def test_an_unknown_device_is_refused(tiny_bundle, arguments, message):
     with pytest.raises(BackendError, match=message):
         Pipeline.load(tiny_bundle, **arguments)
 

@@ -186,7 +186,7 @@ def _answers(target: str, setting: Setting, *, on_gpu: bool) -> tuple[list[Resul
         trt_machine.engine_folder(_bundle(setting), folder, target)
         samples = list(generate(11, 1 if setting.small else _PROMPTS))
         results, steps = [], []
-        with Pipeline.load(folder, backend="tensorrt") as pipe:
+        with Pipeline.load(folder) as pipe:
             for sample in samples:
                 for ratio in _KEEP_RATIOS:
                     result = pipe.generate(

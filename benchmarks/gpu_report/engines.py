@@ -69,7 +69,7 @@ def _stages(folder: Path, record: Record, setting: Setting) -> None:
     from hawk_trt import Pipeline
 
     used_mb = memory_meter(setting)
-    with Pipeline.load(folder, backend="tensorrt", vision_cache_mb=0) as pipe:
+    with Pipeline.load(folder, vision_cache_mb=0) as pipe:
         record.put(
             model="tiny-vlm" if setting.rehearse else models.model_name(setting),
             dtype=pipe.bundle.manifest.dtype,

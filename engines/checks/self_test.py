@@ -108,7 +108,7 @@ def _engine(name: str, checkpoint: Path, bundle: Path, reference: Path, folder: 
     equal, reasons = 0, []
     for image, question in samples:
         prompt = ("--image", str(image), "--prompt", question, "--max-new-tokens", "16", "--json")
-        got = _run("hawk_trt", "run", str(folder), "--backend", "tensorrt", *prompt)
+        got = _run("hawk_trt", "run", str(folder), *prompt)
         expected = _run("hawk_trt", "run", str(reference), *prompt)
         if got.status or expected.status:
             reasons.append(got.reason or expected.reason)

@@ -130,7 +130,7 @@ def verify(engines: Path, reference: Reference | None) -> Verification:
     """
     limits = EngineFolder.load(engines).manifest.limits
     most = (limits.visual_tokens, limits.prompt_tokens, limits.context)
-    with Pipeline.load(engines, backend="tensorrt", device="cuda") as plans:
+    with Pipeline.load(engines, device="cuda") as plans:
         manifest = plans.bundle.manifest
         pruning = PruningConfig(keep_ratio=manifest.keep_ratio)
         prompts = {}

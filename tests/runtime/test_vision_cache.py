@@ -205,7 +205,7 @@ def test_without_a_tokenizer_tensors_alone_are_known(tmp_path, monkeypatch):
 
 def test_tensorrt_reads_known_images_from_the_host_and_moves_nothing_for_the_last_one(tiny_bundle, tmp_path, plain):
     out = engine_folder(tiny_bundle, tmp_path / "engines", "tensorrt")
-    with Machines() as machines, Pipeline.load(out, backend="tensorrt") as pipe:
+    with Machines() as machines, Pipeline.load(out) as pipe:
 
         def asked(question, images):
             """Runs of vision, and copies to the GPU."""

@@ -7,8 +7,7 @@ from typing import Literal
 
 from hawk_trt.apps.cli.main import where_it_lies
 from hawk_trt.apps.cli.output import note, progress
-from hawk_trt.bundle import MANIFEST
-from hawk_trt.engine_folder import ENGINES_MANIFEST
+from hawk_trt.bundle import ENGINES_MANIFEST, MANIFEST
 from hawk_trt.errors import BundleError, CheckpointError
 from hawk_trt.files import cache_folder
 from hawk_trt.inputs.checkpoint_files import download, is_hub_id

@@ -13,12 +13,11 @@ from cyclopts import Group, Parameter, Token
 
 from hawk_trt.apps.cli.models import ready
 from hawk_trt.apps.cli.output import note, progress, size
-from hawk_trt.bundle import Bundle, read_manifest
+from hawk_trt.bundle import Bundle, holds_engines, read_manifest
 from hawk_trt.engine_folder import EngineFolder, read_engine_manifest
 from hawk_trt.errors import InvalidInput
 from hawk_trt.pruning.head_weights import read_head_weights
 from hawk_trt.request import QUERIES, QUOTAS, SELECTORS, PruningConfig
-from hawk_trt.runtime.backends import BACKENDS, backend_for
 from hawk_trt.stages import DTYPES, TARGETS
 
 if TYPE_CHECKING:
@@ -76,14 +75,12 @@ class Where:
     """What runs the model.
 
     Attributes:
-        backend: what runs it (default: tensorrt for engines, else onnxruntime)
         device: cpu, cuda or cuda:N (default: cuda for engines, else cpu)
         target: which graphs of the bundle (default: the best that run)
         threads: of the CPU (default: one a core)
         verify: check the weight files by hash before loading them
     """
 
-    backend: Annotated[str | None, Parameter(choices=BACKENDS)] = None
     device: str | None = None
     target: Annotated[str | None, Parameter(choices=TARGETS)] = None
     threads: int | None = None
@@ -106,7 +103,6 @@ class Where:
             verify(model)
         return Pipeline.load(
             model,
-            backend=self.backend or backend_for(model),
             device=self.device,
             target=self.target,
             vision_cache_mb=vision_cache_mb,
@@ -265,7 +261,7 @@ def load_bundle(folder: Path) -> Bundle:
         BundleError: neither is there, or it is damaged.
     """
     folder = ready(folder)
-    return EngineFolder.load(folder).bundle if backend_for(folder) == "tensorrt" else Bundle.load(folder)
+    return EngineFolder.load(folder).bundle if holds_engines(folder) else Bundle.load(folder)
 
 
 def verify(folder: Path) -> Bundle:
@@ -274,7 +270,7 @@ def verify(folder: Path) -> Bundle:
     Raises:
         BundleError: nothing to load there, or a file is missing or differs.
     """
-    engines = backend_for(folder) == "tensorrt"
+    engines = holds_engines(folder)
     if engines:
         manifest = read_engine_manifest(folder)
         files = {**manifest.bundle.files, **manifest.files}

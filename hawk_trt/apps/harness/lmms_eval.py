@@ -18,7 +18,6 @@ from hawk_trt import Pipeline, PruningConfig, SamplingConfig
 from hawk_trt.apps.harness.answering import Answering
 from hawk_trt.errors import InvalidInput
 from hawk_trt.pruning.head_weights import read_head_weights
-from hawk_trt.runtime.backends import backend_for
 
 if TYPE_CHECKING:
     from hawk_trt.request import Message
@@ -44,7 +43,6 @@ class HawkTrt(lmms):
         fps: float | None = None,
         max_frames: int | None = None,
         system_prompt: str | None = None,
-        backend: str | None = None,
         target: str | None = None,
         device: str | None = None,
         batch_size: int | str = 1,
@@ -64,7 +62,7 @@ class HawkTrt(lmms):
         pruning = PruningConfig(
             keep_ratio=float(keep_ratio), head_weights=weights, selector=selector, query=query, quota=quota
         )
-        pipe = Pipeline.load(bundle, backend=backend or backend_for(bundle), device=device, target=target)
+        pipe = Pipeline.load(bundle, device=device, target=target)
         self._answering = Answering(pipe, pruning, min_pixels, max_pixels)
         self._video = {name: value for name, value in (("fps", fps), ("max_frames", max_frames)) if value is not None}
         self._system = system_prompt

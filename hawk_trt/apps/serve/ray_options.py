@@ -10,11 +10,11 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from hawk_trt.apps.serve.settings import ServeLimits, ServeSettings, read_api_keys
+from hawk_trt.bundle import holds_engines
 from hawk_trt.errors import InvalidInput
 from hawk_trt.pipeline import Pipeline
 from hawk_trt.pruning.head_weights import read_head_weights
 from hawk_trt.request import PruningConfig
-from hawk_trt.runtime.backends import backend_for
 from hawk_trt.runtime.vision_cache import DEFAULT_VISION_CACHE_MB
 
 _LISTS = ("cors_origin", "remote_host")
@@ -34,7 +34,6 @@ class ReplicaOptions(ServeLimits):
     """
 
     path: Path
-    backend: str | None = None
     device: str | None = None
     target: str | None = None
     threads: int | None = None
@@ -100,7 +99,7 @@ class ReplicaOptions(ServeLimits):
     @property
     def runs_engines(self) -> bool:
         """Whether it is TensorRT that runs, which takes one generation at a time."""
-        return (self.backend or backend_for(self.path)) == "tensorrt"
+        return holds_engines(self.path)
 
     @property
     def resources(self) -> dict[str, float]:
@@ -145,7 +144,6 @@ class ReplicaOptions(ServeLimits):
         """
         return Pipeline.load(
             self.path,
-            backend=self.backend or backend_for(self.path),
             device=self.device,
             target=self.target,
             verify=self.verify,

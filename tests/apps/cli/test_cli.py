@@ -155,7 +155,6 @@ def test_each_image_keeps_its_quota(ask, capsys):
         (["--video", "no-such-clip.mp4"], "no-such-clip.mp4"),
         (["--prompt", "  "], "--prompt"),
         (["--device", "abacus"], "device: got 'abacus'"),
-        (["--backend", "tensorrt"], "hawk-trt build"),
         (["--min-pixels", "100000000"], "min_pixels"),
     ],
 )

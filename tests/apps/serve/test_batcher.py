@@ -398,7 +398,7 @@ def test_after_hundreds_of_jobs_no_cache_and_no_row_is_left(inplace):
 
 def test_engines_that_hold_one_generation_answer_one_job_after_the_other(tiny_bundle, tmp_path):
     folder = engine_folder(tiny_bundle, tmp_path / "engines", "tensorrt")
-    with Machines() as machines, Pipeline.load(folder, backend="tensorrt") as pipe, Batcher(pipe) as batcher:
+    with Machines() as machines, Pipeline.load(folder) as pipe, Batcher(pipe) as batcher:
         jobs = [ask(question(pipe, number), KEPT, 5, ignore_eos=True) for number in range(3)]
         heard = [Heard() for _ in jobs]
         for job, client in zip(jobs, heard, strict=True):

@@ -21,14 +21,16 @@ def test_arguments_are_the_options_of_the_command_as_text_or_as_values(tiny_bund
     assert (options.min_replicas, options.max_replicas, options.verify) == (1, 3, False)
 
 
-def test_a_replica_takes_a_gpu_where_it_uses_one_and_else_a_cpu_for_each_thread(tiny_bundle):
+def test_a_replica_takes_a_gpu_where_it_uses_one_and_else_a_cpu_for_each_thread(tiny_bundle, tmp_path):
     def resources(**arguments):
         options = options_of(path=str(tiny_bundle), **arguments)
         return options.resources["num_gpus"], options.resources["num_cpus"]
 
     assert resources() == (0, 1)
     assert resources(threads=4) == (0, 4)
-    assert resources(device="cuda") == resources(backend="tensorrt") == (1, 1)
+    assert resources(device="cuda") == (1, 1)
+    (tmp_path / "engines.json").touch()
+    assert options_of(path=str(tmp_path)).runs_engines
     assert resources(device="cuda", num_gpus=0.5, num_cpus=2) == (0.5, 2)
 
 

@@ -31,7 +31,7 @@ def pipes(request, tiny_bundle, tmp_path_factory):
     out = engine_folder(tiny_bundle, tmp_path_factory.mktemp("engines") / "tiny", request.param)
     with (
         Machines() as machines,
-        Pipeline.load(out, backend="tensorrt") as plans,
+        Pipeline.load(out) as plans,
         Pipeline.load(tiny_bundle, target=CPU if request.param == TENSORRT else PORTABLE) as bundle,
     ):
         yield plans, bundle

@@ -27,7 +27,7 @@ def machines():
 
 @pytest.fixture
 def plans(engines):
-    with Pipeline.load(engines, backend="tensorrt") as pipe:
+    with Pipeline.load(engines) as pipe:
         yield pipe
 
 
@@ -112,13 +112,13 @@ def test_where_tensorrt_cannot_be_captured_decoding_goes_on_with_a_warning(plans
     assert machines.driver.calls["cuGraphLaunch"] == 0
     assert answer(plans, 6) == plain  # and no second warning
     machines.trt.uncapturable = False
-    with Pipeline.load(engines, backend="tensorrt") as other:
+    with Pipeline.load(engines) as other:
         assert answer(other, 6) == plain
 
 
 def test_a_portable_plan_decodes_without_graphs(tiny_bundle, tmp_path, machines):
     out = engine_folder(tiny_bundle, tmp_path / "engines", "portable")
-    with Pipeline.load(out, backend="tensorrt") as pipe:
+    with Pipeline.load(out) as pipe:
         answer(pipe, 5)
         assert pipe.backend.decode_step.captures == 0
     assert machines.driver.enqueued["decoder 1"] == 4

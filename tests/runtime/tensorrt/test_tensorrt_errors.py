@@ -10,8 +10,8 @@ import pytest
 from cuda_standin import CUresult
 from examples.tiny_task import generate
 from hawk_trt import Pipeline, PruningConfig, Request
-from hawk_trt.bundle import manifest_bytes
-from hawk_trt.engine_folder import ENGINES_MANIFEST, EngineFolder
+from hawk_trt.bundle import ENGINES_MANIFEST, manifest_bytes
+from hawk_trt.engine_folder import EngineFolder
 from hawk_trt.errors import BackendError, BundleError, InvalidInput
 from hawk_trt.inputs.layout import collate
 from hawk_trt.runtime.protocol import DecodeInputs
@@ -37,7 +37,7 @@ def machines():
 
 
 def load(folder, **options):
-    return Pipeline.load(folder, backend="tensorrt", **options)
+    return Pipeline.load(folder, **options)
 
 
 def answer(pipe, tokens=4, **options):
@@ -151,9 +151,7 @@ def test_what_engines_cannot_be_loaded_with_is_refused(engines, options, message
         load(engines, **options)
 
 
-def test_a_bundle_and_an_engine_folder_are_not_mixed_up(engines, tiny_bundle):
-    with pytest.raises(BundleError, match="hawk-trt build"):
-        load(tiny_bundle)
+def test_a_folder_of_engines_runs_in_tensorrt_unasked(engines):
     with Pipeline.load(engines) as pipe:
         assert pipe.backend.name == "tensorrt"
 

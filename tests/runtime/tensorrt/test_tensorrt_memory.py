@@ -28,7 +28,7 @@ def machines():
 
 @pytest.mark.parametrize("target", ["tensorrt", "portable"])
 def test_regions_are_aligned_apart_and_inside_one_allocation(folders, target, machines):
-    with Pipeline.load(folders[target], backend="tensorrt") as pipe:
+    with Pipeline.load(folders[target]) as pipe:
         memory = pipe.backend.memory
         starts = sorted(memory.addresses.values())
         assert all(start % 256 == 0 for start in starts)
@@ -43,7 +43,7 @@ def test_what_one_stage_writes_the_next_reads_at_one_address(folders):
     first, decoder = engines.plan("first_layer"), engines.plan("decoder")
     handed = {t.name for t in first.outputs} & {t.name for t in decoder.inputs}
     assert handed == {"hidden_states", "kept_position_ids"}
-    with Pipeline.load(folders["tensorrt"], backend="tensorrt") as pipe:
+    with Pipeline.load(folders["tensorrt"]) as pipe:
         pipe.generate("What is red?", IMAGES[:1], max_new_tokens=2)
         contexts = {key: context._context for key, context in pipe.backend.contexts.items()}
     for profile in (0, 1):
@@ -97,7 +97,7 @@ def test_a_pipeline_with_little_staging_answers_alike(folders, tiny_bundle, monk
     from hawk_trt.runtime.tensorrt import cuda
 
     monkeypatch.setattr(cuda, "STAGING_BYTES", 4096)
-    with Pipeline.load(folders["tensorrt"], backend="tensorrt") as plans, Pipeline.load(tiny_bundle) as bundle:
+    with Pipeline.load(folders["tensorrt"]) as plans, Pipeline.load(tiny_bundle) as bundle:
         got, expected = (pipe.generate("What is red?", IMAGES, max_new_tokens=3) for pipe in (plans, bundle))
     assert got.token_ids == expected.token_ids
     np.testing.assert_allclose(got.scores, expected.scores, rtol=0, atol=1e-6)
@@ -107,7 +107,7 @@ def test_rows_that_do_not_start_at_a_multiple_of_the_alignment_are_moved(folders
     from hawk_trt.runtime.tensorrt import vision
 
     monkeypatch.setattr(vision, "ALIGNMENT", 4096)  # the tiny model's rows have 1024 bytes
-    with Pipeline.load(folders["tensorrt"], backend="tensorrt") as plans, Pipeline.load(tiny_bundle) as bundle:
+    with Pipeline.load(folders["tensorrt"]) as plans, Pipeline.load(tiny_bundle) as bundle:
         got, expected = (pipe.generate("What is red?", IMAGES, max_new_tokens=3) for pipe in (plans, bundle))
     assert machines.driver.enqueued["copy"] == 3
     np.testing.assert_allclose(got.scores, expected.scores, rtol=0, atol=1e-6)
