@@ -14,7 +14,7 @@ from hawk_trt.apps.cli.models import expect_checkpoint
 from hawk_trt.apps.cli.options import OUTPUT, WHERE, Dtype, Json, MaxNewTokens
 from hawk_trt.apps.cli.output import counted, note, print_json
 from hawk_trt.apps.evaluate.datasets import TINY, load_dataset
-from hawk_trt.apps.evaluate.metrics import METRICS
+from hawk_trt.apps.evaluate.metrics import METRICS, metric_for
 from hawk_trt.apps.evaluate.result_log import ResultLog
 from hawk_trt.apps.parity.prompt_rules import prompt_tokens
 from hawk_trt.errors import InvalidInput
@@ -31,7 +31,8 @@ class Questions:
     Attributes:
         dataset: tiny (the task of the shipped model), a JSONL file, or a folder with samples.jsonl, a line being
             {"image": "a.png", "question": "...", "answer": "..."}; repeatable, each has the same say (default: tiny)
-        metric: of all data sets; repeat it for one of each (default: exact-match)
+        metric: of all data sets; repeat it for one of each (default: multiple-choice of samples with
+            choices, exact-match of others)
         count: of each data set (default: all of a file, 100 of tiny)
         seed: of the samples' order
         max_new_tokens: longest answer
@@ -52,14 +53,18 @@ class Questions:
             InvalidInput: a data set that cannot be read, or another number of metrics than of data sets.
         """
         names = [name if name == TINY else str(Path(name).resolve()) for name in self.dataset or (TINY,)]
-        metrics = self.metric or ("exact-match",)
+        metrics: tuple[str | None, ...] = self.metric or (None,)
         if len(metrics) not in (1, len(names)):
             raise InvalidInput(f"--metric: got {len(metrics)} for {len(names)} data sets, expected one, or one of each")
         metrics = metrics * (len(names) // len(metrics))
         datasets = [load_dataset(name, self.count, self.seed) for name in names]
+        chosen = [metric_for(metric, dataset) for metric, dataset in zip(metrics, datasets, strict=True)]
+        for name, dataset in zip(names, datasets, strict=True):
+            if dataset.unknown_keys:
+                note(f"{name}: nothing reads these keys of its samples: {', '.join(dataset.unknown_keys)[:200]}")
         return tuple(
             Source(Path(name).stem or name, tuple(dataset), dataset.fingerprint, self.seed, metric, METRICS[metric])
-            for name, dataset, metric in zip(names, datasets, metrics, strict=True)
+            for name, dataset, metric in zip(names, datasets, chosen, strict=True)
         )
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from hawk_trt.apps.cli.options import OUTPUT, PRUNING, Choosing, Json, KeepRatios, MaxNewTokens, Where, names
 from hawk_trt.apps.cli.output import counted, note, print_json
 from hawk_trt.apps.evaluate.datasets import TINY, Dataset, Sample, load_dataset
-from hawk_trt.apps.evaluate.metrics import METRICS
+from hawk_trt.apps.evaluate.metrics import METRICS, Metric, metric_for
 from hawk_trt.apps.evaluate.report import write_report
 from hawk_trt.apps.evaluate.result_log import ResultLog
 from hawk_trt.apps.evaluate.summary import print_rows, summarise
@@ -56,7 +56,7 @@ class Questions:
             {"image": "a.png", "question": "...", "answer": "..."}
         count: samples taken (default: all of a file, 100 of tiny)
         seed: of samples and random choices
-        metric: how an answer is judged
+        metric: how an answer is judged (default: multiple-choice of samples with choices, exact-match of others)
         max_new_tokens: longest answer
         max_pixels: shrink larger images to this area (default: the checkpoint's)
     """
@@ -64,7 +64,7 @@ class Questions:
     dataset: str = TINY
     count: int | None = None
     seed: int = 0
-    metric: Annotated[str, Parameter(choices=tuple(METRICS))] = "exact-match"
+    metric: Annotated[str | None, Parameter(choices=tuple(METRICS))] = None
     max_new_tokens: MaxNewTokens = 32
     max_pixels: int | None = None
 
@@ -103,23 +103,26 @@ def evaluate(
         raise InvalidInput(f"--selectors {FASTV}: it answers in PyTorch, so it needs --checkpoint")
     cells = make_cells(selectors, keep_ratios, choosing)
     dataset = load_dataset(questions.dataset, questions.count, questions.seed)
+    metric = metric_for(questions.metric, dataset)
+    if dataset.unknown_keys:
+        note(f"{questions.dataset}: nothing reads these keys of its samples: {', '.join(dataset.unknown_keys)[:200]}")
     pipe = where.open(model)
     if pipe.chat_tokenizer() is None:
         raise BundleError(f"{model}: it has no tokenizer, so it cannot answer questions")
-    subject = _subject(questions, choosing, pipe, dataset)
+    subject = _subject(questions, metric, choosing, pipe, dataset)
     log = ResultLog(out / RESULTS, subject, Trial)
     try:
         left = missing(dataset, cells, log)
         if left < dataset.count * len(cells):
             note(f"{out / RESULTS}: {dataset.count * len(cells) - left} answers known, {left} to go")
-        for _ in counted(_trials(questions, checkpoint, pipe, dataset, cells, log), left, "answers"):
+        for _ in counted(_trials(questions, METRICS[metric], checkpoint, pipe, dataset, cells, log), left, "answers"):
             pass
     finally:
         log.close()
     rows = summarise(log.records, cells, [sample.id for sample in dataset])
     no_plots = write_report(out, rows, subject, _title(pipe, dataset))
     if json:
-        print_json(_Report(questions.dataset, dataset.count, questions.metric, str(out)), {"rows": rows})
+        print_json(_Report(questions.dataset, dataset.count, metric, str(out)), {"rows": rows})
     else:
         print_rows(rows, Console())
     note(f"results and summary{'' if no_plots else ' and plots'}: {out}")
@@ -159,13 +162,13 @@ def _cell(selector: str, choosing: Choosing, pruning: PruningConfig) -> Cell:
 
 def _trials(
     questions: Questions,
+    metric: Metric,
     checkpoint: str | None,
     pipe: "Pipeline",
     dataset: Dataset,
     cells: Sequence[Cell],
     log: ResultLog[Trial],
 ) -> Iterator[Trial]:
-    metric = METRICS[questions.metric]
     own = PipelineAnswerer(pipe, metric, questions.max_new_tokens)
 
     @cache
@@ -188,14 +191,16 @@ def _trials(
     return run_trials(dataset, cells, log, prepared, answerer, questions.seed)
 
 
-def _subject(questions: Questions, choosing: Choosing, pipe: "Pipeline", dataset: Dataset) -> dict[str, str]:
+def _subject(
+    questions: Questions, metric: str, choosing: Choosing, pipe: "Pipeline", dataset: Dataset
+) -> dict[str, str]:
     """What the results are of: another run goes on with them where all of it is the same."""
     weights = choosing.config(1.0).head_weights
     return {
         "bundle": manifest_digest(pipe.bundle.manifest),
         "runtime": f"{pipe.backend.name}, {pipe.backend.device}, {pipe.backend.target}",
         "dataset": dataset.fingerprint,
-        "metric": questions.metric,
+        "metric": metric,
         "max_new_tokens": str(questions.max_new_tokens),
         "max_pixels": str(questions.max_pixels),
         "query": choosing.query or "paper, else turn",

@@ -7,18 +7,22 @@ samples.jsonl or samples.json. Each line, or each entry of the JSON list, is one
 {"id": "7", "images": ["a.png", "b.png"], "question": "Which is older?", "choices": ["the left", "the right"],
  "answer": "B"}
 {"video": "a.mp4", "question": "What is said?", "answers": ["hello", "hi"]}
+
+The answer of a sample with choices (or options) is a letter, the index of a choice from 0, or the text of one.
 """
 
 import hashlib
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
 
+from hawk_trt.apps.evaluate.choices import LETTERS, key_choice
 from hawk_trt.errors import InvalidInput
 from hawk_trt.files import parse_json
 
@@ -26,7 +30,6 @@ if TYPE_CHECKING:
     from hawk_trt.request import ImageInput, VideoInput
 
 TINY = "tiny"
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _TINY_MODULE = "examples.tiny_task"
 _FILES = ("samples.jsonl", "samples.json")
 
@@ -36,7 +39,7 @@ class Sample:
     """One question; the images come before it, then the videos.
 
     Attributes:
-        answers: what counts as right; for multiple choice the letter or the text of the right choice.
+        answers: what counts as right; for multiple choice the letter and the text of the right choice.
         choices: of multiple choice, A first.
     """
 
@@ -63,12 +66,14 @@ class Dataset:
     Attributes:
         fingerprint: sha256 of what the samples are, whatever their count.
         make: gives the samples anew.
+        unknown_keys: of the file's samples, which nothing reads.
     """
 
     name: str
     fingerprint: str
     count: int
     make: Callable[[], Iterator[Sample]]
+    unknown_keys: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[Sample]:
         return self.make()
@@ -83,7 +88,8 @@ def load_dataset(name: str, count: int | None, seed: int) -> Dataset:
         seed: of the tiny task's samples, or of the order in which a file's are taken.
 
     Raises:
-        InvalidInput: no such data set, or a sample that is none.
+        InvalidInput: no such data set, or a sample that is none, whose answer matches none of its choices, or whose
+            image or video is not there.
     """
     if seed < 0 or (count is not None and count < 1):
         raise InvalidInput(f"count, seed: got {count}, {seed}, expected at least 1 sample and a seed of at least 0")
@@ -127,6 +133,10 @@ class _Entry:
     answer: str | int | float | None = None
     answers: tuple[str | int | float, ...] = ()
     choices: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+
+
+_KEYS = {field.name for field in fields(_Entry)}
 
 
 def _from_file(name: str, count: int | None, seed: int) -> Dataset:
@@ -140,24 +150,48 @@ def _from_file(name: str, count: int | None, seed: int) -> Dataset:
     content = path.read_bytes()
     advice = 'No samples: expected {"image": ..., "question": ..., "answer": ...} a line, in a .json a list of them'
     if path.suffix == ".json":
-        entries = parse_json(content, list[_Entry], str(path), InvalidInput, advice)
+        written = parse_json(content, list[dict[str, Any]], str(path), InvalidInput, advice)
     else:
-        lines = [line for line in content.splitlines() if line.strip()]
-        entries = [parse_json(line, _Entry, str(path), InvalidInput, advice) for line in lines]
-    samples = [_sample(path, number, entry) for number, entry in enumerate(entries)]
+        lines = [(number, line) for number, line in enumerate(content.splitlines(), 1) if line.strip()]
+        written = [
+            parse_json(line, dict[str, Any], f"{path}, line {number}", InvalidInput, advice) for number, line in lines
+        ]
+    samples = [_sample(path, number, values, advice) for number, values in enumerate(written)]
     if not samples or len({sample.id for sample in samples}) < len(samples):
         raise InvalidInput(f"{path}: got {len(samples)} samples, expected at least one, and each id once")
-    order = np.random.default_rng(seed).permutation(len(samples))[:count]
+    chosen = [samples[place] for place in np.random.default_rng(seed).permutation(len(samples))[:count]]
+    for sample in chosen:
+        for file in (*sample.images, *sample.videos):
+            if not Path(str(file)).is_file():
+                raise InvalidInput(f"{path}: sample {sample.id}: {file}: no such file")
     digest = hashlib.sha256(content + f" {seed}".encode())
-    return Dataset(name, digest.hexdigest(), len(order), lambda: (samples[place] for place in order))
+    unknown = tuple(sorted({key for values in written for key in values} - _KEYS))
+    return Dataset(name, digest.hexdigest(), len(chosen), lambda: iter(chosen), unknown)
 
 
-def _sample(path: Path, number: int, entry: _Entry) -> Sample:
-    answers = entry.answers if entry.answer is None else (entry.answer, *entry.answers)
-    if not answers:
-        raise InvalidInput(f"{path}: sample {number} has no answer")
-    if len(entry.choices) > len(LETTERS):
-        raise InvalidInput(f"{path}: sample {number} has {len(entry.choices)} choices, expected at most {len(LETTERS)}")
+def _sample(path: Path, number: int, values: dict[str, Any], advice: str) -> Sample:
+    try:
+        entry = msgspec.convert(values, _Entry)
+    except msgspec.ValidationError as error:
+        raise InvalidInput(f"{path}: sample {number}: {error}. {advice}") from error
+    keys = entry.answers if entry.answer is None else (entry.answer, *entry.answers)
+    choices = entry.choices or entry.options
+    if not keys:
+        unknown = ", ".join(key[:40] for key in values if key not in _KEYS)
+        raise InvalidInput(f"{path}: sample {number} has no answer" + (f"; unknown keys: {unknown}" if unknown else ""))
+    if entry.choices and entry.options:
+        raise InvalidInput(f"{path}: sample {number} has both choices and options; give one of them")
+    if len(choices) > len(LETTERS):
+        raise InvalidInput(f"{path}: sample {number} has {len(choices)} choices, expected at most {len(LETTERS)}")
+    answers = [str(key) for key in keys]
+    if choices:
+        try:
+            right = dict.fromkeys(key_choice(key, choices) for key in keys)
+        except ValueError as error:
+            raise InvalidInput(f"{path}: sample {number}: {error}") from error
+        answers = [LETTERS[index] for index in right]
+        texts = (choices[index] for index in right)
+        answers += [text for text in texts if text.strip().upper() not in LETTERS]  # as another choice's letter is
 
     def places(one: str | None, several: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(str(path.parent / file) for file in ((one,) if one is not None else ()) + several)
@@ -165,8 +199,8 @@ def _sample(path: Path, number: int, entry: _Entry) -> Sample:
     return Sample(
         id=str(number if entry.id is None else entry.id),
         question=entry.question,
-        answers=tuple(str(answer) for answer in answers),
+        answers=tuple(answers),
         images=places(entry.image, entry.images),
         videos=places(entry.video, entry.videos),
-        choices=entry.choices,
+        choices=choices,
     )

@@ -5,6 +5,8 @@ vqa-accuracy       as many people as gave it, three are enough (Antol et al., 20
 anls               1 - edit distance / length, 0 from a half on (Biten et al., 2019)
 relaxed-accuracy   a number within 5 %, else an exact match (Methani et al., 2020)
 multiple-choice    the letter or the text of the right choice
+
+by-sample          multiple-choice where a sample has choices, exact-match where it has none; what counts by default
 """
 
 import re
@@ -13,7 +15,9 @@ from collections.abc import Callable
 
 from rapidfuzz.distance import Levenshtein
 
-from hawk_trt.apps.evaluate.datasets import LETTERS, Sample
+from hawk_trt.apps.evaluate.choices import answered_choice, plain
+from hawk_trt.apps.evaluate.datasets import Dataset, Sample
+from hawk_trt.errors import InvalidInput
 
 Metric = Callable[[str, Sample], float]
 
@@ -27,7 +31,7 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 def exact_match(answer: str, sample: Sample) -> float:
     """1 where the answer is one of the sample's, but for case, spaces and a full stop at the end."""
-    return float(_plain(answer) in {_plain(right) for right in sample.answers})
+    return float(plain(answer) in {plain(right) for right in sample.answers})
 
 
 def vqa_accuracy(answer: str, sample: Sample) -> float:
@@ -45,7 +49,7 @@ def vqa_accuracy(answer: str, sample: Sample) -> float:
 
 def anls(answer: str, sample: Sample) -> float:
     """The best over the sample's answers of 1 - distance / longer length; 0 where half or more is wrong."""
-    best = max(Levenshtein.normalized_similarity(_plain(answer), _plain(right)) for right in sample.answers)
+    best = max(Levenshtein.normalized_similarity(plain(answer), plain(right)) for right in sample.answers)
     return best if best > _ANLS_THRESHOLD else 0.0
 
 
@@ -61,9 +65,14 @@ def relaxed_accuracy(answer: str, sample: Sample) -> float:
 
 def multiple_choice(answer: str, sample: Sample) -> float:
     """1 where the letter or the text that the answer gives is the right one's."""
-    right = {_choice(text, sample.choices) for text in sample.answers}
-    chosen = _choice(answer, sample.choices)
+    right = {answered_choice(text, sample.choices) for text in sample.answers}
+    chosen = answered_choice(answer, sample.choices)
     return float(chosen is not None and chosen in right)
+
+
+def by_sample(answer: str, sample: Sample) -> float:
+    """multiple_choice of a sample with choices, exact_match of another."""
+    return multiple_choice(answer, sample) if sample.choices else exact_match(answer, sample)
 
 
 METRICS: dict[str, Metric] = {
@@ -72,11 +81,25 @@ METRICS: dict[str, Metric] = {
     "anls": anls,
     "relaxed-accuracy": relaxed_accuracy,
     "multiple-choice": multiple_choice,
+    "by-sample": by_sample,
 }
 
 
-def _plain(text: str) -> str:
-    return " ".join(text.casefold().split()).removesuffix(".")
+def metric_for(name: str | None, dataset: Dataset) -> str:
+    """The metric of a data set; without a name the one that its samples call for.
+
+    Raises:
+        InvalidInput: the metric would score every answer of some sample as wrong, or half of it.
+    """
+    if name is None:
+        kinds = {"multiple-choice" if sample.choices else "exact-match" for sample in dataset}
+        return kinds.pop() if len(kinds) == 1 else "by-sample"
+    for sample in dataset:
+        if name == "multiple-choice" and not sample.choices:
+            raise InvalidInput(f"--metric {name}: sample {sample.id} has no choices. Leave --metric out, or add them")
+        if name == "vqa-accuracy" and sample.choices:
+            raise InvalidInput(f"--metric {name}: sample {sample.id} has choices and no answers of people")
+    return name
 
 
 def _vqa_words(text: str) -> str:
@@ -88,20 +111,9 @@ def _vqa_words(text: str) -> str:
 
 
 def _number(text: str) -> float | None:
-    plain = _plain(text).replace(",", "").removeprefix("$")
-    scale = 0.01 if plain.endswith("%") else 1.0
+    number = plain(text).replace(",", "").removeprefix("$")
+    scale = 0.01 if number.endswith("%") else 1.0
     try:
-        return float(plain.removesuffix("%")) * scale
+        return float(number.removesuffix("%")) * scale
     except ValueError:
         return None
-
-
-def _choice(text: str, choices: tuple[str, ...]) -> int | None:
-    """Index of the choice that a text names: by its letter first in the text, else by its words."""
-    plain = _plain(text)
-    for index, choice in enumerate(choices):
-        if plain == _plain(choice):
-            return index
-    match = re.match(r"\W*(?:(?:the )?(?:answer|option|choice)(?: is)?:?\s*)?\(?([a-z])(?:\W|$)", plain)
-    index = LETTERS.find(match[1].upper()) if match else -1
-    return index if 0 <= index < len(choices) else None

@@ -1,13 +1,16 @@
 """A JSONL file of results that a killed run goes on with.
 
 Its first line says what the results are of; a run of something else is refused. Each result is one line, written in
-one piece as soon as it is known. A line that a kill cut short is dropped when the file is opened again. One process at
-a time holds the file; the lock of a killed one is gone with it.
+one piece as soon as it is known. A line that a kill cut short is dropped when the file is opened again, and one that
+the disk did not take is cut off again at once. One process at a time holds the file; the lock of a killed one is gone
+with it.
 """
 
+import errno
 import fcntl
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -46,13 +49,17 @@ class ResultLog(Generic[Record]):
             sync: wait for the disk itself after each result, so that it also outlives the machine's own death.
 
         Raises:
-            InvalidInput: the file holds results of something else, is no log, or another run is writing to it.
+            InvalidInput: the file holds results of something else, is no log, cannot be written, or another run is
+                writing to it.
         """
         self.path = path
         self._sync = sync
         self.records: list[Record] = []
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a+b", buffering=0)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("a+b", buffering=0)
+        except OSError as error:
+            raise self._unwritable(error) from error
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._begin(subject, record_type, option)
@@ -61,21 +68,63 @@ class ResultLog(Generic[Record]):
             raise InvalidInput(
                 f"{path}: another run is writing there. Wait for it, or choose another {option}"
             ) from error
+        except OSError as error:
+            self._file.close()
+            raise self._unwritable(error) from error
         except BaseException:  # whoever cannot have the log does not hold its lock either
             self._file.close()
             raise
 
     def append(self, record: Record) -> None:
-        """Keep a result, on disk before this returns."""
-        # One write a line, and no buffer of Python's: what was written stays when the process is killed.
-        self._file.write(msgspec.json.encode(record) + b"\n")
-        if self._sync:
-            os.fsync(self._file.fileno())
+        """Keep a result, on disk before this returns.
+
+        Raises:
+            InvalidInput: the file cannot be written; it holds the results before this one, whole.
+        """
+        try:
+            self._write(msgspec.json.encode(record) + b"\n")
+        except OSError as error:
+            raise self._unwritable(error) from error
         self.records.append(record)
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file.
+
+        Raises:
+            InvalidInput: the disk did not take what was written; a network's file system says so only now.
+        """
+        try:
+            self._file.close()
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def _write(self, line: bytes) -> None:
+        """Write a whole line, or nothing.
+
+        There is no buffer of Python's: what was written stays when the process is killed.
+        """
+        file = self._file.fileno()
+        before = os.fstat(file).st_size
+        left = memoryview(line)
+        try:
+            while left:  # a disk that is almost full takes a part
+                written = os.write(file, left)
+                if not written:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                left = left[written:]
+            if self._sync:
+                os.fsync(file)
+        except BaseException:
+            with suppress(OSError):  # the next run cuts off what this cannot
+                os.ftruncate(file, before)
+            raise
+
+    def _unwritable(self, error: OSError) -> InvalidInput:
+        reason = error.strerror or error
+        return InvalidInput(
+            f"{self.path}: cannot be written ({reason}). Results before this are kept: free space or mend the folder, "
+            "then go on with the same command"
+        )
 
     def _begin(self, subject: Mapping[str, str], record_type: type[Record], option: str) -> None:
         """Read what there is, drop a line that was cut short, and write the first one to an empty file."""
@@ -91,7 +140,10 @@ class ResultLog(Generic[Record]):
                         f"{self.path}: it holds results of another {name} ({held.get(name)}, not {subject.get(name)}). "
                         f"{advice}"
                     )
-            self.records = [parse_json(line, record_type, str(self.path), InvalidInput, advice) for line in lines[1:]]
+            self.records = [
+                parse_json(line, record_type, f"{self.path}, line {number}", InvalidInput, advice)
+                for number, line in enumerate(lines[1:], 2)
+            ]
         self._file.truncate(len(whole))
         if not lines:
-            self._file.write(msgspec.json.encode(dict(sorted(subject.items()))) + b"\n")
+            self._write(msgspec.json.encode(dict(sorted(subject.items()))) + b"\n")

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,49 +14,10 @@ import pytest
 from PIL import Image
 
 from examples.tiny_task import generate
-from examples.tiny_task.__main__ import main as tiny_task
 from hawk_trt import Pipeline
 from hawk_trt.apps.cli.main import main
-from hawk_trt.apps.evaluate.datasets import Sample, load_dataset
 from hawk_trt.apps.evaluate.intervals import Interval, difference_interval, mean_interval
-from hawk_trt.apps.evaluate.metrics import METRICS
-from hawk_trt.apps.evaluate.result_log import ResultLog
 from hawk_trt.apps.evaluate.summary import Row, pareto_front, to_csv
-from hawk_trt.apps.evaluate.trials import Trial
-from hawk_trt.errors import InvalidInput
-
-
-@pytest.mark.parametrize(
-    ("metric", "answer", "right", "choices", "score"),
-    [
-        ("exact-match", "  Top  LEFT. ", ("top left",), (), 1.0),
-        ("exact-match", "left", ("top left",), (), 0.0),
-        ("vqa-accuracy", "The Dog!", ("dog",), (), 1.0),
-        ("vqa-accuracy", "two", ("2", "2", "2", "2", "3"), (), 1.0),
-        ("vqa-accuracy", "3", ("2", "2", "2", "2", "3"), (), 4 / 15),  # 0 without itself, 1/3 without another
-        ("vqa-accuracy", "1,000.5", ("1000.5",), (), 1.0),
-        ("anls", "hello", ("Hallo", "no"), (), 0.8),
-        ("anls", "abcd", ("abxy",), (), 0.0),  # a half wrong is all wrong
-        ("anls", "kitten", ("sitting",), (), 4 / 7),  # two replaced, one inserted
-        ("anls", "", ("",), (), 1.0),
-        ("relaxed-accuracy", "104", ("100",), (), 1.0),
-        ("relaxed-accuracy", "106", ("100",), (), 0.0),
-        ("relaxed-accuracy", "-95", ("-100",), (), 1.0),
-        ("relaxed-accuracy", "51 %", ("0.5",), (), 1.0),
-        ("relaxed-accuracy", "0.1", ("0",), (), 0.0),
-        ("relaxed-accuracy", "Yes", ("yes",), (), 1.0),
-        ("multiple-choice", "B", ("B",), ("cat", "dog"), 1.0),
-        ("multiple-choice", "(b) a dog", ("B",), ("cat", "dog"), 1.0),
-        ("multiple-choice", "The answer is B.", ("dog",), ("cat", "dog"), 1.0),
-        ("multiple-choice", "dog", ("B",), ("cat", "dog"), 1.0),
-        ("multiple-choice", "A", ("B",), ("cat", "dog"), 0.0),
-        ("multiple-choice", "C", ("B",), ("cat", "dog"), 0.0),
-        ("multiple-choice", "birds", ("B",), ("cat", "dog"), 0.0),
-        ("multiple-choice", "", ("B",), ("cat", "dog"), 0.0),
-    ],
-)
-def test_metrics_score_as_their_papers_say(metric, answer, right, choices, score):
-    assert METRICS[metric](answer, Sample("0", "?", right, choices=choices)) == pytest.approx(score)
 
 
 def test_a_share_has_wilsons_interval():
@@ -74,118 +36,6 @@ def test_other_scores_and_differences_have_bootstrap_intervals_of_the_normal_wid
     assert mean_interval([0.3]) == Interval(0.3, 0.3, 0.3)
     # pairs that differ by the same have no spread, however much the scores themselves have
     assert difference_interval(values.tolist(), (values - 0.25).tolist()) == pytest.approx(Interval(*[0.25] * 3))
-
-
-def test_the_tiny_task_is_a_data_set_of_any_length():
-    few, many = load_dataset("tiny", 3, 5), load_dataset("tiny", 6, 5)
-    assert [sample.question for sample in few] == [sample.question for sample in many][:3]
-    assert few.fingerprint == many.fingerprint != load_dataset("tiny", 3, 6).fingerprint
-    made = list(generate(5, 3))
-    for sample, expected in zip(few, made, strict=True):
-        assert (sample.question, sample.answers) == (expected.question, (expected.answer,))
-        assert np.array_equal(sample.images[0], expected.image)
-
-
-def test_a_folder_of_the_tiny_task_is_a_data_set(tmp_path):
-    assert tiny_task(["--out", str(tmp_path), "--count", "6", "--seed", "2"]) == 0
-    dataset = load_dataset(str(tmp_path), None, 0)
-    by_question = {sample.question: sample for sample in dataset}
-    for made in generate(2, 6):
-        sample = by_question[made.question]
-        assert sample.answers == (made.answer,)
-        with Image.open(sample.images[0]) as image:
-            assert np.array_equal(np.asarray(image), made.image)
-
-
-def test_a_jsonl_file_is_read_in_an_order_of_the_seed(tmp_path):
-    path = tmp_path / "some.jsonl"
-    entries = [{"image": f"{i}.png", "question": f"q{i}", "answer": i} for i in range(20)]
-    entries[3] = {"id": "x", "images": ["a.png", "b.png"], "video": "c.mp4", "question": "q3", "answers": ["1", 2.5]}
-    entries[4] = {"question": "Which?", "choices": ["left", "right"], "answer": "B"}
-    path.write_text("\n\n".join(map(json.dumps, entries)))
-    every = list(load_dataset(str(path), None, 1))
-    assert [sample.question for sample in load_dataset(str(path), 5, 1)] == [s.question for s in every][:5]
-    assert [s.id for s in every] != [s.id for s in load_dataset(str(path), None, 2)]
-    by_id = {sample.id: sample for sample in every}
-    assert by_id["x"].images == (str(tmp_path / "a.png"), str(tmp_path / "b.png"))
-    assert (by_id["x"].videos, by_id["x"].answers) == ((str(tmp_path / "c.mp4"),), ("1", "2.5"))
-    assert by_id["4"].prompt == "Which?\nA. left\nB. right\nAnswer with the letter of the right choice."
-    assert len(by_id) == 20
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("", "got 0 samples"),
-        ('{"question": "?"}', "sample 0 has no answer"),
-        ('{"answer": "?"}', "question"),
-        ("[1", 'expected {"image"'),
-        ('{"id": 1, "question": "?", "answer": "a"}\n' * 2, "each id once"),
-    ],
-)
-def test_files_that_are_no_data_set_are_refused(tmp_path, content, message):
-    (tmp_path / "samples.jsonl").write_text(content)
-    with pytest.raises(InvalidInput, match=message):
-        load_dataset(str(tmp_path), None, 0)
-
-
-def test_a_data_set_that_is_not_there_is_refused(tmp_path):
-    with pytest.raises(InvalidInput, match="expected tiny, a JSONL file or a folder"):
-        load_dataset(str(tmp_path / "none.jsonl"), None, 0)
-    with pytest.raises(InvalidInput, match="this folder holds no samples"):
-        load_dataset(str(tmp_path), None, 0)
-
-
-def trial(number):
-    return Trial(str(number), "hawk", 0.1, "héllo\n", 1.0, 64, 7, 2, 1000, None)
-
-
-def test_a_log_goes_on_behind_a_line_that_was_cut_short(tmp_path):
-    path, subject = tmp_path / "new" / "results.jsonl", {"bundle": "a", "dataset": "b"}
-    log = ResultLog(path, subject, Trial)
-    for number in range(3):
-        log.append(trial(number))
-    log.close()
-    whole = path.read_bytes()
-    for cut in range(len(whole)):
-        path.write_bytes(whole[:cut])
-        again = ResultLog(path, subject, Trial)
-        assert again.records == [trial(n) for n in range(max(0, whole[:cut].count(b"\n") - 1))]
-        again.append(trial(9))
-        again.close()
-        last = ResultLog(path, subject, Trial)
-        assert last.records == [*again.records]
-        last.close()
-
-
-def test_a_log_of_something_else_is_refused_and_left_alone(tmp_path):
-    path = tmp_path / "results.jsonl"
-    ResultLog(path, {"bundle": "a"}, Trial).close()
-    for subject in ({"bundle": "b"}, {"bundle": "a", "dataset": "c"}):
-        with pytest.raises(InvalidInput, match=r"it holds results of another (bundle|dataset).* Choose another --out"):
-            ResultLog(path, subject, Trial)
-    assert path.read_text() == '{"bundle":"a"}\n'
-    for content, message in (("hello\n", "not a file of results"), ('{"bundle":"a"}\n{}\n', "damaged")):
-        path.write_text(content)
-        with pytest.raises(InvalidInput, match=message):
-            ResultLog(path, {"bundle": "a"}, Trial)
-        assert path.read_text() == content
-
-
-def test_one_log_at_a_time_holds_a_file(tmp_path):
-    path, subject = tmp_path / "results.jsonl", {"bundle": "a"}
-    log = ResultLog(path, subject, Trial)
-    log.append(trial(0))
-    held = path.read_bytes()
-    with path.open("ab") as file:
-        file.write(b'{"half a li')  # what the holder is writing just now
-    with pytest.raises(InvalidInput, match=r"another run is writing there. Wait for it, or choose another --work"):
-        ResultLog(path, subject, Trial, option="--work")
-    assert path.read_bytes() == held + b'{"half a li'
-    log.close()
-    again = ResultLog(path, subject, Trial)
-    assert again.records == [trial(0)]
-    again.close()
 
 
 def row(name, total_ms, accuracy):
@@ -244,6 +94,20 @@ def test_eval_answers_sums_up_and_draws(tiny_bundle, pipe, tmp_path, capsys):
         with Image.open(tmp_path / f"{name}.png") as image:
             assert image.size > (500, 300)
             assert len(image.convert("RGB").getcolors(1 << 20)) > 50
+
+
+def test_eval_ends_with_an_error_where_the_disk_is_full(tiny_bundle, tmp_path):
+    argv = [sys.executable, "-m", "hawk_trt", "eval", str(tiny_bundle), "--out", str(tmp_path), "--count", "8"]
+    command = f"ulimit -f 2; exec {shlex.join(argv)} --selectors hawk --keep-ratios 1,0.2 --max-new-tokens 2"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert f"{tmp_path / 'results.jsonl'}: cannot be written (File too large)" in done.stderr
+    assert "Traceback" not in done.stderr
+    known = (tmp_path / "results.jsonl").read_bytes()
+    assert known.endswith(b"\n")
+    assert main([*argv[3:], "--selectors", "hawk", "--keep-ratios", "1,0.2", "--max-new-tokens", "2"]) == 0
+    whole = (tmp_path / "results.jsonl").read_bytes()
+    assert whole.startswith(known) and len([json.loads(line) for line in whole.splitlines()]) == 17
 
 
 def test_eval_goes_on_with_its_results_and_refuses_those_of_something_else(tiny_bundle, tmp_path, capsys):
@@ -335,6 +199,15 @@ def test_a_sample_that_cannot_be_read_is_named(tiny_bundle, tmp_path, capsys):
     (tmp_path / "some.jsonl").write_text('{"id": "seven", "image": "none.png", "question": "?", "answer": "!"}')
     assert evaluate(tiny_bundle, tmp_path / "out", "--dataset", tmp_path / "some.jsonl") == 1
     assert "sample seven: " in capsys.readouterr().err
+
+
+def test_keys_that_nothing_reads_are_named(tiny_bundle, tmp_path, capsys):
+    path = tmp_path / "some.jsonl"
+    path.write_text('{"question": "?", "options": ["left", "right"], "answer": 1, "lable": 3, "source": "x"}')
+    assert evaluate(tiny_bundle, tmp_path / "out", "--dataset", path, "--json") == 0
+    out, err = capsys.readouterr()
+    assert "nothing reads these keys of its samples: lable, source" in err
+    assert json.loads(out)["metric"] == "multiple-choice"
 
 
 def test_without_matplotlib_all_but_the_plots_is_there(tiny_bundle, tmp_path, capsys, monkeypatch):
