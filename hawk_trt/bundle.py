@@ -22,9 +22,10 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from hawk_trt.errors import BundleError
+from hawk_trt.errors import BundleError, InvalidInput
 from hawk_trt.files import read_json, sha256_file
 from hawk_trt.models.vision_config import AnyVision
+from hawk_trt.request import check_head_weights
 from hawk_trt.stages import DTYPES, LanguageConfig
 
 MANIFEST = "bundle.json"
@@ -215,6 +216,10 @@ class Bundle:
         *named, eos = astuple(self.manifest.special_tokens)
         if not all(token is None or 0 <= token < 2**31 for token in (*named, *eos)):
             raise BundleError(f"{self.folder}: damaged, special_tokens has no ids of tokens. {_AGAIN}")
+        try:
+            check_head_weights(self.manifest.head_weights.values, self.manifest.language.num_attention_heads)
+        except InvalidInput as error:
+            raise BundleError(f"{self.folder}: damaged, {error}. {_AGAIN}") from error
         table, files = self.manifest.embeddings, self.manifest.files
         stray = {table.file, *(graph.file for graph in self.manifest.graphs)} - files.keys()
         if stray:

@@ -33,6 +33,8 @@ EQUAL_HEADS = ("uniform", "fastv-input")
 """Selectors that take no head weights."""
 QUERIES = ("paper", "turn")
 QUOTAS = ("global", "per-image", "per-frame")
+_LARGEST_WEIGHT = 1e30  # scores are sums of weights in float32, and must stay far below the 3e38 that keeps text tokens
+_SMALLEST_WEIGHT = 1e-30  # below, float32 or a GPU makes scores of 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,12 +165,15 @@ def check_head_weights(weights: Sequence[float], num_heads: int | None = None) -
         num_heads: how many there must be, where that is known.
 
     Raises:
-        InvalidInput: wrong length, a value that is not finite or below 0, or all zero.
+        InvalidInput: wrong length, a value that is not finite, below 0 or too large for scores in float32, or all zero
+            there.
     """
     try:
+        if isinstance(weights, str | bytes) or any(isinstance(w, str | bytes | bool) for w in weights):
+            raise TypeError
         values = tuple(float(w) for w in weights)
-    except (TypeError, ValueError) as error:
-        raise InvalidInput(f"head_weights: got {weights!r}, expected a sequence of numbers") from error
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InvalidInput(f"head_weights: got {weights!r:.100}, expected a sequence of numbers") from error
     if num_heads is not None and len(values) != num_heads:
         raise InvalidInput(f"head_weights: got {len(values)} values, expected {num_heads}, one a query head of layer 0")
     if not values or not all(math.isfinite(w) and w >= 0.0 for w in values):
@@ -176,6 +181,11 @@ def check_head_weights(weights: Sequence[float], num_heads: int | None = None) -
     if not any(values):
         raise InvalidInput(
             "head_weights: all are 0, so every visual token scores the same; expected at least one above 0"
+        )
+    if not _SMALLEST_WEIGHT <= max(values) <= _LARGEST_WEIGHT:
+        raise InvalidInput(
+            f"head_weights: the largest is {max(values):g}, expected one from {_SMALLEST_WEIGHT:g} to "
+            f"{_LARGEST_WEIGHT:g}: scores are computed in float32. Multiply all weights by the same number"
         )
     return values
 

@@ -40,7 +40,7 @@ def parse_head_weights(name: str, content: str) -> HeadWeights:
     """
     try:
         parsed = json.loads(content)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits is a ValueError
         raise InvalidInput(f"head weights: {name} is not JSON ({error})") from error
     values, source = (parsed.get("values"), parsed.get("source")) if isinstance(parsed, dict) else (parsed, None)
     if not isinstance(values, list):
