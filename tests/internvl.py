@@ -10,7 +10,14 @@ from export.__main__ import main as export
 
 TINY_VLM = Path(__file__).parent.parent / "examples" / "tiny-vlm"
 TILE_PX, TILE_TOKENS = 56, 4
-TOWERS = {"layer_norm": {}, "rms_norm": {"norm_type": "rms_norm", "use_qk_norm": True, "attention_bias": False}}
+_LARGE_TOWER = {"norm_type": "rms_norm", "use_qk_norm": True, "attention_bias": False}
+# Settings of a tower, and of a language side: InternVL3's small and large towers, then InternVL3.5's.
+CHECKPOINTS = {
+    "layer_norm": {},
+    "rms_norm": _LARGE_TOWER,
+    "qwen3": {"qwen3": True},
+    "qwen3_rms_norm": {"qwen3": True, **_LARGE_TOWER},
+}
 START, END, CONTEXT, VIDEO = 464, 465, 466, 467  # behind the shipped tokenizer's own
 IM_END, VOCAB_SIZE = 458, 467  # <video> is in templates alone, so it needs no embedding
 
@@ -37,21 +44,27 @@ _ORIGINAL = (
 _PROJECTOR = {"layer_norm": "mlp1.0", "linear_1": "mlp1.1", "linear_2": "mlp1.3"}
 
 
-def export_towers(folder):
-    """A checkpoint of each tower, and beside it its bundle, NAME.bundle; returns the folder."""
-    for name, tower in TOWERS.items():
-        save_checkpoint(folder / name, **tower)
+def export_all(folder):
+    """Each checkpoint, and beside it its bundle, NAME.bundle; returns the folder."""
+    for name, settings in CHECKPOINTS.items():
+        save_checkpoint(folder / name, **settings)
         assert export([str(folder / name), "--out", str(folder / f"{name}.bundle")]) == 0
     return folder
 
 
-def save_checkpoint(folder, *, tied=False, seed=0, **tower):
+def save_checkpoint(folder, *, qwen3=False, tied=False, seed=0, **tower):
     """A random float32 model with tokenizer, template and preprocessor config; tower: more vision settings."""
     import torch
-    from transformers import InternVLConfig, InternVLForConditionalGeneration, InternVLVisionConfig, Qwen2Config
+    import transformers
+    from transformers import InternVLConfig, InternVLForConditionalGeneration, InternVLVisionConfig
 
     torch.manual_seed(seed)
-    text = Qwen2Config(
+    if qwen3:
+        side, own = transformers.Qwen3Config, {"head_dim": 24}  # not hidden_size / heads, as in InternVL3.5 1B and 4B
+    else:
+        scaling = {"factor": 2.0, "rope_type": "dynamic", "type": "dynamic"}
+        side, own = transformers.Qwen2Config, {"rope_scaling": scaling}
+    text = side(
         hidden_size=64,
         intermediate_size=96,
         num_hidden_layers=3,
@@ -59,10 +72,10 @@ def save_checkpoint(folder, *, tied=False, seed=0, **tower):
         num_key_value_heads=2,
         vocab_size=VOCAB_SIZE,
         max_position_embeddings=4096,
-        rope_scaling={"factor": 2.0, "rope_type": "dynamic", "type": "dynamic"},
         rope_theta=1e6,
         tie_word_embeddings=tied,
         eos_token_id=IM_END,
+        **own,
     )
     vision = InternVLVisionConfig(
         hidden_size=32,
@@ -112,8 +125,9 @@ def save_original(converted, folder):
     config = json.loads((converted / "config.json").read_text())
     text, vision = config["text_config"], config["vision_config"]
     rope = text.pop("rope_parameters")
-    text |= {"architectures": ["Qwen2ForCausalLM"], "rope_theta": rope["rope_theta"], "eos_token_id": 456}
-    text["rope_scaling"] = {"factor": 2.0, "rope_type": "dynamic", "type": "dynamic"}
+    text |= {"architectures": [f"{text['model_type'].capitalize()}ForCausalLM"], "rope_theta": rope["rope_theta"]}
+    dynamic = {"factor": 2.0, "rope_type": "dynamic", "type": "dynamic"}
+    text |= {"rope_scaling": dynamic if rope["rope_type"] == "dynamic" else None, "eos_token_id": 456}
     vision |= {"qkv_bias": vision.pop("attention_bias"), "qk_normalization": vision.pop("use_qk_norm")}
     vision |= {"image_size": TILE_PX, "patch_size": 14}
     original = {

@@ -219,6 +219,15 @@ def _configs() -> dict[str, dict[str, Any]]:
     qwen = text | {"rope_parameters": mrope}
     tower = {"depth": 2, "num_heads": 2, "hidden_size": 128, "intermediate_size": 256, "out_hidden_size": 256}
     qwen3 = qwen | {"head_dim": 64, "rope_parameters": mrope | {"mrope_interleaved": True}}
+    tile = {
+        "hidden_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 256,
+        "image_size": [56, 56],
+        "patch_size": [14, 14],
+    }
+    tiles = {"vision_config": tile, "image_token_id": 310, "image_seq_length": 4}
     configs = {
         "Qwen2VL": transformers.Qwen2VLConfig(
             text_config=qwen, vision_config={"depth": 2, "embed_dim": 128, "hidden_size": 256, "num_heads": 2}, **ids
@@ -231,23 +240,12 @@ def _configs() -> dict[str, dict[str, Any]]:
             vision_config=tower | {"num_position_embeddings": 36, "deepstack_visual_indexes": [0, 1]},
             **ids,
         ),
-        "InternVL": transformers.InternVLConfig(
-            text_config=transformers.Qwen2Config(**text),
-            vision_config={
-                "hidden_size": 128,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 2,
-                "intermediate_size": 256,
-                "image_size": [56, 56],
-                "patch_size": [14, 14],
-            },
-            image_token_id=310,
-            image_seq_length=4,
-        ),
+        "InternVL": transformers.InternVLConfig(text_config=transformers.Qwen2Config(**text), **tiles),
+        "InternVL3_5": transformers.InternVLConfig(text_config=transformers.Qwen3Config(**text, head_dim=32), **tiles),
     }
     return {
         family: json.loads(config.to_json_string(use_diff=False))
-        | {"eos_token_id": 300, "architectures": [f"{family}ForConditionalGeneration"]}
+        | {"eos_token_id": 300, "architectures": [f"{family.removesuffix('3_5')}ForConditionalGeneration"]}
         for family, config in configs.items()
     }
 

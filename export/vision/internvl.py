@@ -1,4 +1,4 @@
-"""Vision graph of InternVL3's InternViT: tiles in, visual tokens out.
+"""Vision graph of InternVL3's and 3.5's InternViT: tiles in, visual tokens out.
 
 Every tile is a sequence of its own, a class token and its patches, so attention needs no mask. Behind the last block
 the class token goes, blocks of patches become one token (pixel shuffle), and the projector brings them to the language

@@ -106,13 +106,14 @@ def text_section(config: Mapping[str, Any]) -> Section:
     return Section({**config, **{key: value for key, value in text.items() if value is not None}})
 
 
-def language_config(config: Mapping[str, Any], *, mrope: bool = True, own_head_dim: bool = False) -> LanguageConfig:
+def language_config(config: Mapping[str, Any], *, mrope: bool = True, qk_norm: bool = False) -> LanguageConfig:
     """Sizes of the language model from config.json.
 
     Args:
         config: config.json.
         mrope: whether positions have time, height and width; else plain 1-D ones.
-        own_head_dim: whether config.json says the size of a head; else it is hidden_size / num_attention_heads.
+        qk_norm: whether it is Qwen3's: queries and keys normed per head, no biases, config.json says the size of a
+            head; else Qwen2's, and the size is hidden_size / num_attention_heads.
 
     Raises:
         CheckpointError: a setting is missing or not supported.
@@ -121,13 +122,15 @@ def language_config(config: Mapping[str, Any], *, mrope: bool = True, own_head_d
     _refuse_quantized(text)
     _refuse_sliding_window(text)
     text.expect("hidden_act", "silu")
+    if qk_norm:
+        text.expect("attention_bias", False, False)
     hidden_size = text.integer("hidden_size")
     heads, kv_heads = text.integer("num_attention_heads"), text.integer("num_key_value_heads")
-    if hidden_size % heads and not own_head_dim:
+    if hidden_size % heads and not qk_norm:
         raise text.wrong("num_attention_heads", f"a divisor of hidden_size {hidden_size}")
     if heads % kv_heads:
         raise text.wrong("num_key_value_heads", f"a divisor of num_attention_heads {heads}")
-    head_dim = text.integer("head_dim") if own_head_dim else hidden_size // heads
+    head_dim = text.integer("head_dim") if qk_norm else hidden_size // heads
     if text.get("head_dim") not in (None, head_dim):
         raise text.wrong("head_dim", f"hidden_size / num_attention_heads = {head_dim}")
     rope_theta, mrope_section = _rope(text, head_dim, mrope=mrope)
@@ -145,6 +148,7 @@ def language_config(config: Mapping[str, Any], *, mrope: bool = True, own_head_d
         max_position_embeddings=text.integer("max_position_embeddings"),
         # Either place counts: 4.x wrote it at the top or in text_config, 5 at the top.
         tie_word_embeddings=bool(config.get("tie_word_embeddings")) or bool(text.get("tie_word_embeddings")),
+        qk_norm=qk_norm,
     )
 
 

@@ -1,4 +1,4 @@
-"""InternVL3, with a Qwen2 language side: images and videos as tiles, what placeholders say, 1-D positions.
+"""InternVL3 (Qwen2) and InternVL3.5 (Qwen3): images and videos as tiles, what placeholders say, 1-D positions.
 
 An image is resized to the grid of square tiles whose shape is nearest to its own and cut into them, row by row; where
 there is more than one, a small version of the whole, the thumbnail, follows as a tile of its own. A frame of a video is
@@ -36,7 +36,7 @@ Image = npt.NDArray[np.uint8]
 
 
 class InternVL:
-    """The Family of InternVL3 checkpoints, those of transformers (-hf) and the original ones."""
+    """The Family of InternVL3 and InternVL3.5 checkpoints, those of transformers (-hf) and the original ones."""
 
     name: ClassVar[str] = "internvl"
     max_frame_pixels: ClassVar[int | None] = None
@@ -55,7 +55,7 @@ class InternVL:
         """Read and check config.json, of either make."""
         config = internvl_config.with_text_config(config)
         return ModelConfig(
-            language_config(config, mrope=False),
+            language_config(config, mrope=False, qk_norm=internvl_config.is_qwen3(config)),
             internvl_config.vision_config(config),
             internvl_config.special_tokens(config, generation or {}, added_tokens or {}),
             internvl_config.chat_template(config),

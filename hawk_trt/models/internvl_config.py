@@ -1,7 +1,7 @@
-"""The config.json of an InternVL3 checkpoint, of either make.
+"""The config.json of an InternVL3 or InternVL3.5 checkpoint, of either make.
 
 transformers' own (the -hf checkpoints) has text_config and vision_config, the original (internvl_chat) llm_config
-and other names for the same settings. Qwen2 is the one language side that the graphs compute.
+and other names for the same settings. Qwen2 and Qwen3 are the language sides that the graphs compute.
 """
 
 from collections.abc import Mapping
@@ -14,6 +14,8 @@ from hawk_trt.models.config import Section, is_integer, text_section, vision_sec
 from hawk_trt.models.config import special_tokens as named_tokens
 from hawk_trt.models.vision_config import InternVLVision
 
+# Each by its architecture and its model_type; a config says either or both.
+_QWEN2, _QWEN3 = {"Qwen2ForCausalLM", "qwen2"}, {"Qwen3ForCausalLM", "qwen3"}
 _SPELLINGS = {"image": "<IMG_CONTEXT>", "video": "<video>", "vision_start": "<img>", "vision_end": "</img>"}
 _MAX_TILES = 12
 _NORMS = ("layer_norm", "rms_norm")
@@ -61,21 +63,27 @@ def with_text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """config.json with the language side under text_config, whichever make it is of.
 
     Raises:
-        CheckpointError: there is none, or it is not Qwen2.
+        CheckpointError: there is none, or it is neither Qwen2 nor Qwen3.
     """
     where = next((name for name in ("text_config", "llm_config") if isinstance(config.get(name), Mapping)), None)
     if where is None:
         expected = "the sizes of the language model (llm_config in the original make)"
         raise Section({}).wrong("text_config", expected)
     text: Mapping[str, Any] = config[where]
-    named = [str(name) for name in (*(text.get("architectures") or ()), text.get("model_type")) if name]
-    if not {"Qwen2ForCausalLM", "qwen2"} & set(named):
-        got = named[0] if named else "nothing"
+    named = _language_side(text)
+    if bool(_QWEN2 & set(named)) == bool(_QWEN3 & set(named)):
+        got = " and ".join(name for name in named if name in _QWEN2 | _QWEN3) or (named or ["nothing"])[0]
         raise CheckpointError(
-            f"config.json: {where}: got the language side {got}, expected Qwen2ForCausalLM. Of this family, InternVL3 "
-            "1B, 2B, 8B, 14B, 38B and 78B have it; InternLM, Llama, Phi and Qwen3 (InternVL3.5) are not supported"
+            f"config.json: {where}: got the language side {got}, expected "
+            "Qwen2ForCausalLM (InternVL3) or Qwen3ForCausalLM (InternVL3.5 1B, 2B, 4B, 8B, 14B and 38B); mixtures of "
+            "experts, GPT-OSS, InternLM, Llama and Phi are not supported"
         )
     return {**config, "text_config": text}
+
+
+def is_qwen3(config: Mapping[str, Any]) -> bool:
+    """Whether the language side is Qwen3, else it is Qwen2. config: from with_text_config."""
+    return bool(_QWEN3 & set(_language_side(config["text_config"])))
 
 
 def vision_config(config: Mapping[str, Any]) -> InternVLVision:
@@ -88,6 +96,9 @@ def vision_config(config: Mapping[str, Any]) -> InternVLVision:
     for section, fixed in ((model, _FIXED), (vision, _FIXED_IN_TOWER)):
         for key, value in fixed.items():
             section.expect(key, value, value)
+    if model.get("flash_relative_threshold") is not None:
+        advice = "none: InternVL3.5-Flash shortens each tile by what it shows. Take the InternVL3.5 of its size"
+        raise model.wrong("flash_relative_threshold", advice)
     hidden_size, num_heads = vision.integer("hidden_size"), vision.integer("num_attention_heads")
     if hidden_size % num_heads:
         raise vision.wrong("num_attention_heads", f"a divisor of {hidden_size}")
@@ -146,6 +157,11 @@ def special_tokens(
 def chat_template(config: Mapping[str, Any]) -> str | None:
     """The Jinja of the "template" that an original checkpoint names; None for another, and for transformers' make."""
     return _TEMPLATE if config.get("template") == _TEMPLATE_NAME else None
+
+
+def _language_side(text: Mapping[str, Any]) -> list[str]:
+    """What a section calls its language model."""
+    return [str(name) for name in (*(text.get("architectures") or ()), text.get("model_type")) if name]
 
 
 def _side(vision: Section, key: str) -> int:

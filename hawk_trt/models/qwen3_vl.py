@@ -48,14 +48,13 @@ class Qwen3VL(Qwen2VL):
     def _language_config(cls, config: Mapping[str, Any]) -> LanguageConfig:
         """Queries and keys are normed, mRoPE's axes take turns, DeepStack adds."""
         text = text_section(config)
-        text.expect("attention_bias", False, False)
         rope = Section(text.get("rope_parameters") or text.get("rope_scaling") or {})
         rope.expect("mrope_interleaved", True, True)
-        language = language_config(config, own_head_dim=True)
+        language = language_config(config, qk_norm=True)
         levels = len(block_numbers(vision_section(config), "deepstack_visual_indexes"))
         if levels >= language.num_hidden_layers:
             raise text.wrong("num_hidden_layers", f"more than the {levels} of deepstack_visual_indexes")
-        return replace(language, qk_norm=True, mrope_interleaved=True, deepstack_levels=levels)
+        return replace(language, mrope_interleaved=True, deepstack_levels=levels)
 
     @classmethod
     def _vision_config(cls, config: Mapping[str, Any]) -> AnyVision:

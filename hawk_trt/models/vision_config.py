@@ -83,7 +83,7 @@ class Qwen3Vision(Qwen2Vision, frozen=True, kw_only=True, tag="qwen3_vl"):
 
 
 class InternVLVision(VisionConfig, frozen=True, kw_only=True, tag="internvl"):
-    """InternVL3: the tower, and how an image is cut into tiles.
+    """InternVL3 and 3.5: the tower, and how an image is cut into tiles.
 
     image_size: pixels on a side of a tile. norm: "layer_norm" or "rms_norm". min_tiles and max_tiles do not count the
     thumbnail, a small version of the whole image.

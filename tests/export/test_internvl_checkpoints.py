@@ -9,7 +9,7 @@ import internvl
 from export.__main__ import main as export
 from hawk_trt import Pipeline
 from hawk_trt.errors import CheckpointError
-from internvl import IM_END, TOWERS
+from internvl import CHECKPOINTS, IM_END
 from targets import ON_CPU
 
 pytest.importorskip("torch")
@@ -18,42 +18,43 @@ pytest.importorskip("transformers")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return internvl.export_towers(tmp_path_factory.mktemp("internvl"))
+    return internvl.export_all(tmp_path_factory.mktemp("internvl"))
 
 
-@pytest.mark.parametrize("tower", TOWERS)
+@pytest.mark.parametrize("name", CHECKPOINTS)
 @pytest.mark.parametrize("prefix", ["", "model."])
-def test_all_makes_and_generations_of_names_give_the_same_graphs_and_weights(folder, tmp_path, tower, prefix):
-    checkpoint = internvl.save_original(folder / tower, tmp_path / "original")
+def test_all_makes_and_generations_of_names_give_the_same_graphs_and_weights(folder, tmp_path, name, prefix):
+    checkpoint = internvl.save_original(folder / name, tmp_path / "original")
     if prefix:  # as transformers 4.52 to 5.0 saved it
         checkpoint = tmp_path / "renamed"
         checkpoint.mkdir()
-        for path in (folder / tower).iterdir():
+        for path in (folder / name).iterdir():
             (checkpoint / path.name).write_bytes(path.read_bytes())
-        weights = internvl.load_file(folder / tower / "model.safetensors")
+        weights = internvl.load_file(folder / name / "model.safetensors")
         renamed = {
-            name.replace("language_model.model.", "language_model.").replace("language_model.lm_head", "lm_head"): t
-            for name, t in weights.items()
+            key.replace("language_model.model.", "language_model.").replace("language_model.lm_head", "lm_head"): t
+            for key, t in weights.items()
         }
-        renamed = {name if name.startswith("lm_head") else prefix + name: t for name, t in renamed.items()}
+        renamed = {key if key.startswith("lm_head") else prefix + key: t for key, t in renamed.items()}
         internvl.save_file(renamed, checkpoint / "model.safetensors", {"format": "pt"})
     assert export([str(checkpoint), "--out", str(tmp_path / "bundle")]) == 0
     digests = []
-    for bundle in (folder / f"{tower}.bundle", tmp_path / "bundle"):
+    for bundle in (folder / f"{name}.bundle", tmp_path / "bundle"):
         files = sorted(path for path in bundle.iterdir() if path.suffix in (".onnx", ".data"))
         digests.append({path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files})
     assert len(digests[0]) == 4 * 3 + 4
     assert digests[0] == digests[1]
 
 
+@pytest.mark.parametrize("name", ["layer_norm", "qwen3"])
 @pytest.mark.parametrize("target", ON_CPU)
-def test_an_original_checkpoint_answers_prompts_as_the_converted_one(folder, tmp_path, target):
-    checkpoint = internvl.save_original(folder / "layer_norm", tmp_path / "original")
+def test_an_original_checkpoint_answers_prompts_as_the_converted_one(folder, tmp_path, name, target):
+    checkpoint = internvl.save_original(folder / name, tmp_path / "original")
     assert export([str(checkpoint), "--out", str(tmp_path / "bundle"), "--link"]) == 0
     image = np.random.default_rng(0).integers(0, 256, (160, 100, 3), dtype=np.uint8)
     asked = {"images": [image], "max_new_tokens": 5, "ignore_eos": True, "return_logits": True}
     results = []
-    for bundle in (folder / "layer_norm.bundle", tmp_path / "bundle"):
+    for bundle in (folder / f"{name}.bundle", tmp_path / "bundle"):
         with Pipeline.load(bundle, target=target) as pipe:
             assert IM_END in pipe.bundle.manifest.special_tokens.eos
             results.append(pipe.generate("What is it?", **asked))

@@ -1,4 +1,4 @@
-"""InternVL3 from checkpoint to answer: against transformers unpruned, against our oracle in transformers pruned."""
+"""InternVL3 and 3.5 from checkpoint to answer: unpruned against transformers, pruned against our oracle in it."""
 
 import json
 from dataclasses import replace
@@ -17,9 +17,9 @@ from hawk_trt.apps.cli.main import main as hawk
 from hawk_trt.apps.serve.batcher import Batcher
 from hawk_trt.bundle import Bundle
 from hawk_trt.errors import InvalidInput
-from hawk_trt.pruning.hawk import num_kept
+from hawk_trt.pruning.hawk import head_scores, normalize, num_kept
 from hawk_trt.stages import NORMALIZATIONS
-from internvl import CONTEXT, END, IM_END, START, TILE_PX, TILE_TOKENS, TOWERS, VIDEO
+from internvl import CHECKPOINTS, CONTEXT, END, IM_END, START, TILE_PX, TILE_TOKENS, VIDEO
 from served import ask, assert_served_as_alone
 from targets import ON_CPU
 
@@ -35,18 +35,29 @@ PROMPTS = {"one image": [7], "several images": [3, 1, 5], "video": [1] * 6, "non
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return internvl.export_towers(tmp_path_factory.mktemp("internvl"))
+    return internvl.export_all(tmp_path_factory.mktemp("internvl"))
+
+
+@pytest.fixture(scope="module", params=["layer_norm", "qwen3"])
+def checkpoint(request, folder):
+    """One of each language side: InternVL3's and InternVL3.5's."""
+    return folder / request.param
+
+
+@pytest.fixture(scope="module")
+def bundle(checkpoint):
+    return checkpoint.with_suffix(".bundle")
 
 
 @pytest.fixture(scope="module", params=ON_CPU)
-def pipe(request, folder):
-    with Pipeline.load(folder / "layer_norm.bundle", target=request.param) as pipe:
+def pipe(request, bundle):
+    with Pipeline.load(bundle, target=request.param) as pipe:
         yield pipe
 
 
 @pytest.fixture(scope="module")
-def model(folder):
-    return load(folder / "layer_norm")
+def model(checkpoint):
+    return load(checkpoint)
 
 
 def load(checkpoint):
@@ -55,8 +66,8 @@ def load(checkpoint):
     return model.eval()
 
 
-def reference_of(folder, normalization="l2"):
-    return Reference.load(folder / "layer_norm", head_weights=(0.25,) * 4, normalization=normalization)
+def reference_of(checkpoint, normalization="l2"):
+    return Reference.load(checkpoint, head_weights=(0.25,) * 4, normalization=normalization)
 
 
 def tensors(runs, seed=0):
@@ -97,7 +108,7 @@ def ours(pipe, rows, pruning):
     return pipe.generate_batch(rows, **options) if len(rows) > 1 else [pipe.generate(rows[0], **options)]
 
 
-@pytest.mark.parametrize("tower", TOWERS)
+@pytest.mark.parametrize("tower", CHECKPOINTS)
 @pytest.mark.parametrize("target", ON_CPU)
 def test_the_vision_graph_equals_the_tower(folder, tower, target):
     pixels = np.random.default_rng(0).standard_normal((3, 3, TILE_PX, TILE_PX), dtype=np.float32)
@@ -144,9 +155,9 @@ def assert_is_the_oracles(result, trace):
     ],
     ids=["0.2", "0.6, weights", "0.4, per image"],
 )
-def test_pruned_tokens_are_those_of_the_oracle(folder, pipe, runs, pruning):
+def test_pruned_tokens_are_those_of_the_oracle(checkpoint, pipe, runs, pruning):
     inputs = tensors(runs)
-    reference = reference_of(folder)
+    reference = reference_of(checkpoint)
     trace = reference.run(reference.embed(inputs, prompt_tokens(pipe.bundle)), pruning, steps=STEPS)
     (result,) = ours(pipe, [inputs], pruning)
     assert_is_the_oracles(result, trace)
@@ -154,22 +165,49 @@ def test_pruned_tokens_are_those_of_the_oracle(folder, pipe, runs, pruning):
         assert result.num_kept == num_kept(TILE_TOKENS * sum(runs), pruning.keep_ratio, 1)
 
 
-def test_a_pruned_batch_is_the_oracles_row_by_row(folder, pipe):
+def test_a_pruned_batch_is_the_oracles_row_by_row(checkpoint, pipe):
     rows = [tensors(runs, seed) for seed, runs in enumerate(PROMPTS.values())]
-    pruning, reference = PruningConfig(keep_ratio=0.3), reference_of(folder)
+    pruning, reference = PruningConfig(keep_ratio=0.3), reference_of(checkpoint)
     for inputs, result in zip(rows, ours(pipe, rows, pruning), strict=True):
         trace = reference.run(reference.embed(inputs, prompt_tokens(pipe.bundle)), pruning, steps=STEPS)
         assert_is_the_oracles(result, trace)
 
 
-def test_padding_and_a_masked_image_are_those_of_the_oracle(folder, pipe):
+@pytest.mark.parametrize("keep_ratio", [0.2, 0.7])
+def test_scores_and_kept_tokens_are_those_of_the_numpy_oracle(pipe, model, keep_ratio):
+    inputs = tensors([4, 1, 3])
+    trace = pipe.trace(inputs, PruningConfig(keep_ratio=keep_ratio), [])
+    language, visual = model.model.language_model, inputs.input_ids == CONTEXT
+    with torch.inference_mode():
+        embeds = language.embed_tokens(torch.from_numpy(inputs.input_ids)).numpy()
+    embeds[visual] = trace.visual_embeds
+    layer = language.layers[0]
+
+    def numbers(name, part="weight"):
+        found = getattr(getattr(layer.self_attn, name, None), part, None)
+        return None if found is None else found.detach().numpy()
+
+    q_proj, k_proj = ((numbers(name), numbers(name, "bias")) for name in ("q_proj", "k_proj"))
+    norms = (numbers("q_norm"), numbers("k_norm"))
+    qwen3 = model.config.text_config.model_type == "qwen3"
+    assert qwen3 == (norms[0] is not None) == (q_proj[1] is None)
+    query, norm = pipe.layout(inputs).query_weights, layer.input_layernorm.weight.detach().numpy()
+    raw = head_scores(embeds, query, norm, 1e-6, q_proj, k_proj, 4, 2, norms if qwen3 else None)
+    scores = 0.25 * normalize(raw, visual, "l2").sum(axis=0)[visual]
+    np.testing.assert_allclose(trace.scores, scores, rtol=0, atol=1e-6)
+    best = np.argsort(-scores, kind="stable")[: num_kept(visual.sum(), keep_ratio, 1)]
+    kept = np.flatnonzero(visual)[np.sort(best)]
+    np.testing.assert_array_equal(trace.kept_indices[visual[trace.kept_indices]], kept)
+
+
+def test_padding_and_a_masked_image_are_those_of_the_oracle(checkpoint, pipe):
     inputs = tensors([2, 3])
     ids = np.concatenate([np.zeros(5, np.int64), inputs.input_ids])
     mask = np.arange(len(ids)) >= 5
     first = int(np.flatnonzero(ids == START)[0])
     mask[first : first + 2 + 2 * TILE_TOKENS] = False
     masked = ModelInputs(ids, mask.astype(np.int64), inputs.pixel_values)
-    pruning, reference = PruningConfig(keep_ratio=0.4), reference_of(folder)
+    pruning, reference = PruningConfig(keep_ratio=0.4), reference_of(checkpoint)
     trace = reference.run(reference.embed(masked, prompt_tokens(pipe.bundle)), pruning, steps=STEPS)
     (result,) = ours(pipe, [masked], pruning)
     assert_is_the_oracles(result, trace)
@@ -177,18 +215,18 @@ def test_padding_and_a_masked_image_are_those_of_the_oracle(folder, pipe):
 
 
 @pytest.mark.parametrize("normalization", NORMALIZATIONS[1:])
-def test_other_normalizations_are_those_of_the_oracle(folder, tmp_path, normalization):
+def test_other_normalizations_are_those_of_the_oracle(checkpoint, tmp_path, normalization):
     out = str(tmp_path / "bundle")
-    assert export([str(folder / "layer_norm"), "--out", out, "--normalization", normalization]) == 0
-    inputs, pruning, reference = tensors([4, 2]), PruningConfig(keep_ratio=0.3), reference_of(folder, normalization)
+    assert export([str(checkpoint), "--out", out, "--normalization", normalization]) == 0
+    inputs, pruning, reference = tensors([4, 2]), PruningConfig(keep_ratio=0.3), reference_of(checkpoint, normalization)
     with Pipeline.load(out) as pipe:
         trace = reference.run(reference.embed(inputs, prompt_tokens(pipe.bundle)), pruning, steps=STEPS)
         (result,) = ours(pipe, [inputs], pruning)
     assert_is_the_oracles(result, trace)
 
 
-def test_kept_tokens_keep_their_positions_on_the_one_axis(folder, pipe):
-    reference = reference_of(folder)
+def test_kept_tokens_keep_their_positions_on_the_one_axis(checkpoint, pipe):
+    reference = reference_of(checkpoint)
     embedded = reference.embed(tensors([5]), prompt_tokens(pipe.bundle))
     trace = reference.run(embedded, PruningConfig(keep_ratio=0.3), steps=1)
     np.testing.assert_array_equal(trace.kept_position_ids, trace.kept_indices[None])
@@ -208,7 +246,7 @@ def noise(width, height):
     return np.random.default_rng(width).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-def test_prompts_become_the_ids_and_tiles_that_transformers_makes(folder, pipe):
+def test_prompts_become_the_ids_and_tiles_that_transformers_makes(checkpoint, pipe):
     frames = [noise(60, 40), noise(60, 40), noise(60, 40)]
     content = [
         {"type": "text", "text": "First:"},
@@ -230,7 +268,7 @@ def test_prompts_become_the_ids_and_tiles_that_transformers_makes(folder, pipe):
     text = (
         f"<|im_start|>user\nFirst:{played}\n{shown[0]}\nand{shown[1]}\nWhat is red?<|im_end|>\n<|im_start|>assistant\n"
     )
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "layer_norm" / "tokenizer.json"))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(checkpoint / "tokenizer.json"))
     assert inputs.input_ids.tolist() == tokenizer.encode(text, add_special_tokens=False)
     assert "Frame2: " in text
 
@@ -238,7 +276,7 @@ def test_prompts_become_the_ids_and_tiles_that_transformers_makes(folder, pipe):
     assert inputs.pixel_values.shape == (3 + 3 + 1, 3, TILE_PX, TILE_PX)
     assert inputs.image_grid_thw is None
     family = pipe.family
-    preprocessor = (folder / "layer_norm" / "preprocessor_config.json").read_text()
+    preprocessor = (checkpoint / "preprocessor_config.json").read_text()
     settings = family.image_settings(json.loads(preprocessor))
     clip = family.video_to_patches(frames, settings)
     np.testing.assert_array_equal(inputs.pixel_values[:3], clip.pixel_values)
@@ -246,11 +284,11 @@ def test_prompts_become_the_ids_and_tiles_that_transformers_makes(folder, pipe):
     np.testing.assert_array_equal(inputs.pixel_values[3:], images.pixel_values)
 
 
-def test_the_vision_cache_knows_each_image_and_frame_by_its_tiles(folder, pipe):
+def test_the_vision_cache_knows_each_image_and_frame_by_its_tiles(bundle, pipe):
     images, frames = [noise(112, 60), noise(50, 50)], [noise(60, 40), noise(61, 40)[:, :60], noise(60, 40)]
     pipe.vision_cache.clear()
     ask = {"pruning": PruningConfig(keep_ratio=0.3), "max_new_tokens": STEPS, "return_logits": True}
-    with Pipeline.load(folder / "layer_norm.bundle", target=pipe.backend.target, vision_cache_mb=0) as plain:
+    with Pipeline.load(bundle, target=pipe.backend.target, vision_cache_mb=0) as plain:
         for shown, num_cached in ((images[:1], 1), (images[::-1], 4)):  # a frame comes twice, later all but one image
             got, expected = (p.generate("What is red?", shown, [frames], **ask) for p in (pipe, plain))
             assert (got.num_cached, got.token_ids) == (num_cached, expected.token_ids)
@@ -325,14 +363,11 @@ def test_a_batch_of_prompts_equals_its_rows_one_by_one(pipe):
 
 
 def test_the_graphs_are_well_formed_in_every_dtype(folder, tmp_path):
-    for dtype in ("float16", "bfloat16"):
-        assert export([str(folder / "rms_norm"), "--out", str(tmp_path / dtype), "--dtype", dtype]) == 0
-    for bundle in (
-        folder / "layer_norm.bundle",
-        folder / "rms_norm.bundle",
-        tmp_path / "float16",
-        tmp_path / "bfloat16",
-    ):
+    halves = [tmp_path / f"{name}-{dtype}" for name in ("rms_norm", "qwen3") for dtype in ("float16", "bfloat16")]
+    for half in halves:
+        name, dtype = half.name.split("-")
+        assert export([str(folder / name), "--out", str(half), "--dtype", dtype]) == 0
+    for bundle in (*(folder / f"{name}.bundle" for name in CHECKPOINTS), *halves):
         for file in sorted(bundle.glob("*.onnx")):
             onnx.checker.check_model(file, full_check=True)
             graph = onnx.load(file, load_external_data=False).graph
@@ -342,19 +377,18 @@ def test_the_graphs_are_well_formed_in_every_dtype(folder, tmp_path):
         assert entry.inputs[0].shape == ("num_tiles", 3, TILE_PX, TILE_PX)
 
 
-def test_float16_stays_near_float32(folder, tmp_path):
-    assert export([str(folder / "layer_norm"), "--out", str(tmp_path / "half"), "--dtype", "float16"]) == 0
+def test_float16_stays_near_float32(checkpoint, bundle, tmp_path):
+    assert export([str(checkpoint), "--out", str(tmp_path / "half"), "--dtype", "float16"]) == 0
     inputs, pruning = tensors([3, 2]), PruningConfig(keep_ratio=1.0)
     results = []
-    for bundle in (folder / "layer_norm.bundle", tmp_path / "half"):
-        with Pipeline.load(bundle) as pipe:
+    for path in (bundle, tmp_path / "half"):
+        with Pipeline.load(path) as pipe:
             results.append(pipe.generate(inputs, pruning=pruning, max_new_tokens=1, return_logits=True))
     assert np.abs(results[0].logits - results[1].logits).max() < 0.05 * np.abs(results[0].logits).max()
     assert np.corrcoef(results[0].scores, results[1].scores)[0, 1] > 0.999
 
 
-def test_parity_compares_the_bundle_with_the_checkpoint(folder, capsys):
-    bundle, checkpoint = folder / "layer_norm.bundle", folder / "layer_norm"
+def test_parity_compares_the_bundle_with_the_checkpoint(checkpoint, bundle, capsys):
     options = ["--keep-ratio", "0.3", "--steps", "3", "--json"]
     assert hawk(["parity", str(bundle), "--checkpoint", str(checkpoint), *options]) == 0
     report = json.loads(capsys.readouterr().out)
@@ -374,8 +408,9 @@ def test_the_picture_shows_the_tiles_of_an_image(folder, tmp_path, capsys):
         assert picture.height > 9 * 100
 
 
-def test_a_tied_checkpoint_needs_no_head_of_its_own(tmp_path):
-    checkpoint = internvl.save_checkpoint(tmp_path / "tied", tied=True, seed=1)
+@pytest.mark.parametrize("qwen3", [False, True])
+def test_a_tied_checkpoint_needs_no_head_of_its_own(tmp_path, qwen3):
+    checkpoint = internvl.save_checkpoint(tmp_path / "tied", tied=True, seed=1, qwen3=qwen3)
     assert not any("lm_head" in name for name in internvl.load_file(checkpoint / "model.safetensors"))
     assert export([str(checkpoint), "--out", str(tmp_path / "bundle")]) == 0
     inputs = tensors([2])

@@ -1,16 +1,19 @@
-"""The config.json of the InternVL3 family: real sizes in both makes, and what is refused by name."""
+"""The config.json of InternVL3 and 3.5: real sizes in both makes, and what is refused by name."""
 
 import copy
 import math
 
+import msgspec
 import numpy as np
 import pytest
 
 from export.graphs import inventory
 from export.head_weights import default_head_weights
+from export.vision.internvl import internvl_names
 from hawk_trt.errors import CheckpointError
 from hawk_trt.models.internvl import InternVL
 from hawk_trt.models.registry import family_of
+from hawk_trt.stages import LanguageConfig
 
 FAMILY = InternVL
 # Of the released checkpoints: hidden, intermediate, layers, heads, kv heads of the language side, and its parameters
@@ -22,6 +25,15 @@ RELEASED = {
     "14B": (5120, 13824, 48, 40, 8, 15.1),
     "38B": (5120, 27648, 64, 40, 8, 38.4),
     "78B": (8192, 29568, 80, 64, 8, 78.4),
+}
+# The same of InternVL3.5, whose heads all have 128 numbers, and the parameters that the hub counts in its files.
+RELEASED_35 = {
+    "1B": (1024, 3072, 28, 16, 8, 1.061),
+    "2B": (2048, 6144, 28, 16, 8, 2.348),
+    "4B": (2560, 9728, 36, 32, 8, 4.732),
+    "8B": (4096, 12288, 36, 32, 8, 8.528),
+    "14B": (5120, 17408, 40, 40, 8, 15.12),
+    "38B": (5120, 25600, 64, 64, 8, 38.39),
 }
 TOKENS = {
     "<|endoftext|>": 151643, "<|im_start|>": 151644, "<|im_end|>": 151645,
@@ -89,9 +101,37 @@ def original(size="8B"):
     }
 
 
-def converted(size="8B"):
+def original_35(size="8B"):
+    """config.json of OpenGVLab/InternVL3_5-*."""
+    hidden, inner, layers, heads, kv_heads, _ = RELEASED_35[size]
+    config = original("38B" if size == "38B" else "8B")
+    config["llm_config"] |= {
+        "architectures": ["Qwen3ForCausalLM"],
+        "attention_bias": False,
+        "eos_token_id": 151645,
+        "head_dim": 128,
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "max_position_embeddings": 40960,
+        "max_window_layers": layers,
+        "model_type": "qwen3",
+        "num_attention_heads": heads,
+        "num_hidden_layers": layers,
+        "num_key_value_heads": kv_heads,
+        "rope_scaling": None,
+        "vocab_size": 151936,
+    }
+    return config
+
+
+def converted_35(size="8B"):
+    """config.json of OpenGVLab/InternVL3_5-*-HF."""
+    return {**converted(config=original_35(size)), "image_token_id": 151671}
+
+
+def converted(size="8B", config=None):
     """config.json of OpenGVLab/InternVL3-*-hf."""
-    config = original(size)
+    config = config or original(size)
     text, vision = config["llm_config"], config["vision_config"]
     kept = ("hidden_act", "hidden_size", "intermediate_size", "layer_norm_eps", "norm_type")
     return {
@@ -144,6 +184,43 @@ def test_released_sizes_are_read_alike_in_both_makes(size):
     assert parameters / 1e9 == pytest.approx(billions, rel=0.01)
 
 
+@pytest.mark.parametrize("size", RELEASED_35)
+def test_the_sizes_of_internvl3_5_are_read_alike_in_both_makes(size):
+    hidden, inner, layers, heads, kv_heads, billions = RELEASED_35[size]
+    model, other = FAMILY.read_config(original_35(size)), FAMILY.read_config(converted_35(size))
+    assert (model.language, model.vision) == (other.language, other.vision)
+    assert model.language == LanguageConfig(
+        hidden, inner, layers, heads, kv_heads, 128, 151936, 1e-6, 1e6, (), 40960, False, qk_norm=True
+    )
+    three = FAMILY.read_config(original("38B" if size == "38B" else "8B")).vision
+    assert model.vision == msgspec.structs.replace(three, out_hidden_size=hidden)
+    tensors = inventory(model.language, model.vision)
+    assert sum(math.prod(shape) for shape in tensors.values()) / 1e9 == pytest.approx(billions, rel=0.001)
+    layer = "language_model.layers.0.self_attn"
+    assert tensors[f"{layer}.q_norm.weight"] == tensors[f"{layer}.k_norm.weight"] == (128,)
+    assert not any(name.startswith("language_model") and name.endswith(".bias") for name in tensors)
+    assert default_head_weights("internvl", model.language).values == (1 / heads,) * heads
+
+
+@pytest.mark.parametrize("make", [original_35, converted_35])
+@pytest.mark.parametrize("size", ["1B", "38B"])
+def test_the_tensors_of_internvl3_5_are_those_of_transformers(make, size):
+    """With one layer a side; the shapes of the others are the same."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    config = converted_35(size)
+    for section in ("text_config", "vision_config"):
+        config[section]["num_hidden_layers"] = 1
+    with torch.device("meta"):
+        theirs = transformers.InternVLForConditionalGeneration(transformers.InternVLConfig.from_dict(config))
+    found = {internvl_names(name): tuple(tensor.shape) for name, tensor in theirs.state_dict().items()}
+    given = make(size)
+    for section in ("llm_config", "text_config", "vision_config"):
+        if section in given:
+            given[section]["num_hidden_layers"] = 1
+    model = FAMILY.read_config(given)
+    assert found == {(name,): shape for name, shape in inventory(model.language, model.vision).items()}
+
+
 def test_both_makes_are_the_family_and_tell_its_tokens():
     for config in (original(), converted()):
         assert family_of(config).name == "internvl"
@@ -169,8 +246,8 @@ def test_head_weights_start_uniform_though_the_8b_has_as_many_heads_as_the_publi
         ("InternLM3ForCausalLM", "internlm3"),
         ("LlamaForCausalLM", "llama"),
         ("Phi3ForCausalLM", "phi3"),
-        ("Qwen3ForCausalLM", "qwen3"),
         ("Qwen3MoeForCausalLM", "qwen3_moe"),
+        ("GptOssForCausalLM", "gpt_oss"),
     ],
 )
 def test_other_language_sides_of_the_family_are_refused_by_name(architecture, model_type):
@@ -181,6 +258,39 @@ def test_other_language_sides_of_the_family_are_refused_by_name(architecture, mo
     config = converted()
     config["text_config"] |= {"architectures": None, "model_type": model_type}
     with pytest.raises(CheckpointError, match=f"text_config: got the language side {model_type}, expected Qwen2"):
+        FAMILY.read_config(config)
+
+
+def test_a_config_that_says_two_language_sides_or_none_is_refused():
+    for named, got in ((("Qwen2ForCausalLM", "qwen3"), "Qwen2ForCausalLM and qwen3"), ((None, None), "nothing")):
+        config = original()
+        config["llm_config"] |= {"architectures": named[0] and [named[0]], "model_type": named[1]}
+        with pytest.raises(CheckpointError, match=f"got the language side {got}, expected Qwen2ForCausalLM"):
+            FAMILY.read_config(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attention_bias": True}, "attention_bias: got True, expected False"),
+        ({"head_dim": None}, "head_dim: got nothing, expected an integer"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type: got 'yarn', expected default"),
+        ({"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 8}, "use_sliding_window"),
+    ],
+)
+@pytest.mark.parametrize(("make", "section"), [(original_35, "llm_config"), (converted_35, "text_config")])
+def test_what_qwen3_may_say_and_the_graph_cannot_compute_is_refused_by_its_key(make, section, changes, message):
+    config = make()
+    config[section] |= changes
+    with pytest.raises(CheckpointError, match=message):
+        FAMILY.read_config(config)
+
+
+def test_internvl3_5_flash_is_refused_with_what_to_take():
+    config = {**original_35(), "flash_relative_threshold": 0.5, "flash_absolute_threshold": 0.5}
+    with pytest.raises(
+        CheckpointError, match=r"flash_relative_threshold: got 0.5, .* Take the InternVL3.5 of its size"
+    ):
         FAMILY.read_config(config)
 
 
