@@ -159,11 +159,12 @@ def test_the_whole_models_answers_are_the_pipelines(tiny_checkpoint, tiny_bundle
             assert worker.do(Unit(0, number, (3, BASELINE)))[1].answers[1] == expected
 
 
-def test_internvl_answers_as_its_bundle_does(tmp_path):
+@pytest.mark.parametrize("qwen3", [False, True])
+def test_internvl_answers_as_its_bundle_does(tmp_path, qwen3):
     from internvl import save_checkpoint
 
     checkpoint = tmp_path / "model"
-    save_checkpoint(checkpoint)
+    save_checkpoint(checkpoint, qwen3=qwen3)
     assert export([str(checkpoint), "--out", str(tmp_path / "bundle")]) == 0
     worker = Worker(plan(checkpoint, keep_ratio=0.3))
     pruning = PruningConfig(keep_ratio=0.3)
