@@ -110,7 +110,8 @@ class SamplingConfig:
         top_k: keeps so many of the most probable tokens; 0 keeps all.
         seed: of the draw; None draws afresh each time.
         min_p: keeps tokens of at least this share of the largest probability, in [0, 1].
-        repetition_penalty: above 1, tokens of the prompt and the answer become less probable; transformers' rule.
+        repetition_penalty: above 1, tokens of the prompt and the answer become less probable; transformers' rule,
+            in [0.01, 100].
         presence_penalty: is taken from the logits of tokens that the answer holds, in [-2, 2]; OpenAI's rule.
         frequency_penalty: the same, for each time that the answer holds them.
         logit_bias: is added to the logits of some tokens, in [-100, 100]: pairs of token id and bias, or a mapping.
@@ -136,7 +137,7 @@ class SamplingConfig:
         if self.seed is not None:
             _check_integer("seed", self.seed, 0)
         _check_number("min_p", self.min_p, 0.0, 1.0)
-        _check_number("repetition_penalty", self.repetition_penalty, 0.0, above=True)
+        _check_number("repetition_penalty", self.repetition_penalty, 0.01, 100.0)  # float32 holds the logits
         _check_number("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _check_number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         biases = dict(self.logit_bias)

@@ -39,6 +39,7 @@ class Sequence:
         timings: seconds so far.
         token_ids: tokens generated, the stop token included.
         piece: text that the last step completed, often none.
+        piece_logprobs: of the tokens that the piece completed, where asked for.
         finish_reason: "stop" after a stop token or stop string, "length" at the limit, None before.
         error: why it ended without an answer.
         dropped: whether nobody waits for it any more; the scheduler lets it go before its next step.
@@ -85,6 +86,7 @@ class Sequence:
         self.started = time.perf_counter()
         self.token_ids: list[int] = []
         self.piece = ""
+        self.piece_logprobs: list[TokenLogprobs] = []
         self.finish_reason: Literal["stop", "length"] | None = None
         self.error: Exception | None = None
         self.dropped = False
@@ -95,6 +97,7 @@ class Sequence:
         self._held = ""  # decoded, but perhaps the beginning of a stop string
         self._logits: list[npt.NDArray[np.float32]] = []
         self._logprobs: list[TokenLogprobs] = []
+        self._num_shown = 0  # tokens that the pieces so far completed
 
     @property
     def finished(self) -> bool:
@@ -145,6 +148,10 @@ class Sequence:
             self.piece = self._release()
         if self.finish_reason is None and len(self.token_ids) >= self.limit:
             self.piece += self._end("length")
+        if self.piece:
+            shown = len(self.token_ids) - (next_token in self._eos)
+            self.piece_logprobs = self._logprobs[self._num_shown : shown]
+            self._num_shown = shown
         if self.finish_reason is not None:
             self.timings.total = time.perf_counter() - self.started
 

@@ -1,6 +1,8 @@
 """What all tests share: no network, the tiny model and its bundle, and skips that say what is missing."""
 
+import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -50,6 +52,20 @@ def repository() -> Path:
 def tiny_checkpoint() -> Path:
     """The trained tiny Qwen2.5-VL."""
     return ROOT / "examples" / "tiny-vlm"
+
+
+@pytest.fixture(scope="session")
+def sampling_bundle(tiny_checkpoint, tmp_path_factory) -> Path:
+    """The tiny model with a generation_config.json that samples, as many checkpoints have."""
+    from export.__main__ import main
+
+    folder = tmp_path_factory.mktemp("sampling")
+    shutil.copytree(tiny_checkpoint, folder / "checkpoint")
+    file = folder / "checkpoint" / "generation_config.json"
+    said = {"do_sample": True, "temperature": 30.0, "top_p": 0.95, "top_k": 40, "repetition_penalty": 1.8}
+    file.write_text(json.dumps(json.loads(file.read_text()) | said))
+    assert main([str(folder / "checkpoint"), "--out", str(folder / "bundle"), "--target", "cpu"]) == 0
+    return folder / "bundle"
 
 
 @pytest.fixture(scope="session")

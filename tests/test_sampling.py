@@ -1,11 +1,14 @@
 """Tokens are drawn from the distribution asked for, and bad logits never become a token."""
 
+import json
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
-from hawk_trt.errors import BackendError, InvalidInput
+from hawk_trt.errors import BackendError, BundleError, InvalidInput
 from hawk_trt.request import SamplingConfig
-from hawk_trt.runtime.sampling import Sampler
+from hawk_trt.runtime.sampling import Sampler, checkpoint_sampling
 
 LOGITS = np.log(
     np.array([0.05, 0.4, 0.0, 0.2, 0.3, 0.05], np.float64), where=[1, 1, 0, 1, 1, 1], out=np.full(6, -np.inf)
@@ -154,6 +157,7 @@ def test_a_bias_forbids_or_forces_a_token_and_nan_is_still_found():
     [
         {"min_p": 1.5},
         {"repetition_penalty": 0.0},
+        {"repetition_penalty": 1e300},
         {"presence_penalty": 2.5},
         {"frequency_penalty": float("nan")},
         {"logit_bias": {-1: 0.0}},
@@ -163,3 +167,88 @@ def test_a_bias_forbids_or_forces_a_token_and_nan_is_still_found():
 def test_settings_out_of_range_are_refused(values):
     with pytest.raises(InvalidInput, match=next(iter(values))):
         SamplingConfig(**values)
+
+
+def bundle_of(folder, said):
+    """A bundle as far as checkpoint_sampling looks at one."""
+    text = said if said is None or isinstance(said, str) else json.dumps(said)
+    return SimpleNamespace(folder=folder, read_text=lambda name: text if name == "generation_config.json" else None)
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tiny_checkpoint):
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    return transformers.AutoModelForImageTextToText.from_pretrained(tiny_checkpoint, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {},
+        {"do_sample": False},
+        {"temperature": 0.3, "top_k": 5},
+        {"repetition_penalty": 1.8},
+        {"do_sample": False, "temperature": 0.3, "repetition_penalty": 1.8},
+        {"do_sample": True, "temperature": 8.0},
+        {"do_sample": True, "temperature": 8.0, "top_k": None},
+        {"do_sample": True, "temperature": 8.0, "top_k": 0, "min_p": 0.4},
+        {"do_sample": True, "temperature": 1e-6, "repetition_penalty": 1.05},
+        {"do_sample": True, "temperature": 4.0, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05},
+        {"do_sample": True, "top_p": 0.0},
+    ],
+    ids=json.dumps,
+)
+def test_generation_config_counts_as_in_transformers(said, tiny_model, tmp_path):
+    transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
+    (tmp_path / "generation_config.json").write_text(json.dumps(said))
+    tiny_model.generation_config = transformers.GenerationConfig.from_pretrained(tmp_path)
+    prompt = [457, 30, 31, 30, 200, 201]
+    out = tiny_model.generate(
+        input_ids=torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+        max_new_tokens=1,
+        output_scores=True,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    logits, scores = out.logits[0][0].numpy(), out.scores[0][0]
+    sampling = checkpoint_sampling(bundle_of(tmp_path, said))
+    assert sampling.greedy == (not said.get("do_sample"))
+    if sampling.greedy:
+        assert Sampler(sampling, prompt).next_token(logits) == int(scores.argmax())
+        return
+    expected = torch.softmax(scores.double(), -1).numpy()
+    draws, generator = 1000, Sampler(sampling, prompt)._generator
+    found = np.zeros(len(expected))
+    for _ in range(draws):
+        sampler = Sampler(sampling, prompt)  # one that has drawn nothing yet
+        sampler._generator = generator
+        found[sampler.next_token(logits)] += 1 / draws
+    assert not found[expected == 0].any()
+    assert np.all(np.abs(found - expected) <= 5 * np.sqrt(expected * (1 - expected) / draws) + 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        (None, SamplingConfig(temperature=1.0)),
+        ({"do_sample": False}, SamplingConfig(temperature=1.0)),
+        ({"temperature": 0.3, "top_k": 5, "top_p": 0.9}, SamplingConfig(temperature=0.3, top_k=5, top_p=0.9)),
+        ({"do_sample": True, "top_k": -1, "min_p": 0.1}, SamplingConfig(temperature=1.0, min_p=0.1)),
+        ({"temperature": 0, "repetition_penalty": 1.05}, SamplingConfig(repetition_penalty=1.05)),
+    ],
+)
+def test_a_server_takes_the_values_of_generation_config_whatever_do_sample_says(said, expected, tmp_path):
+    assert checkpoint_sampling(bundle_of(tmp_path, said), served=True) == expected
+
+
+@pytest.mark.parametrize(
+    "said", [{"temperature": "hot"}, {"repetition_penalty": 0}, {"top_k": 2.5}, {"top_p": 3}, {"do_sample": 1}, [], "{"]
+)
+@pytest.mark.parametrize("served", [False, True])
+def test_a_generation_config_that_cannot_be_used_is_one_error_that_names_it(said, served, tmp_path):
+    if said == {"top_p": 3} and not served:
+        return  # greedy: transformers does not look at it either
+    with pytest.raises(BundleError, match=r"generation_config\.json: .*export again"):
+        checkpoint_sampling(bundle_of(tmp_path, said), served=served)

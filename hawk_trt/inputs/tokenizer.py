@@ -27,6 +27,11 @@ if TYPE_CHECKING:
 _MAX_HEADER_TOKENS = 32
 # No text has so many characters a token on average.
 _CHARACTERS_A_TOKEN = 64
+# The letters by which byte-level tokenizers name bytes: printable Latin-1 as it is, the other bytes from 256 on.
+_PRINTABLE = (*range(33, 127), *range(161, 173), *range(174, 256))
+_BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {
+    chr(256 + number): byte for number, byte in enumerate(sorted(set(range(256)) - set(_PRINTABLE)))
+}
 # Threads of its own make the tokenizers package warn after every fork.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -289,6 +294,16 @@ def read_settings(bundle: Bundle, name: str) -> dict[str, Any] | None:
     text = bundle.read_text(name)
     advice = "Mend it in the checkpoint and export again: make export"
     return None if text is None else parse_json(text, dict[str, Any], name, BundleError, advice)
+
+
+def token_bytes(tokenizer: Tokenizer, token_id: int) -> bytes:
+    """What one token spells in UTF-8: perhaps a part of a character, nothing where the tokenizer lacks the token."""
+    text = tokenizer.decode([token_id], skip_special_tokens=False)
+    if "\ufffd" in text:  # not whole characters
+        name = tokenizer.id_to_token(token_id) or ""
+        if all(letter in _BYTE_OF for letter in name):
+            return bytes(_BYTE_OF[letter] for letter in name)
+    return text.encode()
 
 
 def _read_tokenizer(tokenizer_json: str) -> Tokenizer:

@@ -1,17 +1,55 @@
 """`hawk-trt run`: one prompt in, its answer on stdout, and what pruning and time it took on stderr."""
 
 import sys
-from dataclasses import fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from cyclopts import Group, Parameter
 
 from hawk_trt.apps.cli.options import OUTPUT, Json, KeepRatio, Prompt, Pruning, Where
 from hawk_trt.apps.cli.output import note, print_json
 from hawk_trt.request import Result, SamplingConfig, Timings
+from hawk_trt.runtime.sampling import checkpoint_sampling
 
 _SAMPLING = Group("Sampling", sort_key=3)
+
+
+@Parameter(name="*", group=_SAMPLING)
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are drawn.
+
+    Attributes:
+        sampling: greedy, or as the model's generation_config.json says; the other options win over it
+        temperature: divides the logits; 0 is greedy, and then top_p, top_k and min_p do nothing
+        top_p: draw from the smallest set of tokens whose probability reaches it, in (0, 1]
+        top_k: draw from so many of the most probable tokens; 0 is all
+        min_p: draw from tokens of at least this share of the largest probability, in [0, 1]
+        seed: of the draw (default: afresh each time)
+        repetition_penalty: above 1, tokens of the prompt and the answer become less probable
+        presence_penalty: is taken from the logits of tokens that the answer holds, in [-2, 2]
+        frequency_penalty: the same, for each time that the answer holds them
+    """
+
+    sampling: Literal["greedy", "model"] = "greedy"
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+
+    def config(self, base: SamplingConfig) -> SamplingConfig:
+        """The options that were given, and a base for the rest.
+
+        Raises:
+            InvalidInput: a value out of its range.
+        """
+        given = {name: value for name, value in asdict(self).items() if name != "sampling" and value is not None}
+        return replace(base, **given)
 
 
 def run(
@@ -19,10 +57,11 @@ def run(
     prompt: Prompt,
     where: Where = Where(),
     pruning: Pruning = Pruning(),
-    sampling: Annotated[SamplingConfig, Parameter(name="*", group=_SAMPLING)] = SamplingConfig(),
+    sampling: Sampling = Sampling(),
     *,
     keep_ratio: KeepRatio = None,
     stop: Annotated[tuple[str, ...], Parameter(group=_SAMPLING, allow_leading_hyphen=True)] = (),
+    skip_special_tokens: Annotated[bool, Parameter(group=OUTPUT, negative="--no-skip-special-tokens")] = True,
     no_stream: Annotated[bool, Parameter(group=OUTPUT)] = False,
     picture: Annotated[Path | None, Parameter(group=OUTPUT)] = None,
     json: Json = False,
@@ -35,14 +74,18 @@ def run(
         model: a bundle or engines; or a checkpoint or hub id, which is exported first, once
         keep_ratio: share of visual tokens kept, in (0, 1] (default: the bundle's)
         stop: end the answer at this text; repeatable
+        skip_special_tokens: leave special tokens out of the answer
         no_stream: print the answer when it is whole
         picture: PNG file, to draw the kept tokens
         json: print the whole result as JSON
     """
     # All that can be refused without the model is refused before it is loaded.
     config = pruning.config(1.0 if keep_ratio is None else keep_ratio)
+    drawn_by = sampling.config(SamplingConfig())
     text = prompt.text()
     pipe = where.open(model)
+    if sampling.sampling == "model":
+        drawn_by = sampling.config(checkpoint_sampling(pipe.bundle))
     if keep_ratio is None:
         config = replace(config, keep_ratio=pipe.bundle.manifest.keep_ratio)
     messages = prompt.messages(text)
@@ -52,8 +95,9 @@ def run(
         videos=prompt.video,
         pruning=config,
         max_new_tokens=prompt.max_new_tokens,
-        sampling=sampling,
+        sampling=drawn_by,
         stop=stop,
+        skip_special_tokens=skip_special_tokens,
         min_pixels=prompt.min_pixels,
         max_pixels=prompt.max_pixels,
     )

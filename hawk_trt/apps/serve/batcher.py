@@ -13,7 +13,7 @@ from typing import TypeAlias
 
 from hawk_trt.errors import BackendError, DeadlinePassed, HawkError, InvalidInput, QueueFull, Stopping
 from hawk_trt.pipeline import Pipeline
-from hawk_trt.request import Request, Result
+from hawk_trt.request import Request, Result, TokenLogprobs
 from hawk_trt.scheduler import DEFAULT_MAX_BATCH, ROOM, Scheduler
 from hawk_trt.sequence import Sequence
 
@@ -24,9 +24,10 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """More of an answer's text, never empty."""
+    """More of an answer's text, never empty, and the log probabilities of its tokens where asked for."""
 
     text: str
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,7 +237,7 @@ class Batcher:
             self._fail([sequence], sequence.error)
             return
         if sequence.piece:
-            self._deliver(sequence, Piece(sequence.piece))
+            self._deliver(sequence, Piece(sequence.piece, tuple(sequence.piece_logprobs)))
         if sequence.finish_reason is not None:
             self._finished += 1
             self._deliver(sequence, Finished(sequence.result()), last=True)

@@ -2,7 +2,7 @@
 
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable, Mapping
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -15,12 +15,25 @@ from hawk_trt.apps.serve.batcher import Finished, Piece
 from hawk_trt.apps.serve.details import details_of
 from hawk_trt.apps.serve.errors import ApiError, api_error
 from hawk_trt.apps.serve.prompt import Prepared, images_of, is_remote, prepare
-from hawk_trt.apps.serve.protocol import AnswerMessage, Choice, Chunk, ChunkChoice, Completion, Usage, read_request
+from hawk_trt.apps.serve.protocol import (
+    AnswerMessage,
+    Choice,
+    Chunk,
+    ChunkChoice,
+    Completion,
+    Logprobs,
+    TokenLogprob,
+    TopLogprob,
+    Usage,
+    read_request,
+)
 from hawk_trt.apps.serve.service import OpenRequest, Service
-from hawk_trt.request import Result
+from hawk_trt.inputs.tokenizer import token_bytes
+from hawk_trt.request import Result, TokenLogprobs
 
 # the last keeps nginx from gathering the events
 _STREAM_HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}
+_LEAST_LOGPROB = -9999.0  # JSON has no infinity
 
 
 async def open_request(request: Request) -> AsyncIterator[OpenRequest]:
@@ -43,12 +56,13 @@ async def prepared_request(request: Request, opened: Annotated[OpenRequest, Depe
         chat = await service.in_thread(partial(read_request, await _body(request, opened, service)))
         check_model(chat.model, settings.model_name)
         images = images_of(chat, settings)
+        opened.hold_choices(chat.n or 1)
         fetched: dict[str, bytes] = {}
         for place, image in images.items():
             if is_remote(image):
                 fetched[place] = await service.remote_images.fetch(image.url, place)
                 opened.hold(opened.held_bytes + len(fetched[place]))
-        work = partial(prepare, service.pipe, settings, chat, images, fetched)
+        work = partial(prepare, service.pipe, settings, service.sampling, chat, images, fetched)
         prepared = await service.in_thread(work)
     pixels = prepared.inputs.pixel_values
     opened.hold(0 if pixels is None else pixels.nbytes)  # in place of the body, which nothing needs any more
@@ -67,10 +81,10 @@ async def chat_completions(
         TimeoutError: its time is over.
     """
     service: Service = request.app.state.service
-    await service.in_thread(partial(opened.submit, prepared.request))
+    await service.in_thread(partial(opened.submit, prepared.requests))
     seconds = service.settings.first_token_seconds
     with anyio.move_on_after(opened.begun + seconds - time.monotonic()) as waiting:
-        event = await opened.next_event()
+        first = await opened.next_event()
     if waiting.cancelled_caught:
         message = f"The answer did not begin within {seconds:g} seconds. Try again later."
         raise ApiError(503, message, code="queue_timeout", retry=True)
@@ -78,13 +92,26 @@ async def chat_completions(
     head: dict[str, Any] = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time())}
     head["model"] = service.settings.model_name
     if prepared.stream:
-        events = _events(service, opened, prepared, event, head)
+        events = _events(service, opened, prepared, first, head)
         return StreamingResponse(events, headers=_STREAM_HEADERS, media_type="text/event-stream")
-    while isinstance(event, Piece):
-        event = await opened.next_event()
-    usage, details = await _finish(service, opened, prepared, event.result)
-    choice = Choice(message=AnswerMessage(content=event.result.text or ""), finish_reason=_reason(event.result))
-    return Completion(**head, choices=[choice], usage=usage, hawk=details)
+    results: dict[int, Result] = {}
+    shown: list[list[TokenLogprobs]] = [[] for _ in prepared.requests]
+    async for index, event in _all_events(opened, first):
+        if isinstance(event, Piece):
+            shown[index] += event.logprobs
+        else:
+            results[index] = event.result
+    usage, details = await _finish(service, opened, prepared, results)
+    choices = [
+        Choice(
+            index=index,
+            message=AnswerMessage(content=result.text or ""),
+            finish_reason=_reason(result),
+            logprobs=_logprobs(service, prepared, shown[index]),
+        )
+        for index, result in sorted(results.items())
+    ]
+    return Completion(**head, choices=choices, usage=usage, hawk=details)
 
 
 def check_model(got: str, served: str) -> None:
@@ -121,18 +148,42 @@ async def _body(request: Request, opened: OpenRequest, service: Service) -> byte
     return bytes(body)
 
 
+async def _all_events(
+    opened: OpenRequest, first: tuple[int, Piece | Finished]
+) -> AsyncIterator[tuple[int, Piece | Finished]]:
+    """The events of all choices, after their first one."""
+    yield first
+    running = opened.num_choices - isinstance(first[1], Finished)
+    while running:
+        event = await opened.next_event()
+        running -= isinstance(event[1], Finished)
+        yield event
+
+
 async def _events(
-    service: Service, opened: OpenRequest, prepared: Prepared, event: Piece | Finished, head: dict[str, Any]
+    service: Service,
+    opened: OpenRequest,
+    prepared: Prepared,
+    first: tuple[int, Piece | Finished],
+    head: dict[str, Any],
 ) -> AsyncIterator[bytes]:
-    """The answer as server-sent events. An error is an event too, since the status has been sent by then."""
+    """The answers as server-sent events. An error is an event too, since the status has been sent by then."""
     try:
-        yield _sse(Chunk(**head, choices=[ChunkChoice(delta={"role": "assistant", "content": ""})]))
-        while isinstance(event, Piece):
-            yield _sse(Chunk(**head, choices=[ChunkChoice(delta={"content": event.text})]))
-            event = await opened.next_event()
-        usage, details = await _finish(service, opened, prepared, event.result)
-        last = ChunkChoice(delta={}, finish_reason=_reason(event.result))
-        yield _sse(Chunk(**head, choices=[last], hawk=details))
+        for index in range(opened.num_choices):
+            begun = ChunkChoice(index=index, delta={"role": "assistant", "content": ""})
+            yield _sse(Chunk(**head, choices=[begun]))
+        results: dict[int, Result] = {}
+        usage, details = None, None
+        async for index, event in _all_events(opened, first):
+            if isinstance(event, Piece):
+                logprobs = _logprobs(service, prepared, event.logprobs)
+                choice = ChunkChoice(index=index, delta={"content": event.text}, logprobs=logprobs)
+            else:
+                results[index] = event.result
+                choice = ChunkChoice(index=index, delta={}, finish_reason=_reason(event.result))
+                if len(results) == opened.num_choices:
+                    usage, details = await _finish(service, opened, prepared, results)
+            yield _sse(Chunk(**head, choices=[choice], hawk=details))
         if prepared.include_usage:
             yield _sse(Chunk(**head, choices=[], usage=usage))
         yield b"data: [DONE]\n\n"
@@ -142,22 +193,44 @@ async def _events(
 
 
 async def _finish(
-    service: Service, opened: OpenRequest, prepared: Prepared, result: Result
+    service: Service, opened: OpenRequest, prepared: Prepared, results: Mapping[int, Result]
 ) -> tuple[Usage, dict[str, Any] | None]:
-    """Count a complete answer; its usage, and its details where the request asks for them."""
-    service.metrics.answered(result, prepared.prompt_tokens)
+    """Count the complete answers; their usage, and the details of the first where the request asks for them."""
+    for result in results.values():
+        service.metrics.answered(result, prepared.prompt_tokens)
+    generated, first = sum(len(result.token_ids) for result in results.values()), results[0]
     service.metrics.request_seconds.observe(time.monotonic() - opened.begun)
     usage = Usage(
         prompt_tokens=prepared.prompt_tokens,
-        completion_tokens=len(result.token_ids),
-        total_tokens=prepared.prompt_tokens + len(result.token_ids),
-        visual_tokens=result.num_visual,
-        kept_visual_tokens=result.num_kept,
-        query=result.query,
+        completion_tokens=generated,
+        total_tokens=prepared.prompt_tokens + generated,
+        visual_tokens=first.num_visual,
+        kept_visual_tokens=first.num_kept,
+        query=first.query,
     )
     if not prepared.details:
         return usage, None
-    return usage, await service.in_thread(partial(details_of, service.pipe, prepared, result))
+    return usage, await service.in_thread(partial(details_of, service.pipe, prepared, first))
+
+
+def _logprobs(service: Service, prepared: Prepared, tokens: Iterable[TokenLogprobs]) -> Logprobs | None:
+    """Tokens as the protocol has them, None where the request does not ask for them."""
+    if prepared.requests[0].logprobs is None:
+        return None
+
+    def named(token_id: int, logprob: float) -> dict[str, Any]:
+        content = token_bytes(service.pipe.chat_tokenizer(), token_id)
+        text = content.decode("utf-8", "replace")
+        return {"token": text, "logprob": max(logprob, _LEAST_LOGPROB), "bytes": list(content)}
+
+    return Logprobs(
+        content=[
+            TokenLogprob(
+                **named(token.token_id, token.logprob), top_logprobs=[TopLogprob(**named(*top)) for top in token.top]
+            )
+            for token in tokens
+        ]
+    )
 
 
 def _reason(result: Result) -> Literal["stop", "length"]:

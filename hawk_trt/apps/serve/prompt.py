@@ -18,12 +18,12 @@ from hawk_trt.apps.serve.settings import ServeSettings
 from hawk_trt.errors import InvalidInput
 from hawk_trt.inputs.images import data_url_bytes, load_image, resize
 from hawk_trt.request import EQUAL_HEADS, SCORED, ModelInputs, PruningConfig, Request, SamplingConfig
+from hawk_trt.runtime.sampling import SMALLEST_TOP_P
 
 if TYPE_CHECKING:
     from hawk_trt.pipeline import Pipeline
 
 _LOW_DETAIL_PX = 512
-_SMALLEST_TOP_P = 1e-9  # the protocol allows 0, which is the most probable token as well
 _SEEDS = 2**64  # the protocol allows negative ones
 
 Picture = npt.NDArray[np.uint8]
@@ -34,7 +34,7 @@ class Prepared:
     """A request that the batcher can answer.
 
     Attributes:
-        request: for the batcher; its prompt is inputs.
+        requests: for the batcher, one a choice; the prompt of each is inputs.
         inputs: the prompt as tensors.
         sizes: width and height of its images.
         stream: whether the answer is sent while it grows.
@@ -42,7 +42,7 @@ class Prepared:
         details: whether the answer tells of its making.
     """
 
-    request: Request
+    requests: tuple[Request, ...]
     inputs: ModelInputs
     sizes: tuple[tuple[int, int], ...]
     stream: bool
@@ -65,6 +65,11 @@ def images_of(chat: ChatRequest, settings: ServeSettings) -> dict[str, ImageUrl]
         raise invalid('stream_options: only with "stream": true', "stream_options")
     if chat.max_tokens is not None and chat.max_completion_tokens not in (None, chat.max_tokens):
         raise invalid("max_tokens: differs from max_completion_tokens; give one of them", "max_tokens")
+    if chat.top_logprobs and not chat.logprobs:
+        raise invalid('top_logprobs: only with "logprobs": true', "top_logprobs")
+    most = min(settings.max_choices, settings.max_open)
+    if chat.n is not None and chat.n > most:
+        raise invalid(f"n: got {chat.n}, expected at most {most}", "n")
     if len(chat.messages) > settings.max_messages:
         count = f"got {len(chat.messages)}, expected at most {settings.max_messages}"
         raise invalid(f"messages: {count}", "messages", "too_many_messages")
@@ -90,6 +95,7 @@ def is_remote(image: ImageUrl) -> bool:
 def prepare(
     pipe: "Pipeline",
     settings: ServeSettings,
+    default: SamplingConfig,
     chat: ChatRequest,
     images: Mapping[str, ImageUrl],
     fetched: Mapping[str, bytes],
@@ -99,6 +105,7 @@ def prepare(
     Args:
         pipe: that will answer.
         settings: of the server.
+        default: how tokens are drawn where the chat does not say.
         chat: the request.
         images: of the chat, by their places.
         fetched: the bytes of the remote ones, by their places.
@@ -111,24 +118,26 @@ def prepare(
         name = "max_tokens" if chat.max_completion_tokens is None else "max_completion_tokens"
         raise invalid(f"{name}: got {limit}, expected at most {settings.max_tokens}", name)
     pruning = _pruning(settings.pruning, chat.pruning)
+    sampling = _sampling(default, chat, pipe.bundle.manifest.language.vocab_size)
     pictures = _decoded(images, fetched, settings.max_image_pixels)
     rest = iter(pictures)
     try:
         inputs = pipe.prepare([_message(message, rest) for message in chat.messages], max_pixels=settings.max_pixels)
     except InvalidInput as error:
         raise invalid(str(error), "messages", "invalid_prompt") from error
+    request = Request(
+        inputs,
+        pruning=pruning,
+        max_new_tokens=limit,
+        sampling=sampling,
+        stop=(chat.stop,) if isinstance(chat.stop, str) else tuple(chat.stop or ()),
+        logprobs=chat.top_logprobs or 0 if chat.logprobs else None,
+        skip_special_tokens=chat.skip_special_tokens is not False,
+    )
+    # each choice has a seed of its own, the first one that of the request
+    seeds = [None if chat.seed is None else (chat.seed + choice) % _SEEDS for choice in range(chat.n or 1)]
     prepared = Prepared(
-        request=Request(
-            inputs,
-            pruning=pruning,
-            max_new_tokens=limit,
-            sampling=SamplingConfig(
-                temperature=settings.temperature if chat.temperature is None else chat.temperature,
-                top_p=1.0 if chat.top_p is None else max(chat.top_p, _SMALLEST_TOP_P),
-                seed=None if chat.seed is None else chat.seed % _SEEDS,
-            ),
-            stop=(chat.stop,) if isinstance(chat.stop, str) else tuple(chat.stop or ()),
-        ),
+        requests=tuple(replace(request, sampling=replace(sampling, seed=seed)) for seed in seeds),
         inputs=inputs,
         sizes=tuple((picture.shape[1], picture.shape[0]) for picture in pictures),
         stream=bool(chat.stream),
@@ -177,6 +186,20 @@ def _message(message: ChatMessage, pictures: Iterator[Picture]) -> dict[str, Any
         ]
     )
     return {"role": "system" if message.role == "developer" else message.role, "content": content}
+
+
+def _sampling(default: SamplingConfig, chat: ChatRequest, vocab_size: int) -> SamplingConfig:
+    """How the request says that tokens are drawn; the server's default for the rest."""
+    names = ("temperature", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias")
+    given: dict[str, Any] = {name: value for name in names if (value := getattr(chat, name)) is not None}
+    if chat.top_p is not None:
+        given["top_p"] = max(chat.top_p, SMALLEST_TOP_P)
+    if chat.top_k is not None:
+        given["top_k"] = max(chat.top_k, 0)
+    highest = max(chat.logit_bias or (), default=0)
+    if highest >= vocab_size:
+        raise invalid(f"logit_bias: got token {highest}, expected one below {vocab_size}", "logit_bias")
+    return replace(default, **given)
 
 
 def _pruning(default: PruningConfig, asked: Pruning | None) -> PruningConfig:

@@ -45,6 +45,7 @@ def _names(known: Sequence[object]) -> Any:  # noqa: ANN401 - as pydantic's Fiel
 
 
 _Text: TypeAlias = Annotated[str, Field(min_length=1)]
+_TokenId: TypeAlias = Annotated[int, Field(ge=0, le=2**31)]
 Ignored: TypeAlias = Annotated[Any, Field(description="Taken and ignored: it does not change the answer.")]
 
 
@@ -154,12 +155,30 @@ class ChatRequest(_PartlySupported):
     stop: _Text | Annotated[list[_Text], Field(max_length=4)] | None = Field(
         None, description="Texts that end the answer and are not part of it."
     )
-    n: Any = _only(1)
-    frequency_penalty: Any = _only(0)
-    presence_penalty: Any = _only(0)
-    logit_bias: Any = _only({})
-    logprobs: Any = _only(False)
-    top_logprobs: Any = _only()
+    n: int | None = Field(None, ge=1, le=128, description="So many answers, within the server's limit; 1.")
+    frequency_penalty: float | None = Field(
+        None, ge=-2, le=2, description="Taken from the logit of a token for each time that the answer holds it."
+    )
+    presence_penalty: float | None = Field(
+        None, ge=-2, le=2, description="Taken from the logits of the tokens that the answer holds."
+    )
+    logit_bias: dict[_TokenId, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
+        None, max_length=1024, description="Added to the logits of tokens, by their ids."
+    )
+    logprobs: bool | None = Field(False, description="Give the log probability of each token, before penalties.")
+    top_logprobs: int | None = Field(
+        None, ge=0, le=20, description="With logprobs: also those of so many most probable tokens."
+    )
+    top_k: int | None = Field(
+        None, ge=-1, le=2**31, description="As vLLM: draw from so many most probable tokens; 0 or -1 is all."
+    )
+    min_p: float | None = Field(
+        None, ge=0, le=1, description="As vLLM: draw from tokens of at least this share of the largest probability."
+    )
+    repetition_penalty: float | None = Field(
+        None, ge=0.01, le=100, description="As vLLM: above 1, tokens of prompt and answer become less probable."
+    )
+    skip_special_tokens: bool | None = Field(True, description="As vLLM: leave special tokens out of the text.")
     response_format: Any = _only({"type": "text"})
     tools: Any = _only([])
     tool_choice: Any = _only("none", "auto")
@@ -184,7 +203,7 @@ class Usage(BaseModel):
     """Tokens of a request and its answer."""
 
     prompt_tokens: int = Field(description="Of the prompt as given, before pruning.")
-    completion_tokens: int
+    completion_tokens: int = Field(description="Of all answers together.")
     total_tokens: int
     visual_tokens: int = Field(description="Of the prompt's images, before pruning.")
     kept_visual_tokens: int = Field(description="Of these, what pruning kept.")
@@ -204,22 +223,43 @@ FinishReason: TypeAlias = Annotated[
 ]
 
 
-class Choice(BaseModel):
-    """The one choice of a whole answer."""
+class TopLogprob(BaseModel):
+    """How probable a token was."""
 
-    index: Literal[0] = 0
+    token: str
+    logprob: float = Field(description="By the model's own logits, before penalties, biases and temperature.")
+    bytes: list[int] = Field(description="Of the token in UTF-8; characters may go over several tokens.")
+
+
+class TokenLogprob(TopLogprob):
+    """How probable a token of the answer was, and which were the most probable ones."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class Logprobs(BaseModel):
+    """The tokens of an answer, where the request asks for them."""
+
+    content: list[TokenLogprob]
+    refusal: None = None
+
+
+class Choice(BaseModel):
+    """One answer."""
+
+    index: int
     message: AnswerMessage
     finish_reason: FinishReason
-    logprobs: None = None
+    logprobs: Logprobs | None = None
 
 
 class ChunkChoice(BaseModel):
-    """The one choice of a chunk: what the chunk adds to the answer."""
+    """What a chunk adds to one answer."""
 
-    index: Literal[0] = 0
+    index: int
     delta: dict[Literal["role", "content"], str]
     finish_reason: FinishReason | None = None
-    logprobs: None = None
+    logprobs: Logprobs | None = None
 
 
 class _Answer(BaseModel):

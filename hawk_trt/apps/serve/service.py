@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar
@@ -36,7 +36,9 @@ class Service:
     """What all requests of one server share.
 
     Attributes:
+        sampling: of a request that says nothing of it.
         open_requests: requests that are read, prepared, waiting or running.
+        open_choices: their answers.
         held_bytes: of their bodies and image tensors.
         state: "starting" until warmed up, then "ready"; "draining" when it accepts nothing more; "failed" where the
             warm-up failed.
@@ -47,6 +49,7 @@ class Service:
 
         Raises:
             InvalidInput: a bundle without a tokenizer.
+            BundleError: its generation_config.json cannot be used.
         """
         if pipe.chat_tokenizer() is None:
             raise InvalidInput(
@@ -55,6 +58,7 @@ class Service:
             )
         self.pipe = pipe
         self.settings = settings
+        self.sampling = settings.sampling(pipe.bundle)
         # open() bounds what waits; the batcher itself would refuse a burst that the batch has room for
         self.batcher = Batcher(
             pipe, max_batch=settings.max_batch, max_queue=settings.max_open, max_cache_mb=settings.max_cache_mb
@@ -63,6 +67,7 @@ class Service:
         self.remote_images = RemoteImages(settings.remote_hosts, settings.max_body_bytes, settings.remote_seconds)
         self.state: State = "starting"
         self.open_requests = 0
+        self.open_choices = 0
         self.held_bytes = 0
         self._threads = anyio.CapacityLimiter(settings.preprocess_threads)
 
@@ -82,7 +87,7 @@ class Service:
             for images in ([], [grey]):
                 request = OpenRequest(self)
                 await self.in_thread(partial(self._warm_up, images, request))
-                while not isinstance(await request.next_event(), Finished):
+                while not isinstance((await request.next_event())[1], Finished):
                     pass
         except (HawkError, TimeoutError):
             self.state = "failed"
@@ -108,11 +113,9 @@ class Service:
             message = {"starting": "The server is warming up.", "draining": "The server is stopping."}
             text = message.get(self.state, "The server could not start.")
             raise ApiError(503, f"{text} Try again later.", code="not_ready", retry=True)
-        if self.open_requests >= self.settings.max_open:
-            message_full = "The server has as many requests as it takes. Try again later."
-            raise ApiError(429, message_full, code="queue_full", retry=True)
-        self.open_requests += 1
         request = OpenRequest(self)
+        request.hold_choices(1)
+        self.open_requests += 1
         try:
             yield request
         finally:
@@ -120,24 +123,24 @@ class Service:
             request.close()
 
     def _warm_up(self, images: list[npt.NDArray[np.uint8]], request: "OpenRequest") -> None:
-        request.submit(
-            Request(
-                "Hello.",
-                images,
-                pruning=self.settings.pruning,
-                max_new_tokens=_WARM_UP_TOKENS,
-                ignore_eos=True,
-                max_pixels=self.settings.max_pixels,
-            )
+        warm_up = Request(
+            "Hello.",
+            images,
+            pruning=self.settings.pruning,
+            max_new_tokens=_WARM_UP_TOKENS,
+            ignore_eos=True,
+            max_pixels=self.settings.max_pixels,
         )
+        request.submit([warm_up])
 
 
 class OpenRequest:
-    """One request that the server has accepted: the bytes that it holds, and the events of its answer.
+    """One request that the server has accepted: the bytes that it holds, and the events of its answers.
 
     Attributes:
         begun: when it came, on the clock of time.monotonic().
-        deadline: when its answer must be complete, on the same clock.
+        deadline: when its answers must be complete, on the same clock.
+        num_choices: answers that it asks for.
         held_bytes: of its body, and of the tensors that come in its place.
     """
 
@@ -146,8 +149,9 @@ class OpenRequest:
         self.deadline = self.begun + service.settings.request_seconds
         self._service = service
         self._loop = asyncio.get_running_loop()
-        self._events: asyncio.Queue[Event] = asyncio.Queue()
-        self._ticket: Ticket | None = None
+        self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self._tickets: list[Ticket] = []
+        self.num_choices = 0
         self.held_bytes = 0
         self._closed = False
 
@@ -166,35 +170,52 @@ class OpenRequest:
         service.held_bytes += more
         self.held_bytes = num_bytes
 
-    def submit(self, request: Request) -> None:
-        """Hand the request to the batcher; in a thread, since it lays the prompt out."""
-        self._ticket = self._service.batcher.submit(request, self._on_event, self.deadline)
-        if self._closed:  # the client left when there was no ticket to cancel yet
-            self._service.batcher.cancel(self._ticket)
+    def hold_choices(self, count: int) -> None:
+        """Count so many answers for this request, in place of those that it held before.
 
-    async def next_event(self) -> Piece | Finished:
-        """More text, or the result.
+        Raises:
+            ApiError: all requests together would ask for more than the server takes.
+        """
+        service, more = self._service, count - self.num_choices
+        if more > 0 and service.open_choices + more > service.settings.max_open:
+            message = "The server has as many requests as it takes. Try again later."
+            raise ApiError(429, message, code="queue_full", retry=True)
+        service.open_choices += more
+        self.num_choices = count
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Hand the choices to the batcher; in a thread, since it lays the prompts out."""
+        batcher = self._service.batcher
+        for choice, request in enumerate(requests):
+            self._tickets.append(batcher.submit(request, partial(self._on_event, choice), self.deadline))
+            if self._closed:  # the client left when there was no ticket to cancel yet
+                batcher.cancel(self._tickets[-1])
+                return
+
+    async def next_event(self) -> tuple[int, Piece | Finished]:
+        """More text of a choice, or its result.
 
         Raises:
             HawkError: the answer failed.
             TimeoutError: the deadline passed.
         """
         with anyio.fail_after(self.deadline - time.monotonic()):
-            event = await self._events.get()
+            choice, event = await self._events.get()
         if isinstance(event, Failed):
             raise event.error
-        return event
+        return choice, event
 
     def close(self) -> None:
         """Cancel what runs and give the bytes back."""
         self._closed = True
-        if self._ticket is not None:
-            self._service.batcher.cancel(self._ticket)
+        for ticket in list(self._tickets):
+            self._service.batcher.cancel(ticket)
         self.hold(0)
+        self.hold_choices(0)
 
-    def _on_event(self, event: Event) -> None:
+    def _on_event(self, choice: int, event: Event) -> None:
         """Bring an event over from the batcher's thread."""
         try:
-            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+            self._loop.call_soon_threadsafe(self._events.put_nowait, (choice, event))
         except RuntimeError:  # the loop is closed, and this request with it
             return

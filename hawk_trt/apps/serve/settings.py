@@ -1,11 +1,14 @@
 """What a server allows and how long it waits: every limit, with its default and what it is for."""
 
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Literal
 
+from hawk_trt.bundle import Bundle
 from hawk_trt.errors import InvalidInput
-from hawk_trt.request import PruningConfig
+from hawk_trt.request import PruningConfig, SamplingConfig
+from hawk_trt.runtime.sampling import checkpoint_sampling
 
 KEY_VARIABLE = "HAWK_API_KEY"
 
@@ -20,7 +23,8 @@ class ServeLimits:
     """Every limit is an option of `hawk-trt serve`, and this text its help.
 
     Attributes:
-        temperature: of a request that names none; 0 is greedy
+        temperature: of a request that names none; 0 is greedy (default: the generation config's, else 1)
+        generation_config: model: what a request does not say of sampling, generation_config.json says; none: nobody
         max_batch: requests that share a decode step
         max_queue: requests that wait; one more is told to come back
         max_cache_mb: megabytes of KV cache of all running requests; unless told, a quarter of this machine's memory
@@ -32,6 +36,7 @@ class ServeLimits:
         max_pixels: shrink larger images to this area (default: the checkpoint's)
         max_prompt_tokens: tokens of one prompt (default: the model's context)
         max_tokens: tokens of one answer, and of one whose request names no limit
+        max_choices: answers of one request (n)
         max_connections: open connections; one more is answered 503
         body_seconds: to receive a request
         remote_seconds: to fetch one image
@@ -44,7 +49,8 @@ class ServeLimits:
         InvalidInput: a limit below what any server could work with.
     """
 
-    temperature: float = 1.0
+    temperature: float | None = None
+    generation_config: Literal["model", "none"] = "model"
     max_batch: int = 8
     max_queue: int = 64
     max_cache_mb: float = _quarter_of_memory_mb()
@@ -56,6 +62,7 @@ class ServeLimits:
     max_pixels: int | None = None
     max_prompt_tokens: int | None = None
     max_tokens: int = 1024
+    max_choices: int = 8
     max_connections: int = 512
     body_seconds: float = 30.0
     remote_seconds: float = 10.0
@@ -67,13 +74,15 @@ class ServeLimits:
     def __post_init__(self) -> None:
         for entry in fields(ServeLimits):
             value = getattr(self, entry.name)
-            if value is None or entry.name == "temperature":
+            if value is None or entry.name in ("temperature", "generation_config"):
                 continue
             least = 1 if entry.type in (int, int | None) else 0.001
             if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < float("inf"):
                 raise InvalidInput(f"{entry.name}: got {value!r}, expected a number of at least {least}")
-        if not 0.0 <= self.temperature <= 2.0:
+        if self.temperature is not None and not 0.0 <= self.temperature <= 2.0:
             raise InvalidInput(f"temperature: got {self.temperature!r}, expected a number in [0, 2]")
+        if self.generation_config not in ("model", "none"):
+            raise InvalidInput(f"generation_config: got {self.generation_config!r}, expected model or none")
 
     @property
     def max_body_bytes(self) -> int:
@@ -82,8 +91,19 @@ class ServeLimits:
 
     @property
     def max_open(self) -> int:
-        """Requests that are read, prepared, waiting or running at a time."""
+        """Answers that are read, prepared, waiting or running at a time; a request for several counts as many."""
         return self.max_batch + self.max_queue
+
+    def sampling(self, bundle: Bundle) -> SamplingConfig:
+        """How the tokens of a request are drawn that says nothing of it.
+
+        Raises:
+            BundleError: the bundle's generation_config.json cannot be used.
+        """
+        sampling = SamplingConfig(temperature=1.0)
+        if self.generation_config == "model":
+            sampling = checkpoint_sampling(bundle, served=True)
+        return sampling if self.temperature is None else replace(sampling, temperature=self.temperature)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,10 @@ import av
 import numpy as np
 import pytest
 from PIL import Image
+from tokenizers import Tokenizer
 
+from export.__main__ import main as export
+from hawk_trt import Pipeline, PruningConfig, SamplingConfig
 from hawk_trt.apps.cli.main import COMMANDS, main
 
 ROOT = Path(__file__).parents[3]
@@ -130,6 +133,49 @@ def test_options_reach_the_pipeline(ask, sample, capsys, tmp_path):
     assert len(result("--system", "Answer in French, at length.")["kept_indices"]) > len(plain["kept_indices"])
     drawn = [result("--temperature", 30, "--seed", seed, "--max-new-tokens", 8)["token_ids"] for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_sampling_is_that_of_the_model_where_asked_for_and_other_options_win(sampling_bundle, sample, capsys):
+    image, question, _ = sample
+
+    def tokens(*options):
+        command = ["run", sampling_bundle, "--image", image, "--prompt", question, "--json", "--keep-ratio", 1]
+        assert main(list(map(str, [*command, *options]))) == 0
+        return json.loads(capsys.readouterr().out)["token_ids"]
+
+    drawn = ["--sampling", "model", "--seed", 5, "--max-new-tokens", 12]
+    with Pipeline.load(sampling_bundle) as pipe:
+
+        def expected(**settings):
+            sampling = SamplingConfig(**settings)
+            return pipe.generate(question, [image], (), PruningConfig(1.0), 12, sampling).token_ids
+
+        said = {"temperature": 30.0, "top_p": 0.95, "top_k": 40, "repetition_penalty": 1.8, "seed": 5}
+        assert tokens() == expected()
+        assert tokens(*drawn) == expected(**said) != expected()
+        assert tokens(*drawn, "--top-k", 2, "--min-p", 0.2) == expected(**said | {"top_k": 2, "min_p": 0.2})
+        assert tokens(*drawn, "--temperature", 0) == expected(repetition_penalty=1.8)
+        penalties = ["--presence-penalty", 2, "--frequency-penalty", 1.5, "--max-new-tokens", 12]
+        assert tokens(*penalties) == expected(presence_penalty=2.0, frequency_penalty=1.5)
+
+
+def test_special_tokens_are_shown_where_asked_for(tiny_checkpoint, sample, tmp_path, capsys):
+    image, question, answer = sample
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")
+    file = folder / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    first = Tokenizer.from_file(str(file)).encode(answer, add_special_tokens=False).tokens[0]
+    added = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    entry = {"id": tokenizer["model"]["vocab"][first], "content": first, **added}
+    tokenizer["added_tokens"].insert(0, entry)  # as action tokens are
+    file.write_text(json.dumps(tokenizer))
+    assert export([str(folder), "--out", str(tmp_path / "bundle"), "--target", "cpu"]) == 0
+    capsys.readouterr()
+    shown = []
+    for flags in ([], ["--no-skip-special-tokens"]):
+        assert main(["run", str(tmp_path / "bundle"), "--image", str(image), "--prompt", question, *flags]) == 0
+        shown.append(capsys.readouterr().out.strip())
+    assert shown == [answer.removeprefix(first), answer]
 
 
 def test_each_image_keeps_its_quota(ask, capsys):

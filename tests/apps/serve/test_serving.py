@@ -222,7 +222,7 @@ def test_metrics_count_requests_and_tokens(server):
     }
     before = {key: value(name) for key, name in names.items()}
     assert server.http.post("/v1/chat/completions", json=question(QUESTION, PICTURE)).status_code == 200
-    assert server.ask(n=2).status_code == 400
+    assert server.ask(n=9).status_code == 400
     after = {key: value(name) for key, name in names.items()}
     assert {key: after[key] - before[key] for key in names} == {
         "requests": 1, "refused": 1, "visual": 64, "kept": 13, "first": 1, "vision": 1
