@@ -26,7 +26,7 @@ RELEASED = {
     "38B": (5120, 27648, 64, 40, 8, 38.4),
     "78B": (8192, 29568, 80, 64, 8, 78.4),
 }
-# The same of InternVL3.5: Qwen3's sizes, whose heads all have 128 numbers, and the parameters of its model card.
+# The same of InternVL3.5: Qwen3's sizes, whose heads all have 128 numbers.
 RELEASED_35 = {
     "1B": (1024, 3072, 28, 16, 8, 1.1),
     "2B": (2048, 6144, 28, 16, 8, 2.3),
