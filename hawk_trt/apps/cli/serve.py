@@ -9,7 +9,7 @@ from cyclopts import Group, Parameter
 
 from hawk_trt.apps.cli.options import KeepRatio, Pruning, Where
 from hawk_trt.apps.cli.output import note
-from hawk_trt.apps.serve.settings import KEY_VARIABLE, ServeLimits, ServeSettings, read_api_keys
+from hawk_trt.apps.serve.settings import KEY_VARIABLE, LOOPBACK_HOSTS, ServeLimits, ServeSettings, read_api_keys
 from hawk_trt.runtime.vision_cache import DEFAULT_VISION_CACHE_MB
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ class Served:
         model_name: what clients call the model (default: the folder's name)
         api_key_file: file of keys that open the server, one a line (default: the one in HAWK_API_KEY, or none)
         cors_origin: web origin whose pages may call the server; repeatable
+        allowed_hosts: names under which clients may call a server of this machine alone: NAME, *.NAME, or * for any;
+            repeatable (default: localhost and its addresses there, any where --host is open to others)
         remote_host: images may be fetched from there: NAME, *.NAME or NAME:PORT; repeatable (default: data URLs alone)
         no_page: no page at / to ask from
         keep_ratio: share of visual tokens kept, in (0, 1], unless the request says otherwise (default: the bundle's)
@@ -38,6 +40,7 @@ class Served:
     model_name: Annotated[str | None, Parameter(alias="--served-model-name")] = None
     api_key_file: Path | None = None
     cors_origin: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()
     remote_host: tuple[str, ...] = ()
     no_page: bool = False
     keep_ratio: KeepRatio = None
@@ -56,6 +59,7 @@ class Served:
             pruning=self.pruning.config(1.0 if self.keep_ratio is None else self.keep_ratio),
             remote_hosts=self.remote_host,
             cors_origins=self.cors_origin,
+            allowed_hosts=tuple(name.strip() for names in self.allowed_hosts for name in names.split(",")),
             api_keys=read_api_keys(self.api_key_file),
             page=not self.no_page,
             **asdict(self.limits),
@@ -94,6 +98,10 @@ def serve(
     from hawk_trt.apps.serve.server import Server, configure_logging, listen
 
     settings = served.settings(model)
+    if _is_loopback(host):
+        settings = replace(settings, allowed_hosts=(*LOOPBACK_HOSTS, host, *settings.allowed_hosts))
+    elif settings.allowed_hosts:
+        settings = replace(settings, allowed_hosts=(*settings.allowed_hosts, host))
     if not settings.api_keys and not _is_loopback(host):
         note(f"warning: {host} is open to others and no key is set. Give one: --api-key-file or {KEY_VARIABLE}")
     configure_logging()

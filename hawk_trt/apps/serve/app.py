@@ -13,6 +13,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import JSONResponse
 
 from hawk_trt import __version__
 from hawk_trt.apps.serve.chat import chat_completions, check_model
@@ -39,6 +40,7 @@ _DESCRIPTION = (
 _ERRORS = {
     400: "The request is wrong in itself, or asks for what this server does not do; `param` names it.",
     401: "No key of this server.",
+    403: "Another server's name in Host, or a page of others in Origin.",
     404: "No such model.",
     408: "The body took too long to arrive.",
     413: "The body or a fetched image is too large.",
@@ -73,8 +75,8 @@ def create_app(pipe: "Pipeline", settings: ServeSettings) -> FastAPI:
         await service.close()
         await warming
 
-    # Their pages would load scripts from elsewhere; the description itself is at /openapi.json.
-    app = FastAPI(title="hawk_trt", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    # The pages of FastAPI would load scripts from elsewhere. The description is a route of ours, behind the key.
+    app = FastAPI(title="hawk_trt", version=__version__, lifespan=lifespan, openapi_url=None, redirect_slashes=False)
     app.state.service = service
     app.state.model = _model(pipe, settings)
     if settings.cors_origins:
@@ -85,7 +87,13 @@ def create_app(pipe: "Pipeline", settings: ServeSettings) -> FastAPI:
             allow_headers=["authorization", "content-type"],
             expose_headers=["x-request-id", "retry-after"],
         )
-    app.add_middleware(RequestMiddleware, metrics=service.metrics, request_seconds=settings.request_seconds)
+    app.add_middleware(
+        RequestMiddleware,
+        metrics=service.metrics,
+        request_seconds=settings.request_seconds,
+        allowed_hosts=settings.allowed_hosts,
+        cors_origins=settings.cors_origins,
+    )
     app.include_router(_open)
     app.include_router(_keyed, dependencies=[Depends(_check_key)] if settings.api_keys else [])
     if settings.page:
@@ -162,6 +170,20 @@ async def one_model(name: str, request: Request) -> Model:
 async def metrics(request: Request) -> Response:
     """All that the server counts."""
     return Response(request.app.state.service.metrics.text(), headers={"content-type": CONTENT_TYPE})
+
+
+@_keyed.get("/openapi.json", include_in_schema=False)
+async def openapi(request: Request) -> JSONResponse:
+    """The description of this server."""
+    return JSONResponse(request.app.openapi())
+
+
+@_keyed.api_route("/v1/completions", methods=["GET", "POST"], include_in_schema=False)
+@_keyed.api_route("/v1/responses", methods=["GET", "POST"], include_in_schema=False)
+async def other_protocol(request: Request) -> None:
+    """OpenAI's other ways to ask, for which a client may have been set up."""
+    message = f"{request.url.path}: this server does not have it. Use {_CHAT}: the same question as messages"
+    raise ApiError(404, message, code="unknown_url")
 
 
 @_open.get("/health", summary="Whether the process answers")

@@ -9,7 +9,9 @@ from starlette.exceptions import HTTPException
 from hawk_trt.errors import DeadlinePassed, HawkError, InvalidInput, QueueFull, Stopping
 
 RETRY_SECONDS = 1
-_TYPES = {401: "authentication_error", 429: "rate_limit_error", 404: "not_found_error"}
+_MAX_CHARS = 500  # an error repeats what a client sent, and need not repeat all of it
+_MAX_PARAM_CHARS = 200
+_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error", 404: "not_found_error"}
 _LOG = logging.getLogger(__name__)
 
 
@@ -47,6 +49,7 @@ class ApiError(HawkError):
             param: the part of the request that is at fault, None where it is none in particular.
             retry: whether the same request may succeed a little later.
         """
+        message, param = _cut(message, _MAX_CHARS), None if param is None else _cut(param, _MAX_PARAM_CHARS)
         super().__init__(message)
         self.status = status
         kind = _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
@@ -56,6 +59,11 @@ class ApiError(HawkError):
             self.headers["retry-after"] = str(RETRY_SECONDS)
         if status == 401:
             self.headers["www-authenticate"] = "Bearer"
+
+
+def _cut(text: str, most: int) -> str:
+    half = most // 2
+    return text if len(text) <= most else f"{text[:half]} ... {text[-half:]}"
 
 
 def invalid(message: str, param: str | None = None, code: str = "invalid_value") -> ApiError:

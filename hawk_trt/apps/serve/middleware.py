@@ -1,6 +1,12 @@
-"""What every HTTP request passes: an id, bounds for its headers, a count of its status, an end if its client leaves."""
+"""What every HTTP request passes: an id, a look at who sent it, bounds for its headers, a count of its status.
+
+A request ends when its client leaves. A server of one machine checks Host and Origin, since a web page may give its own
+name the address 127.0.0.1 and then call the server as its own (DNS rebinding).
+"""
 
 import uuid
+from collections.abc import Sequence
+from urllib.parse import urlsplit
 
 import anyio
 from starlette.datastructures import Headers
@@ -18,9 +24,27 @@ _MAX_HEADER_BYTES = 32_768
 class RequestMiddleware:
     """ASGI middleware."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, request_seconds: float) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        metrics: Metrics,
+        request_seconds: float,
+        allowed_hosts: Sequence[str] = (),
+        cors_origins: Sequence[str] = (),
+    ) -> None:
+        """Make it.
+
+        Args:
+            app: the application.
+            metrics: of the server.
+            request_seconds: until an answer is complete.
+            allowed_hosts: see ServeSettings.
+            cors_origins: see ServeSettings.
+        """
         self._app = app
         self._metrics = metrics
+        self._hosts = allowed_hosts
+        self._origins = cors_origins
         self._seconds = request_seconds + _LAST_SECONDS
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -68,7 +92,7 @@ class RequestMiddleware:
             async with anyio.create_task_group() as group:
                 group.cancel_scope.deadline = anyio.current_time() + self._seconds
                 try:
-                    error = _too_long(scope)
+                    error = _too_long(scope) or self._of_others(headers)
                     await (self._app if error is None else error_response(error))(scope, receive_body, send_answer)
                 except Exception as error:  # a mistake in one request's handling must not end another's
                     response = error_response(error)
@@ -78,6 +102,34 @@ class RequestMiddleware:
         finally:
             route = getattr(scope.get("route"), "path", "other")
             self._metrics.requests.labels(route, str(status)).inc()
+
+    def _of_others(self, headers: Headers) -> ApiError | None:
+        """A request of a page, or under a name, that is not this server's."""
+        if not self._hosts:
+            return None
+        host, origin = headers.get("host"), headers.get("origin")
+        if host is not None and not is_allowed(host, self._hosts):
+            message = f"host: got {host[:100]!r}, which is no name of this server; --allowed-hosts adds names"
+            return ApiError(403, message, param="host", code="host_not_allowed")
+        if origin is None or origin in self._origins or "*" in self._origins:
+            return None
+        try:
+            own = urlsplit(origin).netloc.lower()
+        except ValueError:
+            own = ""
+        if not own or own != (host or "").lower():
+            message = f"origin: got {origin[:100]!r}; --cors-origin names whose pages may call this server"
+            return ApiError(403, message, param="origin", code="origin_not_allowed")
+        return None
+
+
+def is_allowed(host: str, names: Sequence[str]) -> bool:
+    """Whether a Host header, with or without a port, is one of the names; *.name is all below it, * is any."""
+    name, _, after = host.rpartition(":")
+    if not name or not after.isdigit():
+        name = host
+    name = name.lower().rstrip(".")
+    return any(name.endswith(known[1:].lower()) if known.startswith("*") else name == known.lower() for known in names)
 
 
 def _too_long(scope: Scope) -> ApiError | None:

@@ -17,7 +17,7 @@ from hawk_trt.pruning.head_weights import read_head_weights
 from hawk_trt.request import PruningConfig
 from hawk_trt.runtime.vision_cache import DEFAULT_VISION_CACHE_MB
 
-_LISTS = ("cors_origin", "remote_host")
+_LISTS = ("cors_origin", "allowed_hosts", "remote_host")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,7 @@ class ReplicaOptions(ServeLimits):
     model_name: str | None = None
     api_key_file: Path | None = None
     cors_origin: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()
     remote_host: tuple[str, ...] = ()
     no_page: bool = False
     keep_ratio: float | None = None
@@ -131,6 +132,7 @@ class ReplicaOptions(ServeLimits):
             ),
             remote_hosts=self.remote_host,
             cors_origins=self.cors_origin,
+            allowed_hosts=self.allowed_hosts,
             api_keys=read_api_keys(self.api_key_file),
             page=not self.no_page,
             **{entry.name: getattr(self, entry.name) for entry in fields(ServeLimits)},

@@ -19,8 +19,10 @@ from hawk_trt.apps.serve.errors import ApiError, invalid
 _PORTS = {"http": 80, "https": 443}
 _MAX_REDIRECTS = 3
 _HEADERS = [("User-Agent", "hawk-trt"), ("Accept", "image/*"), ("Accept-Encoding", "identity")]
-# Addresses that carry another one, which routers on the way may take out: translated IPv4, tunnels.
-_CARRIERS = tuple(ipaddress.ip_network(net) for net in ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/32"))
+_UNICAST = ipaddress.IPv6Network("2000::/3")  # beyond it IPv6 has local and translated addresses alone
+# Addresses that carry an IPv4 address, which routers on the way may take out, and those of documents.
+_CARRIERS = tuple(map(ipaddress.IPv6Network, ("2002::/16", "2001::/32", "3fff::/20")))
+_ISATAP = (0x0000_5EFE, 0x0200_5EFE)  # the 32 bits before an IPv4 address
 
 
 class RemoteImages:
@@ -51,7 +53,10 @@ class RemoteImages:
                         content = await self._get(pool, self._checked(url, where), where)
                         if isinstance(content, bytes):
                             return content
-                        url = urljoin(url, content)
+                        try:
+                            url = urljoin(url, content)
+                        except ValueError:
+                            raise invalid(f"{where}: redirected to what is no address", where, "image_fetch") from None
             raise invalid(f"{where}: more than {_MAX_REDIRECTS} redirects", where, "image_fetch")
         except _NotPublicError:
             raise invalid(f"{where}: the host has no public address", where, "image_host") from None
@@ -138,6 +143,6 @@ def is_public(address: str) -> bool:
     if isinstance(ip, ipaddress.IPv6Address):
         if ip.ipv4_mapped is not None:
             ip = ip.ipv4_mapped
-        elif any(ip in net for net in _CARRIERS):
+        elif ip not in _UNICAST or any(ip in net for net in _CARRIERS) or (int(ip) >> 32) & 0xFFFF_FFFF in _ISATAP:
             return False
     return ip.is_global and not ip.is_multicast

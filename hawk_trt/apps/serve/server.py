@@ -18,6 +18,7 @@ _HEADER_SECONDS = 10.0
 _MAX_HEADER_BYTES = 32_768
 _LAST_SECONDS = 3
 _BACKLOG = 1024
+_UNREAD_SECONDS = 15.0
 _ANSWERING = object()
 
 
@@ -84,17 +85,20 @@ class Server(uvicorn.Server):
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Open the port.
+    """Open the port. The system closes a connection whose client does not take what was sent for _UNREAD_SECONDS.
 
     Raises:
         InvalidInput: it cannot be opened.
     """
     try:
         kind = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        return socket.create_server(kind[4][:2], family=kind[0], backlog=_BACKLOG)
+        opened = socket.create_server(kind[4][:2], family=kind[0], backlog=_BACKLOG)
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InvalidInput(f"{host}:{port}: cannot listen there ({reason}). Choose others: --host, --port") from error
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux; its connections inherit the option
+        opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * _UNREAD_SECONDS))
+    return opened
 
 
 def configure_logging() -> None:

@@ -11,6 +11,7 @@ from hawk_trt.request import PruningConfig, SamplingConfig
 from hawk_trt.runtime.sampling import checkpoint_sampling
 
 KEY_VARIABLE = "HAWK_API_KEY"
+LOOPBACK_HOSTS = ("localhost", "*.localhost", "127.0.0.1", "[::1]")
 
 
 def _quarter_of_memory_mb() -> float:
@@ -116,6 +117,8 @@ class ServeSettings(ServeLimits):
         remote_hosts: hosts that images may be fetched from: a name, or *.name for all below it, with :port unless
             it is the scheme's own.
         cors_origins: web origins whose pages may call the server.
+        allowed_hosts: names that a request's Host may have: a name, *.name for all below it, or * for any; requests
+            of pages of others are then refused too. None checks neither.
         api_keys: any of these opens the server; none leaves it open.
         page: whether / is a page to ask from.
 
@@ -127,6 +130,7 @@ class ServeSettings(ServeLimits):
     pruning: PruningConfig = field(default_factory=PruningConfig)
     remote_hosts: tuple[str, ...] = ()
     cors_origins: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     page: bool = True
 

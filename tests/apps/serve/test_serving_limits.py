@@ -233,7 +233,7 @@ def test_a_key_opens_the_server_and_nothing_else_does(pipe):
             client.models.list()
         for header in ("", "first", "Basic first", "Bearer", "Bearer firs", "Bearer first ä"):
             headers = {"authorization": header.encode()}
-            for path in ("/v1/models", "/metrics"):
+            for path in ("/v1/models", "/metrics", "/openapi.json", "/v1/responses"):
                 refused = server.http.get(path, headers=headers)
                 assert (refused.status_code, refused.json()["error"]["code"]) == (401, "invalid_api_key")
             assert server.http.post("/v1/chat/completions", json=question(), headers=headers).status_code == 401
@@ -304,6 +304,7 @@ def test_sigterm_finishes_running_answers_and_then_ends_the_process(tiny_bundle)
     with process(tiny_bundle, "--model-name", "tiny-vlm", HAWK_API_KEY="secret") as (url, server):
         with httpx2.Client(base_url=url, timeout=60, trust_env=False) as http:
             assert http.post("/v1/chat/completions", json=question()).status_code == 401
+            assert http.get("/health", headers={"host": "evil.example"}).status_code == 403
             http.headers["authorization"] = "Bearer secret"
             body = question("In which corner is the circle?", SAMPLES / "1-where.png", stream=True)
             with http.stream("POST", "/v1/chat/completions", json=body) as response:

@@ -17,6 +17,10 @@ PICTURE = (SAMPLES / "0-colour.png").read_bytes()
 PLACE = "messages[0].content[0].image_url"
 
 
+NONSENSE = ("http://[bad/", "//[", "http://", "ftp://images.example/x", "javascript:1", "http://images.example:99999/",
+            "ü", "http://images.example:x/", "a b", "file:///etc/passwd")  # fmt: skip
+
+
 class Host(BaseHTTPRequestHandler):
     """A web server on this machine, which no request may reach unless a test says that loopback is public."""
 
@@ -25,6 +29,7 @@ class Host(BaseHTTPRequestHandler):
     def do_GET(self):
         self.asked.append(f"{self.headers['Host']}{self.path}")
         moved = {"/moved": "/image.png", "/round": "/round", "/inside": "http://127.0.0.1:1/secret"}.get(self.path)
+        moved = NONSENSE[int(self.path[1:])] if self.path[1:].isdigit() else moved
         if moved:
             self.send_response(302)
             self.send_header("Location", moved)
@@ -93,6 +98,9 @@ def refusal(url, *hosts, **limits):
         "127.0.0.1", "127.8.9.1", "0.0.0.0", "10.0.0.1", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1",
         "192.0.2.1", "224.0.0.1", "239.1.1.1", "255.255.255.255", "240.0.0.1", "::1", "::", "fe80::1", "fe80::1%eth0",
         "fc00::1", "fd12::1", "ff02::1", "::ffff:127.0.0.1", "::ffff:10.0.0.1", "::ffff:169.254.169.254",
+        "::7f00:1", "::a9fe:a9fe", "::ffff:0:7f00:1", "::ffff:0:169.254.169.254", "fec0::1", "3fff::1", "5f00::1",
+        "100::1",
+        "2606:4700::5efe:7f00:1", "2606:4700::200:5efe:10.0.0.1", "64:ff9b:1::a00:1", "4000::1",
         "64:ff9b::7f00:1", "64:ff9b::a9fe:a9fe", "2002:7f00:1::", "2001::1", "2001:db8::1",
     ],
 )  # fmt: skip
@@ -159,6 +167,14 @@ def test_redirects_are_checked_as_addresses_of_their_own(names, port, monkeypatc
         assert fetch(f"{base}/moved", host) == PICTURE
         assert "redirects" in refusal(f"{base}/round", host).body.error.message
         assert "fetches no images from 127.0.0.1" in refusal(f"{base}/inside", host).body.error.message
+
+
+@pytest.mark.parametrize("number", range(len(NONSENSE)))
+def test_a_redirect_to_nonsense_is_refused(names, port, monkeypatch, number):
+    names["images.example"] = ["127.0.0.1"]
+    with loopback_is_public(monkeypatch):
+        refused = refusal(f"http://images.example:{port}/{number}", f"images.example:{port}")
+    assert refused.status == 400 and refused.body.error.code in ("image_host", "image_fetch")
 
 
 def test_size_time_and_status_of_a_fetched_image_are_bounded(names, port, monkeypatch):
