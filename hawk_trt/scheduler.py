@@ -174,7 +174,8 @@ class Scheduler:
         # without gather a generation keeps all its rows: those that are finished go along to its end
         if self._backend.can_gather or all(sequence.finished for sequence in self.running):
             for sequence in self.running:
-                if sequence.finished:
+                if sequence.finished and sequence.generation is not None:
+                    sequence.generation.release(sequence.row)
                     sequence.generation = None
             self.running = [sequence for sequence in self.running if not sequence.finished]
 
@@ -199,8 +200,12 @@ class Scheduler:
     def _fits(self, more: abc.Sequence[Sequence]) -> bool:
         """Whether these can run beside those that run."""
         rows = [*self.running, *more]
-        context = self._backend.max_context
-        if len(rows) > self._max_batch or (context is not None and _columns_needed(rows) > context):
+        context, places = self._backend.max_context, self._backend.max_start
+        if len(rows) > self._max_batch or (places is not None and len(more) > places):
+            return False
+        # run together, the shorter are padded to the longest
+        columns = max(sequence.max_kept for sequence in more) + max(sequence.limit for sequence in more) - 1
+        if context is not None and columns > context:
             return False
         return self._within_bound(self._bytes(rows))
 

@@ -57,6 +57,7 @@ class Driver(ModuleType):
     Attributes:
         calls: how often each function was called.
         enqueued: work put on the stream, that of graphs included.
+        moved: bytes copied and set, by the kind of work.
         faults: what no caller may do and no status tells.
         fail: function name -> [calls left before it fails, status].
         capacity: bytes of device memory.
@@ -68,6 +69,7 @@ class Driver(ModuleType):
         self.CUstream_flags = self.CUevent_flags = self.CUstreamCaptureMode = self.CUdevice_attribute = Flags
         self.gpus, self.capacity = gpus, 1 << 40
         self.calls, self.enqueued, self.faults, self.fail = Counter(), Counter(), [], {}
+        self.moved = Counter()
         self.retained, self.current, self.sticky = 0, [], None
         self.blocks, self.handles = {}, {}
         self.queue, self.captured, self.invalid = [], None, False
@@ -236,6 +238,7 @@ class Driver(ModuleType):
             if to is None or of is None:
                 return False
             to.view(target[0], size)[:] = of.view(source[0], size)
+            self.moved[kind] += size
             return True
 
         if stream not in self.handles or any(self.block(a, size, p) is None for a, p in (target, source)):
@@ -244,14 +247,24 @@ class Driver(ModuleType):
         return (CUresult.CUDA_SUCCESS,)
 
     def cuMemsetD8Async(self, address, value, size, stream):
+        return self._set(address, size, value, size, 1, stream)
+
+    def cuMemsetD2D8Async(self, address, pitch, value, width, height, stream):
+        return self._set(address, pitch, value, width, height, stream)
+
+    def _set(self, address, pitch, value, width, height, stream):
+        size = pitch * (height - 1) + width
+
         def work():
             block = self.block(address, size)
             if block is None:
                 return False
-            block.view(address, size)[:] = value
+            for row in range(height):
+                block.view(address + row * pitch, width)[:] = value
+            self.moved["memset"] += width * height
             return True
 
-        if stream not in self.handles or self.block(address, size) is None:
+        if stream not in self.handles or self.block(address, size) is None or not width <= pitch:
             return (CUresult.CUDA_ERROR_INVALID_VALUE,)
         self.put("memset", work)
         return (CUresult.CUDA_SUCCESS,)

@@ -53,6 +53,7 @@ class OnnxRuntimeBackend:
     max_vision_patches = 16384  # bounds the memory of a call
     max_context: int | None = None  # each request takes what it needs
     max_batch: int | None = None
+    max_start: int | None = None
     can_gather = True
 
     def __init__(self, bundle: Bundle, place: Device, target: str) -> None:
@@ -264,6 +265,9 @@ class OrtGeneration:
         self._cache.advance(1)
         self._hidden_states = self._step.hidden_states
         return _read_step(self._backend.place, self._step.next_token, self._step.logits, logits=logits)
+
+    def release(self, row: int) -> None:
+        """Nothing: the memory of a row comes back when the others are gathered."""
 
     def hidden_states(self) -> npt.NDArray[np.float32]:
         """first_layer's output of the last step: float32 [batch, num_kept_total, hidden]."""

@@ -5,6 +5,7 @@ backend.keep(visual), .join(visuals)                       -> Visual
 backend.score(inputs, visual)              first_layer     -> scores alone, nothing kept
 backend.start(batch, columns) -> Generation
 backend.gather(parts, columns) -> Generation            rows of several generations as one, for their next steps
+.release(row)                          a row that has ended
 .prefill(inputs, visual)               first_layer and decoder over the prompt
 .decode(inputs)                        both over one token a row
 """
@@ -88,6 +89,9 @@ class Generation(Protocol):
     def decode(self, inputs: DecodeInputs, *, logits: bool) -> StepOutputs:
         """Run both over one token a row."""
 
+    def release(self, row: int) -> None:
+        """Nobody asks for this row any more; the others go on once they are gathered."""
+
     def hidden_states(self) -> npt.NDArray[np.float32]:
         """first_layer's output of the last step: float32 [batch, num_kept_total, hidden]."""
 
@@ -106,6 +110,7 @@ class Backend(Protocol):
         max_context: columns that a KV cache can have, None where a request takes what it needs.
         max_batch: rows of a generation, None without bound.
         can_gather: whether there is gather; without it one generation ends before the next starts.
+        max_start: rows of a generation that start has place for now, at least one; None without bound.
     """
 
     name: str
@@ -115,6 +120,10 @@ class Backend(Protocol):
     max_context: int | None
     max_batch: int | None
     can_gather: bool
+
+    @property
+    def max_start(self) -> int | None:
+        """Rows that a generation can have now, which changes as others come and go."""
 
     def encode(self, feeds: Iterable[dict[str, npt.NDArray[Any]]], num_rows: int) -> Visual:
         """Run the vision stage, one call a feed, into num_rows rows; one zero row where there is none."""

@@ -86,7 +86,7 @@ def build(arguments: dict[str, object]) -> serve.Application:
     def make_app() -> FastAPI:
         return _replica_app(options)
 
-    batch = 1 if options.runs_engines else settings.max_batch
+    batch = options.rows
     deployment = serve.deployment(
         name=NAME,
         ray_actor_options=options.resources,

@@ -11,11 +11,13 @@ from pydantic import TypeAdapter, ValidationError
 
 from hawk_trt.apps.serve.settings import ServeLimits, ServeSettings, read_api_keys
 from hawk_trt.bundle import holds_engines
+from hawk_trt.engine_folder import read_engine_manifest
 from hawk_trt.errors import InvalidInput
 from hawk_trt.pipeline import Pipeline
 from hawk_trt.pruning.head_weights import read_head_weights
 from hawk_trt.request import PruningConfig
 from hawk_trt.runtime.vision_cache import DEFAULT_VISION_CACHE_MB
+from hawk_trt.stages import in_place
 
 _LISTS = ("cors_origin", "allowed_hosts", "remote_host")
 
@@ -99,8 +101,16 @@ class ReplicaOptions(ServeLimits):
 
     @property
     def runs_engines(self) -> bool:
-        """Whether it is TensorRT that runs, which takes one generation at a time."""
+        """Whether it is TensorRT that runs."""
         return holds_engines(self.path)
+
+    @property
+    def rows(self) -> int:
+        """Requests that share the decode steps of a replica."""
+        if not self.runs_engines:
+            return self.max_batch
+        engines = read_engine_manifest(self.path)
+        return min(self.max_batch, engines.limits.batch) if in_place(engines.target) else 1
 
     @property
     def resources(self) -> dict[str, float]:

@@ -39,13 +39,14 @@ class TensorRtBackend:
         decode_step: runs them over single tokens.
         embedding_table: [vocab, hidden], memory-mapped.
         max_context: columns that the KV cache holds.
+        max_batch: its slots.
+        can_gather: whether generations lie side by side in it.
         max_vision_patches: of one vision call; one frame alone may have more.
     """
 
     name = "tensorrt"
     max_vision_patches = 1  # a vision plan takes one frame
     max_context: int | None
-    can_gather = False  # there is one KV cache, whose rows are all of one generation
 
     def __init__(self, engines: EngineFolder, cuda: CudaDevice) -> None:
         manifest = engines.manifest
@@ -60,6 +61,7 @@ class TensorRtBackend:
             _SCRATCH: max(engine.scratch_bytes for engine in plans.values()),
             _CACHE: KVCache.size_bytes(manifest),
             **Encoder.sizes(engines),
+            **Prefill.sizes(manifest),
             **DecodeStep.sizes(manifest),
         }
         for engine in plans.values():
@@ -72,10 +74,19 @@ class TensorRtBackend:
                 cuda.on_close(context.close)
                 self.contexts[stage, profile] = context
         prefill, decode = ((self.contexts[FIRST_LAYER, p], self.contexts[DECODER, p]) for p in (PREFILL, DECODE))
+
+        def more_stages() -> tuple[Context, Context]:
+            scratch = self.memory.addresses[_SCRATCH]
+            first, decoder = (plans[stage].context(DECODE, scratch, cuda.stream) for stage in (FIRST_LAYER, DECODER))
+            return first, decoder
+
         self.cache = KVCache(manifest, self.memory.addresses[_CACHE])
+        self.can_gather = self.cache.shared
+        if self.cache.inplace:
+            cuda.zero(self.memory.addresses[_CACHE], self.cache.nbytes)
         self.encoder = Encoder(self.memory, self.contexts[VISION, PREFILL], engines)
         self.prefill = Prefill(self.memory, self.cache, prefill, self.embedding_table)
-        self.decode_step = DecodeStep(self.memory, self.cache, decode, manifest, self.embedding_table)
+        self.decode_step = DecodeStep(self.memory, self.cache, decode, more_stages, manifest, self.embedding_table)
         cuda.synchronize()
 
     @classmethod
@@ -110,6 +121,11 @@ class TensorRtBackend:
             cuda.close()
             raise
 
+    @property
+    def max_start(self) -> int:
+        """Rows that a generation can have now beside those that run."""
+        return self.cache.most_together
+
     def encode(self, feeds: Iterable[dict[str, npt.NDArray[Any]]], num_rows: int) -> TensorRtVisual:
         """Run the vision stage, one call a feed, into num_rows rows; one zero row where there is none."""
         with self.cuda.active():
@@ -125,46 +141,38 @@ class TensorRtBackend:
             return self.encoder.join(parts)
 
     def score(self, inputs: PrefillInputs, visual: Visual) -> npt.NDArray[np.float32]:
-        """HAWK scores alone: float32 [batch, seq_len]. It ends the generation before."""
+        """HAWK scores alone: float32 [batch, seq_len]. Those that run keep what they have."""
         num_visual = self.encoder.rows(visual)
         with self.cuda.active():
-            self._restart()
             return self.prefill.scores(inputs, num_visual)
 
     def start(self, batch: int, columns: int) -> TensorRtGeneration:
-        """A generation whose KV cache holds up to `columns` tokens a row. It ends the one before.
+        """A generation whose KV cache holds up to `columns` tokens a row.
+
+        Where no neighbouring slots are free it ends others, and without can_gather every other.
 
         Raises:
-            BackendError: more columns than the engines were built for.
+            BackendError: more columns or rows than the engines were built for.
         """
         if columns > self.cache.context:
             raise BackendError(
                 f"KV cache: got {columns} tokens to keep and generate, these engines hold {self.cache.context}. Lower "
                 f"keep_ratio or max_new_tokens, or rebuild with a larger --max-context: {self.engines.manifest.rebuild}"
             )
+        slots = self.cache.find(batch)
         with self.cuda.active():
-            self._restart()
-        return TensorRtGeneration(self.memory, self.cache, self.encoder, self.prefill, self.decode_step, batch)
+            self.cache.clear(self.cuda, slots)
+        return TensorRtGeneration(self.memory, self.cache, self.encoder, self.prefill, self.decode_step, slots)
 
-    def gather(self, parts: "Sequence[tuple[Generation, int]]", columns: int) -> TensorRtGeneration:
-        """Refused: generations do not lie side by side here."""
-        raise BackendError(
-            f"gather: got {len(parts)} rows for {columns} columns, and TensorRT holds one generation at a time. "
-            "Put the prompts into one batch"
-        )
+    def gather(self, parts: "Sequence[tuple[Generation, int]]", columns: int) -> TensorRtGeneration:  # noqa: ARG002
+        """Rows of several generations as one, in the slots where they are: nothing is copied."""
+        own = [(part, row) for part, row in parts if isinstance(part, TensorRtGeneration)]
+        if not self.can_gather or len(own) != len(parts):
+            raise BackendError(
+                "gather: got rows that do not lie in slots of these engines' KV cache. Put the prompts into one batch"
+            )
+        return TensorRtGeneration.gather(own)
 
     def close(self) -> None:
         """Release everything. Closing again does nothing."""
         self.cuda.close()
-
-    def _restart(self) -> None:
-        """End the generation before, and zero the cache where it may hold what is not finite.
-
-        A masked column still counts with weight 0, and 0 x NaN is NaN. What the last logits of a generation saw
-        is all that it wrote, so if they are finite the cache is. What `score` writes, the first column of layer 0,
-        every prefill overwrites.
-        """
-        rows = self.cache.checked_rows
-        if self.cache.inplace and (rows is None or not np.isfinite(self.memory.read("logits", {"batch": rows})).all()):
-            self.cuda.zero(self.memory.addresses[_CACHE], self.cache.nbytes)
-        self.cache.restart()

@@ -239,6 +239,10 @@ class CudaDevice:
         """Enqueue the zeroing of device memory."""
         call("cuMemsetD8Async", address, 0, size_bytes, self._stream)
 
+    def zero_each(self, address: int, stride: int, size_bytes: int, count: int) -> None:
+        """Enqueue the zeroing of so many stretches of device memory, each `stride` bytes behind the one before."""
+        call("cuMemsetD2D8Async", address, stride, 0, size_bytes, count, self._stream)
+
     def synchronize(self) -> None:
         """Wait for all enqueued work.
 

@@ -1,14 +1,21 @@
 """The decode step: one token a row through first_layer and decoder.
 
 What the host gives a step lies side by side in one pinned block, and what it gets back in another, so that a
-step is one copy in, two enqueues and one copy out. Where the cache is written in place, shapes stand still for
-CONTEXT_STEP tokens: the first step with new shapes is enqueued plainly, which lets TensorRT settle them; the
-second is captured as a CUDA graph; from then on a step is one launch.
+step is one copy in, two enqueues and one copy out. It runs over the slots of the cache from 0 to the highest that
+decodes; one between them that does not writes its own first column, which its next prefill overwrites, and sees no
+other's.
+
+Where the cache is written in place, shapes stand still while as many slots decode, for CONTEXT_STEP tokens: the first
+step with new shapes is enqueued plainly, which lets TensorRT settle them; the second is captured as a CUDA graph; from
+then on a step is one launch. A graph is only good while its execution contexts keep their shapes, so each has two of
+its own, and up to MAX_GRAPHS are kept.
 """
 
 import warnings
+from collections import OrderedDict
+from collections.abc import Callable
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +24,7 @@ from hawk_trt.bundle import TensorEntry, numpy_dtype
 from hawk_trt.engine_folder import EngineManifest
 from hawk_trt.errors import BackendError
 from hawk_trt.runtime.protocol import DecodeInputs
-from hawk_trt.runtime.tensorrt.cache import KVCache
+from hawk_trt.runtime.tensorrt.cache import KVCache, Slots
 from hawk_trt.runtime.tensorrt.cuda import Graph
 from hawk_trt.runtime.tensorrt.engine import Context, resolve
 from hawk_trt.runtime.tensorrt.memory import Memory, aligned, tensor_bytes, tensor_entries
@@ -28,14 +35,26 @@ PREFIX = "decode/"
 _STEP = PREFIX + "step"
 _TOKEN_BYTES = 8
 # What the host gives each step.
-_GIVEN = ("text_embeds", "position_ids", "write_index")
+_GIVEN = ("text_embeds", "position_ids", "write_index", "kv_start")
+# Of the shapes last used. Each has execution contexts, whose weights and scratch are shared.
+MAX_GRAPHS = 16
+
+# first_layer and decoder in their decode profiles.
+Stages: TypeAlias = tuple[Context, Context]
+
+
+class _Bound:
+    """Execution contexts with shapes and addresses, and the graph that was captured of them, if any."""
+
+    def __init__(self, stages: Stages) -> None:
+        self.stages = stages
+        self.graph: Graph | None = None
 
 
 class DecodeStep:
-    """The decode step, for any batch and any generation.
+    """The decode step, for any slots.
 
     Attributes:
-        graph: the captured step, None before, and where it cannot be.
         captures: graphs made so far.
     """
 
@@ -43,7 +62,8 @@ class DecodeStep:
         self,
         memory: Memory,
         cache: KVCache,
-        stages: tuple[Context, Context],
+        stages: Stages,
+        more_stages: Callable[[], Stages],
         manifest: EngineManifest,
         embedding_table: npt.NDArray[Any],
     ) -> None:
@@ -53,10 +73,12 @@ class DecodeStep:
             memory: with the regions of `sizes`.
             cache: that it reads and writes.
             stages: first_layer and decoder in their decode profiles.
+            more_stages: makes others like them.
             manifest: of the engines.
             embedding_table: [vocab, hidden].
         """
-        self._memory, self._cache, self._stages, self._table = memory, cache, stages, embedding_table
+        self._memory, self._cache, self._table = memory, cache, embedding_table
+        self._spare, self._more_stages = [stages], more_stages  # bound to nothing that counts
         self._entries = {name: memory.entries[name] for name in _GIVEN if name in memory.entries}
         self._offsets = _offsets(self._entries, manifest.limits.batch)
         self._addresses = dict(memory.addresses)
@@ -66,13 +88,9 @@ class DecodeStep:
             self._addresses[name] = memory.addresses[PREFIX + name]
             memory.upload(PREFIX + name, array)
         self._given = memory.cuda.allocate_pinned(self._offsets[-1])
-        self._given.bytes[:] = 0  # of the rows that a smaller batch leaves out
         self._token = memory.cuda.allocate_pinned(manifest.limits.batch * _TOKEN_BYTES)
-        self._bound: tuple[int, int] | None = None
-        self._batch = 0
-        self._views: dict[str, npt.NDArray[Any]] = {}
-        self._can_capture = cache.inplace
-        self.graph: Graph | None = None
+        self._bound: OrderedDict[tuple[int, int], _Bound] = OrderedDict()  # the last used is the last
+        self._can_capture, self._most = cache.inplace, MAX_GRAPHS
         self.captures = 0
         memory.cuda.on_close(self.close)
 
@@ -84,77 +102,111 @@ class DecodeStep:
         constants = {PREFIX + name: array.nbytes for name, array in _constants(manifest).items()}
         return {**constants, _STEP: _offsets(given, manifest.limits.batch)[-1]}
 
-    def run(self, inputs: DecodeInputs) -> npt.NDArray[np.int64]:
-        """One step over as many rows as there are token ids.
+    def run(self, inputs: DecodeInputs, slots: Slots) -> tuple[npt.NDArray[np.int64], int]:
+        """One step of slots, each with the token of the same place.
 
         Returns:
-            int64 [batch], the most probable next token of each row.
+            int64 [slots], the most probable next token of each; how many rows the stages ran over.
 
         Raises:
             BackendError: TensorRT or CUDA failed.
         """
-        batch = len(inputs.token_ids)
-        self._give(batch, inputs)
-        dims = self._cache.dims(1)
-        key = (batch, dims[CONTEXT_LEN]) if self._cache.inplace else None
-        if key is None or key != self._bound:
-            self._bind(batch, dims)
-            self._enqueue()
-            self._bound = key
+        rows = int(slots.max()) + 1
+        self._give(rows, inputs, slots)
+        dims = self._cache.dims(1, self._cache.length_of(slots))
+        if not self._cache.inplace:
+            (stages,) = self._spare
+            self._bind(stages, rows, dims)
+            self._enqueue(stages, rows)
         else:
-            if self.graph is None and self._can_capture:
-                self._capture()
-            if self.graph is None:
-                self._enqueue()
-            else:
-                self.graph.launch()
+            self._run_bound((rows, dims[CONTEXT_LEN]), dims)
         self._memory.cuda.synchronize()
-        next_token: npt.NDArray[np.int64] = self._token.array((batch,), np.dtype(np.int64)).copy()
-        return next_token
+        return self._token.array((rows,), np.dtype(np.int64))[slots], rows
 
     def close(self) -> None:
-        """Release the graph."""
-        graph, self.graph = self.graph, None
-        if graph is not None:
-            graph.close()
+        """Release the graphs, then the contexts that were made for them."""
+        bound = list(self._bound.values())
+        self._bound.clear()
+        self._spare += [one.stages for one in bound]
+        try:
+            for one in bound:
+                if one.graph is not None:
+                    one.graph.close()
+        finally:
+            for stage in (stage for stages in self._spare for stage in stages):
+                stage.close()
 
-    def _give(self, batch: int, inputs: DecodeInputs) -> None:
-        """Write the step's host inputs to the pinned block."""
-        if batch != self._batch:
-            self._batch = batch
-            self._views = {
-                name: self._given.array(resolve(entry, _dims(batch)), numpy_dtype(entry.dtype), offset)
-                for (name, entry), offset in zip(self._entries.items(), self._offsets, strict=False)
-            }
-        self._views["text_embeds"][:] = self._table[inputs.token_ids]
-        self._views["position_ids"][..., 0] = inputs.position_ids
+    def _run_bound(self, key: tuple[int, int], dims: dict[str, int]) -> None:
+        """Enqueue or replay a step over rows and columns of attention, as far as they were seen before."""
+        rows, _ = key
+        bound = self._bound.get(key)
+        if bound is None:
+            stages = self._unbound()
+            try:
+                self._bind(stages, rows, dims)
+                self._enqueue(stages, rows)
+            except BaseException:
+                self._spare.append(stages)
+                raise
+            self._bound[key] = _Bound(stages)
+            return
+        self._bound.move_to_end(key)
+        if bound.graph is None and self._can_capture:
+            self._capture(bound, rows)
+        if bound.graph is None:
+            self._enqueue(bound.stages, rows)
+        else:
+            bound.graph.launch()
+
+    def _unbound(self) -> Stages:
+        """Execution contexts to bind: new ones, or those whose shapes were not used for longest."""
+        if not self._spare and len(self._bound) < self._most:
+            try:
+                return self._more_stages()
+            except BackendError:
+                self._most = len(self._bound)  # there is no memory for more
+        if not self._spare:
+            _, oldest = self._bound.popitem(last=False)
+            self._spare.append(oldest.stages)
+            if oldest.graph is not None:
+                oldest.graph.close()
+        return self._spare.pop()
+
+    def _give(self, rows: int, inputs: DecodeInputs, slots: Slots) -> None:
+        """Write the step's host inputs to the pinned block; what belongs to no row is 0."""
+        self._given.bytes[:] = 0
+        views = {
+            name: self._given.array(resolve(entry, _dims(rows)), numpy_dtype(entry.dtype), offset)
+            for (name, entry), offset in zip(self._entries.items(), self._offsets, strict=False)
+        }
+        views["text_embeds"][slots] = self._table[inputs.token_ids]
+        views["position_ids"][..., slots, 0] = inputs.position_ids
+        views["kv_start"][slots] = self._cache.starts[slots]
         if self._cache.inplace:
-            self._views["write_index"][:] = self._cache.length
+            views["write_index"][slots] = self._cache.ends[slots]
 
-    def _bind(self, batch: int, cache_dims: dict[str, int]) -> None:
-        """Set shapes and addresses; what was captured with others is void."""
-        self.close()
-        self._bound = None
-        dims = {**_dims(batch), "num_visual": 1, "num_kept_total": 1, **cache_dims}
+    def _bind(self, stages: Stages, rows: int, cache_dims: dict[str, int]) -> None:
+        """Set shapes and addresses."""
+        dims = {**_dims(rows), "num_visual": 1, "num_kept_total": 1, **cache_dims}
         addresses = {**self._addresses, **self._cache.addresses()}
-        for stage in self._stages:
+        for stage in stages:
             stage.bind(dims, addresses)
 
-    def _enqueue(self) -> None:
+    def _enqueue(self, stages: Stages, rows: int) -> None:
         """Copy in, both stages, copy out: all on the stream, nothing that waits."""
         cuda = self._memory.cuda
         cuda.copy_in(self._addresses[_STEP], self._given.address, len(self._given.bytes))
-        for stage in self._stages:
+        for stage in stages:
             stage.enqueue()
-        cuda.copy_out(self._token.address, self._addresses["next_token"], self._batch * _TOKEN_BYTES)
+        cuda.copy_out(self._token.address, self._addresses["next_token"], rows * _TOKEN_BYTES)
 
-    def _capture(self) -> None:
+    def _capture(self, bound: _Bound, rows: int) -> None:
         """Make the graph; where TensorRT cannot be captured, say so once and go on without."""
         try:
-            self.graph = self._memory.cuda.capture(self._enqueue)
+            bound.graph = self._memory.cuda.capture(lambda: self._enqueue(bound.stages, rows))
             self.captures += 1
         except BackendError as error:
-            self._can_capture = False
+            self._can_capture, self._most = False, 1
             warnings.warn(f"decode runs without a CUDA graph, slower: {error}", RuntimeWarning, stacklevel=2)
 
 

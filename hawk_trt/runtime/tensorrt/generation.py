@@ -1,19 +1,26 @@
-"""One request, or one batch of them, in TensorRT: the prefill, then decode steps over the engines' one KV cache."""
+"""Requests that run together in TensorRT: their prefill, then decode steps over their slots of the KV cache."""
 
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from hawk_trt.engine_folder import EngineManifest
 from hawk_trt.errors import BackendError
 from hawk_trt.inputs.layout import PrefillInputs
 from hawk_trt.runtime.protocol import DecodeInputs, PrefillOutputs, StepOutputs, Visual
-from hawk_trt.runtime.tensorrt.cache import KVCache
+from hawk_trt.runtime.tensorrt.cache import KVCache, Slots, row_bytes
 from hawk_trt.runtime.tensorrt.decode import DecodeStep
 from hawk_trt.runtime.tensorrt.engine import Context
 from hawk_trt.runtime.tensorrt.memory import Memory
 from hawk_trt.runtime.tensorrt.vision import Encoder
+from hawk_trt.stages import in_place, key_name, value_name
+
+# Regions for layer 0's keys and values where only scores are asked for, so that no slot is written.
+_UNKEPT = "unkept/"
 
 
 class Prefill:
@@ -35,21 +42,37 @@ class Prefill:
         # the end of first_layer, and that of decoder
         self._events = (memory.cuda.event(), memory.cuda.event())
 
+    @staticmethod
+    def sizes(manifest: EngineManifest) -> dict[str, int]:
+        """Bytes of the regions that it needs."""
+        columns = manifest.limits.context if in_place(manifest.target) else 1
+        size = manifest.limits.batch * row_bytes(manifest) // manifest.limits.context * columns
+        return {_UNKEPT + name(0, past=False): size for name in (key_name, value_name)}
+
     def scores(self, inputs: PrefillInputs, num_visual: int) -> npt.NDArray[np.float32]:
         """HAWK scores alone: float32 [batch, seq_len]. Layer 0 runs on one token, and its cache is dropped."""
-        dims = self._bind(inputs, num_visual, 1)
+        places = self._cache.addresses()
+        for name in (key_name, value_name):
+            unkept = self._memory.addresses[_UNKEPT + name(0, past=False)]
+            places |= {name(0, past=past): unkept for past in ((True, False) if self._cache.inplace else (False,))}
+        dims = self._dims(inputs, num_visual, 1)
+        self._first_layer.bind(dims, {**self._memory.addresses, **places})
         self._upload(inputs)
         self._first_layer.enqueue()
         scores: npt.NDArray[np.float32] = self._memory.read("scores", dims)
         return scores
 
-    def run(self, inputs: PrefillInputs, num_visual: int, *, logits: bool) -> PrefillOutputs:
-        """Run both stages; the first num_visual rows of visual_embeds are the prompt's."""
-        memory, cuda, kept = self._memory, self._memory.cuda, inputs.num_kept_total
+    def run(self, inputs: PrefillInputs, num_visual: int, first: int, *, logits: bool) -> PrefillOutputs:
+        """Run both stages into empty slots, the first of them given.
+
+        The first num_visual rows of visual_embeds are the prompts'.
+        """
+        memory, cuda = self._memory, self._memory.cuda
         started = time.perf_counter()
-        self._cache.check_room(kept)
-        dims = self._bind(inputs, num_visual, kept)
-        self._decoder.bind(dims, {**memory.addresses, **self._cache.addresses()})
+        dims = self._dims(inputs, num_visual, inputs.num_kept_total)
+        addresses = {**memory.addresses, **self._cache.addresses(first)}
+        self._first_layer.bind(dims, addresses)
+        self._decoder.bind(dims, addresses)
         self._upload(inputs)
         self._first_layer.enqueue()
         cuda.record(self._events[0])
@@ -63,13 +86,11 @@ class Prefill:
             step, kept_indices, scores, time.perf_counter() - started - decoder_seconds, decoder_seconds
         )
 
-    def _bind(self, inputs: PrefillInputs, num_visual: int, num_kept_total: int) -> dict[str, int]:
-        """Set shapes and addresses of first_layer; returns the sizes of all dimensions."""
+    def _dims(self, inputs: PrefillInputs, num_visual: int, num_kept_total: int) -> dict[str, int]:
+        """Sizes of all dimensions over an empty cache."""
         batch, seq_len = inputs.source_rows.shape
         dims = {"batch": batch, "seq_len": seq_len, "num_text": len(inputs.text_ids), "num_visual": num_visual}
-        dims |= {"num_kept_total": num_kept_total, **self._cache.dims(num_kept_total)}
-        self._first_layer.bind(dims, {**self._memory.addresses, **self._cache.addresses()})
-        return dims
+        return dims | {"num_kept_total": num_kept_total, **self._cache.dims(num_kept_total, 0)}
 
     def _upload(self, inputs: PrefillInputs) -> None:
         """Enqueue the uploads of first_layer's inputs; they fit where _bind took them.
@@ -92,21 +113,34 @@ class Prefill:
 
 
 class TensorRtGeneration:
-    """A request in progress. It ends where the backend starts another: there is one KV cache."""
+    """Requests in progress, in slots of the KV cache. It ends where another takes those, or a step fails."""
 
     def __init__(
-        self, memory: Memory, cache: KVCache, encoder: Encoder, prefill: Prefill, decode_step: DecodeStep, batch: int
+        self, memory: Memory, cache: KVCache, encoder: Encoder, prefill: Prefill, decode_step: DecodeStep, slots: Slots
     ) -> None:
         self._memory, self._cache, self._encoder = memory, cache, encoder
-        self._prefill, self._decode_step, self.batch = prefill, decode_step, batch
-        self.columns = cache.context
-        self._turn = cache.turn
-        self._kept = 0  # positions in the last step's hidden_states
+        self._prefill, self._decode_step = prefill, decode_step
+        self.batch, self.columns = len(slots), cache.context
+        self._slots = slots
+        self._step = 0  # number of its last one
+        self._rows, self._kept = slots, 0  # rows of that step's hidden_states that are its own, and positions in them
+        cache.give(slots, self)
+
+    @classmethod
+    def gather(cls, parts: "Sequence[tuple[TensorRtGeneration, int]]") -> "TensorRtGeneration":
+        """Rows of several generations as one, where they lie; what else these have is free."""
+        for generation, _ in parts:
+            generation._check_slots([row for other, row in parts if other is generation])
+        for generation, _ in parts:
+            generation._give_up()
+        slots = np.array([generation._slots[row] for generation, row in parts], np.int64)
+        first, _ = parts[0]
+        return cls(first._memory, first._cache, first._encoder, first._prefill, first._decode_step, slots)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the engines' one KV cache."""
-        return self._cache.nbytes
+        """Bytes of its slots."""
+        return self._cache.nbytes * self.batch // self._cache.batch
 
     def prefill(self, inputs: PrefillInputs, visual: Visual, *, logits: bool) -> PrefillOutputs:
         """Run first_layer and decoder over the prompt.
@@ -114,13 +148,13 @@ class TensorRtGeneration:
         Raises:
             BackendError: a prompt beyond what the engines were built for, or TensorRT or CUDA failed.
         """
-        self._check_turn()
-        num_visual = self._encoder.rows(visual)
-        with self._memory.cuda.active():
-            self._cache.checked_rows = None
-            outputs = self._prefill.run(inputs, num_visual, logits=logits)
-            self._cache.advance(inputs.num_kept_total, self.batch)
-        self._kept = inputs.num_kept_total
+        self._check_slots()
+        with self._running():
+            num_visual = self._encoder.rows(visual)
+            self._cache.check_room(inputs.num_kept_total, self._slots)
+            outputs = self._prefill.run(inputs, num_visual, int(self._slots[0]), logits=logits)
+            self._cache.starts[self._slots] = inputs.kv_start
+            self._advance(inputs.num_kept_total, np.arange(self.batch), outputs.step.logits)
         return outputs
 
     def decode(self, inputs: DecodeInputs, *, logits: bool) -> StepOutputs:
@@ -129,33 +163,61 @@ class TensorRtGeneration:
         Raises:
             BackendError: the cache is full, or TensorRT or CUDA failed.
         """
-        self._check_turn()
-        self._cache.check_room(1)
-        with self._memory.cuda.active():
-            self._cache.checked_rows = None
-            next_token = self._decode_step.run(inputs)
-            self._cache.advance(1, self.batch)
-            self._kept = 1
-            return StepOutputs(next_token, self._memory.read("logits", {"batch": self.batch}) if logits else None)
+        self._check_slots()
+        self._cache.check_room(1, self._slots)
+        with self._running():
+            next_token, rows = self._decode_step.run(inputs, self._slots)
+            read = self._memory.read("logits", {"batch": rows})[self._slots] if logits else None
+            self._advance(1, self._slots, read)
+        return StepOutputs(next_token, read)
+
+    def release(self, row: int) -> None:
+        """Let a row's slot be free for the next prompt; the others go on once they are gathered."""
+        if self._cache.shared and self._cache.belong(self._slots[[row]], self):
+            self._cache.release(self._slots[[row]])
 
     def hidden_states(self) -> npt.NDArray[np.float32]:
         """first_layer's output of the last step: float32 [batch, num_kept_total, hidden]."""
-        self._check_turn()
+        self._check_slots()
         if not self._kept:
             raise BackendError("hidden_states: nothing was run yet, expected a prefill before")
+        if self._step != self._cache.num_steps:
+            raise BackendError("hidden_states: another generation's step has overwritten them; read them before it")
         with self._memory.cuda.active():
-            dims = {"batch": self.batch, "num_kept_total": self._kept}
-            return self._memory.read("hidden_states", dims).astype(np.float32)
+            dims = {"batch": int(self._rows.max()) + 1, "num_kept_total": self._kept}
+            return self._memory.read("hidden_states", dims)[self._rows].astype(np.float32)
 
     def cache(self, layer: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         """Host copies of a layer's keys and values: [batch, kv_heads, columns, head_dim], as far as written."""
-        self._check_turn()
+        self._check_slots()
         with self._memory.cuda.active():
-            return self._cache.read(self._memory.cuda, layer, self.batch)
+            return self._cache.read(self._memory.cuda, layer, self._slots)
 
-    def _check_turn(self) -> None:
-        if self._turn != self._cache.turn:
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        """Around a step; one that fails ends the generation, whoever still refers to it."""
+        self._step = self._cache.begin_step(self._slots)
+        try:
+            with self._memory.cuda.active():
+                yield
+        except BaseException:
+            self._give_up()
+            raise
+
+    def _advance(self, columns: int, rows: Slots, logits: npt.NDArray[np.float32] | None) -> None:
+        """Count a step; its logits, where they were read, have seen all that its slots hold."""
+        self._cache.advance(columns, self._slots)
+        self._rows, self._kept = rows, columns
+        if logits is not None:
+            self._cache.finite[self._slots] = np.isfinite(logits).all(axis=1)
+
+    def _give_up(self) -> None:
+        """Let those slots be free that are still its own."""
+        self._cache.release(slot for slot in self._slots if self._cache.belong(np.array([slot]), self))
+
+    def _check_slots(self, rows: "Sequence[int] | slice" = slice(None)) -> None:
+        if not self._cache.belong(self._slots[rows], self):
             raise BackendError(
-                "generation: another was started on the same engines, whose KV cache holds one at a time. "
-                "Finish a stream before the next, put prompts into one batch, or load a second Pipeline"
+                "generation: another was started on the same engines and has its place in the KV cache, or a step "
+                "failed. Finish a stream before the next, put prompts into one batch, or load a second Pipeline"
             )

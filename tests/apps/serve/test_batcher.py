@@ -396,8 +396,9 @@ def test_after_hundreds_of_jobs_no_cache_and_no_row_is_left(inplace):
     assert "KVCache" not in before
 
 
-def test_engines_that_hold_one_generation_answer_one_job_after_the_other(tiny_bundle, tmp_path):
-    folder = engine_folder(tiny_bundle, tmp_path / "engines", "tensorrt")
+@pytest.mark.parametrize("target", ["tensorrt", "portable"])
+def test_engines_answer_jobs_together_or_one_after_the_other_as_generate_does(tiny_bundle, tmp_path, target):
+    folder = engine_folder(tiny_bundle, tmp_path / "engines", target)
     with Machines() as machines, Pipeline.load(folder) as pipe, Batcher(pipe) as batcher:
         jobs = [ask(question(pipe, number), KEPT, 5, ignore_eos=True) for number in range(3)]
         heard = [Heard() for _ in jobs]

@@ -4,6 +4,7 @@ import pytest
 
 from hawk_trt.apps.serve.ray_options import ReplicaOptions
 from hawk_trt.errors import InvalidInput
+from trt_machine import engine_folder
 
 
 def options_of(**arguments):
@@ -32,6 +33,16 @@ def test_a_replica_takes_a_gpu_where_it_uses_one_and_else_a_cpu_for_each_thread(
     (tmp_path / "engines.json").touch()
     assert options_of(path=str(tmp_path)).runs_engines
     assert resources(device="cuda", num_gpus=0.5, num_cpus=2) == (0.5, 2)
+
+
+def test_engines_answer_as_many_requests_together_as_they_have_slots(tiny_bundle, tmp_path):
+    def rows(path, **arguments):
+        return options_of(path=str(path), **arguments).rows
+
+    inplace, portable = (engine_folder(tiny_bundle, tmp_path / target, target) for target in ("tensorrt", "portable"))
+    assert (rows(tiny_bundle), rows(tiny_bundle, max_batch=3)) == (8, 3)
+    assert (rows(inplace), rows(inplace, max_batch=3)) == (4, 3)
+    assert rows(portable) == 1
 
 
 @pytest.mark.parametrize(

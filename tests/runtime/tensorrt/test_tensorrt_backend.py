@@ -98,13 +98,27 @@ def test_timings_add_up_to_no_more_than_the_whole(pipes):
     assert sum(parts) <= timings.total + 1e-3
 
 
-def test_a_second_generation_ends_the_first_and_says_so(pipes):
-    plans = pipes[0]
-    first = plans.stream(SAMPLES[0].question, [SAMPLES[0].image], max_new_tokens=6)
-    next(first)
+def test_where_no_slot_is_free_the_next_generation_ends_the_one_unused_for_longest_and_says_so(pipes):
+    plans, bundle = pipes
+    places = 4 if plans.backend.can_gather else 1
+
+    def begin(pipe, number):
+        stream = pipe.stream(SAMPLES[number].question, [SAMPLES[number].image], max_new_tokens=6, ignore_eos=True)
+        stream._scheduler.step()
+        return stream
+
+    streams = [begin(plans, number) for number in range(places)]
+    if places > 1:
+        streams[0]._scheduler.step()  # so that the second is the one
     same(*(pipe.generate(SAMPLES[1].question, [SAMPLES[1].image], max_new_tokens=4) for pipe in pipes))
+    ended = streams.pop(min(1, places - 1))
     with pytest.raises(BackendError, match=r"another was started .* one batch, or load a second Pipeline"):
-        list(first)
+        list(ended)
+    for number, stream in zip((0, 2, 3), streams, strict=False):
+        list(stream)
+        expected = begin(bundle, number)
+        list(expected)
+        same(stream.result, expected.result)
 
 
 def test_an_overwritten_encode_is_refused(pipes):

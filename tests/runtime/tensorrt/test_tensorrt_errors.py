@@ -238,7 +238,7 @@ def test_an_answer_ends_where_the_cache_does(tiny_bundle, tmp_path):
         assert got.finish_reason == "length"
         assert len(got.token_ids) == 50 - kept + 1
         assert got.token_ids == answer(bundle, 64).token_ids[: len(got.token_ids)]
-        assert pipe.backend.cache.length == 50
+        assert pipe.backend.cache.ends.max() == 50
 
 
 def test_a_write_beyond_the_cache_is_refused_on_the_host(tiny_bundle, tmp_path):
@@ -250,7 +250,7 @@ def test_a_write_beyond_the_cache_is_refused_on_the_host(tiny_bundle, tmp_path):
         stream._scheduler.step()
         generation = stream._sequence.generation
         inputs = DecodeInputs(np.array([5]), np.array([100]))
-        for _ in range(50 - pipe.backend.cache.length):
+        for _ in range(50 - pipe.backend.cache.ends.max()):
             generation.decode(inputs, logits=False)
         with pytest.raises(BackendError, match=r"got 51 columns to hold, these engines hold 50"):
             generation.decode(inputs, logits=False)

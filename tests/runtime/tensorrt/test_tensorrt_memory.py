@@ -63,18 +63,18 @@ def test_the_cache_of_a_tensorrt_plan_is_one_tensor_and_of_a_portable_plan_two(f
     size = 2 * layers * batch * heads * context * dim * 4
     assert KVCache.size_bytes(inplace) == size
     assert KVCache.size_bytes(portable) == 2 * size
-    cache = KVCache(inplace, 1 << 20)
+    cache, slots = KVCache(inplace, 1 << 20), np.array([0])
     assert cache.addresses()["past_key.2"] == cache.addresses()["present_key.2"]
-    cache.advance(3)
+    cache.advance(3, slots)
     assert cache.addresses()["past_key.2"] == cache.addresses()["present_key.2"]
-    assert cache.dims(1) == {"context_len": 256}
-    cache.advance(253)
-    assert cache.dims(1) == {"context_len": 320}  # the end, which is no multiple of 256
+    assert cache.dims(1, cache.length_of(slots)) == {"context_len": 256}
+    cache.advance(253, slots)
+    assert cache.dims(1, cache.length_of(slots)) == {"context_len": 320}  # the end, which is no multiple of 256
     cache = KVCache(portable, 1 << 20)
     before = cache.addresses()
-    cache.advance(3)
+    cache.advance(3, slots)
     assert cache.addresses()["past_key.2"] == before["present_key.2"] != before["past_key.2"]
-    assert cache.dims(1) == {"past_len": 3, "total_len": 4}
+    assert cache.dims(1, cache.length_of(slots)) == {"past_len": 3, "total_len": 4}
 
 
 def test_arrays_larger_than_the_staging_buffer_go_in_parts(machines, monkeypatch):
