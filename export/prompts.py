@@ -7,6 +7,7 @@ from hawk_trt.errors import BundleError, CheckpointError, InvalidInput
 from hawk_trt.inputs.processor import Processor
 from hawk_trt.models.family import Family, TokenRun
 from hawk_trt.request import Request
+from hawk_trt.runtime.sampling import checkpoint_sampling
 
 _QUESTION = "What is this?"
 _ANSWER = "A picture."
@@ -55,6 +56,11 @@ def try_prompts(bundle: Bundle, family: Family) -> list[str]:
             processor(Request(_QUESTION, tools=[_TOOL]))
         except InvalidInput as error:
             notes.append(f"a prompt with tools cannot be made: {error}")
+    try:
+        checkpoint_sampling(bundle, served=True)
+    except BundleError as error:
+        reason = str(error).removeprefix(f"{bundle.folder}/")
+        notes.append(f"{reason}, or serve with --generation-config none")
     return notes + _what_ends_a_turn(processor, bundle.manifest.special_tokens.eos)
 
 

@@ -390,6 +390,14 @@ def test_all_stop_tokens_end_an_answer_and_a_note_says_when_none_ends_a_chat(tmp
     assert "ends an answer with <|vision_pad|>, the checkpoint's stop tokens are <|im_end|>" in note
 
 
+def test_a_note_says_that_the_sampling_of_generation_config_cannot_be_used(tmp_path):
+    notes = []
+    export(changed_tiny(tmp_path, generation_config={"temperature": "hot"}), tmp_path / "out", note=notes.append)
+    (note,) = [note for note in notes if "generation_config" in note]
+    assert note.startswith("generation_config.json: damaged (Expected `float | null`, got `str` - at `$.temperature`)")
+    assert note.endswith("Correct it in the checkpoint and export again, or serve with --generation-config none")
+
+
 def test_a_changed_byte_is_refused(tmp_path, checkpoint):
     out = export(checkpoint, tmp_path / "out").folder
 
