@@ -9,7 +9,7 @@ from io import BytesIO
 import pytest
 from PIL import Image
 
-from serving import MODEL, SAMPLES, data_url, image, question, raw_request, serving
+from serving import MODEL, SAMPLES, data_url, image, question, raw_request, serving, wait_for
 
 PICTURE = SAMPLES / "0-colour.png"
 LIMITS = {"max_body_mb": 1.0, "max_images": 4, "max_messages": 8, "max_image_pixels": 1_000_000, "max_tokens": 32}
@@ -138,7 +138,7 @@ def test_a_wrong_request_is_refused_with_a_reason_and_the_server_goes_on(server,
     assert reason in error["message"] or reason in (error["param"] or "")
     assert not re.search(r"Traceback|/[a-z]+/[a-z_]+/|\.py|0x[0-9a-f]{6}", error["message"]), error["message"]
     assert server.http.get("/ready").status_code == 200
-    assert server.service.open_requests == 0
+    wait_for(lambda: server.service.open_requests == 0)
 
 
 PLACES = {
@@ -185,7 +185,7 @@ def test_wrong_http_is_refused_and_the_server_goes_on(server, name):
     answer = raw_request(server.port, content)
     assert answer.startswith(b"HTTP/1.1 %d " % status), answer[:200]
     assert server.http.get("/ready").status_code == 200
-    assert server.service.open_requests == 0
+    wait_for(lambda: server.service.open_requests == 0)
 
 
 @pytest.mark.parametrize("length", ["told", "chunked"])
@@ -194,7 +194,7 @@ def test_a_body_that_is_too_large_is_refused_even_to_a_client_that_sends_it_all(
     content = body if length == "told" else (body[place : place + 65536] for place in range(0, len(body), 65536))
     refused = server.http.post("/v1/chat/completions", content=content, headers={"content-type": "application/json"})
     assert (refused.status_code, refused.json()["error"]["code"]) == (413, "body_too_large")
-    assert server.service.open_requests == 0
+    wait_for(lambda: server.service.open_requests == 0)
 
 
 def test_values_that_ask_for_nothing_are_taken(server):
