@@ -16,12 +16,13 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse
 
 from hawk_trt import __version__
-from hawk_trt.apps.serve.chat import chat_completions, check_model
+from hawk_trt.apps.serve.answers import Abilities, Chunk, Completion, Model, ModelList
+from hawk_trt.apps.serve.chat import IGNORED, chat_completions, check_model
 from hawk_trt.apps.serve.errors import ApiError, ErrorBody, error_response
 from hawk_trt.apps.serve.metrics import CONTENT_TYPE
 from hawk_trt.apps.serve.middleware import RequestMiddleware
 from hawk_trt.apps.serve.page import page_routes
-from hawk_trt.apps.serve.protocol import Abilities, ChatRequest, Chunk, Completion, Model, ModelList
+from hawk_trt.apps.serve.protocol import ChatRequest
 from hawk_trt.apps.serve.service import Service
 from hawk_trt.apps.serve.settings import ServeSettings
 from hawk_trt.errors import HawkError
@@ -85,7 +86,7 @@ def create_app(pipe: "Pipeline", settings: ServeSettings) -> FastAPI:
             allow_origins=settings.cors_origins,
             allow_methods=["GET", "POST"],
             allow_headers=["authorization", "content-type"],
-            expose_headers=["x-request-id", "retry-after"],
+            expose_headers=["x-request-id", "retry-after", IGNORED],
         )
     app.add_middleware(
         RequestMiddleware,

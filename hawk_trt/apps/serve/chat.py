@@ -1,5 +1,6 @@
 """POST /v1/chat/completions, from the first byte of the request's body to the last of the answer."""
 
+import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterable, Mapping
@@ -7,32 +8,36 @@ from functools import partial
 from typing import Annotated, Any, Literal
 
 import anyio
-from fastapi import Depends, Request
+from fastapi import Depends, Request, Response
 from pydantic import BaseModel
 from starlette.responses import StreamingResponse
 
-from hawk_trt.apps.serve.batcher import Finished, Piece
-from hawk_trt.apps.serve.details import details_of
-from hawk_trt.apps.serve.errors import ApiError, api_error
-from hawk_trt.apps.serve.prompt import Prepared, images_of, is_remote, prepare
-from hawk_trt.apps.serve.protocol import (
+from hawk_trt.apps.serve.answers import (
     AnswerMessage,
     Choice,
     Chunk,
     ChunkChoice,
     Completion,
     Logprobs,
+    PromptTokensDetails,
     TokenLogprob,
     TopLogprob,
     Usage,
-    read_request,
 )
+from hawk_trt.apps.serve.batcher import Finished, Piece
+from hawk_trt.apps.serve.details import details_of
+from hawk_trt.apps.serve.errors import ApiError, api_error
+from hawk_trt.apps.serve.prompt import Prepared, images_of, is_remote, prepare
+from hawk_trt.apps.serve.protocol import read_request
 from hawk_trt.apps.serve.service import OpenRequest, Service
 from hawk_trt.inputs.tokenizer import token_bytes
 from hawk_trt.request import Result, TokenLogprobs
 
 # the last keeps nginx from gathering the events
 _STREAM_HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}
+IGNORED = "x-hawk-ignored"
+_MAX_NAMES = 16
+_MAX_NAME_CHARS = 80
 _LEAST_LOGPROB = -9999.0  # JSON has no infinity
 
 
@@ -52,7 +57,7 @@ async def prepared_request(request: Request, opened: Annotated[OpenRequest, Depe
     """
     service: Service = request.app.state.service
     settings = service.settings
-    with anyio.fail_after(settings.request_seconds):
+    with anyio.fail_after(opened.deadline - time.monotonic()):
         chat = await service.in_thread(partial(read_request, await _body(request, opened, service)))
         check_model(chat.model, settings.model_name)
         images = images_of(chat, settings)
@@ -71,6 +76,7 @@ async def prepared_request(request: Request, opened: Annotated[OpenRequest, Depe
 
 async def chat_completions(
     request: Request,
+    response: Response,
     opened: Annotated[OpenRequest, Depends(open_request)],
     prepared: Annotated[Prepared, Depends(prepared_request)],
 ) -> Completion | StreamingResponse:
@@ -91,9 +97,11 @@ async def chat_completions(
     service.metrics.first_token_seconds.observe(time.monotonic() - opened.begun)
     head: dict[str, Any] = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time())}
     head["model"] = service.settings.model_name
+    ignored = _ignored_header(prepared)
     if prepared.stream:
         events = _events(service, opened, prepared, first, head)
-        return StreamingResponse(events, headers=_STREAM_HEADERS, media_type="text/event-stream")
+        return StreamingResponse(events, headers=_STREAM_HEADERS | ignored, media_type="text/event-stream")
+    response.headers.update(ignored)
     results: dict[int, Result] = {}
     shown: list[list[TokenLogprobs]] = [[] for _ in prepared.requests]
     async for index, event in _all_events(opened, first):
@@ -112,6 +120,13 @@ async def chat_completions(
         for index, result in sorted(results.items())
     ]
     return Completion(**head, choices=choices, usage=usage, hawk=details)
+
+
+def _ignored_header(prepared: Prepared) -> dict[str, str]:
+    """Tells of the keys that nothing reads; a key of odd characters is a client's, and must not end the header."""
+    names = [re.sub(r"[^\w.\[\]-]", "?", name, flags=re.ASCII)[:_MAX_NAME_CHARS] for name in prepared.ignored]
+    more = ["..."] if len(names) > _MAX_NAMES else []
+    return {IGNORED: ", ".join([*names[:_MAX_NAMES], *more])} if names else {}
 
 
 def check_model(got: str, served: str) -> None:
@@ -207,6 +222,7 @@ async def _finish(
         visual_tokens=first.num_visual,
         kept_visual_tokens=first.num_kept,
         query=first.query,
+        prompt_tokens_details=PromptTokensDetails(cached_tokens=0, image_tokens=first.num_visual),
     )
     if not prepared.details:
         return usage, None

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from hawk_trt.apps.serve.errors import invalid
-from hawk_trt.apps.serve.protocol import ChatMessage, ChatRequest, ImagePart, ImageUrl, Pruning
+from hawk_trt.apps.serve.protocol import ChatMessage, ChatRequest, ImagePart, ImageUrl, Pruning, ignored_keys
 from hawk_trt.apps.serve.settings import ServeSettings
 from hawk_trt.errors import InvalidInput
 from hawk_trt.inputs.images import data_url_bytes, load_image, resize
@@ -40,6 +40,7 @@ class Prepared:
         stream: whether the answer is sent while it grows.
         include_usage: whether a streamed answer ends with its usage.
         details: whether the answer tells of its making.
+        ignored: places of keys that the server does not know.
     """
 
     requests: tuple[Request, ...]
@@ -48,6 +49,7 @@ class Prepared:
     stream: bool
     include_usage: bool
     details: bool
+    ignored: tuple[str, ...]
 
     @property
     def prompt_tokens(self) -> int:
@@ -113,10 +115,7 @@ def prepare(
     Raises:
         ApiError: an image, prompt or option that cannot be used.
     """
-    limit = chat.max_completion_tokens or chat.max_tokens or settings.max_tokens
-    if limit > settings.max_tokens:
-        name = "max_tokens" if chat.max_completion_tokens is None else "max_completion_tokens"
-        raise invalid(f"{name}: got {limit}, expected at most {settings.max_tokens}", name)
+    limit = min(chat.max_completion_tokens or chat.max_tokens or settings.max_tokens, settings.max_tokens)
     pruning = _pruning(settings.pruning, chat.pruning)
     sampling = _sampling(default, chat, pipe.bundle.manifest.language.vocab_size)
     pictures = _decoded(images, fetched, settings.max_image_pixels)
@@ -142,7 +141,8 @@ def prepare(
         sizes=tuple((picture.shape[1], picture.shape[0]) for picture in pictures),
         stream=bool(chat.stream),
         include_usage=chat.stream_options is not None and bool(chat.stream_options.include_usage),
-        details=chat.hawk is not None and chat.hawk.details,
+        details=chat.hawk is not None and bool(chat.hawk.details),
+        ignored=tuple(ignored_keys(chat)),
     )
     most = settings.max_prompt_tokens
     if most is not None and prepared.prompt_tokens > most:

@@ -1,7 +1,8 @@
-"""OpenAI's chat completions as pydantic models: what a client sends and what it gets.
+"""OpenAI's chat completions as pydantic models: what a client sends.
 
 ChatRequest names every field of the protocol. The server refuses a field whose value asks for something that the server
-cannot do, and a field that the protocol does not have.
+cannot do. It takes keys that it does not know, and tells of them (ignored_keys); it refuses such keys of pruning and
+hawk, which are its own.
 """
 
 import json
@@ -9,7 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from hawk_trt.apps.serve.errors import ApiError, invalid
 from hawk_trt.request import QUERIES, QUOTAS, SELECTORS
@@ -27,7 +28,13 @@ def _only(*values: object) -> Any:  # noqa: ANN401 - as pydantic's Field
     return Field(None, description="Not supported, but for these values.", json_schema_extra=_names(values))
 
 
-class _PartlySupported(_Strict):
+class _Open(_Strict):
+    """Takes keys that it does not know, as a client's library or another server may have more of them."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+class _PartlySupported(_Open):
     @field_validator("*")
     @classmethod
     def _check(cls, got: object, info: ValidationInfo) -> object:
@@ -49,14 +56,14 @@ _TokenId: TypeAlias = Annotated[int, Field(ge=0, le=2**31)]
 Ignored: TypeAlias = Annotated[Any, Field(description="Taken and ignored: it does not change the answer.")]
 
 
-class TextPart(_Strict):
+class TextPart(_Open):
     """Text of a message."""
 
     type: Literal["text"]
     text: str
 
 
-class ImageUrl(_Strict):
+class ImageUrl(_PartlySupported):
     """Where an image is."""
 
     url: str = Field(
@@ -64,16 +71,24 @@ class ImageUrl(_Strict):
         "address of a host that the server allows.",
         examples=["data:image/png;base64,iVBORw0KGgo..."],
     )
-    detail: Literal["auto", "low", "high"] = Field(
+    detail: Literal["auto", "low", "high", "original"] | None = Field(
         "auto", description="low shrinks the image to fit 512 x 512 pixels first; the others leave it as it is."
     )
+    min_pixels: Any = _only()
+    max_pixels: Any = _only()
+    resized_height: Any = _only()
+    resized_width: Any = _only()
 
 
-class ImagePart(_Strict):
+class ImagePart(_PartlySupported):
     """An image of a user's message."""
 
     type: Literal["image_url"]
     image_url: ImageUrl
+    min_pixels: Any = _only()
+    max_pixels: Any = _only()
+    resized_height: Any = _only()
+    resized_width: Any = _only()
 
 
 class ChatMessage(_PartlySupported):
@@ -82,8 +97,10 @@ class ChatMessage(_PartlySupported):
     role: Literal["system", "developer", "user", "assistant"] = Field(description="developer is the same as system.")
     content: (
         str | Annotated[list[Annotated[TextPart | ImagePart, Field(discriminator="type")]], Field(min_length=1)]
-    ) = Field(description="Text, or texts and images in the order in which the model reads them.")
-    name: Any = _only()
+    ) = Field(
+        description="Text, or texts and images in the order in which the model reads them; null is an empty answer of "
+        "the assistant."
+    )
     refusal: Any = _only()
     audio: Any = _only()
     annotations: Any = _only([])
@@ -91,8 +108,15 @@ class ChatMessage(_PartlySupported):
     tool_call_id: Any = _only()
     function_call: Any = _only()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_content(cls, got: object) -> object:
+        if isinstance(got, dict) and got.get("role") == "assistant" and got.get("content") is None:
+            return {**got, "content": ""}
+        return got
 
-class StreamOptions(_Strict):
+
+class StreamOptions(_Open):
     """What a streamed answer holds besides."""
 
     include_usage: bool | None = Field(False, description="Send one more chunk at the end, with the usage alone.")
@@ -127,7 +151,9 @@ class Pruning(_Strict):
 class HawkOptions(_Strict):
     """What the answer tells besides."""
 
-    details: bool = Field(False, description="The seconds of each stage; grid, scores and kept tokens of each image.")
+    details: bool | None = Field(
+        False, description="The seconds of each stage; grid, scores and kept tokens of each image."
+    )
 
 
 class ChatRequest(_PartlySupported):
@@ -140,9 +166,12 @@ class ChatRequest(_PartlySupported):
     stream: bool | None = Field(False, description="Send the answer as server-sent events while it grows.")
     stream_options: StreamOptions | None = None
     max_completion_tokens: int | None = Field(
-        None, ge=1, le=2**31, description="Longest answer in tokens; at most the server's limit, the default."
+        None,
+        ge=1,
+        le=2**63 - 1,
+        description="Longest answer in tokens, up to the server's limit, which is the default.",
     )
-    max_tokens: int | None = Field(None, ge=1, le=2**31, description="The older name of max_completion_tokens.")
+    max_tokens: int | None = Field(None, ge=1, le=2**63 - 1, description="The older name of max_completion_tokens.")
     temperature: float | None = Field(
         None, ge=0, le=2, description="0 takes the most probable token; 1, unless the server has another default."
     )
@@ -192,130 +221,34 @@ class ChatRequest(_PartlySupported):
     web_search_options: Any = _only()
     store: Any = _only(False)
     service_tier: Any = _only("auto", "default")
+    add_generation_prompt: Any = _only(True)
+    allowed_token_ids: Any = _only()
+    bad_words: Any = _only([])
+    best_of: Any = _only(1)
+    chat_template: Any = _only()
+    chat_template_kwargs: Any = _only({})
+    continue_final_message: Any = _only(False)
+    documents: Any = _only([])
+    echo: Any = _only(False)
+    guided_choice: Any = _only()
+    guided_grammar: Any = _only()
+    guided_json: Any = _only()
+    guided_regex: Any = _only()
+    ignore_eos: Any = _only(False)
+    include_stop_str_in_output: Any = _only(False)
+    length_penalty: Any = _only(1)
+    min_tokens: Any = _only(0)
+    mm_processor_kwargs: Any = _only({})
+    prompt_logprobs: Any = _only()
+    stop_token_ids: Any = _only([])
+    structured_outputs: Any = _only()
+    truncate_prompt_tokens: Any = _only()
+    use_beam_search: Any = _only(False)
     parallel_tool_calls: Ignored = None
     metadata: Ignored = None
     user: Ignored = None
     safety_identifier: Ignored = None
     prompt_cache_key: Ignored = None
-
-
-class Usage(BaseModel):
-    """Tokens of a request and its answer."""
-
-    prompt_tokens: int = Field(description="Of the prompt as given, before pruning.")
-    completion_tokens: int = Field(description="Of all answers together.")
-    total_tokens: int
-    visual_tokens: int = Field(description="Of the prompt's images, before pruning.")
-    kept_visual_tokens: int = Field(description="Of these, what pruning kept.")
-    query: str = Field(description="Which text scored the visual tokens: paper or turn, as in pruning.")
-
-
-class AnswerMessage(BaseModel):
-    """The answer."""
-
-    role: Literal["assistant"] = "assistant"
-    content: str
-    refusal: None = None
-
-
-FinishReason: TypeAlias = Annotated[
-    Literal["stop", "length"], Field(description="length: max_tokens or the context ended the answer.")
-]
-
-
-class TopLogprob(BaseModel):
-    """How probable a token was."""
-
-    token: str
-    logprob: float = Field(description="By the model's own logits, before penalties, biases and temperature.")
-    bytes: list[int] = Field(description="Of the token in UTF-8; characters may go over several tokens.")
-
-
-class TokenLogprob(TopLogprob):
-    """How probable a token of the answer was, and which were the most probable ones."""
-
-    top_logprobs: list[TopLogprob]
-
-
-class Logprobs(BaseModel):
-    """The tokens of an answer, where the request asks for them."""
-
-    content: list[TokenLogprob]
-    refusal: None = None
-
-
-class Choice(BaseModel):
-    """One answer."""
-
-    index: int
-    message: AnswerMessage
-    finish_reason: FinishReason
-    logprobs: Logprobs | None = None
-
-
-class ChunkChoice(BaseModel):
-    """What a chunk adds to one answer."""
-
-    index: int
-    delta: dict[Literal["role", "content"], str]
-    finish_reason: FinishReason | None = None
-    logprobs: Logprobs | None = None
-
-
-class _Answer(BaseModel):
-    id: str
-    created: int = Field(description="Seconds since 1970.")
-    model: str
-    hawk: dict[str, Any] | None = Field(None, description="Where the request asked for details.")
-
-
-class Completion(_Answer):
-    """A whole answer."""
-
-    object: Literal["chat.completion"] = "chat.completion"
-    choices: list[Choice]
-    usage: Usage
-
-
-class Chunk(_Answer):
-    """A part of a streamed answer."""
-
-    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-    choices: list[ChunkChoice]
-    usage: Usage | None = None
-
-
-class Abilities(BaseModel):
-    """An extension: what a request may ask for. keep_ratio and selector are those of a request that names none."""
-
-    family: str
-    dtype: str
-    keep_ratio: float
-    selector: str
-    selectors: list[str]
-    queries: list[str]
-    quotas: list[str]
-    max_tokens: int
-    max_images: int
-    max_body_bytes: int
-    remote_images: bool = Field(description="Whether images may be fetched from some hosts.")
-
-
-class Model(BaseModel):
-    """A model."""
-
-    id: str
-    object: Literal["model"] = "model"
-    created: int = Field(description="When the server began, in seconds since 1970.")
-    owned_by: str = "hawk_trt"
-    hawk: Abilities
-
-
-class ModelList(BaseModel):
-    """All models."""
-
-    object: Literal["list"] = "list"
-    data: list[Model]
 
 
 def read_request(body: bytes) -> ChatRequest:
@@ -328,6 +261,25 @@ def read_request(body: bytes) -> ChatRequest:
         return ChatRequest.model_validate_json(body)
     except ValidationError as error:
         raise _explained(error) from None
+
+
+def ignored_keys(chat: ChatRequest) -> list[str]:
+    """The places of keys that the server does not know and that hold something: messages[0].name."""
+    found: dict[str, _Open] = {"": chat}
+    if chat.stream_options is not None:
+        found["stream_options."] = chat.stream_options
+    for index, message in enumerate(chat.messages):
+        found[f"messages[{index}]."] = message
+        for number, part in enumerate(() if isinstance(message.content, str) else message.content):
+            found[f"messages[{index}].content[{number}]."] = part
+            if isinstance(part, ImagePart):
+                found[f"messages[{index}].content[{number}].image_url."] = part.image_url
+    return [
+        f"{place}{key}"
+        for place, model in found.items()
+        for key, value in (model.model_extra or {}).items()
+        if value is not None
+    ]
 
 
 def _explained(error: ValidationError) -> ApiError:

@@ -61,7 +61,14 @@ BODIES = {
     "half of a surrogate pair": (b'{"model": "m", "messages": [{"role": "user", "content": "\\ud800"}]}', "body"),
     "no messages": ({"model": MODEL}, "messages"),
     "an empty list of messages": (question() | {"messages": []}, "messages"),
-    "an unknown field": (question(frobnicate=1), "frobnicate"),
+    "a template": (question(chat_template="{{ 1 }}"), "chat_template"),
+    "a grammar": (question(guided_json={"type": "object"}), "guided_json"),
+    "tokens that end": (question(stop_token_ids=[5]), "stop_token_ids"),
+    "a call of a tool": (message(tool_calls=[{"id": "1", "type": "function"}]), "tool_calls"),
+    "pixels of one image": (
+        question() | {"messages": [{"role": "user", "content": [image(PICTURE) | {"max_pixels": 50176}]}]},
+        "messages[0].content[0].max_pixels",
+    ),
     "an unknown role": (message(role="tool"), "tool"),
     "no content": (message(content=None), "content"),
     "an empty list of content": (message(content=[]), "content"),
@@ -75,7 +82,6 @@ BODIES = {
     "too many messages": (question() | {"messages": question()["messages"] * 9}, "messages"),
     "too long a prompt": (question("word " * 2000), "tokens"),
     "too many images": (question("What is it?", *[PICTURE] * 5), "images"),
-    "too many answer tokens": (question(max_tokens=33), "max_tokens"),
     "no answer token": (question(max_tokens=0), "max_tokens"),
     "a temperature below 0": (question(temperature=-1), "temperature"),
     "a temperature that is infinite": (json.dumps(question(temperature=1)).replace("1,", "1e999,").encode(), "temp"),
@@ -150,7 +156,7 @@ PLACES = {
     "pruning.keep_ratio": (pruned(keep_ratio="0.2"), "invalid_value"),
     "messages[0].role": (message(role=None), "invalid_value"),
     "messages[0].content": (message(content=5), "invalid_value"),
-    "messages[0].name": (message(name="me"), "unsupported"),
+    "messages[0].tool_call_id": (message(tool_call_id="me"), "unsupported"),
     "messages[0].content[0].image_url.url": (message(content=[image("") | {"image_url": {"url": 1}}]), "invalid_value"),
     "messages[0].content[0].text": (message(content=[{"type": "text"}]), "invalid_value"),
 }
@@ -205,3 +211,63 @@ def test_values_that_ask_for_nothing_are_taken(server):
         "service_tier": "auto", "modalities": ["text"], "tool_choice": None, "stream": None, "stop": None,
     }  # fmt: skip
     assert server.ask(**neutral).status_code == 200
+
+
+def test_keys_that_are_not_known_are_taken_and_told(server):
+    def part(**more):
+        return {"type": "text", "text": "What colour is the heart?"} | more
+
+    picture = image(PICTURE) | {"uuid": "a"}
+    picture["image_url"] |= {"format": "image/png", "detail": None}
+    chat = [
+        {"role": "system", "content": "Be brief.", "name": None},
+        {"role": "user", "name": "bob", "content": [picture, part(cache_control={"type": "ephemeral"})]},
+        {"role": "assistant", "content": "cyan", "reasoning_content": "I see", "refusal": None, "annotations": None},
+        {"role": "user", "content": "And?"},
+    ]
+    plain = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [image(PICTURE), part()]},
+        {"role": "assistant", "content": "cyan"},
+        {"role": "user", "content": "And?"},
+    ]
+    odd = {"foo": 1, "nothing": None, "é\r\nx-evil: 1": 2, "top_logprobs": 0, "logprobs": None, "tools": None}
+    got = server.ask(messages=chat, **odd)
+    assert got.status_code == 200
+    assert got.headers["x-hawk-ignored"] == (
+        "foo, ???x-evil??1, messages[1].name, messages[1].content[0].uuid, messages[1].content[0].image_url.format, "
+        "messages[1].content[1].cache_control, messages[2].reasoning_content"
+    )
+    assert "x-evil" not in got.headers
+    expected = server.ask(messages=plain)
+    assert "x-hawk-ignored" not in expected.headers
+    assert got.json()["choices"] == expected.json()["choices"]
+    streamed = server.ask(messages=chat, stream=True, **odd)
+    assert streamed.headers["x-hawk-ignored"] == got.headers["x-hawk-ignored"]
+    many = server.ask(**{f"{number}{'k' * 1000}": 1 for number in range(200)})
+    assert many.status_code == 200 and len(many.headers["x-hawk-ignored"]) < 2000
+
+
+def test_an_answer_of_the_assistant_may_be_null(server):
+    def chat(content):
+        return [question()["messages"][0], {"role": "assistant"} | content, {"role": "user", "content": "And?"}]
+
+    answers = [
+        server.ask(messages=chat(content)).json()["choices"] for content in ({"content": None}, {"content": ""}, {})
+    ]
+    assert answers[0] == answers[1] == answers[2]
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+@pytest.mark.parametrize("limit", [LIMITS["max_tokens"] + 1, 2048, 32_768, 2**40])
+def test_more_answer_tokens_than_allowed_are_as_many_as_allowed(server, name, limit):
+    body = question("Count.", logit_bias={"5": 100}) | {"max_tokens": None, name: limit}
+    got = server.http.post("/v1/chat/completions", json=body).json()
+    assert got["usage"]["completion_tokens"] == LIMITS["max_tokens"]
+    assert got["choices"][0]["finish_reason"] == "length"
+
+
+def test_usage_tells_the_tokens_of_images(server):
+    usage = server.ask(messages=question("What?", PICTURE)["messages"]).json()["usage"]
+    assert usage["prompt_tokens_details"] == {"cached_tokens": 0, "image_tokens": usage["visual_tokens"]}
+    assert usage["visual_tokens"] > 0
