@@ -174,6 +174,7 @@ HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nC
 RAW = {
     "no HTTP": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", 400),
     "two lengths": (HEAD + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\nhello", 400),
+    "a length and chunks": (HEAD + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
     "a length below 0": (HEAD + b"Content-Length: -1\r\n\r\n", 400),
     "a huge header": (b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\nX-Big: " + b"a" * 100_000 + b"\r\n\r\n", 431),
     "a huge path": (b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", 414),
@@ -271,3 +272,12 @@ def test_usage_tells_the_tokens_of_images(server):
     usage = server.ask(messages=question("What?", PICTURE)["messages"]).json()["usage"]
     assert usage["prompt_tokens_details"] == {"cached_tokens": 0, "image_tokens": usage["visual_tokens"]}
     assert usage["visual_tokens"] > 0
+
+
+def test_what_follows_a_body_of_two_lengths_is_no_request(server):
+    head = (
+        HEAD.replace(b"Connection: close\r\n", b"")
+        + b"Content-Length: 60\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
+    )
+    answer = raw_request(server.port, head + b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert answer.count(b"HTTP/1.1 ") == 1 and b"two_lengths" in answer
