@@ -91,7 +91,7 @@ def images_of(chat: ChatRequest, settings: ServeSettings) -> dict[str, ImageUrl]
 
 def is_remote(image: ImageUrl) -> bool:
     """Whether an image has to be fetched."""
-    return not image.url.startswith("data:")
+    return image.url[:5].lower() != "data:"
 
 
 def prepare(

@@ -84,11 +84,16 @@ class ImagePart(_PartlySupported):
     """An image of a user's message."""
 
     type: Literal["image_url"]
-    image_url: ImageUrl
+    image_url: ImageUrl = Field(description="An object; a text is its url.")
     min_pixels: Any = _only()
     max_pixels: Any = _only()
     resized_height: Any = _only()
     resized_width: Any = _only()
+
+    @field_validator("image_url", mode="before")
+    @classmethod
+    def _of_text(cls, got: object) -> object:
+        return {"url": got} if isinstance(got, str) else got
 
 
 class ChatMessage(_PartlySupported):
@@ -219,8 +224,6 @@ class ChatRequest(_PartlySupported):
     reasoning_effort: Any = _only("none")
     verbosity: Any = _only("medium")
     web_search_options: Any = _only()
-    store: Any = _only(False)
-    service_tier: Any = _only("auto", "default")
     add_generation_prompt: Any = _only(True)
     allowed_token_ids: Any = _only()
     bad_words: Any = _only([])

@@ -268,6 +268,22 @@ def test_more_answer_tokens_than_allowed_are_as_many_as_allowed(server, name, li
     assert got["choices"][0]["finish_reason"] == "length"
 
 
+def test_an_image_may_be_a_text_and_its_scheme_in_capitals(server):
+    def ask(image_url):
+        part = {"type": "image_url", "image_url": image_url}
+        content = [part, {"type": "text", "text": "What colour is the heart?"}]
+        return server.ask(messages=[{"role": "user", "content": content}]).json()["choices"]
+
+    url = data_url(PICTURE)
+    capitals = url.replace("data:image/png;base64", "DATA:image/png;BASE64")
+    assert ask(url) == ask({"url": url}) == ask(capitals) == ask({"url": capitals})
+
+
+def test_what_changes_no_answer_is_taken(server):
+    got = server.ask(store=True, service_tier="flex", user="me")
+    assert (got.status_code, got.headers["x-hawk-ignored"]) == (200, "store, service_tier")
+
+
 def test_usage_tells_the_tokens_of_images(server):
     usage = server.ask(messages=question("What?", PICTURE)["messages"]).json()["usage"]
     assert usage["prompt_tokens_details"] == {"cached_tokens": 0, "image_tokens": usage["visual_tokens"]}
