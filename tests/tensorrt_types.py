@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 STUBS = ROOT / "build" / "tensorrt-stubs"
 # JetPack 6, a 10 before the KV cache ops, JetPack 7.2, and the newest.
 VERSIONS = {"10.3.0": "cu12", "10.13.3.9": "cu13", "10.16.1.11": "cu13", "11.4.0.106": "cu13"}
-CHECKED = ("engines", "hawk_trt/backends/tensorrt")
+CHECKED = ("engines", "hawk_trt/runtime/tensorrt")
 _LIBRARIES = ("nvinfer", "nvinfer_plugin", "nvonnxparser")
 _ENTRIES = (
     "createInferBuilder_INTERNAL",
