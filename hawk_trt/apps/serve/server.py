@@ -90,6 +90,8 @@ def listen(host: str, port: int) -> socket.socket:
     Raises:
         InvalidInput: it cannot be opened.
     """
+    if not 0 <= port <= 65535:  # the system would take another one in silence
+        raise InvalidInput(f"port: got {port}, expected 0 (any that is free) to 65535")
     try:
         kind = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         opened = socket.create_server(kind[4][:2], family=kind[0], backlog=_BACKLOG)

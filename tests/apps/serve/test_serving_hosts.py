@@ -9,6 +9,7 @@ from hawk_trt.apps.cli.serve import Served
 from hawk_trt.apps.serve.middleware import is_allowed
 from hawk_trt.apps.serve.server import listen
 from hawk_trt.apps.serve.settings import LOOPBACK_HOSTS
+from hawk_trt.errors import InvalidInput
 from serving import question, serving, wait_for
 
 
@@ -130,3 +131,9 @@ def test_a_client_that_never_reads_is_closed(tiny_bundle, monkeypatch):
             client.close()
     opened = listen("127.0.0.1", 0)
     opened.close()
+
+
+@pytest.mark.parametrize("port", [-1, 65536, 99999])
+def test_a_port_that_there_is_not_is_refused_and_no_other_taken(port):
+    with pytest.raises(InvalidInput, match=f"port: got {port}, expected 0"):
+        listen("127.0.0.1", port)
