@@ -38,7 +38,6 @@ serve.run(build(arguments), name="hawk")
 print(ray.nodes()[0]["MetricsExportPort"])
 """
 CLIENTS = 6
-_UNUSED_TOKEN = 457
 SECONDS = 300.0
 
 
@@ -136,8 +135,16 @@ def endless_bundle(tiny_checkpoint, tmp_path_factory):
     """The tiny model without what ends an answer, so that streams last."""
     folder = tmp_path_factory.mktemp("endless")
     shutil.copytree(tiny_checkpoint, folder / "checkpoint")
-    file = folder / "checkpoint" / "generation_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": [_UNUSED_TOKEN]}))
+    for name, key in (
+        ("generation_config", "eos_token_id"),
+        ("config", "eos_token_id"),
+        ("tokenizer_config", "eos_token"),
+    ):
+        file = folder / "checkpoint" / f"{name}.json"
+        fields = json.loads(file.read_text())
+        for part in (fields, fields.get("text_config", {})):
+            part.pop(key, None)
+        file.write_text(json.dumps(fields))
     assert export([str(folder / "checkpoint"), "--out", str(folder / "bundle")]) == 0
     return folder / "bundle"
 
