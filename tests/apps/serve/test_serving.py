@@ -11,7 +11,7 @@ from PIL import Image
 
 from hawk_trt.inputs.images import resize
 from hawk_trt.request import PruningConfig, SamplingConfig
-from serving import MODEL, SAMPLES, data_url, image, question, samples, serving
+from serving import MODEL, SAMPLES, data_url, image, question, samples, serving, wait_for
 
 PICTURE, QUESTION, ANSWER = samples()[0]
 
@@ -223,9 +223,7 @@ def test_metrics_count_requests_and_tokens(server):
     before = {key: value(name) for key, name in names.items()}
     assert server.http.post("/v1/chat/completions", json=question(QUESTION, PICTURE)).status_code == 200
     assert server.ask(n=9).status_code == 400
-    after = {key: value(name) for key, name in names.items()}
-    assert {key: after[key] - before[key] for key in names} == {
-        "requests": 1, "refused": 1, "visual": 64, "kept": 13, "first": 1, "vision": 1
-    }  # fmt: skip
+    more = {"requests": 1, "refused": 1, "visual": 64, "kept": 13, "first": 1, "vision": 1}
+    wait_for(lambda: {key: value(name) - before[key] for key, name in names.items()} == more)
     text = server.http.get("/metrics").text
     assert all(name in text for name in ("hawk_queued_requests", "hawk_running_requests", "hawk_kv_cache_bytes"))

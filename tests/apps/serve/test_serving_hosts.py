@@ -1,7 +1,7 @@
 """Who may call a server of one machine: names in Host, pages in Origin; and clients that never read."""
 
 import socket
-import time
+from contextlib import ExitStack
 
 import pytest
 
@@ -112,25 +112,17 @@ def test_no_answer_leads_to_the_name_that_a_client_gave(tiny_bundle):
 
 def test_a_client_that_never_reads_is_closed(tiny_bundle, monkeypatch):
     monkeypatch.setattr("hawk_trt.apps.serve.server._UNREAD_SECONDS", 1.0)
-    with serving(tiny_bundle, max_connections=4) as server:
+    with serving(tiny_bundle) as server, ExitStack() as clients:
         server.http.close()
-        clients = []
-        for _ in range(5):
-            client = socket.socket()
+        for _ in range(4):
+            client = clients.enter_context(socket.socket())
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
             client.connect(("127.0.0.1", server.port))
-            clients.append(client)
             client.setblocking(False)  # the server stops reading when nothing of its answers is taken
-            with pytest.raises(BlockingIOError):
+            with pytest.raises((BlockingIOError, ConnectionError)):  # or has closed this one already
                 while True:
                     client.send(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * 100)
-        begun = time.monotonic()
-        wait_for(lambda: not server.server.server_state.connections, 20)
-        assert time.monotonic() - begun < 15
-        for client in clients:
-            client.close()
-    opened = listen("127.0.0.1", 0)
-    opened.close()
+        wait_for(lambda: not server.server.server_state.connections)
 
 
 @pytest.mark.parametrize("port", [-1, 65536, 99999])

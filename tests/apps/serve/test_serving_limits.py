@@ -8,9 +8,9 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import httpx2
@@ -21,7 +21,7 @@ from hawk_trt import Pipeline
 from hawk_trt.apps.cli.main import main
 from hawk_trt.apps.serve.settings import ServeSettings
 from hawk_trt.errors import BackendError, InvalidInput
-from serving import SAMPLES, question, raw_request, serving, wait_for
+from serving import MODEL, SAMPLES, Running, question, raw_request, serving, wait_for
 
 ROOT = Path(__file__).parents[3]
 PICTURE = SAMPLES / "0-colour.png"
@@ -51,23 +51,23 @@ def held(pipe, monkeypatch):
             go.set()
 
 
-def slow_steps(server, monkeypatch, seconds):
-    """Let each decode step take so long."""
-    scheduler = server.service.batcher._scheduler
+@contextmanager
+def held_steps(server, monkeypatch):
+    """A server that makes no second token of an answer until the end of the block."""
+    scheduler, go = server.service.batcher._scheduler, threading.Event()
     step = scheduler._decode
-
-    def slow():
-        time.sleep(seconds)
-        return step()
-
-    monkeypatch.setattr(scheduler, "_decode", slow)
+    monkeypatch.setattr(scheduler, "_decode", lambda: (go.wait(60), step())[1])
+    try:
+        yield
+    finally:
+        go.set()
 
 
 def nothing_left(server):
     service = server.service
     batcher = service.batcher
     wait_for(lambda: not (service.open_requests or batcher.queued or batcher.running or batcher.cache_bytes))
-    assert service.held_bytes == 0
+    wait_for(lambda: service.held_bytes == service.open_choices == 0)
 
 
 def test_one_request_too_many_is_told_to_come_back(pipe, monkeypatch):
@@ -104,28 +104,28 @@ def test_a_client_that_leaves_frees_its_place_and_memory(pipe, monkeypatch, stre
         with held(pipe, monkeypatch) as go:
             body = json.dumps(question(TEXT, PICTURE, stream=stream)).encode()
             head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
-            leaving = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(4)]
-            for client in leaving:
-                client.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
-            wait_for(lambda: server.service.batcher.queued + server.service.batcher.running == 4)
-            for client in leaving:
-                client.close()
+            with ExitStack() as leaving:
+                for _ in range(4):
+                    client = leaving.enter_context(socket.create_connection(("127.0.0.1", server.port)))
+                    client.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
+                wait_for(lambda: server.service.batcher.queued + server.service.batcher.running == 4)
             wait_for(lambda: server.service.open_requests == 0)
             go.set()
         nothing_left(server)
         counters = server.service.batcher.counters
         assert counters.finished + counters.cancelled == 2 + 4  # the warm-up's and these
         assert counters.cancelled >= 2  # two may have been at a prompt they share, and end with the next step
-        assert b'status="499"} 4.0' in server.http.get("/metrics").content
+        wait_for(lambda: b'status="499"} 4.0' in server.http.get("/metrics").content)
         assert server.ask().status_code == 200
 
 
 def test_a_client_that_leaves_in_the_middle_of_a_stream_ends_its_answer(pipe, monkeypatch):
     with serving(pipe) as server:
-        slow_steps(server, monkeypatch, 0.1)
         body = question("In which corner is the circle?", SAMPLES / "1-where.png", stream=True)
-        with server.http.stream("POST", "/v1/chat/completions", json=body) as response:
-            next(response.iter_lines())
+        with held_steps(server, monkeypatch):
+            with server.http.stream("POST", "/v1/chat/completions", json=body) as response:
+                next(response.iter_lines())
+            wait_for(lambda: server.service.open_requests == 0)
         nothing_left(server)
         assert server.service.batcher.counters.cancelled == 1
 
@@ -136,20 +136,21 @@ def test_an_answer_that_does_not_begin_in_time_is_given_up(pipe, monkeypatch):
             late = server.ask()
         assert (late.status_code, late.json()["error"]["code"]) == (503, "queue_timeout")
         nothing_left(server)
+        server.service.settings = replace(server.settings, first_token_seconds=60.0)
         assert server.ask().status_code == 200
 
 
 def test_an_answer_that_is_not_complete_in_time_ends_with_an_error(pipe, monkeypatch):
-    with serving(pipe, request_seconds=0.4) as server:
-        slow_steps(server, monkeypatch, 0.6)
+    with serving(pipe, request_seconds=2.0) as server, held_steps(server, monkeypatch):
         body = question("In which corner is the circle?", SAMPLES / "1-where.png", stream=True)
         with server.http.stream("POST", "/v1/chat/completions", json=body) as response:
             lines = [line for line in response.iter_lines() if line]
         assert response.status_code == 200
         assert json.loads(lines[-1].removeprefix("data: "))["error"]["code"] == "timeout"
+        server.service.settings = replace(server.settings, request_seconds=0.2)
         whole = server.http.post("/v1/chat/completions", json=body | {"stream": False})
         assert (whole.status_code, whole.json()["error"]["code"]) == (504, "timeout")
-        nothing_left(server)
+    nothing_left(server)
 
 
 def test_the_official_client_raises_the_error_of_a_broken_stream(pipe, monkeypatch):
@@ -165,7 +166,7 @@ def test_a_body_that_never_comes_is_given_up(pipe):
         answer = raw_request(server.port, head + b"Content-Length: 100\r\nConnection: close\r\n\r\n{")
         assert b" 408 " in answer.split(b"\r\n")[0]
         assert b"body_timeout" in answer
-        assert server.service.open_requests == 0
+        nothing_left(server)
 
 
 def test_headers_that_never_come_close_the_connection(pipe, monkeypatch):
@@ -267,27 +268,33 @@ def test_a_server_that_drains_says_so_and_finishes_what_it_has(pipe, monkeypatch
 
 def test_a_server_is_not_ready_before_it_has_warmed_up(tiny_bundle, monkeypatch):
     with Pipeline.load(tiny_bundle, threads=1) as own, held(own, monkeypatch) as go:
-        threading.Timer(0.3, go.set).start()
-        with serving(own) as server:
-            statuses = server.http.get("/metrics").text
-        assert 'route="/ready",status="503"' in statuses
-        assert 'route="/ready",status="200"' in statuses
+        running = Running(own, ServeSettings(model_name=MODEL))
+        try:
+            assert running.http.get("/ready").status_code == 503
+            go.set()
+            running.wait_ready()
+        finally:
+            running.close()
 
 
-SLOW = """
-import sys, time
+HELD = """
+import pathlib, sys, time
 from hawk_trt.apps.cli.main import main
 from hawk_trt.scheduler import Scheduler
-step = Scheduler.step
-Scheduler.step = lambda scheduler: (time.sleep(0.2), step(scheduler))[1]
+step, held = Scheduler._decode, pathlib.Path(sys.argv.pop(1))
+def wait(scheduler):
+    while held.exists():
+        time.sleep(0.01)
+    return step(scheduler)
+Scheduler._decode = wait
 sys.exit(main(sys.argv[1:]))
 """
 
 
 @contextmanager
-def process(bundle, *options, **environment):
-    """A real server process, whose steps are slow: its address, and the process."""
-    run = [sys.executable, "-c", SLOW, "serve", str(bundle), "--port", "0", "--threads", "1", *options]
+def process(bundle, held, *options, **environment):
+    """A real server process, which makes no second token while a file exists: its address, and the process."""
+    run = [sys.executable, "-c", HELD, str(held), "serve", str(bundle), "--port", "0", "--threads", "1", *options]
     started = subprocess.Popen(run, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=os.environ | environment)
     try:
         lines = iter(started.stderr.readline, "")
@@ -300,19 +307,22 @@ def process(bundle, *options, **environment):
         started.stderr.close()
 
 
-def test_sigterm_finishes_running_answers_and_then_ends_the_process(tiny_bundle):
-    with process(tiny_bundle, "--model-name", "tiny-vlm", HAWK_API_KEY="secret") as (url, server):
+def test_sigterm_finishes_running_answers_and_then_ends_the_process(tiny_bundle, tmp_path):
+    held = tmp_path / "held"
+    with process(tiny_bundle, held, "--model-name", "tiny-vlm", HAWK_API_KEY="secret") as (url, server):
         with httpx2.Client(base_url=url, timeout=60, trust_env=False) as http:
             assert http.post("/v1/chat/completions", json=question()).status_code == 401
             assert http.get("/health", headers={"host": "evil.example"}).status_code == 403
             http.headers["authorization"] = "Bearer secret"
             body = question("In which corner is the circle?", SAMPLES / "1-where.png", stream=True)
+            held.touch()
             with http.stream("POST", "/v1/chat/completions", json=body) as response:
                 lines = response.iter_lines()
                 pieces = [next(lines)]
                 server.send_signal(signal.SIGTERM)
                 wait_for(lambda: http.get("/ready").status_code == 503)
                 assert http.post("/v1/chat/completions", json=question()).json()["error"]["code"] == "not_ready"
+                held.unlink()
                 pieces += [line for line in lines if line]
         assert pieces[-1] == "data: [DONE]"
         answer = [json.loads(piece[6:])["choices"][0]["delta"].get("content", "") for piece in pieces[:-1]]
