@@ -1,7 +1,7 @@
 # What people and `make help` call; every recipe is one command, logic belongs in Python.
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo check lint types tests tests-slow export parity accuracy clean
+.PHONY: help setup demo check docs lint types tests tests-slow export parity accuracy clean
 .PHONY: wheel check-wheel
 .PHONY: check-files check-models check-page check-serving bench-native real
 .PHONY: advise calibrate train-tiny
@@ -46,9 +46,12 @@ setup: $(FULL) ## Make .venv with all that development needs, torch included
 demo: export ## Ask the shipped tiny model about a shipped image, with 20 % of its visual tokens
 	@$(BIN)/hawk-trt run "$(OUT)" --image "$(IMAGE)" --prompt "$(PROMPT)" --keep-ratio $(KEEP_RATIO) --picture "$(PICTURE)"
 
-check: lint types types-tensorrt tests ## Lint, types, tests: what CI runs
+check: lint types types-tensorrt docs tests ## Lint, types, tests: what CI runs
 
 CPP := $(wildcard plugins/*.cu plugins/*.cuh plugins/*.cpp tests/plugins/*.cpp tests/plugins/*/*.h)
+
+docs: $(FULL) ## The site of the documents, into build/site; a link or an anchor that leads nowhere is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 lint: $(FULL)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/clang-format --dry-run -Werror $(CPP)
