@@ -153,7 +153,7 @@ check-page: $(FULL) ## The server's page in headless Chromium (apt-get install c
 	$(BIN)/pytest -q -m browser
 
 check-files: $(FULL) ## 2,000 damaged files of checkpoints and bundles: each a clear error or none
-	$(BIN)/python -m tests.fuzz_files $(FLAGS)
+	PYTHONPATH=tests $(BIN)/python -m tests.fuzz_files $(FLAGS)
 
 check-models: $(FULL) ## Real sizes, random weights: 32B and 72B linked, two layers of the 3B and 7B against numpy
 	$(BIN)/python -m benchmarks.real_sizes $(FLAGS)

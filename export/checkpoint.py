@@ -184,8 +184,8 @@ def _indexed_files(folder: Path) -> tuple[TensorFile, ...]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: no weight_map, expected tensor names and their files")
     for name in weight_map.values():
-        if not isinstance(name, str) or Path(name).name != name:
-            raise CheckpointError(f"{index}: got the file {name!r}, expected a name without folders")
+        if not isinstance(name, str) or Path(name).name != name or len(name) > 200 or "\0" in name:
+            raise CheckpointError(f"{index}: got the file {str(name)[:80]!r}, expected a name without folders")
     files: list[TensorFile] = []
     for name in sorted(set(weight_map.values())):
         if not (folder / name).is_file():

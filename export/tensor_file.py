@@ -126,7 +126,7 @@ def _parse(path: Path, header: bytes) -> dict[str, Any]:
         if len(entries) < len(pairs):
             names = [name for name, _ in pairs]
             repeated = next(name for name in names if names.count(name) > 1)
-            raise CheckpointError(f"{path}: its header names {repeated!r} twice")
+            raise CheckpointError(f"{path}: its header names {repeated[:200]!r} twice")
         return entries
 
     try:
@@ -143,17 +143,17 @@ def _parse(path: Path, header: bytes) -> dict[str, Any]:
 
 def _tensor(path: Path, data_start: int, name: str, entry: object) -> CheckpointTensor:
     """One checked entry of the header."""
-    where = f"{path}: tensor {name}"
+    where = f"{path}: tensor {name[:200]}"
     match entry:
         case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(begin), int(end)]} if all(
             type(number) is int and number >= 0 for number in (*shape, begin, end)
         ):
             pass
         case _:
-            raise CheckpointError(f"{where}: got {entry!r}, expected dtype, shape and data_offsets")
+            raise CheckpointError(f"{where}: got {str(entry)[:200]}, expected dtype, shape and data_offsets")
     if dtype not in _DTYPES:
         raise CheckpointError(
-            f"{where}: dtype {dtype}, expected {', '.join(_DTYPES)}. A quantised checkpoint cannot be exported: "
+            f"{where}: dtype {dtype[:40]}, expected {', '.join(_DTYPES)}. A quantised checkpoint cannot be exported: "
             "take the original it was made from"
         )
     ours, itemsize = _DTYPES[dtype]

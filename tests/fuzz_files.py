@@ -1,9 +1,9 @@
 """Damaged files of checkpoints and bundles: each gives one clear error or works; none a traceback or a hang.
 
-    python -m tests.fuzz_files --cases 2000 --seed 0
+    PYTHONPATH=tests python -m tests.fuzz_files --cases 2000 --seed 0
 
-Each case changes one file of the tiny checkpoint, or of its bundle, as bytes or as JSON, and goes as far as an export
-or a load goes before tensors are read.
+Each case changes one file of the tiny checkpoint, of its bundle or of its engine folder, as bytes or as JSON (of a
+safetensors file, the header), and goes as far as an export or a load goes before tensors are read.
 """
 
 import argparse
@@ -16,7 +16,8 @@ import sys
 import tempfile
 import time
 import traceback
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
@@ -24,15 +25,20 @@ import msgspec
 from export.checkpoint import Checkpoint
 from export.prompts import try_prompts
 from export.writer import ExportOptions, export, up_to_date
-from hawk_trt.bundle import MANIFEST, Bundle, file_entry
+from hawk_trt.bundle import ENGINES_MANIFEST, MANIFEST, Bundle, file_entry
+from hawk_trt.engine_folder import EngineFolder
 from hawk_trt.errors import HawkError
 from hawk_trt.inputs.checkpoint_files import SMALL_FILES, read_small_files
 from hawk_trt.inputs.processor import Processor
 from hawk_trt.models.registry import family_by_name, family_of
+from trt_machine import engine_folder
 
 TINY = Path(__file__).parent.parent / "examples" / "tiny-vlm"
 _HANGS_SECONDS = 10.0
-_MEMORY_BYTES = 6 << 30  # of addresses; the packages alone take two
+_RESIDENT_KIB = 2 << 20
+_ADDRESS_BYTES = 6 << 30  # the packages alone take two GB of addresses
+_WEIGHTS = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
 _ODD = (
     *(None, True, False, 0, 1, -1, 7, 2**31, 2**63, 10**9, 10**400, 0.5, -0.0, 1e30, 1e308, 1.5e-45),
     *("", "x", "\ud83d\ude00", "<|im_end|>", "../../etc/passwd", "/etc/passwd", "a\x00b", "x" * 100_000),
@@ -91,78 +97,128 @@ def _with_odd_value(value: object, rng: random.Random) -> object:
     return rng.choice(_ODD)
 
 
-def try_checkpoint(folder: Path, out: Path) -> None:
-    """All that an export does before it reads a tensor."""
-    checkpoint = Checkpoint.open(folder)
-    up_to_date(checkpoint, out, ExportOptions())
-    family = family_of(checkpoint.config)
-    small = read_small_files(folder, family.read_config(checkpoint.config).chat_template)
-    bundle = Bundle.load(TRUE_BUNDLE)
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir()
-    for name, content in small.contents.items():
-        (out / name).write_bytes(content)
-    files = {name: file_entry(out / name) for name in small.contents}
-    try_prompts(Bundle(out, replace(bundle.manifest, files=files)), family(bundle.manifest.vision))
+@dataclass
+class Source:
+    """A whole folder, its files that are damaged in turn, and what reads it."""
+
+    folder: Path
+    names: tuple[str, ...]
+    attempt: Callable[[Path], None]
+
+    def damaged(self, name: str, rng: random.Random) -> bytes:
+        """One of its files, changed."""
+        donor = self.folder / name
+        content = (donor if donor.exists() else self.folder / "preprocessor_config.json").read_bytes()
+        if name.endswith(".safetensors"):
+            return _with_damaged_header(content, rng)
+        changed = mutated(content, name, rng)
+        return _with_its_digest(changed) if name in (MANIFEST, ENGINES_MANIFEST) else changed
 
 
-def try_bundle(folder: Path) -> None:
-    """All that a load does before it reads a tensor."""
-    bundle = Bundle.load(folder)
+def sources(work: Path) -> list[Source]:
+    """The checkpoint in one file and in shards, its bundle, and its engines as a stand-in of TensorRT builds them."""
+    bundle = work / "bundle"
+    export(TINY, bundle)
+    engines = engine_folder(bundle, work / "engines", "tensorrt")
+    sharded = work / "sharded"
+    shutil.copytree(TINY, sharded)
+    shard = "model-00001-of-00001.safetensors"
+    header, _ = _header((sharded / _WEIGHTS).rename(sharded / shard).read_bytes())
+    names = [name for name in json.loads(header) if name != "__metadata__"]
+    (sharded / _INDEX).write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, shard)}))
+    small = [name for name in SMALL_FILES if (TINY / name).is_file()]
+
+    def try_checkpoint(folder: Path) -> None:
+        """All that an export does before it reads a tensor."""
+        out = work / "out"
+        checkpoint = Checkpoint.open(folder)
+        up_to_date(checkpoint, out, ExportOptions())
+        family = family_of(checkpoint.config)
+        read = read_small_files(folder, family.read_config(checkpoint.config).chat_template)
+        whole = Bundle.load(bundle)
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir()
+        for name, content in read.contents.items():
+            (out / name).write_bytes(content)
+        files = {name: file_entry(out / name) for name in read.contents}
+        try_prompts(Bundle(out, replace(whole.manifest, files=files)), family(whole.manifest.vision))
+
+    return [
+        Source(TINY, (*small, "chat_template.json", "processor_config.json"), try_checkpoint),
+        Source(TINY, (_WEIGHTS,), try_checkpoint),
+        Source(sharded, (_INDEX,), try_checkpoint),
+        Source(bundle, (MANIFEST,), lambda folder: _try_bundle(Bundle.load(folder))),
+        Source(engines, (ENGINES_MANIFEST,), lambda folder: _try_bundle(EngineFolder.load(folder).bundle)),
+    ]
+
+
+def _try_bundle(bundle: Bundle) -> None:
+    """What a load does between the manifest and the tensors."""
     Processor(bundle, family_by_name(bundle.manifest.vision.family)(bundle.manifest.vision))
     bundle.embedding_table()
 
 
-TRUE_BUNDLE = Path()
+def fault(source: Source, folder: Path) -> tuple[bool, str | None]:
+    """Whether a damaged folder was refused, and what was wrong with that if anything."""
+    begun, refused, wrong = time.monotonic(), False, None
+    try:
+        source.attempt(folder)
+    except HawkError as error:
+        refused = True
+        if len(str(error)) > 2000 or "\n" in str(error).strip():
+            wrong = f"an error of {len(str(error))} characters: {str(error)[:200]!r}"
+    except BaseException:
+        wrong = traceback.format_exc(limit=-4)
+    if (seconds := time.monotonic() - begun) > _HANGS_SECONDS:
+        wrong = f"took {seconds:.0f} s"
+    if (kib := resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) > _RESIDENT_KIB:
+        wrong = f"took {kib >> 10} MiB"
+    return refused, wrong
 
 
 def main() -> int:
     """Run the cases; 1 where one ended in anything but an answer or a clear error."""
-    global TRUE_BUNDLE
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_AS, (_ADDRESS_BYTES, _ADDRESS_BYTES))
     rng = random.Random(args.seed)
-    wrong = refused = 0
+    refusals = faults = 0
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
-        TRUE_BUNDLE = work / "bundle"
-        export(TINY, TRUE_BUNDLE)
-        names = [name for name in SMALL_FILES if (TINY / name).is_file()]
+        kinds = sources(work)
+        folder = work / "case"
         for case in range(args.cases):
-            folder = work / "case"
+            source = kinds[rng.choices(range(len(kinds)), (6, 1, 1, 1, 1))[0]]
+            name = rng.choice(source.names)
             shutil.rmtree(folder, ignore_errors=True)
-            of_bundle = case % 5 == 4
-            source = TRUE_BUNDLE if of_bundle else TINY
             folder.mkdir()
-            for path in source.iterdir():
-                if path.is_file():
+            for path in source.folder.iterdir():
+                if path.is_file() and path.name != name:
                     (folder / path.name).symlink_to(path)
-            name = MANIFEST if of_bundle else rng.choice([*names, "chat_template.json", "processor_config.json"])
-            donor = source / ("preprocessor_config.json" if not (source / name).exists() else name)
-            content = mutated(donor.read_bytes(), name, rng)
-            if of_bundle:
-                content = _with_its_digest(content)
-            (folder / name).unlink(missing_ok=True)
-            (folder / name).write_bytes(content)
-            begun = time.monotonic()
-            try:
-                try_bundle(folder) if of_bundle else try_checkpoint(folder, work / "out")
-            except HawkError as error:
-                refused += 1
-                if len(str(error)) > 2000 or "\n" in str(error).strip():
-                    wrong += 1
-                    print(f"case {case}, {name}: an error of {len(str(error))} characters: {str(error)[:200]!r}")
-            except BaseException:
-                wrong += 1
-                print(f"case {case}, {name}: {traceback.format_exc(limit=-4)}")
-            if time.monotonic() - begun > _HANGS_SECONDS:
-                wrong += 1
-                print(f"case {case}, {name}: took {time.monotonic() - begun:.0f} s")
-    print(f"{args.cases} cases: {refused} refused with a clear error, {wrong} wrong")
-    return 1 if wrong else 0
+            (folder / name).write_bytes(source.damaged(name, rng))
+            refused, wrong = fault(source, folder)
+            refusals += refused
+            if wrong is not None:
+                faults += 1
+                print(f"case {case}, {name}: {wrong}", flush=True)
+    print(f"{args.cases} cases: {refusals} refused with a clear error, {faults} wrong")
+    return 1 if faults else 0
+
+
+def _header(content: bytes) -> tuple[bytes, bytes]:
+    """The header and the tensors of a safetensors file."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    return content[8:end], content[end:]
+
+
+def _with_damaged_header(content: bytes, rng: random.Random) -> bytes:
+    """A safetensors file whose header is another; its length is true more often than not."""
+    header, tensors = _header(content)
+    header = mutated(header, "header.json", rng)
+    length = len(header) if rng.random() < 0.8 else rng.choice((0, 1, 1 << 20, 1 << 40, (1 << 64) - 1))
+    return length.to_bytes(8, "little") + header + tensors
 
 
 def _with_its_digest(content: bytes) -> bytes:
