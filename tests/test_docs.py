@@ -96,8 +96,8 @@ def test_phony_targets_are_those_that_help_or_check_name():
     assert phony == set(re.findall(r"^([a-z-]+):", MAKEFILE, re.MULTILINE))
 
 
-def test_the_tree_in_the_readme_names_what_exists():
-    (tree,) = (block for block in blocks(ROOT / "README.md") if block.startswith("export/"))
+def test_the_tree_names_what_exists():
+    (tree,) = (block for block in blocks(ROOT / "CONTRIBUTING.md") if block.startswith("export/"))
     folder = ROOT
     for line in tree.splitlines():
         name = line.split()[0]
