@@ -62,7 +62,6 @@ _DAMAGED = (
     AttributeError,
     EOFError,
     LookupError,
-    MemoryError,
     OSError,
     RuntimeError,
     SyntaxError,
@@ -72,7 +71,7 @@ _DAMAGED = (
     zlib.error,
 )
 # How base64 of JPEG, PNG, GIF, WebP, BMP and TIFF begins.
-_BASE64_STARTS = ("/9j/", "_9j_", "iVBORw0KGgo", "R0lGOD", "UklGR", "Qk", "SUkq", "TU0A")
+BASE64_STARTS = ("/9j/", "_9j_", "iVBORw0KGgo", "R0lGOD", "UklGR", "Qk", "SUkq", "TU0A")
 _SCAN = b"\xff\xda"
 _PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -108,7 +107,7 @@ def load_image(
         return _from_file(io.BytesIO(source), "image (bytes)", max_pixels, formats)
     if isinstance(source, str) and source[:5].lower() == "data:":
         return _from_file(io.BytesIO(data_url_bytes(source)), "image (data URL)", max_pixels, formats)
-    if isinstance(source, str) and source.startswith(_BASE64_STARTS) and not _exists(source):
+    if isinstance(source, str) and source.startswith(BASE64_STARTS) and not _exists(source):
         return _from_file(io.BytesIO(base64_bytes(source)), "image (base64)", max_pixels, formats)
     path = local_path(source, "image")
     with path.open("rb") as file:
@@ -246,6 +245,8 @@ def decoding(name: str) -> Iterator[None]:
             raise InvalidInput(
                 f"{name}: not an image in a format that is read here. Convert it to PNG or JPEG"
             ) from error
+        except MemoryError as error:
+            raise InvalidInput(f"{name}: decoding it takes more memory than there is. Scale it down first") from error
         except _DAMAGED as error:
             raise InvalidInput(
                 f"{name}: truncated or damaged ({error or type(error).__name__}). Get the file again"

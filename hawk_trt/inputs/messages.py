@@ -110,7 +110,8 @@ class Turn:
 
     def visual(self) -> tuple[VisualItem, ...]:
         """Its images and videos, in order."""
-        return tuple(part for part in self.content if isinstance(part, VisualItem))
+        parts = () if isinstance(self.content, str) else self.content  # a string would be looked at letter by letter
+        return tuple(part for part in parts if isinstance(part, VisualItem))
 
 
 def read_prompt(

@@ -17,12 +17,12 @@ from starlette.responses import JSONResponse
 
 from hawk_trt import __version__
 from hawk_trt.apps.serve.answers import Abilities, Chunk, Completion, Model, ModelList
-from hawk_trt.apps.serve.chat import IGNORED, chat_completions, check_model
+from hawk_trt.apps.serve.chat import IGNORED, chat_completions
 from hawk_trt.apps.serve.errors import ApiError, ErrorBody, error_response
 from hawk_trt.apps.serve.metrics import CONTENT_TYPE
 from hawk_trt.apps.serve.middleware import RequestMiddleware
 from hawk_trt.apps.serve.page import page_routes
-from hawk_trt.apps.serve.protocol import ChatRequest
+from hawk_trt.apps.serve.protocol import ChatRequest, check_model
 from hawk_trt.apps.serve.service import Service
 from hawk_trt.apps.serve.settings import ServeSettings
 from hawk_trt.errors import HawkError

@@ -27,8 +27,7 @@ from hawk_trt.apps.serve.answers import (
 from hawk_trt.apps.serve.batcher import Finished, Piece
 from hawk_trt.apps.serve.details import details_of
 from hawk_trt.apps.serve.errors import ApiError, api_error
-from hawk_trt.apps.serve.prompt import Prepared, images_of, is_remote, prepare
-from hawk_trt.apps.serve.protocol import read_request
+from hawk_trt.apps.serve.prompt import Prepared
 from hawk_trt.apps.serve.service import OpenRequest, Service
 from hawk_trt.inputs.tokenizer import token_bytes
 from hawk_trt.request import Result, TokenLogprobs
@@ -56,19 +55,9 @@ async def prepared_request(request: Request, opened: Annotated[OpenRequest, Depe
         TimeoutError: its time is over.
     """
     service: Service = request.app.state.service
-    settings = service.settings
     with anyio.fail_after(opened.deadline - time.monotonic()):
-        chat = await service.in_thread(partial(read_request, await _body(request, opened, service)))
-        check_model(chat.model, settings.model_name)
-        images = images_of(chat, settings)
-        opened.hold_choices(chat.n or 1)
-        fetched: dict[str, bytes] = {}
-        for place, image in images.items():
-            if is_remote(image):
-                fetched[place] = await service.remote_images.fetch(image.url, place)
-                opened.hold(opened.held_bytes + len(fetched[place]))
-        work = partial(prepare, service.pipe, settings, service.sampling, chat, images, fetched)
-        prepared = await service.in_thread(work)
+        prepared = await service.prepare(await _body(request, opened, service), opened)
+    opened.hold_choices(prepared.choices)
     pixels = prepared.inputs.pixel_values
     opened.hold(0 if pixels is None else pixels.nbytes)  # in place of the body, which nothing needs any more
     return prepared
@@ -87,7 +76,7 @@ async def chat_completions(
         TimeoutError: its time is over.
     """
     service: Service = request.app.state.service
-    await service.in_thread(partial(opened.submit, prepared.requests))
+    await service.in_thread(partial(opened.submit, prepared.requests()))
     seconds = service.settings.first_token_seconds
     with anyio.move_on_after(opened.begun + seconds - time.monotonic()) as waiting:
         first = await opened.next_event()
@@ -103,7 +92,7 @@ async def chat_completions(
         return StreamingResponse(events, headers=_STREAM_HEADERS | ignored, media_type="text/event-stream")
     response.headers.update(ignored)
     results: dict[int, Result] = {}
-    shown: list[list[TokenLogprobs]] = [[] for _ in prepared.requests]
+    shown: list[list[TokenLogprobs]] = [[] for _ in range(prepared.choices)]
     async for index, event in _all_events(opened, first):
         if isinstance(event, Piece):
             shown[index] += event.logprobs
@@ -127,17 +116,6 @@ def _ignored_header(prepared: Prepared) -> dict[str, str]:
     names = [re.sub(r"[^\w.\[\]-]", "?", name, flags=re.ASCII)[:_MAX_NAME_CHARS] for name in prepared.ignored]
     more = ["..."] if len(names) > _MAX_NAMES else []
     return {IGNORED: ", ".join([*names[:_MAX_NAMES], *more])} if names else {}
-
-
-def check_model(got: str, served: str) -> None:
-    """Refuse another model than the one that is served.
-
-    Raises:
-        ApiError: another.
-    """
-    if got != served:
-        message = f"model: got {got[:100]!r}, expected {served!r}, the one that is served"
-        raise ApiError(404, message, param="model", code="model_not_found")
 
 
 async def _body(request: Request, opened: OpenRequest, service: Service) -> bytes:
@@ -231,7 +209,7 @@ async def _finish(
 
 def _logprobs(service: Service, prepared: Prepared, tokens: Iterable[TokenLogprobs]) -> Logprobs | None:
     """Tokens as the protocol has them, None where the request does not ask for them."""
-    if prepared.requests[0].logprobs is None:
+    if prepared.request.logprobs is None:
         return None
 
     def named(token_id: int, logprob: float) -> dict[str, Any]:

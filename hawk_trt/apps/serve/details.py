@@ -26,7 +26,7 @@ def details_of(pipe: "Pipeline", prepared: Prepared, result: Result) -> dict[str
         "tiles", columns and rows, where it was cut into tiles: what is over in time is the whole image once more;
         "scores", one a visual token, row by row; "kept", the indices of the kept ones among these.
     """
-    pruning = prepared.requests[0].pruning or PruningConfig()
+    pruning = prepared.request.pruning or PruningConfig()
     details: dict[str, Any] = {name: getattr(pruning, name) for name in _PRUNING}
     details["query"] = result.query
     details["seconds"] = {stage.name: getattr(result.timings, stage.name) for stage in fields(Timings)}

@@ -1,10 +1,12 @@
 """The errors that a client gets: an HTTP status, and a body in the shape of OpenAI's protocol."""
 
 import logging
+from functools import partial
+from typing import Any
 
-from fastapi import Response
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
+from starlette.responses import Response
 
 from hawk_trt.errors import DeadlinePassed, HawkError, InvalidInput, QueueFull, Stopping
 
@@ -59,6 +61,11 @@ class ApiError(HawkError):
             self.headers["retry-after"] = str(RETRY_SECONDS)
         if status == 401:
             self.headers["www-authenticate"] = "Bearer"
+
+    def __reduce__(self) -> Any:  # noqa: ANN401 - as object's own; a worker process sends its errors
+        error = self.body.error
+        retry = "retry-after" in self.headers
+        return partial(ApiError, code=error.code, param=error.param, retry=retry), (self.status, error.message)
 
 
 def _cut(text: str, most: int) -> str:

@@ -1,30 +1,56 @@
-"""A chat becomes a prompt for the pipeline: messages checked, images fetched and decoded, pruning and sampling settled.
+"""The body of a request becomes a request for the batcher: read, checked, its images decoded, its text tokenised.
 
 What comes in is a stranger's: only data URLs and allowed addresses name images, only common formats are opened, and
-the sizes of all images together are bounded before any of them is decoded.
+the sizes of all images together are bounded before any of them is decoded. A body that is soon prepared is prepared in
+a thread. Any other goes to a worker process, whose time and memory are bounded, and which is killed when the client
+leaves.
 """
 
+import math
+import os
+import resource
+import signal
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from io import BytesIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from hawk_trt.apps.serve.errors import invalid
-from hawk_trt.apps.serve.protocol import ChatMessage, ChatRequest, ImagePart, ImageUrl, Pruning, ignored_keys
+from hawk_trt.apps.serve.protocol import (
+    ChatMessage,
+    ChatRequest,
+    ImagePart,
+    ImageUrl,
+    Pruning,
+    TextPart,
+    check_model,
+    ignored_keys,
+    read_request,
+)
 from hawk_trt.apps.serve.settings import ServeSettings
+from hawk_trt.bundle import Bundle
 from hawk_trt.errors import InvalidInput
-from hawk_trt.inputs.images import data_url_bytes, load_image, resize
+from hawk_trt.inputs.images import BASE64_STARTS, base64_bytes, data_url_bytes, decoding, load_image, resize
+from hawk_trt.inputs.processor import Processor
+from hawk_trt.models.registry import family_by_name
 from hawk_trt.request import EQUAL_HEADS, SCORED, ModelInputs, PruningConfig, Request, SamplingConfig
 from hawk_trt.runtime.sampling import SMALLEST_TOP_P
 
-if TYPE_CHECKING:
-    from hawk_trt.pipeline import Pipeline
-
 _LOW_DETAIL_PX = 512
 _SEEDS = 2**64  # the protocol allows negative ones
+
+# What a thread prepares: less than half a second of one core.
+_SMALL_BODY_BYTES = 4_000_000
+_SMALL_BODY_COMMAS = 10_000  # each entry of JSON takes its time, as small as it may be
+_SMALL_TEXT_CHARACTERS = 65_536
+_SMALL_PIXELS = 8_000_000
+_SMALL_SCANNED_PIXELS = 40_000_000  # a JPEG of several scans goes over its pixels as often
+_SMALL_FORMATS = ("JPEG", "PNG", "WEBP")
+_JPEG_SCAN = b"\xff\xda"
 
 Picture = npt.NDArray[np.uint8]
 
@@ -34,8 +60,9 @@ class Prepared:
     """A request that the batcher can answer.
 
     Attributes:
-        requests: for the batcher, one a choice; the prompt of each is inputs.
-        inputs: the prompt as tensors.
+        request: for the batcher, its prompt as ModelInputs.
+        choices: answers that it asks for.
+        seed: of the first one; None has none.
         sizes: width and height of its images.
         stream: whether the answer is sent while it grows.
         include_usage: whether a streamed answer ends with its usage.
@@ -43,8 +70,9 @@ class Prepared:
         ignored: places of keys that the server does not know.
     """
 
-    requests: tuple[Request, ...]
-    inputs: ModelInputs
+    request: Request
+    choices: int
+    seed: int | None
     sizes: tuple[tuple[int, int], ...]
     stream: bool
     include_usage: bool
@@ -52,19 +80,189 @@ class Prepared:
     ignored: tuple[str, ...]
 
     @property
+    def inputs(self) -> ModelInputs:
+        """The prompt."""
+        assert isinstance(self.request.prompt, ModelInputs)
+        return self.request.prompt
+
+    @property
     def prompt_tokens(self) -> int:
         """Of the prompt, before pruning."""
         return int(np.asarray(self.inputs.input_ids).size)
 
+    def requests(self) -> list[Request]:
+        """One for each choice: the first has the seed of the request, and every other one its own."""
+        seeds = [None if self.seed is None else (self.seed + choice) % _SEEDS for choice in range(self.choices)]
+        sampling = self.request.sampling or SamplingConfig()
+        return [replace(self.request, sampling=replace(sampling, seed=seed)) for seed in seeds]
 
-def images_of(chat: ChatRequest, settings: ServeSettings) -> dict[str, ImageUrl]:
+    def with_pixels(self, pixels: npt.NDArray[Any] | None) -> "Prepared":
+        """The same with other pixel values."""
+        return replace(self, request=replace(self.request, prompt=replace(self.inputs, pixel_values=pixels)))
+
+
+@dataclass(frozen=True, slots=True)
+class Preparation:
+    """How bodies become requests.
+
+    Attributes:
+        bundle: that answers.
+        settings: of the server.
+        sampling: how tokens are drawn where a request does not say.
+    """
+
+    bundle: Bundle
+    settings: ServeSettings
+    sampling: SamplingConfig
+
+    def prepare(
+        self, processor: Processor, body: bytes, fetched: dict[str, bytes], *, small: bool
+    ) -> Prepared | dict[str, str] | None:
+        """Make the request of a body.
+
+        Args:
+            processor: of the bundle.
+            body: as it came.
+            fetched: the bytes of remote images, by their places in the body.
+            small: give up where this would take long.
+
+        Returns:
+            The request; or the addresses of its remote images by their places, where they have not been fetched; or
+            None where it was given up.
+
+        Raises:
+            ApiError: the body, an image, the prompt or an option cannot be used.
+        """
+        if small and (len(body) > _SMALL_BODY_BYTES or body.count(b",") > _SMALL_BODY_COMMAS):
+            return None
+        settings = self.settings
+        chat = read_request(body)
+        check_model(chat.model, settings.model_name)
+        images = _images_of(chat, settings)
+        missing = {place: image.url for place, image in images.items() if is_remote(image.url)}
+        if missing.keys() - fetched.keys():
+            return missing
+        contents = fetched | {
+            place: _content(place, image.url) for place, image in images.items() if place not in missing
+        }
+        if small and not (_is_small_text(chat) and _are_small_images(list(contents.values()))):
+            return None
+        limit = min(chat.max_completion_tokens or chat.max_tokens or settings.max_tokens, settings.max_tokens)
+        pruning = _pruning(settings.pruning, chat.pruning)
+        sampling = _sampling(self.sampling, chat, self.bundle.manifest.language.vocab_size)
+        pictures = _decoded(images, contents, settings.max_image_pixels)
+        rest = iter(pictures)
+        messages = [_message(message, rest) for message in chat.messages]
+        try:
+            inputs = processor(Request(messages, max_pixels=settings.max_pixels))
+        except InvalidInput as error:
+            raise invalid(str(error), "messages", "invalid_prompt") from error
+        prepared = Prepared(
+            request=Request(
+                inputs,
+                pruning=pruning,
+                max_new_tokens=limit,
+                sampling=sampling,
+                stop=(chat.stop,) if isinstance(chat.stop, str) else tuple(chat.stop or ()),
+                logprobs=chat.top_logprobs or 0 if chat.logprobs else None,
+                skip_special_tokens=chat.skip_special_tokens is not False,
+            ),
+            choices=chat.n or 1,
+            seed=chat.seed,
+            sizes=tuple((picture.shape[1], picture.shape[0]) for picture in pictures),
+            stream=bool(chat.stream),
+            include_usage=chat.stream_options is not None and bool(chat.stream_options.include_usage),
+            details=chat.hawk is not None and bool(chat.hawk.details),
+            ignored=tuple(ignored_keys(chat)),
+        )
+        most = settings.max_prompt_tokens
+        if most is not None and prepared.prompt_tokens > most:
+            message = f"messages: got a prompt of {prepared.prompt_tokens} tokens, expected at most {most}"
+            raise invalid(message, "messages", "context_length_exceeded")
+        return prepared
+
+    def in_worker(self, body: bytes, fetched: dict[str, bytes], pixels: str) -> Prepared | dict[str, str]:
+        """The same in a worker process, within limits; it writes the pixel values, which may be many, to a file.
+
+        Raises:
+            ApiError: as prepare, or more memory than a request may take.
+        """
+        _limit(self.settings.prepare_seconds, self.settings.prepare_mb)
+        try:
+            if not _PROCESSORS:
+                family = family_by_name(self.bundle.manifest.family)(self.bundle.manifest.vision)
+                _PROCESSORS.append(Processor(self.bundle, family))
+            prepared = self.prepare(_PROCESSORS[0], body, fetched, small=False)
+            assert prepared is not None
+            if isinstance(prepared, Prepared) and prepared.inputs.pixel_values is not None:
+                np.save(pixels, prepared.inputs.pixel_values)
+                prepared = prepared.with_pixels(None)
+            return prepared
+        except MemoryError:
+            raise too_much() from None
+
+
+_PROCESSORS: list[Processor] = []  # that of this worker process
+
+
+def too_much() -> Exception:
+    """A request whose preparation took more than it may."""
+    message = "messages: the images and the text take more time or memory than one request may. Send less, or smaller"
+    return invalid(message, "messages", "too_much_work")
+
+
+def _limit(seconds: float, megabytes: float) -> None:
+    """Bound what this process takes from now on. The system kills it when its time is over."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C reaches the whole group; the server decides when to end
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # nobody reads what libraries print
+    used = math.ceil(sum(os.times()[:2]) + seconds)
+    for kind, most in ((resource.RLIMIT_CPU, used), (resource.RLIMIT_AS, int(megabytes * 1e6))):
+        resource.setrlimit(kind, (most, resource.getrlimit(kind)[1]))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def is_remote(url: str) -> bool:
+    """Whether an image has to be fetched."""
+    return url[:5].lower() != "data:" and not url.startswith(BASE64_STARTS)
+
+
+def _content(place: str, url: str) -> bytes:
+    """The file that a data URL, or base64 without its head, holds."""
+    try:
+        return base64_bytes(url) if url.startswith(BASE64_STARTS) else data_url_bytes(url)
+    except InvalidInput as error:
+        raise _of_image(place, error) from error
+
+
+def _of_image(place: str, error: InvalidInput) -> Exception:
+    return invalid(f"{place}: {str(error).partition(': ')[2]}", place, "invalid_image")
+
+
+def _is_small_text(chat: ChatRequest) -> bool:
+    parts = [part for message in chat.messages for part in message.parts]
+    return sum(len(part.text) for part in parts if isinstance(part, TextPart)) <= _SMALL_TEXT_CHARACTERS
+
+
+def _are_small_images(contents: list[bytes]) -> bool:
+    """Whether the headers of files say that they are soon decoded; what is no usual file is none."""
+    pixels = scanned = 0
+    try:
+        for content in contents:
+            with decoding("image"), Image.open(BytesIO(content), formats=_SMALL_FORMATS) as image:
+                pixels += image.width * image.height
+                scans = content.count(_JPEG_SCAN) if image.format == "JPEG" else 1
+                scanned += image.width * image.height * scans
+    except InvalidInput:
+        return False
+    return sum(map(len, contents)) <= _SMALL_BODY_BYTES and pixels <= _SMALL_PIXELS and scanned <= _SMALL_SCANNED_PIXELS
+
+
+def _images_of(chat: ChatRequest, settings: ServeSettings) -> dict[str, ImageUrl]:
     """The images of a chat in order, by their places in it: messages[0].content[1].image_url.
 
     Raises:
         ApiError: a combination of fields or a number of them that the server does not take.
     """
-    if chat.stream_options is not None and not chat.stream:
-        raise invalid('stream_options: only with "stream": true', "stream_options")
     if chat.max_tokens is not None and chat.max_completion_tokens not in (None, chat.max_tokens):
         raise invalid("max_tokens: differs from max_completion_tokens; give one of them", "max_tokens")
     if chat.top_logprobs and not chat.logprobs:
@@ -77,7 +275,7 @@ def images_of(chat: ChatRequest, settings: ServeSettings) -> dict[str, ImageUrl]
         raise invalid(f"messages: {count}", "messages", "too_many_messages")
     images = {}
     for index, message in enumerate(chat.messages):
-        for number, part in enumerate(message.content):
+        for number, part in enumerate(message.parts):
             if isinstance(part, ImagePart):
                 place = f"messages[{index}].content[{number}].image_url"
                 if message.role != "user":
@@ -89,81 +287,17 @@ def images_of(chat: ChatRequest, settings: ServeSettings) -> dict[str, ImageUrl]
     return images
 
 
-def is_remote(image: ImageUrl) -> bool:
-    """Whether an image has to be fetched."""
-    return image.url[:5].lower() != "data:"
-
-
-def prepare(
-    pipe: "Pipeline",
-    settings: ServeSettings,
-    default: SamplingConfig,
-    chat: ChatRequest,
-    images: Mapping[str, ImageUrl],
-    fetched: Mapping[str, bytes],
-) -> Prepared:
-    """Make the request of a chat.
-
-    Args:
-        pipe: that will answer.
-        settings: of the server.
-        default: how tokens are drawn where the chat does not say.
-        chat: the request.
-        images: of the chat, by their places.
-        fetched: the bytes of the remote ones, by their places.
-
-    Raises:
-        ApiError: an image, prompt or option that cannot be used.
-    """
-    limit = min(chat.max_completion_tokens or chat.max_tokens or settings.max_tokens, settings.max_tokens)
-    pruning = _pruning(settings.pruning, chat.pruning)
-    sampling = _sampling(default, chat, pipe.bundle.manifest.language.vocab_size)
-    pictures = _decoded(images, fetched, settings.max_image_pixels)
-    rest = iter(pictures)
-    try:
-        inputs = pipe.prepare([_message(message, rest) for message in chat.messages], max_pixels=settings.max_pixels)
-    except InvalidInput as error:
-        raise invalid(str(error), "messages", "invalid_prompt") from error
-    request = Request(
-        inputs,
-        pruning=pruning,
-        max_new_tokens=limit,
-        sampling=sampling,
-        stop=(chat.stop,) if isinstance(chat.stop, str) else tuple(chat.stop or ()),
-        logprobs=chat.top_logprobs or 0 if chat.logprobs else None,
-        skip_special_tokens=chat.skip_special_tokens is not False,
-    )
-    # each choice has a seed of its own, the first one that of the request
-    seeds = [None if chat.seed is None else (chat.seed + choice) % _SEEDS for choice in range(chat.n or 1)]
-    prepared = Prepared(
-        requests=tuple(replace(request, sampling=replace(sampling, seed=seed)) for seed in seeds),
-        inputs=inputs,
-        sizes=tuple((picture.shape[1], picture.shape[0]) for picture in pictures),
-        stream=bool(chat.stream),
-        include_usage=chat.stream_options is not None and bool(chat.stream_options.include_usage),
-        details=chat.hawk is not None and bool(chat.hawk.details),
-        ignored=tuple(ignored_keys(chat)),
-    )
-    most = settings.max_prompt_tokens
-    if most is not None and prepared.prompt_tokens > most:
-        message = f"messages: got a prompt of {prepared.prompt_tokens} tokens, expected at most {most}"
-        raise invalid(message, "messages", "context_length_exceeded")
-    return prepared
-
-
-def _decoded(images: Mapping[str, ImageUrl], fetched: Mapping[str, bytes], max_pixels: int) -> list[Picture]:
+def _decoded(images: Mapping[str, ImageUrl], contents: Mapping[str, bytes], max_pixels: int) -> list[Picture]:
     """All images, uint8 [height, width, 3] each; one of more than its share of max_pixels is shrunk."""
     share = max_pixels // max(len(images), 1)
     decoded = []
     for place, image in images.items():
         try:
-            content = fetched[place] if is_remote(image) else data_url_bytes(image.url)
-            if not content:
+            if not contents[place]:
                 raise InvalidInput("image (bytes): got none")
-            picture = load_image(content, max_pixels=share)
+            picture = load_image(contents[place], max_pixels=share)
         except InvalidInput as error:
-            reason = str(error).partition(": ")[2]
-            raise invalid(f"{place}: {reason}", place, "invalid_image") from error
+            raise _of_image(place, error) from error
         height, width = picture.shape[:2]
         if image.detail == "low" and max(height, width) > _LOW_DETAIL_PX:
             scale = _LOW_DETAIL_PX / max(height, width)
@@ -174,14 +308,14 @@ def _decoded(images: Mapping[str, ImageUrl], fetched: Mapping[str, bytes], max_p
 
 
 def _message(message: ChatMessage, pictures: Iterator[Picture]) -> dict[str, Any]:
-    """A message as Pipeline.prepare takes it, with the next decoded images in their places."""
+    """A message as the processor takes it, with the next decoded images in their places."""
     content: str | list[dict[str, Any]] = (
         message.content
-        if isinstance(message.content, str)
+        if isinstance(message.content, str)  # which a template may treat unlike a list of one text
         else [
-            {"type": "image", "image": next(pictures)}
-            if isinstance(part, ImagePart)
-            else {"type": "text", "text": part.text}
+            {"type": "text", "text": part.text}
+            if isinstance(part, TextPart)
+            else {"type": "image", "image": next(pictures)}
             for part in message.content
         ]
     )

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from hawk_trt.apps.serve.errors import ApiError, invalid
 from hawk_trt.request import QUERIES, QUOTAS, SELECTORS
 
-_PART_TYPES = ("text", "image_url")
+_PART_TYPES = ("text", "input_text", "image_url", "input_image", "image")
 _UNION_TYPE = re.compile(r"(constrained-)?str|list\[.*\]")
 
 
@@ -59,7 +59,7 @@ Ignored: TypeAlias = Annotated[Any, Field(description="Taken and ignored: it doe
 class TextPart(_Open):
     """Text of a message."""
 
-    type: Literal["text"]
+    type: Literal["text", "input_text"]
     text: str
 
 
@@ -67,8 +67,8 @@ class ImageUrl(_PartlySupported):
     """Where an image is."""
 
     url: str = Field(
-        description="A data URL (data:image/png;base64,...) of a PNG, JPEG, WebP, GIF or BMP file, or an http(s) "
-        "address of a host that the server allows.",
+        description="A data URL (data:image/png;base64,...) of a PNG, JPEG, WebP, GIF or BMP file, the base64 alone, "
+        "or an http(s) address of a host that the server allows.",
         examples=["data:image/png;base64,iVBORw0KGgo..."],
     )
     detail: Literal["auto", "low", "high", "original"] | None = Field(
@@ -81,19 +81,28 @@ class ImageUrl(_PartlySupported):
 
 
 class ImagePart(_PartlySupported):
-    """An image of a user's message."""
+    """An image of a user's message; input_image and image are other libraries' names of the same."""
 
-    type: Literal["image_url"]
+    type: Literal["image_url", "input_image", "image"]
     image_url: ImageUrl = Field(description="An object; a text is its url.")
     min_pixels: Any = _only()
     max_pixels: Any = _only()
     resized_height: Any = _only()
     resized_width: Any = _only()
 
-    @field_validator("image_url", mode="before")
+    @model_validator(mode="before")
     @classmethod
-    def _of_text(cls, got: object) -> object:
-        return {"url": got} if isinstance(got, str) else got
+    def _one_shape(cls, got: object) -> object:
+        if not isinstance(got, dict):
+            return got
+        part = dict(got)
+        if part.get("type") == "image" and "image_url" not in part:
+            part["image_url"] = part.pop("image", part.pop("url", None))
+        if isinstance(part.get("image_url"), str):
+            part["image_url"] = {"url": part["image_url"]}
+            if "detail" in part:  # of an input_image
+                part["image_url"]["detail"] = part.pop("detail")
+        return part
 
 
 class ChatMessage(_PartlySupported):
@@ -112,6 +121,11 @@ class ChatMessage(_PartlySupported):
     tool_calls: Any = _only([])
     tool_call_id: Any = _only()
     function_call: Any = _only()
+
+    @property
+    def parts(self) -> list[TextPart | ImagePart]:
+        """The content; a text is its one part."""
+        return [TextPart(type="text", text=self.content)] if isinstance(self.content, str) else self.content
 
     @model_validator(mode="before")
     @classmethod
@@ -266,18 +280,32 @@ def read_request(body: bytes) -> ChatRequest:
         raise _explained(error) from None
 
 
+def check_model(got: str, served: str) -> None:
+    """Refuse another model than the one that is served.
+
+    Raises:
+        ApiError: another.
+    """
+    if got != served:
+        message = f"model: got {got[:100]!r}, expected {served!r}, the one that is served"
+        raise ApiError(404, message, param="model", code="model_not_found")
+
+
 def ignored_keys(chat: ChatRequest) -> list[str]:
     """The places of keys that the server does not know and that hold something: messages[0].name."""
     found: dict[str, _Open] = {"": chat}
-    if chat.stream_options is not None:
+    unread = []
+    if chat.stream_options is not None and not chat.stream:
+        unread.append("stream_options")
+    elif chat.stream_options is not None:
         found["stream_options."] = chat.stream_options
     for index, message in enumerate(chat.messages):
         found[f"messages[{index}]."] = message
-        for number, part in enumerate(() if isinstance(message.content, str) else message.content):
+        for number, part in enumerate(message.parts):
             found[f"messages[{index}].content[{number}]."] = part
             if isinstance(part, ImagePart):
                 found[f"messages[{index}].content[{number}].image_url."] = part.image_url
-    return [
+    return unread + [
         f"{place}{key}"
         for place, model in found.items()
         for key, value in (model.model_extra or {}).items()

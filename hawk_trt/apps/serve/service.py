@@ -2,13 +2,17 @@
 
 import asyncio
 import logging
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar
 
 import anyio
+import anyio.to_process
 import anyio.to_thread
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +20,7 @@ import numpy.typing as npt
 from hawk_trt.apps.serve.batcher import Batcher, Event, Failed, Finished, Piece, Ticket
 from hawk_trt.apps.serve.errors import ApiError
 from hawk_trt.apps.serve.metrics import Metrics
+from hawk_trt.apps.serve.prompt import Preparation, Prepared, too_much
 from hawk_trt.apps.serve.remote_images import RemoteImages
 from hawk_trt.apps.serve.settings import ServeSettings
 from hawk_trt.errors import HawkError, InvalidInput
@@ -69,7 +74,9 @@ class Service:
         self.open_requests = 0
         self.open_choices = 0
         self.held_bytes = 0
+        self._preparation = Preparation(pipe.bundle, replace(settings, api_keys=()), self.sampling)
         self._threads = anyio.CapacityLimiter(settings.preprocess_threads)
+        self._workers = anyio.CapacityLimiter(settings.preprocess_threads)
 
     @property
     def ready(self) -> bool:
@@ -79,6 +86,37 @@ class Service:
     async def in_thread(self, work: Callable[[], T]) -> T:
         """Do work that would block the event loop. A request that is cancelled meanwhile waits for its end."""
         return await anyio.to_thread.run_sync(work, limiter=self._threads)
+
+    async def prepare(self, body: bytes, opened: "OpenRequest") -> Prepared:
+        """Make a request of a body, and fetch its remote images.
+
+        Raises:
+            ApiError: something in it cannot be used, or it would take more time or memory than it may.
+        """
+        fetched: dict[str, bytes] = {}
+        while True:
+            prepare = partial(self._preparation.prepare, self.pipe.processor, body, fetched, small=True)
+            prepared = await self.in_thread(prepare) or await self._in_worker(body, fetched)
+            if isinstance(prepared, Prepared):
+                return prepared
+            for place, url in prepared.items():
+                fetched[place] = await self.remote_images.fetch(url, place)
+                opened.hold(opened.held_bytes + len(fetched[place]))
+
+    async def _in_worker(self, body: bytes, fetched: dict[str, bytes]) -> Prepared | dict[str, str]:
+        """The same in a worker process, which ends with the request where that is cancelled."""
+        work = self._preparation.in_worker
+        with tempfile.NamedTemporaryFile(suffix=".npy") as pixels:
+            try:
+                prepared = await anyio.to_process.run_sync(
+                    work, body, fetched, pixels.name, cancellable=True, limiter=self._workers
+                )
+            except anyio.BrokenWorkerProcess:  # its time was over, or it broke at what it read
+                raise too_much() from None
+            if isinstance(prepared, Prepared) and Path(pixels.name).stat().st_size:
+                values = await self.in_thread(partial(np.load, pixels.name, mmap_mode="c"))
+                prepared = prepared.with_pixels(values)
+        return prepared
 
     async def warm_up(self) -> None:
         """Answer a text and an image, so that no client pays for what the first run of each sets up."""

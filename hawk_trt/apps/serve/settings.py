@@ -35,6 +35,8 @@ class ServeLimits:
         max_images: images of one request
         max_image_pixels: pixels of all images of one request, as sent
         max_pixels: shrink larger images to this area (default: the checkpoint's)
+        prepare_seconds: of processor time to decode the images and tokenise the text of a request that is not small
+        prepare_mb: megabytes that this may take
         max_prompt_tokens: tokens of one prompt (default: the model's context)
         max_tokens: tokens of one answer, and of one whose request names no limit
         max_choices: answers of one request (n)
@@ -44,7 +46,7 @@ class ServeLimits:
         first_token_seconds: until an answer begins, waiting in the queue included
         request_seconds: until an answer is complete
         drain_seconds: to finish answers after SIGTERM
-        preprocess_threads: threads that decode images and make prompts
+        preprocess_threads: threads that prepare small requests, and as many processes for others
 
     Raises:
         InvalidInput: a limit below what any server could work with.
@@ -61,6 +63,8 @@ class ServeLimits:
     max_images: int = 16
     max_image_pixels: int = 33_554_432
     max_pixels: int | None = None
+    prepare_seconds: float = 10.0
+    prepare_mb: float = 4096
     max_prompt_tokens: int | None = None
     max_tokens: int = 1024
     max_choices: int = 8

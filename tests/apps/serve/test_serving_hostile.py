@@ -105,7 +105,6 @@ BODIES = {
     "top_k below -1": (question(top_k=-2), "top_k"),
     "JSON as the answer": (question(response_format={"type": "json_object"}), "response_format"),
     "audio": (question(modalities=["text", "audio"]), "modalities"),
-    "stream_options without a stream": (question(stream_options={"include_usage": True}), "stream_options"),
     "a keep ratio of 0": (pruned(keep_ratio=0), "pruning.keep_ratio"),
     "a selector that is code": (pruned(selector="__import__('os')"), "pruning.selector"),
     "a field of pruning that is unknown": (pruned(head_weights=[1]), "head_weights"),
@@ -277,11 +276,30 @@ def test_an_image_may_be_a_text_and_its_scheme_in_capitals(server):
     url = data_url(PICTURE)
     capitals = url.replace("data:image/png;base64", "DATA:image/png;BASE64")
     assert ask(url) == ask({"url": url}) == ask(capitals) == ask({"url": capitals})
+    assert ask(url) == ask(url.partition(",")[2]) == ask({"url": url.partition(",")[2]})
+
+
+def test_the_types_of_other_protocols_are_taken(server):
+    def ask(*content):
+        return server.ask(messages=[{"role": "user", "content": [*content]}])
+
+    url, text = data_url(PICTURE), "What colour is the heart?"
+    expected = ask(image(PICTURE), {"type": "text", "text": text}).json()["choices"]
+    responses = {"type": "input_image", "image_url": url, "detail": "auto"}, {"type": "input_text", "text": text}
+    for parts in (responses, ({"type": "image", "image": url}, {"type": "text", "text": text})):
+        got = ask(*parts)
+        assert (got.status_code, got.json().get("choices")) == (200, expected), got.text
+
+
+@pytest.mark.parametrize("kind", ["video_url", "input_audio", "audio_url", "file", "input_file", "video"])
+def test_what_no_model_here_takes_is_refused_by_its_name(server, kind):
+    refused = server.ask(messages=[{"role": "user", "content": [{"type": kind, kind: {"url": "data:x;base64,AA"}}]}])
+    assert refused.status_code == 400 and kind in refused.json()["error"]["message"]
 
 
 def test_what_changes_no_answer_is_taken(server):
-    got = server.ask(store=True, service_tier="flex", user="me")
-    assert (got.status_code, got.headers["x-hawk-ignored"]) == (200, "store, service_tier")
+    got = server.ask(store=True, service_tier="flex", user="me", stream_options={"include_usage": True})
+    assert (got.status_code, got.headers["x-hawk-ignored"]) == (200, "stream_options, store, service_tier")
 
 
 def test_usage_tells_the_tokens_of_images(server):

@@ -17,7 +17,7 @@ import httpx2
 import openai
 import pytest
 
-from hawk_trt import Pipeline
+from hawk_trt import ModelInputs, Pipeline
 from hawk_trt.apps.cli.main import main
 from hawk_trt.apps.serve.settings import ServeSettings
 from hawk_trt.errors import BackendError, InvalidInput
@@ -196,7 +196,7 @@ def test_an_error_of_the_runtime_tells_the_client_nothing_of_the_inside(pipe, mo
         raise error
 
     with serving(pipe) as server:
-        for place, name in ((pipe.backend, "encode"), (pipe, "prepare")):
+        for place, name in ((pipe.backend, "encode"), (pipe, "processor")):
             with monkeypatch.context() as patched:
                 patched.setattr(place, name, failing)
                 answers = [server.ask(), server.ask(stream=True)]
@@ -211,14 +211,14 @@ def test_an_error_of_the_runtime_tells_the_client_nothing_of_the_inside(pipe, mo
 
 def test_a_failed_answer_does_not_end_another(pipe, monkeypatch):
     with serving(pipe, max_batch=4) as server, ThreadPoolExecutor(8) as clients:
-        prepare = pipe.prepare
+        processor = pipe.processor
 
-        def sometimes(messages, **options):
-            if "bad" in messages[0]["content"]:
+        def sometimes(request):
+            if not isinstance(request.prompt, ModelInputs) and "bad" in request.prompt[0]["content"]:
                 raise RuntimeError("of this one request")
-            return prepare(messages, **options)
+            return processor(request)
 
-        monkeypatch.setattr(pipe, "prepare", sometimes)
+        monkeypatch.setattr(pipe, "processor", sometimes)
         texts = ["bad", "Count the circles."] * 8
         answers = list(clients.map(lambda text: server.http.post("/v1/chat/completions", json=question(text)), texts))
         assert [answer.status_code for answer in answers] == [500, 200] * 8
