@@ -4,6 +4,7 @@ The doctor, the backends and the engine builder ask here. Versions are text such
 """
 
 import re
+from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 
 # The first ONNX Runtime that fuses DequantizeLinear with MatMul for int8 as for int4, with a bias as without.
@@ -11,21 +12,6 @@ QUANTISED_ONNX_RUNTIME = "1.25"
 # The first of each with Attention, TensorScatter, RotaryEmbedding and RMSNormalization; older ones run portable graphs.
 OPSET_24_ONNX_RUNTIME = {"cpu": "1.25", "cuda": "1.27"}
 OPSET_24_TENSORRT = "10.15"
-# By extra of hawk-trt: the packages that it brings, and the lowest version of each that works.
-EXTRAS: dict[str, dict[str, str]] = {
-    "video": {"av": "14.1"},
-    "export": {"huggingface_hub": "0.30", "onnx": "1.19", "onnx-ir": "0.1.12"},
-    "parity": {"huggingface_hub": "0.30", "safetensors": "0.4.3", "torch": "2.6", "transformers": "5.0"},
-    "serve": {
-        "anyio": "4.4",
-        "fastapi": "0.118",
-        "httpcore": "1.0.5",
-        "prometheus-client": "0.21",
-        "pydantic": "2.9",
-        "starlette": "0.40",
-        "uvicorn": "0.32",
-    },
-}
 _INSTALL_CUDA_BINDINGS = (
     "cuda-bindings: not installed, and TensorRT is driven through it. "
     "pip install 'cuda-bindings==12.*' for CUDA 12 (JetPack 6), 'cuda-bindings==13.*' for CUDA 13"
@@ -34,6 +20,24 @@ _INSTALL_TENSORRT = (
     "tensorrt: not installed. On a Jetson it is part of JetPack (apt install python3-libnvinfer), and a virtual "
     "environment sees it when made with --system-site-packages. On other GPUs: pip install 'tensorrt>=10.3'"
 )
+
+
+def extras() -> dict[str, dict[str, str]]:
+    """By extra of hawk-trt, "" for what it always needs: its packages, and the lowest version of each that works.
+
+    Empty where hawk-trt is not installed.
+    """
+    found: dict[str, dict[str, str]] = {}
+    try:
+        requirements = requires("hawk-trt") or []
+    except PackageNotFoundError:
+        return found
+    for requirement in requirements:
+        package = re.match(r"([\w-]+)[^;>]*>=([\d.]+)", requirement)
+        extra = re.search(r"extra == [\"']([\w-]+)", requirement)
+        if package:
+            found.setdefault(extra[1] if extra else "", {})[package[1]] = package[2]
+    return found
 
 
 def at_least(found: str, lowest: str) -> bool:

@@ -1,7 +1,6 @@
 """`hawk-trt advise`: what pruning would gain on this machine, from a short measurement of its stages."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
@@ -12,7 +11,7 @@ from rich.table import Table
 
 from hawk_trt.apps.bench.advice import Prediction, Recommendation, Size, StageTimes, TimeModel
 from hawk_trt.apps.bench.measurement import measure, prompt_size
-from hawk_trt.apps.cli.options import PROMPT, Json, KeepRatios, Numbers, Pixels, Where
+from hawk_trt.apps.cli.options import PROMPT, Json, KeepRatios, Model, Numbers, Pixels, Where
 from hawk_trt.apps.cli.output import note, print_json
 from hawk_trt.errors import InvalidInput
 from hawk_trt.request import PruningConfig, Result
@@ -46,7 +45,7 @@ class Advice:
 
 
 def advise(
-    model: Path,
+    model: Model,
     where: Where = Where(),
     pixels: Pixels = Pixels(),
     *,
@@ -63,7 +62,6 @@ def advise(
     Example: hawk-trt advise artifacts/3b --image photo.jpg --prompt "What does the sign say?"
 
     Args:
-        model: a bundle or engines; or a checkpoint or hub id, which is exported first, once
         image: an image like yours; repeatable (default: noise)
         image_size: height and width of the noise
         prompt: a question like yours

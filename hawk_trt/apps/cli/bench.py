@@ -12,10 +12,10 @@ from cyclopts import Group, Parameter
 from rich.console import Console
 
 from hawk_trt import __version__
-from hawk_trt.apps.bench.bench import MEMORY_METRIC, BenchPrompt, BenchRow
+from hawk_trt.apps.bench.bench import MEMORY_METRIC, BenchPrompt
 from hawk_trt.apps.bench.bench import bench as measure_rows
 from hawk_trt.apps.cli.doctor_checks import installed_version
-from hawk_trt.apps.cli.options import OUTPUT, Json, KeepRatios, MaxNewTokens, Numbers, Where
+from hawk_trt.apps.cli.options import OUTPUT, Json, KeepRatios, MaxNewTokens, Model, Numbers, Where
 from hawk_trt.apps.cli.output import counted, note, print_json
 from hawk_trt.errors import InvalidInput
 from hawk_trt.files import write_atomically
@@ -25,22 +25,6 @@ if TYPE_CHECKING:
     from hawk_trt import Pipeline
 
 _QUESTION = "What is in this picture? Describe the most important things."
-
-
-@dataclass(frozen=True, slots=True)
-class _Report:
-    bundle: str
-    dtype: str
-    backend: str
-    device: str
-    target: str
-    machine: str
-    versions: dict[str, str]
-    repeats: int
-    warmup: int
-    max_new_tokens: int
-    memory_metric: str
-    rows: list[BenchRow]
 
 
 @Parameter(name="*", group=Group("Prompts", sort_key=1))
@@ -87,7 +71,7 @@ class BenchPrompts:
 
 
 def bench(
-    model: Path,
+    model: Model,
     where: Where = Where(),
     prompts: BenchPrompts = BenchPrompts(),
     *,
@@ -103,7 +87,6 @@ def bench(
     Example: hawk-trt bench artifacts/3b --image photo.jpg --keep-ratio 1,0.4,0.2,0.1
 
     Args:
-        model: a bundle or engines; or a checkpoint or hub id, which is exported first, once
         keep_ratios: shares of visual tokens kept, with commas between them
         max_new_tokens: generated in each run
         repeats: timed runs of each pair
@@ -125,28 +108,36 @@ def bench(
             step=partial(next, ticks, None),
         )
         next(ticks, None)  # the bar ends with its last item
-        report = _Report(
-            bundle=str(model),
-            dtype=pipe.bundle.manifest.precision,
-            backend=pipe.backend.name,
-            device=pipe.backend.device,
-            target=pipe.backend.target,
-            machine=f"{platform.machine()}, {_cpu_name()}",
-            versions={"python": platform.python_version(), "hawk_trt": __version__, pipe.backend.name: _runtime(pipe)},
-            repeats=repeats,
-            warmup=warmup,
-            max_new_tokens=max_new_tokens,
-            memory_metric=MEMORY_METRIC,
-            rows=rows,
-        )
+    manifest, backend = pipe.bundle.manifest, pipe.backend
     if json:
-        print_json(report)
+        print_json(
+            {
+                "bundle": str(model),
+                "dtype": manifest.precision,
+                "backend": backend.name,
+                "device": backend.device,
+                "target": backend.target,
+                "machine": f"{platform.machine()}, {_cpu_name()}",
+                "versions": {
+                    "python": platform.python_version(),
+                    "hawk_trt": __version__,
+                    backend.name: _runtime(backend.name),
+                },
+                "repeats": repeats,
+                "warmup": warmup,
+                "max_new_tokens": max_new_tokens,
+                "memory_metric": MEMORY_METRIC,
+                "rows": rows,
+            }
+        )
     else:
         from hawk_trt.apps.bench.report import print_rows
 
         console = Console(width=None if sys.stdout.isatty() else 160)
         print_rows(rows, console)
-        console.print(f"{report.dtype}, {report.target}, {report.backend} on {report.device}; peak: {MEMORY_METRIC}")
+        console.print(
+            f"{manifest.precision}, {backend.target}, {backend.name} on {backend.device}; peak: {MEMORY_METRIC}"
+        )
     if plot is not None:
         from hawk_trt.apps.bench.report import plot_rows
 
@@ -170,10 +161,9 @@ def _tensors(pipe: "Pipeline", rng: np.random.Generator, side: int, text_tokens:
     )
 
 
-def _runtime(pipe: "Pipeline") -> str:
+def _runtime(name: str) -> str:
     """The version of what runs the stages."""
-    found = installed_version(pipe.backend.name) or installed_version(f"{pipe.backend.name}-gpu")
-    return found or "unknown"
+    return installed_version(name) or installed_version(f"{name}-gpu") or "unknown"
 
 
 def _cpu_name() -> str:

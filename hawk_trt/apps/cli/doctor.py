@@ -4,9 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hawk_trt.apps.cli.doctor_checks import Report, examine
-from hawk_trt.apps.cli.options import Json, verify
+from hawk_trt.apps.cli.models import manifest_of, verify
+from hawk_trt.apps.cli.options import Json
 from hawk_trt.apps.cli.output import note, print_json, size
-from hawk_trt.bundle import Manifest, read_manifest
+from hawk_trt.bundle import Manifest
 from hawk_trt.errors import BundleError
 
 
@@ -48,7 +49,7 @@ def doctor(model: Path | None = None, *, json: Json = False) -> int:
 def _check(folder: Path) -> BundleReport:
     manifest: Manifest | None = None
     try:
-        manifest = read_manifest(folder)
+        manifest = manifest_of(folder)
         verify(folder)
     except BundleError as error:
         return BundleReport(str(folder), manifest, str(error))

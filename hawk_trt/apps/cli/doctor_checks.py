@@ -17,9 +17,10 @@ from pathlib import Path
 import numpy as np
 
 import hawk_trt
-from hawk_trt.runtime.versions import EXTRAS, at_least, available_memory_bytes
+from hawk_trt.runtime.versions import at_least, available_memory_bytes, extras
 
-RUNTIME = ("cyclopts", "jinja2", "ml_dtypes", "msgspec", "numpy", "pillow", "rich", "tokenizers")
+# The extras that commands need.
+EXTRAS = ("export", "serve", "video", "eval", "parity")
 ONNX_RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
 TENSORRTS = ("tensorrt", "tensorrt-cu12", "tensorrt-cu13")
 CUDA_BINDINGS = "cuda-bindings"
@@ -89,10 +90,9 @@ class Report:
 
 def examine() -> Report:
     """Look at the machine."""
-    extras = [name for extra in EXTRAS.values() for name in extra]
-    packages = {
-        name: installed_version(name) for name in (*RUNTIME, *ONNX_RUNTIMES, *extras, *TENSORRTS, CUDA_BINDINGS)
-    }
+    needed = extras()
+    named = [name for extra in ("", *EXTRAS) for name in needed.get(extra, ())]
+    packages = {name: installed_version(name) for name in (*named, *ONNX_RUNTIMES, *TENSORRTS, CUDA_BINDINGS)}
     gpus = find_gpus()
     providers, problem = _providers()
     onnxruntime = next(
@@ -101,7 +101,7 @@ def examine() -> Report:
     capabilities = (
         _cpu(onnxruntime, problem),
         _cuda(onnxruntime, packages, providers, gpus, problem),
-        *(_extra(name, packages) for name in EXTRAS),
+        *(_extra(name, needed.get(name, {}), packages) for name in EXTRAS),
         _tensorrt(packages, gpus),
     )
     return Report(packages, providers, gpus, capabilities)
@@ -179,7 +179,7 @@ def _providers() -> tuple[tuple[str, ...], str | None]:
 def _cpu(onnxruntime: str, problem: str | None) -> Capability:
     problem = problem or provider_problem(CPU_PROVIDER)
     if problem:
-        return Capability("run on CPU", False, problem, "pip install onnxruntime")
+        return Capability("run on CPU", False, problem, "pip install 'hawk-trt[cpu]'")
     return Capability("run on CPU", True, f"onnxruntime {onnxruntime}; float32 and float16 bundles")
 
 
@@ -197,26 +197,26 @@ def _cuda(
         # The two packages share one folder: with both installed, either may win.
         remove = "pip uninstall -y onnxruntime onnxruntime-gpu && " if packages["onnxruntime"] else ""
         detail = problem or f"this onnxruntime has no {CUDA_PROVIDER}"
-        return Capability(name, False, detail, f"{remove}pip install onnxruntime-gpu")
+        return Capability(name, False, detail, f"{remove}pip install 'hawk-trt[cuda]'")
     problem = provider_problem(CUDA_PROVIDER)
     if problem:
         return Capability(name, False, f"{CUDA_PROVIDER}: {problem}", "pip install 'onnxruntime-gpu[cuda,cudnn]'")
     return Capability(name, True, f"onnxruntime {onnxruntime} on {gpus[0].name if gpus else 'CUDA device'}")
 
 
-def _extra(name: str, packages: dict[str, str | None]) -> Capability:
-    lacking, needed = [], []
-    for package, lowest in EXTRAS[name].items():
+def _extra(name: str, needed: dict[str, str], packages: dict[str, str | None]) -> Capability:
+    if not needed:
+        return Capability(name, False, "hawk-trt itself is not installed", "pip install -e .")
+    lacking = []
+    for package, lowest in needed.items():
         found = packages[package]
         if found is None:
             lacking.append(f"{package} is not installed")
-            needed.append(package)
         elif not at_least(found, lowest):
             lacking.append(f"{package} {found} is older than {lowest}")
-            needed.append(f"'{package}>={lowest}'")
     if lacking:
-        return Capability(name, False, ", ".join(lacking), f"pip install {' '.join(needed)}")
-    return Capability(name, True, ", ".join(f"{package} {packages[package]}" for package in EXTRAS[name]))
+        return Capability(name, False, ", ".join(lacking), f"pip install 'hawk-trt[{name}]'")
+    return Capability(name, True, ", ".join(f"{package} {packages[package]}" for package in needed))
 
 
 def _tensorrt(packages: dict[str, str | None], gpus: tuple[Gpu, ...]) -> Capability:
@@ -225,7 +225,8 @@ def _tensorrt(packages: dict[str, str | None], gpus: tuple[Gpu, ...]) -> Capabil
         found = "of an unknown version"
     if not gpus:
         return Capability("TensorRT", False, _NO_GPU)
-    for package, there in (("tensorrt", found), (CUDA_BINDINGS, packages[CUDA_BINDINGS])):
-        if there is None:
-            return Capability("TensorRT", False, f"{package} is not installed", f"pip install {package}")
+    if found is None:
+        return Capability("TensorRT", False, "tensorrt is not installed", "pip install 'tensorrt>=10.3'")
+    if packages[CUDA_BINDINGS] is None:
+        return Capability("TensorRT", False, f"{CUDA_BINDINGS} is not installed", "pip install 'hawk-trt[tensorrt]'")
     return Capability("TensorRT", True, f"tensorrt {found} on {gpus[0].name}")

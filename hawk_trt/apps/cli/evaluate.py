@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Group, Parameter
 from rich.console import Console
 
-from hawk_trt.apps.cli.options import OUTPUT, PRUNING, Choosing, Json, KeepRatios, MaxNewTokens, Where, names
+from hawk_trt.apps.cli.options import OUTPUT, PRUNING, Choosing, Json, KeepRatios, MaxNewTokens, Model, Where, names
 from hawk_trt.apps.cli.output import counted, note, print_json
 from hawk_trt.apps.evaluate.datasets import TINY, Dataset, Sample, load_dataset
 from hawk_trt.apps.evaluate.metrics import METRICS, Metric, metric_for
@@ -38,14 +38,6 @@ FASTV = "fastv"
 RESULTS = "results.jsonl"
 
 
-@dataclass(frozen=True, slots=True)
-class _Report:
-    dataset: str
-    samples: int
-    metric: str
-    out: str
-
-
 @Parameter(name="*", group=Group("Data set", sort_key=1))
 @dataclass(frozen=True, kw_only=True)
 class Questions:
@@ -70,7 +62,7 @@ class Questions:
 
 
 def evaluate(
-    model: Path,
+    model: Model,
     where: Where = Where(),
     questions: Questions = Questions(),
     choosing: Choosing = Choosing(),
@@ -90,7 +82,6 @@ def evaluate(
     Example: hawk-trt eval artifacts/3b --dataset questions.jsonl --selectors hawk,random --keep-ratio 1,0.2
 
     Args:
-        model: a bundle or engines; or a checkpoint or hub id, which is exported first, once
         keep_ratios: shares of visual tokens kept, with commas between them; 1 is answered once for all selectors
         selectors: hawk, random and others (docs/selectors.md), with commas between them; fastv answers in PyTorch
         checkpoint: of fastv: the folder that the bundle was exported from, or its hub id
@@ -122,7 +113,8 @@ def evaluate(
     rows = summarise(log.records, cells, [sample.id for sample in dataset])
     no_plots = write_report(out, rows, subject, _title(pipe, dataset))
     if json:
-        print_json(_Report(questions.dataset, dataset.count, metric, str(out)), {"rows": rows})
+        told = {"dataset": questions.dataset, "samples": dataset.count, "metric": metric, "out": str(out)}
+        print_json(told, {"rows": rows})
     else:
         print_rows(rows, Console())
     note(f"results and summary{'' if no_plots else ' and plots'}: {out}")
@@ -140,21 +132,24 @@ def make_cells(selectors: Sequence[str], keep_ratios: Sequence[float], choosing:
     cells: dict[tuple[str, float], Cell] = {}
     for keep_ratio in keep_ratios:
         for selector in selectors:
-            cell = _cell(selector, choosing, choosing.config(keep_ratio))
+            cell = _cell(selector, choosing, keep_ratio)
             cells.setdefault(cell.key, cell)
     return list(cells.values())
 
 
-def _cell(selector: str, choosing: Choosing, pruning: PruningConfig) -> Cell:
-    if selector in EQUAL_HEADS or selector == FASTV:
-        pruning = replace(pruning, head_weights=None)
+def _cell(selector: str, choosing: Choosing, keep_ratio: float) -> Cell:
     name = selector
     if selector in SCORED:
-        pruning = replace(pruning, selector=selector, keep_mass=choosing.keep_mass, diversity=choosing.diversity)
         name += "" if choosing.keep_mass is None else f", mass {choosing.keep_mass:g}"
         name += "" if not choosing.diversity else f", diversity {choosing.diversity:g}"
-    elif selector != FASTV:
-        pruning = replace(pruning, selector=selector)
+    else:
+        choosing = replace(choosing, keep_mass=None, diversity=0.0)
+    pruning = choosing.config(keep_ratio)
+    pruning = replace(
+        pruning,
+        selector=pruning.selector if selector == FASTV else selector,
+        head_weights=None if selector in (*EQUAL_HEADS, FASTV) else pruning.head_weights,
+    )
     if pruning.keep_ratio == 1.0 and pruning.keep_mass is None:
         return Cell(UNPRUNED, PruningConfig(keep_ratio=1.0))
     return Cell(name, pruning)

@@ -1,19 +1,23 @@
 """`hawk-trt explain`: one prompt answered at several keep ratios, drawn as a PNG and told as a table or JSON."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from hawk_trt.apps.cli.drawing import draw
-from hawk_trt.apps.cli.options import OUTPUT, Json, KeepRatios, Prompt, Pruning, Where
+from hawk_trt.apps.cli.options import OUTPUT, Json, KeepRatios, Model, Prompt, Pruning, Where
 from hawk_trt.apps.cli.output import note, print_json
+from hawk_trt.apps.explain.explanation import Explanation
 from hawk_trt.apps.explain.explanation import explain as explanation
+from hawk_trt.apps.explain.picture import load_frames, render, save
 from hawk_trt.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from hawk_trt import Pipeline
 
 
 def explain(
-    model: Path,
+    model: Model,
     prompt: Prompt,
     where: Where = Where(),
     pruning: Pruning = Pruning(),
@@ -27,7 +31,6 @@ def explain(
     Example: hawk-trt explain artifacts/3b --image photo.jpg --prompt "What does the sign say?" --out kept.png
 
     Args:
-        model: a bundle or engines; or a checkpoint or hub id, which is exported first, once
         keep_ratios: shares of visual tokens kept, each in (0, 1], with commas between them
         out: PNG file, the picture
         json: print grids, scores, kept tokens and answers as JSON
@@ -37,13 +40,7 @@ def explain(
     configs = [pruning.config(keep_ratio) for keep_ratio in keep_ratios]
     text = prompt.text()
     pipe = where.open(model)
-    inputs = pipe.prepare(
-        prompt.messages(text),
-        images=prompt.image,
-        videos=prompt.video,
-        min_pixels=prompt.min_pixels,
-        max_pixels=prompt.max_pixels,
-    )
+    inputs = prompt.prepare(pipe, text)
     results = []
     for config in configs:
         note(f"keep ratio {config.keep_ratio:g}")
@@ -61,3 +58,16 @@ def explain(
     draw(out, explained, prompt, pruning, pipe)
     note(f"picture: {out}")
     return 0
+
+
+def draw(path: Path, explained: Explanation, prompt: Prompt, pruning: Pruning, pipe: "Pipeline") -> None:
+    """Write the picture of an explanation.
+
+    Raises:
+        InvalidInput: an image cannot be read, or the picture not be written.
+    """
+    manifest = pipe.bundle.manifest
+    frames = load_frames(explained, pipe, prompt.image, prompt.video, prompt.fps, prompt.max_frames)
+    model = f"{Path(manifest.source.name).name}, {manifest.precision}"
+    note = f"{model}. Scores: {manifest.normalization}, query {pruning.query or 'default'}, quota {pruning.quota}."
+    save(render(explained, frames, note=note), path)

@@ -18,8 +18,9 @@ from importlib.util import find_spec
 from cyclopts import App, CycloptsError, Parameter
 
 from hawk_trt import __version__
+from hawk_trt.apps.cli.mistakes import SYNONYMS, to_try
 from hawk_trt.errors import HawkError
-from hawk_trt.runtime.versions import EXTRAS
+from hawk_trt.runtime.versions import extras
 
 # Name: (function, what it does).
 COMMANDS = {
@@ -52,11 +53,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         SystemExit: wrong usage, --help or --version.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] == ["help"]:
+        argv = [*argv[1:2], "--help"]
+    if argv == ["version"]:
+        argv = ["--version"]
     app = make_app("hawk-trt", "Vision-language models with HAWK visual token pruning.")
     wanted = next((word for word in argv if not word.startswith("-")), None)
     for name, (function, summary) in COMMANDS.items():
         # the command that is asked for shows the help of its docstring
-        app.command(where_it_lies(function), name=name, help=None if name == wanted else summary)
+        app.command(
+            where_it_lies(function),
+            name=name,
+            help=None if name == wanted else summary,
+            synonym=SYNONYMS.get(name, "").split(),
+        )
     if wanted is None:
         app.register_install_completion_command(COMPLETION, help="Teach your shell the commands and options.")
     return run_app(app, argv)
@@ -68,6 +78,7 @@ def make_app(name: str, help: str | None = None, command: Callable[..., int] | N
         name=name,
         help=help,
         version=f"hawk-trt {__version__}",
+        version_flags=("--version", "-V", "-v"),
         help_format="plaintext",
         default_parameter=Parameter(negative=(), show_default=_default_shown, allow_repeating=True),
         result_action="return_value",
@@ -99,12 +110,13 @@ def run_app(app: App, argv: Sequence[str]) -> int:
         return 1
     except CycloptsError as error:
         if isinstance(error.__cause__, HawkError):  # a value that its dataclass refused
-            return _failed(str(error.__cause__))
+            return _failed(str(error.__cause__), to_try(error.__cause__, app.name[0], argv))
         command = " ".join([*app.name, *argv[: argv[0] in COMMANDS and app.default_command is None]])
-        print(f"error: {' '.join(str(error).split())} See: {command} --help", file=sys.stderr)
+        message = " ".join(str(error).split())
+        tell(f"{message}{'' if message[-1] in '.?' else '.'} See: {command} --help", to_try(error, app.name[0], argv))
         raise SystemExit(2) from None
     except HawkError as error:
-        return _failed(str(error))
+        return _failed(str(error), to_try(error, app.name[0], argv))
     except ImportError as error:
         return _failed(_missing(error))
     except OSError as error:
@@ -135,7 +147,7 @@ def _default_shown(value: object) -> str | None:
 
 
 def _missing(error: ImportError) -> str:
-    """What the command needs and is not installed, with all else that its extra brings.
+    """What the command needs and is not installed, with the extra that brings it.
 
     Raises:
         ImportError: it is a part of this project.
@@ -144,12 +156,21 @@ def _missing(error: ImportError) -> str:
     package = (cause.name or "").partition(".")[0]
     if not isinstance(cause, ModuleNotFoundError) or package == "hawk_trt":
         raise error
-    together = next((extra for extra in EXTRAS.values() if package in extra), {package: ""})
-    return f"this command needs {package}: pip install {' '.join(together)}"
+    package = {"PIL": "pillow", "yaml": "pyyaml"}.get(package, package)
+    names = {package, package.replace("_", "-")}
+    brought = next((f"'hawk-trt[{extra}]'" for extra, packages in extras().items() if names & set(packages)), package)
+    return f"this command needs {package}: pip install {brought}"
 
 
-def _failed(message: str) -> int:
+def _failed(message: str, command: str | None = None) -> int:
     if os.environ.get("HAWK_DEBUG", "0") not in ("", "0"):
         traceback.print_exc()
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    tell(message, command)
     return 1
+
+
+def tell(message: str, command: str | None) -> None:
+    """Print an error, and in a second line the command that would do."""
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    if command:
+        print(f"  try: {command}", file=sys.stderr)

@@ -1,82 +1,199 @@
 """What a user may name as a model: a bundle, engines, or a checkpoint, which is exported first, once."""
 
 import hashlib
+import re
+from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 from typing import Literal
 
 from hawk_trt.apps.cli.main import where_it_lies
-from hawk_trt.apps.cli.output import note, progress
-from hawk_trt.bundle import ENGINES_MANIFEST, MANIFEST
-from hawk_trt.errors import BundleError, CheckpointError
+from hawk_trt.apps.cli.mistakes import IMAGES, WrongModel
+from hawk_trt.apps.cli.output import note, progress, size
+from hawk_trt.bundle import ENGINES_MANIFEST, MANIFEST, Bundle, Manifest, WeightFormat, holds_engines, read_manifest
+from hawk_trt.engine_folder import EngineFolder, read_engine_manifest
+from hawk_trt.errors import InvalidInput
 from hawk_trt.files import cache_folder
-from hawk_trt.inputs.checkpoint_files import download, is_hub_id
+from hawk_trt.inputs.checkpoint_files import CONFIG, download, is_hub_id
 
 Kind = Literal["bundle", "engines", "checkpoint", "hub id", "nothing"]
+_KINDS: dict[str, Kind] = {ENGINES_MANIFEST: "engines", MANIFEST: "bundle", CONFIG: "checkpoint"}
+INTEGERS = ("int8", "int4")  # dtypes of weights alone
+BLOCK_SIZE = 64
+_ADDRESS = re.compile(r"(?:https?:/+)?(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)")
+_CHECKPOINT = "the folder of a Hugging Face checkpoint or a hub id"
+_MODELS = "a bundle, engines, a checkpoint or a hub id"
 
 
 def kind_of(name: str | Path) -> Kind:
     """What a name stands for, by the manifest that lies there."""
-    if (Path(name) / ENGINES_MANIFEST).is_file():
-        return "engines"
-    if (Path(name) / MANIFEST).is_file():
-        return "bundle"
-    if (Path(name) / "config.json").is_file():
-        return "checkpoint"
-    return "hub id" if is_hub_id(str(name)) else "nothing"
+    for file, kind in _KINDS.items():
+        if (Path(name) / file).is_file():
+            return kind
+    return "hub id" if is_hub_id(str(name)) and not _close_to(Path(name)) else "nothing"
 
 
-def ready(model: Path) -> Path:
+def ready(model: Path, dtype: str | None = None) -> Path:
     """The folder to load: the one that is named, or that of a checkpoint's bundle in the user's cache.
 
+    Args:
+        model: as it was named.
+        dtype: that a checkpoint is exported in, None for float32; that of a bundle must be it.
+
     Raises:
-        HawkError: the checkpoint cannot be exported.
+        HawkError: there is no model, it cannot be exported, or it is of another dtype.
     """
     kind = kind_of(model)
-    if kind not in ("checkpoint", "hub id"):
+    if kind == "nothing":
+        raise _no_model(str(model), _MODELS)
+    if kind in ("bundle", "engines"):
+        found = manifest_of(model).precision if dtype else None
+        if found not in (None, dtype):
+            raise InvalidInput(
+                f"--dtype {dtype}: {model} is {found}. Leave --dtype out, or export the checkpoint in it: "
+                f"hawk-trt export CHECKPOINT-OR-HUB-ID --dtype {dtype} --out {model}-{dtype}"
+            )
         return model
+    dtype = dtype or "float32"
     name = str(model) if kind == "hub id" else str(model.resolve())
     digest = hashlib.sha256(name.encode()).hexdigest()[:8]
-    folder = cache_folder() / "bundles" / f"{Path(name).name}-{digest}"
+    folder = cache_folder() / "bundles" / f"{Path(name).name}-{dtype}-{digest}"
     # imported by name, since they lie inside hawk_trt once installed, and only a checkpoint needs them
-    opened = import_module(where_it_lies("export.checkpoint")).Checkpoint.open(
-        download(name) if kind == "hub id" else name
-    )
     writer = import_module(where_it_lies("export.writer"))
-    options, source = writer.ExportOptions(), name if kind == "hub id" else None
-    if writer.up_to_date(opened, folder, options, source) is None:
-        note(f"{model}: a checkpoint. Exporting it in float32 to {folder}, once. Other dtypes: hawk-trt export --help")
+    if kind == "hub id":
+        note(f"{model}: a hub id. Downloading what is not in the Hugging Face cache of this machine")
+    source = download(name) if kind == "hub id" else Path(name)
+    opened = import_module(where_it_lies("export.checkpoint")).Checkpoint.open(source)
+    weights = WeightFormat(int(dtype.removeprefix("int")), BLOCK_SIZE) if dtype in INTEGERS else None
+    options = writer.ExportOptions(dtype="float32" if weights else dtype, weights=weights)
+    given = name if kind == "hub id" else None
+    if writer.up_to_date(opened, folder, options, given) is None:
+        held = size(sum(file.stat().st_size for file in source.glob("*.safetensors")))
+        note(f"{model}: a checkpoint of {held}. Exporting it in {dtype}, once (another one: --dtype)")
         with progress("of weights", in_bytes=True) as show:
-            writer.export(opened, folder, options, name=source, progress=show)
+            written = writer.export(opened, folder, options, name=given, progress=show).manifest
+        note(f"{folder}: exported, {size(sum(entry.size_bytes for entry in written.files.values()))}")
     return folder
 
 
 def expect_checkpoint(name: str) -> None:
-    """Refuse a bundle or engines in the place of a checkpoint.
+    """Refuse all but a checkpoint's folder and a hub id.
 
     Raises:
-        CheckpointError: it is one of these.
+        WrongModel: it is something else.
     """
     kind = kind_of(name)
     if kind == "bundle":
-        raise CheckpointError(
-            f"{name}: a bundle, which is exported already. Ask it: hawk-trt run {name} --prompt TEXT. "
-            f"Engines from it: hawk-trt build {name} --out {name}-engines"
+        raise WrongModel(
+            f"{name}: a bundle, which is exported already. Ask it, or build engines: "
+            f"hawk-trt build {name} --out {name}-engines",
+            command=f"hawk-trt run {name} --prompt TEXT",
         )
     if kind == "engines":
-        raise CheckpointError(f"{name}: engines, expected a checkpoint. Ask them: hawk-trt run {name} --prompt TEXT")
+        raise WrongModel(f"{name}: engines, expected a checkpoint", command=f"hawk-trt run {name} --prompt TEXT")
+    if kind == "nothing":
+        raise _no_model(name, _CHECKPOINT)
 
 
 def expect_bundle(name: Path) -> None:
-    """Refuse a checkpoint or engines in the place of a bundle.
+    """Refuse all but a bundle.
 
     Raises:
-        BundleError: it is one of these.
+        WrongModel: it is something else.
     """
     kind = kind_of(name)
     if kind in ("checkpoint", "hub id"):
-        raise BundleError(
-            f"{name}: a checkpoint, expected a bundle. Make one: hawk-trt export {name} --out {name.name}-bundle"
-        )
+        command = f"hawk-trt export {name} --out {name.name}-bundle"
+        raise WrongModel(f"{name}: a checkpoint, expected a bundle", command=command)
     if kind == "engines":
-        raise BundleError(f"{name}: engines, which are built already. Ask them: hawk-trt run {name} --prompt TEXT")
+        message = f"{name}: engines, which are built already"
+        raise WrongModel(message, command=f"hawk-trt run {name} --prompt TEXT")
+    if kind == "nothing":
+        raise _no_model(str(name), "a bundle")
+
+
+def load_bundle(model: Path) -> Bundle:
+    """The bundle of a folder, or the one inside an engine folder, whose graphs are plans.
+
+    Raises:
+        BundleError: neither is there, or it is damaged.
+    """
+    folder = ready(model)
+    return EngineFolder.load(folder).bundle if holds_engines(folder) else Bundle.load(folder)
+
+
+def manifest_of(folder: Path) -> Manifest:
+    """The manifest of a bundle, or of the one that engines were built from.
+
+    Raises:
+        BundleError: neither is there, or it is damaged.
+    """
+    return read_engine_manifest(folder).bundle if holds_engines(folder) else read_manifest(folder)
+
+
+def verify(folder: Path) -> None:
+    """Read every file of a bundle or engine folder and compare its sha256 with the manifest.
+
+    Raises:
+        BundleError: nothing to load there, or a file is missing or differs.
+    """
+    files = dict(manifest_of(folder).files)
+    if holds_engines(folder):
+        files |= read_engine_manifest(folder).files
+    total_bytes, done = sum(entry.size_bytes for entry in files.values()), 0
+    note(f"verifying {len(files)} files, {size(total_bytes)}")
+    with progress("verified", in_bytes=True) as show:
+
+        def hashed(count: int) -> None:
+            nonlocal done
+            done += count
+            show(done, total_bytes)
+
+        kind = EngineFolder if holds_engines(folder) else Bundle
+        kind.load(folder, verify=True, progress=hashed)
+
+
+def _no_model(name: str, expected: str) -> WrongModel:
+    """What lies in the place of a model, and what was meant, as far as that can be seen."""
+    path, address = Path(name), _ADDRESS.match(name)
+    if address:
+        return WrongModel(f"{name}: a web address, expected {expected}", name, address[1])
+    if path.is_file():
+        if path.suffix.lower() in IMAGES:
+            return WrongModel(
+                f"{name}: an image, expected {expected}", command=f"hawk-trt run MODEL --image {name} --prompt TEXT"
+            )
+        if kind_of(path.parent) != "nothing":
+            return WrongModel(f"{name}: a file, expected the folder that it lies in", name, str(path.parent))
+        why = "GGUF holds no checkpoint that is read here" if path.suffix == ".gguf" else "a file"
+        return WrongModel(f"{name}: {why}, expected {expected}", name, "CHECKPOINT-OR-HUB-ID")
+    if path.is_dir():
+        inside = [place for below in ("*", "snapshots/*") for file in _KINDS for place in path.glob(f"{below}/{file}")]
+        if inside:
+            places = sorted(str(place.parent) for place in inside)
+            return WrongModel(f"{name}: no model itself; it holds {', '.join(places[:4])}", name, places[0])
+        if (path / "adapter_config.json").is_file():
+            return WrongModel(
+                f"{name}: an adapter, expected {expected}. Merge it into its model first (PEFT's merge_and_unload)"
+            )
+        if expected == _CHECKPOINT:
+            return WrongModel(f"{name}: no {CONFIG} there, expected {expected}", name, "OWNER/NAME")
+        return WrongModel(
+            f"{name}: no bundle there ({MANIFEST} is missing), expected {expected}",
+            command=f"hawk-trt export CHECKPOINT-OR-HUB-ID --out {name}",
+        )
+    close = _close_to(path)
+    if close:
+        return WrongModel(f"{name}: no such folder. Did you mean {close}?", name, str(close))
+    message = f"{name}: no such folder, expected {expected}"
+    if "/" not in name:  # a hub id has an owner
+        message += f" such as Qwen/{name}" if name.startswith("Qwen") else " such as owner/name"
+    return WrongModel(message, name, f"Qwen/{name}" if name.startswith("Qwen") and "/" not in name else "")
+
+
+def _close_to(path: Path) -> Path | None:
+    """The model whose path was probably meant."""
+    around = [*path.parent.glob("*"), *(Path("artifacts").glob("*") if len(path.parts) == 1 else ())]
+    models = {folder.name: folder for folder in around if any((folder / file).is_file() for file in _KINDS)}
+    found = get_close_matches(path.name, models, n=1, cutoff=0.7)
+    return models[found[0]] if found else None

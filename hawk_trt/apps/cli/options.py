@@ -5,19 +5,17 @@ Each class is a group of options: its fields become flags, its docstring their h
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Group, Parameter, Token
 
-from hawk_trt.apps.cli.models import ready
-from hawk_trt.apps.cli.output import note, progress, size
-from hawk_trt.bundle import Bundle, holds_engines, read_manifest
-from hawk_trt.engine_folder import EngineFolder, read_engine_manifest
+from hawk_trt.apps.cli.mistakes import IMAGES, VIDEOS, WrongModel
+from hawk_trt.apps.cli.models import INTEGERS, ready, verify
 from hawk_trt.errors import InvalidInput
 from hawk_trt.pruning.head_weights import read_head_weights
-from hawk_trt.request import QUERIES, QUOTAS, SELECTORS, PruningConfig
+from hawk_trt.request import QUERIES, QUOTAS, SELECTORS, ModelInputs, PruningConfig
 from hawk_trt.stages import DTYPES, TARGETS
 
 if TYPE_CHECKING:
@@ -30,9 +28,27 @@ DTYPE_NAMES = {"fp32": "float32", "fp16": "float16", "half": "float16", "bf16": 
 
 def _numbers(_: type, tokens: Sequence[Token]) -> tuple[float, ...]:
     try:
-        return tuple(float(part) for token in tokens for part in token.value.split(","))
+        return tuple(_ratio(part) for token in tokens for part in token.value.split(","))
     except ValueError:
-        raise ValueError(f"got {tokens[-1].value!r}, expected numbers with commas between them") from None
+        raise ValueError(f"got {tokens[-1].value!r}, expected numbers with commas between them, as 0.1,0.2") from None
+
+
+def _number(_: type, tokens: Sequence[Token]) -> float:
+    try:
+        return _ratio(tokens[0].value)
+    except ValueError:
+        raise ValueError(f"got {tokens[0].value!r}, expected one number, as 0.2") from None
+
+
+def _ratio(text: str) -> float:
+    return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+
+
+def _integer(_: type, tokens: Sequence[Token]) -> int:
+    try:
+        return int(tokens[0].value)
+    except ValueError:
+        raise ValueError(f"got {tokens[0].value!r}, expected an integer, as 128") from None
 
 
 def _dtype(_: type, tokens: Sequence[Token]) -> str:
@@ -61,10 +77,11 @@ def names(known: Sequence[str], *, name: Sequence[str] = ()) -> Parameter:
 PROMPT, PRUNING = Group("Prompt", sort_key=1), Group("Pruning", sort_key=2)
 WHERE, OUTPUT = Group("Where it runs", sort_key=8), Group("Output", sort_key=9)
 
+Model = Annotated[Path, Parameter(help="a bundle or engines; or a checkpoint or hub id, which is exported first, once")]
 Numbers = Annotated[tuple[float, ...], Parameter(converter=_numbers, n_tokens=1)]
-KeepRatio = Annotated[float | None, Parameter(alias="--keep-ratios", group=PRUNING)]
+KeepRatio = Annotated[float | None, Parameter(alias="--keep-ratios", converter=_number, group=PRUNING)]
 KeepRatios = Annotated[Numbers, Parameter(name=("--keep-ratio", "--keep-ratios"), group=PRUNING)]
-MaxNewTokens = Annotated[int, Parameter(alias="--max-tokens")]
+MaxNewTokens = Annotated[int, Parameter(alias="--max-tokens", converter=_integer)]
 Dtype = Annotated[str, dtypes()]
 Json = Annotated[bool, Parameter(group=OUTPUT)]
 
@@ -77,12 +94,14 @@ class Where:
     Attributes:
         device: cpu, cuda or cuda:N (default: cuda for engines, else cpu)
         target: which graphs of the bundle (default: the best that run)
+        dtype: of a checkpoint's export (default: float32); a bundle has its own
         threads: of the CPU (default: one a core)
         verify: check the weight files by hash before loading them
     """
 
     device: str | None = None
     target: Annotated[str | None, Parameter(choices=TARGETS)] = None
+    dtype: Annotated[str | None, dtypes(*INTEGERS)] = None
     threads: int | None = None
     verify: bool = False
 
@@ -98,15 +117,11 @@ class Where:
         """
         from hawk_trt import Pipeline  # loading graphs and a tokenizer is only for those who run them
 
-        model = ready(model)
+        folder = ready(model, self.dtype)
         if self.verify:
-            verify(model)
+            verify(folder)
         return Pipeline.load(
-            model,
-            device=self.device,
-            target=self.target,
-            vision_cache_mb=vision_cache_mb,
-            threads=self.threads,
+            folder, self.device, target=self.target, vision_cache_mb=vision_cache_mb, threads=self.threads
         )
 
 
@@ -139,13 +154,22 @@ class Prompt(Pixels):
         max_new_tokens: longest answer, in tokens
     """
 
-    prompt: Annotated[str, Parameter(allow_leading_hyphen=True)]
-    image: tuple[str, ...] = ()
-    video: tuple[str, ...] = ()
+    prompt: Annotated[str, Parameter(alias="-p", allow_leading_hyphen=True)]
+    image: Annotated[tuple[str, ...], Parameter(alias=("-i", "--images"))] = ()
+    video: Annotated[tuple[str, ...], Parameter(alias="--videos")] = ()
     fps: float | None = None
     max_frames: int | None = None
     system: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None
     max_new_tokens: MaxNewTokens = 128
+
+    def __post_init__(self) -> None:
+        for flag, paths, other, suffixes in (
+            ("--image", self.image, "--video", VIDEOS),
+            ("--video", self.video, "--image", IMAGES),
+        ):
+            for path in paths:
+                if Path(path).suffix.lower() in suffixes and not path.lower().endswith(".gif"):
+                    raise WrongModel(f"{flag} {path}: {other[2:]}, expected {flag[2:]}", flag, other)
 
     def text(self) -> str:
         """The question, from the option or from stdin.
@@ -179,6 +203,20 @@ class Prompt(Pixels):
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
         return [*system, {"role": "user", "content": [*content, {"type": "text", "text": text}]}]
 
+    def prepare(self, pipe: "Pipeline", text: str) -> ModelInputs:
+        """The prompt as tensors.
+
+        Raises:
+            HawkError: an image or video that cannot be used.
+        """
+        return pipe.prepare(
+            self.messages(text),
+            images=self.image,
+            videos=self.video,
+            min_pixels=self.min_pixels,
+            max_pixels=self.max_pixels,
+        )
+
 
 @Parameter(name="*", group=PRUNING)
 @dataclass(frozen=True, kw_only=True)
@@ -201,15 +239,17 @@ class Scoring:
         """The pruning that the options ask for, at a keep ratio.
 
         Raises:
-            InvalidInput: a value out of its range.
+            InvalidInput: a value out of its range, or one that does not go with the selector.
         """
-        return PruningConfig(
-            keep_ratio=keep_ratio,
-            head_weights=None if self.head_weights is None else read_head_weights(self.head_weights).values,
-            min_visual_tokens=self.min_visual_tokens,
-            query=self.query,
-            quota=self.quota,
-        )
+        if 1.0 < keep_ratio <= 100.0:
+            raise InvalidInput(
+                f"keep_ratio: got {keep_ratio:g}, expected a number in (0, 1]. "
+                f"To keep {keep_ratio:g} %: --keep-ratio {keep_ratio / 100:g}"
+            )
+        given = asdict(self) | {"keep_ratio": keep_ratio}
+        if self.head_weights is not None:
+            given["head_weights"] = read_head_weights(self.head_weights).values
+        return PruningConfig(**given)
 
 
 @Parameter(name="*", group=PRUNING)
@@ -233,58 +273,8 @@ class Pruning(Choosing):
 
     Attributes:
         selector: who chooses the kept tokens
-        selector_seed: of --selector random
+        seed: of --selector random
     """
 
     selector: Annotated[str, Parameter(choices=SELECTORS)] = "hawk"
-    selector_seed: int = 0
-
-    def config(self, keep_ratio: float) -> PruningConfig:
-        """The pruning that the options ask for, with its selector.
-
-        Raises:
-            InvalidInput: a value out of its range, or one that does not go with the selector.
-        """
-        return replace(
-            super().config(keep_ratio),
-            selector=self.selector,
-            seed=self.selector_seed,
-            keep_mass=self.keep_mass,
-            diversity=self.diversity,
-        )
-
-
-def load_bundle(folder: Path) -> Bundle:
-    """The bundle of a folder, or the one inside an engine folder, whose graphs are plans.
-
-    Raises:
-        BundleError: neither is there, or it is damaged.
-    """
-    folder = ready(folder)
-    return EngineFolder.load(folder).bundle if holds_engines(folder) else Bundle.load(folder)
-
-
-def verify(folder: Path) -> Bundle:
-    """Read every file of a bundle or engine folder and compare its sha256 with the manifest.
-
-    Raises:
-        BundleError: nothing to load there, or a file is missing or differs.
-    """
-    engines = holds_engines(folder)
-    if engines:
-        manifest = read_engine_manifest(folder)
-        files = {**manifest.bundle.files, **manifest.files}
-    else:
-        files = read_manifest(folder).files
-    total_bytes, done = sum(entry.size_bytes for entry in files.values()), 0
-    note(f"verifying {len(files)} files, {size(total_bytes)}")
-    with progress("verified", in_bytes=True) as show:
-
-        def hashed(count: int) -> None:
-            nonlocal done
-            done += count
-            show(done, total_bytes)
-
-        if engines:
-            return EngineFolder.load(folder, verify=True, progress=hashed).bundle
-        return Bundle.load(folder, verify=True, progress=hashed)
+    seed: Annotated[int, Parameter(name="--selector-seed")] = 0

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Group, Parameter
 from rich.console import Console
 
-from hawk_trt.apps.cli.models import expect_checkpoint
-from hawk_trt.apps.cli.options import OUTPUT, PRUNING, Dtype, Json, Numbers, Scoring, Where, load_bundle
+from hawk_trt.apps.cli.models import expect_checkpoint, load_bundle
+from hawk_trt.apps.cli.options import OUTPUT, PRUNING, Dtype, Json, Model, Numbers, Scoring, Where
 from hawk_trt.apps.cli.output import note, print_json
 from hawk_trt.apps.parity.cases import DEFAULT_PROMPT, ParityCase, generated_cases, given_cases, tensor_cases
 from hawk_trt.apps.parity.check import compare_case
@@ -73,7 +73,7 @@ class Compared:
 
 
 def parity(
-    model: Path,
+    model: Model,
     where: Where = Where(),
     scoring: Scoring = Scoring(),
     compared: Compared = Compared(),
@@ -92,7 +92,6 @@ def parity(
     Example: hawk-trt parity artifacts/3b --checkpoint Qwen/Qwen2.5-VL-3B-Instruct
 
     Args:
-        model: a bundle or engines; or a checkpoint or hub id, which is exported first, once
         checkpoint: the checkpoint folder that the bundle was exported from, or its hub id
         keep_ratios: shares of visual tokens kept (default: the bundle's, and 1)
         reference_device: of torch

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Group, Parameter
 
-from hawk_trt.apps.cli.options import OUTPUT, Json, KeepRatio, Prompt, Pruning, Where
+from hawk_trt.apps.cli.options import OUTPUT, Json, KeepRatio, Model, Prompt, Pruning, Where
 from hawk_trt.apps.cli.output import note, print_json
 from hawk_trt.request import Result, SamplingConfig, Timings
 from hawk_trt.runtime.sampling import checkpoint_sampling
@@ -53,7 +53,7 @@ class Sampling:
 
 
 def run(
-    model: Path,
+    model: Model,
     prompt: Prompt,
     where: Where = Where(),
     pruning: Pruning = Pruning(),
@@ -71,7 +71,6 @@ def run(
     Example: hawk-trt run artifacts/3b --image photo.jpg --prompt "What does the sign say?" --keep-ratio 0.2
 
     Args:
-        model: a bundle or engines; or a checkpoint or hub id, which is exported first, once
         keep_ratio: share of visual tokens kept, in (0, 1] (default: the bundle's)
         stop: end the answer at this text; repeatable
         skip_special_tokens: leave special tokens out of the answer
@@ -119,18 +118,11 @@ def run(
     elif not live:
         print(result.text, flush=True)
     if drawn is not None:  # after the answer, which a picture that cannot be written must not cost
-        from hawk_trt.apps.cli.drawing import draw  # a tenth of a start is for those who draw
+        from hawk_trt.apps.cli.explain import draw  # a tenth of a start is for those who draw
         from hawk_trt.apps.explain.explanation import explain
 
-        inputs = pipe.prepare(
-            messages,
-            images=prompt.image,
-            videos=prompt.video,
-            min_pixels=prompt.min_pixels,
-            max_pixels=prompt.max_pixels,
-        )
-        merge = pipe.bundle.manifest.vision.spatial_merge_size
-        explained = explain(text, pipe.layout(inputs), [(config.keep_ratio, result)], merge, pruning.selector)
+        layout, merge = pipe.layout(prompt.prepare(pipe, text)), pipe.bundle.manifest.vision.spatial_merge_size
+        explained = explain(text, layout, [(config.keep_ratio, result)], merge, pruning.selector)
         draw(drawn, explained, prompt, pruning, pipe)
     _summarise(result)
     if picture is not None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Group, Parameter
 
-from hawk_trt.apps.cli.options import KeepRatio, Pruning, Where
+from hawk_trt.apps.cli.options import KeepRatio, Model, Pruning, Where
 from hawk_trt.apps.cli.output import note
 from hawk_trt.apps.serve.settings import KEY_VARIABLE, LOOPBACK_HOSTS, ServeLimits, ServeSettings, read_api_keys
 from hawk_trt.runtime.vision_cache import DEFAULT_VISION_CACHE_MB
@@ -79,7 +79,7 @@ class Served:
 
 
 def serve(
-    model: Path,
+    model: Model,
     served: Served = Served(),
     *,
     host: Annotated[str, Parameter(group=_ADDRESS)] = "127.0.0.1",
@@ -90,7 +90,6 @@ def serve(
     Example: hawk-trt serve artifacts/3b --keep-ratio 0.2 --port 8000
 
     Args:
-        model: a bundle or engines; or a checkpoint or hub id, which is exported first, once
         host: address to listen at; 0.0.0.0 is all networks
         port: 0 takes a free one
     """

@@ -13,7 +13,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from hawk_trt.apps.cli.main import make_app, run_app
-from hawk_trt.apps.cli.options import PROMPT, MaxNewTokens, Pixels, Pruning, Where
+from hawk_trt.apps.cli.options import PROMPT, MaxNewTokens, Model, Pixels, Pruning, Where
 from hawk_trt.apps.cli.output import note
 from hawk_trt.apps.harness.answering import Answering
 from hawk_trt.apps.harness.vlmevalkit import model_class
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     own = given.index("--") if "--" in given else len(given)
 
     def run(
-        model: Path,
+        model: Model,
         where: Where = Where(),
         pruning: Pruning = Pruning(),
         pixels: Pixels = Pixels(),
@@ -42,7 +42,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         """Run VLMEvalKit's benchmarks on a bundle or on engines; what stands behind -- goes to its run.py.
 
         Args:
-            model: a bundle or engines; or a checkpoint or hub id, which is exported first, once
             vlmevalkit: a clone of VLMEvalKit
             name: of the model in its results
             keep_ratio: share of visual tokens kept

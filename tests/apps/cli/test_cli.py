@@ -240,7 +240,7 @@ def test_wrong_usage_is_exit_code_2(argv, capsys):
     out, err = capsys.readouterr()
     assert out == ""
     assert "Usage: hawk-trt COMMAND" in err if not argv else err.startswith("error: ")
-    assert not argv or err.count("\n") == 1
+    assert not argv or err.count("\n") <= 2  # what is wrong, and a command that works
     assert not argv or f"See: hawk-trt {argv[0]} --help" in err or "See: hawk-trt --help" in err
 
 
@@ -271,7 +271,7 @@ def test_a_traceback_is_shown_on_request_only(tmp_path):
     assert quiet.returncode == loud.returncode == 1
     assert "Traceback" not in quiet.stderr
     assert "Traceback" in loud.stderr
-    assert quiet.stderr == loud.stderr.splitlines(keepends=True)[-1]
+    assert loud.stderr.endswith(quiet.stderr)
 
 
 def test_an_interrupt_is_exit_code_130():
@@ -463,11 +463,11 @@ def test_what_is_named_in_anothers_place_is_recognised(tiny_bundle, tiny_checkpo
         (["build", tiny_checkpoint, "--out", out], f"hawk-trt export {tiny_checkpoint} --out tiny-vlm-bundle"),
         (["build", "Qwen/Qwen2.5-VL-3B-Instruct", "--out", out], "hawk-trt export Qwen/Qwen2.5-VL-3B-Instruct --out"),
         (["build", engines, "--out", out], f"hawk-trt run {engines} --prompt TEXT"),
-        (["run", tmp_path, "--prompt", "?"], f"hawk-trt export CHECKPOINT-OR-HUB-ID --out {tmp_path}"),
+        (["run", tmp_path, "--prompt", "?"], f"hawk-trt run {engines} --prompt '?'"),
     ):
         assert main([str(word) for word in argv]) == 1
         err = capsys.readouterr().err
-        assert command in err and err.count("\n") == 1
+        assert command in err and err.count("\n") == 2
     assert not Path(out).exists()
 
 

@@ -8,7 +8,8 @@ import pytest
 
 from hawk_trt.apps.cli import doctor_checks as doctor
 from hawk_trt.apps.cli.doctor_checks import Gpu, examine, parse_gpus, provider_problem
-from hawk_trt.runtime.versions import EXTRAS, at_least
+from hawk_trt.runtime import versions
+from hawk_trt.runtime.versions import at_least, extras
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -16,30 +17,31 @@ else:
     import tomli as tomllib  # pytest brings it
 
 ROOT = Path(__file__).parents[3]
-ABSENT = dict.fromkeys((*doctor.RUNTIME, *doctor.ONNX_RUNTIMES, *doctor.TENSORRTS))
+ABSENT = dict.fromkeys((*extras()[""], *doctor.ONNX_RUNTIMES, *doctor.TENSORRTS))
 
 
-def extras_of_pyproject():
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    return {name: dict(re.findall(r"([\w-]+)>=([\d.]+)", " ".join(packages))) for name, packages in extras.items()}
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
-def test_doctor_knows_the_extras_of_pyproject():
-    declared = extras_of_pyproject()
-    assert {name: declared[name] for name in EXTRAS} == EXTRAS
-    assert set(declared["cpu"]) | set(declared["cuda"]) == set(doctor.ONNX_RUNTIMES)
+def test_doctor_reads_the_extras_from_the_metadata(monkeypatch):
+    declared = {"": PYPROJECT["dependencies"], **PYPROJECT["optional-dependencies"]}
+    lines = [f"{one}; extra == '{extra}'" if extra else one for extra, needed in declared.items() for one in needed]
+    monkeypatch.setattr(versions, "requires", lambda name: lines if name == "hawk-trt" else [])
+    found = versions.extras()
+    assert {"", "cpu", "cuda", "tensorrt", *doctor.EXTRAS} <= set(found)
+    for extra, packages in found.items():
+        assert packages == dict(re.findall(r"([\w-]+)(?:\[\w+\])?>=([\d.]+)", " ".join(declared[extra])))
+    assert set(found["cpu"]) | set(found["cuda"]) == set(doctor.ONNX_RUNTIMES)
 
 
-def test_doctor_suggests_the_packages_of_the_extras(monkeypatch):
+def test_doctor_suggests_the_extra_that_brings_what_is_missing(monkeypatch):
     monkeypatch.setattr(doctor, "installed_version", lambda _: None)
     monkeypatch.setattr(doctor, "_providers", lambda: ((), "onnxruntime is not installed"))
     monkeypatch.setattr(doctor, "find_gpus", lambda: (Gpu("A GPU", "9.0", "580", 10, 9),))
     report = examine()
     assert not any(capability.works for capability in report.capabilities)
     suggested = {(capability.command or "").rpartition("pip install ")[2] for capability in report.capabilities}
-    declared = extras_of_pyproject()
-    for extra in ("cpu", "cuda", "video", "export", "parity", "serve"):
-        assert " ".join(declared[extra]) in suggested
+    assert {f"'hawk-trt[{extra}]'" for extra in ("cpu", "cuda", *doctor.EXTRAS)} <= suggested
 
 
 def test_the_cpu_provider_computes_here():
@@ -56,12 +58,12 @@ def test_both_onnxruntime_packages_are_removed_before_the_cuda_one_is_installed(
     gpu = Gpu("A GPU", "9.0", "580", 10, 9)
     capability = doctor._cuda("1.31.1", packages, ("CPUExecutionProvider",), (gpu,), None)
     assert not capability.works
-    assert capability.command == "pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime-gpu"
+    assert capability.command == "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'hawk-trt[cuda]'"
 
 
 def test_a_package_that_is_too_old_is_missing():
-    versions = {"huggingface_hub": "1.2", "safetensors": "0.4.3", "torch": "2.13.0+cpu", "transformers": "4.52.0"}
-    capability = doctor._extra("parity", versions)
+    installed = {"huggingface_hub": "1.2", "safetensors": "0.4.3", "torch": "2.13.0+cpu", "transformers": "4.52.0"}
+    capability = doctor._extra("parity", {"torch": "2.6", "transformers": "5.0"}, installed)
     assert not capability.works
     assert capability.detail == "transformers 4.52.0 is older than 5.0"
 
@@ -91,7 +93,7 @@ def test_doctor_prints_findings_and_imports_neither_torch_nor_transformers():
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     findings = json.loads(done.stdout)
-    assert {"run on CPU", "run on CUDA", "export", "parity", "serve", "video", "TensorRT"} == {
+    assert {"run on CPU", "run on CUDA", "export", "parity", "eval", "serve", "video", "TensorRT"} == {
         capability["name"] for capability in findings["capabilities"]
     }
     assert findings["disk_free_bytes"] > 0

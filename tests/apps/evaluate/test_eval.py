@@ -226,7 +226,8 @@ from hawk_trt.apps.cli.main import main
 sys.exit(main(["eval", "any"]))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (1, f"error: this command needs {package}: pip install {package}\n")
+    told = f"error: this command needs {package}: pip install 'hawk-trt[eval]'\n"
+    assert (done.returncode, done.stderr) == (1, told)
 
 
 def test_eval_runs_fastv_in_pytorch_beside_the_others(tiny_bundle, tiny_checkpoint, tmp_path, capsys):

@@ -160,12 +160,12 @@ def test_other_head_weights_go_to_both_sides(tensor_bundle, capsys, tmp_path):
     assert "in tolerance" in capsys.readouterr().out
 
 
-def test_missing_torch_names_the_extra(tensor_bundle):
+def test_missing_torch_names_the_extra(tensor_bundle, tiny_checkpoint):
     code = f"""
 import sys
 sys.modules["torch"] = None
 from hawk_trt.apps.cli.main import main
-sys.exit(main(["parity", {str(tensor_bundle)!r}, "--checkpoint", "any"]))
+sys.exit(main(["parity", {str(tensor_bundle)!r}, "--checkpoint", {str(tiny_checkpoint)!r}]))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1 and "pip install torch transformers safetensors" in done.stderr
