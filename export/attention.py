@@ -17,7 +17,7 @@ import onnx_ir as ir
 from hawk_trt.stages import CONTEXT_SLOTS, LanguageConfig, key_name, value_name
 
 from .graph import GraphBuilder
-from .layers import add_residual, attention, gated_mlp, head_norm, linear, mask_bias, rms_norm, rotary
+from .layers import add_residual, attention, gated_mlp, linear, mask_bias, rms_norm, rotary
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +99,7 @@ def decoder_layer(
                 _heads(g, linear(g, h, f"{weight}.self_attn.{n}_proj", f"{n}_proj"), context.key_shape, n) for n in "kv"
             )
             if config.qk_norm:
-                key = head_norm(g, key, f"{weight}.self_attn.k_norm", config.rms_norm_eps, "k_norm")
+                key = rms_norm(g, key, f"{weight}.self_attn.k_norm", config.rms_norm_eps, "k_norm", g.dtype)
             key = rotary(g, key, context.cos, context.sin, "rotary_k")
             cos, sin, mask, query_shape = context.cos, context.sin, context.mask, context.query_shape
             if last_only:
@@ -116,7 +116,7 @@ def decoder_layer(
                 query_shape = g.ints(-1, 1, config.num_attention_heads, config.head_dim)
             query = _heads(g, linear(g, h, f"{weight}.self_attn.q_proj", "q_proj"), query_shape, "q")
             if config.qk_norm:
-                query = head_norm(g, query, f"{weight}.self_attn.q_norm", config.rms_norm_eps, "q_norm")
+                query = rms_norm(g, query, f"{weight}.self_attn.q_norm", config.rms_norm_eps, "q_norm", g.dtype)
             query = rotary(g, query, cos, sin, "rotary_q")
             attended, present = _attend(g, config, context, query, key, value, mask, layer)
             attended = linear(g, attended, f"{weight}.self_attn.o_proj", "o_proj")

@@ -18,13 +18,14 @@ import numpy as np
 
 from hawk_trt.errors import CheckpointError
 from hawk_trt.inputs.checkpoint_files import CONFIG, GENERATION_CONFIG, read_json
+from hawk_trt.inputs.tensor_file import CheckpointTensor, TensorFile, read_tensor_file
 
-from .tensor_file import CheckpointTensor, TensorFile, read_tensor_file
-from .vision import tensor_names
+from .tensors import tensor_names
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _SHARD = re.compile(r"model-(\d+)-of-(\d+)\.safetensors")
+_PLAIN = ("float64", "float32", "float16", "bfloat16")
 _PEFT_PREFIX = "base_model.model."
 # Buffers that old checkpoints saved and that config.json determines.
 _COMPUTED = ".inv_freq"
@@ -230,6 +231,11 @@ def _canonical_tensors(
                 raise CheckpointError(
                     f"{file.path}: tensor {tensor.name}: part of quantised weights, which cannot be exported: "
                     "take the checkpoint they were made from"
+                )
+            if tensor.dtype not in _PLAIN:
+                raise CheckpointError(
+                    f"{file.path}: tensor {tensor.name}: {tensor.dtype}, expected {', '.join(_PLAIN)}. A quantised "
+                    "checkpoint cannot be exported: take the original it was made from"
                 )
             for part in _parts(tensor, names(tensor.name)):
                 if part.name in tensors:

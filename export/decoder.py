@@ -2,20 +2,15 @@
 
 import onnx_ir as ir
 
-from hawk_trt.stages import DECODER, LanguageConfig, decoder_spec
+from hawk_trt.stages import LanguageConfig
 
 from .attention import attention_context, decoder_layer
-from .graph import GraphBuilder, Weights
+from .graph import GraphBuilder
 from .layers import add_residual, linear, rms_norm
 
-WEIGHT_FILE = f"{DECODER}.data"
 
-
-def build_decoder(config: LanguageConfig, dtype: str, target: str, weights: Weights) -> ir.Model:
-    """Build the decoder graph for a target."""
-    g = GraphBuilder(DECODER, dtype, target, weights, WEIGHT_FILE)
-    spec = decoder_spec(config, target)
-    inputs = g.inputs(spec)
+def decoder(g: GraphBuilder, config: LanguageConfig, inputs: dict[str, ir.Value]) -> dict[str, ir.Value]:
+    """Add the nodes of the decoder graph."""
     hidden = inputs["hidden_states"]
     context = attention_context(g, config, inputs, inputs["kept_position_ids"], hidden, first_layer=1)
     x = g.reshape(hidden, -1, config.hidden_size, name="flat_hidden_states")
@@ -29,10 +24,5 @@ def build_decoder(config: LanguageConfig, dtype: str, target: str, weights: Weig
             x = add_residual(g, x, g.reshape(level, -1, config.hidden_size, name="flat_level"), "add_deepstack")
     x = rms_norm(g, x, "language_model.norm", config.rms_norm_eps, "norm")
     logits = linear(g, x, "language_model.embed_tokens" if config.tie_word_embeddings else "lm_head", "lm_head")
-    if g.dtype == "float32":
-        outputs["logits"] = logits
-    else:
-        outputs["logits"] = g.cast(logits, g.dtype, "float32", "logits_float32")
-    outputs["next_token"] = g.op("ArgMax", outputs["logits"], axis=-1, keepdims=0, name="next_token")
-    g.outputs(spec, outputs)
-    return g.model()
+    logits = g.cast(logits, g.dtype, "float32", "logits_float32")
+    return outputs | {"logits": logits, "next_token": g.op("ArgMax", logits, axis=-1, keepdims=0, name="next_token")}

@@ -16,24 +16,20 @@ from collections.abc import Callable
 
 import onnx_ir as ir
 
-from hawk_trt.stages import FIRST_LAYER, LanguageConfig, first_layer_spec
+from hawk_trt.stages import LanguageConfig
 
 from .attention import attention_context, decoder_layer
-from .graph import GraphBuilder, Weights
+from .graph import GraphBuilder
 from .layers import add_residual, inverse_rms
 from .weighted_topk import weighted_topk
 
-WEIGHT_FILE = f"{FIRST_LAYER}.data"
 _LAYER = "language_model.layers.0"
 
 
-def build_first_layer(
-    config: LanguageConfig, dtype: str, target: str, normalization: str, weights: Weights
-) -> ir.Model:
-    """Build the first_layer graph for a target."""
-    g = GraphBuilder(FIRST_LAYER, dtype, target, weights, WEIGHT_FILE)
-    spec = first_layer_spec(config, target)
-    inputs = g.inputs(spec)
+def first_layer(
+    g: GraphBuilder, config: LanguageConfig, normalization: str, inputs: dict[str, ir.Value]
+) -> dict[str, ir.Value]:
+    """Add the nodes of the first_layer graph."""
     embeds = _merge(g, inputs["text_embeds"], inputs["visual_embeds"], inputs["source_rows"])
     with g.scope("hawk"):
         score = _normed_head_scores if config.qk_norm else _head_scores
@@ -64,15 +60,14 @@ def build_first_layer(
             first, outputs = _kept_levels(g, config, inputs, index_vectors)
             x = add_residual(g, x, g.reshape(first, -1, config.hidden_size, name="flat_level"), "add_level")
     hidden_shape = g.op("Shape", hidden, name="hidden_shape")
-    outputs |= {
+    return {
         "hidden_states": g.op("Reshape", x, hidden_shape, name="hidden_states"),
         "kept_indices": indices,
         "kept_position_ids": positions,
         "scores": scores,
         **present,
+        **outputs,
     }
-    g.outputs(spec, outputs)
-    return g.model()
 
 
 def _merge(g: GraphBuilder, text_embeds: ir.Value, visual_embeds: ir.Value, source_rows: ir.Value) -> ir.Value:

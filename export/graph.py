@@ -5,16 +5,17 @@ Weights enter as external tensors that a WeightStore has placed; nothing is read
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from hawk_trt.bundle import WeightFormat, numpy_dtype
+from hawk_trt.bundle import numpy_dtype
 from hawk_trt.stages import PORTABLE, StageSpec, TensorSpec, residual_dtype
 
 from .quantisation import QUANTISED_OPSET
+from .weights import WeightStore
 
 # TensorRT 10.3 parses the ops of opset 18; opset 24 has Attention, TensorScatter, RMSNormalization and RotaryEmbedding.
 _PORTABLE_OPSET, _OPSET = 18, 24
@@ -37,21 +38,8 @@ def opset(target: str) -> int:
     return _PORTABLE_OPSET if target == PORTABLE else _OPSET
 
 
-class Weights(Protocol):
-    """Where a graph's weights come from: export.weights.WeightStore."""
-
-    def initializer(self, stage_file: str, name: str, shape: tuple[int, ...] | None = None) -> ir.Value:
-        """An external-data initializer of a checkpoint tensor, reshaped where a shape is given."""
-
-    def quantised(self, stage_file: str, name: str) -> tuple[ir.Value, ir.Value, WeightFormat] | None:
-        """Initializers of a matrix's integers [in, out] and scales, None where it stays in floating point."""
-
-    def has(self, name: str) -> bool:
-        """Whether the checkpoint holds the tensor."""
-
-
 class GraphBuilder:
-    """Builds one graph for one target.
+    """Builds one graph for one target; its weights are placed in a file of its name.
 
     Attributes:
         dtype: of the model: "float32", "float16" or "bfloat16".
@@ -59,7 +47,7 @@ class GraphBuilder:
         target: that runs it, one of hawk_trt.stages.TARGETS.
     """
 
-    def __init__(self, name: str, dtype: str, target: str, weights: Weights, weight_file: str) -> None:
+    def __init__(self, name: str, dtype: str, target: str, weights: WeightStore) -> None:
         self.dtype = dtype
         self.residual = residual_dtype(dtype)
         self.target = target
@@ -67,7 +55,7 @@ class GraphBuilder:
         self._graph = ir.Graph([], [], nodes=[], name=name, opset_imports={"": opset(target)})
         self._nodes = self._graph  # where nodes go: the graph, or a subgraph while that is built
         self._weights = weights
-        self._weight_file = weight_file
+        self._weight_file = f"{name}.data"
         self._scopes: list[str] = []
         self._names: dict[str, int] = {}
         self._constants: dict[tuple[bytes, str, tuple[int, ...]], ir.Value] = {}

@@ -4,26 +4,32 @@ The table of tensors is held against the checkpoint before a graph is built, so 
 another size is an error that names the tensor, not a wrong answer.
 """
 
+from collections.abc import Callable
+
 import onnx_ir as ir
 
 from hawk_trt.models.family import Family
 from hawk_trt.models.vision_config import VisionConfig
-from hawk_trt.stages import DECODER, FIRST_LAYER, VISION, LanguageConfig
+from hawk_trt.stages import (
+    DECODER,
+    FIRST_LAYER,
+    VISION,
+    LanguageConfig,
+    StageSpec,
+    decoder_spec,
+    first_layer_spec,
+)
 
-from .decoder import build_decoder
-from .first_layer import build_first_layer
-from .graph import Weights
-from .tensors import EMBEDDINGS, LM_HEAD, Shapes, linear
+from .decoder import decoder
+from .first_layer import first_layer
+from .graph import GraphBuilder
+from .tensors import EMBEDDINGS, LM_HEAD, Shapes, linear, norm
 from .vision import GRAPHS
+from .weights import WeightStore
 
 
 def build_graphs(
-    family: Family,
-    language: LanguageConfig,
-    weights: Weights,
-    dtype: str,
-    target: str,
-    normalization: str,
+    family: Family, language: LanguageConfig, weights: WeightStore, dtype: str, target: str, normalization: str
 ) -> dict[str, ir.Model]:
     """Build the three graphs for a target.
 
@@ -38,10 +44,23 @@ def build_graphs(
     Returns:
         The models by stage name.
     """
+    vision = GRAPHS[family.name].build
+
+    def model(
+        stage: str, spec: StageSpec, build: Callable[[GraphBuilder, dict[str, ir.Value]], dict[str, ir.Value]]
+    ) -> ir.Model:
+        g = GraphBuilder(stage, dtype, target, weights)
+        g.outputs(spec, build(g, g.inputs(spec)))
+        return g.model()
+
     return {
-        VISION: GRAPHS[family.name].build(family.vision_spec(), family.vision, dtype, target, weights),
-        FIRST_LAYER: build_first_layer(language, dtype, target, normalization, weights),
-        DECODER: build_decoder(language, dtype, target, weights),
+        VISION: model(VISION, family.vision_spec(), lambda g, inputs: vision(g, family.vision, inputs)),
+        FIRST_LAYER: model(
+            FIRST_LAYER,
+            first_layer_spec(language, target),
+            lambda g, inputs: first_layer(g, language, normalization, inputs),
+        ),
+        DECODER: model(DECODER, decoder_spec(language, target), lambda g, inputs: decoder(g, language, inputs)),
     }
 
 
@@ -59,18 +78,19 @@ def _language_shapes(language: LanguageConfig) -> Shapes:
         shapes[LM_HEAD] = table
     for index in range(language.num_hidden_layers):
         layer = f"language_model.layers.{index}"
+        attention, mlp = f"{layer}.self_attn", f"{layer}.mlp"
         shapes |= {
-            f"{layer}.input_layernorm.weight": (hidden,),
-            f"{layer}.post_attention_layernorm.weight": (hidden,),
-            **linear(f"{layer}.self_attn.q_proj", query, hidden, bias=not language.qk_norm),
-            **linear(f"{layer}.self_attn.k_proj", kv, hidden, bias=not language.qk_norm),
-            **linear(f"{layer}.self_attn.v_proj", kv, hidden, bias=not language.qk_norm),
-            f"{layer}.self_attn.o_proj.weight": (hidden, query),
-            f"{layer}.mlp.gate_proj.weight": (inner, hidden),
-            f"{layer}.mlp.up_proj.weight": (inner, hidden),
-            f"{layer}.mlp.down_proj.weight": (hidden, inner),
+            **norm(f"{layer}.input_layernorm", hidden, bias=False),
+            **norm(f"{layer}.post_attention_layernorm", hidden, bias=False),
+            **linear(f"{attention}.q_proj", query, hidden, bias=not language.qk_norm),
+            **linear(f"{attention}.k_proj", kv, hidden, bias=not language.qk_norm),
+            **linear(f"{attention}.v_proj", kv, hidden, bias=not language.qk_norm),
+            **linear(f"{attention}.o_proj", hidden, query, bias=False),
+            **linear(f"{mlp}.gate_proj", inner, hidden, bias=False),
+            **linear(f"{mlp}.up_proj", inner, hidden, bias=False),
+            **linear(f"{mlp}.down_proj", hidden, inner, bias=False),
         }
         if language.qk_norm:
-            for name in ("q_norm", "k_norm"):
-                shapes[f"{layer}.self_attn.{name}.weight"] = (language.head_dim,)
+            for letter in "qk":
+                shapes |= norm(f"{attention}.{letter}_norm", language.head_dim, bias=False)
     return shapes

@@ -26,27 +26,20 @@ def linear(g: GraphBuilder, x: ir.Value, weight: str, name: str) -> ir.Value:
     return g.op("Add", y, *bias, name=f"{name}/add_bias") if bias else y
 
 
-def rms_norm(g: GraphBuilder, x: ir.Value, weight: str, epsilon: float, name: str) -> ir.Value:
-    """RMS norm of the residual stream, computed in float32: residual dtype in, model dtype out."""
-    scale = g.weight(f"{weight}.weight")
+def rms_norm(
+    g: GraphBuilder, x: ir.Value, weight: str, epsilon: float, name: str, source: str | None = None
+) -> ir.Value:
+    """RMS norm over the last axis, computed in float32; out in the model's dtype.
+
+    source: dtype of x, that of the residual stream where None.
+    """
+    scale, source = g.weight(f"{weight}.weight"), source or g.residual
     with g.scope(name):
         if g.opset24:
-            scale = g.cast(scale, g.dtype, g.residual, "scale_residual")
+            scale = g.cast(scale, g.dtype, source, "scale_residual")
             y = g.op("RMSNormalization", x, scale, axis=-1, epsilon=epsilon, stash_type=1, name="RMSNormalization")
-            return g.cast(y, g.residual, g.dtype, "to_model")
-        h = g.cast(x, g.residual, "float32", "to_float32")
-        inverse = inverse_rms(g, h, epsilon)
-        h = g.cast(g.op("Mul", h, inverse, name="normalize"), "float32", g.dtype, "to_model")
-        return g.op("Mul", h, scale, name="scale")
-
-
-def head_norm(g: GraphBuilder, x: ir.Value, weight: str, epsilon: float, name: str) -> ir.Value:
-    """RMS norm over the last axis of [batch, heads, seq, dim], computed in float32; model dtype in and out."""
-    scale = g.weight(f"{weight}.weight")
-    with g.scope(name):
-        if g.opset24:
-            return g.op("RMSNormalization", x, scale, axis=-1, epsilon=epsilon, stash_type=1, name="RMSNormalization")
-        h = g.cast(x, g.dtype, "float32", "to_float32")
+            return g.cast(y, source, g.dtype, "to_model")
+        h = g.cast(x, source, "float32", "to_float32")
         h = g.op("Mul", h, inverse_rms(g, h, epsilon), name="normalize")
         return g.op("Mul", g.cast(h, "float32", g.dtype, "to_model"), scale, name="scale")
 

@@ -16,11 +16,11 @@ import numpy as np
 import numpy.typing as npt
 
 from hawk_trt.inputs.checkpoint_files import CONFIG, GENERATION_CONFIG
+from hawk_trt.inputs.tensor_file import CheckpointTensor, alternating_buffers
 from hawk_trt.models.registry import family_of
 
 from .checkpoint import Checkpoint
 from .graphs import inventory
-from .tensor_file import CheckpointTensor, alternating_buffers
 
 _FLOAT32 = np.dtype(np.float32)
 

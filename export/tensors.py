@@ -1,9 +1,15 @@
 """What a model's tensors are called, and the tables of their shapes.
 
-visual.*, language_model.* and lm_head.weight are the canonical names, by which graphs know them. A function here or
-beside a family's vision graph gives a tensor's canonical names: mostly one, several where a fused tensor holds equal
-parts, one below the other.
+visual.*, language_model.* and lm_head.weight are the canonical names, by which graphs know them. A tensor of a
+checkpoint has mostly one, several where a fused tensor holds equal parts, one below the other.
 """
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from hawk_trt.errors import CheckpointError
+from hawk_trt.models.registry import family_of
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -16,6 +22,34 @@ _QWEN_PREFIXES = (
     ("model.", "language_model."),
 )
 
+# Of InternVL: transformers' names, with and without its model., and the original's. Each pattern is tried on what the
+# last one left.
+_INTERNVL_RENAMES = (
+    (r"^(model\.)?(vision_tower|vision_model)\.", "visual."),
+    (r"^visual\.embeddings\.(cls_token|class_embedding)$", "visual.cls_token"),
+    (r"^visual\.embeddings\.position_embeddings?$", "visual.position_embeddings"),
+    (r"^visual\.embeddings\.(patch_embeddings\.projection|patch_embedding)\.", "visual.patch_embed."),
+    (r"^visual\.encoder\.layers?\.", "visual.blocks."),
+    (r"^(visual\..*)\.attention\.projection_layer\.", r"\1.attn.proj."),
+    (r"^(visual\..*)\.attention\.", r"\1.attn."),
+    (r"^(visual\..*)\.layernorm_before\.", r"\1.norm1."),
+    (r"^(visual\..*)\.layernorm_after\.", r"\1.norm2."),
+    (r"^(visual\..*)\.lambda_([12])$", r"\1.ls\2"),
+    (r"^(model\.)?(multi_modal_projector\.layer_norm|mlp1\.0)\.", "visual.merger.norm."),
+    (r"^(model\.)?(multi_modal_projector\.linear_1|mlp1\.1)\.", "visual.merger.linear_1."),
+    (r"^(model\.)?(multi_modal_projector\.linear_2|mlp1\.3)\.", "visual.merger.linear_2."),
+    (r"^language_model\.lm_head\.", "lm_head."),
+    (r"^(model\.)?language_model\.(model\.)?", "language_model."),
+)
+
+
+def tensor_names(config: Mapping[str, Any]) -> Callable[[str], tuple[str, ...]]:
+    """What names the tensors of a checkpoint; an unknown architecture's are named as Qwen's."""
+    try:
+        return internvl_names if family_of(config).name == "internvl" else qwen_names
+    except CheckpointError:  # what is not supported is refused where its sizes are read
+        return qwen_names
+
 
 def qwen_names(name: str) -> tuple[str, ...]:
     """Of the Qwen families: the hub's names (visual.*, model.*) and those of newer saves (model.visual.*, ..)."""
@@ -25,12 +59,22 @@ def qwen_names(name: str) -> tuple[str, ...]:
     return (name,)
 
 
+def internvl_names(name: str) -> tuple[str, ...]:
+    """Of InternVL, of either make; the original has queries, keys and values in one."""
+    for pattern, replacement in _INTERNVL_RENAMES:
+        name = re.sub(pattern, replacement, name)
+    if name.startswith("visual.") and ".attn.qkv." in name:
+        return tuple(name.replace(".qkv.", f".{part}_proj.") for part in "qkv")
+    return (name,)
+
+
 def linear(name: str, rows: int, columns: int, *, bias: bool = True) -> Shapes:
     """A linear layer: weight [rows, columns] and, with bias, bias [rows]."""
     weight: Shapes = {f"{name}.weight": (rows, columns)}
     return weight | {f"{name}.bias": (rows,)} if bias else weight
 
 
-def layer_norm(name: str, size: int) -> Shapes:
-    """A layer norm: weight and bias [size]."""
-    return {f"{name}.weight": (size,), f"{name}.bias": (size,)}
+def norm(name: str, size: int, *, bias: bool = True) -> Shapes:
+    """A norm: weight [size] and, in a layer norm, bias [size]."""
+    weight: Shapes = {f"{name}.weight": (size,)}
+    return weight | {f"{name}.bias": (size,)} if bias else weight

@@ -23,10 +23,10 @@ import onnx_ir as ir
 
 from hawk_trt.bundle import FileEntry, TableEntry, WeightFormat, file_entry, numpy_dtype
 from hawk_trt.errors import BundleError, CheckpointError
+from hawk_trt.inputs.tensor_file import CheckpointTensor, alternating_buffers
 
 from .checkpoint import Checkpoint
 from .quantisation import is_quantised, layout, quantise
-from .tensor_file import CheckpointTensor, alternating_buffers
 from .tensors import EMBEDDINGS
 
 EMBEDDINGS_FILE = "embed_tokens.data"

@@ -341,11 +341,11 @@ def file_entry(path: Path, *, weights: bool = False, progress: Callable[[int], N
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:
-    """The numpy dtype of a dtype name, bfloat16 through ml_dtypes."""
-    if name == "bfloat16":
-        import ml_dtypes  # only bfloat16 bundles need it
+    """The numpy dtype of a dtype name, those that numpy lacks through ml_dtypes."""
+    if name == "bfloat16" or name.startswith("float8"):
+        import ml_dtypes  # only such bundles and checkpoints need it
 
-        name = ml_dtypes.bfloat16
+        name = getattr(ml_dtypes, name)
     dtype: np.dtype[Any] = np.dtype(name)
     return dtype
 

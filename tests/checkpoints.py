@@ -18,6 +18,8 @@ DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F64
 FORMAT_DTYPES = {np.dtype(dtype): name for name, dtype in DTYPES.items()} | {
     np.dtype(np.int8): "I8",
     np.dtype(np.int32): "I32",
+    np.dtype(np.int64): "I64",
+    np.dtype(ml_dtypes.float8_e4m3fn): "F8_E4M3",
 }
 # Prefixes of a canonical name in the hub's files, and in those that transformers 5 saves.
 HUB = {"visual.": "visual.", "language_model.": "model."}

@@ -5,51 +5,19 @@ the class token goes, blocks of patches become one token (pixel shuffle), and th
 model's width. Token-wise ops run on [num_tiles * (1 + patches), dim].
 """
 
-import re
-
 import onnx_ir as ir
 
 from hawk_trt.models.vision_config import InternVLVision
-from hawk_trt.stages import VISION, StageSpec
 
 from .. import tensors
-from ..graph import GraphBuilder, Weights
-from ..layers import add_residual, attention, head_norm, layer_norm, linear, rms_norm
+from ..graph import GraphBuilder
+from ..layers import add_residual, attention, layer_norm, linear, rms_norm
 from ..tensors import Shapes
-from ..vision.activations import gelu
+from .activations import gelu
 
-WEIGHT_FILE = f"{VISION}.data"
 # Neither is in config.json: of the norms of queries and keys, and of the projector.
 _QK_EPSILON = 1e-6
 _PROJECTOR_EPSILON = 1e-5
-
-# transformers' names, with and without its model., and the original's; each pattern is tried on what the last one left.
-_RENAMES = (
-    (r"^(model\.)?(vision_tower|vision_model)\.", "visual."),
-    (r"^visual\.embeddings\.(cls_token|class_embedding)$", "visual.cls_token"),
-    (r"^visual\.embeddings\.position_embeddings?$", "visual.position_embeddings"),
-    (r"^visual\.embeddings\.(patch_embeddings\.projection|patch_embedding)\.", "visual.patch_embed."),
-    (r"^visual\.encoder\.layers?\.", "visual.blocks."),
-    (r"^(visual\..*)\.attention\.projection_layer\.", r"\1.attn.proj."),
-    (r"^(visual\..*)\.attention\.", r"\1.attn."),
-    (r"^(visual\..*)\.layernorm_before\.", r"\1.norm1."),
-    (r"^(visual\..*)\.layernorm_after\.", r"\1.norm2."),
-    (r"^(visual\..*)\.lambda_([12])$", r"\1.ls\2"),
-    (r"^(model\.)?(multi_modal_projector\.layer_norm|mlp1\.0)\.", "visual.merger.norm."),
-    (r"^(model\.)?(multi_modal_projector\.linear_1|mlp1\.1)\.", "visual.merger.linear_1."),
-    (r"^(model\.)?(multi_modal_projector\.linear_2|mlp1\.3)\.", "visual.merger.linear_2."),
-    (r"^language_model\.lm_head\.", "lm_head."),
-    (r"^(model\.)?language_model\.(model\.)?", "language_model."),
-)
-
-
-def internvl_names(name: str) -> tuple[str, ...]:
-    """Canonical names of a tensor of either make; the original has queries, keys and values in one."""
-    for pattern, replacement in _RENAMES:
-        name = re.sub(pattern, replacement, name)
-    if name.startswith("visual.") and ".attn.qkv." in name:
-        return tuple(name.replace(".qkv.", f".{part}_proj.") for part in "qkv")
-    return (name,)
 
 
 def internvl_shapes(vision: InternVLVision) -> Shapes:
@@ -61,13 +29,13 @@ def internvl_shapes(vision: InternVLVision) -> Shapes:
         "visual.position_embeddings": (1, 1 + vision.tile_patches**2, dim),
         "visual.patch_embed.weight": (dim, vision.in_channels, patch, patch),
         "visual.patch_embed.bias": (dim,),
-        **tensors.layer_norm("visual.merger.norm", merged),
+        **tensors.norm("visual.merger.norm", merged),
         **tensors.linear("visual.merger.linear_1", out, merged),
         **tensors.linear("visual.merger.linear_2", out, out),
     }
     for block in (f"visual.blocks.{index}" for index in range(vision.depth)):
         for norm in (f"{block}.norm1", f"{block}.norm2"):
-            found |= tensors.layer_norm(norm, dim) if vision.norm == "layer_norm" else {f"{norm}.weight": (dim,)}
+            found |= tensors.norm(norm, dim, bias=vision.norm == "layer_norm")
         for letter in "qkv":
             found |= tensors.linear(f"{block}.attn.{letter}_proj", dim, dim, bias=vision.qkv_bias)
         if vision.qk_norm:
@@ -78,21 +46,15 @@ def internvl_shapes(vision: InternVLVision) -> Shapes:
     return found
 
 
-def build_internvl_vision(
-    spec: StageSpec, vision: InternVLVision, dtype: str, target: str, weights: Weights
-) -> ir.Model:
-    """Build the vision graph for a target."""
-    g = GraphBuilder(VISION, dtype, target, weights, WEIGHT_FILE)
-    inputs = g.inputs(spec)
+def internvl_vision(g: GraphBuilder, vision: InternVLVision, inputs: dict[str, ir.Value]) -> dict[str, ir.Value]:
+    """Add the nodes of the vision graph."""
     x = _embed(g, vision, inputs["pixel_values"])
     for block in range(vision.depth):
         x = _block(g, vision, x, f"blocks.{block}")
     with g.scope("merger"):
         h = layer_norm(g, _pixel_shuffle(g, vision, x), "visual.merger.norm", _PROJECTOR_EPSILON, "norm")
         h = linear(g, h, "visual.merger.linear_1", "linear_1")
-        embeds = linear(g, gelu(g, h), "visual.merger.linear_2", "linear_2")
-    g.outputs(spec, {"visual_embeds": embeds})
-    return g.model()
+        return {"visual_embeds": linear(g, gelu(g, h), "visual.merger.linear_2", "linear_2")}
 
 
 def _embed(g: GraphBuilder, vision: InternVLVision, pixels: ir.Value) -> ir.Value:
@@ -140,7 +102,8 @@ def _attention(g: GraphBuilder, vision: InternVLVision, h: ir.Value, weight: str
     for letter in "qkv":
         t = linear(g, h, f"{weight}.{letter}_proj", f"{letter}_proj")
         if vision.qk_norm and letter != "v":
-            t = head_norm(g, t, f"{weight}.{letter}_norm", _QK_EPSILON, f"{letter}_norm")  # over all heads at once
+            # over all heads at once
+            t = rms_norm(g, t, f"{weight}.{letter}_norm", _QK_EPSILON, f"{letter}_norm", g.dtype)
         t = g.reshape(t, -1, tokens, heads, head_dim, name=f"{letter}_split")
         by_head.append(g.transpose(t, 0, 2, 1, 3, name=f"{letter}_heads"))
     query, key, value = by_head

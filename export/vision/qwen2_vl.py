@@ -3,17 +3,15 @@
 import onnx_ir as ir
 
 from hawk_trt.models.vision_config import Qwen2Vision
-from hawk_trt.stages import VISION, StageSpec
 
 from .. import tensors
-from ..graph import GraphBuilder, Weights
+from ..graph import GraphBuilder
 from ..layers import layer_norm
 from ..tensors import Shapes
-from ..vision import frame_tower
-from ..vision.activations import quick_gelu
+from .activations import quick_gelu
+from .tower import NORM_EPSILON, Tower, merger, plain_style, tower_shapes
 
-WEIGHT_FILE = f"{VISION}.data"
-_MLP = frame_tower.Mlp("fc1", "fc2", quick_gelu)
+_STYLE = plain_style("fc1", "fc2", quick_gelu)
 
 
 def qwen2_vl_shapes(vision: Qwen2Vision) -> Shapes:
@@ -21,24 +19,20 @@ def qwen2_vl_shapes(vision: Qwen2Vision) -> Shapes:
     dim = vision.hidden_size
     merged = dim * vision.spatial_merge_size**2
     return {
-        **frame_tower.tower_shapes(vision, _MLP, patch_bias=False),
-        **tensors.layer_norm("visual.merger.ln_q", dim),
+        **tower_shapes(vision, _STYLE),
+        **tensors.norm("visual.merger.ln_q", dim),
         **tensors.linear("visual.merger.mlp.0", merged, merged),
         **tensors.linear("visual.merger.mlp.2", vision.out_hidden_size, merged),
     }
 
 
-def build_qwen2_vl_vision(spec: StageSpec, vision: Qwen2Vision, dtype: str, target: str, weights: Weights) -> ir.Model:
-    """Build the vision graph for a target."""
-    g = GraphBuilder(VISION, dtype, target, weights, WEIGHT_FILE)
-    inputs = g.inputs(spec)
-    x = frame_tower.patch_embed(g, inputs["pixel_values"], vision)
-    shared = frame_tower.frames(g, inputs, vision, x)
+def qwen2_vl_vision(g: GraphBuilder, vision: Qwen2Vision, inputs: dict[str, ir.Value]) -> dict[str, ir.Value]:
+    """Add the nodes of the vision graph."""
+    tower = Tower(g, inputs, vision, _STYLE)
+    x = tower.patches
     for number in range(vision.depth):
-        x = frame_tower.block(g, x, shared, number, _MLP)
+        x = tower.block(x, number)
     with g.scope("merger"):
-        h = layer_norm(g, x, "visual.merger.ln_q", frame_tower.NORM_EPSILON, "ln_q")
+        h = layer_norm(g, x, "visual.merger.ln_q", NORM_EPSILON, "ln_q")
         h = g.reshape(h, -1, vision.hidden_size * vision.spatial_merge_size**2, name="merge")
-        embeds = frame_tower.merger(g, h, "visual.merger.mlp.0", "visual.merger.mlp.2")
-    g.outputs(spec, {"visual_embeds": embeds})
-    return g.model()
+        return {"visual_embeds": merger(g, h, "visual.merger.mlp.0", "visual.merger.mlp.2")}

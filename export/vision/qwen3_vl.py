@@ -7,17 +7,15 @@ some blocks a merger of its own makes features that the language model's first l
 import onnx_ir as ir
 
 from hawk_trt.models.vision_config import Qwen3Vision
-from hawk_trt.stages import VISION, StageSpec
 
 from .. import tensors
-from ..graph import GraphBuilder, Weights
+from ..graph import GraphBuilder
 from ..layers import layer_norm
 from ..tensors import Shapes
-from ..vision import frame_tower
-from ..vision.activations import gelu_tanh
+from .activations import gelu_tanh
+from .tower import NORM_EPSILON, Tower, merger, plain_style, tower_shapes
 
-WEIGHT_FILE = f"{VISION}.data"
-_MLP = frame_tower.Mlp("linear_fc1", "linear_fc2", gelu_tanh)
+_STYLE = plain_style("linear_fc1", "linear_fc2", gelu_tanh)
 
 
 def qwen3_vl_shapes(vision: Qwen3Vision) -> Shapes:
@@ -25,36 +23,32 @@ def qwen3_vl_shapes(vision: Qwen3Vision) -> Shapes:
     dim, out = vision.hidden_size, vision.out_hidden_size
     merged = dim * vision.spatial_merge_size**2
     mergers = [f"visual.deepstack_merger_list.{level}" for level in range(len(vision.deepstack_visual_indexes))]
-    found = frame_tower.tower_shapes(vision, _MLP, patch_bias=True)
+    found = tower_shapes(vision, _STYLE, patch_bias=True)
     found["visual.pos_embed.weight"] = (vision.num_position_embeddings, dim)
-    for merger, norm_size in (("visual.merger", dim), *((name, merged) for name in mergers)):
-        found |= tensors.layer_norm(f"{merger}.norm", norm_size)
-        found |= tensors.linear(f"{merger}.linear_fc1", merged, merged)
-        found |= tensors.linear(f"{merger}.linear_fc2", out, merged)
+    for name, norm_size in (("visual.merger", dim), *((level, merged) for level in mergers)):
+        found |= tensors.norm(f"{name}.norm", norm_size)
+        found |= tensors.linear(f"{name}.linear_fc1", merged, merged)
+        found |= tensors.linear(f"{name}.linear_fc2", out, merged)
     return found
 
 
-def build_qwen3_vl_vision(spec: StageSpec, vision: Qwen3Vision, dtype: str, target: str, weights: Weights) -> ir.Model:
-    """Build the vision graph for a target."""
-    g = GraphBuilder(VISION, dtype, target, weights, WEIGHT_FILE)
-    inputs = g.inputs(spec)
-    x = _add_places(g, frame_tower.patch_embed(g, inputs["pixel_values"], vision), inputs, vision.hidden_size)
-    shared = frame_tower.frames(g, inputs, vision, x)
-    deepstack = vision.deepstack_visual_indexes
+def qwen3_vl_vision(g: GraphBuilder, vision: Qwen3Vision, inputs: dict[str, ir.Value]) -> dict[str, ir.Value]:
+    """Add the nodes of the vision graph."""
+    tower = Tower(g, inputs, vision, _STYLE)
+    x = _add_places(g, tower.patches, inputs, vision.hidden_size)
     levels: list[ir.Value] = []
     for number in range(vision.depth):
-        x = frame_tower.block(g, x, shared, number, _MLP)
-        if number in deepstack:
-            level = len(levels)
-            with g.scope(f"deepstack_merger_list.{level}"):
-                features = _merger(g, x, f"visual.deepstack_merger_list.{level}", vision, norm_merged=True)
+        x = tower.block(x, number)
+        if number in vision.deepstack_visual_indexes:
+            name = f"deepstack_merger_list.{len(levels)}"
+            with g.scope(name):
+                features = _merger(g, x, f"visual.{name}", vision, norm_merged=True)
                 levels.append(g.unsqueeze(features, 1, name="level"))
     with g.scope("merger"):
         outputs = {"visual_embeds": _merger(g, x, "visual.merger", vision, norm_merged=False)}
     if levels:
         outputs["deepstack_embeds"] = g.op("Concat", *levels, axis=1, name="deepstack_embeds")
-    g.outputs(spec, outputs)
-    return g.model()
+    return outputs
 
 
 def _add_places(g: GraphBuilder, x: ir.Value, inputs: dict[str, ir.Value], dim: int) -> ir.Value:
@@ -74,8 +68,7 @@ def _add_places(g: GraphBuilder, x: ir.Value, inputs: dict[str, ir.Value], dim: 
 def _merger(g: GraphBuilder, x: ir.Value, weight: str, vision: Qwen3Vision, *, norm_merged: bool) -> ir.Value:
     """Patches to tokens, [num_visual, hidden], normed before the patches of a block are joined or after."""
     merged = vision.hidden_size * vision.spatial_merge_size**2
-    if norm_merged:
-        h = layer_norm(g, g.reshape(x, -1, merged, name="merge"), f"{weight}.norm", frame_tower.NORM_EPSILON, "norm")
-    else:
-        h = g.reshape(layer_norm(g, x, f"{weight}.norm", frame_tower.NORM_EPSILON, "norm"), -1, merged, name="merge")
-    return frame_tower.merger(g, h, f"{weight}.linear_fc1", f"{weight}.linear_fc2")
+    h = g.reshape(x, -1, merged, name="merge") if norm_merged else x
+    h = layer_norm(g, h, f"{weight}.norm", NORM_EPSILON, "norm")
+    h = h if norm_merged else g.reshape(h, -1, merged, name="merge")
+    return merger(g, h, f"{weight}.linear_fc1", f"{weight}.linear_fc2")

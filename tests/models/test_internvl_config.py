@@ -9,7 +9,7 @@ import pytest
 
 from export.graphs import inventory
 from export.head_weights import default_head_weights
-from export.vision.internvl import internvl_names
+from export.tensors import internvl_names
 from hawk_trt.errors import CheckpointError
 from hawk_trt.models.internvl import InternVL
 from hawk_trt.models.registry import family_of

@@ -29,7 +29,7 @@ SPEC = StageSpec(
 
 
 def session(target, normalization):
-    builder = GraphBuilder("weighted_topk", "float32", target, weights=None, weight_file="")
+    builder = GraphBuilder("weighted_topk", "float32", target, weights=None)
     inputs = builder.inputs(SPEC)
     kept, scores = weighted_topk(builder, normalization, *inputs.values())
     builder.outputs(SPEC, {"kept_indices": kept, "scores": scores})

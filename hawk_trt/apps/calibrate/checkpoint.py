@@ -5,7 +5,6 @@ the folder's name or on times.
 """
 
 import hashlib
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from hawk_trt.inputs.checkpoint_files import (
     read_small_files,
     stop_tokens,
 )
+from hawk_trt.inputs.tensor_file import read_tensor_file
 from hawk_trt.models.registry import family_of
 from hawk_trt.request import PruningConfig
 
@@ -102,18 +102,15 @@ def _fingerprint(folder: Path, contents: dict[str, bytes]) -> str:
     if not files:
         raise CheckpointError(f"{folder}: no safetensors there")
     for path in files:
-        digest.update(path.name.encode())
+        found = read_tensor_file(path)
+        digest.update(path.name.encode() + found.header)
         try:
             with path.open("rb") as file:
-                header = file.read(int.from_bytes(file.read(8), "little"))
-                digest.update(header)
-                start = 8 + len(header)
-                tensors = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
-                for _, entry in sorted(tensors.items()):
-                    begin, end = entry["data_offsets"]
-                    for place in (begin, max(begin, end - _SAMPLED_BYTES)):
-                        file.seek(start + place)
+                for tensor in sorted(found.tensors, key=lambda tensor: tensor.name):
+                    end = tensor.offset + tensor.nbytes
+                    for place in (tensor.offset, max(tensor.offset, end - _SAMPLED_BYTES)):
+                        file.seek(place)
                         digest.update(file.read(min(_SAMPLED_BYTES, end - place)))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError) as error:
-            raise CheckpointError(f"{path}: cannot be read as safetensors ({error!r})") from error
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
     return digest.hexdigest()

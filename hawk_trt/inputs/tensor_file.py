@@ -19,8 +19,12 @@ import numpy.typing as npt
 from hawk_trt.bundle import numpy_dtype
 from hawk_trt.errors import CheckpointError
 
-# The dtypes that a model's weights can have, by the format's name: ours and the bytes of an element.
-_DTYPES = {"F64": ("float64", 8), "F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2)}
+# Ours of the dtypes of the format: of plain weights, and of the parts of quantised ones.
+_DTYPES = {
+    **{"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"},
+    **{"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool"},
+    **{"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"},
+}
 # The format's limit: a length above it means that this is not a safetensors file.
 _MAX_HEADER_BYTES = 100_000_000
 # Elements read at a time: conversion is fast while they stay in the CPU's cache.
@@ -37,7 +41,7 @@ class CheckpointTensor:
         file: that holds it.
         offset: of its first byte, from the start of the file.
         nbytes: its size.
-        dtype: float64, float32, float16 or bfloat16.
+        dtype: by numpy's and ml_dtypes' names, such as bfloat16.
         shape: row-major.
     """
 
@@ -92,8 +96,8 @@ def read_tensor_file(path: Path) -> TensorFile:
     """Read and check the header of a safetensors file.
 
     Raises:
-        CheckpointError: truncated, not safetensors, a dtype that holds no plain weights, or offsets that
-            overlap, leave the file or do not fit the shape.
+        CheckpointError: truncated, not safetensors, an unknown dtype, or offsets that overlap, leave the file or do
+            not fit the shape.
     """
     try:
         size_bytes = path.stat().st_size
@@ -152,17 +156,12 @@ def _tensor(path: Path, data_start: int, name: str, entry: object) -> Checkpoint
         case _:
             raise CheckpointError(f"{where}: got {str(entry)[:200]}, expected dtype, shape and data_offsets")
     if dtype not in _DTYPES:
-        raise CheckpointError(
-            f"{where}: dtype {dtype[:40]}, expected {', '.join(_DTYPES)}. A quantised checkpoint cannot be exported: "
-            "take the original it was made from"
-        )
-    ours, itemsize = _DTYPES[dtype]
-    if end - begin != math.prod(shape) * itemsize:
-        raise CheckpointError(
-            f"{where}: {end - begin} bytes at {begin} to {end}, expected {math.prod(shape) * itemsize} "
-            f"for {dtype} {shape}"
-        )
-    return CheckpointTensor(name, path, data_start + begin, end - begin, ours, tuple(shape))
+        raise CheckpointError(f"{where}: dtype {dtype[:40]}, expected {', '.join(_DTYPES)}")
+    nbytes = math.prod(shape) * numpy_dtype(_DTYPES[dtype]).itemsize
+    if end - begin != nbytes:
+        got = f"{end - begin} bytes at {begin} to {end}"
+        raise CheckpointError(f"{where}: {got}, expected {nbytes} for {dtype} {shape}")
+    return CheckpointTensor(name, path, data_start + begin, nbytes, _DTYPES[dtype], tuple(shape))
 
 
 def _check_layout(path: Path, data_start: int, size_bytes: int, tensors: list[CheckpointTensor]) -> None:

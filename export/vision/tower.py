@@ -1,0 +1,184 @@
+"""The vision tower of the Qwen families: patches embedded, then blocks of attention inside segments and an MLP.
+
+In: frames of one size, [num_frames, num_patches, patch_dim]. Token-wise ops run on [num_frames * num_patches, dim],
+attention on segments: whole frames, or Qwen2.5-VL's windows. All frames share positions and windows, so a whole frame
+needs neither gather nor mask.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from hawk_trt.models.vision_config import Qwen2Vision
+
+from .. import tensors
+from ..graph import GraphBuilder
+from ..layers import add_residual, attention, layer_norm, linear, rotary_float32, wide_linear
+from ..tensors import Shapes
+from .activations import gelu
+from .tiles import frame_attention, query_key_value, query_tiles, token_tiles
+
+NORM_EPSILON = 1e-6
+_PROJ = "visual.patch_embed.proj"
+
+
+@dataclass(frozen=True, slots=True)
+class Style:
+    """How a family makes its blocks.
+
+    Attributes:
+        norm: layer_norm or rms_norm.
+        mlp: [tokens, dim] in the model's dtype -> the same in the residual's, of the weights below a name.
+        mlp_layers: names of its linear layers; the last leads back to dim.
+    """
+
+    norm: Callable[[GraphBuilder, ir.Value, str, float, str], ir.Value]
+    mlp: Callable[[GraphBuilder, ir.Value, str], ir.Value]
+    mlp_layers: tuple[str, ...]
+
+
+def plain_style(first: str, second: str, activation: Callable[[GraphBuilder, ir.Value], ir.Value]) -> Style:
+    """Layer norms, and an MLP of two layers of these names with the activation between."""
+
+    def mlp(g: GraphBuilder, x: ir.Value, weight: str) -> ir.Value:
+        with g.scope("mlp"):
+            inner = activation(g, linear(g, x, f"{weight}.{first}", first))
+            return wide_linear(g, inner, f"{weight}.{second}", second)
+
+    return Style(layer_norm, mlp, (first, second))
+
+
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """How blocks cut the patches into attention segments.
+
+    Attributes:
+        cos, sin: float32 [segments, segment_len, head_dim / 2].
+        shape: int64 [4], (segments, segment_len, heads, head_dim).
+        mask: bool [segments, 1, len, len], without opset 24 additive [segments, 1, 1, len]; None for whole frames.
+        index: int64 [num_windows, window_len] to gather by, None where a segment is a whole frame.
+        slot: int64 [num_patches], where to find each patch again.
+    """
+
+    cos: ir.Value
+    sin: ir.Value
+    shape: ir.Value
+    mask: ir.Value | None = None
+    index: ir.Value | None = None
+    slot: ir.Value | None = None
+
+
+class Tower:
+    """What all blocks of a graph share.
+
+    Attributes:
+        frames: int64 [1], how many there are.
+        cos, sin: float32 [num_patches, head_dim / 2].
+        whole: the segments that are whole frames.
+        patches: the embedded patches, [num_frames * num_patches, dim] in the residual dtype.
+    """
+
+    def __init__(self, g: GraphBuilder, inputs: dict[str, ir.Value], vision: Qwen2Vision, style: Style) -> None:
+        self._g, self._style, pixels = g, style, inputs["pixel_values"]
+        self._dim, self._heads, self._head_dim = (
+            vision.hidden_size,
+            vision.num_heads,
+            vision.hidden_size // vision.num_heads,
+        )
+        self.cos, self.sin = _rotary_tables(g, inputs["patch_positions"], vision)
+        with g.scope("frames"):
+            self.frames = g.op("Shape", pixels, start=0, end=1, name="num_frames")
+            frame_shape = g.op("Shape", pixels, start=0, end=2, name="frame_shape")
+            table_shape = g.op("Concat", frame_shape, g.ints(self._head_dim // 2), axis=0, name="table_shape")
+            cos, sin = (
+                g.op("Expand", table, table_shape, name=name) for table, name in ((self.cos, "cos"), (self.sin, "sin"))
+            )
+            self.whole = Segments(cos, sin, self.segment_shape(g.op("Shape", pixels, start=1, end=2, name="frame_len")))
+        with g.scope("patch_embed"):
+            flat = g.reshape(g.cast(pixels, "float32", g.dtype, "to_model"), -1, vision.patch_dim, name="flat_pixels")
+            weight = g.weight(f"{_PROJ}.weight", (self._dim, vision.patch_dim))  # the convolution is one product
+            bias = [g.weight(f"{_PROJ}.bias")] if g.has_weight(f"{_PROJ}.bias") else []
+            x = g.op("Gemm", flat, weight, *bias, transB=1, name="proj")
+            self.patches = g.cast(x, g.dtype, g.residual, "to_residual")
+        self._tokens, self._queries = token_tiles(g, x), query_tiles(g, pixels)
+
+    def segment_shape(self, segment_len: ir.Value) -> ir.Value:
+        """int64 [4], (segments, segment_len, heads, head_dim)."""
+        g = self._g
+        return g.op(
+            "Concat", g.ints(-1), segment_len, g.ints(self._heads, self._head_dim), axis=0, name="segment_shape"
+        )
+
+    def block(self, x: ir.Value, number: int, segments: Segments | None = None) -> ir.Value:
+        """One block, over whole frames unless segments say otherwise. x: as patches."""
+        g, style, weight = self._g, self._style, f"visual.blocks.{number}"
+        with g.scope(f"blocks.{number}"):
+            h = style.norm(g, x, f"{weight}.norm1", NORM_EPSILON, "norm1")
+            with g.scope("attn"):
+                parts = query_key_value(g, self._tokens, h, f"{weight}.attn.qkv", self._dim)
+                attended = self._attention(parts, segments or self.whole)
+                h = linear(g, g.reshape(attended, -1, self._dim, name="flat"), f"{weight}.attn.proj", "proj")
+            x = add_residual(g, x, h, "add_attention")
+            h = style.norm(g, x, f"{weight}.norm2", NORM_EPSILON, "norm2")
+            (h,) = self._tokens.run(h, lambda tile: [style.mlp(g, tile, f"{weight}.mlp")], [self._dim])
+            return g.op("Add", x, h, name="add_mlp")
+
+    def _attention(self, parts: Sequence[ir.Value], segments: Segments) -> ir.Value:
+        """Attention inside each segment: three of [num_frames * num_patches, dim] -> values in the same order."""
+        g, heads, head_dim = self._g, self._heads, self._head_dim
+        if segments.index is not None:
+            by_frame = g.op("Concat", self.frames, g.ints(-1, self._dim), axis=0, name="by_frame_shape")
+            parts = [g.op("Reshape", part, by_frame, name="by_frame") for part in parts]
+            parts = [g.op("Gather", part, segments.index, axis=1, name="by_window") for part in parts]
+        split = [g.op("Reshape", part, segments.shape, name="segments") for part in parts]
+        query, key, value = (g.transpose(part, 0, 2, 1, 3, name="by_head") for part in split)
+        query, key = (rotary_float32(g, part, segments.cos, segments.sin, "rotary") for part in (query, key))
+        if segments.mask is None:
+            out = frame_attention(g, self._queries, [query, key, value], heads, head_dim)
+        else:
+            out = attention(g, query, key, value, float(head_dim**-0.5), segments.mask)
+        out = g.transpose(out, 0, 2, 1, 3, name="join_heads")
+        if segments.slot is None:
+            return out
+        slots = g.op("Concat", self.frames, g.ints(-1, self._dim), axis=0, name="slots_shape")
+        return g.op("Gather", g.op("Reshape", out, slots, name="slots"), segments.slot, axis=1, name="by_patch")
+
+
+def merger(g: GraphBuilder, h: ir.Value, first: str, second: str) -> ir.Value:
+    """gelu(h W1) W2 of merged patches. h: [num_visual, dim * merge^2]; first, second: names of the layers."""
+    h = linear(g, h, first, "first")
+    return linear(g, gelu(g, h), second, "second")
+
+
+def tower_shapes(vision: Qwen2Vision, style: Style, *, patch_bias: bool = False) -> Shapes:
+    """Names and shapes of the tensors of patch embedding and blocks."""
+    dim, inner, patch = vision.hidden_size, vision.intermediate_size, vision.patch_size
+    found: Shapes = {f"{_PROJ}.weight": (dim, vision.in_channels, vision.temporal_patch_size, patch, patch)}
+    if patch_bias:
+        found[f"{_PROJ}.bias"] = (dim,)
+    for weight in (f"visual.blocks.{number}" for number in range(vision.depth)):
+        for norm in (f"{weight}.norm1", f"{weight}.norm2"):
+            found |= tensors.norm(norm, dim, bias=style.norm is layer_norm)
+        found |= tensors.linear(f"{weight}.attn.qkv", 3 * dim, dim) | tensors.linear(f"{weight}.attn.proj", dim, dim)
+        *inwards, back = (f"{weight}.mlp.{layer}" for layer in style.mlp_layers)
+        for layer in inwards:
+            found |= tensors.linear(layer, inner, dim)
+        found |= tensors.linear(back, dim, inner)
+    return found
+
+
+def _rotary_tables(g: GraphBuilder, positions: ir.Value, vision: Qwen2Vision) -> tuple[ir.Value, ir.Value]:
+    """Cos and sin, float32 [num_patches, head_dim / 2]: the row's angles, then the column's.
+
+    positions: int64 [num_patches, 2], row and column.
+    """
+    half = vision.hidden_size // vision.num_heads // 2
+    exponents = np.arange(0, half, 2, dtype=np.float32) / np.float32(half)
+    inv_freq = (1.0 / np.float32(vision.rope_theta) ** exponents).astype(np.float32)
+    with g.scope("rotary_tables"):
+        places = g.unsqueeze(g.cast(positions, "int64", "float32", "float32"), 2, name="places")  # [num_patches, 2, 1]
+        angles = g.op("Mul", places, g.const(inv_freq, "float32"), name="angles_by_axis")
+        angles = g.reshape(angles, 0, half, name="angles")
+        return g.op("Cos", angles, name="cos"), g.op("Sin", angles, name="sin")
