@@ -20,8 +20,7 @@ from hawk_trt.errors import BackendError, InvalidInput
 from hawk_trt.inputs.processor import Processor
 from hawk_trt.pruning.selection import asked_by, head_weights, kept_count, select
 from hawk_trt.request import PruningConfig, Request, Timings
-from hawk_trt.runtime.diagnosis import first_not_finite
-from hawk_trt.runtime.protocol import Backend, DecodeInputs, Generation, StepOutputs, Visual
+from hawk_trt.runtime.protocol import Backend, DecodeInputs, Generation, StepOutputs, Visual, first_not_finite
 from hawk_trt.runtime.vision_cache import VisionCache
 from hawk_trt.sequence import Sequence
 from hawk_trt.stages import in_place
