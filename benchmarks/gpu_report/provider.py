@@ -58,9 +58,6 @@ def shape_float16(record: Record, setting: Setting) -> None:
 
 
 def _shape(dtype: str, record: Record, setting: Setting) -> None:
-    import onnxruntime as ort
-
-    from benchmarks.gpu_report.cuda_graph import GraphSession
     from hawk_trt import Pipeline
 
     device = _device(setting)
@@ -70,7 +67,6 @@ def _shape(dtype: str, record: Record, setting: Setting) -> None:
     bundle = models.shape_bundle(dtype, setting)
     exported = time.perf_counter()
     used_mb = memory_meter(setting)
-    ort.InferenceSession = GraphSession if device != "cpu" else ort.InferenceSession
     with Pipeline.load(bundle, device=device, vision_cache_mb=0) as pipe:
         record.put(
             model=models.model_name(setting),
@@ -82,11 +78,11 @@ def _shape(dtype: str, record: Record, setting: Setting) -> None:
         )
         inputs = stages.noise_prompt(pipe, 224 if setting.small else stages.SIDE)
         for capture in (False, True) if device != "cpu" else (False,):
-            GraphSession.capture = capture
+            pipe.backend.place.capture = capture
             for ratio in stages.KEEP_RATIOS:
                 with record.row_or_reason("stages", keep_ratio=ratio, cuda_graph=capture) as row:
                     row |= stages.measure(pipe, inputs, ratio, used_mb, setting)
-        record.put(graphs_captured=GraphSession.captured)
+        record.put(graphs_captured=pipe.backend.place.num_captured)
     record.raise_failures("stages")
 
 

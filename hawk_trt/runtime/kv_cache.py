@@ -1,146 +1,340 @@
-"""The KV cache in ONNX Runtime, in place or concatenated, as the graphs' target asks.
+"""KV caches in ONNX Runtime: slots for rows, which generations take and leave, and the decode steps over them.
 
-in place   one zeroed tensor [batch, kv_heads, columns, head_dim] a layer, key and value; each is input and
-output of its stage at one address, and write_index says where a step writes
-portable   every step returns a longer cache, which is the next step's input
+in place   a tensor [slots, kv_heads, columns, head_dim] a layer, key and value; each is input and output of its stage
+           at one address, and write_index says where a step writes
+portable   every step returns a longer cache, which is the next step's input: a cache has the rows of one generation
+
+On a GPU caches are shared: a prompt takes free slots beside those that run, a cache outlives its generations, and its
+columns are whole steps of _COLUMN_STEP. So tensors stay at their addresses, which a captured decode step needs, and
+rows come and go without a copy. On the CPU every column costs time: a cache has the rows and columns that were asked
+for, and is gone with them.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnxruntime as ort
 
-from hawk_trt.bundle import Manifest, numpy_dtype
+from hawk_trt.bundle import Manifest
 from hawk_trt.errors import BackendError
-from hawk_trt.runtime.session import Binding, Buffer, Device
-from hawk_trt.stages import DECODER, FIRST_LAYER, in_place, key_name, value_name
+from hawk_trt.runtime.session import Binding, Device, Stage, write
+from hawk_trt.stages import BIAS_KEEP, DECODER, FIRST_LAYER, in_place, key_name, value_name
+
+# Memory-efficient attention of ONNX Runtime asks for multiples of 4 or 8; captured steps are few where sizes are few.
+_COLUMN_STEP = 256
+# An idle cache serves a generation unless it has so many times the columns, all of which attention would read.
+_MOST_EXCESS = 4
+
+
+class DecodeStep:
+    """One token of each of the first rows of a cache.
+
+    All but a portable cache stands still in memory, so a GPU captures the second run as a CUDA graph and replays it.
+
+    Attributes:
+        tensors: inputs and outputs of both stages by name, but for the cache.
+    """
+
+    def __init__(self, stages: Mapping[str, Stage], count: int) -> None:
+        self._stages = {name: stages[name] for name in (FIRST_LAYER, DECODER)}
+        self._count = count
+        self._place = stages[FIRST_LAYER].device
+        first, decoder = (stage.entry for stage in self._stages.values())
+        dims = {"batch": count, "num_text": count, "num_visual": 1, "seq_len": 1, "num_kept_total": 1}
+        self.tensors = {
+            spec.name: self._place.zeros(
+                tuple(dims[size] if isinstance(size, str) else size for size in spec.shape), spec.dtype
+            )
+            for spec in (*first.inputs, *first.outputs, *decoder.outputs)
+            if "." not in spec.name
+        }
+        write(self.tensors["source_rows"], -1 - np.arange(count, dtype=np.int64)[:, None])
+        write(self.tensors["select_bias"], np.full((count, 1), BIAS_KEEP, np.float32))
+        self._bindings: dict[str, Binding] = {}
+        self._captured = False
+
+    def run(self, cache: "KVCache", inputs: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Run both stages.
+
+        Args:
+            cache: the same every time.
+            inputs: what is new in this step, by name.
+
+        Raises:
+            BackendError: ONNX Runtime failed.
+        """
+        for name, array in inputs.items():
+            write(self.tensors[name], array)
+        warm = len(self._bindings) == len(self._stages)
+        if warm and self._place.capture and all(stage.can_capture for stage in self._stages.values()):
+            try:
+                for binding in self._bindings.values():
+                    binding.replay()
+            except BackendError as error:
+                if self._captured:
+                    raise
+                self._place.capture = False
+                warnings.warn(f"decode runs without a CUDA graph, slower: {error}", RuntimeWarning, stacklevel=2)
+            else:
+                self._place.num_captured += not self._captured
+                self._captured = True
+                return
+        for name, stage in self._stages.items():
+            if name not in self._bindings or not cache.in_place:
+                inputs_of = self.tensors | cache.inputs(name, 0, self._count)
+                outputs_of = self.tensors | cache.outputs(name, 0, self._count)
+                self._bindings[name] = Binding(stage, inputs_of, outputs_of)
+            self._bindings[name].run()
+            if not cache.in_place:
+                cache.keep(name, self._bindings[name].results())
+
+    def forget_graphs(self) -> None:
+        """Give the memory of captured graphs back."""
+        for binding in self._bindings.values():
+            binding.forget_graph()
 
 
 class KVCache:
-    """Keys and values of all layers, of one generation.
+    """Keys and values of all layers in some slots.
 
     Attributes:
-        batch: rows.
+        slots: rows that it holds.
         columns: that a row can hold.
-        starts: int64 [batch], the first column of each row that holds a token.
-        ends: int64 [batch], where each row writes next; the same for all when portable.
+        starts: int64 [slots], the first column of each row that holds a token.
+        ends: int64 [slots], where each row writes next; the same for all when portable.
+        free: slots that no generation has.
+        steps: decode steps bound to this cache, by their rows.
     """
 
-    def __init__(self, manifest: Manifest, place: Device, target: str, batch: int, columns: int) -> None:
+    def __init__(
+        self, manifest: Manifest, stages: Mapping[str, Stage], slots: int, columns: int, *, shared: bool
+    ) -> None:
+        """Make a cache without tensors; see `fill`."""
         language = manifest.language
-        self.batch = batch
-        self.columns = columns
-        self.starts = np.zeros(batch, np.int64)
-        self.ends = np.zeros(batch, np.int64)
-        self._inplace = in_place(target)
+        self.slots, self.columns = slots, columns
+        self.starts, self.ends = np.zeros(slots, np.int64), np.zeros(slots, np.int64)
+        self.free = set(range(slots))
+        self.steps: dict[int, DecodeStep] = {}
+        self._stages, self._dtype = stages, manifest.dtype
+        self.in_place = in_place(stages[FIRST_LAYER].entry.target)
+        # a step also writes to slots that it is not asked for; in a shared cache that is behind all that counts
+        width = columns + shared if self.in_place else 0
+        self._shape = (language.num_key_value_heads, width, language.head_dim)
         self._layers = {FIRST_LAYER: range(1), DECODER: range(1, language.num_hidden_layers)}
-        shape = (batch, language.num_key_value_heads, columns if self._inplace else 0, language.head_dim)
-        self._tensors = {
-            pair: place.zeros(shape, manifest.dtype) for stage in self._layers for pair in self._names(stage)
-        }
-        self._write_index = Buffer(place, (batch,), "int64") if self._inplace else None
+        self._tensors: dict[str, ort.OrtValue] = {}  # by the name of the output
+        self._used: set[int] = set()  # slots that hold what a generation left
 
-    @classmethod
-    def gather(
-        cls, manifest: Manifest, place: Device, target: str, parts: "Sequence[tuple[KVCache, int]]", columns: int
-    ) -> "KVCache":
-        """Rows of several caches as one, tensor by tensor: what was gathered is gone where it was.
-
-        Args:
-            manifest: of the bundle.
-            place: where all of them lie.
-            target: of the graphs.
-            parts: a cache and the number of one of its rows, for each row of the new one.
-            columns: that the new one can hold a row.
-        """
-        dtype = manifest.dtype
-        cache = cls(manifest, place, target, len(parts), 0)
-        cache.columns = columns
-        lengths = np.array([source.ends[row] - source.starts[row] for source, row in parts])
-        if cache._inplace:
-            cache.ends[:] = lengths
-        else:  # a step appends one column to all rows, so they end together
-            columns = int(lengths.max())
-            cache.starts[:], cache.ends[:] = columns - lengths, columns
-        sources = {id(source): source for source, _ in parts}
-        for pair, empty in cache._tensors.items():
-            batch, kv_heads, _, head_dim = empty.shape()
-            tensors = {key: source._tensors.pop(pair) for key, source in sources.items()}
-            taken = {key: place.peek(tensor, dtype) for key, tensor in tensors.items()}
-            rows = np.zeros((batch, kv_heads, columns, head_dim), numpy_dtype(dtype))
-            for number, (source, row) in enumerate(parts):
-                used = taken[id(source)][row, :, source.starts[row] : source.ends[row]]
-                rows[number, :, cache.starts[number] : cache.ends[number]] = used
-            cache._tensors[pair] = place.upload(rows)
-        cache._set_write_index()
-        return cache
+    def fill(self) -> None:
+        """Make its tensors, of zeros."""
+        for _, present in self._all_names():
+            self._tensors[present] = self._place.zeros((self.slots, *self._shape), self._dtype)
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of all its tensors."""
-        return sum(tensor.tensor_size_in_bytes() for tensor in self._tensors.values())
+    def is_idle(self) -> bool:
+        """Whether no generation has any of its slots."""
+        return len(self.free) == self.slots
 
     @property
-    def length(self) -> int:
-        """Columns written so far, in the longest row."""
-        return int(self.ends.max())
+    def row_bytes(self) -> int:
+        """Bytes of one slot."""
+        whole: int = sum(tensor.tensor_size_in_bytes() for tensor in self._tensors.values())
+        return whole // self.slots
+
+    def find(self, count: int) -> range | None:
+        """Neighbouring free slots, None where there are none."""
+        places = (range(first, first + count) for first in range(self.slots - count + 1))
+        return next((slots for slots in places if self.free.issuperset(slots)), None)
+
+    def take(self, slots: Iterable[int]) -> None:
+        """Take free slots and empty them: a masked NaN would spoil what attention sums."""
+        taken = set(slots)
+        self.free -= taken
+        zeros = self._place.zeros((1, *self._shape), self._dtype) if taken & self._used else None
+        for _, present in self._all_names():
+            for slot in taken & self._used:
+                self._rows(present, slot, 1).update_inplace(zeros)
+        self._used |= taken
+
+    def give_back(self, slots: Iterable[int]) -> None:
+        """Free slots; a step that runs over them meanwhile writes to their first column."""
+        for slot in slots:
+            self.starts[slot] = self.ends[slot] = 0
+            self.free.add(slot)
+
+    def inputs(self, stage: str, first: int, count: int) -> dict[str, ort.OrtValue]:
+        """Some neighbouring slots as inputs of a stage."""
+        return {past: self._rows(present, first, count) for past, present in self._names(stage)}
+
+    def outputs(self, stage: str, first: int, count: int) -> dict[str, ort.OrtValue]:
+        """The same memory as outputs of a stage in place; nothing, which is new memory, when portable."""
+        if not self.in_place:
+            return {}
+        return {present: self._rows(present, first, count) for _, present in self._names(stage)}
+
+    def keep(self, stage: str, outputs: Mapping[str, ort.OrtValue]) -> None:
+        """Keep the caches that a portable stage returned."""
+        if not self.in_place:
+            self._tensors |= {present: outputs[present] for _, present in self._names(stage)}
 
     def tensors(self, layer: int) -> tuple[ort.OrtValue, ort.OrtValue]:
-        """A layer's keys and values."""
-        key, value = (self._tensors[name(layer, past=True), name(layer, past=False)] for name in (key_name, value_name))
-        return key, value
+        """A layer's keys and values, of all slots."""
+        return self._tensors[key_name(layer, past=False)], self._tensors[value_name(layer, past=False)]
 
-    def inputs(self, stage: str) -> dict[str, ort.OrtValue]:
-        """The cache as inputs of a stage, with where to write where it is written in place."""
-        caches = {past: self._tensors[past, present] for past, present in self._names(stage)}
-        return caches if self._write_index is None else {"write_index": self._write_index.value, **caches}
+    def step(self, count: int) -> DecodeStep:
+        """The decode step over the first slots."""
+        if count not in self.steps:
+            self.steps[count] = DecodeStep(self._stages, count)
+        return self.steps[count]
 
-    def outputs(self, stage: str) -> dict[str, ort.OrtValue]:
-        """The cache as outputs of a stage: the same tensors in place, nothing (new memory) when portable."""
-        if not self._inplace:
-            return {}
-        return {present: self._tensors[past, present] for past, present in self._names(stage)}
+    def forget_steps(self) -> None:
+        """Let go of all that holds on to its tensors, or replays with their addresses."""
+        for step in self.steps.values():
+            step.forget_graphs()
+        self.steps.clear()
 
-    def rebind(self, stage: str, binding: Binding) -> None:
-        """Point a step's binding at the cache as it is now; in place it never moves."""
-        if not self._inplace:
-            for past, present in self._names(stage):
-                binding.input(past, self._tensors[past, present])
-                binding.output(present, None)
-
-    def take(self, stage: str, outputs: Mapping[str, ort.OrtValue]) -> None:
-        """Keep the caches that a portable stage returned."""
-        if not self._inplace:
-            for past, present in self._names(stage):
-                self._tensors[past, present] = outputs[present]
-
-    def take_step(self, stage: str, binding: Binding) -> None:
-        """Keep the caches of a step."""
-        if not self._inplace:
-            self.take(stage, binding.results())
-
-    def advance(self, columns: int) -> None:
-        """Count columns as written."""
-        self.ends += columns
-        self._set_write_index()
-
-    def check_room(self, columns: int) -> None:
+    def check_room(self, slots: list[int]) -> None:
         """Refuse a write beyond the end: TensorRT would drop it silently.
 
         Raises:
             BackendError: the cache is full.
         """
-        if self.length + columns > self.columns:
+        needed = int(self.ends[slots].max()) + 1
+        if needed > self.columns:
             raise BackendError(
-                f"KV cache: got {self.length + columns} columns to hold, expected at most {self.columns}; "
+                f"KV cache: got {needed} columns to hold, expected at most {self.columns}; "
                 "start the generation with a larger max_new_tokens"
             )
 
-    def _set_write_index(self) -> None:
-        if self._write_index is not None:
-            self._write_index.set(self.ends)
+    def carry(self, parts: "list[tuple[KVCache, int]]", slots: list[int], spent: "list[KVCache]") -> None:
+        """Copy rows of other caches into slots of this one, tensor by tensor, on the device.
+
+        Args:
+            parts: a cache and a row of it, for each slot.
+            slots: to copy to.
+            spent: caches of which nothing else is in use: they give each tensor up as soon as it was copied.
+        """
+        lengths = [int(source.ends[row] - source.starts[row]) for source, row in parts]
+        # a portable step appends one column to all rows, so they end together
+        end = 0 if self.in_place else max(lengths)
+        self._shape = (self._shape[0], self._shape[1] or end, self._shape[2])
+        for slot, length in zip(slots, lengths, strict=True):
+            self.starts[slot], self.ends[slot] = (0, length) if self.in_place else (end - length, end)
+        for source in spent:
+            source.forget_steps()
+        for _, present in self._all_names():
+            if present not in self._tensors:
+                self._tensors[present] = self._place.zeros((self.slots, *self._shape), self._dtype)
+            for (source, row), slot, length in zip(parts, slots, lengths, strict=True):
+                self._copy(present, source, row, slot, length)
+            for source in spent:
+                del source._tensors[present]
+
+    def _copy(self, present: str, source: "KVCache", row: int, slot: int, length: int) -> None:
+        """The used columns of one row, head by head: they lie side by side."""
+        heads, columns, dim = self._shape
+        own, others = self._tensors[present], source._tensors[present]
+        width = others.shape()[2]
+        view = self._stages[FIRST_LAYER].view
+        for head in range(heads if length else 0):
+            at = ((slot * heads + head) * columns + int(self.starts[slot])) * dim
+            there = ((row * heads + head) * width + int(source.starts[row])) * dim
+            view(own, at, (length, dim)).update_inplace(view(others, there, (length, dim)))
+
+    def _rows(self, present: str, first: int, count: int) -> ort.OrtValue:
+        tensor = self._tensors[present]
+        if count == self.slots:
+            return tensor
+        shape = (count, *self._shape)
+        return self._stages[FIRST_LAYER].view(tensor, first * math.prod(self._shape), shape)
+
+    @property
+    def _place(self) -> Device:
+        return self._stages[FIRST_LAYER].device
 
     def _names(self, stage: str) -> Iterator[tuple[str, str]]:
         for layer in self._layers[stage]:
             for name in (key_name, value_name):
                 yield name(layer, past=True), name(layer, past=False)
+
+    def _all_names(self) -> Iterator[tuple[str, str]]:
+        return (names for stage in self._layers for names in self._names(stage))
+
+
+class CachePool:
+    """The caches of a backend.
+
+    Attributes:
+        shared: whether generations share caches.
+    """
+
+    def __init__(self, manifest: Manifest, stages: Mapping[str, Stage], *, shared: bool) -> None:
+        self.shared = shared
+        self._manifest, self._stages = manifest, stages
+        self._caches: list[KVCache] = []  # shared ones, in use or idle
+
+    def take(self, count: int, columns: int) -> tuple[KVCache, list[int]]:
+        """Empty slots side by side."""
+        for cache in self._caches:
+            excess = cache.is_idle and cache.columns > max(_MOST_EXCESS * columns, _COLUMN_STEP)
+            slots = None if cache.columns < columns or excess else cache.find(count)
+            if slots is not None:
+                cache.take(slots)
+                return cache, list(slots)
+        cache = self._new(count, columns)
+        cache.fill()
+        cache.take(range(count))
+        return cache, list(range(count))
+
+    def gather(self, parts: list[tuple[KVCache, int]], columns: int) -> tuple[KVCache, list[int]]:
+        """Rows of several caches in one: the largest of theirs where the others fit in beside its own, else a new one.
+
+        Returns:
+            The cache, and the slot of each row.
+        """
+        for cache in sorted({id(cache): cache for cache, _ in parts}.values(), key=lambda cache: -cache.slots):
+            guests = [number for number, (home, _) in enumerate(parts) if home is not cache]
+            if self.shared and cache.columns >= columns and len(guests) <= len(cache.free):
+                slots = [row for _, row in parts]
+                break
+        else:
+            guests, slots = list(range(len(parts))), list(range(len(parts)))
+            cache = self._new(len(parts), columns)
+        moved, places = [parts[number] for number in guests], sorted(cache.free)[: len(guests)]
+        for number, place in zip(guests, places, strict=True):
+            slots[number] = place
+        cache.take(places)
+        homes = {id(home): home for home, _ in moved}.values()
+        spent = [home for home in homes if home.slots - len(home.free) == sum(other is home for other, _ in moved)]
+        self._caches = [home for home in self._caches if home not in spent]
+        cache.carry(moved, places, spent)
+        for home, row in moved:
+            home.give_back([row])
+        return cache, slots
+
+    def give_back(self, cache: KVCache, slots: Mapping[int, int]) -> None:
+        """Free the slots of some rows. Of the caches that nobody uses only the largest stays."""
+        cache.give_back(slots.values())
+        idle = sorted((c for c in self._caches if c.is_idle), key=lambda c: c.slots * c.columns)
+        self._drop(idle[:-1])
+
+    def close(self) -> None:
+        """Let go of all caches."""
+        self._drop(list(self._caches))
+
+    def _new(self, slots: int, columns: int) -> KVCache:
+        if not self.shared:
+            return KVCache(self._manifest, self._stages, slots, columns, shared=False)
+        self._drop([cache for cache in self._caches if cache.is_idle])
+        columns = -(-(columns + 1) // _COLUMN_STEP) * _COLUMN_STEP - 1
+        cache = KVCache(self._manifest, self._stages, slots, columns, shared=True)
+        self._caches.append(cache)
+        return cache
+
+    def _drop(self, caches: list[KVCache]) -> None:
+        for cache in caches:
+            cache.forget_steps()
+            self._caches.remove(cache)

@@ -1,6 +1,7 @@
 """The ONNX Runtime backend: the three stages on the CPU, or on a GPU through the CUDA provider."""
 
 import time
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,11 +12,11 @@ import onnxruntime as ort
 from hawk_trt.bundle import Bundle, Manifest
 from hawk_trt.errors import BackendError
 from hawk_trt.inputs.layout import PrefillInputs
-from hawk_trt.runtime.kv_cache import KVCache
+from hawk_trt.runtime.kv_cache import CachePool, KVCache
 from hawk_trt.runtime.protocol import DecodeInputs, Generation, PrefillOutputs, StepOutputs, Visual
-from hawk_trt.runtime.session import Buffer, Device, Stage
+from hawk_trt.runtime.session import Device, Stage, download
 from hawk_trt.runtime.versions import OPSET_24_ONNX_RUNTIME, QUANTISED_ONNX_RUNTIME, at_least
-from hawk_trt.stages import BIAS_KEEP, DECODER, FIRST_LAYER, PORTABLE, STAGES, TENSORRT, VISION
+from hawk_trt.stages import DECODER, FIRST_LAYER, PORTABLE, STAGES, TENSORRT, VISION, in_place, key_name, value_name
 
 
 class OrtVisual:
@@ -24,10 +25,8 @@ class OrtVisual:
     visual_embeds: [rows, hidden]; deepstack_embeds, where the family has them: [rows, levels, hidden].
     """
 
-    def __init__(self, values: Mapping[str, ort.OrtValue], device: Device, dtype: str) -> None:
+    def __init__(self, values: Mapping[str, ort.OrtValue]) -> None:
         self.values = values
-        self._device = device
-        self._dtype = dtype
 
     @property
     def nbytes(self) -> int:
@@ -36,7 +35,7 @@ class OrtVisual:
 
     def numpy(self) -> npt.NDArray[Any]:
         """A host copy of the embeddings."""
-        return self._device.download(self.values["visual_embeds"], self._dtype)
+        return download(self.values["visual_embeds"])
 
 
 class OnnxRuntimeBackend:
@@ -46,6 +45,7 @@ class OnnxRuntimeBackend:
         bundle: what was loaded.
         stages: its graphs by stage name.
         place: where they compute.
+        caches: KV caches of its generations.
         embedding_table: [vocab, hidden], memory-mapped.
     """
 
@@ -63,6 +63,7 @@ class OnnxRuntimeBackend:
         self.target = target
         self.stages = {entry.stage: Stage(bundle.folder / entry.file, entry, place) for entry in entries}
         self.place = place
+        self.caches = CachePool(bundle.manifest, self.stages, shared=place.kind == "cuda" and in_place(target))
         self.embedding_table = bundle.embedding_table()
 
     @classmethod
@@ -93,89 +94,91 @@ class OnnxRuntimeBackend:
 
     def encode(self, feeds: Iterable[dict[str, npt.NDArray[Any]]], num_rows: int) -> OrtVisual:
         """Run the vision stage, one call a feed, into num_rows rows; one zero row where there is none."""
-        dtype = self.bundle.manifest.dtype
         if not num_rows:
-            return OrtVisual(self.no_visual(), self.place, dtype)
-        stage = self.stages[VISION]
-        parts = []
-        for feed in feeds:
-            binding = stage.bind({name: self.place.upload(array) for name, array in feed.items()}, {})
-            binding.run()
-            parts.append(OrtVisual(binding.results(), self.place, dtype))
-        return self.join(parts)
+            return self._no_visual()
+        upload, stage = self.place.upload, self.stages[VISION]
+        return self.join(
+            [OrtVisual(stage.run({name: upload(array) for name, array in feed.items()})) for feed in feeds]
+        )
 
     def keep(self, visual: Visual) -> OrtVisual:
         """On the CPU a copy: an output kept would hold on to all the memory that ONNX Runtime took for its run."""
-        own = self._own(visual)
+        own = _own_visual(visual)
         if self.device != "cpu":
             return own
-        dtype = self.bundle.manifest.dtype
-        copies = {name: self.place.upload(self.place.download(value, dtype)) for name, value in own.values.items()}
-        return OrtVisual(copies, self.place, dtype)
+        return OrtVisual({name: self.place.upload(download(value)) for name, value in own.values.items()})
 
     def join(self, parts: Sequence[Visual]) -> OrtVisual:
-        """The rows of all, one below the other; a single part is not copied."""
-        dtype, own = self.bundle.manifest.dtype, [self._own(part).values for part in parts]
-        values = {name: self.place.concatenate([part[name] for part in own], dtype) for name in own[0]}
-        return OrtVisual(values, self.place, dtype)
+        """The rows of all, one below the other, copied on the device; a single part is not copied."""
+        own = [_own_visual(part).values for part in parts]
+        if len(own) == 1:
+            return OrtVisual(own[0])
+        joined = {}
+        for name in own[0]:
+            rows = sum(part[name].shape()[0] for part in own)
+            width = own[0][name].shape()[1:]
+            joined[name] = self.place.empty((rows, *width), self.bundle.manifest.dtype)
+            start = 0
+            for part in own:
+                view = self.stages[VISION].view(joined[name], start, tuple(part[name].shape()))
+                view.update_inplace(part[name])
+                start += int(np.prod(part[name].shape()))
+        return OrtVisual(joined)
 
-    def no_visual(self) -> dict[str, ort.OrtValue]:
-        """One zero row, as a prompt without visual tokens and a decode step have it."""
-        language = self.bundle.manifest.language
-        specs = {
-            "visual_embeds": (1, language.hidden_size),
-            "deepstack_embeds": (1, language.deepstack_levels, language.hidden_size),
-        }
-        names = [spec.name for spec in self.stages[FIRST_LAYER].entry.inputs]
-        dtype = self.bundle.manifest.dtype
-        return {name: self.place.zeros(shape, dtype) for name, shape in specs.items() if name in names}
+    def _no_visual(self) -> OrtVisual:
+        """One zero row, as a prompt without visual tokens has it."""
+        specs = [spec for spec in self.stages[FIRST_LAYER].entry.inputs if spec.shape[0] == "num_visual"]
+        sizes = {spec: tuple(int(size) for size in spec.shape[1:]) for spec in specs}
+        return OrtVisual({spec.name: self.place.zeros((1, *size), spec.dtype) for spec, size in sizes.items()})
 
     def score(self, inputs: PrefillInputs, visual: Visual) -> npt.NDArray[np.float32]:
         """HAWK scores alone: float32 [batch, seq_len]. Layer 0 runs on one token, and its cache is dropped."""
-        cache = KVCache(self.bundle.manifest, self.place, self.target, len(inputs.source_rows), 1)
-        binding = self.stages[FIRST_LAYER].bind(
-            {**self.prompt_feeds(inputs, visual, 1), **cache.inputs(FIRST_LAYER)}, cache.outputs(FIRST_LAYER)
-        )
-        binding.run()
-        return self.place.download(binding.results()["scores"], "float32")
+        manifest, batch = self.bundle.manifest, len(inputs.source_rows)
+        language, columns = manifest.language, int(in_place(self.target))
+        feeds, outputs = self.prompt_feeds(inputs, visual, 1), {}
+        for name in (key_name, value_name):
+            shape = (batch, language.num_key_value_heads, columns, language.head_dim)
+            feeds[name(0, past=True)] = self.place.zeros(shape, manifest.dtype)
+            if columns:
+                outputs[name(0, past=False)] = feeds[name(0, past=True)]
+        return download(self.stages[FIRST_LAYER].run(feeds, outputs)["scores"])
 
     def start(self, batch: int, columns: int) -> "OrtGeneration":
-        """A generation whose KV cache holds up to `columns` tokens a row."""
-        return OrtGeneration(self, KVCache(self.bundle.manifest, self.place, self.target, batch, columns))
+        """A generation whose KV cache holds at least `columns` tokens a row."""
+        return OrtGeneration(self, *self.caches.take(batch, columns))
 
     def gather(self, parts: "Sequence[tuple[Generation, int]]", columns: int) -> "OrtGeneration":
-        """Rows of several generations as one; on a GPU their caches go through the host."""
-        own = []
-        for generation, row in parts:
-            if not isinstance(generation, OrtGeneration):
-                raise BackendError(f"gather: got {type(generation).__name__}, expected what this backend's start made")
-            own.append((generation, row))
-        return OrtGeneration.gather(self, own, columns)
+        """Rows of several generations as one, ready to decode; what is copied is copied on the device."""
+        own = [(generation, row) for generation, row in parts if isinstance(generation, OrtGeneration)]
+        if len(own) != len(parts):
+            raise BackendError("gather: got a generation of another backend, expected what this backend's start made")
+        return OrtGeneration(self, *self.caches.gather([generation.give_up(row) for generation, row in own], columns))
 
     def prompt_feeds(self, inputs: PrefillInputs, visual: Visual, num_kept_total: int) -> dict[str, ort.OrtValue]:
-        """Inputs of first_layer over a prompt, but for the cache."""
-        upload = self.place.upload
-        return {
-            "text_embeds": upload(self.embedding_table[inputs.text_ids]),
-            **self._own(visual).values,
-            "source_rows": upload(inputs.source_rows),
-            "position_ids": upload(inputs.position_ids),
-            "query_weights": upload(inputs.query_weights),
-            "select_bias": upload(inputs.select_bias),
-            "head_weights": upload(inputs.head_weights),
-            "slots": upload(np.zeros(num_kept_total, np.int64)),
-            "kv_start": upload(inputs.kv_start),
+        """Inputs of both stages over a prompt, but for the cache."""
+        arrays = {
+            "text_embeds": self.embedding_table[inputs.text_ids],
+            "source_rows": inputs.source_rows,
+            "position_ids": inputs.position_ids,
+            "query_weights": inputs.query_weights,
+            "select_bias": inputs.select_bias,
+            "head_weights": inputs.head_weights,
+            "slots": np.zeros(num_kept_total, np.int64),
+            "kv_start": inputs.kv_start,
+            "write_index": np.zeros(len(inputs.source_rows), np.int64),
         }
+        return {name: self.place.upload(array) for name, array in arrays.items()} | dict(_own_visual(visual).values)
 
     def close(self) -> None:
         """Release the sessions."""
+        self.caches.close()
         self.stages.clear()
 
-    @staticmethod
-    def _own(visual: Visual) -> OrtVisual:
-        if not isinstance(visual, OrtVisual):
-            raise BackendError(f"visual: got {type(visual).__name__}, expected what this backend's encode made")
-        return visual
+
+def _own_visual(visual: Visual) -> OrtVisual:
+    if not isinstance(visual, OrtVisual):
+        raise BackendError(f"visual: got {type(visual).__name__}, expected what this backend's encode made")
+    return visual
 
 
 def _check_weights(manifest: Manifest) -> None:
@@ -189,150 +192,95 @@ def _check_weights(manifest: Manifest) -> None:
 
 
 class OrtGeneration:
-    """One request in ONNX Runtime: its KV cache and, after the prefill, its decode step."""
+    """Requests in progress: slots of a KV cache, which are free again when it is gone."""
 
-    def __init__(self, backend: OnnxRuntimeBackend, cache: KVCache) -> None:
-        self.batch = cache.batch
+    def __init__(self, backend: OnnxRuntimeBackend, cache: KVCache, slots: list[int]) -> None:
+        self.batch = len(slots)
         self.columns = cache.columns
-        self._backend = backend
-        self._cache = cache
-        self._step: _DecodeStep | None = None
-        self._fixed: dict[str, ort.OrtValue] = {}
-        self._hidden_states: ort.OrtValue | None = None
-
-    @classmethod
-    def gather(
-        cls, backend: OnnxRuntimeBackend, parts: "Sequence[tuple[OrtGeneration, int]]", columns: int
-    ) -> "OrtGeneration":
-        """Rows of several generations as one, ready to decode."""
-        for generation, _ in parts:
-            generation._step = None  # its bindings hold on to the cache
-        caches = [(generation._cache, row) for generation, row in parts]
-        cache = KVCache.gather(backend.bundle.manifest, backend.place, backend.target, caches, columns)
-        gathered = cls(backend, cache)
-        gathered._fixed = {
-            "kv_start": backend.place.upload(cache.starts),
-            "head_weights": parts[0][0]._fixed["head_weights"],  # a step has nothing to score
-        }
-        return gathered
+        self._backend, self._cache = backend, cache
+        self._slots = dict(enumerate(slots))  # by row, without those that were released
+        self._hidden_states: tuple[ort.OrtValue, list[int]] | None = None
+        weakref.finalize(self, backend.caches.give_back, cache, self._slots).atexit = False
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its KV cache."""
-        return self._cache.nbytes
+        """Bytes of its slots."""
+        return len(self._slots) * self._cache.row_bytes
 
     def prefill(self, inputs: PrefillInputs, visual: Visual, *, logits: bool) -> PrefillOutputs:
         """Run first_layer and decoder over the prompt."""
-        stages, place, cache = self._backend.stages, self._backend.place, self._cache
+        cache, slots = self._cache, self._rows()
+        rows = (slots[0], self.batch)
         started = time.perf_counter()
-        feeds = self._backend.prompt_feeds(inputs, visual, inputs.num_kept_total)
-        first = stages[FIRST_LAYER].bind({**feeds, **cache.inputs(FIRST_LAYER)}, cache.outputs(FIRST_LAYER))
-        first.run()
-        outputs = first.results()
-        cache.take(FIRST_LAYER, outputs)
-        middle = time.perf_counter()
-        chained = {spec.name: outputs[spec.name] for spec in stages[DECODER].entry.inputs if spec.name in outputs}
-        decoder = stages[DECODER].bind(
-            {**chained, "kv_start": feeds["kv_start"], **cache.inputs(DECODER)}, cache.outputs(DECODER)
-        )
-        decoder.run()
-        results = decoder.results()
-        cache.take(DECODER, results)
-        cache.starts[:] = inputs.kv_start
-        cache.advance(inputs.num_kept_total)
-        self._fixed = {name: feeds[name] for name in ("kv_start", "head_weights")}
-        self._hidden_states = outputs["hidden_states"]
-        step = _read_step(place, results["next_token"], results["logits"], logits=logits)
-        ended = time.perf_counter()
+        tensors = self._backend.prompt_feeds(inputs, visual, inputs.num_kept_total)
+        seconds = []
+        for name in (FIRST_LAYER, DECODER):
+            stage = self._backend.stages[name]
+            made = stage.run(tensors | cache.inputs(name, *rows), cache.outputs(name, *rows))
+            cache.keep(name, made)
+            tensors |= made
+            seconds.append(time.perf_counter() - started)
+        cache.starts[slots] = inputs.kv_start
+        cache.ends[slots] = inputs.num_kept_total
+        self._hidden_states = (tensors["hidden_states"], list(range(self.batch)))
+        step = StepOutputs(download(tensors["next_token"]), download(tensors["logits"]) if logits else None)
         return PrefillOutputs(
             step=step,
-            kept_indices=place.download(outputs["kept_indices"], "int64"),
-            scores=place.download(outputs["scores"], "float32"),
-            first_layer_seconds=middle - started,
-            decoder_seconds=ended - middle,
+            kept_indices=download(tensors["kept_indices"]),
+            scores=download(tensors["scores"]),
+            first_layer_seconds=seconds[0],
+            decoder_seconds=time.perf_counter() - started - seconds[0],
         )
 
     def decode(self, inputs: DecodeInputs, *, logits: bool) -> StepOutputs:
         """Run both stages over one token a row.
 
         Raises:
-            BackendError: the cache is full, or ONNX Runtime failed.
+            BackendError: the cache is full, a row was released, or ONNX Runtime failed.
         """
-        if self._step is None:
-            self._step = _DecodeStep(self._backend, self._cache, self._fixed)
-        self._cache.check_room(1)
-        self._step.run(inputs)
-        self._cache.advance(1)
-        self._hidden_states = self._step.hidden_states
-        return _read_step(self._backend.place, self._step.next_token, self._step.logits, logits=logits)
+        cache, slots = self._cache, self._rows()
+        cache.check_room(slots)
+        count = max(slots) + 1  # slots in between, of nobody or of others, run along and change nothing that counts
+        tokens, positions = np.zeros((2, count), np.int64)
+        tokens[slots], positions[slots] = inputs.token_ids, inputs.position_ids
+        axes = self._backend.bundle.manifest.language.position_axes
+        fed = {
+            "text_embeds": self._backend.embedding_table[tokens],
+            "position_ids": np.tile(positions[:, None], (axes, 1, 1)),
+            "kv_start": cache.starts[:count],
+        }
+        step = cache.step(count)
+        step.run(cache, fed | ({"write_index": cache.ends[:count]} if cache.in_place else {}))
+        cache.ends[slots] += 1
+        self._hidden_states = (step.tensors["hidden_states"], slots)
+        next_token = download(step.tensors["next_token"])[slots]
+        return StepOutputs(next_token, download(step.tensors["logits"])[slots] if logits else None)
 
     def release(self, row: int) -> None:
-        """Nothing: the memory of a row comes back when the others are gathered."""
+        """Nobody asks for this row any more."""
+        if row in self._slots:
+            self._backend.caches.give_back(self._cache, {row: self._slots.pop(row)})
+
+    def give_up(self, row: int) -> tuple[KVCache, int]:
+        """Where a row lies, which this generation has no longer."""
+        return self._cache, self._slots.pop(row)
 
     def hidden_states(self) -> npt.NDArray[np.float32]:
         """first_layer's output of the last step: float32 [batch, num_kept_total, hidden]."""
         if self._hidden_states is None:
             raise BackendError("hidden_states: nothing was run yet, expected a prefill before")
-        dtype = self._backend.stages[FIRST_LAYER].dtype("hidden_states")
-        return self._backend.place.download(self._hidden_states, dtype).astype(np.float32)
+        tensor, rows = self._hidden_states
+        return download(tensor)[rows].astype(np.float32)
 
     def cache(self, layer: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         """Host copies of a layer's keys and values: [batch, kv_heads, columns, head_dim], as far as written."""
-        key, value = (
-            self._backend.place.download(tensor, self._backend.bundle.manifest.dtype)[:, :, : self._cache.length]
-            for tensor in self._cache.tensors(layer)
-        )
+        slots = self._rows()
+        length = int(self._cache.ends[slots].max())
+        key, value = (download(tensor)[slots, :, :length] for tensor in self._cache.tensors(layer))
         return key, value
 
-
-class _DecodeStep:
-    """The decode step of one generation: all but a portable cache at fixed addresses, bound once."""
-
-    def __init__(self, backend: OnnxRuntimeBackend, cache: KVCache, fixed: Mapping[str, ort.OrtValue]) -> None:
-        manifest, place, batch = backend.bundle.manifest, backend.place, cache.batch
-        language = manifest.language
-        first, decoder = backend.stages[FIRST_LAYER], backend.stages[DECODER]
-        self._table = backend.embedding_table
-        self._cache = cache
-        self._embeds = Buffer(place, (batch, language.hidden_size), manifest.dtype)
-        self._positions = Buffer(place, (language.position_axes, batch, 1), "int64")
-        self.hidden_states = place.empty((batch, 1, language.hidden_size), first.dtype("hidden_states"))
-        self.logits = place.empty((batch, language.vocab_size), "float32")
-        self.next_token = place.empty((batch,), "int64")
-        chained = {
-            "hidden_states": self.hidden_states,
-            "kept_position_ids": place.empty((language.position_axes, batch, 1), "int64"),
-        }
-        if language.deepstack_levels > 1:
-            shape = (batch, 1, language.deepstack_levels - 1, language.hidden_size)
-            chained["deepstack_states"] = place.empty(shape, manifest.dtype)
-        feeds = {
-            "text_embeds": self._embeds.value,
-            "position_ids": self._positions.value,
-            **backend.no_visual(),
-            "source_rows": place.upload(-1 - np.arange(batch, dtype=np.int64)[:, None]),
-            "query_weights": place.zeros((batch, 1), "float32"),
-            "select_bias": place.upload(np.full((batch, 1), BIAS_KEEP, np.float32)),
-            "slots": place.zeros((1,), "int64"),
-            **fixed,
-        }
-        self._bindings = {
-            FIRST_LAYER: first.bind({**feeds, **cache.inputs(FIRST_LAYER)}, {**chained, **cache.outputs(FIRST_LAYER)}),
-            DECODER: decoder.bind(
-                {**chained, "kv_start": fixed["kv_start"], **cache.inputs(DECODER)},
-                {"logits": self.logits, "next_token": self.next_token, **cache.outputs(DECODER)},
-            ),
-        }
-
-    def run(self, inputs: DecodeInputs) -> None:
-        """One step."""
-        self._embeds.set(self._table[inputs.token_ids])
-        self._positions.set(inputs.position_ids[None, :, None])
-        for stage, binding in self._bindings.items():
-            self._cache.rebind(stage, binding)
-            binding.run()
-            self._cache.take_step(stage, binding)
-
-
-def _read_step(place: Device, next_token: ort.OrtValue, logits_value: ort.OrtValue, *, logits: bool) -> StepOutputs:
-    return StepOutputs(place.download(next_token, "int64"), place.download(logits_value, "float32") if logits else None)
+    def _rows(self) -> list[int]:
+        """The slot of each row."""
+        if len(self._slots) < self.batch:
+            raise BackendError("generation: a row was released or gathered, expected to gather the others first")
+        return list(self._slots.values())

@@ -1,10 +1,12 @@
-"""ONNX Runtime: sessions, device tensors and bindings.
+"""ONNX Runtime: devices, sessions and bindings.
 
-Everything that crosses into a session is an OrtValue on its device, bound by name, so that a stage reads
-what another wrote without a copy. On the CPU an OrtValue shares the memory of its numpy array.
+Everything that crosses into a session is an OrtValue on its device, bound by name, so that a stage reads what another
+wrote without a copy. On the CPU an OrtValue shares the memory of its numpy array.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+import math
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from functools import cache
 from io import StringIO
@@ -18,11 +20,13 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from hawk_trt.bundle import GraphEntry, numpy_dtype
 from hawk_trt.errors import BackendError
-from hawk_trt.stages import VISION
+from hawk_trt.stages import VISION, in_place
 
 # ONNX's TensorProto.DataType of the dtypes that the stages use
 _ONNX_TYPES = {"float32": 1, "int32": 6, "int64": 7, "bool": 9, "float16": 10, "bfloat16": 16}
+_DTYPES = {number: name for name, number in _ONNX_TYPES.items()}
 _ARENA_STEP = 256 << 20  # bytes
+_GRAPH_OPTION, _NO_GRAPH = "gpu_graph_id", "-1"
 _ORT_ERRORS = tuple(
     value for value in vars(ort_errors).values() if isinstance(value, type) and issubclass(value, Exception)
 )
@@ -35,34 +39,42 @@ class Device:
         kind: "cpu" or "cuda".
         index: number of the GPU.
         threads: of the CPU for a session, None for one a core.
+        capture: whether decode steps run as CUDA graphs where they can.
+        num_captured: decode steps captured so far.
     """
 
     def __init__(self, device: str, threads: int | None = None) -> None:
         self.threads = threads
+        self.capture = True
+        self.num_captured = 0
         self.kind, _, index = device.partition(":")
         if self.kind not in ("cpu", "cuda") or not (index or "0").isdigit():
             raise BackendError(f'device: got {device!r}, expected "cpu", "cuda" or "cuda:N"')
         self.index = int(index or 0)
-        if self.kind == "cuda" and "CUDAExecutionProvider" not in ort.get_available_providers():
-            raise BackendError(
-                "device: this onnxruntime has no CUDA provider. "
-                "pip uninstall -y onnxruntime && pip install onnxruntime-gpu"
-            )
         if self.kind == "cuda":
+            if "CUDAExecutionProvider" not in ort.get_available_providers():
+                raise BackendError(
+                    "device: this onnxruntime has no CUDA provider. "
+                    "pip uninstall -y onnxruntime && pip install onnxruntime-gpu"
+                )
             _preload_libraries()
 
-    def providers(self) -> list[tuple[str, dict[str, str]]]:
-        """Execution providers of a session. TF32 off: it rounds products to 10 bits and changes the kept set."""
+    def providers(self, *, capture: bool) -> list[tuple[str, dict[str, str]]]:
+        """Execution providers of a session. TF32 off: it rounds products to 10 bits and changes the kept set.
+
+        Args:
+            capture: whether runs may be captured as CUDA graphs.
+        """
         cpu: list[tuple[str, dict[str, str]]] = [("CPUExecutionProvider", {})]
         if self.kind == "cpu":
             return cpu
         options = {"device_id": str(self.index), "use_tf32": "0", "arena_extend_strategy": "kSameAsRequested"}
-        return [("CUDAExecutionProvider", options), *cpu]
+        return [("CUDAExecutionProvider", options | ({"enable_cuda_graph": "1"} if capture else {})), *cpu]
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> ort.OrtValue:
         """An uninitialised tensor."""
         if self.kind == "cpu":
-            return self.upload(np.empty(shape, numpy_dtype(dtype)))
+            return _host_value(np.empty(shape, numpy_dtype(dtype)))
         return ort.OrtValue.ortvalue_from_shape_and_type(list(shape), _ONNX_TYPES[dtype], self.kind, self.index)
 
     def zeros(self, shape: tuple[int, ...], dtype: str) -> ort.OrtValue:
@@ -74,54 +86,37 @@ class Device:
         array = np.ascontiguousarray(array)
         if self.kind == "cpu":
             return _host_value(array)
-        if array.dtype.name != "bfloat16":
-            return ort.OrtValue.ortvalue_from_numpy(array, self.kind, self.index)
-        value = self.empty(array.shape, "bfloat16")
-        value.update_inplace(_host_value(array))
+        value = self.empty(array.shape, array.dtype.name)
+        if array.size:
+            write(value, array)
         return value
 
-    def download(self, value: ort.OrtValue, dtype: str) -> npt.NDArray[Any]:
-        """A host copy."""
-        return np.array(self.peek(value, dtype))
 
-    def peek(self, value: ort.OrtValue, dtype: str) -> npt.NDArray[Any]:
-        """The tensor on the host. It may share the tensor's memory, and then is valid as long as that lives."""
-        if dtype != "bfloat16":
-            array: npt.NDArray[Any] = value.numpy()
-            return array
-        bits = np.empty(value.shape(), numpy_dtype(dtype))
-        _host_value(bits).update_inplace(value)
-        return bits
-
-    def concatenate(self, parts: Sequence[ort.OrtValue], dtype: str) -> ort.OrtValue:
-        """Tensors [rows, ..] one below the other; through the host where there are several."""
-        if len(parts) == 1:
-            return parts[0]
-        return self.upload(np.concatenate([self.download(part, dtype) for part in parts]))
+def write(value: ort.OrtValue, array: npt.NDArray[Any]) -> None:
+    """Copy a host array of the tensor's shape and dtype into the memory that the tensor has."""
+    value.update_inplace(_host_value(np.ascontiguousarray(array)))
 
 
-class Buffer:
-    """A small input that changes every step: a host array and its device tensor at one address."""
-
-    def __init__(self, device: Device, shape: tuple[int, ...], dtype: str) -> None:
-        self._host = np.zeros(shape, numpy_dtype(dtype))
-        self._device = device
-        self.value = device.upload(self._host)
-
-    def set(self, values: npt.ArrayLike) -> None:
-        """Write new values to the device."""
-        self._host[...] = values
-        if self._device.kind != "cpu":
-            bits = self._host.dtype.name == "bfloat16"
-            self.value.update_inplace(_host_value(self._host) if bits else self._host)
+def download(value: ort.OrtValue) -> npt.NDArray[Any]:
+    """A host copy."""
+    if value.element_type() != _ONNX_TYPES["bfloat16"]:
+        return np.array(value.numpy())
+    bits = np.empty(value.shape(), numpy_dtype("bfloat16"))
+    _host_value(bits).update_inplace(value)
+    return bits
 
 
 class Stage:
-    """One graph, loaded."""
+    """One graph, loaded.
+
+    Attributes:
+        can_capture: whether its runs can be CUDA graphs.
+    """
 
     def __init__(self, path: Path, entry: GraphEntry, device: Device) -> None:
         self.entry = entry
         self.device = device
+        self.can_capture = device.kind == "cuda" and entry.stage != VISION and in_place(entry.target)
         options = ort.SessionOptions()
         options.log_severity_level = 3  # errors alone: warnings go to stderr, which belongs to the progress bar
         # each stage has threads of its own: those of one would spin while the next computes
@@ -132,55 +127,61 @@ class Stage:
             options.add_session_config_entry("session.use_env_allocators", "1")
         # Planned blocks ask for new memory where the arena has holes: 0.5 GB at native resolution, and no faster.
         options.enable_mem_pattern = entry.stage != VISION
-        with _translated(f"{path.name}: could not be loaded"):
-            self.session = ort.InferenceSession(str(path), options, providers=device.providers())
+        with translated(f"{path.name}: could not be loaded"):
+            self.session = ort.InferenceSession(
+                str(path), options, providers=device.providers(capture=self.can_capture)
+            )
         if device.kind == "cuda" and self.session.get_providers()[0] != "CUDAExecutionProvider":
             raise BackendError(
                 "device: the CUDA provider could not start (driver, CUDA or cuDNN libraries missing). "
                 "See: hawk-trt doctor"
             )
 
-    def bind(self, inputs: Mapping[str, ort.OrtValue], outputs: Mapping[str, ort.OrtValue]) -> "Binding":
-        """Bind all inputs, and outputs to given tensors where there are, else to memory of ONNX Runtime's own."""
-        binding = Binding(self)
-        for spec in self.entry.inputs:
-            binding.input(spec.name, inputs[spec.name])
-        for spec in self.entry.outputs:
-            binding.output(spec.name, outputs.get(spec.name))
-        return binding
+    def run(
+        self, inputs: Mapping[str, ort.OrtValue], outputs: Mapping[str, ort.OrtValue] | None = None
+    ) -> dict[str, ort.OrtValue]:
+        """Run once: outputs by name, in given tensors where there are, else in memory of ONNX Runtime's own."""
+        binding = Binding(self, inputs, outputs or {})
+        binding.run()
+        return binding.results()
 
-    def dtype(self, output: str) -> str:
-        """Dtype name of an output."""
-        return next(spec.dtype for spec in self.entry.outputs if spec.name == output)
+    def view(self, tensor: ort.OrtValue, offset: int, shape: tuple[int, ...]) -> ort.OrtValue:
+        """A tensor over part of another's memory, which must live as long. offset: elements.
+
+        ONNX Runtime makes such a tensor for the output of a binding alone, so one is bound and never run.
+        """
+        dtype = _DTYPES[tensor.element_type()]
+        kind = _ONNX_TYPES[dtype] if dtype == "bfloat16" else numpy_dtype(dtype)
+        at = tensor.data_ptr() + offset * (tensor.tensor_size_in_bytes() // math.prod(tensor.shape()))
+        binding = self.session.io_binding()
+        binding.bind_output(self.entry.outputs[0].name, self.device.kind, self.device.index, kind, list(shape), at)
+        view: ort.OrtValue = binding.get_outputs()[0]
+        return view
 
 
 class Binding:
     """Inputs and outputs of a stage, bound once and run many times."""
 
-    def __init__(self, stage: Stage) -> None:
-        self._stage = stage
+    _graphs = itertools.count(1)
+
+    def __init__(self, stage: Stage, inputs: Mapping[str, ort.OrtValue], outputs: Mapping[str, ort.OrtValue]) -> None:
+        self._stage, self._graph = stage, ""
         self._binding = stage.session.io_binding()
-        self._outputs: list[str] = []
-        self._inputs: dict[str, ort.OrtValue] = {}  # their arrays' memory is theirs, not the binding's
+        self._bound = (inputs, outputs)  # their memory is theirs, not the binding's
+        for spec in stage.entry.inputs:
+            self._binding.bind_ortvalue_input(spec.name, inputs[spec.name])
+        for spec in stage.entry.outputs:
+            if spec.name in outputs:
+                self._binding.bind_ortvalue_output(spec.name, outputs[spec.name])
+            else:
+                self._binding.bind_output(spec.name, stage.device.kind, stage.device.index)
         self._options = ort.RunOptions()
-        if stage.entry.stage == VISION and stage.device.kind == "cpu":
+        if stage.can_capture:
+            self._options.add_run_config_entry(_GRAPH_OPTION, _NO_GRAPH)
+        elif stage.entry.stage == VISION and stage.device.kind == "cpu":
             # Images differ in size: else the arena holds on to what the largest took, gigabytes at native resolution.
             self._options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
-
-    def input(self, name: str, value: ort.OrtValue) -> None:
-        """Bind, or bind anew, an input."""
-        self._inputs[name] = value
-        self._binding.bind_ortvalue_input(name, value)
-
-    def output(self, name: str, value: ort.OrtValue | None) -> None:
-        """Bind, or bind anew, an output."""
-        device = self._stage.device
-        if value is None:
-            self._binding.bind_output(name, device.kind, device.index)
-        else:
-            self._binding.bind_ortvalue_output(name, value)
-        if name not in self._outputs:
-            self._outputs.append(name)
+        self._captured = self._options
 
     def run(self) -> None:
         """Run the stage.
@@ -188,12 +189,32 @@ class Binding:
         Raises:
             BackendError: ONNX Runtime failed, with its message.
         """
-        with _translated(f"{self._stage.entry.file}: failed"):
+        with translated(f"{self._stage.entry.file}: failed"):
             self._stage.session.run_with_iobinding(self._binding, self._options)
+
+    def replay(self) -> None:
+        """Run the stage as a CUDA graph, which the first call captures: addresses and sizes must not change after it.
+
+        Raises:
+            BackendError: it cannot be captured, or ONNX Runtime failed.
+        """
+        if not self._graph:
+            self._graph = str(next(Binding._graphs))
+            self._captured = ort.RunOptions()
+            self._captured.add_run_config_entry(_GRAPH_OPTION, self._graph)
+        with translated(f"{self._stage.entry.file}: failed as a CUDA graph"):
+            self._stage.session.run_with_iobinding(self._binding, self._captured)
+
+    def forget_graph(self) -> None:
+        """Give the memory of the captured graph back, where this ONNX Runtime can."""
+        if self._graph and hasattr(self._stage.session, "release_captured_graph"):
+            self._stage.session.release_captured_graph(int(self._graph))
+        self._graph = ""
 
     def results(self) -> dict[str, ort.OrtValue]:
         """Outputs of the last run by name."""
-        return dict(zip(self._outputs, self._binding.get_outputs(), strict=True))
+        names = [spec.name for spec in self._stage.entry.outputs]
+        return dict(zip(names, self._binding.get_outputs(), strict=True))
 
 
 def _host_value(array: npt.NDArray[Any]) -> ort.OrtValue:
@@ -222,7 +243,7 @@ def _preload_libraries() -> None:
 
 
 @contextmanager
-def _translated(what: str) -> Iterator[None]:
+def translated(what: str) -> Iterator[None]:
     """Turn ONNX Runtime's errors into ours."""
     try:
         yield

@@ -40,13 +40,13 @@ class Runs:
     def __init__(self, pipe, monkeypatch):
         self.count = 0
         stage = pipe.backend.stages[VISION]
-        bind = stage.bind
+        run = stage.run
 
         def counted(*arguments):
             self.count += 1
-            return bind(*arguments)
+            return run(*arguments)
 
-        monkeypatch.setattr(stage, "bind", counted)
+        monkeypatch.setattr(stage, "run", counted)
 
     def during(self, act):
         before = self.count

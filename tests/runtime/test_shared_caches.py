@@ -1,0 +1,198 @@
+"""KV caches that generations share, as on a GPU, here on the CPU: slots, addresses that stand still, captured steps."""
+
+import numpy as np
+import pytest
+
+from examples.tiny_task import generate
+from generations import start
+from hawk_trt import Pipeline, PruningConfig, Request
+from hawk_trt.errors import BackendError
+from hawk_trt.runtime.kv_cache import KVCache
+from hawk_trt.runtime.session import Binding
+from hawk_trt.scheduler import Scheduler
+
+SAMPLES = list(generate(17, 4))
+KEPT = PruningConfig(0.2)
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_bundle):
+    with Pipeline.load(tiny_bundle, target="cpu", threads=1) as pipe:
+        yield pipe
+
+
+@pytest.fixture
+def shared(tiny_bundle):
+    with Pipeline.load(tiny_bundle, target="cpu", threads=1) as pipe:
+        pipe.backend.caches.shared = True
+        yield pipe
+
+
+def ask(number, new_tokens=6):
+    sample = SAMPLES[number]
+    options = {"max_new_tokens": new_tokens, "ignore_eos": True, "return_logits": True}
+    return Request(sample.question, [sample.image], pruning=KEPT, **options)
+
+
+def answer(pipe, request):
+    (result,) = pipe.generate_batch([request])
+    return result
+
+
+def assert_alone(plain, result, request):
+    expected = answer(plain, request)
+    assert result.token_ids == expected.token_ids
+    np.testing.assert_array_equal(result.kept_indices, expected.kept_indices)
+    np.testing.assert_allclose(result.logits, expected.logits, rtol=0, atol=1e-4)
+
+
+def addresses(pipe):
+    (cache,) = pipe.backend.caches._caches
+    return [tensor.data_ptr() for layer in range(4) for tensor in cache.tensors(layer)], cache.steps
+
+
+def test_tensors_and_steps_stand_still_from_one_generation_to_the_next(shared, plain):
+    assert_alone(plain, answer(shared, ask(0)), ask(0))
+    before, steps = addresses(shared)
+    step = steps[1]
+    for number in (1, 2):
+        assert_alone(plain, answer(shared, ask(number)), ask(number))
+        after, steps = addresses(shared)
+        assert after == before and steps == {1: step}
+
+
+def test_columns_are_whole_steps_and_a_cache_that_is_far_too_large_goes(shared):
+    caches = shared.backend.caches
+    long = shared.backend.start(1, 2000)
+    assert (long.columns + 1) % 256 == 0 and long.columns >= 2000
+    assert caches._caches[0].tensors(0)[0].shape()[2] % 8 == 0
+    del long
+    assert shared.backend.start(1, 1000).columns > 2000  # the idle one
+    short = shared.backend.start(1, 100)
+    assert short.columns == 255 and len(caches._caches) == 1
+
+
+def test_what_a_generation_left_spoils_no_later_one(shared, plain):
+    answer(shared, ask(0))
+    (cache,) = shared.backend.caches._caches
+    for layer in range(4):
+        for tensor in cache.tensors(layer):
+            tensor.numpy()[:] = np.nan
+    assert_alone(plain, answer(shared, ask(1)), ask(1))
+
+
+def test_rows_come_and_go_without_a_copy_where_slots_are_free(shared, plain, monkeypatch):
+    shared.generate_batch([ask(0), ask(1), ask(2)])  # a cache of three
+    copies = []
+    monkeypatch.setattr(KVCache, "_copy", lambda *_: copies.append(1))
+    scheduler = Scheduler(shared.bundle, shared.processor, shared.vision_cache, shared.backend, room=64)
+    lengths = (3, 12, 5)
+    sequences = [scheduler.add(ask(number, length)) for number, length in enumerate(lengths)]
+    while not sequences[0].finished:
+        scheduler.step()
+    late = scheduler.add(ask(3, 8))  # into the slot of the first, between the others
+    while not scheduler.idle:
+        scheduler.step()
+    assert not copies
+    for sequence, number, length in zip((*sequences, late), range(4), (*lengths, 8), strict=True):
+        assert_alone(plain, sequence.result(), ask(number, length))
+
+
+def test_rows_move_to_a_larger_cache_and_answer_as_alone(shared, plain):
+    scheduler = Scheduler(shared.bundle, shared.processor, shared.vision_cache, shared.backend, room=64)
+    sequences = []
+    for number in range(3):
+        sequences.append(scheduler.add(ask(number, 8)))
+        for _ in range(3):
+            scheduler.step()
+    while not scheduler.idle:
+        scheduler.step()
+    for number, sequence in enumerate(sequences):
+        assert_alone(plain, sequence.result(), ask(number, 8))
+    assert len(shared.backend.caches._caches) == 1
+
+
+def test_two_generations_that_take_turns_do_not_touch_each_other(shared):
+    alone, step = start(shared, 40)
+    expected = [int(step(number).next_token[0]) for number in range(4)]
+    del alone, step
+    shared.backend.caches.take(3, 40)  # slots for both in one cache
+    (cache,) = (cache for cache in shared.backend.caches._caches if cache.slots == 3)
+    shared.backend.caches.give_back(cache, {0: 0, 1: 1, 2: 2})
+    first, step_first = start(shared, 40)
+    second, step_second = start(shared, 40)
+    assert first._cache is second._cache is cache
+    got = [(int(step_first(n).next_token[0]), int(step_second(n).next_token[0])) for n in range(4)]
+    assert got == [(token, token) for token in expected]
+
+
+class Captures:
+    """The run option that tells graphs apart, of every run."""
+
+    def __init__(self, pipe, monkeypatch):
+        self.graphs = []
+        self.fail = False
+        for stage in list(pipe.backend.stages.values())[1:]:
+            stage.can_capture = True
+            run = stage.session.run_with_iobinding
+
+            def told(binding, options, run=run):
+                graph = options.get_run_config_entry("gpu_graph_id")
+                self.graphs.append(int(graph))
+                if self.fail and graph != "-1":
+                    raise BackendError("operation not permitted when stream is capturing")
+                run(binding, options)
+
+            monkeypatch.setattr(stage.session, "run_with_iobinding", told)
+
+
+@pytest.fixture
+def captures(shared, monkeypatch):
+    return Captures(shared, monkeypatch)
+
+
+def test_a_decode_step_is_captured_at_its_second_run_and_prefills_never(shared, captures, plain):
+    assert_alone(plain, answer(shared, ask(0, 5)), ask(0, 5))
+    first, decoder = captures.graphs[4:6]
+    assert captures.graphs == [-1, -1, -1, -1, *[first, decoder] * 3] and first != decoder
+    captures.graphs.clear()
+    assert_alone(plain, answer(shared, ask(1, 5)), ask(1, 5))
+    assert captures.graphs == [-1, -1, *[first, decoder] * 4]
+    assert shared.backend.place.num_captured == 1
+
+
+def test_each_number_of_rows_is_a_graph_of_its_own(shared, captures):
+    shared.generate_batch([ask(0, 5), ask(1, 5)])
+    answer(shared, ask(2, 5))
+    assert shared.backend.place.num_captured == 2
+    assert len({graph for graph in captures.graphs if graph > 0}) == 4
+
+
+def test_a_capture_that_fails_is_told_once_and_the_answer_goes_on(shared, captures, plain):
+    captures.fail = True
+    with pytest.warns(RuntimeWarning, match="decode runs without a CUDA graph, slower: operation not permitted"):
+        result = answer(shared, ask(0, 5))
+    assert_alone(plain, result, ask(0, 5))
+    captures.graphs.clear()
+    answer(shared, ask(1, 5))
+    assert set(captures.graphs) == {-1}
+
+
+@pytest.mark.usefixtures("captures")
+def test_graphs_go_with_their_cache_where_onnx_runtime_can(shared, monkeypatch):
+    gone = []
+    monkeypatch.setattr(Binding, "forget_graph", lambda binding: gone.append(binding._graph))
+    answer(shared, ask(0, 5))
+    shared.backend.caches.close()
+    assert len(set(gone)) == 2 and all(gone)
+
+
+def test_a_step_writes_to_the_device_and_takes_no_memory_there(shared, monkeypatch):
+    generation, step = start(shared, 40)
+    step(0)
+    taken = []
+    for name in ("empty", "zeros", "upload"):
+        monkeypatch.setattr(type(shared.backend.place), name, lambda *_: taken.append(1))
+    for number in range(1, 4):
+        step(number)
+    assert not taken and generation.cache(0)[0].shape[2] == 8
