@@ -22,7 +22,8 @@ from hawk_trt.inputs.layout import PromptLayout
 from hawk_trt.inputs.processor import Processor
 from hawk_trt.models.registry import family_by_name
 from hawk_trt.request import ModelInputs, PruningConfig, Request, Result, SamplingConfig
-from hawk_trt.runtime.protocol import Backend, Visual, load_backend
+from hawk_trt.runtime import load_backend
+from hawk_trt.runtime.protocol import Backend, Visual
 from hawk_trt.runtime.sampling import ForcedSampler
 from hawk_trt.runtime.vision_cache import DEFAULT_VISION_CACHE_MB, VisionCache
 from hawk_trt.scheduler import DEFAULT_MAX_NEW_TOKENS, Scheduler
