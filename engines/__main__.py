@@ -4,7 +4,7 @@ import shlex
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 from typing import Annotated
@@ -16,25 +16,18 @@ from rich.table import Table
 from hawk_trt.apps.cli.main import INTERRUPTED, make_app, run_app
 from hawk_trt.apps.cli.models import expect_bundle
 from hawk_trt.apps.cli.options import Json
-from hawk_trt.apps.cli.output import note, print_json, size
-from hawk_trt.bundle import Bundle, Manifest
-from hawk_trt.engine_folder import EngineFolder, Limits, Machine, PlanEntry
+from hawk_trt.apps.cli.output import note, print_json, progress, size
+from hawk_trt.bundle import Bundle
+from hawk_trt.engine_folder import EngineFolder, Machine, PlanEntry
 from hawk_trt.errors import BackendError, InvalidInput
 from hawk_trt.files import cache_folder
 from hawk_trt.runtime.versions import missing_for_tensorrt
 
 from .build_plan import BuildSettings, BuiltPlan, differences, plan_build
 from .checks.verify import Verification, load_reference, verify
-from .plugin_library import find_or_compile, may_find
+from .plugin_library import existing_plugin, find_or_compile, may_find
 from .prepare import PreparedGraph
-from .profiles import (
-    DEFAULT_TEXT_TOKENS,
-    DEFAULT_VISUAL_TOKENS,
-    TENSORRT_TARGETS,
-    TOPK_LIMIT,
-    choose_target,
-    plan_limits,
-)
+from .profiles import TENSORRT_TARGETS, LargestRequest, choose_target
 from .workarounds import workarounds_for
 from .writer import write_engines
 
@@ -45,40 +38,6 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
     app = make_app("python -m engines", command=build)
     return run_app(app, sys.argv[1:] if arguments is None else arguments)
-
-
-@Parameter(name="*", group=Group("The largest request", sort_key=2))
-@dataclass(frozen=True, kw_only=True)
-class LargestRequest:
-    """What the engines must be able to take.
-
-    Attributes:
-        batch: prompts side by side
-    """
-
-    max_visual_tokens: Annotated[
-        int | None, Parameter(help=f"of a prompt, before pruning (default: {DEFAULT_VISUAL_TOKENS})")
-    ] = None
-    max_prompt_tokens: Annotated[
-        int | None,
-        Parameter(help=f"text and visual, before pruning (default: {DEFAULT_TEXT_TOKENS} more than the visual ones)"),
-    ] = None
-    max_context: Annotated[
-        int | None,
-        Parameter(
-            help=f"tokens kept and generated: the KV cache's length (default: {TOPK_LIMIT}, or the model's if shorter)"
-        ),
-    ] = None
-    batch: int = 1
-
-    def limits(self, manifest: Manifest, *, plugin: bool) -> Limits:
-        """The limits that the options ask for.
-
-        Raises:
-            InvalidInput: they contradict each other, the model or TensorRT.
-        """
-        sizes = (self.max_visual_tokens, self.max_prompt_tokens, self.max_context, self.batch)
-        return plan_limits(manifest, *sizes, plugin=plugin)
 
 
 def build(
@@ -117,7 +76,7 @@ def build(
     started = time.perf_counter()
     expect_bundle(bundle)
     loaded = Bundle.load(bundle)
-    named = None if plugin in (None, "none") else existing_file(Path(plugin))
+    named = None if plugin in (None, "none") else existing_plugin(Path(plugin))
     expected = named is not None or (plugin is None and may_find())
     largest.limits(loaded.manifest, plugin=expected)  # what is wrong with them is said before anything is compiled
     if workspace_gib is not None and workspace_gib <= 0:
@@ -134,10 +93,11 @@ def build(
     library = named if plugin is not None else find_or_compile(TENSORRT_VERSION, machine.compute_capability, note)
     size_limits = largest.limits(loaded.manifest, plugin=library is not None)
     chosen = choose_target(loaded.manifest, TENSORRT_VERSION, target)
+    cache = Path(timing_cache or cache_folder() / f"timing-{machine.compute_capability}-{TENSORRT_VERSION}.cache")
     settings = BuildSettings(
         plugin=library,
         workspace_bytes=None if workspace_gib is None else int(workspace_gib * 2**30),
-        timing_cache=_timing_cache(timing_cache, f"{machine.compute_capability}-{TENSORRT_VERSION}"),
+        timing_cache=None if timing_cache == "none" else cache,
         workarounds=workarounds_for(TENSORRT_VERSION, size_limits.batch),
         verbose=verbose,
     )
@@ -151,7 +111,9 @@ def build(
         return 0
 
     def build_stage(graph: PreparedGraph, entry: PlanEntry) -> BuiltPlan:
-        return build_plan(graph, entry.profiles, settings)
+        note(f"building {graph.file.name}")
+        with progress(f"percent of {graph.file.name} built") as show:
+            return build_plan(graph, entry.profiles, settings, show)
 
     check = None if no_verify else lambda folder: verify(folder, expected_results)
     try:
@@ -161,17 +123,6 @@ def build(
         return INTERRUPTED
     _report(engines, verification, time.perf_counter() - started, as_json=json)
     return 0
-
-
-def existing_file(path: Path) -> Path:
-    """The absolute path of the file that --plugin names.
-
-    Raises:
-        InvalidInput: it is not there.
-    """
-    if not path.is_file():
-        raise InvalidInput(f"--plugin: {path} is not there")
-    return path.resolve()
 
 
 def _rebuild(bundle: Path, out: Path, options: Mapping[str, object]) -> str:
@@ -185,12 +136,6 @@ def _machine(tensorrt: str) -> tuple[Machine, int | None]:
     from hawk_trt.runtime.tensorrt.cuda import call, this_machine  # needs cuda-bindings
 
     return this_machine(tensorrt), int(call("cuDeviceTotalMem", call("cuDeviceGet", 0)))
-
-
-def _timing_cache(given: str | None, name: str) -> Path | None:
-    if given == "none":
-        return None
-    return Path(given) if given is not None else cache_folder() / f"timing-{name}.cache"
 
 
 def _report(engines: EngineFolder, verification: Verification | None, seconds: float | None, *, as_json: bool) -> None:

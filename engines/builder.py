@@ -8,14 +8,13 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, SupportsInt
 
 import tensorrt as trt
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from hawk_trt.engine_folder import InputRange
 from hawk_trt.errors import BackendError
@@ -28,8 +27,6 @@ from .workarounds import applied
 
 TENSORRT_VERSION: str = trt.__version__
 _PLUGIN = (PLUGIN_OP, "1", "")  # name, version, namespace
-# Between two lines where no bar can be drawn.
-_PLAIN_SECONDS = 20.0
 _SCRATCH = re.compile(r"Max Scratch Memory: (\d+)")
 _PLUGIN_LAYERS = ("PLUGIN", "PLUGIN_V2", "PLUGIN_V3")
 
@@ -55,79 +52,77 @@ class Log(trt.ILogger):
 
 
 class Monitor(trt.IProgressMonitor):
-    """How far a build is, on stderr: bars on a terminal, one plain line now and then elsewhere. A context manager.
+    """Tells how far a build is, and stops it at its next step once `interrupted` is set."""
 
-    While it is one, an interrupt ends the build at its next step instead of tearing TensorRT down in the middle.
-    """
-
-    def __init__(self, name: str) -> None:
+    def __init__(self, show: Callable[[float, float], None] | None) -> None:
         trt.IProgressMonitor.__init__(self)
-        console = Console(stderr=True)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         self.interrupted = False
-        self._name = name
-        self._bars = Progress(*columns, console=console, transient=True) if console.is_terminal else None
-        self._tasks: dict[str, TaskID] = {}
-        self._depth: dict[str, int] = {}
-        self._printed_at = time.monotonic()
-
-    def __enter__(self) -> "Monitor":
-        def interrupt(number: int, frame: FrameType | None) -> None:
-            del number, frame
-            self.interrupted = True
-
-        self._previous = signal.signal(signal.SIGINT, interrupt)
-        print(f"building {self._name}", file=sys.stderr, flush=True)
-        if self._bars is not None:
-            self._bars.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._bars is not None:
-            self._bars.stop()
-        signal.signal(signal.SIGINT, self._previous)
+        self._show = show
+        self._phases: dict[str, tuple[int, int]] = {}  # under way, each inside the one before: steps done, steps in all
 
     def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: SupportsInt) -> None:
         """TensorRT's callback: a phase begins, maybe inside another."""
-        depth = self._depth[phase_name] = self._depth.get(parent_phase or "", -1) + 1
-        if self._bars is not None:
-            description = f"{'  ' * depth}{phase_name}" if depth else f"{self._name}: {phase_name}"
-            self._tasks[phase_name] = self._bars.add_task(description, total=int(num_steps))
+        del parent_phase
+        self._phases[phase_name] = (0, max(int(num_steps), 1))
 
     def step_complete(self, phase_name: str, step: SupportsInt) -> bool:
         """TensorRT's callback; False stops the build."""
-        if self._bars is not None:
-            if phase_name in self._tasks:
-                self._bars.update(self._tasks[phase_name], completed=int(step) + 1)
-        elif time.monotonic() - self._printed_at > _PLAIN_SECONDS:
-            self._printed_at = time.monotonic()
-            print(f"building {self._name}: {phase_name}, step {int(step) + 1}", file=sys.stderr, flush=True)
+        if phase_name in self._phases:
+            self._phases[phase_name] = (int(step) + 1, self._phases[phase_name][1])
+        share = 0.0
+        for done, total in reversed(self._phases.values()):
+            share = min((done + share) / total, 1.0)
+        if self._show is not None:
+            self._show(round(100 * share), 100)
         return not self.interrupted
 
     def phase_finish(self, phase_name: str) -> None:
         """TensorRT's callback."""
-        self._depth.pop(phase_name, None)
-        if self._bars is not None and phase_name in self._tasks:
-            self._bars.remove_task(self._tasks.pop(phase_name))
+        self._phases.pop(phase_name, None)
 
 
-def build_plan(graph: PreparedGraph, profiles: Sequence[Sequence[InputRange]], settings: BuildSettings) -> BuiltPlan:
+@contextmanager
+def _interruptible(monitor: Monitor) -> Iterator[None]:
+    """Let an interrupt end the build at its next step instead of tearing TensorRT down in the middle.
+
+    Raises:
+        KeyboardInterrupt: there was one.
+    """
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        del number, frame
+        monitor.interrupted = True
+
+    previous = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if monitor.interrupted:
+        raise KeyboardInterrupt
+
+
+def build_plan(
+    graph: PreparedGraph,
+    profiles: Sequence[Sequence[InputRange]],
+    settings: BuildSettings,
+    show: Callable[[float, float], None] | None = None,
+) -> BuiltPlan:
     """Parse and build.
 
     Args:
         graph: the prepared graph.
         profiles: optimization profiles, each a range for every input.
         settings: of the run.
+        show: called with how much is done and how much there is in all.
 
     Raises:
         BackendError: TensorRT cannot parse or build the graph, or left the plugin out.
         KeyboardInterrupt: the user stopped the build.
     """
     started = time.perf_counter()
-    log = Log(verbose=settings.verbose)
-    with applied(settings.workarounds), Monitor(graph.file.name) as monitor:
+    log, monitor = Log(verbose=settings.verbose), Monitor(show)
+    with applied(settings.workarounds):
         builder = trt.Builder(log)
         if settings.plugin is not None:
             _load_plugin(settings.plugin)
@@ -144,9 +139,8 @@ def build_plan(graph: PreparedGraph, profiles: Sequence[Sequence[InputRange]], s
                 profile.set_shape(entry.name, *(trt.Dims(list(shape)) for shape in (entry.min, entry.opt, entry.max)))
             if config.add_optimization_profile(profile) != number:
                 raise BackendError(builder_message(graph.file.name, TENSORRT_VERSION, log.lines, names))
-        memory = builder.build_serialized_network(network, config)
-        if monitor.interrupted:
-            raise KeyboardInterrupt
+        with _interruptible(monitor):
+            memory = builder.build_serialized_network(network, config)
         if memory is None or any(line.is_error and line.severity == "WARNING" for line in log.lines):
             raise BackendError(builder_message(graph.file.name, TENSORRT_VERSION, log.lines, names))
         _save_timing_cache(config, settings)

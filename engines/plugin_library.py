@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from hawk_trt.errors import InvalidInput
 from hawk_trt.files import cache_folder, write_atomically
 
 SOURCES = Path(__file__).resolve().parent.parent / "plugins"
@@ -35,6 +36,17 @@ def _compilers() -> tuple[str, str] | str:
         return cmake, nvcc
     missing = [name for name, program in (("cmake", cmake), ("nvcc", nvcc)) if not program]
     return f"{' and '.join(missing)} not found"
+
+
+def existing_plugin(path: Path) -> Path:
+    """The absolute path of the file that --plugin names.
+
+    Raises:
+        InvalidInput: it is not there.
+    """
+    if not path.is_file():
+        raise InvalidInput(f"--plugin: {path} is not there")
+    return path.resolve()
 
 
 def find_or_compile(tensorrt: str, compute_capability: str, tell: Callable[[str], None]) -> Path | None:

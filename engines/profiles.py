@@ -7,10 +7,12 @@ One call of a vision engine takes one frame, or one tile: two dynamic dimensions
 patches, would make TensorRT plan memory for the largest of both at once.
 """
 
-import argparse
 import math
 from collections.abc import Iterable
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Annotated, NamedTuple
+
+from cyclopts import Group, Parameter
 
 from hawk_trt.bundle import Manifest, TensorEntry
 from hawk_trt.engine_folder import InputRange, Limits
@@ -41,34 +43,34 @@ class Range(NamedTuple):
     high: int
 
 
-def add_limits(parser: argparse.ArgumentParser) -> None:
-    """Add what limits() reads."""
-    group = parser.add_argument_group("the largest request")
-    group.add_argument(
-        "--max-visual-tokens",
-        type=int,
-        metavar="N",
-        help=f"of a prompt, before pruning (default: {DEFAULT_VISUAL_TOKENS})",
-    )
-    group.add_argument(
-        "--max-prompt-tokens",
-        type=int,
-        metavar="N",
-        help=f"text and visual, before pruning (default: {DEFAULT_TEXT_TOKENS} more than the visual ones)",
-    )
-    group.add_argument(
-        "--max-context",
-        type=int,
-        metavar="N",
-        help=f"tokens kept and generated: the KV cache's length (default: {TOPK_LIMIT}, or the model's if shorter)",
-    )
-    group.add_argument("--batch", type=int, default=1, metavar="N", help="prompts side by side (default: %(default)s)")
+@Parameter(name="*", group=Group("The largest request", sort_key=2))
+@dataclass(frozen=True, kw_only=True)
+class LargestRequest:
+    """What the engines must be able to take: options of a command line.
 
+    Attributes:
+        batch: prompts side by side
+    """
 
-def limits_of(args: argparse.Namespace, manifest: Manifest, *, plugin: bool) -> Limits:
-    """The limits that the options of add_limits ask for, as plan_limits."""
-    sizes = (args.max_visual_tokens, args.max_prompt_tokens, args.max_context, args.batch)
-    return plan_limits(manifest, *sizes, plugin=plugin)
+    max_visual_tokens: Annotated[
+        int | None, Parameter(help=f"of a prompt, before pruning (default: {DEFAULT_VISUAL_TOKENS})")
+    ] = None
+    max_prompt_tokens: Annotated[
+        int | None,
+        Parameter(help=f"text and visual, before pruning (default: {DEFAULT_TEXT_TOKENS} more than the visual ones)"),
+    ] = None
+    max_context: Annotated[
+        int | None,
+        Parameter(
+            help=f"tokens kept and generated: the KV cache's length (default: {TOPK_LIMIT}, or the model's if shorter)"
+        ),
+    ] = None
+    batch: int = 1
+
+    def limits(self, manifest: Manifest, *, plugin: bool) -> Limits:
+        """The limits that the options ask for, as plan_limits."""
+        sizes = (self.max_visual_tokens, self.max_prompt_tokens, self.max_context, self.batch)
+        return plan_limits(manifest, *sizes, plugin=plugin)
 
 
 def plan_limits(

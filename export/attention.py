@@ -1,6 +1,7 @@
 """Causal attention over a KV cache, and the decoder layer around it, for every target.
 
-    portable   Concat the new keys and values to the past, grouped MatMul - Softmax - MatMul
+    portable   Concat the new keys and values to the past, and MatMul - Add - Softmax - MatMul over them, the key and
+               value heads repeated for each query head: so written TensorRT fuses it and keeps no score tensor
     others     TensorScatter them into the cache, then the Attention op with an explicit mask; tensorrt lets it end at
                the length of context_slots
 
@@ -26,8 +27,7 @@ class AttentionContext:
 
     Attributes:
         query_shape, key_shape: int64 [4], (batch, seq, heads, dim) for Reshape.
-        mask: bool [batch, 1, seq, total], True where a row may look; portable: the additive bias
-            [batch, 1, 1, seq, total].
+        mask: bool [batch, 1, seq, total], True where a row may look; portable: the bias that is added, alike in shape.
         cos, sin: [batch, seq, dim / 2].
         write_index: int64 [batch], None in portable graphs.
         context_len: int64 [1], columns of the cache that attention reads; None where it reads all.
@@ -111,8 +111,7 @@ def decoder_layer(
                 cos, sin = (
                     g.reshape(_last(g, t, 1, n), -1, 1, half, name=f"{n}_one") for t, n in ((cos, "cos"), (sin, "sin"))
                 )
-                mask = _last(g, mask, 2 if g.opset24 else 3, "mask")
-                mask = g.reshape(mask, 0, 1, 1, -1, name="mask_one") if g.opset24 else mask
+                mask = g.reshape(_last(g, mask, 2, "mask"), 0, 1, 1, -1, name="mask_one")
                 query_shape = g.ints(-1, 1, config.num_attention_heads, config.head_dim)
             query = _heads(g, linear(g, h, f"{weight}.self_attn.q_proj", "q_proj"), query_shape, "q")
             if config.qk_norm:
@@ -166,13 +165,13 @@ def _attend(
         )
         # the outputs of TensorScatter are the graph's: TensorRT takes nothing in between
         read = (_used_columns(g, context, key, "k"), _used_columns(g, context, value, "v"))
-        joined = g.transpose(attention(g, query, *read, scale, mask), 0, 2, 1, 3, name="join_heads")
     else:
         key, value = (
             g.op("Concat", cache, new, axis=2, name=f"cache_{n}")
             for cache, new, n in ((past[0], key, "k"), (past[1], value, "v"))
         )
-        joined = _grouped_attention(g, config, g.op("Mul", query, g.scalar(scale), name="scale_q"), key, value, mask)
+        read = (_repeated(g, config, key, "k"), _repeated(g, config, value, "v"))
+    joined = g.transpose(attention(g, query, *read, scale, mask), 0, 2, 1, 3, name="join_heads")
     present = {key_name(layer, past=False): key, value_name(layer, past=False): value}
     return g.reshape(joined, -1, width, name="flat"), present
 
@@ -184,36 +183,14 @@ def _used_columns(g: GraphBuilder, context: AttentionContext, cache: ir.Value, n
     return g.op("Slice", cache, g.ints(0), context.context_len, g.ints(2), name=f"used_{name}")
 
 
-def _grouped_attention(
-    g: GraphBuilder, config: LanguageConfig, query: ir.Value, key: ir.Value, value: ir.Value, bias: ir.Value
-) -> ir.Value:
-    """Softmax(q k^T + bias) v with the query heads of a group as rows of one product.
-
-    query: [batch, heads, seq, dim], scaled.  Returns [batch, seq, kv_heads, group, dim].
-    """
-    kv_heads, dim = config.num_key_value_heads, config.head_dim
-    group = config.num_attention_heads // kv_heads
-    folded = g.reshape(query, 0, kv_heads, -1, dim, name="fold_q")
-    scores = g.op("MatMul", folded, g.transpose(key, 0, 1, 3, 2, name="k_transposed"), name="qk")
-    spread_shape = g.op(
-        "Concat",
-        g.ints(0, kv_heads, group, -1),
-        g.op("Shape", key, start=2, end=3, name="total_len"),
-        axis=0,
-        name="spread_shape",
-    )
-    scores = g.op("Add", g.op("Reshape", scores, spread_shape, name="spread"), bias, name="masked")
-    weights = g.op("Softmax", scores, axis=-1, name="softmax")
-    fold_shape = g.op(
-        "Concat",
-        g.ints(0, kv_heads, -1),
-        g.op("Shape", key, start=2, end=3, name="total_len"),
-        axis=0,
-        name="fold_shape",
-    )
-    out = g.op("MatMul", g.op("Reshape", weights, fold_shape, name="fold"), value, name="av")
-    out = g.reshape(out, 0, kv_heads, group, -1, dim, name="spread_out")
-    return g.transpose(out, 0, 3, 1, 2, 4, name="join_heads")
+def _repeated(g: GraphBuilder, config: LanguageConfig, x: ir.Value, name: str) -> ir.Value:
+    """Each key or value head once for every query head of its group: [batch, heads, total, dim]."""
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    if heads == kv_heads:
+        return x
+    groups = g.unsqueeze(x, 2, name=f"{name}_groups")
+    groups = g.op("Expand", groups, g.ints(1, 1, heads // kv_heads, 1, 1), name=f"{name}_repeated")
+    return g.reshape(groups, 0, heads, -1, config.head_dim, name=f"{name}_by_head")
 
 
 def _rotary_tables(g: GraphBuilder, config: LanguageConfig, position_ids: ir.Value) -> tuple[ir.Value, ir.Value]:
@@ -256,7 +233,7 @@ def _mask(
     context_len: ir.Value,
     seq_len: ir.Value,
 ) -> ir.Value:
-    """Bool [batch, 1, seq, total]; portable: the additive bias [batch, 1, 1, seq, total]."""
+    """[batch, 1, seq, total], bool; portable: the bias that is added."""
     zero, one = g.const(0, "int64"), g.const(1, "int64")
     with g.scope("mask"):
         total = context_len if write_index is not None else g.op("Add", past_len, seq_len, name="total_len")
@@ -277,4 +254,4 @@ def _mask(
             name="causal",
         )
         mask = g.op("Or", seen, g.op("Equal", columns, positions, name="itself"), name="seen")
-        return mask if g.opset24 else g.unsqueeze(mask_bias(g, mask), 1, name="bias_groups")
+        return mask if g.opset24 else mask_bias(g, mask)

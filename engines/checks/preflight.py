@@ -5,29 +5,32 @@ parser and builder take it as the engine builder gives it to them, and how its s
 runs the builder's own code; see gpuless.py for what a pass means.
 """
 
-import argparse
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-import msgspec
+from cyclopts import Parameter
 from rich.console import Console
 from rich.table import Table
 
-from hawk_trt.bundle import Bundle, Manifest
+from hawk_trt.apps.cli.main import make_app, run_app
+from hawk_trt.apps.cli.options import Json
+from hawk_trt.apps.cli.output import note, print_json
+from hawk_trt.bundle import Bundle
 from hawk_trt.engine_folder import Limits
-from hawk_trt.errors import BackendError, HawkError, InvalidInput
+from hawk_trt.errors import BackendError
 from hawk_trt.stages import STAGES
 
 from ..build_plan import BuildSettings
-from ..prepare import PreparedGraph, prepare
-from ..profiles import TENSORRT_TARGETS, add_limits, limits_of, plan_profiles
+from ..plugin_library import existing_plugin
+from ..prepare import prepare
+from ..profiles import TENSORRT_TARGETS, LargestRequest, plan_profiles
 from . import gpuless
 
-_FAILED = 1
 # Of tables where there is no terminal to ask.
 _WIDTH = 140
 # Fused attention needs scratch that grows with the length, a score tensor of each head with its square. Scratch is
@@ -49,134 +52,127 @@ class Row:
 
     graph: str
     plugin: bool
-    layers: int
-    plugin_layers: int
-    plan_bytes: int
-    scratch_bytes: tuple[int, ...]
-    growth: float | None
-    seconds: float
-    refusal: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """All graphs, and what took or refused them."""
-
-    library: str
-    rows: tuple[Row, ...]
-    passed: bool
+    layers: int = 0
+    plugin_layers: int = 0
+    plan_bytes: int = 0
+    scratch_bytes: tuple[int, ...] = ()
+    growth: float | None = None
+    seconds: float = 0.0
+    refusal: str | None = None
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit status: 0 all graphs built, 1 one was refused, 2 wrong usage."""
-    args = _parser().parse_args(arguments)
-    try:
-        if gpuless.LIBRARIES not in os.environ:
-            again = ["-m", f"{__package__}.preflight", *(sys.argv[1:] if arguments is None else arguments)]
-            os.execve(sys.executable, [sys.executable, *again], gpuless.environment())
-        return _run(args)
-    except (HawkError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return _FAILED
+    app = make_app("python -m engines.checks.preflight", command=preflight)
+    return run_app(app, sys.argv[1:] if arguments is None else arguments)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m engines.checks.preflight",
-        description="Parse and build every graph of a bundle with NVIDIA's own parser and builder; needs no GPU.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("bundles", type=Path, nargs="+", metavar="BUNDLE", help="folder that an export wrote")
-    parser.add_argument(
-        "--plugin", type=Path, metavar="PATH", help="top-k plugin, built for TensorRT 11: build with it too"
-    )
-    add_limits(parser)
-    parser.add_argument(
-        "--scratch", action="store_true", help="build at three lengths, and refuse scratch that grows with the square"
-    )
-    parser.add_argument("--json", action="store_true", help="print the report as JSON")
-    return parser
+def preflight(
+    bundles: Annotated[tuple[Path, ...], Parameter(negative=())],
+    /,
+    largest: LargestRequest = LargestRequest(),
+    *,
+    plugin: Path | None = None,
+    scratch: bool = False,
+    json: Json = False,
+) -> int:
+    """Parse and build every graph of some bundles with NVIDIA's own parser and builder; needs no GPU.
 
-
-def _run(args: argparse.Namespace) -> int:
+    Args:
+        bundles: folders that an export wrote
+        plugin: top-k plugin, built for TensorRT 11: build with it too
+        scratch: build at three lengths, and refuse scratch that grows with the square
+        json: print the report as JSON
+    """
+    if gpuless.LIBRARIES not in os.environ:
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], gpuless.environment())
     from ..builder import TENSORRT_VERSION  # only now is there a tensorrt to import
 
-    plugin = args.plugin
-    if plugin is not None and not plugin.is_file():
-        raise InvalidInput(f"--plugin: {plugin} is not there")
-    bundles = [Bundle.load(folder) for folder in args.bundles]
     # all without it first: a plugin stays registered as long as the process lives
-    libraries = (None,) if plugin is None else (None, plugin)
-    rows = tuple(row for library in libraries for bundle in bundles for row in _check(args, bundle, library))
+    libraries = (None,) if plugin is None else (None, existing_plugin(plugin))
+    loaded = [Bundle.load(folder) for folder in bundles]
+    rows = [
+        row
+        for library in libraries
+        for bundle in loaded
+        for row in _rows(bundle, largest.limits(bundle.manifest, plugin=library is not None), library, scratch=scratch)
+    ]
     library = f"TensorRT-RTX's parser and builder through the bindings of TensorRT {TENSORRT_VERSION}"
-    report = Report(library, rows, all(row.refusal is None for row in rows))
-    if args.json:
-        print(msgspec.json.format(msgspec.json.encode(report), indent=1).decode())
+    passed = all(row.refusal is None for row in rows)
+    if json:
+        print_json({"library": library, "rows": rows, "passed": passed})
     else:
-        _print(report, Console(width=None if sys.stdout.isatty() else _WIDTH))
+        _print(library, rows, Console(width=None if sys.stdout.isatty() else _WIDTH))
     if plugin is None:
-        print("with the plugin: not checked, none was given (make plugin, then --plugin PATH)", file=sys.stderr)
-    return 0 if report.passed else _FAILED
+        note("with the plugin: not checked, none was given (make plugin, then --plugin PATH)")
+    return 0 if passed else 1
 
 
-def _check(args: argparse.Namespace, bundle: Bundle, plugin: Path | None) -> Iterator[Row]:
+def _rows(bundle: Bundle, size: Limits, plugin: Path | None, *, scratch: bool) -> Iterator[Row]:
     """Build every graph of a bundle that engines are built from; with the plugin, every one that it changes."""
+    from ..builder import build_plan
+
     manifest, with_plugin = bundle.manifest, plugin is not None
-    size = limits_of(args, manifest, plugin=with_plugin)
-    settings = BuildSettings(None if plugin is None else plugin.resolve(), None, None, ())
+    settings = BuildSettings(plugin, None, None, ())
     for target in (target for target in TENSORRT_TARGETS if target in manifest.targets):
         for stage in STAGES:
             graph = prepare(bundle, stage, target, max_context=size.context, plugin=with_plugin)
             if with_plugin and not graph.has_topk:
                 continue
             name = f"{manifest.precision} {graph.file.name}"
+            note(f"building {name}")
+            plans = []
             try:
-                yield _built(name, args, manifest, graph, settings, size)
+                for share in _SHARES if scratch else _SHARES[-1:]:
+                    sizes = (size.visual_tokens, size.prompt_tokens, size.context)
+                    visual, prompt, context = (max(int(share * most), 2) for most in sizes)
+                    part = Limits(visual, max(prompt, visual + 1), context, size.batch)
+                    plans.append(build_plan(graph, plan_profiles(manifest, stage, graph.inputs, part), settings))
             except BackendError as error:
-                yield Row(name, with_plugin, 0, 0, 0, (), None, 0.0, str(error))
+                yield Row(name, with_plugin, refusal=str(error))
+                continue
+            needed = tuple(plan.scratch_bytes for plan in plans)
+            growth = growth_of(needed)
+            # TensorRT has no fused attention in float32: there is no other way for such a graph
+            judged = manifest.dtype != "float32"
+            yield Row(
+                graph=name,
+                plugin=with_plugin,
+                layers=plans[-1].layers,
+                plugin_layers=plans[-1].plugin_layers,
+                plan_bytes=plans[-1].content.nbytes,
+                scratch_bytes=needed,
+                growth=growth,
+                seconds=sum(plan.seconds for plan in plans),
+                refusal=scratch_refusal(graph.file.name, needed[-1], growth, size) if judged else None,
+            )
 
 
-def _built(
-    name: str,
-    args: argparse.Namespace,
-    manifest: Manifest,
-    graph: PreparedGraph,
-    settings: BuildSettings,
-    size: Limits,
-) -> Row:
-    """Build a graph at its limits, and at shares of them to see how its scratch memory grows."""
-    from ..builder import build_plan
-
-    scratch, seconds = [], 0.0
-    for share in _SHARES if args.scratch else _SHARES[-1:]:
-        visual, prompt, context = (
-            max(int(share * most), 2) for most in (size.visual_tokens, size.prompt_tokens, size.context)
-        )
-        part = Limits(visual, max(prompt, visual + 1), context, size.batch)
-        built = build_plan(graph, plan_profiles(manifest, graph.stage, graph.inputs, part), settings)
-        scratch.append(built.scratch_bytes)
-        seconds += built.seconds
-    growth = None
-    if args.scratch and scratch[-2]:
-        growth = round(math.log(scratch[-1] / scratch[-2], _SHARES[-1] / _SHARES[-2]), 2)
-    refusal = None
-    if growth is not None and growth > _MOST_GROWTH and scratch[-1] > size.batch * size.context**2 * _MASK_BYTES:
-        refusal = (
-            f"{graph.file.name}: its scratch memory grows with the length to the power of {growth}: TensorRT keeps a "
-            f"score tensor, {scratch[-1] / 1e6:.0f} MB at {size.prompt_tokens} tokens, in place of fused attention"
-        )
-    counts = (built.layers, built.plugin_layers, built.content.nbytes)
-    return Row(name, settings.plugin is not None, *counts, tuple(scratch), growth, seconds, refusal)
+def growth_of(scratch_bytes: Sequence[int]) -> float | None:
+    """The power of the length that scratch grows with, None where it was measured at one length or is nothing."""
+    if len(scratch_bytes) < 2 or not scratch_bytes[-2]:
+        return None
+    return round(math.log(scratch_bytes[-1] / scratch_bytes[-2], _SHARES[-1] / _SHARES[-2]), 2)
 
 
-def _print(report: Report, console: Console) -> None:
+def scratch_refusal(file: str, scratch_bytes: int, growth: float | None, size: Limits) -> str | None:
+    """Why a graph is refused whose scratch grows so, None where its attention is fused."""
+    if growth is None or growth <= _MOST_GROWTH or scratch_bytes <= size.batch * size.context**2 * _MASK_BYTES:
+        return None
+    return (
+        f"{file}: its scratch memory grows with the length to the power of {growth}: TensorRT keeps a "
+        f"score tensor, {scratch_bytes / 1e6:.0f} MB at {size.prompt_tokens} tokens, in place of fused attention"
+    )
+
+
+def _print(library: str, rows: Sequence[Row], console: Console) -> None:
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for column in ("graph", "plugin"):
         table.add_column(column, no_wrap=True)
     for column in ("layers", "plugin's", "plan MB", "scratch MB", "grows", "seconds"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
-    for row in report.rows:
+    for row in rows:
         verdict = "[green]built[/green]" if row.refusal is None else "[red]REFUSED[/red]"
         scratch = " / ".join(f"{size / 1e6:.0f}" for size in row.scratch_bytes)
         growth = "" if row.growth is None else f"^{row.growth:.2f}"
@@ -184,13 +180,11 @@ def _print(report: Report, console: Console) -> None:
         numbers = (*counts, scratch, growth, f"{row.seconds:.1f}")
         table.add_row(row.graph, "with" if row.plugin else "without", *numbers, verdict)
     console.print(table)
-    for row in report.rows:
-        if row.refusal is not None:
-            console.print(f"REFUSED {row.refusal}", style="red", markup=False, soft_wrap=True)
-    good = sum(row.refusal is None for row in report.rows)
-    console.print(
-        f"{report.library}: {good} of {len(report.rows)} graphs built", style="green" if report.passed else "red"
-    )
+    refused = [row.refusal for row in rows if row.refusal is not None]
+    for refusal in refused:
+        console.print(f"REFUSED {refusal}", style="red", markup=False, soft_wrap=True)
+    good = len(rows) - len(refused)
+    console.print(f"{library}: {good} of {len(rows)} graphs built", style="red" if refused else "green")
 
 
 if __name__ == "__main__":

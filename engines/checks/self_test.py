@@ -6,7 +6,6 @@ its answers to sample questions token by token. Out: a report in Markdown to att
 process of its own, so that a crash of one is a line of the report.
 """
 
-import argparse
 import json
 import shutil
 import subprocess
@@ -17,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import hawk_trt
+from hawk_trt.apps.cli.main import make_app, run_app
+from hawk_trt.apps.cli.output import note
 from hawk_trt.stages import DTYPES, TENSORRT
 
 from ..plugin_library import DEFAULT_PLUGIN
@@ -55,28 +56,27 @@ class EngineResult:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns 0 where everything passed, 1 where anything failed, 2 on wrong usage."""
-    args = _parser().parse_args(arguments)
-    results = list(_results(args.checkpoint, args.out))
-    print(_report(results))
-    return 0 if results and all(result.passed for result in results) else 1
+    app = make_app("python -m engines.checks.self_test", command=self_test)
+    return run_app(app, sys.argv[1:] if arguments is None else arguments)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m engines.checks.self_test",
-        description="Build and run engines of a small model on this machine; print a report to attach to an issue.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--checkpoint", type=Path, default=_CHECKPOINT, metavar="DIR", help="that is exported")
-    parser.add_argument("--out", type=Path, default=Path("artifacts/self-test"), metavar="DIR", help="for all it makes")
-    return parser
+def self_test(*, checkpoint: Path = _CHECKPOINT, out: Path = Path("artifacts/self-test")) -> int:
+    """Build and run engines of a small model on this machine; print a report to attach to an issue.
+
+    Args:
+        checkpoint: that is exported
+        out: folder for all it makes
+    """
+    results = list(_results(checkpoint, out))
+    passed = bool(results) and all(result.passed for result in results)
+    print(_report(results, passed=passed))
+    return 0 if passed else 1
 
 
 def _results(checkpoint: Path, out: Path) -> Iterator[EngineResult]:
     bundles = {dtype: out / dtype for dtype in DTYPES}
     for dtype, bundle in bundles.items():
-        _note(f"exporting {dtype}")
+        note(f"exporting {dtype}")
         done = _run(f"{_PARENT}export", str(checkpoint), "--out", str(bundle), "--dtype", dtype)
         if done.status:
             yield EngineResult(dtype, f"export failed: {done.reason}", "", "", False, bundle)
@@ -92,7 +92,7 @@ def _results(checkpoint: Path, out: Path) -> Iterator[EngineResult]:
 
 def _engine(name: str, checkpoint: Path, bundle: Path, reference: Path, folder: Path, plugin: str) -> EngineResult:
     """Build one engine folder, compare its stages, then its answers."""
-    _note(f"{name}: building")
+    note(f"{name}: building")
     target = name.split(", ")[1]
     options = ("--target", target, "--plugin", plugin, "--reference", str(reference), *_LIMITS, "--force", "--json")
     done = _run(f"{_PARENT}engines", str(bundle), "--out", str(folder), *options)
@@ -103,7 +103,7 @@ def _engine(name: str, checkpoint: Path, bundle: Path, reference: Path, folder: 
     built: dict[str, Any] = json.loads(done.output)
     rows = (built["verification"] or {}).get("rows", [])
     stages = f"{len(rows)} outputs right" if rows else "not compared"
-    _note(f"{name}: answering")
+    note(f"{name}: answering")
     samples = _samples(checkpoint)
     equal, reasons = 0, []
     for image, question in samples:
@@ -145,23 +145,23 @@ def _run(module: str, *arguments: str) -> Ran:
     return Ran(done.returncode, done.stdout, (signal + words.removeprefix("error: "))[:_REASON_CHARACTERS])
 
 
-def _note(text: str) -> None:
-    print(text, file=sys.stderr)
-
-
-def _report(results: list[EngineResult]) -> str:
+def _report(results: list[EngineResult], *, passed: bool) -> str:
     """All of it in Markdown."""
     machine: dict[str, Any] = json.loads(_run("hawk_trt", "doctor", "--json").output)
     gpus = ", ".join(gpu["name"] for gpu in machine["gpus"]) or "none found"
     packages = ", ".join(f"{name} {machine['packages'][name]}" for name in _PACKAGES if machine["packages"].get(name))
     nvcc = shutil.which("nvcc") or "not on the PATH"
+    # TensorRT, CUDA, driver and GPU as the first engine folder tells them
+    manifests = [path for path in (result.folder / "engines.json" for result in results) if path.is_file()]
+    told = json.loads(manifests[0].read_text("utf-8"))["machine"] if manifests else {}
+    built_on = ["* " + ", ".join(f"{name} {value}" for name, value in told.items())] if told else []
     lines = [
         "### hawk_trt self-test",
         "",
         f"* hawk_trt {machine['hawk_trt']}, Python {machine['python']}, {machine['machine']}",
         f"* GPU: {gpus}; nvcc: {nvcc}; plugin: {'built' if DEFAULT_PLUGIN.is_file() else 'not built (make plugin)'}",
         f"* {packages}",
-        *_built_on(results),
+        *built_on,
         "",
         "| engines | build | stages against ONNX Runtime | sample answers, token by token | |",
         "| --- | --- | --- | --- | --- |",
@@ -170,16 +170,9 @@ def _report(results: list[EngineResult]) -> str:
             for r in results
         ),
         "",
-        f"**{'passed' if results and all(r.passed for r in results) else 'FAILED'}**",
+        f"**{'passed' if passed else 'FAILED'}**",
     ]
     return "\n".join(lines)
-
-
-def _built_on(results: list[EngineResult]) -> list[str]:
-    """TensorRT, CUDA, driver and GPU as the first engine folder tells them."""
-    manifests = (result.folder / "engines.json" for result in results)
-    built = next((json.loads(path.read_text("utf-8"))["machine"] for path in manifests if path.is_file()), None)
-    return [] if built is None else ["* " + ", ".join(f"{name} {value}" for name, value in built.items())]
 
 
 def _cell(text: str) -> str:
