@@ -3,8 +3,8 @@
 In: limits, the manifest, the inputs of a prepared graph. Out: one profile for prefill and one for decode (vision:
 one), and an early refusal of what TensorRT would only warn of at build and fail at when run.
 
-One call of a vision engine takes one frame, or one tile: two dynamic dimensions whose product is bounded, frames and
-patches, would make TensorRT plan memory for the largest of both at once.
+A vision engine has a profile for one frame of the largest size, and one for several that together are no larger: of
+one profile for both, frames and patches, TensorRT would plan memory for the largest of both at once. Tiles need one.
 """
 
 import math
@@ -17,7 +17,7 @@ from cyclopts import Group, Parameter
 from hawk_trt.bundle import Manifest, TensorEntry
 from hawk_trt.engine_folder import InputRange, Limits
 from hawk_trt.errors import InvalidInput
-from hawk_trt.models.vision_config import Qwen25Vision, VisionConfig
+from hawk_trt.models.vision_config import InternVLVision, Qwen25Vision, VisionConfig
 from hawk_trt.runtime.versions import OPSET_24_TENSORRT, at_least
 from hawk_trt.stages import CONTEXT_LEN, PORTABLE, TENSORRT, VISION
 
@@ -27,6 +27,9 @@ TENSORRT_TARGETS = (TENSORRT, PORTABLE)
 TOPK_LIMIT = 3840
 DEFAULT_VISUAL_TOKENS = 4096
 DEFAULT_TEXT_TOKENS = 1024
+# Of a vision call: an InternVL image's tiles with its thumbnail, and frames of up to a quarter of the visual tokens.
+DEFAULT_TILES = 13
+DEFAULT_FRAMES = 4
 # What the builder tunes for: an image of 1008 x 1008 pixels, the paper's fixed resolution, and some text.
 TYPICAL_VISUAL_TOKENS = 1296
 _TYPICAL_TEXT_TOKENS = 128
@@ -66,10 +69,17 @@ class LargestRequest:
         ),
     ] = None
     batch: int = 1
+    vision_batch: Annotated[
+        int | None,
+        Parameter(
+            help=f"frames of one size in a vision call, each at most that share of the visual tokens (default: "
+            f"{DEFAULT_FRAMES}), or tiles (default: {DEFAULT_TILES})"
+        ),
+    ] = None
 
     def limits(self, manifest: Manifest, *, plugin: bool) -> Limits:
         """The limits that the options ask for, as plan_limits."""
-        sizes = (self.max_visual_tokens, self.max_prompt_tokens, self.max_context, self.batch)
+        sizes = (self.max_visual_tokens, self.max_prompt_tokens, self.max_context, self.batch, self.vision_batch)
         return plan_limits(manifest, *sizes, plugin=plugin)
 
 
@@ -79,6 +89,7 @@ def plan_limits(
     prompt_tokens: int | None = None,
     context: int | None = None,
     batch: int = 1,
+    vision_batch: int | None = None,
     *,
     plugin: bool,
 ) -> Limits:
@@ -91,18 +102,21 @@ def plan_limits(
     visual_tokens = DEFAULT_VISUAL_TOKENS if visual_tokens is None else visual_tokens
     prompt_tokens = visual_tokens + DEFAULT_TEXT_TOKENS if prompt_tokens is None else prompt_tokens
     context = min(longest, TOPK_LIMIT) if context is None else context
+    default_batch = DEFAULT_TILES if isinstance(manifest.vision, InternVLVision) else DEFAULT_FRAMES
+    vision_batch = default_batch if vision_batch is None else vision_batch
     for flag, value, least in (
         ("--max-visual-tokens", visual_tokens, 1),
         ("--max-prompt-tokens", prompt_tokens, visual_tokens + 1),
         ("--max-context", context, 2),
         ("--batch", batch, 1),
+        ("--vision-batch", vision_batch, 1),
     ):
         if value < least:
             because = " (the visual tokens and some text)" if flag == "--max-prompt-tokens" else ""
             raise InvalidInput(f"{flag}: got {value}, expected at least {least}{because}")
     if context > longest:
         raise InvalidInput(f"--max-context: got {context}, expected at most {longest}, the model's own context")
-    limits = Limits(visual_tokens, prompt_tokens, context, batch)
+    limits = Limits(visual_tokens, prompt_tokens, context, batch, vision_batch)
     if limits.kept_tokens > TOPK_LIMIT and not plugin:
         raise InvalidInput(
             f"--max-context: got {context} with prompts of up to {prompt_tokens} tokens, so that up to "
@@ -143,7 +157,7 @@ def choose_target(manifest: Manifest, version: str, asked: str | None = None) ->
 def plan_profiles(
     manifest: Manifest, stage: str, inputs: Iterable[TensorEntry], limits: Limits
 ) -> tuple[tuple[InputRange, ...], ...]:
-    """The optimization profiles of a stage: prefill and decode, or vision's one.
+    """The optimization profiles of a stage: prefill and decode, or vision's for one frame and for several.
 
     Args:
         manifest: of the bundle.
@@ -155,7 +169,7 @@ def plan_profiles(
         InvalidInput: a dimension that this version knows nothing of.
     """
     if stage == VISION:
-        ranges = [vision_ranges(manifest.vision, limits.visual_tokens)]
+        ranges = vision_ranges(manifest.vision, limits.visual_tokens, limits.vision_batch)
     else:
         ranges = [_prefill_ranges(manifest, limits), _decode_ranges(manifest, limits)]
     inputs = tuple(inputs)
@@ -207,27 +221,37 @@ def _input_range(tensor: TensorEntry, ranges: dict[str, Range]) -> InputRange:
     return InputRange(tensor.name, low, opt, high)
 
 
-def vision_ranges(vision: VisionConfig, visual_tokens: int) -> dict[str, Range]:
-    """Ranges of the vision dimensions of all families, by their word.
+def vision_ranges(vision: VisionConfig, visual_tokens: int, vision_batch: int) -> list[dict[str, Range]]:
+    """Ranges of the vision dimensions of all families, by their word, for each optimization profile.
 
     A token is a block of merge x merge patches; a window is side x side blocks.
 
     Args:
         vision: sizes of the vision tower.
         visual_tokens: of the largest image.
+        vision_batch: frames of one size in a call, which together are no larger than the largest image; or tiles.
     """
-    merge = vision.spatial_merge_size
-    patches = merge**2
-    square = math.isqrt(min(visual_tokens, TYPICAL_VISUAL_TOKENS))
+    if isinstance(vision, InternVLVision):
+        tiles = max(1, min(vision_batch, visual_tokens // vision.tile_tokens))
+        return [{"num_tiles": Range(1, tiles, tiles)}]
+    calls = [(1, visual_tokens)]
+    if vision_batch > 1 and visual_tokens >= vision_batch:
+        calls.append((vision_batch, visual_tokens // vision_batch))
+    return [_frame_ranges(vision, frames, tokens) for frames, tokens in calls]
+
+
+def _frame_ranges(vision: VisionConfig, frames: int, tokens: int) -> dict[str, Range]:
+    """Ranges of a call of up to so many frames of up to so many tokens each."""
+    patches = vision.spatial_merge_size**2
+    square = math.isqrt(min(tokens, TYPICAL_VISUAL_TOKENS))
     ranges = {
-        "num_frames": Range(1, 1, 1),
-        "num_tiles": Range(1, 1, 1),
-        "num_merged": Range(1, square**2, visual_tokens),
-        "num_patches": Range(patches, square**2 * patches, visual_tokens * patches),
+        "num_frames": Range(1, frames, frames),
+        "num_merged": Range(1, square**2, tokens),
+        "num_patches": Range(patches, square**2 * patches, tokens * patches),
     }
     if isinstance(vision, Qwen25Vision):
         side = vision.window_side
-        ranges["num_windows"] = Range(1, math.ceil(square / side) ** 2, _most_windows(visual_tokens, side))
+        ranges["num_windows"] = Range(1, math.ceil(square / side) ** 2, _most_windows(tokens, side))
         ranges["window_len"] = Range(patches, min(square, side) ** 2 * patches, side**2 * patches)
     return ranges
 

@@ -88,12 +88,14 @@ class Limits:
         prompt_tokens: of one prompt, text and visual, before pruning.
         context: tokens kept and generated, a row: the length of the static cache.
         batch: prompts side by side.
+        vision_batch: tiles, or frames of one size, in a call of the vision stage.
     """
 
     visual_tokens: int
     prompt_tokens: int
     context: int
     batch: int
+    vision_batch: int = 1
 
     @property
     def kept_tokens(self) -> int:

@@ -24,7 +24,7 @@ TORCH = {"torch", "transformers"}
 SOURCES = ("hawk_trt", "export", "engines", "plugins")
 MOST_ENTRIES, MOST_LINES = 14, 400
 # Commands that live with what they do, and belong to the command line.
-COMMANDS = {"export.__main__", "engines.__main__", "plugins.gpu_check"}
+COMMANDS = {"export.__main__", "engines.__main__", "engines.checks.preflight", "engines.checks.self_test"}
 
 
 def modules():

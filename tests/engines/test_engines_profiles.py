@@ -11,8 +11,14 @@ from hawk_trt.bundle import Bundle, TensorEntry
 from hawk_trt.engine_folder import DECODE, PREFILL, Limits
 from hawk_trt.errors import InvalidInput
 from hawk_trt.models.qwen2_5_vl import window_plan
+from hawk_trt.models.vision_config import InternVLVision
 from hawk_trt.stages import CONTEXT_LEN, DECODER, FIRST_LAYER, PORTABLE, STAGES, TENSORRT, VISION
 
+INTERNVL = {
+    "depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "num_heads": 16, "in_channels": 3, "patch_size": 14,
+    "temporal_patch_size": 1, "spatial_merge_size": 2, "out_hidden_size": 896, "image_size": 448, "norm": "layer_norm",
+    "layer_norm_eps": 1e-6, "qk_norm": False, "qkv_bias": True, "min_tiles": 1, "max_tiles": 12, "use_thumbnail": True,
+}  # fmt: skip
 LIMITS = Limits(visual_tokens=300, prompt_tokens=400, context=256, batch=2)
 
 
@@ -80,7 +86,7 @@ def test_the_portable_cache_is_empty_in_prefill_and_one_short_of_full_in_decode(
 
 def test_the_window_ranges_hold_every_frame_that_a_processor_makes(bundle):
     vision, tokens = bundle.manifest.vision, 200
-    ranges = vision_ranges(vision, tokens)
+    (ranges,) = vision_ranges(vision, tokens, 1)
     side = vision.window_side
     most = 0
     for high in range(1, tokens + 1):
@@ -105,7 +111,7 @@ def test_what_is_tuned_for_is_the_bundles_share_of_a_typical_image(bundle):
 
 def test_defaults_fit_the_top_k_of_tensorrt_and_the_model(bundle):
     limits = plan_limits(bundle.manifest, plugin=False)
-    assert limits == Limits(4096, 5120, TOPK_LIMIT, 1)
+    assert limits == Limits(4096, 5120, TOPK_LIMIT, 1, vision_batch=4)
     short = replace(bundle.manifest, language=replace(bundle.manifest.language, max_position_embeddings=512))
     assert plan_limits(short, plugin=True).context == 512
 
@@ -181,3 +187,16 @@ def test_context_slots_is_the_word_of_the_target_tensorrt_alone(bundle):
                 word for t in prepare(bundle, stage, target, max_context=9, plugin=False).inputs for word in t.shape
             }
             assert (CONTEXT_LEN in words) == (target == TENSORRT)
+
+
+def test_a_vision_call_takes_several_frames_that_together_are_no_larger_than_the_largest(bundle):
+    one, several = vision_ranges(bundle.manifest.vision, 300, 4)
+    assert (one["num_frames"].high, one["num_merged"].high) == (1, 300)
+    assert (several["num_frames"].high, several["num_merged"].high, several["num_patches"].high) == (4, 75, 300)
+    assert len(vision_ranges(bundle.manifest.vision, 3, 4)) == 1
+    tiles = InternVLVision(**INTERNVL)
+    assert vision_ranges(tiles, 4096, 13) == [{"num_tiles": (1, 13, 13)}]
+    assert vision_ranges(tiles, 1000, 13) == [{"num_tiles": (1, 3, 3)}]  # of 256 tokens each
+    assert plan_limits(bundle.manifest, plugin=False).vision_batch == 4
+    with pytest.raises(InvalidInput, match="--vision-batch: got 0"):
+        plan_limits(bundle.manifest, vision_batch=0, plugin=False)

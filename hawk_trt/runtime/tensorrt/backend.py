@@ -41,12 +41,10 @@ class TensorRtBackend:
         max_context: columns that the KV cache holds.
         max_batch: its slots.
         can_gather: whether generations lie side by side in it.
-        max_vision_patches: of one vision call; one frame alone may have more.
+        max_vision_patches: of one feed of the vision stage; the encoder cuts it into calls of what the plan takes.
     """
 
     name = "tensorrt"
-    max_vision_patches = 1  # a vision plan takes one frame
-    max_context: int | None
 
     def __init__(self, engines: EngineFolder, cuda: CudaDevice) -> None:
         manifest = engines.manifest
@@ -54,7 +52,8 @@ class TensorRtBackend:
         self.device = f"cuda:{cuda.index}"
         self.target = manifest.target
         self.embedding_table: npt.NDArray[Any] = np.asarray(engines.bundle.embedding_table())
-        self.max_context = manifest.limits.context
+        self.max_vision_patches = manifest.limits.visual_tokens * manifest.bundle.vision.spatial_merge_size**2
+        self.max_context: int | None = manifest.limits.context
         self.max_batch: int | None = manifest.limits.batch
         plans = load_plans(engines)
         regions = {
@@ -84,7 +83,8 @@ class TensorRtBackend:
         self.can_gather = self.cache.shared
         if self.cache.inplace:
             cuda.zero(self.memory.addresses[_CACHE], self.cache.nbytes)
-        self.encoder = Encoder(self.memory, self.contexts[VISION, PREFILL], engines)
+        vision = [context for (stage, _), context in self.contexts.items() if stage == VISION]
+        self.encoder = Encoder(self.memory, vision, engines)
         self.prefill = Prefill(self.memory, self.cache, prefill, self.embedding_table)
         self.decode_step = DecodeStep(self.memory, self.cache, decode, more_stages, manifest, self.embedding_table)
         cuda.synchronize()

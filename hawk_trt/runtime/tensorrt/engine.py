@@ -31,7 +31,7 @@ _PLUGIN = ("WeightedTopK", "1", "")  # name, version, namespace
 _FLAGS = {
     "batch": "--batch",
     "seq_len": "--max-prompt-tokens",
-    "num_visual": "--max-visual-tokens",
+    **dict.fromkeys(("num_visual", "num_patches", "num_merged", "num_tiles"), "--max-visual-tokens"),
     "num_kept_total": "--max-context",
 }
 
@@ -209,6 +209,18 @@ class Context:
             ):
                 raise self._engine.refused(f"{entry.name}: got shape {list(got)}, expected {list(expected)}")
         return shapes
+
+    def most(self, shapes: Mapping[str, tuple[int, ...]], word: str) -> int:
+        """The largest size of a dimension that fits with all others as given by input name; 0 where they do not fit."""
+        most = []
+        for entry in self._engine.entry.inputs:
+            limits = self._ranges[entry.name]
+            for size, given, low, high in zip(entry.shape, shapes[entry.name], limits.min, limits.max, strict=True):
+                if size == word:
+                    most.append(high)
+                elif not low <= given <= high:
+                    return 0
+        return min(most, default=0)
 
     def enqueue(self) -> None:
         """Enqueue one run with what was bound.

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hawk_trt.bundle import TensorEntry, numpy_dtype
-from hawk_trt.engine_folder import EngineManifest
+from hawk_trt.engine_folder import EngineManifest, PlanEntry
 from hawk_trt.runtime.tensorrt.cuda import CudaDevice
 from hawk_trt.runtime.tensorrt.engine import ALIGNMENT, resolve
 
@@ -30,13 +30,7 @@ class Memory:
         """Lay out and allocate: all tensors of the stages but the KV cache, and other regions by their bytes."""
         self.cuda = cuda
         self.entries = tensor_entries(manifest)
-        largest = largest_dims(manifest)
-        tensors = {
-            name: tensor_bytes(entry, largest)
-            for name, entry in self.entries.items()
-            if not name.startswith(("past_", "present_"))
-        }
-        sizes = {name: aligned(size) for name, size in {**others, **tensors}.items()}
+        sizes = {name: aligned(size) for name, size in {**others, **_largest_bytes(manifest)}.items()}
         self.size_bytes = sum(sizes.values())
         start = cuda.allocate(self.size_bytes)
         assert start % ALIGNMENT == 0
@@ -70,13 +64,26 @@ def tensor_entries(manifest: EngineManifest) -> dict[str, TensorEntry]:
     return {entry.name: entry for plan in manifest.plans for entry in (*plan.inputs, *plan.outputs)}
 
 
-def largest_dims(manifest: EngineManifest) -> dict[str, int]:
-    """The largest size of every dynamic dimension, by its word, over all plans and profiles."""
-    largest = {"total_len": manifest.limits.context}
+def most_visual(manifest: EngineManifest) -> int:
+    """Visual rows that first_layer takes, of all prompts together."""
+    return manifest.limits.visual_tokens * manifest.limits.batch
+
+
+def _largest_bytes(manifest: EngineManifest) -> dict[str, int]:
+    """The largest size of every tensor but the KV cache's, over all optimization profiles of its plans."""
+    largest: dict[str, int] = {}
+    profiles: list[tuple[PlanEntry, dict[str, int]]] = []
     for plan in manifest.plans:
         inputs = {entry.name: entry for entry in plan.inputs}
-        for limits in (limits for profile in plan.profiles for limits in profile):
-            for word, size in zip(inputs[limits.name].shape, limits.max, strict=True):
-                if isinstance(word, str):
-                    largest[word] = max(largest.get(word, 0), size)
-    return largest
+        for profile in plan.profiles:
+            words = (zip(inputs[limits.name].shape, limits.max, strict=True) for limits in profile)
+            dims = {word: size for pair in words for word, size in pair if isinstance(word, str)}
+            profiles.append((plan, dims))
+            for word, size in dims.items():
+                largest[word] = max(largest.get(word, 0), size)
+    sizes: dict[str, int] = {}
+    for plan, dims in profiles:
+        for entry in (*plan.inputs, *plan.outputs):
+            if not entry.name.startswith(("past_", "present_")):  # what a profile does not bound, another does
+                sizes[entry.name] = max(sizes.get(entry.name, 0), tensor_bytes(entry, {**largest, **dims}))
+    return sizes

@@ -4,16 +4,16 @@ A tensor of visual rows is [num_visual, ..]. A call writes its rows right there 
 long, else to a region of its own, and they are moved.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy.typing as npt
 
-from hawk_trt.engine_folder import PREFILL, EngineFolder
+from hawk_trt.engine_folder import EngineFolder
 from hawk_trt.errors import BackendError
 from hawk_trt.runtime.protocol import Visual
 from hawk_trt.runtime.tensorrt.engine import ALIGNMENT, Context
-from hawk_trt.runtime.tensorrt.memory import Memory, largest_dims, tensor_bytes
+from hawk_trt.runtime.tensorrt.memory import Memory, most_visual, tensor_bytes
 from hawk_trt.stages import FIRST_LAYER, VISION
 
 _NUM_VISUAL = "num_visual"
@@ -69,24 +69,25 @@ class HostVisual:
 
 
 class Encoder:
-    """Runs the vision plan.
+    """Runs the vision plan, over as many tiles or frames of one size at once as it was built for.
 
     Attributes:
         count: encodes and joins so far; each overwrites the one before.
         row_bytes: bytes of a row of each tensor that vision makes and first_layer reads, by name.
     """
 
-    def __init__(self, memory: Memory, vision: Context, engines: EngineFolder) -> None:
+    def __init__(self, memory: Memory, contexts: Sequence[Context], engines: EngineFolder) -> None:
+        """Keep what it needs; contexts: one for each optimization profile."""
         self.count = 0
         self.row_bytes = _row_bytes(engines)
-        self._memory, self._vision, self._rebuild = memory, vision, engines.manifest.rebuild
+        self._memory, self._contexts, self._rebuild = memory, contexts, engines.manifest.rebuild
         self._words = {entry.name: entry.shape for entry in engines.plan(VISION).inputs}
-        self._most = engines.plan(FIRST_LAYER).range(PREFILL, "visual_embeds").max[0]
+        self._most = most_visual(engines.manifest)
 
     @staticmethod
     def sizes(engines: EngineFolder) -> dict[str, int]:
         """Bytes of the regions that it needs."""
-        rows = largest_dims(engines.manifest)[_NUM_VISUAL]
+        rows = most_visual(engines.manifest)
         return {_PART + name: rows * size for name, size in _row_bytes(engines).items() if not _is_direct(size)}
 
     def encode(self, feeds: Iterable[dict[str, npt.NDArray[Any]]], num_rows: int) -> TensorRtVisual:
@@ -98,7 +99,8 @@ class Encoder:
         self._overwrite(num_rows)
         done = 0
         for feed in feeds:
-            done += self._run(feed, done, num_rows)
+            for context, part in self._calls(feed):
+                done += self._run(context, part, done, num_rows)
         assert done == num_rows, f"vision made {done} rows of {num_rows}"
         cuda = self._memory.cuda
         if not num_rows:
@@ -154,7 +156,20 @@ class Encoder:
             )
         self.count += 1
 
-    def _run(self, feed: dict[str, npt.NDArray[Any]], done: int, num_rows: int) -> int:
+    def _calls(self, feed: dict[str, npt.NDArray[Any]]) -> Iterator[tuple[Context, dict[str, npt.NDArray[Any]]]]:
+        """A feed in parts of as many frames or tiles as an optimization profile takes at once."""
+        word, total = self._words["pixel_values"][0], len(feed["pixel_values"])
+        shapes = {name: array.shape for name, array in feed.items()}
+        choices = [(min(context.most(shapes, str(word)), total), context) for context in self._contexts]
+        most, context = max(choices, key=lambda choice: choice[0])  # of equal ones the first, which is for one frame
+        most = most or total  # where none takes it, bind says why
+        for start in range(0, total, most):
+            yield (
+                context,
+                {n: array[start : start + most] if self._words[n][0] == word else array for n, array in feed.items()},
+            )
+
+    def _run(self, context: Context, feed: dict[str, npt.NDArray[Any]], done: int, num_rows: int) -> int:
         """One call, into the rows behind those that are done; returns how many it makes."""
         addresses = self._memory.addresses
         places = {name: addresses[name] + done * size for name, size in self.row_bytes.items()}
@@ -165,11 +180,11 @@ class Encoder:
             for word, size in zip(self._words[name], array.shape, strict=True)
             if isinstance(word, str)
         }
-        rows = self._vision.bind(dims, {**addresses, **places, **moved})["visual_embeds"][0]
+        rows = context.bind(dims, {**addresses, **places, **moved})["visual_embeds"][0]
         assert done + rows <= num_rows, f"vision makes {rows} rows behind {done} of {num_rows}"
         for name, array in feed.items():
             self._memory.upload(name, array)
-        self._vision.enqueue()
+        context.enqueue()
         for name, source in moved.items():
             self._memory.cuda.copy(places[name], source, rows * self.row_bytes[name])
         return rows
