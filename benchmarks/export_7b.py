@@ -18,7 +18,7 @@ from pathlib import Path
 from export.checkpoint import Checkpoint
 from export.graphs import build_graphs
 from export.weights import WeightStore
-from hawk_trt.models.registry import family_of
+from hawk_trt.models.registry import load_family, read_config
 from hawk_trt.stages import TARGETS
 from tests.checkpoints import make_sparse_checkpoint
 
@@ -57,10 +57,9 @@ def graph_seconds(checkpoint: Path, target: str) -> float:
     """Time to open the checkpoint and to build the graphs of a target."""
     start = time.perf_counter()
     opened = Checkpoint.open(checkpoint)
-    family = family_of(opened.config)
-    model = family.read_config(opened.config)
+    model = read_config(opened.config)
     weights = WeightStore(opened, "float16")
-    build_graphs(family(model.vision), model.language, weights, "float16", target, "l2")
+    build_graphs(load_family(model.vision), model.language, weights, "float16", target, "l2")
     return time.perf_counter() - start
 
 

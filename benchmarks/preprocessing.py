@@ -21,9 +21,10 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from hawk_trt.inputs.messages import VisualItem
 from hawk_trt.inputs.video import load_video
 from hawk_trt.models.family import Family
-from hawk_trt.models.registry import family_by_name
+from hawk_trt.models.registry import load_family
 from hawk_trt.models.vision_config import AnyVision
 
 Frame = npt.NDArray[np.uint8]
@@ -77,7 +78,7 @@ def qwen_case(name: str, patch: int, mean: list[float], std: list[float]) -> Cas
         values: Values = processor([Image.fromarray(image)], return_tensors="np")["pixel_values"]
         return values
 
-    return Case(family_by_name(name)(vision), preprocessor, theirs)
+    return Case(load_family(vision), preprocessor, theirs)
 
 
 def internvl_case() -> Case:
@@ -95,7 +96,7 @@ def internvl_case() -> Case:
     def theirs(image: Frame) -> Values:
         return np.stack(list(processor(Image.fromarray(image), return_tensors="np")["pixel_values"]))
 
-    return Case(family_by_name("internvl")(vision), preprocessor, theirs)
+    return Case(load_family(vision), preprocessor, theirs)
 
 
 @contextmanager
@@ -149,7 +150,7 @@ def compare_videos(case: Case, files: list[Path]) -> tuple[float, int]:
     worst, frames = 0.0, 0
     tiled = case.family.name == "internvl"
     for file in files:
-        video = load_video(file, sampler=case.family.frame_numbers)
+        video = load_video(VisualItem("video", file), case.family.frame_numbers)
         ours = np.asarray(case.family.video_to_patches(video.frames, settings).pixel_values)
         for number, frame in enumerate(video.frames):
             if tiled:

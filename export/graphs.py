@@ -44,7 +44,7 @@ def build_graphs(
     Returns:
         The models by stage name.
     """
-    vision = GRAPHS[family.name].build
+    vision = GRAPHS[family.vision.family].build
 
     def model(
         stage: str, spec: StageSpec, build: Callable[[GraphBuilder, dict[str, ir.Value]], dict[str, ir.Value]]

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from hawk_trt.inputs.checkpoint_files import CONFIG, GENERATION_CONFIG
 from hawk_trt.inputs.tensor_file import CheckpointTensor, alternating_buffers
-from hawk_trt.models.registry import family_of
+from hawk_trt.models.registry import read_config
 
 from .checkpoint import Checkpoint
 from .graphs import inventory
@@ -68,7 +68,7 @@ def random_checkpoint(folder: Path, config: dict[str, Any], seed: int = 0) -> Ch
     generation = {"eos_token_id": config["eos_token_id"]}
     for name, content in ((CONFIG, config), (GENERATION_CONFIG, generation)):
         (folder / name).write_text(json.dumps(content, indent=1), encoding="utf-8")
-    model = family_of(config).read_config(config)
+    model = read_config(config)
     shapes = inventory(model.language, model.vision)
     tensors: dict[str, CheckpointTensor] = {
         name: RandomTensor(name, folder / CONFIG, 0, math.prod(shape) * 4, "float32", shape, seed)

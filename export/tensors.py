@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from hawk_trt.errors import CheckpointError
-from hawk_trt.models.registry import family_of
+from hawk_trt.models.registry import family_name
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -46,7 +46,7 @@ _INTERNVL_RENAMES = (
 def tensor_names(config: Mapping[str, Any]) -> Callable[[str], tuple[str, ...]]:
     """What names the tensors of a checkpoint; an unknown architecture's are named as Qwen's."""
     try:
-        return internvl_names if family_of(config).name == "internvl" else qwen_names
+        return internvl_names if family_name(config) == "internvl" else qwen_names
     except CheckpointError:  # what is not supported is refused where its sizes are read
         return qwen_names
 

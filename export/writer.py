@@ -33,7 +33,7 @@ from hawk_trt.bundle import (
 from hawk_trt.errors import BundleError, CheckpointError, InvalidInput
 from hawk_trt.files import check_free_space, check_replaceable, clean_up_after_killed, staged
 from hawk_trt.inputs.checkpoint_files import SMALL_FILES, added_tokens, read_small_files, stop_tokens
-from hawk_trt.models.registry import family_of
+from hawk_trt.models.registry import load_family, read_config
 from hawk_trt.request import PruningConfig, check_head_weights
 from hawk_trt.runtime.reference import REFERENCE
 from hawk_trt.stages import CPU, DTYPES, NORMALIZATIONS, TARGETS, LanguageConfig
@@ -144,8 +144,8 @@ def export(
     if current is not None:
         return current
     plan = _plan(opened, options, name)
-    family = family_of(opened.config)(plan.vision)
-    template = family.read_config(opened.config).chat_template
+    family = load_family(plan.vision)
+    template = read_config(opened.config).chat_template
     for tensor_name, shape in inventory(plan.language, plan.vision).items():
         opened.expect(tensor_name, shape)
     weights = WeightStore(opened, options.dtype, options.link, options.weights)
@@ -203,11 +203,10 @@ def up_to_date(checkpoint: Checkpoint, out: Path, options: ExportOptions, name: 
 
 def _plan(checkpoint: Checkpoint, options: ExportOptions, name: str | None) -> Manifest:
     """The manifest as far as it is known before a graph is built."""
-    family = family_of(checkpoint.config)
-    model = family.read_config(checkpoint.config, checkpoint.generation, added_tokens(checkpoint.folder))
+    model = read_config(checkpoint.config, checkpoint.generation, added_tokens(checkpoint.folder))
     language, tokens = model.language, model.special_tokens
     tokens = replace(tokens, eos=stop_tokens(checkpoint.folder, tokens.eos))
-    head_weights = options.head_weights or default_head_weights(family.name, language)
+    head_weights = options.head_weights or default_head_weights(model.vision.family, language)
     check_head_weights(head_weights.values, language.num_attention_heads)
     architecture = (checkpoint.config.get("architectures") or [str(checkpoint.config.get("model_type"))])[0]
     for flag, token_id in (("im_end", options.im_end_token_id), ("vision_end", options.vision_end_token_id)):

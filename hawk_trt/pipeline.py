@@ -20,7 +20,7 @@ from hawk_trt.bundle import Bundle
 from hawk_trt.errors import InvalidInput
 from hawk_trt.inputs.layout import PromptLayout
 from hawk_trt.inputs.processor import Processor
-from hawk_trt.models.registry import family_by_name
+from hawk_trt.models.registry import load_family
 from hawk_trt.request import ModelInputs, PruningConfig, Request, Result, SamplingConfig
 from hawk_trt.runtime import load_backend
 from hawk_trt.runtime.protocol import Backend, Visual
@@ -69,7 +69,7 @@ class Pipeline:
     def __init__(self, bundle: Bundle, backend: Backend, vision_cache_mb: float = DEFAULT_VISION_CACHE_MB) -> None:
         self.bundle = bundle
         self.backend = backend
-        self.family = family_by_name(bundle.manifest.family)(bundle.manifest.vision)
+        self.family = load_family(bundle.manifest.vision)
         self.processor = Processor(bundle, self.family)
         self.vision_cache = VisionCache(backend, self.family, vision_cache_mb)
 

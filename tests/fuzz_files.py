@@ -30,7 +30,7 @@ from hawk_trt.engine_folder import EngineFolder
 from hawk_trt.errors import HawkError
 from hawk_trt.inputs.checkpoint_files import SMALL_FILES, read_small_files
 from hawk_trt.inputs.processor import Processor
-from hawk_trt.models.registry import family_by_name, family_of
+from hawk_trt.models.registry import load_family, read_config
 from trt_machine import engine_folder
 
 TINY = Path(__file__).parent.parent / "examples" / "tiny-vlm"
@@ -133,15 +133,14 @@ def sources(work: Path) -> list[Source]:
         out = work / "out"
         checkpoint = Checkpoint.open(folder)
         up_to_date(checkpoint, out, ExportOptions())
-        family = family_of(checkpoint.config)
-        read = read_small_files(folder, family.read_config(checkpoint.config).chat_template)
+        read = read_small_files(folder, read_config(checkpoint.config).chat_template)
         whole = Bundle.load(bundle)
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir()
         for name, content in read.contents.items():
             (out / name).write_bytes(content)
         files = {name: file_entry(out / name) for name in read.contents}
-        try_prompts(Bundle(out, replace(whole.manifest, files=files)), family(whole.manifest.vision))
+        try_prompts(Bundle(out, replace(whole.manifest, files=files)), load_family(whole.manifest.vision))
 
     return [
         Source(TINY, (*small, "chat_template.json", "processor_config.json"), try_checkpoint),
@@ -154,7 +153,7 @@ def sources(work: Path) -> list[Source]:
 
 def _try_bundle(bundle: Bundle) -> None:
     """What a load does between the manifest and the tensors."""
-    Processor(bundle, family_by_name(bundle.manifest.vision.family)(bundle.manifest.vision))
+    Processor(bundle, load_family(bundle.manifest.vision))
     bundle.embedding_table()
 
 

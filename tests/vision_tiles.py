@@ -10,7 +10,7 @@ from export.__main__ import main as export
 from export.vision import tiles
 from hawk_trt.bundle import Bundle
 from hawk_trt.models.family import Patches
-from hawk_trt.models.registry import family_by_name
+from hawk_trt.models.registry import load_family
 from hawk_trt.request import ModelInputs
 from hawk_trt.stages import CPU, CUDA, PORTABLE, TENSORRT
 
@@ -26,7 +26,7 @@ def assert_tiles_compute_the_same(
     assert export([str(checkpoint), "--out", str(folder), *options]) == 0
     bundle = Bundle.load(folder)
     patches = Patches(inputs.pixel_values, np.array(inputs.image_grid_thw))
-    feeds = next(family_by_name(bundle.manifest.family)(bundle.manifest.vision).vision_feeds(patches, 10_000))
+    feeds = next(load_family(bundle.manifest.vision).vision_feeds(patches, 10_000))
     frames, frame_len = feeds["pixel_values"].shape[:2]
     for rows in (frames * frame_len, frame_len):
         count = -(-rows // TILE)

@@ -12,7 +12,7 @@ from benchmarks.torch_stages import TorchStages
 from hawk_trt.apps.parity.prompt_rules import prompt_tokens
 from hawk_trt.bundle import Bundle
 from hawk_trt.inputs.processor import Processor
-from hawk_trt.models.registry import family_by_name
+from hawk_trt.models.registry import load_family
 
 
 def main() -> None:
@@ -20,7 +20,7 @@ def main() -> None:
     args = arguments()
     torch.set_num_threads(args.threads)
     bundle = Bundle.load(args.model)
-    processor = Processor(bundle, family_by_name(bundle.manifest.family)(bundle.manifest.vision))
+    processor = Processor(bundle, load_family(bundle.manifest.vision))
     model = TorchStages(args.model.parent / "checkpoint", bundle.manifest.head_weights.values, prompt_tokens(bundle))
     if args.compiled:
         model.compile()

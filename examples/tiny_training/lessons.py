@@ -21,7 +21,7 @@ from examples.tiny_task.glyphs import COLOURS, GLYPHS
 from examples.tiny_task.questions import ask
 from examples.tiny_task.scene import CELL, draw_scene
 from examples.tiny_training.recipe import QUESTIONS, Pictures
-from hawk_trt.models.registry import family_of
+from hawk_trt.models.registry import load_family, read_config
 
 BEFORE = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>"
 ASK, REPLY, END = "<|vision_end|>", "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>"
@@ -83,8 +83,7 @@ class Teacher:
     def __init__(self, folder: Path) -> None:
         self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         config = json.loads((folder / "config.json").read_text())
-        family = family_of(config)
-        self._family = family(family.read_config(config).vision)
+        self._family = load_family(read_config(config).vision)
         self._settings = self._family.image_settings(json.loads((folder / "preprocessor_config.json").read_text()))
         self._pad = int(self._tokenizer.encode("<|endoftext|>").ids[0])
         self._before = torch.tensor(self._ids(BEFORE))

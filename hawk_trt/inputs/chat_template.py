@@ -33,30 +33,16 @@ _MAX_EXPONENT = 1000
 
 
 class ChatTemplate:
-    """One template, compiled when first used.
-
-    Attributes:
-        source: its Jinja.
-    """
+    """One template, compiled when first used."""
 
     def __init__(self, source: str, variables: Mapping[str, str], special: Collection[str]) -> None:
-        """Keep a template.
-
-        Args:
-            source: Jinja.
-            variables: more variables for it: bos_token, eos_token and the like.
-            special: the special tokens as spelled, none empty.
-        """
+        """Keep Jinja, bos_token and the like as variables for it, and the special tokens as spelled, none empty."""
         self.source = source
         self._variables = dict(variables)
         self._special = special
 
     def pieces(self, turns: Sequence[Turn], tools: Sequence[JsonObject] = ()) -> Iterator[tuple[str, str | None]]:
-        """Render turns and the beginning of the assistant's answer.
-
-        Args:
-            turns: the messages.
-            tools: JSON objects that tell the model what it may call.
+        """Render turns and the beginning of the assistant's answer; tools tell the model what it may call.
 
         Yields:
             A piece of text as the user wrote it, perhaps empty, and the special token after it, None at the end.
@@ -73,7 +59,13 @@ class ChatTemplate:
             {"role": turn.role, "content": _content(turn, guard)} | with_strings(turn.more, guard.apply)
             for turn in turns
         ]
-        self._check_tools(turns, tools)
+        calls = any("tool_calls" in turn.more for turn in turns)
+        for name, given in (("tools", bool(tools)), ("tool_calls", calls)):
+            if given and name not in self.source:  # the template would leave it out without a word
+                raise InvalidInput(
+                    f"{name}: got some, but the bundle's chat template takes none. Leave them out, or put a "
+                    "chat_template.jinja that does into the checkpoint folder and export again: make export"
+                )
         try:
             with _time_limit(_SECONDS):
                 rendered = self._compiled.render(
@@ -97,19 +89,8 @@ class ChatTemplate:
             raise InvalidInput(f"chat template: {error}. Change the messages, or the bundle's chat template") from error
         return guard.split(rendered)
 
-    def _check_tools(self, turns: Sequence[Turn], tools: Sequence[JsonObject]) -> None:
-        """Refuse what the template would leave out without a word."""
-        calls = any("tool_calls" in turn.more for turn in turns)
-        for name, given in (("tools", bool(tools)), ("tool_calls", calls)):
-            if given and name not in self.source:
-                raise InvalidInput(
-                    f"{name}: got some, but the bundle's chat template takes none. Leave them out, or put a "
-                    "chat_template.jinja that does into the checkpoint folder and export again: make export"
-                )
-
     @cached_property
     def _compiled(self) -> "jinja2.Template":
-        """The template in an environment that has all that transformers' has."""
         return _environment().from_string(self.source)
 
 
@@ -117,12 +98,7 @@ class Guard:
     """A character that no text of a prompt holds, and the special tokens that it guards."""
 
     def __init__(self, special: Collection[str], texts: Iterable[str]) -> None:
-        """Choose the character.
-
-        Args:
-            special: the special tokens as spelled, none empty.
-            texts: all that will be in the rendered string: the prompt's texts and the template.
-        """
+        """Choose the character; texts are all that will be in the rendered string: the prompt's and the template."""
         used = set().union(*texts, *special)
         # Private use first; a text with a million different characters would be needed to leave none.
         self._character = next(chr(code) for code in range(0xE000, 0x110000) if chr(code) not in used)
@@ -172,6 +148,7 @@ def _content(turn: Turn, guard: Guard) -> str | list[dict[str, str]]:
 
 
 def _environment() -> "jinja2.Environment":
+    """An environment that has all that transformers' has, in Jinja's sandbox."""
     import jinja2.ext
     from jinja2.exceptions import SecurityError
     from jinja2.nodes import CallBlock
@@ -206,7 +183,7 @@ def _environment() -> "jinja2.Environment":
     environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation])
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
+    environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
     return environment
 
 
@@ -225,10 +202,6 @@ def _raise_exception(message: str) -> NoReturn:
     import jinja2
 
     raise jinja2.TemplateError(message)
-
-
-def _strftime_now(format: str) -> str:
-    return datetime.now().strftime(format)
 
 
 @contextmanager

@@ -47,28 +47,12 @@ _REFUSED_MODES = {
 }
 
 _ORIENTATION_TAG = 0x0112
-_TRANSPOSE_OF_ORIENTATION: dict[object, Image.Transpose] = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+_TRANSPOSES = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
+_TRANSPOSE_OF_ORIENTATION = {number: Image.Transpose[name] for number, name in enumerate(_TRANSPOSES.split(), 2)}
 # What Pillow's decoders were seen to raise on files with bytes changed or cut off.
 _DAMAGED = (
-    ArithmeticError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    SyntaxError,
-    TypeError,
-    ValueError,
-    struct.error,
-    zlib.error,
+    *(ArithmeticError, AttributeError, EOFError, LookupError, OSError, RuntimeError, SyntaxError),
+    *(TypeError, ValueError, struct.error, zlib.error),
 )
 # How base64 of JPEG, PNG, GIF, WebP, BMP and TIFF begins.
 BASE64_STARTS = ("/9j/", "_9j_", "iVBORw0KGgo", "R0lGOD", "UklGR", "Qk", "SUkq", "TU0A")
@@ -115,16 +99,10 @@ def load_image(
 
 
 def resize(image: npt.NDArray[np.uint8], height: int, width: int, resample: int) -> npt.NDArray[np.uint8]:
-    """Resize an RGB image, its width first, then its height.
+    """Resize an RGB image, its width first, then its height; resample is a filter, by Pillow's number.
 
     Two explicit passes, since Pillow 13 chooses their order by size, and each pass rounds to 8 bits: the
     other order is up to 23 levels away from what checkpoints were trained with.
-
-    Args:
-        image: uint8 [height, width, 3].
-        height: wanted, in pixels.
-        width: wanted, in pixels.
-        resample: a filter, by Pillow's number.
     """
     kernel = Image.Resampling(resample)
     wide = Image.fromarray(image).resize((width, image.shape[0]), kernel)
@@ -132,42 +110,28 @@ def resize(image: npt.NDArray[np.uint8], height: int, width: int, resample: int)
 
 
 def local_path(source: "str | os.PathLike[str]", what: str) -> Path:
-    """The existing file that a path or file:// URL names.
-
-    Raises:
-        InvalidInput: no path at all, a URL elsewhere, or nothing readable there.
-    """
+    """The existing file that a path or file:// URL names; InvalidInput where nothing readable is there."""
     if not isinstance(source, str | os.PathLike):
         raise InvalidInput(f"{what}: got {type(source).__name__}, expected a path, bytes, a PIL image or a uint8 array")
     name = os.fspath(source)
-    path = Path(name)
+    if "://" in name and not name.lower().startswith("file://"):
+        raise InvalidInput(f"{name[:200]}: addresses are not fetched. Download the {what} and give its path")
     try:
-        if name.lower().startswith("file://"):
-            path = _path_of_url(name)
-        elif "://" in name:
-            raise InvalidInput(f"{name[:200]}: addresses are not fetched. Download the {what} and give its path")
-        there, regular = path.exists(), path.is_file()
-        content = b""
-        if regular:
-            with path.open("rb") as file:
-                content = file.read(1)
+        path = _path_of_url(name) if name.lower().startswith("file://") else Path(name)
+        if not path.exists():
+            raise InvalidInput(f"{path}: no such file. Check the path of the {what}")
+        if not path.is_file():
+            raise InvalidInput(f"{path}: not a file. Give the path of one {what} file")
+        with path.open("rb") as file:
+            if not file.read(1):
+                raise InvalidInput(f"{path}: the file is empty. Get the {what} again")
     except OSError as error:
         raise InvalidInput(f"{name[:200]}: cannot be read ({error.strerror}). Check the path of the {what}") from error
-    if not there:
-        raise InvalidInput(f"{path}: no such file. Check the path of the {what}")
-    if not regular:
-        raise InvalidInput(f"{path}: not a file. Give the path of one {what} file")
-    if not content:
-        raise InvalidInput(f"{path}: the file is empty. Get the {what} again")
     return path
 
 
 def check_size(width: int, height: int, name: str, max_pixels: int = MAX_PIXELS) -> None:
-    """Refuse an image or video frame that is empty or too large to decode.
-
-    Raises:
-        InvalidInput: a side of zero pixels, or more than max_pixels in all.
-    """
+    """Refuse an image or video frame that is empty or too large to decode."""
     if width < 1 or height < 1:
         raise InvalidInput(f"{name}: got {width} x {height} pixels, expected at least 1 x 1")
     if width * height > max_pixels:
@@ -178,11 +142,7 @@ def check_size(width: int, height: int, name: str, max_pixels: int = MAX_PIXELS)
 
 
 def data_url_bytes(url: str) -> bytes:
-    """What a data: URL of an image holds.
-
-    Raises:
-        InvalidInput: it is not base64.
-    """
+    """What a data: URL of an image holds; InvalidInput where it is not base64."""
     header, _, payload = url.partition(",")
     if not header.lower().endswith(";base64"):
         raise InvalidInput(f"image: got {header[:60]!r}, expected data:image/...;base64,...")
@@ -190,11 +150,7 @@ def data_url_bytes(url: str) -> bytes:
 
 
 def base64_bytes(text: str, name: str = "image (base64)") -> bytes:
-    """Decode base64, with or without padding and line breaks, of the usual or the URL-safe alphabet.
-
-    Raises:
-        InvalidInput: it is not base64.
-    """
+    """Decode base64, with or without padding and line breaks, of the usual or the URL-safe alphabet."""
     plain = "".join(text.split()).rstrip("=").replace("-", "+").replace("_", "/")
     try:
         return base64.b64decode(plain + "=" * (-len(plain) % 4), validate=True)
@@ -203,10 +159,9 @@ def base64_bytes(text: str, name: str = "image (base64)") -> bytes:
 
 
 class _QuietPillow:
-    """Drops Pillow's warnings of sizes and odd metadata while any thread decodes.
+    """Drops Pillow's warnings while any thread decodes.
 
-    warnings.catch_warnings swaps the filters of the whole process, so the first thread that enters swaps them, and
-    the last that leaves swaps them back.
+    catch_warnings swaps the filters of the whole process: the first thread that enters, and the last that leaves.
     """
 
     def __init__(self) -> None:
@@ -317,7 +272,7 @@ def _check_work(image: Image.Image, file: IO[bytes], name: str) -> None:
 def _upright(rgb: Image.Image, image: Image.Image) -> npt.NDArray[np.uint8]:
     """The pixels of an image, turned as its EXIF data ask; a decoder that turns by itself has removed them by now."""
     try:
-        turn = _TRANSPOSE_OF_ORIENTATION.get(image.getexif().get(_ORIENTATION_TAG))
+        turn = _TRANSPOSE_OF_ORIENTATION.get(image.getexif().get(_ORIENTATION_TAG, 1))
     except _DAMAGED:  # damaged metadata do not make the pixels unusable
         turn = None
     return np.asarray(rgb if turn is None else rgb.transpose(turn))

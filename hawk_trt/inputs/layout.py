@@ -14,15 +14,13 @@ import numpy.typing as npt
 
 from hawk_trt.bundle import SpecialTokens
 from hawk_trt.errors import InvalidInput
-from hawk_trt.models.family import IMAGE, VIDEO, Family
+from hawk_trt.models.family import IMAGE, VIDEO, Family, IntArray, ItemGrids
 from hawk_trt.models.vision_config import VisionConfig
 from hawk_trt.request import ModelInputs
 from hawk_trt.stages import BIAS_DROP, BIAS_KEEP
 
 if TYPE_CHECKING:
     from hawk_trt.inputs.tokenizer import ChatTokenizer
-
-IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,9 +119,8 @@ def prompt_layout(
     present = np.isin(np.arange(len(grids[IMAGE]) + len(grids[VIDEO])), items[real & (items >= 0)])
     placed = real | np.append(present, False)[items]  # items of text are -1: the False
     image_present, video_present = present[: len(grids[IMAGE])], present[len(grids[IMAGE]) :]
-    positions = family.position_ids(
-        kind[placed], grids[IMAGE][image_present], grids[VIDEO][video_present], seconds[video_present]
-    )[:, real[placed]]
+    shown = ItemGrids(grids[IMAGE][image_present], grids[VIDEO][video_present], seconds[video_present])
+    positions = family.position_ids(kind[placed], shown)[:, real[placed]]
     real_ids = ids[real]
     asked, query = _query_mask(real_ids, rows[real] >= 0, special, query, chat)
     count = int(asked.sum())

@@ -4,7 +4,6 @@ A turn's content is a string, or texts and visual items in the order in which th
 transformers, of qwen-vl-utils and of OpenAI are read; what cannot be honoured is refused by its name.
 """
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,13 +24,8 @@ _ROLES = ("system", "user", "assistant", "tool")
 # Of a message beside role, content and name. An answer that only calls tools has no content.
 _MORE_KEYS = {"assistant": ("reasoning_content", "tool_calls"), "tool": ("tool_call_id",)}
 _KINDS: dict[str, Literal["text", "image", "video"]] = {
-    "text": "text",
-    "image": "image",
-    "video": "video",
-    "input_text": "text",
-    "image_url": "image",
-    "input_image": "image",
-    "video_url": "video",
+    **{"text": "text", "image": "image", "video": "video"},
+    **{"input_text": "text", "image_url": "image", "input_image": "image", "video_url": "video"},
 }
 _SOURCES = {"image": ("image", "image_url", "url", "path", "base64"), "video": ("video", "video_url", "url", "path")}
 # The settings of an item, and what a VisualItem calls them.
@@ -55,16 +49,20 @@ _FULL_DETAIL = ("auto", "high", "original")
 
 @dataclass(frozen=True, slots=True)
 class VisualItem:
-    """An image or video of a prompt; None takes the checkpoint's or the family's rule.
+    """An image or video of a prompt, not yet opened; None takes the checkpoint's or the family's rule.
 
     Attributes:
-        kind: "image" or "video".
-        source: what the caller gave, an ImageInput or a VideoInput by kind, not yet opened.
-        min_pixels: enlarge to this area (of a frame).
-        max_pixels: shrink to this area (of a frame).
+        source: what the caller gave, an ImageInput or a VideoInput by kind.
+        min_pixels, max_pixels: enlarge or shrink to this area (of a frame).
         resized_height, resized_width: what to resize to, before it is rounded to whole tokens; both or none.
         total_pixels: shrink the frames of a video until all together have this area.
-        fps, num_frames, min_frames, max_frames, start, end, timestamps: of a video, as video.load_video takes them.
+        fps: frames a second to sample from a video file, or at which given frames were taken; None is 2.
+        num_frames: sampled from a file, in place of fps.
+        min_frames: sampled from a file at least, where it has so many.
+        max_frames: sampled from a file at most; None is 768.
+        start, end: seconds of a file from which on, and up to which, frames are sampled.
+        timestamps: where a file's frame rate varies, take the times of its frames from the file; else a frame's time
+            is its number divided by the average rate, as in transformers.
     """
 
     kind: VisualKind
@@ -91,25 +89,19 @@ class VisualItem:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One chat message.
-
-    Attributes:
-        role: of who says it.
-        content: a string, or texts and visual items.
-        more: its name, and the tool_calls, tool_call_id or reasoning_content that it has.
-    """
+    """One chat message; `more` holds the name, tool_calls, tool_call_id or reasoning_content that it has."""
 
     role: str
     content: str | tuple[str | VisualItem, ...]
     more: JsonObject = field(default_factory=dict)
 
     def texts(self) -> tuple[str, ...]:
-        """Its texts, in order, and what strings else it has."""
+        """Texts of the content, in order, and all other strings."""
         parts = (self.content,) if isinstance(self.content, str) else self.content
         return (*(part for part in parts if isinstance(part, str)), *strings(self.more))
 
     def visual(self) -> tuple[VisualItem, ...]:
-        """Its images and videos, in order."""
+        """Images and videos, in order."""
         parts = () if isinstance(self.content, str) else self.content  # a string would be looked at letter by letter
         return tuple(part for part in parts if isinstance(part, VisualItem))
 
@@ -122,10 +114,8 @@ def read_prompt(
     """Check a prompt and bring it to turns.
 
     Args:
-        prompt: a string, one user turn with all images, then all videos, before it; or chat messages, each a
-            mapping with "role" and "content", the content a string, None, or a list of items: {"type": "text",
-            "text": ...}, {"type": "image", "image": ...}, {"type": "video", "video": ..., "fps": ...}. docs/prompts.md
-            lists the keys. A key whose value is None counts as not there.
+        prompt: a string, one user turn with all images, then all videos, before it; or chat messages, as
+            docs/prompts.md says. A key whose value is None counts as not there.
         images: sources of a string's images, or of the image items without one, in order; one alone needs no list.
         videos: the same for videos.
 
@@ -160,11 +150,7 @@ def as_list(values: Any, kind: VisualKind) -> Sequence[Any]:  # noqa: ANN401 - a
 
 
 def checked_objects(values: object, where: str) -> tuple[JsonObject, ...]:
-    """A list of JSON objects, for tools or tool_calls.
-
-    Raises:
-        InvalidInput: something else, or a value that JSON does not have.
-    """
+    """A list of JSON objects, for tools or tool_calls; InvalidInput where it is something else."""
     if isinstance(values, str | bytes) or not isinstance(values, Sequence):
         raise InvalidInput(f"{where}: got {type(values).__name__}, expected a list of JSON objects")
     for index, value in enumerate(values):
@@ -245,23 +231,23 @@ def _item(item: object, where: str) -> str | VisualItem:
     return VisualItem(kind, _source(given, kind, where), **settings)
 
 
-def _setting(value: object, key: str, where: str) -> bool | int | float:
+def _setting(value: Any, key: str, where: str) -> bool | int | float:  # noqa: ANN401 - what JSON or numpy has
     """The value of a setting of an item: a switch, a rate, seconds, or else a whole number."""
-    number = math.nan
-    if isinstance(value, int | float | np.number) and not isinstance(value, bool) and -_MOST < value < _MOST:
-        number = float(value)
-    least, expected = (0.0, "at least") if key == "video_start" else (math.ulp(0.0), "above")
+    is_switch = isinstance(value, bool)
+    number = isinstance(value, int | float | np.number) and not is_switch and 0 <= value < _MOST
     if key == "timestamps":
-        if isinstance(value, bool):
-            return value
-        raise InvalidInput(f"{where}: got timestamps {value!r}, expected true or false")
-    if key in ("fps", "sample_fps", "video_start", "video_end"):
-        if least <= number < math.inf:
-            return number
-        raise InvalidInput(f"{where}: got {key} {value!r}, expected a number {expected} 0")
-    if isinstance(value, int | np.integer) and number > 0:
-        return int(value)
-    raise InvalidInput(f"{where}: got {key} {value!r}, expected an integer above 0")
+        expected = "true or false"
+        if is_switch:
+            return bool(value)
+    elif key in ("fps", "sample_fps", "video_start", "video_end"):
+        expected = f"a number {'at least' if key == 'video_start' else 'above'} 0"
+        if number and (value or key == "video_start"):
+            return float(value)
+    else:
+        expected = "an integer above 0"
+        if number and value and isinstance(value, int | np.integer):
+            return int(value)
+    raise InvalidInput(f"{where}: got {key} {value!r}, expected {expected}")
 
 
 def _source(given: Mapping[str, Any], kind: VisualKind, where: str) -> object:

@@ -1,19 +1,14 @@
 """Prompt, images and videos become ModelInputs, as the checkpoint's own processor makes them."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
-
-import numpy as np
 
 from hawk_trt.bundle import Bundle
 from hawk_trt.errors import InvalidInput
 from hawk_trt.inputs.images import load_image
 from hawk_trt.inputs.layout import PromptLayout, prompt_layout
 from hawk_trt.inputs.messages import VisualItem, as_list
-from hawk_trt.inputs.streamed_rows import joined_rows
 from hawk_trt.inputs.tokenizer import ChatTokenizer, read_settings
-from hawk_trt.models.family import Family, ImageSettings, Patches, TokenRun
+from hawk_trt.models.family import Family, ImageSettings, ItemPatches, TokenRun
 from hawk_trt.request import ModelInputs, Request
 
 _PREPROCESSOR = "preprocessor_config.json"
@@ -34,15 +29,24 @@ class Processor:
         self._family = family
         self._context = bundle.manifest.language.max_position_embeddings
         self._vocab_size = bundle.manifest.language.vocab_size
-        images = read_settings(bundle, _PREPROCESSOR)
-        self._image_settings = None if images is None else family.image_settings(images)
-        self._video_settings = self._settings_for_videos(read_settings(bundle, _VIDEO_PREPROCESSOR))
         self._special_tokens = bundle.manifest.special_tokens
+        images, videos = (read_settings(bundle, name) for name in (_PREPROCESSOR, _VIDEO_PREPROCESSOR))
+        own = {
+            "image": None if images is None else family.image_settings(images),
+            "video": None if videos is None else family.image_settings(videos),
+        }
+        # videos without settings of their own take those of images, with the family's bound
+        of_videos, most = own["video"] or own["image"], family.max_frame_pixels
+        if of_videos is not None:
+            if own["video"] is None and most is not None:
+                of_videos = replace(of_videos, max_pixels=max(min(of_videos.max_pixels, most), of_videos.min_pixels))
+            of_videos = replace(of_videos, max_video_tokens=min(self._context, _MAX_VIDEO_TOKENS))
+        self._settings = {"image": own["image"], "video": of_videos}
 
     @property
     def takes_images(self) -> bool:
         """Whether the bundle says how images are resized and normalised."""
-        return self._image_settings is not None
+        return self._settings["image"] is not None
 
     def __call__(self, request: Request) -> ModelInputs:
         """Turn a request's prompt into tensors.
@@ -58,7 +62,6 @@ class Processor:
                     "images, videos, tools: got some beside ModelInputs, which hold their own; leave them out"
                 )
             return prompt
-        min_pixels, max_pixels = request.min_pixels, request.max_pixels
         if self.chat is None:
             raise InvalidInput(
                 "prompt: this bundle has no tokenizer, so it takes ModelInputs alone. If the checkpoint has "
@@ -66,26 +69,17 @@ class Processor:
                 "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR), and export again"
             )
         encoded = self.chat.encode(prompt, images, videos, tools)
-        image_items = [item for item in encoded.visual if item.kind == "image"]
-        video_items = [item for item in encoded.visual if item.kind == "video"]
-        pictures = self._images(image_items, min_pixels, max_pixels)
-        clips, seconds, times = self._videos(video_items, min_pixels, max_pixels)
-        kinds = [item.kind for item in encoded.visual]
-        grids = {"image": _grids(pictures), "video": _grids(clips)}
-        frame_times = {"image": iter([()] * len(image_items)), "video": iter(times)}
-        expanded = [
-            self._family.placeholder(kind, next(grids[kind]), next(frame_times[kind]), self._special_tokens)
-            for kind in kinds
-        ]
+        items = [self._patches(item, request) for item in encoded.visual]
+        expanded = [self._family.placeholder(item, self._special_tokens) for item in items]
         input_ids = self.chat.expand(encoded, expanded)
-        self._check_context(len(input_ids), expanded)
-        return self._family.model_inputs(
-            input_ids,
-            kinds,
-            pictures,
-            clips,
-            None if clips is None else np.array(seconds, np.float32),
-        )
+        if len(input_ids) > self._context:  # before a frame or patch of a long video is made
+            visual = sum(part.count for parts in expanded for part in parts if isinstance(part, TokenRun))
+            raise InvalidInput(
+                f"prompt: got {len(input_ids)} tokens, {visual} of them of images and videos, expected at most "
+                f"{self._context}, the model's context. Take smaller pictures: --max-pixels (max_pixels=); "
+                "or fewer frames of a video: --fps, --max-frames"
+            )
+        return self._family.model_inputs(input_ids, items)
 
     def layout(self, inputs: ModelInputs, query: str | None = None) -> PromptLayout:
         """Where everything of a prompt lies.
@@ -106,64 +100,32 @@ class Processor:
             )
         return layout
 
-    def _images(self, items: Sequence[VisualItem], min_pixels: int | None, max_pixels: int | None) -> Patches | None:
-        if not items:
-            return None
-        loaded = [load_image(item.source) for item in items]
-        settings = [self._bounded(self._image_settings, item, min_pixels, max_pixels) for item in items]
-        if all(own == settings[0] for own in settings):
-            return self._family.images_to_patches(loaded, settings[0])
-        return _joined(
-            self._family.images_to_patches([image], own) for image, own in zip(loaded, settings, strict=True)
-        )
-
-    def _videos(
-        self, items: Sequence[VisualItem], min_pixels: int | None, max_pixels: int | None
-    ) -> tuple[Patches | None, list[float], list[Sequence[float]]]:
-        if not items:
-            return None, [], []
+    def _patches(self, item: VisualItem, request: Request) -> ItemPatches:
+        """Open an image or video and make patches of it."""
+        if item.kind == "image":
+            image = load_image(item.source)
+            return ItemPatches("image", self._family.images_to_patches([image], self._bounded(item, request)))
         from hawk_trt.inputs.video import load_video  # most prompts have none
 
-        clips, seconds, times = [], [], []
-        for item in items:
-            video = load_video(
-                item.source,
-                item.fps,
-                item.max_frames,
-                self._family.frame_numbers,
-                num_frames=item.num_frames,
-                min_frames=item.min_frames,
-                start=item.start,
-                end=item.end,
-                timestamps=item.timestamps,
-            )
-            settings = self._bounded(self._video_settings, item, min_pixels, max_pixels, len(video.frames))
-            clips.append(self._family.video_to_patches(video.frames, settings))
-            seconds.append(video.seconds_per_frame * self._family.vision.temporal_patch_size)
-            times.append(video.times)
-        return _joined(clips), seconds, times
+        video = load_video(item, self._family.frame_numbers)
+        patches = self._family.video_to_patches(video.frames, self._bounded(item, request, len(video.frames)))
+        seconds = video.seconds_per_frame * self._family.vision.temporal_patch_size
+        return ItemPatches("video", patches, video.times, seconds)
 
-    def _bounded(
-        self,
-        settings: ImageSettings | None,
-        item: VisualItem,
-        min_pixels: int | None,
-        max_pixels: int | None,
-        num_frames: int = 1,
-    ) -> ImageSettings:
+    def _bounded(self, item: VisualItem, request: Request, num_frames: int = 1) -> ImageSettings:
         """The settings of one image or video: the checkpoint's, then the prompt's, then its own."""
+        settings, bounds = self._settings[item.kind], self._family.pixel_bounds
         if settings is None:
             raise InvalidInput(f"images: this bundle has no {_PREPROCESSOR}, so it takes ModelInputs alone")
-        bounds = self._family.pixel_bounds
         own_bounds = (item.min_pixels or item.max_pixels) and item.kind == "video"
         if bounds == "nothing" and (item.resized or item.total_pixels or own_bounds):
             raise InvalidInput(
                 f"{item.kind}: got resized_height, total_pixels or bounds of frames, but this model's "
                 "tiles and frames have one size. Leave them out; max_pixels bounds the tiles of an image"
             )
-        frames = num_frames if bounds == "video" and item.kind == "video" else 1
-        low = settings.min_pixels if min_pixels is None else min_pixels
-        high = settings.max_pixels if max_pixels is None else max_pixels
+        frames = num_frames if bounds == "video" else 1
+        low = settings.min_pixels if request.min_pixels is None else request.min_pixels
+        high = settings.max_pixels if request.max_pixels is None else request.max_pixels
         low = low if item.min_pixels is None else item.min_pixels * frames
         high = high if item.max_pixels is None else item.max_pixels * frames
         if bounds == "video" and item.total_pixels is not None:
@@ -171,36 +133,3 @@ class Processor:
         if not 0 < low <= high:
             raise InvalidInput(f"min_pixels, max_pixels: got {low} and {high}, expected 0 < min_pixels <= max_pixels")
         return replace(settings, min_pixels=low, max_pixels=high, resized=item.resized, total_pixels=item.total_pixels)
-
-    def _settings_for_videos(self, own: Mapping[str, Any] | None) -> ImageSettings | None:
-        """Settings of videos: the checkpoint's own ones for them, else those of images with the family's bound."""
-        settings = self._image_settings if own is None else self._family.image_settings(own)
-        if settings is None:
-            return None
-        most = self._family.max_frame_pixels
-        if own is None and most is not None:
-            settings = replace(settings, max_pixels=max(min(settings.max_pixels, most), settings.min_pixels))
-        return replace(settings, max_video_tokens=min(self._context, _MAX_VIDEO_TOKENS))
-
-    def _check_context(self, num_tokens: int, expanded: Sequence[Sequence[str | TokenRun]]) -> None:
-        """Refuse more tokens than the model's context before a frame or patch of a video is made."""
-        if num_tokens <= self._context:
-            return
-        visual = sum(part.count for parts in expanded for part in parts if isinstance(part, TokenRun))
-        raise InvalidInput(
-            f"prompt: got {num_tokens} tokens, {visual} of them of images and videos, expected at most "
-            f"{self._context}, the model's context. Take smaller pictures: --max-pixels (max_pixels=); "
-            "or fewer frames of a video: --fps, --max-frames"
-        )
-
-
-def _grids(patches: Patches | None) -> Iterator[list[int]]:
-    """The rows of grid_thw, one after another."""
-    return iter([] if patches is None else patches.grid_thw.tolist())
-
-
-def _joined(parts: Iterable[Patches]) -> Patches:
-    """Images or videos one after another."""
-    several = list(parts)
-    pixels = joined_rows([part.pixel_values for part in several])
-    return Patches(pixels, np.concatenate([part.grid_thw for part in several]))

@@ -17,34 +17,22 @@ Float32Array = npt.NDArray[np.float32]
 class StreamedRows:
     """float32 [rows, columns]. Slices in ascending order cost nothing more; going back begins again.
 
-    `numpy.asarray` makes the whole array.
-
-    Attributes:
-        shape: (rows, columns).
-        dtype: float32.
-        ndim: 2.
+    `numpy.asarray` makes the whole array. It has the shape, dtype and ndim of one.
     """
 
     ndim = 2
     dtype: np.dtype[np.float32] = np.dtype(np.float32)
 
     def __init__(self, rows: int, columns: int, parts: Callable[[], Iterator[Float32Array]]) -> None:
-        """Describe the rows; nothing is made yet.
-
-        Args:
-            rows: of all parts together.
-            columns: of each.
-            parts: begins to make them, in order: float32 [some rows, columns].
-        """
+        """Describe the rows; parts begins to make them, in order: float32 [some rows, columns] each."""
         self.shape = (rows, columns)
-        self._parts = parts
+        self.parts = parts
         self._begin()
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def __getitem__(self, rows: slice) -> Float32Array:
-        """Make the rows of a slice without step."""
         start, stop, _ = rows.indices(len(self))
         if start < self._position:
             self._begin()
@@ -59,15 +47,10 @@ class StreamedRows:
         return out
 
     def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> npt.NDArray[Any]:
-        """The whole array, made anew."""
         return self[:].astype(self.dtype if dtype is None else dtype, copy=False)
 
-    def pieces(self) -> Iterator[Float32Array]:
-        """All rows from the first on, in the parts in which they are made."""
-        return self._parts()
-
     def _begin(self) -> None:
-        self._source = self._parts()
+        self._source = self.parts()
         self._rest = np.empty((0, self.shape[1]), np.float32)
         self._position = 0
 
@@ -88,6 +71,6 @@ def joined_rows(parts: "Sequence[Float32Array | StreamedRows]") -> "Float32Array
         return np.concatenate([np.asarray(part) for part in parts])
 
     def pieces() -> Iterator[Float32Array]:
-        return chain.from_iterable(part.pieces() if isinstance(part, StreamedRows) else iter((part,)) for part in parts)
+        return chain.from_iterable(part.parts() if isinstance(part, StreamedRows) else iter((part,)) for part in parts)
 
     return StreamedRows(sum(len(part) for part in parts), parts[0].shape[1], pieces)

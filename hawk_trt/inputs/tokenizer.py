@@ -7,7 +7,6 @@ none gets exactly the ids that encoding the whole rendered string gives.
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import astuple, dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,32 +35,16 @@ _BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class EncodedPrompt:
-    """A prompt as texts and special tokens.
-
-    Attributes:
-        parts: texts and special tokens, one placeholder for each image or video.
-        visual: the images and videos, in the order of their placeholders.
-        tokenizer: turns the texts into tokens.
-    """
+    """A prompt as texts and special tokens, and the images and videos in the order of their placeholders."""
 
     parts: tuple[str | TokenRun, ...]
     visual: tuple[VisualItem, ...]
-    tokenizer: "ChatTokenizer"
-
-    @cached_property
-    def input_ids(self) -> npt.NDArray[np.int64]:
-        """int64 [seq_len], with one placeholder for each image or video."""
-        return self.tokenizer.token_ids(self.parts)
 
 
 class ChatTokenizer:
-    """The tokenizer and chat template of one checkpoint.
-
-    Attributes:
-        tokenizer: the tokenizer itself, for decoding.
-    """
+    """The tokenizer and chat template of one checkpoint; `tokenizer` decodes."""
 
     def __init__(
         self,
@@ -71,7 +54,7 @@ class ChatTokenizer:
         special_tokens: SpecialTokens,
         context: int = 1 << 20,
     ) -> None:
-        """Make a tokenizer from a checkpoint's texts.
+        """Make a tokenizer from a checkpoint's texts; BundleError where tokenizer.json cannot be read.
 
         Args:
             tokenizer_json: tokenizer.json.
@@ -79,9 +62,6 @@ class ChatTokenizer:
             template: Jinja; None where the checkpoint has none, then only decoding works.
             special_tokens: ids that the runtime must know.
             context: tokens that the model reads at most; texts that cannot fit are refused before they are tokenised.
-
-        Raises:
-            BundleError: tokenizer.json cannot be read.
         """
         self.tokenizer = _read_tokenizer(tokenizer_json)
         self.tokenizer.no_truncation()
@@ -92,16 +72,14 @@ class ChatTokenizer:
         added = self.tokenizer.get_added_tokens_decoder()
         self._special_ids = {token.content: index for index, token in added.items() if token.special}
         self._special_tokens = special_tokens
+        kinds = {special_tokens.image: "image", special_tokens.video: "video"}
+        self._placeholders = {token: kind for token, kind in kinds.items() if token is not None}
         self._template = None if template is None else ChatTemplate(template, variables, self._special_ids)
         self._max_characters = _CHARACTERS_A_TOKEN * context
 
     @classmethod
     def from_bundle(cls, bundle: Bundle) -> "ChatTokenizer | None":
-        """Make the tokenizer of a bundle; None where it has no tokenizer.json.
-
-        Raises:
-            BundleError: one of its files cannot be read.
-        """
+        """The tokenizer of a bundle; None where it has no tokenizer.json."""
         tokenizer_json = bundle.read_text("tokenizer.json")
         if tokenizer_json is None:
             return None
@@ -112,7 +90,7 @@ class ChatTokenizer:
 
     @property
     def has_template(self) -> bool:
-        """Whether there is a chat template, without which only decoding works."""
+        """Whether prompts can be made, and not only tokens decoded."""
         return self._template is not None
 
     @property
@@ -148,20 +126,22 @@ class ChatTokenizer:
         parts: list[str | TokenRun] = []
         for piece, special in self._template.pieces(turns, tools):
             parts += [piece] if special is None else [piece, TokenRun(self._special_ids[special])]
-        encoded = EncodedPrompt(tuple(parts), tuple(item for turn in turns for item in turn.visual()), self)
-        self._check_placeholders(encoded)
-        return encoded
+        visual = tuple(item for turn in turns for item in turn.visual())
+        given = [item.kind for item in visual]
+        runs = [part.token_id for part in parts if isinstance(part, TokenRun)]
+        placed = [self._placeholders[token] for token in runs if token in self._placeholders]
+        if placed != given:
+            raise InvalidInput(
+                f"prompt: got {_listed(given)}, but the bundle's chat template makes {_listed(placed)} of it. "
+                "Use a checkpoint whose template takes them, or pass ModelInputs"
+            )
+        return EncodedPrompt(tuple(parts), visual)
 
     def expand(self, encoded: EncodedPrompt, placeholders: Sequence[Sequence[str | TokenRun]]) -> npt.NDArray[np.int64]:
-        """Put into the place of each image and video placeholder what the family makes of it.
+        """Token ids with what the family makes of each image and video in its placeholder's place: int64 [seq_len].
 
-        Args:
-            encoded: a prompt.
-            placeholders: texts and runs of tokens for each image and video, in the prompt's order. Those that
-                bring vision_start and vision_end replace the ones around the placeholder too, if there are any.
-
-        Returns:
-            int64 [seq_len], the ids of the whole: texts that meet are read as one.
+        placeholders: texts and runs of tokens for each image and video, in the prompt's order. Those that bring
+        vision_start and vision_end replace the ones around the placeholder too, if there are any.
 
         Raises:
             InvalidInput: more or fewer of them than placeholders, or one without a token.
@@ -175,13 +155,12 @@ class ChatTokenizer:
             )
         waiting = iter(placeholders)
         special = self._special_tokens
-        visual = (special.image, special.video)
         around = [TokenRun(-1 if n is None else n) for n in (special.vision_start, special.vision_end)]
         left = [part for part in encoded.parts if part != ""]
         expanded: list[str | TokenRun] = []
         while left:
             part = left.pop(0)
-            if not (isinstance(part, TokenRun) and part.token_id in visual):
+            if not (isinstance(part, TokenRun) and part.token_id in self._placeholders):
                 expanded.append(part)
                 continue
             parts = next(waiting)
@@ -207,14 +186,10 @@ class ChatTokenizer:
         return np.array(token_ids, dtype=np.int64)
 
     def turn_query_mask(self, input_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-        """The text of the last user turn, for query="turn".
+        """The text of the last user turn, for query="turn": bool [seq_len].
 
-        Args:
-            input_ids: [seq_len] int64, placeholders expanded or not.
-
-        Returns:
-            [seq_len] bool, true between the last "<|im_start|>user", newline, and its <|im_end|>, except at visual and
-            special tokens. A token that joins the newline to the text after it counts as the newline.
+        It lies between the last "<|im_start|>user", newline, and its <|im_end|>, without visual and special tokens. A
+        token that joins the newline to the text after it counts as the newline.
 
         Raises:
             InvalidInput: no such turn, or one without text.
@@ -224,35 +199,24 @@ class ChatTokenizer:
             raise InvalidInput('query: "turn" needs a user turn and this prompt has none. Use query="paper"')
         if not len(users[-1]):
             raise InvalidInput('query: "turn" needs text in the last user turn and there is none. Use query="paper"')
-        mask = np.zeros(input_ids.size, dtype=np.bool_)
-        mask[users[-1]] = True
-        return mask
+        return np.isin(np.arange(input_ids.size), users[-1])
 
     def asking_turn_mask(
         self, input_ids: npt.NDArray[np.int64], paper: npt.NDArray[np.bool_]
     ) -> npt.NDArray[np.bool_] | None:
-        """The text of the last user turn that has any, where the authors' query range has none.
+        """The text of the last user turn that has any, where the authors' query range (paper) has none: bool [seq_len].
 
-        Args:
-            input_ids: [seq_len] int64.
-            paper: [seq_len] bool, the authors' range.
-
-        Returns:
-            [seq_len] bool; None where the authors' range holds text of a turn, or no turn of a user does.
+        None where the authors' range holds text of a turn, or no turn of a user does.
         """
         turns = self._turns(input_ids)
         if any(self._says_something(input_ids, text[paper[text]]) for _, text in turns):
             return None
         asked = [text for role, text in turns if role == "user" and self._says_something(input_ids, text)]
-        if not asked:
-            return None
-        mask = np.zeros(input_ids.size, dtype=np.bool_)
-        mask[asked[-1]] = True
-        return mask
+        return np.isin(np.arange(input_ids.size), asked[-1]) if asked else None
 
     def _turns(self, input_ids: npt.NDArray[np.int64]) -> list[tuple[str, npt.NDArray[np.int64]]]:
         """Role of each turn, and where its text is: neither header, nor visual and special tokens."""
-        no_text = self._is_visual(input_ids) | np.isin(input_ids, list(self._special_ids.values()))
+        no_text = np.isin(input_ids, [*self._placeholders, *self._special_ids.values()])
         turns = []
         for start in np.flatnonzero(input_ids == self._special_tokens.im_start).tolist():
             header, begin = "", start + 1
@@ -269,28 +233,9 @@ class ChatTokenizer:
     def _says_something(self, input_ids: npt.NDArray[np.int64], places: npt.NDArray[np.int64]) -> bool:
         return bool(self.tokenizer.decode(input_ids[places].tolist()).strip())
 
-    def _is_visual(self, input_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-        placeholders = (self._special_tokens.image, self._special_tokens.video)
-        return np.isin(input_ids, [index for index in placeholders if index is not None])
-
-    def _check_placeholders(self, encoded: EncodedPrompt) -> None:
-        kinds = {self._special_tokens.image: "image", self._special_tokens.video: "video"}
-        runs = [part.token_id for part in encoded.parts if isinstance(part, TokenRun)]
-        placed = [kinds[token] for token in runs if token is not None and token in kinds]
-        given = [item.kind for item in encoded.visual]
-        if placed != given:
-            raise InvalidInput(
-                f"prompt: got {_listed(given)}, but the bundle's chat template makes {_listed(placed)} of it. "
-                "Use a checkpoint whose template takes them, or pass ModelInputs"
-            )
-
 
 def read_settings(bundle: Bundle, name: str) -> dict[str, Any] | None:
-    """The JSON object in a small file of a bundle, None where it has none.
-
-    Raises:
-        BundleError: it is damaged.
-    """
+    """The JSON object in a small file of a bundle, None where it has none; BundleError where it is damaged."""
     text = bundle.read_text(name)
     advice = "Mend it in the checkpoint and export again: make export"
     return None if text is None else parse_json(text, dict[str, Any], name, BundleError, advice)
@@ -308,17 +253,14 @@ def token_bytes(tokenizer: Tokenizer, token_id: int) -> bytes:
 
 def _read_tokenizer(tokenizer_json: str) -> Tokenizer:
     try:
-        tokenizer = Tokenizer.from_str(tokenizer_json)
-    except (
-        BaseException
-    ) as error:  # the tokenizers package raises no class of its own, and panics are none of Exception
-        if isinstance(error, KeyboardInterrupt | SystemExit):
-            raise
+        return Tokenizer.from_str(tokenizer_json)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the package raises no class of its own, and its panics are none of Exception
         raise BundleError(
             f"tokenizer.json: the installed tokenizers package cannot read it ({str(error)[:200]}). "
             "Update it: pip install --upgrade tokenizers"
         ) from error
-    return tokenizer
 
 
 def _named_tokens(config: Mapping[str, Any]) -> dict[str, str]:

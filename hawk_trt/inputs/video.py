@@ -7,18 +7,16 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from hawk_trt.errors import InvalidInput
 from hawk_trt.inputs.images import load_image, local_path
+from hawk_trt.inputs.messages import VisualItem
 from hawk_trt.inputs.video_file import FileFrames, Frame, VideoIndex, index_file
-from hawk_trt.models.qwen_patches import DEFAULT_FPS, FRAME_MULTIPLE, MAX_FRAMES, sample_indices
-
-if TYPE_CHECKING:
-    from hawk_trt.request import VideoInput
+from hawk_trt.models.qwen_patches import DEFAULT_FPS, FRAME_MULTIPLE, MAX_FRAMES
 
 # Frames of the file, its frames a second, those asked for, the most to take: int64 frame numbers, ascending.
 FrameSampler: TypeAlias = Callable[[int, float, float | None, int], npt.NDArray[np.int64]]
@@ -41,55 +39,35 @@ class Video:
     times: Sequence[float]
 
 
-def load_video(
-    source: "VideoInput",
-    fps: float | None = None,
-    max_frames: int | None = None,
-    sampler: FrameSampler | None = None,
-    *,
-    num_frames: int | None = None,
-    min_frames: int | None = None,
-    start: float | None = None,
-    end: float | None = None,
-    timestamps: bool = True,
-) -> Video:
+def load_video(item: VisualItem, sampler: FrameSampler) -> Video:
     """Open a video.
 
     Args:
-        source: a path (also file://), a sequence of images, or uint8 [frames, height, width, 3].
-        fps: frames a second to sample from a file, or at which the given frames were taken; None is 2.
-        max_frames: sampled from a file at most; None is 768.
-        sampler: the family's rule for files, None for sample_indices.
-        num_frames: sampled from a file, in place of fps.
-        min_frames: sampled from a file at least, where it has so many.
-        start: second of a file from which on frames are sampled.
-        end: second of a file up to which frames are sampled.
-        timestamps: where a file's frame rate varies, take the times of its frames from the file; else a frame's time
-            is its number divided by the average rate, as in transformers.
+        item: its source is a path (also file://), a sequence of images, or uint8 [frames, height, width, 3].
+        sampler: the family's rule for files.
 
     Raises:
         InvalidInput: missing, unreadable, no video, without frames, or an option out of its range, or one that a
             list of frames cannot honour.
         BackendError: a file, and PyAV is not installed.
     """
-    rate = DEFAULT_FPS if fps is None else fps
+    source, start, end = item.source, item.start, item.end
+    rate = DEFAULT_FPS if item.fps is None else item.fps
     if not (math.isfinite(rate) and rate > 0):
-        raise InvalidInput(f"fps: got {fps}, expected a number above 0, frames a second")
-    for name, value in (("num_frames", num_frames), ("min_frames", min_frames), ("max_frames", max_frames)):
+        raise InvalidInput(f"fps: got {item.fps}, expected a number above 0, frames a second")
+    for name in ("num_frames", "min_frames", "max_frames"):
+        value = getattr(item, name)
         if value is not None and value < FRAME_MULTIPLE:
             raise InvalidInput(f"{name}: got {value}, expected at least {FRAME_MULTIPLE}")
-    most = MAX_FRAMES if max_frames is None else max_frames
-    if num_frames is not None and (fps is not None or min_frames is not None or max_frames is not None):
+    least, most = item.min_frames or 0, item.max_frames or MAX_FRAMES
+    if item.num_frames is not None and (item.fps, item.min_frames, item.max_frames) != (None, None, None):
         raise InvalidInput("num_frames: got fps, min_frames or max_frames beside it, expected it alone")
-    if (min_frames or 0) > most:
-        raise InvalidInput(f"min_frames: got {min_frames}, expected at most max_frames, {most}")
+    if least > most:
+        raise InvalidInput(f"min_frames: got {least}, expected at most max_frames, {most}")
     if not 0 <= (start or 0.0) < (math.inf if end is None else end):
         raise InvalidInput(f"video_start, video_end: got {start} and {end}, expected 0 <= start < end, in seconds")
     if isinstance(source, str | os.PathLike):
-        index = index_file(local_path(source, "video"))
-        shown = _times(index, timestamps)
-        numbers, seconds = _sampled(index, shown, fps, (num_frames, min_frames, most), (start, end), sampler)
-        return Video(FileFrames(index, numbers), seconds, [float(shown[number]) for number in numbers])
+        return _from_file(index_file(local_path(source, "video")), item, most, sampler)
     if isinstance(source, np.ndarray) and source.ndim != 4:
         raise InvalidInput(f"video: got {source.dtype}{list(source.shape)}, expected uint8[frames, height, width, 3]")
     if isinstance(source, bytes) or not isinstance(source, np.ndarray | Sequence):
@@ -97,7 +75,7 @@ def load_video(
     count = len(source)
     if not count:
         raise InvalidInput("video: got no frame, expected at least one")
-    fits = num_frames in (None, count) and (min_frames or 0) <= count <= (max_frames or count)
+    fits = item.num_frames in (None, count) and least <= count <= (item.max_frames or count)
     if not fits or start is not None or end is not None:
         raise InvalidInput(
             f"video: got {count} frames in a list, all of which are used; num_frames, min_frames, max_frames, "
@@ -117,20 +95,9 @@ def _times(index: VideoIndex, timestamps: bool) -> npt.NDArray[np.float64]:
     return told if varies else by_rate
 
 
-def _sampled(
-    index: VideoIndex,
-    shown: npt.NDArray[np.float64],
-    fps: float | None,
-    counts: tuple[int | None, int | None, int],
-    span: tuple[float | None, float | None],
-    sampler: FrameSampler | None,
-) -> tuple[tuple[int, ...], float]:
-    """The numbers of the frames to take, and the seconds from one to the next.
-
-    shown: seconds of each frame.  counts: num_frames, min_frames, max_frames.  span: the first and last second.
-    """
-    choose = sampler or sample_indices
-    (num_frames, min_frames, most), (start, end) = counts, span
+def _from_file(index: VideoIndex, item: VisualItem, most: int, sampler: FrameSampler) -> Video:
+    """The frames to take of a file, at most so many."""
+    shown, fps, num_frames, start, end = _times(index, item.timestamps), item.fps, item.num_frames, item.start, item.end
     constant = len(shown) < 2 or abs(shown[-1] * index.fps - (index.total - 1)) < 0.5
     rate = index.fps if constant else (index.total - 1) / float(shown[-1])
     near = 1e-6
@@ -146,7 +113,9 @@ def _sampled(
 
     if num_frames is not None:
         fps, most = rate_of(num_frames), num_frames
-    numbers = choose(total, rate, fps, most)
-    if min_frames is not None and len(numbers) < min(min_frames, total):
-        numbers = choose(total, rate, rate_of(min(min_frames, total)), most)
-    return tuple((numbers + first).tolist()), total / (len(numbers) * rate)
+    numbers = sampler(total, rate, fps, most)
+    least = min(item.min_frames or 0, total)
+    if len(numbers) < least:
+        numbers = sampler(total, rate, rate_of(least), most)
+    taken = tuple((numbers + first).tolist())
+    return Video(FileFrames(index, taken), total / (len(taken) * rate), [float(shown[number]) for number in taken])

@@ -6,10 +6,12 @@ What the graphs cannot compute is refused here, by the name of its key.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 from hawk_trt.bundle import SpecialTokens
 from hawk_trt.errors import CheckpointError
+from hawk_trt.models.vision_config import AnyVision
 from hawk_trt.stages import LanguageConfig
 
 # Beyond these no model is, and a size that a checkpoint makes up would fill the memory before a tensor is missed.
@@ -22,19 +24,23 @@ _SHOWN = 200
 _IM_TOKENS = {"im_start": "<|im_start|>", "im_end": "<|im_end|>"}
 
 
-class Section:
-    """A section of config.json.
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """What a checkpoint's config.json says, checked.
 
-    Attributes:
-        values: its content.
+    chat_template: the Jinja of a checkpoint whose own files hold none that knows images; None where they do.
     """
 
-    def __init__(self, values: object, name: str = "") -> None:
-        """Take a section.
+    language: LanguageConfig
+    vision: AnyVision
+    special_tokens: SpecialTokens
+    chat_template: str | None = None
 
-        Raises:
-            CheckpointError: it is no JSON object.
-        """
+
+class Section:
+    """A section of config.json, whose content is `values`; what cannot be used is refused with a CheckpointError."""
+
+    def __init__(self, values: object, name: str = "") -> None:
         if not isinstance(values, Mapping):
             raise CheckpointError(f"config.json: {name}: got {repr(values)[:_SHOWN]}, expected a JSON object")
         self.values: Mapping[str, Any] = values
@@ -45,11 +51,7 @@ class Section:
         return self.values.get(key, default)
 
     def integer(self, key: str) -> int:
-        """The integer of at least 1 under a key, and of a size that models have.
-
-        Raises:
-            CheckpointError: it is missing or something else.
-        """
+        """The integer of at least 1 under a key, and of a size that models have."""
         value = self.get(key)
         most = _MOST_LAYERS if key in ("num_hidden_layers", "depth") else _MOST
         if not is_integer(value) or not 1 <= value <= most:
@@ -57,22 +59,14 @@ class Section:
         return value
 
     def number(self, key: str) -> float:
-        """The number above 0 under a key.
-
-        Raises:
-            CheckpointError: it is missing or something else.
-        """
+        """The number above 0 under a key."""
         value = self.get(key)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < _LARGEST:
             raise self.wrong(key, f"a number above 0 and below {_LARGEST:g}")
         return float(value)
 
     def expect(self, key: str, expected: object, unsaid: object = None) -> None:
-        """Refuse every value but one. unsaid: what a missing key means.
-
-        Raises:
-            CheckpointError: it is another value.
-        """
+        """Refuse every value but one. unsaid: what a missing key means."""
         if self.get(key, unsaid) != expected:
             raise self.wrong(key, str(expected))
 
@@ -89,11 +83,7 @@ def is_integer(value: object) -> TypeGuard[int]:
 
 
 def vision_section(config: Mapping[str, Any], defaults: Mapping[str, object] | None = None) -> Section:
-    """The vision_config of config.json. defaults: of the keys that it leaves out.
-
-    Raises:
-        CheckpointError: there is none.
-    """
+    """The vision_config of config.json. defaults: of the keys that it leaves out."""
     vision = config.get("vision_config")
     if not isinstance(vision, Mapping):
         raise Section(config).wrong("vision_config", "the sizes of the vision tower")

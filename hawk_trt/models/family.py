@@ -1,31 +1,39 @@
-"""What the runtime and the exporter ask of a model family; registry.py knows which there are.
+"""What the runtime asks of a model family, and the values that go between; registry.py knows which families there are.
 
-A family reads a checkpoint's config.json, turns images into patches, and patches into the feeds of the vision stage;
-everything after the vision stage is the same for all. A family is one file here and one vision graph in export/.
+A family turns images into patches, and patches into the feeds of the vision stage; everything after the vision stage
+is the same for all. A family is one file here, a reader of its config.json, and one vision graph in export/.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol, TypeAlias
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
 
 from hawk_trt.bundle import SpecialTokens
+from hawk_trt.errors import CheckpointError, InvalidInput
 from hawk_trt.inputs.streamed_rows import StreamedRows
-from hawk_trt.models.vision_config import AnyVision, VisionConfig
+from hawk_trt.models.vision_config import VisionConfig
 from hawk_trt.request import ModelInputs
-from hawk_trt.stages import LanguageConfig, StageSpec
+from hawk_trt.stages import StageSpec
 
+Image: TypeAlias = npt.NDArray[np.uint8]
 IntArray: TypeAlias = npt.NDArray[np.int64]
+Channels: TypeAlias = tuple[float, float, float]
+PixelBounds: TypeAlias = Literal["frame", "video", "nothing"]
 
 # What visual_kind says of a token.
 TEXT, IMAGE, VIDEO = 0, 1, 2
+BICUBIC = 3  # of Pillow's filters
+# Normalised values are float32: what lies beyond these is no setting of pixels.
+_MOST = 1e6
+_LEAST_STD = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
 class ImageSettings:
-    """How images are resized and normalised, from preprocessor_config.json.
+    """How images are resized and normalised.
 
     min_pixels and max_pixels bound the area after resizing; mean and std are per RGB channel, on [0, 1].
     max_video_tokens, where it is given, makes the frames of a long video smaller: see qwen_patches. total_pixels does
@@ -34,13 +42,60 @@ class ImageSettings:
 
     min_pixels: int
     max_pixels: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: Channels
+    std: Channels
     rescale_factor: float
     resample: int
     max_video_tokens: int | None = None
     total_pixels: int | None = None
     resized: tuple[int, int] | None = None
+
+    @classmethod
+    def read(
+        cls, preprocessor: Mapping[str, Any], pixels: tuple[int, int], mean: Channels, std: Channels
+    ) -> "ImageSettings":
+        """Settings from preprocessor_config.json; a key whose value is null counts as not there.
+
+        Args:
+            preprocessor: its content.
+            pixels: the least and the most of an image after resizing, which every family says in its own way.
+            mean: where the file does not say.
+            std: where the file does not say.
+
+        Raises:
+            CheckpointError: a setting that is not usable.
+        """
+        if preprocessor.get("do_resize") is False:
+            raise wrong("do_resize", False, "true (images are cut into whole patches)")
+        if pixels[0] > pixels[1]:
+            raise wrong("min_pixels", pixels[0], f"at most max_pixels {pixels[1]}")
+        given = {key: value for key, value in preprocessor.items() if value is not None}
+        resample = given.get("resample", BICUBIC)
+        if isinstance(resample, bool) or not isinstance(resample, int) or resample not in range(6):
+            raise wrong("resample", resample, "one of Pillow's filters, 0 to 5")
+        factor = given.get("rescale_factor", 1 / 255)
+        if not _is_number(factor) or not 0 < factor < _MOST:
+            raise wrong("rescale_factor", factor, "a number above 0")
+        if preprocessor.get("do_normalize") is False:
+            given |= {"image_mean": 0.0, "image_std": 1.0}
+        return cls(
+            min_pixels=pixels[0],
+            max_pixels=pixels[1],
+            mean=_channel_values("image_mean", given.get("image_mean", mean)),
+            std=_channel_values("image_std", given.get("image_std", std)),
+            rescale_factor=1.0 if preprocessor.get("do_rescale") is False else float(factor),
+            resample=resample,
+        )
+
+    def value_tables(self) -> npt.NDArray[np.float32]:
+        """The normalised value of each 8-bit value: float32 [3, 256].
+
+        Rounded where the checkpoint's processor rounds: the rescaled value to float32, then mean and std in float32.
+        """
+        rescaled = (np.arange(256, dtype=np.float64) * self.rescale_factor).astype(np.float32)
+        mean, std = (np.array(values, dtype=np.float32)[:, None] for values in (self.mean, self.std))
+        table: npt.NDArray[np.float32] = (rescaled - mean) / std
+        return table
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +109,38 @@ class Patches:
     """
 
     pixel_values: npt.NDArray[np.float32] | StreamedRows
-    grid_thw: npt.NDArray[np.int64]
+    grid_thw: IntArray
+
+
+@dataclass(frozen=True, slots=True)
+class ItemPatches:
+    """One image or video of a prompt, made into patches.
+
+    times: seconds of each frame of a video from its start. seconds_per_patch: that one temporal patch spans.
+    """
+
+    kind: Literal["image", "video"]
+    patches: Patches
+    times: Sequence[float] = ()
+    seconds_per_patch: float = 1.0
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Patches in time, height and width."""
+        time, height, width = self.patches.grid_thw[0].tolist()
+        return time, height, width
+
+
+@dataclass(frozen=True, slots=True)
+class ItemGrids:
+    """The grid_thw of a prompt's images and of its videos: int64 [items, 3] each.
+
+    seconds: float32 [videos], that one temporal patch spans.
+    """
+
+    images: IntArray
+    videos: IntArray
+    seconds: npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,57 +151,22 @@ class TokenRun:
     count: int = 1
 
 
-@dataclass(frozen=True, slots=True)
-class ModelConfig:
-    """What a checkpoint's config.json says, checked.
-
-    chat_template: the Jinja of a checkpoint whose own files hold none that knows images; None where they do.
-    """
-
-    language: LanguageConfig
-    vision: AnyVision
-    special_tokens: SpecialTokens
-    chat_template: str | None = None
-
-
 class Family(Protocol):
     """A model family, with the vision sizes of one model.
 
     Attributes:
-        name: in bundles.
         max_frame_pixels: the largest area of a video frame where the checkpoint says no bounds for videos, None for
             that of images.
         pixel_bounds: what the bounds of a video's pixels bound: each "frame", the whole "video", or "nothing", since
             frames and tiles have one size.
     """
 
-    name: ClassVar[str]
     max_frame_pixels: ClassVar[int | None]
-    pixel_bounds: ClassVar[Literal["frame", "video", "nothing"]]
-
-    def __init__(self, vision: VisionConfig) -> None:
-        """Take the model's vision sizes, of the family's own class."""
+    pixel_bounds: ClassVar[PixelBounds]
 
     @property
     def vision(self) -> VisionConfig:
         """Sizes of the vision tower."""
-
-    @staticmethod
-    def read_config(
-        config: Mapping[str, Any],
-        generation: Mapping[str, Any] | None = None,
-        added_tokens: Mapping[str, int] | None = None,
-    ) -> ModelConfig:
-        """Read and check config.json.
-
-        Args:
-            config: config.json.
-            generation: generation_config.json, where there is one.
-            added_tokens: content to id of the tokenizer's added tokens, where there is a tokenizer.
-
-        Raises:
-            CheckpointError: a setting is missing or not supported.
-        """
 
     def vision_spec(self) -> StageSpec:
         """Inputs and outputs of the vision graph."""
@@ -123,10 +174,8 @@ class Family(Protocol):
     def vision_feeds(self, patches: Patches, max_patches: int) -> Iterator[dict[str, npt.NDArray[Any]]]:
         """Feeds of the vision stage, one call after another, together in prompt order.
 
-        max_patches bounds a call's patches (a single frame may exceed it).
-
-        Raises:
-            InvalidInput: pixel_values and grid_thw do not fit each other.
+        max_patches bounds a call's patches (a single frame may exceed it). Raises InvalidInput at the call, where
+        pixel_values and grid_thw do not fit each other.
         """
 
     def image_settings(self, preprocessor: Mapping[str, Any]) -> ImageSettings:
@@ -136,25 +185,22 @@ class Family(Protocol):
             CheckpointError: a setting that is not usable.
         """
 
-    def images_to_patches(self, images: Sequence[npt.NDArray[np.uint8]], settings: ImageSettings) -> Patches:
+    def images_to_patches(self, images: Sequence[Image], settings: ImageSettings) -> Patches:
         """Resize, normalise and cut RGB images [height, width, 3].
 
         Raises:
             InvalidInput: an image whose shape cannot be used.
         """
 
-    def video_to_patches(self, frames: Sequence[npt.NDArray[np.uint8]], settings: ImageSettings) -> Patches:
+    def video_to_patches(self, frames: Sequence[Image], settings: ImageSettings) -> Patches:
         """Resize, normalise and cut the sampled RGB frames of one video, all of one size.
 
         Raises:
             InvalidInput: frames whose shapes cannot be used.
         """
 
-    def image_parts(self, image: npt.NDArray[np.uint8], count: int) -> Sequence[npt.NDArray[np.uint8]]:
-        """The pictures that the steps of an image's grid show, RGB: the image itself, or its tiles.
-
-        count: steps of its grid_thw.
-        """
+    def image_parts(self, image: Image, count: int) -> Sequence[Image]:
+        """The pictures that the `count` steps of an image's grid show, RGB: the image itself, or its tiles."""
 
     @staticmethod
     def frame_numbers(total: int, video_fps: float, fps: float | None, max_frames: int) -> IntArray:
@@ -163,52 +209,77 @@ class Family(Protocol):
         total: frames of the file.  video_fps: its rate.  fps: asked for, None for the family's own rule.
         """
 
-    def placeholder(
-        self, kind: str, grid: Sequence[int], times: Sequence[float], special: SpecialTokens
-    ) -> tuple[str | TokenRun, ...]:
+    def placeholder(self, item: ItemPatches, special: SpecialTokens) -> tuple[str | TokenRun, ...]:
         """What the chat template's one placeholder of an image or video becomes: texts and runs of tokens.
 
-        kind: "image" or "video".  grid: its row of grid_thw.  times: seconds of each frame of a video, from its
-        start.  What brings tokens around it of its own takes the place of those that the template has around it.
+        What brings tokens around it of its own takes the place of those that the template has around it.
         """
 
-    def model_inputs(
-        self,
-        input_ids: IntArray,
-        kinds: Sequence[str],
-        images: Patches | None,
-        videos: Patches | None,
-        second_per_grid_ts: npt.NDArray[np.float32] | None,
-    ) -> ModelInputs:
-        """The tensors of a prompt in the layout of the checkpoint's own processor.
-
-        kinds: "image" or "video", in the order of the prompt; images and videos are in that order too.
-        """
+    def model_inputs(self, input_ids: IntArray, items: Sequence[ItemPatches]) -> ModelInputs:
+        """The tensors of a prompt in the layout of the checkpoint's own processor; items in the prompt's order."""
 
     def item_grids(self, inputs: ModelInputs, visual_kind: npt.NDArray[np.int8]) -> tuple[IntArray, IntArray]:
         """The grid_thw of a prompt's images and of its videos, wherever the family's processor says them.
 
-        visual_kind: [seq_len], padding included, 0 text, 1 image placeholder, 2 video placeholder.
-
-        Raises:
-            InvalidInput: grids, placeholders and pixel values do not fit each other.
+        visual_kind: [seq_len], padding included, 0 text, 1 image placeholder, 2 video placeholder. Raises InvalidInput
+        where grids, placeholders and pixel values do not fit each other.
         """
 
-    def position_ids(
-        self,
-        visual_kind: npt.NDArray[np.int8],
-        image_grid_thw: IntArray,
-        video_grid_thw: IntArray,
-        second_per_grid_ts: npt.NDArray[np.float32],
-    ) -> IntArray:
+    def position_ids(self, visual_kind: npt.NDArray[np.int8], grids: ItemGrids) -> IntArray:
         """Positions of a prompt without padding: int64 [axes, seq_len].
 
-        Args:
-            visual_kind: [seq_len], 0 text, 1 image placeholder, 2 video placeholder.
-            image_grid_thw: [images, 3], patches in time, height and width.
-            video_grid_thw: [videos, 3].
-            second_per_grid_ts: [videos], seconds that one temporal patch spans.
-
-        Raises:
-            InvalidInput: placeholders and grids do not fit each other.
+        visual_kind: as in item_grids. Raises InvalidInput where placeholders and grids do not fit each other.
         """
+
+
+def object_of(preprocessor: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """The JSON object under a key, empty where there is none.
+
+    Raises:
+        CheckpointError: something else is there.
+    """
+    value = preprocessor.get(key)
+    if value is not None and not isinstance(value, Mapping):
+        raise wrong(key, value, "a JSON object")
+    return value or {}
+
+
+def whole_number(name: str, value: object, default: int, expected: str) -> int:
+    """An integer of at least 1, which JSON may also write as 50176.0; the default for null.
+
+    Raises:
+        CheckpointError: something else.
+    """
+    if value is None:
+        return default
+    if not _is_number(value) or not 1 <= value < _MOST**2 or value != int(value):
+        raise wrong(name, value, expected)
+    return int(value)
+
+
+def wrong(key: str, got: object, expected: str) -> CheckpointError:
+    """The error of a setting that cannot be used."""
+    return CheckpointError(f"preprocessor_config.json: {key}: got {repr(got)[:200]}, expected {expected}")
+
+
+def check_rgb(image: Image) -> None:
+    """Refuse what is not uint8 [height, width, 3], or empty.
+
+    Raises:
+        InvalidInput: it is none of these.
+    """
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+        raise InvalidInput(f"image: got {image.dtype}{list(image.shape)}, expected uint8[height, width, 3]")
+
+
+def _is_number(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _channel_values(name: str, value: object) -> Channels:
+    values = tuple(value) if isinstance(value, list | tuple) else (value,) * 3
+    if len(values) != 3 or not all(_is_number(v) and abs(v) < _MOST for v in values):
+        raise wrong(name, value, "three numbers, one a channel")
+    if name == "image_std" and min(values) < _LEAST_STD:
+        raise wrong(name, value, "numbers above 0")
+    return float(values[0]), float(values[1]), float(values[2])

@@ -10,7 +10,7 @@ its grid_thw is [tiles, patches, patches]. A video is its frames, each an item b
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,10 +18,23 @@ import numpy.typing as npt
 from hawk_trt.bundle import SpecialTokens
 from hawk_trt.errors import InvalidInput
 from hawk_trt.inputs.images import resize
-from hawk_trt.models import internvl_config, normalisation
-from hawk_trt.models.config import language_config
-from hawk_trt.models.family import IMAGE, VIDEO, ImageSettings, IntArray, ModelConfig, Patches, TokenRun
-from hawk_trt.models.normalisation import BICUBIC, check_rgb, value_tables, whole_number, wrong
+from hawk_trt.inputs.streamed_rows import joined_rows
+from hawk_trt.models.family import (
+    BICUBIC,
+    IMAGE,
+    VIDEO,
+    Image,
+    ImageSettings,
+    IntArray,
+    ItemGrids,
+    ItemPatches,
+    Patches,
+    PixelBounds,
+    TokenRun,
+    check_rgb,
+    whole_number,
+    wrong,
+)
 from hawk_trt.models.vision_config import InternVLVision
 from hawk_trt.request import ModelInputs
 from hawk_trt.stages import StageSpec, TensorSpec
@@ -32,34 +45,16 @@ _DEFAULT_FRAMES = 8
 _MEAN = (0.485, 0.456, 0.406)
 _STD = (0.229, 0.224, 0.225)
 
-Image = npt.NDArray[np.uint8]
-
 
 class InternVL:
     """The Family of InternVL3 and InternVL3.5 checkpoints, those of transformers (-hf) and the original ones."""
 
-    name: ClassVar[str] = "internvl"
     max_frame_pixels: ClassVar[int | None] = None
-    pixel_bounds: ClassVar[Literal["frame", "video", "nothing"]] = "nothing"
+    pixel_bounds: ClassVar[PixelBounds] = "nothing"
     vision: InternVLVision
 
     def __init__(self, vision: InternVLVision) -> None:
         self.vision = vision
-
-    @staticmethod
-    def read_config(
-        config: Mapping[str, Any],
-        generation: Mapping[str, Any] | None = None,
-        added_tokens: Mapping[str, int] | None = None,
-    ) -> ModelConfig:
-        """Read and check config.json, of either make."""
-        config = internvl_config.with_text_config(config)
-        return ModelConfig(
-            language_config(config, mrope=False, qk_norm=internvl_config.is_qwen3(config)),
-            internvl_config.vision_config(config),
-            internvl_config.special_tokens(config, generation or {}, added_tokens or {}),
-            internvl_config.chat_template(config),
-        )
 
     def vision_spec(self) -> StageSpec:
         """Inputs and outputs of the vision graph; num_visual counts the tokens of all tiles, tile after tile."""
@@ -79,9 +74,6 @@ class InternVL:
         """Settings from preprocessor_config.json; its bounds of tiles become bounds of pixels.
 
         crop_to_patches is not read: the checkpoints' processors cut images into tiles whatever it says.
-
-        Raises:
-            CheckpointError: a setting that is not usable, or tiles of another size than the tower's.
         """
         side = self.vision.image_size
         size = preprocessor.get("size") or side
@@ -93,18 +85,12 @@ class InternVL:
             return whole_number(name, preprocessor.get(name), default, "a number of tiles")
 
         few, many = tiles("min_patches", self.vision.min_tiles), tiles("max_patches", self.vision.max_tiles)
-        return normalisation.image_settings(preprocessor, (few * side**2, many * side**2), _MEAN, _STD)
+        return ImageSettings.read(preprocessor, (few * side**2, many * side**2), _MEAN, _STD)
 
     def images_to_patches(self, images: Sequence[Image], settings: ImageSettings) -> Patches:
-        """Resize, cut and normalise RGB images [height, width, 3].
+        """Tiles [tiles, 3, side, side], and a grid of [tiles, patches, patches] for each image.
 
-        settings: min_pixels and max_pixels bound all tiles but the thumbnail.
-
-        Returns:
-            Tiles [tiles, 3, side, side], and a grid of [tiles, patches, patches] for each image.
-
-        Raises:
-            InvalidInput: an image that is not RGB uint8 or is empty.
+        min_pixels and max_pixels of the settings bound all tiles but the thumbnail.
         """
         side = self.vision.image_size
         most = max(1, settings.max_pixels // side**2)
@@ -117,11 +103,7 @@ class InternVL:
         return self._patches(cut, counts, settings)
 
     def video_to_patches(self, frames: Sequence[Image], settings: ImageSettings) -> Patches:
-        """Resize and normalise the frames of one video, one tile each, going through them once.
-
-        Raises:
-            InvalidInput: no frame, or a frame that is not RGB uint8 or is empty.
-        """
+        """Resize and normalise the frames of one video, one tile each, going through them once."""
         if not len(frames):
             raise InvalidInput("video: got no frame, expected at least one")
 
@@ -133,10 +115,7 @@ class InternVL:
         return self._patches(cut(), [len(frames)], settings)
 
     def image_parts(self, image: Image, count: int) -> Sequence[Image]:
-        """The tiles that an image was cut into, the thumbnail last.
-
-        count: of its tiles, the thumbnail among them.
-        """
+        """The tiles that an image was cut into, the thumbnail last."""
         tiles = count - self._has_thumbnail(count)
         grid = tile_grid(image.shape[0], image.shape[1], self.vision.image_size, tiles, tiles)
         return list(self._cut(image, *grid, BICUBIC))
@@ -151,9 +130,7 @@ class InternVL:
         numbers: IntArray = (step / 2 + np.arange(count) * step).astype(np.float32).astype(np.int64)
         return numbers
 
-    def placeholder(
-        self, kind: str, grid: Sequence[int], times: Sequence[float], special: SpecialTokens
-    ) -> tuple[str | TokenRun, ...]:
+    def placeholder(self, item: ItemPatches, special: SpecialTokens) -> tuple[str | TokenRun, ...]:
         """An image's tiles between <img> and </img>; a video's frames so, each a line that its number begins."""
         if special.image is None or special.vision_start is None or special.vision_end is None:
             raise InvalidInput(
@@ -161,39 +138,21 @@ class InternVL:
                 "checkpoint. Pass ModelInputs"
             )
         start, end = TokenRun(special.vision_start), TokenRun(special.vision_end)
-        if kind == "image":
-            return (start, TokenRun(special.image, grid[0] * self.vision.tile_tokens), end)
+        if item.kind == "image":
+            return (start, TokenRun(special.image, item.grid[0] * self.vision.tile_tokens), end)
         parts: list[str | TokenRun] = []
-        for number in range(1, grid[0] + 1):
+        for number in range(1, item.grid[0] + 1):
             line = "" if number == 1 else "\n"
             parts += [f"{line}Frame{number}: ", start, TokenRun(special.image, self.vision.tile_tokens), end]
         return tuple(parts)
 
-    def model_inputs(
-        self,
-        input_ids: IntArray,
-        kinds: Sequence[str],
-        images: Patches | None,
-        videos: Patches | None,
-        second_per_grid_ts: npt.NDArray[np.float32] | None,
-    ) -> ModelInputs:
+    def model_inputs(self, input_ids: IntArray, items: Sequence[ItemPatches]) -> ModelInputs:
         """All tiles in pixel_values, in the order of the prompt."""
-        given = {kind: patches for kind, patches in (("image", images), ("video", videos)) if patches is not None}
-        if len(given) < 2:  # already in order
-            alone = next(iter(given.values()), None)
-            return ModelInputs(input_ids, pixel_values=None if alone is None else np.asarray(alone.pixel_values))
-        tiles = {
-            kind: iter(np.split(np.asarray(own.pixel_values), np.cumsum(own.grid_thw[:, 0])[:-1]))
-            for kind, own in given.items()
-        }
-        return ModelInputs(input_ids, pixel_values=np.concatenate([next(tiles[kind]) for kind in kinds]))
+        tiles = joined_rows([item.patches.pixel_values for item in items]) if items else None
+        return ModelInputs(input_ids, pixel_values=None if tiles is None else np.asarray(tiles))
 
     def item_grids(self, inputs: ModelInputs, visual_kind: npt.NDArray[np.int8]) -> tuple[IntArray, IntArray]:
-        """The grids that the runs of placeholders say, and no videos, whose frames are images here.
-
-        Raises:
-            InvalidInput: placeholders and tiles do not fit each other, or inputs that other families have.
-        """
+        """The grids that the runs of placeholders say, and no videos, whose frames are images here."""
         for name in ("image_grid_thw", "pixel_values_videos", "video_grid_thw"):
             if getattr(inputs, name) is not None:
                 raise InvalidInput(
@@ -223,13 +182,7 @@ class InternVL:
             )
         return self._grids(tiles.tolist()), self._grids([])
 
-    def position_ids(
-        self,
-        visual_kind: npt.NDArray[np.int8],
-        image_grid_thw: IntArray,
-        video_grid_thw: IntArray,
-        second_per_grid_ts: npt.NDArray[np.float32],
-    ) -> IntArray:
+    def position_ids(self, visual_kind: npt.NDArray[np.int8], grids: ItemGrids) -> IntArray:
         """One position after another, text and visual tokens alike: int64 [1, seq_len]."""
         return np.arange(len(visual_kind), dtype=np.int64)[None]
 
@@ -247,7 +200,7 @@ class InternVL:
         """Normalise the tiles of images and videos; counts: of each."""
         side = self.vision.image_size
         pixels = np.empty((sum(counts), 3, side, side), dtype=np.float32)
-        tables, start = value_tables(settings), 0
+        tables, start = settings.value_tables(), 0
         for tiles in cut:
             for channel, table in enumerate(tables):
                 pixels[start : start + len(tiles), channel] = table[tiles[..., channel]]
@@ -264,14 +217,7 @@ def tile_grid(height: int, width: int, side: int, fewest: int, most: int) -> tup
     """Columns and rows of the tiles of an image.
 
     The grid of the aspect ratio nearest to the image's, of fewest to most tiles; of equally near ones the smallest,
-    or a larger one that the image fills by more than half.
-
-    Args:
-        height: of the image, in pixels.
-        width: of the image, in pixels.
-        side: of a tile, in pixels.
-        fewest: tiles at least.
-        most: tiles at most.
+    or a larger one that the image fills by more than half. side: of a tile, in pixels.
     """
     grids = [
         (columns, rows)

@@ -10,7 +10,7 @@ from typing import Any
 
 from hawk_trt.bundle import SpecialTokens
 from hawk_trt.errors import CheckpointError
-from hawk_trt.models.config import Section, is_integer, text_section, vision_section
+from hawk_trt.models.config import ModelConfig, Section, is_integer, language_config, text_section, vision_section
 from hawk_trt.models.config import special_tokens as named_tokens
 from hawk_trt.models.vision_config import InternVLVision
 
@@ -59,12 +59,25 @@ _TEMPLATE = """\
 """
 
 
-def with_text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """config.json with the language side under text_config, whichever make it is of.
+def read(config: Mapping[str, Any], generation: Mapping[str, Any], added_tokens: Mapping[str, int]) -> ModelConfig:
+    """The model of a config.json of either make; see registry.read_config.
 
     Raises:
-        CheckpointError: there is none, or it is neither Qwen2 nor Qwen3.
+        CheckpointError: a setting is missing or not supported.
     """
+    config = _with_text_config(config)
+    qwen3 = bool(_QWEN3 & set(_language_side(config["text_config"])))
+    return ModelConfig(
+        language_config(config, mrope=False, qk_norm=qwen3),
+        _vision_config(config),
+        _special_tokens(config, generation, added_tokens),
+        # of an original checkpoint; transformers' make has its own
+        _TEMPLATE if config.get("template") == _TEMPLATE_NAME else None,
+    )
+
+
+def _with_text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """config.json with the language side, Qwen2 or Qwen3, under text_config, whichever make it is of."""
     where = next((name for name in ("text_config", "llm_config") if isinstance(config.get(name), Mapping)), None)
     if where is None:
         expected = "the sizes of the language model (llm_config in the original make)"
@@ -81,17 +94,7 @@ def with_text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**config, "text_config": text}
 
 
-def is_qwen3(config: Mapping[str, Any]) -> bool:
-    """Whether the language side is Qwen3, else it is Qwen2. config: from with_text_config."""
-    return bool(_QWEN3 & set(_language_side(config["text_config"])))
-
-
-def vision_config(config: Mapping[str, Any]) -> InternVLVision:
-    """Sizes of the vision tower and projector, and how many tiles an image is cut into.
-
-    Raises:
-        CheckpointError: a setting is missing or not supported.
-    """
+def _vision_config(config: Mapping[str, Any]) -> InternVLVision:
     model, vision = Section(config), vision_section(config, _TOWER_DEFAULTS)
     for section, fixed in ((model, _FIXED), (vision, _FIXED_IN_TOWER)):
         for key, value in fixed.items():
@@ -137,26 +140,18 @@ def vision_config(config: Mapping[str, Any]) -> InternVLVision:
     )
 
 
-def special_tokens(
+def _special_tokens(
     config: Mapping[str, Any], generation: Mapping[str, Any], added_tokens: Mapping[str, int]
 ) -> SpecialTokens:
     """Ids of the tokens that the runtime must know; vision_start and vision_end are <img> and </img>.
 
     <video> is only ever in templates and has no embedding, so its id may lie beyond the vocabulary. <|im_end|> always
     ends an answer: the original checkpoints leave that to their code.
-
-    Raises:
-        CheckpointError: an id that is not a token of the vocabulary.
     """
     known = {content: token for content, token in added_tokens.items() if content != _SPELLINGS["video"]}
     tokens = named_tokens(config, generation, known, _SPELLINGS)
     ends = () if tokens.im_end is None or tokens.im_end in tokens.eos else (tokens.im_end,)
     return replace(tokens, video=added_tokens.get(_SPELLINGS["video"]), eos=(*tokens.eos, *ends))
-
-
-def chat_template(config: Mapping[str, Any]) -> str | None:
-    """The Jinja of the "template" that an original checkpoint names; None for another, and for transformers' make."""
-    return _TEMPLATE if config.get("template") == _TEMPLATE_NAME else None
 
 
 def _language_side(text: Mapping[str, Any]) -> list[str]:

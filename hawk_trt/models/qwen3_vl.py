@@ -6,69 +6,40 @@ video is told as text: each frame is a picture of its own between vision_start a
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import lru_cache
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
 from hawk_trt.bundle import SpecialTokens
 from hawk_trt.errors import InvalidInput
-from hawk_trt.models.config import Section, language_config, text_section, vision_section
-from hawk_trt.models.family import ImageSettings, IntArray, TokenRun
-from hawk_trt.models.qwen2_vl import Qwen2VL, block_numbers, vision_sizes
+from hawk_trt.models.family import ImageSettings, IntArray, ItemGrids, ItemPatches, PixelBounds, TokenRun
+from hawk_trt.models.qwen2_vl import Qwen2VL
 from hawk_trt.models.qwen_patches import (
     DEFAULT_FPS,
-    MAX_ASPECT_RATIO,
     MIN_FRAMES,
     PLANS_KEPT,
     FrameBatch,
-    grown,
     patch_positions,
-    shrunk,
+    smart_resize,
 )
-from hawk_trt.models.vision_config import AnyVision, Qwen3Vision
-from hawk_trt.stages import LanguageConfig, StageSpec, TensorSpec, deepstack_embeds_spec
+from hawk_trt.models.vision_config import Qwen3Vision
+from hawk_trt.stages import StageSpec, TensorSpec, deepstack_embeds_spec
 
 
 class Qwen3VL(Qwen2VL):
     """The Family of dense Qwen3-VL checkpoints of any size."""
 
-    name: ClassVar[str] = "qwen3_vl"
     max_frame_pixels: ClassVar[int | None] = None
-    pixel_bounds: ClassVar[Literal["frame", "video", "nothing"]] = "video"
+    pixel_bounds: ClassVar[PixelBounds] = "video"
     vision: Qwen3Vision
 
     def __init__(self, vision: Qwen3Vision) -> None:
         super().__init__(vision)
 
-    @classmethod
-    def _language_config(cls, config: Mapping[str, Any]) -> LanguageConfig:
-        """Queries and keys are normed, mRoPE's axes take turns, DeepStack adds."""
-        text = text_section(config)
-        rope = Section(text.get("rope_parameters") or text.get("rope_scaling") or {})
-        rope.expect("mrope_interleaved", True, True)
-        language = language_config(config, qk_norm=True)
-        levels = len(block_numbers(vision_section(config), "deepstack_visual_indexes"))
-        if levels >= language.num_hidden_layers:
-            raise text.wrong("num_hidden_layers", f"more than the {levels} of deepstack_visual_indexes")
-        return replace(language, mrope_interleaved=True, deepstack_levels=levels)
-
-    @classmethod
-    def _vision_config(cls, config: Mapping[str, Any]) -> AnyVision:
-        vision = vision_section(config)
-        blocks, places = block_numbers(vision, "deepstack_visual_indexes"), vision.integer("num_position_embeddings")
-        if list(blocks) != sorted(set(blocks)):
-            raise vision.wrong("deepstack_visual_indexes", "ascending block numbers")
-        if math.isqrt(places) ** 2 != places:
-            raise vision.wrong("num_position_embeddings", "the square of an integer")
-        sizes = vision_sizes(config, vision, "gelu_pytorch_tanh")
-        return Qwen3Vision(**sizes, num_position_embeddings=places, deepstack_visual_indexes=blocks)
-
     def vision_spec(self) -> StageSpec:
-        """Inputs and outputs of the vision graph."""
+        """Qwen2-VL's, the places in the table of positions, and DeepStack's features."""
         spec, levels = super().vision_spec(), len(self.vision.deepstack_visual_indexes)
         places = (
             TensorSpec("place_index", "int64", ("num_patches", 4)),
@@ -83,30 +54,13 @@ class Qwen3VL(Qwen2VL):
         return super()._feed(batch) | {"place_index": index, "place_weight": weight}
 
     def frame_size(self, num_frames: int, height: int, width: int, settings: ImageSettings) -> tuple[int, int]:
-        """Height and width of the resized frames; the pixel bounds are of all frames together.
-
-        So longer videos get smaller frames.
-
-        Raises:
-            InvalidInput: a side more than 200 times the other.
-        """
+        """The pixel bounds are of all frames together, so longer videos get smaller frames."""
         factor, together = self.vision.token_side, self.vision.temporal_patch_size
         if min(height, width) < factor:
             scale = max(factor / height, factor / width)
             height, width = int(height * scale), int(width * scale)
-        if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
-            raise InvalidInput(
-                f"video: got frames of {width} x {height} pixels, expected sides of at most 1 to {MAX_ASPECT_RATIO}. "
-                "Crop them"
-            )
         num_frames = max(num_frames, together)  # a single frame is shown twice
-        tall, wide = round(height / factor) * factor, round(width / factor) * factor
-        volume = round(num_frames / together) * together * tall * wide
-        if volume > settings.max_pixels:
-            return shrunk(height, width, factor, math.sqrt(num_frames * height * width / settings.max_pixels))
-        if volume < settings.min_pixels:
-            return grown(height, width, factor, math.sqrt(settings.min_pixels / (num_frames * height * width)))
-        return tall, wide
+        return smart_resize(height, width, factor, settings.min_pixels, settings.max_pixels, num_frames, together)
 
     @staticmethod
     def frame_numbers(total: int, video_fps: float, fps: float | None, max_frames: int) -> IntArray:
@@ -119,56 +73,42 @@ class Qwen3VL(Qwen2VL):
         numbers: IntArray = np.linspace(0, total - 1, count).round().astype(np.int64)
         return numbers
 
-    def placeholder(
-        self, kind: str, grid: Sequence[int], times: Sequence[float], special: SpecialTokens
-    ) -> tuple[str | TokenRun, ...]:
+    def placeholder(self, item: ItemPatches, special: SpecialTokens) -> tuple[str | TokenRun, ...]:
         """An image's placeholder once for each visual token; of a video each temporal patch's time and tokens.
 
         The time is the mean of the patch's first and last frame; the last frame is repeated where one is missing. The
-        tokens lie between vision_start and vision_end.
-
-        Raises:
-            InvalidInput: a video, and the bundle's tokenizer lacks a token that it needs.
+        tokens lie between vision_start and vision_end, which the bundle's tokenizer may lack: then InvalidInput.
         """
-        if kind == "image":
-            return super().placeholder(kind, grid, times, special)
+        if item.kind == "image":
+            return super().placeholder(item, special)
         start, video, end = special.vision_start, special.video, special.vision_end
         if start is None or video is None or end is None:
             raise InvalidInput(
                 "prompt: this bundle's tokenizer lacks <|vision_start|>, <|video_pad|> or <|vision_end|>, which a "
                 "video needs. Pass ModelInputs"
             )
-        tokens = grid[1] * grid[2] // self.vision.spatial_merge_size**2
+        (steps, height, width), times = item.grid, item.times
+        tokens = height * width // self.vision.spatial_merge_size**2
         frame = (TokenRun(start), TokenRun(video, tokens), TokenRun(end))
-        together = -(-len(times) // grid[0])
+        together = -(-len(times) // steps)
         parts: list[str | TokenRun] = []
         for first in range(0, len(times), together):
             last = min(first + together, len(times)) - 1
             parts += [f"<{(times[first] + times[last]) / 2:.1f} seconds>", *frame]
         return tuple(parts)
 
-    def position_ids(
-        self,
-        visual_kind: npt.NDArray[np.int8],
-        image_grid_thw: IntArray,
-        video_grid_thw: IntArray,
-        second_per_grid_ts: npt.NDArray[np.float32],
-    ) -> IntArray:
-        """Positions of a prompt without padding: int64 [3, seq_len]; each frame of a video counts as an image."""
-        frames = np.repeat(video_grid_thw, video_grid_thw[:, 0], axis=0)
+    def position_ids(self, visual_kind: npt.NDArray[np.int8], grids: ItemGrids) -> IntArray:
+        """Each frame of a video counts as an image."""
+        frames = np.repeat(grids.videos, grids.videos[:, 0], axis=0)
         frames[:, 0] = 1
-        return super().position_ids(visual_kind, image_grid_thw, frames, second_per_grid_ts)
+        return super().position_ids(visual_kind, ItemGrids(grids.images, frames, grids.seconds))
 
 
 @lru_cache(maxsize=PLANS_KEPT)
 def interpolation(height: int, width: int, merge: int, side: int) -> tuple[IntArray, npt.NDArray[np.float32]]:
-    """How the table of positions is resampled to a frame, corner on corner, bilinearly.
+    """How the square table of positions, of a side, is resampled to a frame of height x width patches, bilinearly.
 
-    Args:
-        height: of the frame, in patches.
-        width: of the frame, in patches.
-        merge: patches on a side of a merge block.
-        side: of the square table.
+    Corners lie on corners. merge: patches on a side of a merge block.
 
     Returns:
         Four places in the flattened table and their weights for each patch, in the processor's order:

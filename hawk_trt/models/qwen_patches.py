@@ -1,25 +1,31 @@
-"""Patches of the Qwen vision towers: which frames of a video, how large, how they are cut, and a frame size at a time.
+"""Patches and positions of the Qwen line: how large pictures are, how they are cut, where their tokens stand.
 
 A patch is a row of [channel, temporal patch, patch, patch]. Patches lie in the order of the checkpoint's own processor:
 frame by frame, in a frame by merge block (the m x m patches that become one token follow each other), blocks in raster
 order. An image fills its temporal patch with itself.
+
+Multimodal rotary positions (mRoPE) are time, height and width of every prompt token. Text advances all three axes by
+one a token. An image or video that starts at position p takes
+    time   p + floor(frame * second_per_grid_ts * tokens_per_second)     (an image: p)
+    height p + row,  width p + column                                     (of its merged tokens)
+and what follows it starts at its largest position on any axis + 1.
 """
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
 from hawk_trt.errors import InvalidInput
 from hawk_trt.inputs.streamed_rows import StreamedRows
-from hawk_trt.models.family import ImageSettings, IntArray, Patches
-from hawk_trt.models.qwen_positions import check_grid
+from hawk_trt.models.family import IMAGE, TEXT, VIDEO, ImageSettings, IntArray, ItemGrids, Patches
 from hawk_trt.models.vision_config import Qwen2Vision
 
-MAX_ASPECT_RATIO = 200
+_MAX_ASPECT_RATIO = 200
 # How the Qwen2-VL processor samples a file: frames a second, and how many of them.
 DEFAULT_FPS = 2.0
 MIN_FRAMES = 4
@@ -32,48 +38,36 @@ _SHARE_OF_CONTEXT = 0.9
 _OVER_LEAST = 1.05
 
 
-def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+def smart_resize(
+    height: int, width: int, factor: int, min_pixels: int, max_pixels: int, num_frames: int = 1, together: int = 1
+) -> tuple[int, int]:
     """Height and width nearest to the given ones that are multiples of factor and within the pixel bounds.
+
+    The bounds are of all frames together; `together` frames make a temporal patch.
 
     Raises:
         InvalidInput: a side more than 200 times the other.
     """
-    if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
+    if max(height, width) > _MAX_ASPECT_RATIO * min(height, width):
+        what = "image: got" if num_frames == 1 else "video: got frames of"
         raise InvalidInput(
-            f"image: got {width} x {height} pixels, expected sides of at most 1 to {MAX_ASPECT_RATIO}. Crop it"
+            f"{what} {width} x {height} pixels, expected sides of at most 1 to {_MAX_ASPECT_RATIO}. Crop it"
         )
     tall, wide = round(height / factor) * factor, round(width / factor) * factor
-    if tall * wide > max_pixels:
-        return shrunk(height, width, factor, math.sqrt(height * width / max_pixels))
-    if tall * wide < min_pixels:
-        return grown(height, width, factor, math.sqrt(min_pixels / (height * width)))
+    volume = round(num_frames / together) * together * tall * wide
+    if volume > max_pixels:
+        by = math.sqrt(num_frames * height * width / max_pixels)
+        tall, wide = (max(factor, math.floor(side / by / factor) * factor) for side in (height, width))
+    elif volume < min_pixels:
+        by = math.sqrt(min_pixels / (num_frames * height * width))
+        tall, wide = (math.ceil(side * by / factor) * factor for side in (height, width))
     return tall, wide
-
-
-def shrunk(height: int, width: int, factor: int, by: float) -> tuple[int, int]:
-    """Height and width divided by a number, down to multiples of factor, at least one."""
-    return (
-        max(factor, math.floor(height / by / factor) * factor),
-        max(factor, math.floor(width / by / factor) * factor),
-    )
-
-
-def grown(height: int, width: int, factor: int, by: float) -> tuple[int, int]:
-    """Height and width times a number, up to multiples of factor."""
-    return math.ceil(height * by / factor) * factor, math.ceil(width * by / factor) * factor
 
 
 def sample_indices(total: int, video_fps: float, fps: float | None, max_frames: int = MAX_FRAMES) -> IntArray:
     """Which frames of a file are taken: evenly spaced, an even number of them (one of a single frame).
 
-    Args:
-        total: frames of the file.
-        video_fps: its frames a second.
-        fps: frames a second wanted, None is 2; at least 4 frames are taken, where there are so many.
-        max_frames: taken at most.
-
-    Returns:
-        int64 [frames], ascending.
+    fps is the wanted rate, None is 2; at least 4 frames are taken, where there are so many. int64 [frames], ascending.
     """
     rate = DEFAULT_FPS if fps is None else fps
     wanted = min(max(total / video_fps * rate, MIN_FRAMES), max_frames, total)
@@ -132,13 +126,7 @@ def patch_positions(height: int, width: int, merge: int) -> IntArray:
 
 @dataclass(frozen=True, slots=True)
 class FrameBatch:
-    """Successive frames of one size.
-
-    Attributes:
-        pixel_values: float32 [num_frames, num_patches, patch_dim].
-        height: of each frame, in patches.
-        width: of each frame, in patches.
-    """
+    """Successive frames of one size: float32 [num_frames, num_patches, patch_dim]; height and width in patches."""
 
     pixel_values: npt.NDArray[np.float32]
     height: int
@@ -178,3 +166,71 @@ def _batches(pixels: npt.NDArray[np.float32] | StreamedRows, grid: IntArray, max
             rows = pixels[start : start + count * num_patches].astype(np.float32, copy=False)
             start += count * num_patches
             yield FrameBatch(rows.reshape(count, num_patches, -1), height, width)
+
+
+def position_ids(visual_kind: npt.NDArray[np.int8], grids: ItemGrids, merge: int, tokens_per_second: float) -> IntArray:
+    """Positions of a prompt without padding, whose grids make as many tokens as it has placeholders.
+
+    Args:
+        visual_kind: [seq_len], 0 text, 1 image placeholder, 2 video placeholder.
+        grids: of its images and videos.
+        merge: patches on a side of a visual token.
+        tokens_per_second: of the time axis.
+
+    Returns:
+        int64 [3, seq_len]: time, height, width.
+
+    Raises:
+        InvalidInput: text lies between the placeholders of an image or video, which it names.
+    """
+    rate, still = np.float32(tokens_per_second), np.zeros(len(grids.images), np.float32)
+    items = {
+        IMAGE: enumerate(zip(grids.images.tolist(), still, strict=True)),
+        VIDEO: enumerate(zip(grids.videos.tolist(), grids.seconds, strict=True)),
+    }
+    positions = np.empty((3, len(visual_kind)), dtype=np.int64)
+    start = 0  # on the axes
+    edges = np.flatnonzero(np.diff(visual_kind, prepend=-1, append=-1)).tolist()
+    for index, end in pairwise(edges):  # a run of text, or of one image or video or several
+        kind = int(visual_kind[index])
+        if kind == TEXT:
+            positions[:, index:end] = start + np.arange(end - index)
+            start += end - index
+            continue
+        while index < end:
+            item, (grid, seconds) = next(items[kind])
+            frames, high, wide = grid[0], grid[1] // merge, grid[2] // merge
+            tokens = frames * high * wide
+            if end - index < tokens:
+                name = "image" if kind == IMAGE else "video"
+                raise InvalidInput(
+                    f"{name} {item}: got {end - index} placeholders in a row, expected {tokens} for its grid {grid}"
+                )
+            # In float32 as transformers does: the floor of a product differs from that in float64.
+            time = np.floor(np.arange(frames, dtype=np.float32) * seconds * rate).astype(np.int64)
+            axes = np.broadcast_arrays(time[:, None, None], np.arange(high)[:, None], np.arange(wide))
+            block = start + np.stack(axes).reshape(3, -1)
+            positions[:, index : index + tokens] = block
+            index, start = index + tokens, int(block.max()) + 1
+    return positions
+
+
+def check_grid(name: str, grid_thw: npt.ArrayLike | None, merge: int) -> IntArray:
+    """A grid as int64 [items, 3]; no items where there is none.
+
+    Raises:
+        InvalidInput: not [items, 3], not integers, below 1, or height or width no multiple of merge.
+    """
+    grid = np.asarray(() if grid_thw is None else grid_thw)
+    if grid.size == 0:
+        return np.empty((0, 3), dtype=np.int64)
+    if grid.ndim != 2 or grid.shape[1] != 3 or not np.issubdtype(grid.dtype, np.integer):
+        raise InvalidInput(f"{name}: got {grid.dtype}{list(grid.shape)}, expected int64[items, 3]")
+    wrong = (grid < 1).any(axis=1) | (grid[:, 1:] % merge != 0).any(axis=1)
+    if wrong.any():
+        row = int(wrong.argmax())
+        raise InvalidInput(
+            f"{name}[{row}]: got {grid[row].tolist()}, expected at least one frame, "
+            f"and height and width in patches that are multiples of {merge}"
+        )
+    return grid.astype(np.int64, copy=False)

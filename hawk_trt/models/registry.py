@@ -1,11 +1,17 @@
-"""Which model families there are: by the name that bundles have, or by the architecture of a checkpoint."""
+"""Which model families there are: by the architecture of a checkpoint, and by the vision sizes of a bundle.
+
+No other family's file is imported, and the readers of config.json only where one is read.
+"""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hawk_trt.errors import CheckpointError
-from hawk_trt.models.config import Section
 from hawk_trt.models.family import Family
+from hawk_trt.models.vision_config import AnyVision, InternVLVision, Qwen3Vision, Qwen25Vision
+
+if TYPE_CHECKING:
+    from hawk_trt.models.config import ModelConfig
 
 _ARCHITECTURES = {
     "Qwen2_5_VLForConditionalGeneration": "qwen2_5_vl",
@@ -20,43 +26,64 @@ _REFUSED = {
 }
 
 
-def family_by_name(name: str) -> type[Family]:
-    """The family of a bundle; no other family's file is imported.
-
-    Raises:
-        CheckpointError: no such family.
-    """
-    if name == "qwen2_5_vl":
-        from hawk_trt.models.qwen2_5_vl import Qwen25VL
-
-        return Qwen25VL
-    if name == "qwen2_vl":
-        from hawk_trt.models.qwen2_vl import Qwen2VL
-
-        return Qwen2VL
-    if name == "qwen3_vl":
-        from hawk_trt.models.qwen3_vl import Qwen3VL
-
-        return Qwen3VL
-    if name == "internvl":
+def load_family(vision: AnyVision) -> Family:
+    """The family of a model, with its sizes."""
+    if isinstance(vision, InternVLVision):
         from hawk_trt.models.internvl import InternVL
 
-        return InternVL
-    raise CheckpointError(f"family: got {name!r}, supported are {', '.join(sorted(set(_ARCHITECTURES.values())))}")
+        return InternVL(vision)
+    if isinstance(vision, Qwen25Vision):
+        from hawk_trt.models.qwen2_5_vl import Qwen25VL
+
+        return Qwen25VL(vision)
+    if isinstance(vision, Qwen3Vision):
+        from hawk_trt.models.qwen3_vl import Qwen3VL
+
+        return Qwen3VL(vision)
+    from hawk_trt.models.qwen2_vl import Qwen2VL
+
+    return Qwen2VL(vision)
 
 
-def family_of(config: Mapping[str, Any]) -> type[Family]:
-    """The family of a checkpoint's config.json.
+def read_config(
+    config: Mapping[str, Any],
+    generation: Mapping[str, Any] | None = None,
+    added_tokens: Mapping[str, int] | None = None,
+) -> "ModelConfig":
+    """Read and check config.json.
+
+    Args:
+        config: config.json.
+        generation: generation_config.json, where there is one.
+        added_tokens: content to id of the tokenizer's added tokens, where there is a tokenizer.
+
+    Raises:
+        CheckpointError: a setting is missing or not supported.
+    """
+    family = family_name(config)
+    if family == "internvl":
+        from hawk_trt.models import internvl_config
+
+        return internvl_config.read(config, generation or {}, added_tokens or {})
+    from hawk_trt.models import qwen_config
+
+    return qwen_config.read(family, config, generation or {}, added_tokens or {})
+
+
+def family_name(config: Mapping[str, Any]) -> str:
+    """Name of the family of a checkpoint's config.json.
 
     Raises:
         CheckpointError: an architecture that is not supported.
     """
     named = config.get("architectures")
     if named is not None and not (isinstance(named, list) and all(isinstance(name, str) for name in named)):
+        from hawk_trt.models.config import Section
+
         raise Section(config).wrong("architectures", "a list of names")
     got = tuple(named or ()) or (str(config.get("model_type"))[:60],)
     for name in got:
         if name in _ARCHITECTURES:
-            return family_by_name(_ARCHITECTURES[name])
+            return _ARCHITECTURES[name]
     reasons = "".join(f". {_REFUSED[name]}" for name in got if name in _REFUSED)
     raise CheckpointError(f"architecture: got {', '.join(got)}, supported are {', '.join(_ARCHITECTURES)}{reasons}")

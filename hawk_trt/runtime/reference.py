@@ -24,8 +24,8 @@ import numpy.typing as npt
 from hawk_trt.bundle import MANIFEST, Manifest, file_entry, manifest_bytes, read_manifest
 from hawk_trt.errors import BundleError
 from hawk_trt.files import write_atomically
-from hawk_trt.models.family import TokenRun
-from hawk_trt.models.registry import family_by_name
+from hawk_trt.models.family import ItemPatches, TokenRun
+from hawk_trt.models.registry import load_family
 from hawk_trt.pipeline import Pipeline
 from hawk_trt.request import ModelInputs, PruningConfig
 
@@ -218,7 +218,7 @@ def random_inputs(
     manifest: Manifest, rng: np.random.Generator, sizes: Sequence[tuple[int, int]], num_frames: int
 ) -> ModelInputs:
     """A prompt with images of these widths and heights, or with a video of so many frames."""
-    family, tokens = family_by_name(manifest.family)(manifest.vision), manifest.special_tokens
+    family, tokens = load_family(manifest.vision), manifest.special_tokens
     known = (tokens.image, tokens.video, tokens.vision_start, tokens.vision_end, tokens.im_start, tokens.im_end)
     special = [token for token in (*known, tokens.pad, *tokens.eos) if token is not None]
     plain = np.setdiff1d(np.arange(manifest.language.vocab_size), special)
@@ -233,22 +233,19 @@ def random_inputs(
     settings = family.image_settings({})
     images = [rng.integers(0, 256, (height, width, 3), dtype=np.uint8) for width, height in sizes]
     frames = [rng.integers(0, 256, (112, 112, 3), dtype=np.uint8) for _ in range(num_frames)]
-    patches = {
-        "image": family.images_to_patches(images, settings) if images else None,
-        "video": family.video_to_patches(frames, settings) if frames else None,
-    }
+    items = [ItemPatches("image", family.images_to_patches([image], settings)) for image in images]
+    if frames:
+        times = [frame / 2 for frame in range(num_frames)]
+        items.append(ItemPatches("video", family.video_to_patches(frames, settings), times))
     ids: list[int] = [*([] if tokens.im_start is None else [tokens.im_start]), *text(_TEXT_TOKENS)]
-    kinds = []
-    for kind, shown in patches.items():
-        for grid in [] if shown is None else shown.grid_thw.tolist():
-            kinds.append(kind)
-            parts = family.placeholder(kind, grid, [frame / 2 for frame in range(num_frames)], filled)
-            if TokenRun(end) not in parts:  # then the templates have the tokens around an image
-                parts = (TokenRun(start), *parts, TokenRun(end))
-            for part in parts:
-                ids += text(2) if isinstance(part, str) else [part.token_id] * part.count
+    for item in items:
+        parts = family.placeholder(item, filled)
+        if TokenRun(end) not in parts:  # then the templates have the tokens around an image
+            parts = (TokenRun(start), *parts, TokenRun(end))
+        for part in parts:
+            ids += text(2) if isinstance(part, str) else [part.token_id] * part.count
     ids += [*text(_TEXT_TOKENS), *([] if tokens.im_end is None else [tokens.im_end]), *text(3)]
-    return family.model_inputs(np.array(ids, dtype=np.int64), kinds, patches["image"], patches["video"], None)
+    return family.model_inputs(np.array(ids, dtype=np.int64), items)
 
 
 def model_of(manifest: Manifest) -> tuple[str, str]:

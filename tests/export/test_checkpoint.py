@@ -29,7 +29,7 @@ from export.graphs import inventory
 from hawk_trt.errors import CheckpointError
 from hawk_trt.inputs.checkpoint_files import download, is_hub_id
 from hawk_trt.inputs.tensor_file import read_tensor_file
-from hawk_trt.models.registry import family_of
+from hawk_trt.models.registry import read_config
 
 NORM = "language_model.norm.weight"
 
@@ -70,7 +70,7 @@ def test_the_safetensors_package_reads_what_the_tests_write(tmp_path):
 def test_a_sparse_7b_checkpoint_is_read_without_taking_disk_or_memory(tmp_path):
     folder = make_sparse_checkpoint(tmp_path / "model")
     checkpoint = Checkpoint.open(folder)
-    model = family_of(checkpoint.config).read_config(checkpoint.config)
+    model = read_config(checkpoint.config)
     expected = inventory(model.language, model.vision)
     for name, shape in expected.items():
         checkpoint.expect(name, shape)

@@ -30,7 +30,7 @@ from export.__main__ import main
 from export.writer import ExportOptions, export
 from hawk_trt.bundle import MANIFEST, Bundle, HeadWeights, manifest_bytes, read_manifest
 from hawk_trt.errors import BundleError, CheckpointError, InvalidInput
-from hawk_trt.models.registry import family_of
+from hawk_trt.models.registry import read_config
 from hawk_trt.stages import STAGES, TARGETS
 
 ROOT = Path(__file__).parents[2]
@@ -475,6 +475,5 @@ def test_a_failure_is_one_line_on_stderr(tmp_path):
 def test_shapes_of_the_tests_are_those_of_the_exporter():
     from export.graphs import inventory
 
-    family = family_of(config())
-    model = family.read_config(config())
+    model = read_config(config())
     assert inventory(model.language, model.vision) == shapes()

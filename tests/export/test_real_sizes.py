@@ -15,10 +15,8 @@ from export.head_weights import UNIFORM, default_head_weights
 from export.real_shapes import shape_config
 from export.weights import WeightStore
 from hawk_trt.bundle import read_manifest
-from hawk_trt.models.registry import family_by_name, family_of
+from hawk_trt.models.registry import load_family, read_config
 from hawk_trt.stages import CUDA, DECODER, FIRST_LAYER, PORTABLE, TENSORRT, VISION, decoder_spec, first_layer_spec
-
-FAMILY = family_by_name("qwen2_5_vl")
 
 # config.json of Qwen2.5-VL-3B-Instruct; those of the others differ in sizes alone.
 RELEASED_3B = {
@@ -103,34 +101,33 @@ def checkpoint(name, tmp_path_factory):
 
 def test_the_released_config_gives_the_sizes_and_the_number_of_parameters(name):
     config, sizes = released(name), QWEN_MODELS[name]
-    family = family_of(config)
-    model = family.read_config(config)
+    model = read_config(config)
     language, vision = model.language, model.vision
-    assert (family.name, language.head_dim, language.mrope_section) == ("qwen2_5_vl", 128, (16, 24, 24))
+    assert (model.vision.family, language.head_dim, language.mrope_section) == ("qwen2_5_vl", 128, (16, 24, 24))
     assert (language.max_position_embeddings, language.tie_word_embeddings) == (128_000, name == "3B")
     assert inventory(language, vision) == shapes(sizes, tied=name == "3B")
     count = sum(int(np.prod(shape)) for shape in inventory(language, vision).values())
     assert count == pytest.approx(PARAMETERS[name], rel=2e-3)
-    tokens = family.read_config(config, {"eos_token_id": [151645, 151643]}, {}).special_tokens
+    tokens = read_config(config, {"eos_token_id": [151645, 151643]}, {}).special_tokens
     assert (tokens.image, tokens.vision_end, tokens.eos) == (151655, 151653, (151645, 151643))
 
 
 @pytest.mark.parametrize("target", (CUDA, TENSORRT, PORTABLE))
 def test_every_weight_has_its_place_and_every_graph_its_contract(checkpoint, target):
     opened = Checkpoint.open(checkpoint)
-    model = FAMILY.read_config(opened.config)
+    model = read_config(opened.config)
     language, vision = model.language, model.vision
     for tensor, shape in inventory(language, vision).items():
         opened.expect(tensor, shape)
     store = WeightStore(opened, "bfloat16", link=True)
-    graphs = build_graphs(FAMILY(vision), language, store, "bfloat16", target, "l2")
+    graphs = build_graphs(load_family(vision), language, store, "bfloat16", target, "l2")
     table = store.table()
     assert opened.unused() == []
     assert (table.dtype, table.shape) == ("bfloat16", (language.vocab_size, language.hidden_size))
     assert store.disk_bytes == 0
     assert store.total_bytes == sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
     specs = {
-        VISION: FAMILY(vision).vision_spec(),
+        VISION: load_family(vision).vision_spec(),
         FIRST_LAYER: first_layer_spec(language, target),
         DECODER: decoder_spec(language, target),
     }
@@ -149,15 +146,15 @@ def test_every_weight_has_its_place_and_every_graph_its_contract(checkpoint, tar
 
 def test_shapes_are_inferred_through_every_graph(checkpoint):
     opened = Checkpoint.open(checkpoint)
-    model = FAMILY.read_config(opened.config)
+    model = read_config(opened.config)
     language, vision = model.language, model.vision
-    graphs = build_graphs(FAMILY(vision), language, WeightStore(opened, "float32"), "float32", "cpu", "l2")
+    graphs = build_graphs(load_family(vision), language, WeightStore(opened, "float32"), "float32", "cpu", "l2")
     for graph in graphs.values():
         onnx.shape_inference.infer_shapes(ir.to_proto(graph), check_type=True, strict_mode=True, data_prop=True)
 
 
 def test_the_released_head_weights_are_the_7bs_and_no_others(name):
-    language = FAMILY.read_config(released(name)).language
+    language = read_config(released(name)).language
     weights = default_head_weights("qwen2_5_vl", language)
     assert len(weights.values) == language.num_attention_heads
     if name == "7B":
@@ -200,5 +197,5 @@ def test_given_head_weights_are_not_remarked_upon(tmp_path, capsys):
 
 def test_the_shapes_of_random_exports_are_those_of_the_released_configs(name):
     config, shape = released(name), shape_config(f"qwen2.5-vl-{name.lower()}")
-    assert FAMILY.read_config(shape).language == FAMILY.read_config(config).language
-    assert FAMILY.read_config(shape).vision == FAMILY.read_config(config).vision
+    assert read_config(shape).language == read_config(config).language
+    assert read_config(shape).vision == read_config(config).vision

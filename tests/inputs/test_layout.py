@@ -9,12 +9,12 @@ from hawk_trt import ModelInputs
 from hawk_trt.bundle import SpecialTokens
 from hawk_trt.errors import InvalidInput
 from hawk_trt.inputs.layout import collate, paper_query_mask, prompt_layout
-from hawk_trt.models.registry import family_by_name
+from hawk_trt.models.registry import load_family
 from hawk_trt.stages import BIAS_DROP, BIAS_KEEP
 from vision_configs import QWEN2_5_VL
 
 SPECIAL = SpecialTokens(image=9, video=8, vision_start=6, vision_end=7, im_start=4, im_end=5, pad=0, eos=(5,))
-FAMILY = family_by_name("qwen2_5_vl")(QWEN2_5_VL)
+FAMILY = load_family(QWEN2_5_VL)
 IMAGE = [6, 9, 9, 9, 9, 7]  # a 4 x 4 grid
 GRID = np.array([[1, 4, 4]])
 ONE_VIDEO = {"ids": [6, 8, 8, 8, 8, 7], "images": None, "video_grid_thw": GRID}

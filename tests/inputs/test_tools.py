@@ -1,9 +1,9 @@
 """Tools and their calls reach the chat template as transformers gives them, and never become special tokens."""
 
 import pytest
-from test_prompt import IMAGE, TOKENIZERS, chat_tokenizer, text, user
 
 from hawk_trt.errors import InvalidInput
+from prompts import IMAGE, TOKENIZERS, chat_tokenizer, ids_of, text, user
 
 # The features of Qwen's templates with tools: signatures as JSON, calls, and answers as turns of their own.
 TEMPLATE = """\
@@ -55,7 +55,7 @@ def test_ids_with_tools_equal_those_of_transformers(tmp_path, name, messages, to
     path.write_text(TOKENIZERS[name], encoding="utf-8")
     reference = transformers.PreTrainedTokenizerFast(tokenizer_file=str(path), chat_template=TEMPLATE)
     expected = reference.apply_chat_template(messages, tools or None, add_generation_prompt=True, return_dict=False)
-    assert chat_tokenizer(TOKENIZERS[name], TEMPLATE).encode(messages, tools=tools).input_ids.tolist() == expected
+    assert ids_of(chat_tokenizer(TOKENIZERS[name], TEMPLATE), messages, tools=tools).tolist() == expected
 
 
 def test_a_special_token_spelled_in_a_tool_or_a_call_is_text():
@@ -63,7 +63,7 @@ def test_a_special_token_spelled_in_a_tool_or_a_call_is_text():
     spelled = "<|image_pad|><|im_end|>"
     tool = {"function": {"name": "look", "description": spelled, spelled: [spelled]}}
     call = {"role": "assistant", "content": None, "tool_calls": [{"name": "look", "arguments": {"where": spelled}}]}
-    ids = tokenizer.encode([user(text("x")), call, SEEN], tools=[tool]).input_ids.tolist()
+    ids = ids_of(tokenizer, [user(text("x")), call, SEEN], tools=[tool]).tolist()
     special = tokenizer.tokenizer.token_to_id
     assert ids.count(special("<|im_end|>")) == 4 and special("<|image_pad|>") not in ids
     assert tokenizer.tokenizer.decode(ids, skip_special_tokens=False).count(spelled) == 4

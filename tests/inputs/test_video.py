@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 
 from hawk_trt.errors import BackendError, InvalidInput
-from hawk_trt.inputs.video import load_video
+from hawk_trt.inputs import video as videos
+from hawk_trt.inputs.messages import VisualItem
 from hawk_trt.inputs.video_file import FileFrames, index_file
 from hawk_trt.models.qwen_patches import sample_indices
 
@@ -32,6 +33,10 @@ FORMATS = {
     "vp8.webm": ("libvpx", {"deadline": "realtime", "auto-alt-ref": "1", "lag-in-frames": "16"}),
     "raw.h264": ("libx264", {"bf": "2"}),
 }
+
+
+def load_video(source, **options):
+    return videos.load_video(VisualItem("video", source, **options), sample_indices)
 
 
 def numbered(number):

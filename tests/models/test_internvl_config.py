@@ -11,11 +11,9 @@ from export.graphs import inventory
 from export.head_weights import default_head_weights
 from export.tensors import internvl_names
 from hawk_trt.errors import CheckpointError
-from hawk_trt.models.internvl import InternVL
-from hawk_trt.models.registry import family_of
+from hawk_trt.models.registry import family_name, read_config
 from hawk_trt.stages import LanguageConfig
 
-FAMILY = InternVL
 # Of the released checkpoints: hidden, intermediate, layers, heads, kv heads of the language side, and its parameters
 # with those of the tower and projector, in billions.
 RELEASED = {
@@ -164,11 +162,11 @@ def converted(size="8B", config=None):
 @pytest.mark.parametrize("size", RELEASED)
 def test_released_sizes_are_read_alike_in_both_makes(size):
     hidden, inner, layers, heads, kv_heads, billions = RELEASED[size]
-    model = FAMILY.read_config(original(size))
+    model = read_config(original(size))
     language, vision = model.language, model.vision
     assert (language, vision) == (
-        FAMILY.read_config(converted(size)).language,
-        FAMILY.read_config(converted(size)).vision,
+        read_config(converted(size)).language,
+        read_config(converted(size)).vision,
     )
     assert (language.hidden_size, language.intermediate_size, language.num_hidden_layers) == (hidden, inner, layers)
     assert (language.num_attention_heads, language.num_key_value_heads) == (heads, kv_heads)
@@ -187,12 +185,12 @@ def test_released_sizes_are_read_alike_in_both_makes(size):
 @pytest.mark.parametrize("size", RELEASED_35)
 def test_the_sizes_of_internvl3_5_are_read_alike_in_both_makes(size):
     hidden, inner, layers, heads, kv_heads, billions = RELEASED_35[size]
-    model, other = FAMILY.read_config(original_35(size)), FAMILY.read_config(converted_35(size))
+    model, other = read_config(original_35(size)), read_config(converted_35(size))
     assert (model.language, model.vision) == (other.language, other.vision)
     assert model.language == LanguageConfig(
         hidden, inner, layers, heads, kv_heads, 128, 151936, 1e-6, 1e6, (), 40960, False, qk_norm=True
     )
-    three = FAMILY.read_config(original("38B" if size == "38B" else "8B")).vision
+    three = read_config(original("38B" if size == "38B" else "8B")).vision
     assert model.vision == msgspec.structs.replace(three, out_hidden_size=hidden)
     tensors = inventory(model.language, model.vision)
     parameters = sum(math.prod(shape) for shape in tensors.values())
@@ -219,23 +217,23 @@ def test_the_tensors_of_internvl3_5_are_those_of_transformers(make, size):
     for section in ("llm_config", "text_config", "vision_config"):
         if section in given:
             given[section]["num_hidden_layers"] = 1
-    model = FAMILY.read_config(given)
+    model = read_config(given)
     assert found == {(name,): shape for name, shape in inventory(model.language, model.vision).items()}
 
 
 def test_both_makes_are_the_family_and_tell_its_tokens():
     for config in (original(), converted()):
-        assert family_of(config).name == "internvl"
-        tokens = FAMILY.read_config(config, {}, TOKENS).special_tokens
+        assert family_name(config) == "internvl"
+        tokens = read_config(config, {}, TOKENS).special_tokens
         assert (tokens.image, tokens.vision_start, tokens.vision_end) == (151667, 151665, 151666)
         assert tokens.video == 151674  # beyond the vocabulary: it is in templates alone
         assert 151645 in tokens.eos  # <|im_end|>, which the original leaves to its code
-    assert FAMILY.read_config(converted(), {}, {}).special_tokens.image == 151667
+    assert read_config(converted(), {}, {}).special_tokens.image == 151667
 
 
 def test_head_weights_start_uniform_though_the_8b_has_as_many_heads_as_the_published_vector():
     for size in RELEASED:
-        language = FAMILY.read_config(original(size)).language
+        language = read_config(original(size)).language
         weights = default_head_weights("internvl", language)
         assert weights.values == (1 / language.num_attention_heads,) * language.num_attention_heads
         assert weights.source == "uniform (not calibrated)"
@@ -256,11 +254,11 @@ def test_other_language_sides_of_the_family_are_refused_by_name(architecture, mo
     config = original()
     config["llm_config"] |= {"architectures": [architecture], "model_type": model_type}
     with pytest.raises(CheckpointError, match=f"llm_config: got the language side {architecture}, expected Qwen2"):
-        FAMILY.read_config(config)
+        read_config(config)
     config = converted()
     config["text_config"] |= {"architectures": None, "model_type": model_type}
     with pytest.raises(CheckpointError, match=f"text_config: got the language side {model_type}, expected Qwen2"):
-        FAMILY.read_config(config)
+        read_config(config)
 
 
 def test_a_config_that_says_two_language_sides_or_none_is_refused():
@@ -268,7 +266,7 @@ def test_a_config_that_says_two_language_sides_or_none_is_refused():
         config = original()
         config["llm_config"] |= {"architectures": named[0] and [named[0]], "model_type": named[1]}
         with pytest.raises(CheckpointError, match=f"got the language side {got}, expected Qwen2ForCausalLM"):
-            FAMILY.read_config(config)
+            read_config(config)
 
 
 @pytest.mark.parametrize(
@@ -285,7 +283,7 @@ def test_what_qwen3_may_say_and_the_graph_cannot_compute_is_refused_by_its_key(m
     config = make()
     config[section] |= changes
     with pytest.raises(CheckpointError, match=message):
-        FAMILY.read_config(config)
+        read_config(config)
 
 
 def test_internvl3_5_flash_is_refused_with_what_to_take():
@@ -293,7 +291,7 @@ def test_internvl3_5_flash_is_refused_with_what_to_take():
     with pytest.raises(
         CheckpointError, match=r"flash_relative_threshold: got 0.5, .* Take the InternVL3.5 of its size"
     ):
-        FAMILY.read_config(config)
+        read_config(config)
 
 
 @pytest.mark.parametrize(
@@ -318,7 +316,7 @@ def test_what_the_graph_cannot_compute_is_refused_by_its_key(section, changes, m
     config = copy.deepcopy(original())
     (config if section is None else config[section]).update(changes)
     with pytest.raises(CheckpointError, match=message):
-        FAMILY.read_config(config)
+        read_config(config)
 
 
 @pytest.mark.parametrize("scaling", [{"type": "linear", "factor": 2.0}, {"rope_type": "yarn", "factor": 4.0}])
@@ -326,15 +324,15 @@ def test_rope_scaling_that_changes_positions_within_the_context_is_refused(scali
     config = original()
     config["llm_config"]["rope_scaling"] = scaling
     with pytest.raises(CheckpointError, match=r"rope_type: got '(linear|yarn)', expected default or dynamic"):
-        FAMILY.read_config(config)
+        read_config(config)
 
 
 def test_without_dynamic_tiling_an_image_is_one_tile():
-    vision = FAMILY.read_config({**original(), "dynamic_image_size": False}).vision
+    vision = read_config({**original(), "dynamic_image_size": False}).vision
     assert (vision.min_tiles, vision.max_tiles) == (1, 1)
 
 
 def test_the_original_gets_a_template_and_the_converted_keeps_its_own():
-    assert "<IMG_CONTEXT>" in FAMILY.read_config(original()).chat_template
-    assert FAMILY.read_config(converted()).chat_template is None
-    assert FAMILY.read_config({**original(), "template": "Hermes-2"}).chat_template is None
+    assert "<IMG_CONTEXT>" in read_config(original()).chat_template
+    assert read_config(converted()).chat_template is None
+    assert read_config({**original(), "template": "Hermes-2"}).chat_template is None

@@ -12,7 +12,9 @@ from transformers import Qwen2_5_VLModel
 
 import golden
 from hawk_trt.errors import InvalidInput
+from hawk_trt.models.family import ItemGrids
 from hawk_trt.models.qwen2_5_vl import Qwen25VL
+from hawk_trt.models.registry import read_config
 from vision_configs import QWEN2_5_VL
 
 FAMILY = Qwen25VL(QWEN2_5_VL)
@@ -22,21 +24,18 @@ NO_SECONDS = np.empty(0, np.float32)
 
 def positions(kind, images=NO_GRID, videos=NO_GRID, seconds=NO_SECONDS, family=FAMILY):
     images, videos = np.array(images, np.int64), np.array(videos, np.int64)
-    return family.position_ids(np.array(kind, np.int8), images, videos, np.array(seconds, np.float32))
+    return family.position_ids(np.array(kind, np.int8), ItemGrids(images, videos, np.array(seconds, np.float32)))
 
 
 @pytest.mark.parametrize("name", golden.CASES)
 def test_positions_equal_the_authors_model(name):
     case = golden.load_case(name)
-    family = Qwen25VL(FAMILY.read_config(json.loads((golden.MODEL / "config.json").read_text())).vision)
+    family = Qwen25VL(read_config(json.loads((golden.MODEL / "config.json").read_text())).vision)
     real = case.inputs["attention_mask"][0] == 1
     videos = case.inputs.get("video_grid_thw", NO_GRID)
-    got = family.position_ids(
-        case.mm_token_type_ids[0, real].astype(np.int8),
-        case.inputs.get("image_grid_thw", NO_GRID),
-        videos,
-        case.inputs.get("second_per_grid_ts", np.ones(len(videos))).astype(np.float32),
-    )
+    seconds = case.inputs.get("second_per_grid_ts", np.ones(len(videos)))
+    images = case.inputs.get("image_grid_thw", NO_GRID)
+    got = positions(case.mm_token_type_ids[0, real], images, videos, seconds, family)
     np.testing.assert_array_equal(got, case.expected["position_ids"][:, 0, real])
 
 

@@ -19,7 +19,7 @@ from hawk_trt.apps.parity.prompt_rules import PromptTokens
 from hawk_trt.bundle import Bundle
 from hawk_trt.errors import CheckpointError
 from hawk_trt.models.family import Patches
-from hawk_trt.models.registry import family_by_name, family_of
+from hawk_trt.models.registry import family_name, load_family, read_config
 from hawk_trt.models.vision_config import Qwen2Vision
 from hawk_trt.stages import DTYPES
 from image_processors import check_patches
@@ -47,7 +47,6 @@ import transformers
 
 from hawk_trt.apps.parity.reference import Reference
 
-FAMILY = family_by_name("qwen2_vl")
 TOKENS = PromptTokens(image=IMAGE, video=VIDEO, vision_end=VISION_END, im_start=None, im_end=IM_END)
 STEPS = 5
 FLOAT16_MAX = 65504.0
@@ -233,7 +232,7 @@ def test_float16_holds_where_the_vision_mlp_passes_its_range(checkpoint, tmp_pat
         graph = onnx.load_from_string(prepare(bundle, "vision", "portable", max_context=64, plugin=False).content)
         onnx.external_data_helper.load_external_data_for_model(graph, str(bundle.folder))
         vision = ReferenceEvaluator(graph)
-        feeds = next(FAMILY(bundle.manifest.vision).vision_feeds(patches, 10_000))
+        feeds = next(load_family(bundle.manifest.vision).vision_feeds(patches, 10_000))
         embeds.append(vision.run(None, feeds)[0].astype(np.float32))
     half, full = embeds
     np.testing.assert_allclose(half, full, rtol=0, atol=0.02 * np.abs(full).max())
@@ -257,13 +256,13 @@ def test_the_vision_mlp_of_that_test_does_pass_the_range(checkpoint):
     ids=["2B", "7B"],
 )
 def test_the_released_configs_are_read(config, language, vision):
-    assert family_of(config).name == "qwen2_vl"
-    sizes = FAMILY.read_config(config).language
+    assert family_name(config) == "qwen2_vl"
+    sizes = read_config(config).language
     got = (sizes.hidden_size, sizes.num_hidden_layers, sizes.num_attention_heads, sizes.num_key_value_heads)
     assert (*got, sizes.tie_word_embeddings) == language
     assert (sizes.head_dim, sizes.mrope_section, sizes.rope_theta) == (128, (16, 24, 24), 1e6)
     assert not (sizes.qk_norm or sizes.mrope_interleaved or sizes.deepstack_levels)
-    assert FAMILY.read_config(config).vision == Qwen2Vision(
+    assert read_config(config).vision == Qwen2Vision(
         depth=32, hidden_size=1280, intermediate_size=5120, num_heads=16, in_channels=3,
         patch_size=14, temporal_patch_size=2, spatial_merge_size=2, out_hidden_size=vision,
         rope_theta=10000.0,
@@ -271,7 +270,7 @@ def test_the_released_configs_are_read(config, language, vision):
 
 
 def test_the_defaults_are_those_of_transformers():
-    read = FAMILY.read_config(QWEN2_VL_7B).vision
+    read = read_config(QWEN2_VL_7B).vision
     default = transformers.Qwen2VLConfig(**QWEN2_VL_7B).vision_config
     assert (read.depth, read.hidden_size, read.out_hidden_size) == (
         default.depth, default.embed_dim, default.hidden_size,
@@ -285,12 +284,12 @@ def test_the_defaults_are_those_of_transformers():
 def test_a_vision_setting_that_cannot_be_used_is_named(key, value):
     config = QWEN2_VL_7B | {"vision_config": QWEN2_VL_7B["vision_config"] | {key: value}}
     with pytest.raises(CheckpointError, match=rf"vision_config\.({key}|out_hidden_size)"):
-        FAMILY.read_config(config)
+        read_config(config)
 
 
 @pytest.mark.parametrize("config", [QWEN2_VL_2B, QWEN2_VL_7B], ids=["2B", "7B"])
 def test_the_released_sizes_have_the_tensors_that_the_exporter_expects(config):
-    model = FAMILY.read_config(config)
+    model = read_config(config)
     expected = inventory(model.language, model.vision)
     assert expected == released_shapes(config, transformers.Qwen2VLForConditionalGeneration)
 
@@ -301,4 +300,4 @@ SIZES = [(28, 28), (57, 91), (224, 224), (333, 500), (768, 900), (30, 900), (999
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_patches_equal_those_of_transformers(size):
     bounds = {"min_pixels": 3136, "max_pixels": 602112}
-    check_patches(FAMILY(FAMILY.read_config(QWEN2_VL_2B).vision), bounds, size)
+    check_patches(load_family(read_config(QWEN2_VL_2B).vision), bounds, size)

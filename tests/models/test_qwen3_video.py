@@ -10,15 +10,15 @@ from hawk_trt.bundle import Bundle, SpecialTokens
 from hawk_trt.errors import InvalidInput
 from hawk_trt.inputs.images import resize
 from hawk_trt.inputs.tokenizer import ChatTokenizer
-from hawk_trt.models.family import TokenRun
-from hawk_trt.models.registry import family_by_name
+from hawk_trt.models.family import ItemPatches, Patches, TokenRun
+from hawk_trt.models.registry import load_family
 from random_models import IM_END, IMAGE, VIDEO, VISION_END, VISION_START
 from vision_configs import QWEN3_VL
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-FAMILY = family_by_name("qwen3_vl")(QWEN3_VL)
+FAMILY = load_family(QWEN3_VL)
 PREPROCESSOR = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
 
 
@@ -58,6 +58,10 @@ def test_a_video_of_frames_is_cut_by_the_volume_of_all_of_them():
         FAMILY.video_to_patches([np.zeros((40, 9000, 3), np.uint8)], settings)
 
 
+def video_of(grid, times):
+    return ItemPatches("video", Patches(np.empty((0, 0), np.float32), np.array([grid])), times)
+
+
 @pytest.mark.parametrize("frames", [1, 2, 5, 6])
 def test_a_video_is_told_with_the_times_of_its_frames(frames):
     from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
@@ -65,7 +69,7 @@ def test_a_video_is_told_with_the_times_of_its_frames(frames):
     special = SpecialTokens(IMAGE, VIDEO, VISION_START, VISION_END, None, IM_END, None, ())
     numbers = [7 * n for n in range(frames)]
     expected = Qwen3VLProcessor._calculate_timestamps(None, list(numbers), 25.0, 2)
-    parts = FAMILY.placeholder("video", [len(expected), 4, 6], [number / 25.0 for number in numbers], special)
+    parts = FAMILY.placeholder(video_of([len(expected), 4, 6], [number / 25.0 for number in numbers]), special)
     marks = (TokenRun(VISION_START), TokenRun(VIDEO, 6), TokenRun(VISION_END))
     assert parts == tuple(part for time in expected for part in (f"<{time:.1f} seconds>", *marks))
 
@@ -79,9 +83,9 @@ def test_a_video_takes_the_place_of_its_placeholder_and_of_the_tokens_around_it(
     chat = ChatTokenizer.from_bundle(bundle)
     content = [{"type": "text", "text": "Look:"}, {"type": "video", "video": [np.zeros((56, 56, 3), np.uint8)] * 4}]
     encoded = chat.encode([{"role": "user", "content": [*content, {"type": "text", "text": "What is red?"}]}])
-    ids = chat.expand(encoded, [FAMILY.placeholder("video", [2, 4, 4], [0.0, 0.5, 1.0, 1.5], special)])
+    ids = chat.expand(encoded, [FAMILY.placeholder(video_of([2, 4, 4], [0.0, 0.5, 1.0, 1.5]), special)])
     start, video, end = "<|vision_start|>", "<|video_pad|>", "<|vision_end|>"
-    text = chat.tokenizer.decode(encoded.input_ids.tolist(), skip_special_tokens=False)
+    text = chat.tokenizer.decode(chat.token_ids(encoded.parts).tolist(), skip_special_tokens=False)
     assert f"Look:{start}{video}{end}What is red?" in text
     told = "".join(f"<{time} seconds>{start}{4 * video}{end}" for time in (0.2, 1.2))
     plain = Tokenizer.from_str(bundle.read_text("tokenizer.json"))

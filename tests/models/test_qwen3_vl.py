@@ -16,7 +16,7 @@ from hawk_trt.apps.serve.batcher import Batcher
 from hawk_trt.bundle import Bundle
 from hawk_trt.errors import CheckpointError
 from hawk_trt.models.qwen3_vl import interpolation
-from hawk_trt.models.registry import family_by_name, family_of
+from hawk_trt.models.registry import family_name, load_family, read_config
 from hawk_trt.models.vision_config import Qwen3Vision
 from hawk_trt.pruning.hawk import head_scores, normalize
 from hawk_trt.stages import DTYPES
@@ -46,7 +46,6 @@ import transformers
 
 from hawk_trt.apps.parity.reference import Reference
 
-FAMILY = family_by_name("qwen3_vl")
 PATCH_DIM = 1536
 TOKENS = PromptTokens(image=IMAGE, video=VIDEO, vision_end=VISION_END, im_start=None, im_end=IM_END)
 STEPS = 5
@@ -319,14 +318,14 @@ def test_every_graph_passes_the_checker_and_strict_shape_inference(checkpoint, t
     ids=["4B", "8B"],
 )
 def test_the_released_configs_are_read(config, language, vision):
-    assert family_of(config).name == "qwen3_vl"
-    sizes = FAMILY.read_config(config).language
+    assert family_name(config) == "qwen3_vl"
+    sizes = read_config(config).language
     assert (sizes.hidden_size, sizes.intermediate_size, sizes.tie_word_embeddings) == language
     assert (sizes.num_hidden_layers, sizes.num_attention_heads, sizes.num_key_value_heads) == (36, 32, 8)
     assert (sizes.head_dim, sizes.mrope_section, sizes.rope_theta) == (128, (24, 20, 20), 5e6)
     assert (sizes.qk_norm, sizes.mrope_interleaved, sizes.deepstack_levels) == (True, True, 3)
     depth, hidden, inner, out, levels = vision
-    assert FAMILY.read_config(config).vision == Qwen3Vision(
+    assert read_config(config).vision == Qwen3Vision(
         depth=depth, hidden_size=hidden, intermediate_size=inner, num_heads=16, in_channels=3,
         patch_size=16, temporal_patch_size=2, spatial_merge_size=2, out_hidden_size=out,
         rope_theta=10000.0, num_position_embeddings=2304, deepstack_visual_indexes=tuple(levels),
@@ -335,7 +334,7 @@ def test_the_released_configs_are_read(config, language, vision):
 
 def test_mixtures_of_experts_are_refused_by_name():
     with pytest.raises(CheckpointError, match=r"Qwen3VLMoeForConditionalGeneration.*mixtures of experts.*8B"):
-        family_of(QWEN3_VL_8B | {"architectures": ["Qwen3VLMoeForConditionalGeneration"]})
+        family_name(QWEN3_VL_8B | {"architectures": ["Qwen3VLMoeForConditionalGeneration"]})
 
 
 @pytest.mark.parametrize(
@@ -355,7 +354,7 @@ def test_mixtures_of_experts_are_refused_by_name():
 def test_a_setting_that_cannot_be_used_is_named(section, changes, words):
     config = QWEN3_VL_8B | {section: QWEN3_VL_8B[section] | changes}
     with pytest.raises(CheckpointError, match=words):
-        FAMILY.read_config(config)
+        read_config(config)
 
 
 @pytest.mark.parametrize("grid", [(2, 2), (2, 96), (10, 6), (48, 48), (62, 94), (130, 4)], ids=str)
@@ -372,7 +371,7 @@ def test_positions_are_interpolated_as_transformers_does(grid):
 
 @pytest.mark.parametrize("config", [QWEN3_VL_4B, QWEN3_VL_8B], ids=["4B", "8B"])
 def test_the_released_sizes_have_the_tensors_that_the_exporter_expects(config):
-    model = FAMILY.read_config(config)
+    model = read_config(config)
     expected = inventory(model.language, model.vision)
     assert expected == released_shapes(config, transformers.Qwen3VLForConditionalGeneration)
 
@@ -382,7 +381,7 @@ SIZES = [(28, 28), (57, 91), (224, 224), (333, 500), (768, 900), (30, 900), (999
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_patches_equal_those_of_transformers(size):
-    check_patches(FAMILY(FAMILY.read_config(QWEN3_VL_8B).vision), PREPROCESSOR, size)
+    check_patches(load_family(read_config(QWEN3_VL_8B).vision), PREPROCESSOR, size)
 
 
 def test_both_preprocessors_are_found_where_transformers_5_writes_them(checkpoint, tmp_path):

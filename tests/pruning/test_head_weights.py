@@ -13,7 +13,7 @@ from hawk_trt import Pipeline, PruningConfig
 from hawk_trt.apps.cli.main import main as hawk_trt
 from hawk_trt.bundle import Bundle, HeadWeights, read_manifest
 from hawk_trt.errors import BundleError, InvalidInput
-from hawk_trt.models.registry import family_of
+from hawk_trt.models.registry import family_name, read_config
 
 
 @pytest.fixture(scope="module")
@@ -24,15 +24,14 @@ def checkpoint(tmp_path_factory):
 def test_the_released_head_weights_belong_to_the_7b_alone(tmp_path, repository):
     folder = make_sparse_checkpoint(tmp_path / "model")
     parsed = json.loads((folder / "config.json").read_text())
-    family = family_of(parsed)
-    weights = default_head_weights(family.name, family.read_config(parsed).language)
+    weights = default_head_weights(family_name(parsed), read_config(parsed).language)
     raw = json.loads((repository / "hawk_trt/data/head_weights/qwen2.5-vl-7b.json").read_text())["raw"]
     assert len(weights.values) == 28
     assert "HAWK" in weights.source
     np.testing.assert_allclose(weights.values, np.array(raw) / 1.2616, rtol=1e-12)
     np.testing.assert_allclose(sum(weights.values), 1.0, rtol=1e-12)
-    smaller = family.read_config(parsed | {"num_hidden_layers": 27}).language
-    assert default_head_weights(family.name, smaller).values == (1 / 28,) * 28
+    smaller = read_config(parsed | {"num_hidden_layers": 27}).language
+    assert default_head_weights(family_name(parsed), smaller).values == (1 / 28,) * 28
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from hawk_trt.inputs.checkpoint_files import (
     stop_tokens,
 )
 from hawk_trt.inputs.tensor_file import read_tensor_file
-from hawk_trt.models.registry import family_of
+from hawk_trt.models.registry import read_config
 from hawk_trt.request import PruningConfig
 
 # Of each tensor, from its start and from its end: training changes every part of a tensor that it changes.
@@ -57,8 +57,7 @@ def open_checkpoint(folder: Path, hub_id: str | None = None) -> CheckpointBundle
         )
     config = read_json(folder / CONFIG)
     generation = read_json(folder / GENERATION_CONFIG) if (folder / GENERATION_CONFIG).is_file() else {}
-    family = family_of(config)
-    model = family.read_config(config, generation, added_tokens(folder))
+    model = read_config(config, generation, added_tokens(folder))
     contents = read_small_files(folder, model.chat_template).contents
     if "tokenizer.json" not in contents:
         raise CheckpointError(

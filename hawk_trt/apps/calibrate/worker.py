@@ -17,7 +17,7 @@ from hawk_trt.apps.calibrate.checkpoint import open_checkpoint
 from hawk_trt.apps.calibrate.work import BASELINE, FIRST_LAYER, Model, Plan, Question, Scores, Unit
 from hawk_trt.errors import InvalidInput
 from hawk_trt.inputs.processor import Processor
-from hawk_trt.models.registry import family_by_name
+from hawk_trt.models.registry import load_family
 from hawk_trt.request import PruningConfig, Request
 
 
@@ -30,7 +30,7 @@ class Worker:
         manifest = bundle.manifest
         self._stop = manifest.special_tokens.eos
         self._tokens = plan.special_tokens(bundle)
-        self._processor = Processor(bundle, family_by_name(manifest.family)(manifest.vision))
+        self._processor = Processor(bundle, load_family(manifest.vision))
         weights = manifest.head_weights.values
         self._pruning = PruningConfig(keep_ratio=plan.keep_ratio, head_weights=weights)
         self._model = plan.load(

@@ -36,7 +36,7 @@ from hawk_trt.bundle import Bundle
 from hawk_trt.errors import InvalidInput
 from hawk_trt.inputs.images import BASE64_STARTS, base64_bytes, data_url_bytes, decoding, load_image, resize
 from hawk_trt.inputs.processor import Processor
-from hawk_trt.models.registry import family_by_name
+from hawk_trt.models.registry import load_family
 from hawk_trt.request import EQUAL_HEADS, SCORED, ModelInputs, PruningConfig, Request, SamplingConfig
 from hawk_trt.runtime.sampling import SMALLEST_TOP_P
 
@@ -190,7 +190,7 @@ class Preparation:
         _limit(self.settings.prepare_seconds, self.settings.prepare_mb)
         try:
             if not _PROCESSORS:
-                family = family_by_name(self.bundle.manifest.family)(self.bundle.manifest.vision)
+                family = load_family(self.bundle.manifest.vision)
                 _PROCESSORS.append(Processor(self.bundle, family))
             prepared = self.prepare(_PROCESSORS[0], body, fetched, small=False)
             assert prepared is not None
