@@ -17,7 +17,7 @@ else:
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("hawk_trt", "export", "engines", "plugins", "examples", "tests")
 MAY_IMPORT = {"hawk_trt": set(), **{name: {"hawk_trt"} for name in ("export", "engines", "plugins", "examples")}}
-IMPORT_NAMES = {"pillow": "PIL", "onnxruntime-gpu": "onnxruntime", "cuda-bindings": "cuda"}
+IMPORT_NAMES = {"pillow": "PIL", "onnxruntime-gpu": "onnxruntime", "pyyaml": "yaml", "cuda-bindings": "cuda"}
 TORCH = {"torch", "transformers"}
 
 

@@ -112,7 +112,7 @@ def calibrate(
     for name, value in (("--heads-at-once", heads_at_once), ("--shards", shards)):
         if value is not None and value < 1:
             raise InvalidInput(f"{name}: got {value}, expected at least 1")
-    expect_checkpoint(checkpoint)
+    expect_checkpoint(checkpoint, compared=True)
     hub_id = checkpoint if is_hub_id(checkpoint) else None
     if revision is not None and hub_id is None:
         raise InvalidInput(f"--revision: only for a hub id (owner/name), got {checkpoint}")

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hawk_trt.apps.cli.doctor_checks import Report, examine
-from hawk_trt.apps.cli.models import manifest_of, verify
+from hawk_trt.apps.cli.models import expect_exported, manifest_of, verify
 from hawk_trt.apps.cli.options import Json
 from hawk_trt.apps.cli.output import note, print_json, size
 from hawk_trt.bundle import Manifest
@@ -32,6 +32,8 @@ def doctor(model: Path | None = None, *, json: Json = False) -> int:
     Returns:
         0, or 1 where nothing can be run at all or the bundle is damaged.
     """
+    if model is not None:
+        expect_exported(model)
     report = examine()
     bundle = None if model is None else _check(model)
     if json:

@@ -13,18 +13,24 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 
 from cyclopts import App, CycloptsError, Parameter
+from cyclopts.argument import ArgumentCollection
+from cyclopts.exceptions import UnusedCliTokensError
 
 from hawk_trt import __version__
 from hawk_trt.apps.cli.mistakes import SYNONYMS, to_try
-from hawk_trt.errors import HawkError
+from hawk_trt.errors import HawkError, InvalidInput
 from hawk_trt.runtime.versions import extras
 
 # Name: (function, what it does).
 COMMANDS = {
     "run": ("hawk_trt.apps.cli.run:run", "answer a prompt about images and videos, with few of their tokens"),
+    "chat": ("hawk_trt.apps.cli.chat:chat", "chat about images in the terminal"),
+    "demo": ("hawk_trt.apps.cli.demo:demo", "ask the tiny model that comes along about its images"),
     "serve": ("hawk_trt.apps.cli.serve:serve", "serve the OpenAI protocol over HTTP"),
     "export": ("export.__main__:export_checkpoint", "turn a Hugging Face checkpoint into a bundle of ONNX graphs"),
     "build": ("engines.__main__:build", "build TensorRT engines from a bundle, on the GPU that will run them"),
@@ -66,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             name=name,
             help=None if name == wanted else summary,
             synonym=SYNONYMS.get(name, "").split(),
+            config=options_of_file,
         )
     if wanted is None:
         app.register_install_completion_command(COMPLETION, help="Teach your shell the commands and options.")
@@ -113,6 +120,8 @@ def run_app(app: App, argv: Sequence[str]) -> int:
             return _failed(str(error.__cause__), to_try(error.__cause__, app.name[0], argv))
         command = " ".join([*app.name, *argv[: argv[0] in COMMANDS and app.default_command is None]])
         message = " ".join(str(error).split())
+        if isinstance(error, UnusedCliTokensError):
+            message = f"got {', '.join(map(repr, error.unused_tokens or ()))} without an option, and needs none there."
         tell(f"{message}{'' if message[-1] in '.?' else '.'} See: {command} --help", to_try(error, app.name[0], argv))
         raise SystemExit(2) from None
     except HawkError as error:
@@ -120,13 +129,34 @@ def run_app(app: App, argv: Sequence[str]) -> int:
     except ImportError as error:
         return _failed(_missing(error))
     except OSError as error:
-        place = f"{error.filename}: " if error.filename else ""
-        return _failed(f"{place}{error.strerror or error}")
+        if error.filename is None:
+            return _failed(str(error.strerror or error))
+        return _failed(f"{error.filename}: {error.strerror or error}", to_try(error, app.name[0], argv))
     except MemoryError:
         return _failed("not enough memory. See what is free: hawk-trt doctor")
     if code is None:  # --help, --version
         raise SystemExit(0)
     return int(code)
+
+
+def options_of_file(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """Take options from the YAML file that --config names, where a command has that option; the command line wins."""
+    file = next(
+        (argument.tokens[-1].value for argument in arguments if "--config" in argument.names and argument.tokens), None
+    )
+    if file is None:
+        return
+    import_module("yaml")
+    from cyclopts.config import Yaml
+
+    if not Path(file).is_file():
+        raise InvalidInput(f"--config: {file} is no file, expected a YAML file of options, as keep_ratio: 0.2")
+    try:
+        Yaml(file, search_parents=False, use_commands_as_keys=False)(app, commands, arguments)
+    except CycloptsError as error:
+        if type(error) is not CycloptsError:  # an option that is not known, or a value
+            raise
+        raise InvalidInput(f"--config {file}: {error}, expected options, as keep_ratio: 0.2") from error
 
 
 def where_it_lies(function: str) -> str:

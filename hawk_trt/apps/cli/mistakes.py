@@ -21,11 +21,31 @@ from cyclopts.exceptions import (
 from hawk_trt.errors import HawkError
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".heic", ".avif")
+MANIFESTS = ("bundle.json", "engines.json", "config.json")
 VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
 _SUGGESTED = re.compile(r'Did you mean "?([^\s"?]+)"?\?')
+# What others call values of ours.
+VALUES = {
+    "gpu": "cuda",
+    "cuda:all": "cuda",
+    "cpu:0": "cpu",
+    "onnxruntime": "cpu",
+    "trt": "tensorrt",
+    "f16": "fp16",
+    "f32": "fp32",
+    "fp8": "fp16",
+    "float8": "float16",
+    "q4": "int4",
+    "q8": "int8",
+    "4bit": "int4",
+    "8bit": "int8",
+    "auto": "fp16",
+}
 # What others call our commands and options.
 SYNONYMS = {
     "run": "ask answer generate infer inference predict query",
+    "chat": "talk repl interactive shell prompt",
+    "demo": "example examples try quickstart tour",
     "serve": "server start api launch up web",
     "export": "convert onnx import download pull quantize",
     "build": "compile engine engines trt tensorrt trtexec",
@@ -39,10 +59,11 @@ SYNONYMS = {
 }
 _OTHERS = {
     "--max-new-tokens": ("--max-length", "--max-output-tokens", "--num-predict", "--n-predict", "--num-tokens", "-n"),
+    "--max-tokens": ("--max-new-tokens", "--max-length"),
     "--prompt": ("--question", "--text", "--message", "--instruction", "--query", "-q", "-t"),
     "--image": ("--img", "--images", "--picture", "--photo", "--image-path", "--input", "--file", "-f"),
     "--keep-ratio": ("--keep", "--ratio", "--retention-ratio", "--keep-rate", "--token-ratio", "-k", "-r"),
-    "--out": ("--output", "--output-dir", "--out-dir", "--save-dir", "--save", "--dest", "--target-dir", "-d"),
+    "--out": ("--output", "--output-dir", "--out-dir", "--save-dir", "--save", "--dest", "--target-dir", "-d", "-o"),
     "--model": ("--model-path", "--model-id", "--bundle", "--engine", "--engines", "--path", "--input", "--checkpoint"),
     "--checkpoint": ("--ckpt", "--model-path", "--reference", "--hf-model"),
     "--dtype": ("--precision", "--torch-dtype", "--quantization", "--quantize", "--type"),
@@ -59,6 +80,8 @@ _OTHERS = {
     "--dtype int8": ("--int8", "--load-in-8bit"),
     "--dtype int4": ("--int4", "--load-in-4bit"),
 }
+# What needs no option here: it is so anyway.
+_NEEDLESS = ("--stream", "--trust-remote-code", "--verbose", "--yes", "-y")
 
 
 class WrongModel(HawkError):
@@ -76,8 +99,19 @@ class WrongModel(HawkError):
 
 
 def to_try(error: Exception, program: str, words: Sequence[str]) -> str | None:
-    """A command line in the place of the one that led to an error, None where none is known."""
+    """A command line in the place of the one that led to an error; None where the error names one itself.
+
+    Args:
+        error: as it was raised.
+        program: hawk-trt, or python -m and a module.
+        words: of the command line, after the program.
+    """
+    command = f"{program} {words[0]}" if words and not words[0].startswith("-") and " " not in program else program
     if isinstance(error, WrongModel):
+        model = next((word for word in words if any((Path(word) / file).is_file() for file in MANIFESTS)), None)
+        if model and error.named and not error.instead:  # swapped
+            swap = {model: error.named, error.named: model}
+            return f"{program} {shlex.join(swap.get(word, word) for word in words)}"
         if error.command:
             return error.command
         meant = _replaced(words, error.named, error.instead) if error.instead else None
@@ -87,23 +121,47 @@ def to_try(error: Exception, program: str, words: Sequence[str]) -> str | None:
             example = re.search(r"^\s*Example: (.+)$", error.target.__doc__ or "", re.MULTILINE)
             return example[1] if example else None
     else:
-        meant = None
-    return shlex.join([program, *meant]) if meant else None
+        meant = _with_other_value(str(error), words)
+    if meant:
+        return f"{program} {shlex.join(meant)}"
+    return None if re.search(r"hawk-trt \w|pip install|make \w", str(error)) else f"{command} --help"
+
+
+def _with_other_value(message: str, words: Sequence[str]) -> Sequence[str] | None:
+    """The words with the one that a message complains of replaced by the file or the value that was probably meant."""
+    for word in (*words, *(word.partition("=")[2] for word in words)):
+        if not word or word not in message:
+            continue
+        if word in VALUES:
+            return _replaced(words, word, VALUES[word])
+        path = Path(word)
+        if not path.exists() and path.parent.is_dir():
+            close = get_close_matches(path.name, [other.name for other in path.parent.iterdir()], n=1, cutoff=0.7)
+            if close:
+                return _replaced(words, word, str(path.parent / close[0]))
+    return None
 
 
 def _meant(error: CycloptsError, words: Sequence[str]) -> Sequence[str] | None:
-    text, unused = str(error), error.unused_tokens or []
-    suggested = _SUGGESTED.search(text)
+    unused = error.unused_tokens or []
+    found = _SUGGESTED.search(str(error))
+    suggested = found[1] if found else None
     if isinstance(error, UnknownCommandError):
+        named = next((word for word in words if word in SYNONYMS), None)
+        if named:  # after options, which follow it
+            return [named, *(word for word in words if word != named)]
         if suggested:
-            return _replaced(words, unused[0], suggested[1])
-        return ["run", *words] if Path(unused[0]).exists() or "/" in unused[0] else None
+            return _replaced(words, unused[0], suggested)
+        first = unused[0]
+        return ["run", *words] if first.startswith("--") or "/" in first or Path(first).exists() else None
     if isinstance(error, UnknownOptionError):
-        flag = (error.token.keyword or error.token.value).partition("=")[0]
         known = [name for argument in error.argument_collection for name in argument.names]
-        return _with_flag(words, flag, known, suggested[1] if suggested else None)
-    if isinstance(error, CoercionError) and suggested and error.token:
-        return _replaced(words, error.token.value, suggested[1])
+        return _with_flag(words, (error.token.keyword or error.token.value).partition("=")[0], known, suggested)
+    if isinstance(error, CoercionError) and error.token:
+        value = error.token.value
+        decimal = re.fullmatch(r"(\d*),(\d+)", value)  # as some languages write it, unless it is a list
+        right = VALUES.get(value) or suggested or (f"{decimal[1]}.{decimal[2]}" if decimal else None)
+        return _replaced(words, value, right) if right else None
     if isinstance(error, MissingArgumentError | UnusedCliTokensError):
         assert error.app is not None
         known = [name for argument in error.app.assemble_argument_collection() for name in argument.names]
@@ -125,6 +183,10 @@ def _with_flag(words: Sequence[str], wrong: str, known: Sequence[str], suggested
             return _with_pruning_ratio(words, wrong)
         except (ValueError, IndexError):
             return None
+    if wrong in _NEEDLESS:
+        return [word for word in words if word != wrong]
+    if words[0] == "chat" and wrong in ("--prompt", "-p"):
+        return ["run", *words[1:]]
     right = next((flag for flag, others in _OTHERS.items() if wrong in others and flag.split()[0] in known), suggested)
     if right is None:
         close = get_close_matches(wrong, known, n=1)
@@ -144,14 +206,21 @@ def _with_pruning_ratio(words: Sequence[str], wrong: str) -> Sequence[str]:
 def _with_names(words: Sequence[str], loose: Sequence[str], known: Sequence[str]) -> Sequence[str] | None:
     """The words with a flag before each value that stands alone: --image before an image, --prompt before a text."""
     meant = list(words)
+    if words[0] == "chat":
+        meant, known = ["run", *words[1:]], [*known, "--prompt"]
     for word in loose:
-        suffix = Path(word).suffix.lower()
+        place, suffix = meant.index(word), Path(word).suffix.lower()
+        if place >= 2 and meant[place - 1] in known:  # a flag was taken for the value of the one before it
+            meant.insert(place - 1, "What is shown here?")
+            continue
         flag = "--image" if suffix in IMAGES else "--video" if suffix in VIDEOS else "--prompt"
-        if flag == "--prompt" and "--out" in known and "--prompt" not in known:
+        if words[0] in ("export", "build"):
             flag = "--out"
+        elif words[0] == "serve" and word.isdigit():
+            flag = "--port"
         if flag not in known or (flag in ("--prompt", "--out") and flag in meant):
             return None
-        meant.insert(meant.index(word), flag)
+        meant.insert(place, flag)
     return meant
 
 

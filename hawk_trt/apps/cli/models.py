@@ -76,13 +76,20 @@ def ready(model: Path, dtype: str | None = None) -> Path:
     return folder
 
 
-def expect_checkpoint(name: str) -> None:
+def expect_checkpoint(name: str, *, compared: bool = False) -> None:
     """Refuse all but a checkpoint's folder and a hub id.
+
+    Args:
+        name: as it was given.
+        compared: whether the checkpoint of a bundle is asked for, and not one to export.
 
     Raises:
         WrongModel: it is something else.
     """
     kind = kind_of(name)
+    if compared and kind in ("bundle", "engines"):
+        source = manifest_of(Path(name)).source.name
+        raise WrongModel(f"{name}: {kind}, expected a checkpoint, such as the one it was made from", name, source)
     if kind == "bundle":
         raise WrongModel(
             f"{name}: a bundle, which is exported already. Ask it, or build engines: "
@@ -101,15 +108,24 @@ def expect_bundle(name: Path) -> None:
     Raises:
         WrongModel: it is something else.
     """
+    if kind_of(name) == "engines":
+        message = f"{name}: engines, which are built already"
+        raise WrongModel(message, command=f"hawk-trt run {name} --prompt TEXT")
+    expect_exported(name)
+
+
+def expect_exported(name: Path) -> None:
+    """Refuse all but a bundle and engines.
+
+    Raises:
+        WrongModel: it is something else.
+    """
     kind = kind_of(name)
     if kind in ("checkpoint", "hub id"):
         command = f"hawk-trt export {name} --out {name.name}-bundle"
-        raise WrongModel(f"{name}: a checkpoint, expected a bundle", command=command)
-    if kind == "engines":
-        message = f"{name}: engines, which are built already"
-        raise WrongModel(message, command=f"hawk-trt run {name} --prompt TEXT")
+        raise WrongModel(f"{name}: a checkpoint, expected a bundle or engines", command=command)
     if kind == "nothing":
-        raise _no_model(str(name), "a bundle")
+        raise _no_model(str(name), "a bundle or engines")
 
 
 def load_bundle(model: Path) -> Bundle:
@@ -160,9 +176,8 @@ def _no_model(name: str, expected: str) -> WrongModel:
         return WrongModel(f"{name}: a web address, expected {expected}", name, address[1])
     if path.is_file():
         if path.suffix.lower() in IMAGES:
-            return WrongModel(
-                f"{name}: an image, expected {expected}", command=f"hawk-trt run MODEL --image {name} --prompt TEXT"
-            )
+            command = f"hawk-trt run MODEL --image {name} --prompt TEXT"
+            return WrongModel(f"{name}: an image, expected {expected}", name, command=command)
         if kind_of(path.parent) != "nothing":
             return WrongModel(f"{name}: a file, expected the folder that it lies in", name, str(path.parent))
         why = "GGUF holds no checkpoint that is read here" if path.suffix == ".gguf" else "a file"
@@ -194,6 +209,6 @@ def _no_model(name: str, expected: str) -> WrongModel:
 def _close_to(path: Path) -> Path | None:
     """The model whose path was probably meant."""
     around = [*path.parent.glob("*"), *(Path("artifacts").glob("*") if len(path.parts) == 1 else ())]
-    models = {folder.name: folder for folder in around if any((folder / file).is_file() for file in _KINDS)}
-    found = get_close_matches(path.name, models, n=1, cutoff=0.7)
+    models = {folder.name.lower(): folder for folder in around if any((folder / file).is_file() for file in _KINDS)}
+    found = get_close_matches(path.name.lower(), models, n=1, cutoff=0.7)
     return models[found[0]] if found else None

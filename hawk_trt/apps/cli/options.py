@@ -28,19 +28,20 @@ DTYPE_NAMES = {"fp32": "float32", "fp16": "float16", "half": "float16", "bf16": 
 
 def _numbers(_: type, tokens: Sequence[Token]) -> tuple[float, ...]:
     try:
-        return tuple(_ratio(part) for token in tokens for part in token.value.split(","))
+        return tuple(ratio_of(part) for token in tokens for part in token.value.split(","))
     except ValueError:
         raise ValueError(f"got {tokens[-1].value!r}, expected numbers with commas between them, as 0.1,0.2") from None
 
 
 def _number(_: type, tokens: Sequence[Token]) -> float:
     try:
-        return _ratio(tokens[0].value)
+        return ratio_of(tokens[0].value)
     except ValueError:
         raise ValueError(f"got {tokens[0].value!r}, expected one number, as 0.2") from None
 
 
-def _ratio(text: str) -> float:
+def ratio_of(text: str) -> float:
+    """A share: "0.2", or "20%"."""
     return float(text[:-1]) / 100 if text.endswith("%") else float(text)
 
 

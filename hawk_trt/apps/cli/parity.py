@@ -101,7 +101,7 @@ def parity(
     """
     if compared.steps < 1:
         raise InvalidInput(f"--steps: got {compared.steps}, expected at least 1")
-    expect_checkpoint(checkpoint)
+    expect_checkpoint(checkpoint, compared=True)
     bundle = load_bundle(model)
     manifest = bundle.manifest
     if save and manifest.dtype != "float32":

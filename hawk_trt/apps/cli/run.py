@@ -9,6 +9,7 @@ from cyclopts import Group, Parameter
 
 from hawk_trt.apps.cli.options import OUTPUT, Json, KeepRatio, Model, Prompt, Pruning, Where
 from hawk_trt.apps.cli.output import note, print_json
+from hawk_trt.bundle import Bundle
 from hawk_trt.request import Result, SamplingConfig, Timings
 from hawk_trt.runtime.sampling import checkpoint_sampling
 
@@ -42,12 +43,13 @@ class Sampling:
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
 
-    def config(self, base: SamplingConfig) -> SamplingConfig:
-        """The options that were given, and a base for the rest.
+    def config(self, bundle: Bundle | None = None) -> SamplingConfig:
+        """The options that were given; for the rest greedy, or what the bundle's model says where that is asked for.
 
         Raises:
             InvalidInput: a value out of its range.
         """
+        base = checkpoint_sampling(bundle) if bundle and self.sampling == "model" else SamplingConfig()
         given = {name: value for name, value in asdict(self).items() if name != "sampling" and value is not None}
         return replace(base, **given)
 
@@ -80,11 +82,9 @@ def run(
     """
     # All that can be refused without the model is refused before it is loaded.
     config = pruning.config(1.0 if keep_ratio is None else keep_ratio)
-    drawn_by = sampling.config(SamplingConfig())
+    sampling.config()
     text = prompt.text()
     pipe = where.open(model)
-    if sampling.sampling == "model":
-        drawn_by = sampling.config(checkpoint_sampling(pipe.bundle))
     if keep_ratio is None:
         config = replace(config, keep_ratio=pipe.bundle.manifest.keep_ratio)
     messages = prompt.messages(text)
@@ -94,7 +94,7 @@ def run(
         videos=prompt.video,
         pruning=config,
         max_new_tokens=prompt.max_new_tokens,
-        sampling=drawn_by,
+        sampling=sampling.config(pipe.bundle),
         stop=stop,
         skip_special_tokens=skip_special_tokens,
         min_pixels=prompt.min_pixels,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Group, Parameter
 
+from hawk_trt.apps.cli.models import kind_of
 from hawk_trt.apps.cli.options import KeepRatio, Model, Pruning, Where
 from hawk_trt.apps.cli.output import note
 from hawk_trt.apps.serve.settings import KEY_VARIABLE, LOOPBACK_HOSTS, ServeLimits, ServeSettings, read_api_keys
@@ -55,7 +56,7 @@ class Served:
             InvalidInput: a value out of its range, or a key file without a key.
         """
         return ServeSettings(
-            model_name=self.model_name or model.resolve().name,
+            model_name=self.model_name or (str(model) if kind_of(model) == "hub id" else model.resolve().name),
             pruning=self.pruning.config(1.0 if self.keep_ratio is None else self.keep_ratio),
             remote_hosts=self.remote_host,
             cors_origins=self.cors_origin,
@@ -84,6 +85,7 @@ def serve(
     *,
     host: Annotated[str, Parameter(group=_ADDRESS)] = "127.0.0.1",
     port: Annotated[int, Parameter(group=_ADDRESS)] = 8000,
+    config: Annotated[Path | None, Parameter(group=_ADDRESS)] = None,
 ) -> int:
     """Serve the OpenAI protocol over HTTP: chat completions with images, pruned as each request asks.
 
@@ -92,10 +94,12 @@ def serve(
     Args:
         host: address to listen at; 0.0.0.0 is all networks
         port: 0 takes a free one
+        config: YAML file of these options, as keep_ratio: 0.2; the command line wins over it
     """
     from hawk_trt.apps.serve.app import create_app
     from hawk_trt.apps.serve.server import Server, configure_logging, listen
 
+    del config  # main.options_of_file has read it
     settings = served.settings(model)
     if _is_loopback(host):
         settings = replace(settings, allowed_hosts=(*LOOPBACK_HOSTS, host, *settings.allowed_hosts))
@@ -104,6 +108,7 @@ def serve(
     if not settings.api_keys and not _is_loopback(host):
         note(f"warning: {host} is open to others and no key is set. Give one: --api-key-file or {KEY_VARIABLE}")
     configure_logging()
+    listen(host, port).close()  # a port that cannot be opened is said before the model is loaded
     pipe, settings = served.open(model, settings)
     with pipe, listen(host, port) as opened:
         name, number = opened.getsockname()[:2]

@@ -204,13 +204,13 @@ def test_each_image_keeps_its_quota(ask, capsys):
         (["--min-pixels", "100000000"], "min_pixels"),
     ],
 )
-def test_what_cannot_be_used_is_one_line_and_exit_code_1(ask, options, message, capsys):
+def test_what_cannot_be_used_is_one_line_with_a_command_to_try_and_exit_code_1(ask, options, message, capsys):
     assert main([*ask, *options]) == 1
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1
-    assert message in err
+    told, tried = err.splitlines()
+    assert told.startswith("error: ") and message in told
+    assert tried.startswith("  try: hawk-trt run ")
 
 
 @pytest.mark.parametrize("content", ["[", "{}", '["a"]', "[NaN]", "[-1.0]", "[0, 0]", "[1, 2]", "\udcff"])

@@ -1,0 +1,143 @@
+"""Mistakes that people make, and the command that each is answered with."""
+
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from hawk_trt.apps.cli.main import main
+from hawk_trt.runtime import versions
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pytest brings it
+
+ROOT = Path(__file__).parents[3]
+
+HUB = "Qwen/Qwen2.5-VL-3B-Instruct"
+# The words, a part of the first line, a part of the second: the command to try.
+MISTAKES = [
+    # the command
+    ("runn bundle -p hi", 'Unknown command "runn"', "hawk-trt run bundle -p hi"),
+    ("convert model --out x", 'Did you mean "export"', "hawk-trt export model --out x"),
+    ("benchmark bundle", 'Did you mean "bench"', "hawk-trt bench bundle"),
+    ("bundle --prompt hi", "Unknown command", "hawk-trt run bundle --prompt hi"),
+    (f"{HUB} --prompt hi", "Unknown command", f"hawk-trt run {HUB} --prompt hi"),
+    ("--model bundle run --prompt hi", "Unknown command", "hawk-trt run --model bundle --prompt hi"),
+    # what is missing
+    ("run", "--model requires", "hawk-trt run CHECKPOINT-OR-HUB-ID"),
+    ("run bundle", "--prompt requires", "hawk-trt run bundle --prompt 'What is shown here?'"),
+    ("run bundle --prompt", "--prompt requires", "hawk-trt run "),
+    ("export model", "--out requires", "hawk-trt export model --out model-bundle"),
+    ("build bundle", "--out requires", "hawk-trt build bundle --out bundle-engines"),
+    ("parity bundle", "--checkpoint requires", "hawk-trt parity bundle --checkpoint CHECKPOINT"),
+    ("explain bundle -p hi", "no image or video", "hawk-trt explain --help"),
+    # values without their flag, and flags without their value
+    ("run bundle hi", "--prompt requires", "hawk-trt run bundle --prompt hi"),
+    ("run bundle photo.png -p hi", "without an option", "hawk-trt run bundle --image photo.png -p hi"),
+    ("run bundle photo.png hi", "--prompt requires", "hawk-trt run bundle --image photo.png --prompt hi"),
+    ("run bundle --prompt --image photo.png", "photo.png", "--prompt 'What is shown here?' --image photo.png"),
+    ("export model out", "--out requires", "hawk-trt export model --out out"),
+    ("serve bundle 8000", "without an option", "hawk-trt serve bundle --port 8000"),
+    ("chat bundle hi", "without an option", "hawk-trt run bundle --prompt hi"),
+    # flags: misspelt, or another program's
+    ("run bundle --promt hi", "--prompt requires", "hawk-trt run bundle --prompt hi"),
+    ("run bundle -p hi --keep-rato 0.2", "--keep-rato", "--keep-ratio 0.2"),
+    ("run bundle --question=hi", "--prompt requires", "hawk-trt run bundle --prompt hi"),
+    ("run bundle -p hi --pruning-ratio 0.8", "--pruning-ratio", "--keep-ratio 0.2"),
+    ("run bundle -p hi --max-length 20", "--max-length", "--max-new-tokens 20"),
+    ("run bundle -p hi --fp16", "--fp16", "--dtype fp16"),
+    ("run bundle -p hi --gpu", "--gpu", "--device cuda"),
+    ("run bundle -p hi --stream", "--stream", "hawk-trt run bundle -p hi"),
+    ("export model -o x", "--out requires", "hawk-trt export model --out x"),
+    ("serve bundle --batch-size 4", "--batch-size", "--max-batch 4"),
+    # values
+    ("run bundle -p hi --keep-ratio 0,2", "got '0,2'", "--keep-ratio 0.2"),
+    ("run bundle -p hi --keep-ratio 20", "To keep 20 %: --keep-ratio 0.2", "hawk-trt run --help"),
+    ("run bundle -p hi --max-new-tokens 1.5", "expected an integer", "hawk-trt run "),
+    ("run bundle -p hi --device gpu", "got 'gpu'", "hawk-trt run bundle -p hi --device cuda"),
+    ("run bundle -p hi --dtype fp16", "bundle is float32", None),
+    ("run bundle -p hi --selector hawks", '"hawks"', "--selector hawk"),
+    ("export model --out x --dtype fp8", '"fp8"', "--dtype fp16"),
+    ("serve bundle --port 99999", "expected 0", "hawk-trt serve --help"),
+    ("serve bundle --config nothing.yaml", "nothing.yaml is no file", "hawk-trt serve --help"),
+    # paths
+    ("run bundel -p hi", "Did you mean bundle?", "hawk-trt run bundle -p hi"),
+    ("run bundle/bundle.json -p hi", "expected the folder", "hawk-trt run bundle -p hi"),
+    ("run . -p hi", "it holds", "hawk-trt run "),
+    ("run empty -p hi", "no bundle there", "hawk-trt export CHECKPOINT-OR-HUB-ID --out empty"),
+    ("run bundle -p hi -i phto.png", "no such file", "-i photo.png"),
+    ("run bundle -p hi --video photo.png", "image, expected video", "--image photo.png"),
+    ("eval bundle --dataset nothing", "got 'nothing'", "hawk-trt eval --help"),
+    # models in each other's place
+    ("run photo.png --image bundle -p hi", "an image", "hawk-trt run bundle --image photo.png -p hi"),
+    (f"run https://huggingface.co/{HUB} -p hi", "a web address", f"hawk-trt run {HUB} -p hi"),
+    ("run Qwen2.5-VL-3B-Instruct -p hi", "no such folder", f"hawk-trt run {HUB} -p hi"),
+    ("export bundle --out x", "exported already", "hawk-trt run bundle --prompt TEXT"),
+    ("export model/config.json --out x", "expected the folder", "hawk-trt export model --out x"),
+    ("build model --out x", "expected a bundle", "hawk-trt export model --out model-bundle"),
+    (f"build {HUB} --out x", "expected a bundle", f"hawk-trt export {HUB} --out Qwen2.5-VL-3B-Instruct-bundle"),
+    ("parity bundle --checkpoint bundle", "expected a checkpoint", "hawk-trt parity "),
+    ("doctor nothing", "no such folder", "hawk-trt doctor --help"),
+    ("doctor model", "expected a bundle or engines", "hawk-trt export model --out model-bundle"),
+]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, tiny_bundle, tiny_checkpoint):
+    """A folder with a bundle, a checkpoint, a photo and an empty folder."""
+    folder = tmp_path_factory.mktemp("mistakes")
+    (folder / "bundle").symlink_to(tiny_bundle)
+    (folder / "model").symlink_to(tiny_checkpoint)
+    (folder / "empty").mkdir()
+    shutil.copy(tiny_checkpoint / "samples" / "0-colour.png", folder / "photo.png")
+    return folder
+
+
+@pytest.mark.parametrize(("words", "said", "command"), MISTAKES, ids=[words for words, _, _ in MISTAKES])
+def test_a_mistake_is_answered_with_a_command_that_works(words, said, command, place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    try:
+        code = main(shlex.split(words))
+    except SystemExit as stop:
+        code = stop.code
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert code in (1, 2)
+    assert lines[0].startswith("error: ") and said in lines[0]
+    assert len(lines) == (1 if command is None else 2)
+    assert command is None or (lines[1].startswith("  try: hawk-trt ") and command in lines[1])
+
+
+@pytest.mark.parametrize(
+    ("module", "brought"),
+    [
+        ("uvicorn", "'hawk-trt[serve]'"),
+        ("yaml", "'hawk-trt[serve]'"),
+        ("scipy.stats", "'hawk-trt[eval]'"),
+        ("onnx_ir", "'hawk-trt[export]'"),
+        ("transformers", "'hawk-trt[parity]'"),
+        ("left_pad", "left_pad"),
+    ],
+)
+def test_a_missing_package_is_answered_with_the_extra_that_brings_it(module, brought, monkeypatch, capsys):
+    def missing():
+        raise ModuleNotFoundError(f"No module named {module!r}", name=module)
+
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    lines = [f"{one}; extra == '{extra}'" for extra, needed in extras.items() for one in needed]
+    monkeypatch.setattr(versions, "requires", lambda _: lines)
+    monkeypatch.setattr("hawk_trt.apps.cli.doctor.doctor", missing)
+    assert main(["doctor"]) == 1
+    err = capsys.readouterr().err
+    assert err.endswith(f": pip install {brought}\n") and err.count("\n") == 1
+
+
+def test_help_and_version_can_be_asked_for_by_words(capsys):
+    for words, shown in ((["help", "run"], "Usage: hawk-trt run"), (["version"], "hawk-trt "), (["help"], "chat")):
+        with pytest.raises(SystemExit, match="0"):
+            main(words)
+        assert shown in capsys.readouterr().out
