@@ -63,7 +63,7 @@ types-tensorrt: $(FULL) ## mypy against the real Python API of TensorRT 10.3, 10
 	$(BIN)/python -m tests.tensorrt_types
 
 tests: $(FULL)
-	$(BIN)/pytest -q -ra
+	$(BIN)/pytest -q -ra -n auto --maxprocesses 8 --dist loadfile
 
 tests-slow: $(FULL) ## The larger samples of the tests, minutes on a laptop
 	$(BIN)/pytest -q -ra -m slow

@@ -128,7 +128,7 @@ def check(stubs: Path) -> list[str]:
     with tempfile.TemporaryDirectory() as temporary:
         config = Path(temporary) / "pyproject.toml"
         config.write_text((ROOT / "pyproject.toml").read_text(encoding="utf-8") + _QUIET_STUBS, encoding="utf-8")
-        command = [sys.executable, "-m", "mypy", "--config-file", str(config), "--cache-dir", str(stubs / "cache")]
+        command = [sys.executable, "-m", "mypy", "--config-file", str(config)]
         env = {**os.environ, "MYPYPATH": str(stubs)}
         done = subprocess.run([*command, *CHECKED], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     if done.returncode not in (0, 1):
