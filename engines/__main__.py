@@ -24,6 +24,7 @@ from hawk_trt.files import cache_folder
 from hawk_trt.runtime.versions import missing_for_tensorrt
 
 from .build_plan import BuildSettings, BuiltPlan, differences, plan_build
+from .checks.inspection import Fusion, inspect
 from .checks.verify import Verification, load_reference, verify
 from .plugin_library import existing_plugin, find_or_compile, may_find
 from .prepare import PreparedGraph
@@ -107,7 +108,7 @@ def build(
     if changed:
         note(f"building again, since another: {', '.join(changed)}")
     if changed == [] and not force:
-        _report(EngineFolder.load(out), None, None, as_json=json)
+        _report(EngineFolder.load(out), None, {}, None, as_json=json)
         return 0
 
     def build_stage(graph: PreparedGraph, entry: PlanEntry) -> BuiltPlan:
@@ -121,7 +122,7 @@ def build(
     except KeyboardInterrupt:
         note("interrupted; nothing was changed")
         return INTERRUPTED
-    _report(engines, verification, time.perf_counter() - started, as_json=json)
+    _report(engines, verification, inspect(engines), time.perf_counter() - started, as_json=json)
     return 0
 
 
@@ -138,8 +139,15 @@ def _machine(tensorrt: str) -> tuple[Machine, int | None]:
     return this_machine(tensorrt), int(call("cuDeviceTotalMem", call("cuDeviceGet", 0)))
 
 
-def _report(engines: EngineFolder, verification: Verification | None, seconds: float | None, *, as_json: bool) -> None:
-    """Print the result on stdout; seconds is None where nothing was built."""
+def _report(
+    engines: EngineFolder,
+    verification: Verification | None,
+    attention: Mapping[str, Fusion],
+    seconds: float | None,
+    *,
+    as_json: bool,
+) -> None:
+    """Print the result on stdout; where nothing was built, seconds is None and attention empty."""
     manifest = engines.manifest
     plan_bytes = {plan.stage: manifest.files[plan.file].size_bytes for plan in manifest.plans}
     if as_json:
@@ -154,7 +162,7 @@ def _report(engines: EngineFolder, verification: Verification | None, seconds: f
             "plugin": manifest.plugin,
             "plans": [{"stage": plan.stage, "size_bytes": plan_bytes[plan.stage], "layers": plan.layers,
                        "plugin_layers": plan.plugin_layers, "flags": plan.flags, "workarounds": plan.workarounds,
-                       "seconds": plan.seconds} for plan in manifest.plans],
+                       "attention": attention.get(plan.stage), "seconds": plan.seconds} for plan in manifest.plans],
             "verification": verification,
             "seconds": seconds,
         }  # fmt: skip
@@ -169,8 +177,10 @@ def _report(engines: EngineFolder, verification: Verification | None, seconds: f
         f"{sizes.context} kept and generated; batch {sizes.batch}"
     )
     for plan in manifest.plans:
-        plugin = ", the top-k plugin among them" if plan.plugin_layers else ""
-        print(f"  {plan.stage}: {size(plan_bytes[plan.stage])}, {plan.layers} layers{plugin}, {plan.seconds:.0f} s")
+        told = ", the top-k plugin among them" if plan.plugin_layers else ""
+        told += f", {plan.seconds:.0f} s"
+        told += f", {attention[plan.stage]}" if plan.stage in attention else ""
+        print(f"  {plan.stage}: {size(plan_bytes[plan.stage])}, {plan.layers} layers{told}")
     if verification is not None:
         _print_verification(verification)
     elif seconds is not None:

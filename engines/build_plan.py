@@ -100,7 +100,15 @@ def plan_build(
     """
     plugin = settings.plugin
     graphs = tuple(
-        prepare(bundle, stage, target, max_context=limits.context, plugin=plugin is not None) for stage in STAGES
+        prepare(
+            bundle,
+            stage,
+            target,
+            max_context=limits.context,
+            plugin=plugin is not None,
+            tensorrt=machine.tensorrt,
+        )
+        for stage in STAGES
     )
     plans = tuple(
         PlanEntry(

@@ -3,10 +3,11 @@
     plugin asked for   the body of hawk::WeightedTopK is dropped, so that a missing plugin is an error and not a
                        silent fall back to TopK; TensorRT below 10.7 would prefer the body anyway
     cache_len          becomes a number, since TensorRT's KV cache is static
-    Attention          TRT_decomposable lets TensorRT fall back to its parts where it has no fused kernel
+    Attention          TRT_decomposable lets TensorRT fall back to its parts where it has no fused kernel; float16 is
+                       cast to float32 around it where that makes the fused kernel add up in float32 (from 11.3 on)
 
-The builder and the preflight both build from this. But for TRT_decomposable, which ONNX Runtime refuses, the
-prepared graph computes the same in ONNX Runtime as the bundle's.
+The builder and the preflight both build from this. But for TRT_decomposable, which ONNX Runtime refuses, and that sum,
+the prepared graph computes the same in ONNX Runtime as the bundle's.
 """
 
 from collections.abc import Iterable
@@ -17,10 +18,12 @@ import onnx
 from onnx import helper
 
 from hawk_trt.bundle import Bundle, TensorEntry
+from hawk_trt.runtime.versions import at_least
 from hawk_trt.stages import CACHE_LEN
 
 PLUGIN_OP = "WeightedTopK"
 DECOMPOSABLE = "TRT_decomposable"
+_FLOAT32_SUMS_TENSORRT = "11.3"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +51,9 @@ class PreparedGraph:
     has_topk: bool
 
 
-def prepare(bundle: Bundle, stage: str, target: str, *, max_context: int, plugin: bool) -> PreparedGraph:
+def prepare(
+    bundle: Bundle, stage: str, target: str, *, max_context: int, plugin: bool, tensorrt: str | None = None
+) -> PreparedGraph:
     """Prepare the graph of a stage.
 
     Args:
@@ -57,6 +62,7 @@ def prepare(bundle: Bundle, stage: str, target: str, *, max_context: int, plugin
         target: "tensorrt" or "portable".
         max_context: length of the static cache (tensorrt).
         plugin: whether the top-k plugin is to be used.
+        tensorrt: version of the library, None for what all versions take.
 
     Raises:
         BundleError: the bundle does not hold the target.
@@ -74,6 +80,8 @@ def prepare(bundle: Bundle, stage: str, target: str, *, max_context: int, plugin
     for node in graph.node:
         if node.op_type == "Attention":
             node.attribute.append(helper.make_attribute(DECOMPOSABLE, 1))
+    if bundle.manifest.dtype == "float16" and tensorrt is not None and at_least(tensorrt, _FLOAT32_SUMS_TENSORRT):
+        _sum_in_float32(graph)
     return PreparedGraph(
         stage=stage,
         file=file,
@@ -84,6 +92,23 @@ def prepare(bundle: Bundle, stage: str, target: str, *, max_context: int, plugin
         weight_bytes=sum(_external_bytes(tensor) for tensor in graph.initializer),
         has_topk=any(node.op_type == PLUGIN_OP for node in graph.node),
     )
+
+
+def _sum_in_float32(graph: onnx.GraphProto) -> None:
+    """Cast the queries, keys and values of every Attention to float32, and its output back to float16."""
+    nodes = list(graph.node)
+    del graph.node[:]
+    for node in nodes:
+        if node.op_type != "Attention":
+            graph.node.append(node)
+            continue
+        for index, letter in enumerate("qkv"):
+            name = f"{node.name}/{letter}_float32"
+            graph.node.append(helper.make_node("Cast", [node.input[index]], [name], name, to=onnx.TensorProto.FLOAT))
+            node.input[index] = name
+        output, node.output[0] = node.output[0], f"{node.name}/float32"
+        back = helper.make_node("Cast", [node.output[0]], [output], f"{node.name}/back", to=onnx.TensorProto.FLOAT16)
+        graph.node.extend((node, back))
 
 
 def _baked(entries: Iterable[TensorEntry], max_context: int) -> tuple[TensorEntry, ...]:

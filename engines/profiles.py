@@ -136,8 +136,14 @@ def choose_target(manifest: Manifest, version: str, asked: str | None = None) ->
         asked: "tensorrt" or "portable", None to choose.
 
     Raises:
-        InvalidInput: the bundle does not hold it, or TensorRT does not run it.
+        InvalidInput: the bundle does not hold it, or TensorRT does not run it or the bundle's weights.
     """
+    weights = manifest.weights
+    if weights is not None and weights.bits == 8:
+        raise InvalidInput(
+            f"weights: got int8 in blocks of {weights.block_size}, for which TensorRT documents 4-bit integers alone. "
+            "Export again with --dtype int4, or with float weights"
+        )
     too_old = not at_least(version, OPSET_24_TENSORRT)
     best = PORTABLE if too_old or TENSORRT not in manifest.targets else TENSORRT
     target = asked or best

@@ -110,13 +110,15 @@ def preflight(
 
 def _rows(bundle: Bundle, size: Limits, plugin: Path | None, *, scratch: bool) -> Iterator[Row]:
     """Build every graph of a bundle that engines are built from; with the plugin, every one that it changes."""
-    from ..builder import build_plan
+    from ..builder import TENSORRT_VERSION, build_plan
 
     manifest, with_plugin = bundle.manifest, plugin is not None
     settings = BuildSettings(plugin, None, None, ())
     for target in (target for target in TENSORRT_TARGETS if target in manifest.targets):
         for stage in STAGES:
-            graph = prepare(bundle, stage, target, max_context=size.context, plugin=with_plugin)
+            graph = prepare(
+                bundle, stage, target, max_context=size.context, plugin=with_plugin, tensorrt=TENSORRT_VERSION
+            )
             if with_plugin and not graph.has_topk:
                 continue
             name = f"{manifest.precision} {graph.file.name}"

@@ -1,6 +1,7 @@
 """The graph that TensorRT gets computes what the bundle's computes; ONNX Runtime runs both."""
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -151,3 +152,25 @@ def test_weights_stay_outside_and_are_counted(bundle):
     graph = prepare(bundle, DECODER, PORTABLE, max_context=CONTEXT, plugin=False)
     assert graph.weight_bytes > 20 * len(graph.content)
     assert graph.weight_bytes <= bundle.manifest.files["decoder.data"].size_bytes
+
+
+def test_float16_attention_adds_up_in_float32_where_tensorrt_fuses_that(bundle):
+    half = replace(bundle, manifest=replace(bundle.manifest, dtype="float16"))
+
+    def graph(source, tensorrt):
+        prepared = prepare(source, DECODER, TENSORRT, max_context=CONTEXT, plugin=False, tensorrt=tensorrt)
+        return onnx.load_from_string(prepared.content).graph
+
+    plain = graph(half, "11.2.0")
+    assert plain == graph(half, None) == graph(bundle, "11.3.0")
+    made = {output: node for node in graph(half, "11.3.0").node for output in node.output}
+    attentions = [node for node in plain.node if node.op_type == "Attention"]
+    assert len(attentions) == 3
+    for before in attentions:
+        back = made[before.output[0]]
+        assert (back.op_type, back.attribute[0].i) == ("Cast", onnx.TensorProto.FLOAT16)
+        attention = made[back.input[0]]
+        assert attention.op_type == "Attention" and attention.input[3] == before.input[3]
+        casts = [made[name] for name in attention.input[:3]]
+        assert [cast.input[0] for cast in casts] == list(before.input[:3])
+        assert {cast.attribute[0].i for cast in casts} == {onnx.TensorProto.FLOAT}

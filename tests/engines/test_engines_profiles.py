@@ -7,7 +7,7 @@ import pytest
 
 from engines.prepare import prepare
 from engines.profiles import TENSORRT_TARGETS, TOPK_LIMIT, choose_target, plan_limits, plan_profiles, vision_ranges
-from hawk_trt.bundle import Bundle, TensorEntry
+from hawk_trt.bundle import Bundle, TensorEntry, WeightFormat
 from hawk_trt.engine_folder import DECODE, PREFILL, Limits
 from hawk_trt.errors import InvalidInput
 from hawk_trt.models.qwen2_5_vl import window_plan
@@ -200,3 +200,10 @@ def test_a_vision_call_takes_several_frames_that_together_are_no_larger_than_the
     assert plan_limits(bundle.manifest, plugin=False).vision_batch == 4
     with pytest.raises(InvalidInput, match="--vision-batch: got 0"):
         plan_limits(bundle.manifest, vision_batch=0, plugin=False)
+
+
+def test_integers_of_eight_bits_in_blocks_are_refused_since_tensorrt_documents_four(bundle):
+    quantised = replace(bundle.manifest, weights=WeightFormat(8, 64))
+    with pytest.raises(InvalidInput, match=r"got int8 in blocks of 64.*--dtype int4"):
+        choose_target(quantised, "10.16.1")
+    assert choose_target(replace(quantised, weights=WeightFormat(4, 64)), "10.16.1") == TENSORRT

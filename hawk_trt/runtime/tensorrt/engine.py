@@ -122,6 +122,18 @@ class Engine:
         context.set_device_memory(scratch, self.scratch_bytes)
         return Context(self, context, profile, stream)
 
+    def layers(self) -> str:
+        """What TensorRT made of the graph, in the JSON of its engine inspector.
+
+        Raises:
+            BackendError: TensorRT refused.
+        """
+        assert self._engine is not None
+        inspector = self._engine.create_engine_inspector()
+        if inspector is None:
+            raise self.refused("an engine inspector")
+        return str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
+
     def refused(self, what: str) -> BackendError:
         """The error of a call that TensorRT answered with False or None."""
         return BackendError(f"{self.entry.file}: TensorRT refused {what}: {self._log.take()}")
