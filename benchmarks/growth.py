@@ -93,7 +93,7 @@ def prompt(pipe: Pipeline, num_tokens: int) -> ModelInputs:
     words = rng.integers(0, 400, num_tokens - len(ids)).tolist()
     pixels = rng.standard_normal((count * rows**2, 1176), dtype=np.float32)
     inputs = ModelInputs(np.array(words[:8] + ids + words[8:]), None, pixels, np.array([[1, rows, rows]] * count))
-    pipe.encode([inputs], [pipe.layout(inputs)])
+    pipe.vision_cache.encode([(inputs, pipe.processor.layout(inputs))])[0]
     return inputs
 
 
@@ -156,11 +156,11 @@ def _asks(
 def _steps(pipe: Pipeline, columns: int) -> Callable[[], object]:
     """Decode steps behind the short prompt, in a cache of so many columns; every run starts anew."""
     inputs = prompt(pipe, _SHORT_PROMPT)
-    layout = pipe.layout(inputs)
+    layout = pipe.processor.layout(inputs)
     heads = np.array(pipe.bundle.manifest.head_weights.values, np.float32)
     prefill = collate([layout], [layout.num_visual], [None], heads)
     generation = pipe.backend.start(1, columns)
-    generation.prefill(prefill, pipe.encode([inputs], [layout]), logits=False)
+    generation.prefill(prefill, pipe.vision_cache.encode([(inputs, layout)])[0], logits=False)
     step = DecodeInputs(np.array([1]), np.array([layout.next_position]))
 
     def run() -> None:

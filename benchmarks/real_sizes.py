@@ -72,7 +72,7 @@ def answer(folder: Path, keep_ratio: float = 0.2) -> dict[str, float]:
     pruning = PruningConfig(keep_ratio)
     result = pipe.generate(inputs, pruning=pruning, max_new_tokens=4, ignore_eos=True, return_logits=True)
     trace = pipe.trace(inputs, pruning, result.token_ids[:-1])
-    layout = pipe.layout(inputs)
+    layout = pipe.processor.layout(inputs)
     kept = num_kept(num_visual, keep_ratio, pruning.min_visual_tokens)
     weights = np.array(manifest.head_weights.values, np.float32)
     host = collate([layout], [kept], [None], weights)

@@ -14,9 +14,9 @@ hashing 16 GB at each start would cost more than loading the model.
 import hashlib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeAlias, TypeVar
 
 import msgspec
 import numpy as np
@@ -33,6 +33,8 @@ ENGINES_MANIFEST = "engines.json"
 SCHEMA_VERSION = 3
 _AGAIN = "Export again: make export"
 _Versioned = TypeVar("_Versioned")
+_TokenId: TypeAlias = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
+_Size: TypeAlias = Annotated[int, msgspec.Meta(gt=0)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +71,9 @@ class TableEntry:
     """Where the token embedding table [vocab_size, hidden_size] lies, row-major."""
 
     file: str
-    offset: int
-    dtype: str
-    shape: tuple[int, int]
+    offset: Annotated[int, msgspec.Meta(ge=0)]
+    dtype: Annotated[str, msgspec.Meta(pattern=f"^({'|'.join(DTYPES)})$")]
+    shape: tuple[_Size, _Size]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,14 +83,14 @@ class SpecialTokens:
     vision_end and im_end bound the query range; eos ends an answer.
     """
 
-    image: int | None
-    video: int | None
-    vision_start: int | None
-    vision_end: int | None
-    im_start: int | None
-    im_end: int | None
-    pad: int | None
-    eos: tuple[int, ...]
+    image: _TokenId | None
+    video: _TokenId | None
+    vision_start: _TokenId | None
+    vision_end: _TokenId | None
+    im_start: _TokenId | None
+    im_end: _TokenId | None
+    pad: _TokenId | None
+    eos: tuple[_TokenId, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,16 +193,7 @@ class Bundle:
     def load(
         cls, folder: str | Path, *, verify: bool = False, progress: Callable[[int], None] | None = None
     ) -> "Bundle":
-        """Read and check a bundle.
-
-        Args:
-            folder: the bundle.
-            verify: also hash the weight files.
-            progress: called with the bytes hashed as verification goes on.
-
-        Raises:
-            BundleError: no bundle, another schema, a missing or changed file.
-        """
+        """Read and check a bundle; see read_manifest and check."""
         folder = Path(folder)
         bundle = cls(folder, read_manifest(folder))
         bundle.check(verify=verify, progress=progress)
@@ -209,13 +202,12 @@ class Bundle:
     def check(self, *, verify: bool = False, progress: Callable[[int], None] | None = None) -> None:
         """Compare every file with the manifest; weight files by size, or by hash with verify.
 
+        progress is called with the bytes hashed.
+
         Raises:
             BundleError: a file is missing or differs.
         """
         check_files(self.folder, self.manifest.files, "the export", _AGAIN, verify=verify, progress=progress)
-        *named, eos = astuple(self.manifest.special_tokens)
-        if not all(token is None or 0 <= token < 2**31 for token in (*named, *eos)):
-            raise BundleError(f"{self.folder}: damaged, special_tokens has no ids of tokens. {_AGAIN}")
         try:
             check_head_weights(self.manifest.head_weights.values, self.manifest.language.num_attention_heads)
         except InvalidInput as error:
@@ -226,8 +218,7 @@ class Bundle:
             raise BundleError(
                 f"{self.folder}: damaged, {', '.join(sorted(stray))[:200]} is none of its files. {_AGAIN}"
             )
-        fits = table.dtype in DTYPES and table.offset >= 0 and all(size > 0 for size in table.shape)
-        needed = table.offset + math.prod(table.shape) * numpy_dtype(table.dtype).itemsize if fits else math.inf
+        needed = table.offset + math.prod(table.shape) * numpy_dtype(table.dtype).itemsize
         if needed > files[table.file].size_bytes:
             raise BundleError(f"{self.folder}: damaged, the embeddings reach beyond {table.file}. {_AGAIN}")
 
@@ -309,13 +300,7 @@ def check_files(
 ) -> None:
     """Compare files with their manifest: by size and hash, weights by size alone unless verify.
 
-    Args:
-        folder: that holds them.
-        files: by name.
-        made: what wrote them, such as "the export".
-        again: the command that writes them anew, as a sentence.
-        verify: also hash weights.
-        progress: called with the bytes hashed.
+    made, again: as in read_versioned. progress is called with the bytes hashed.
 
     Raises:
         BundleError: a file is missing or differs.

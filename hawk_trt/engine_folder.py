@@ -172,16 +172,7 @@ class EngineFolder:
     def load(
         cls, folder: str | Path, *, verify: bool = False, progress: Callable[[int], None] | None = None
     ) -> "EngineFolder":
-        """Read and check an engine folder.
-
-        Args:
-            folder: that the engine builder wrote.
-            verify: also hash the plans and the embedding table.
-            progress: called with the bytes hashed as verification goes on.
-
-        Raises:
-            BundleError: no engine folder, another schema, a missing, changed or foreign file.
-        """
+        """Read and check an engine folder; see read_engine_manifest and check."""
         folder = Path(folder)
         engines = cls(folder, read_engine_manifest(folder))
         engines.check(verify=verify, progress=progress)
@@ -217,11 +208,7 @@ class EngineFolder:
                 raise BundleError(f"{path}: written by TensorRT {version}, {ENGINES_MANIFEST} says {built}. {rebuild}")
 
     def check_machine(self, machine: Machine) -> None:
-        """Refuse plans built for another GPU or by another TensorRT.
-
-        Raises:
-            BundleError: they would not run here, or not as they were verified.
-        """
+        """Refuse, as a BundleError, plans built for another GPU or by another TensorRT."""
         built = self.manifest.machine
         if (
             built.compute_capability != machine.compute_capability
@@ -247,10 +234,6 @@ def read_engine_manifest(folder: Path) -> EngineManifest:
 
 def plan_version(path: Path, advice: str) -> str:
     """The TensorRT version that wrote a plan, "major.minor.patch.build", from its first bytes.
-
-    Args:
-        path: the plan.
-        advice: what to do where it is none, for the error.
 
     Raises:
         BundleError: not a plan, or one of TensorRT-RTX.

@@ -1,29 +1,11 @@
 """The exceptions of hawk_trt. Every error a user can meet is a HawkError.
 
 HawkError
- |- InvalidInput (also a ValueError)  an argument, prompt, image or tensor that cannot be used
- |- CheckpointError                   a Hugging Face checkpoint that cannot be read or is not supported
- |- BundleError                       a bundle or engine folder that is damaged, stale, foreign or of a newer schema
- |- BackendError                      a runtime that is missing, lacks a device or a dtype, or failed while running
- |- ParityError                       a comparison that cannot be made (not one that is out of tolerance)
- |- QueueFull                         a server has as many requests waiting as it takes; try again later
- |- Stopping                          a server takes no more requests, or ends before this one is done
- |- DeadlinePassed                    a request was not done at its time limit
+ |- InvalidInput (also a ValueError), CheckpointError, BundleError, BackendError, ParityError
+ |- QueueFull, Stopping, DeadlinePassed: of a server
 
 A message says what was got, what was expected and the command that helps.
 """
-
-__all__ = [
-    "BackendError",
-    "BundleError",
-    "CheckpointError",
-    "DeadlinePassed",
-    "HawkError",
-    "InvalidInput",
-    "ParityError",
-    "QueueFull",
-    "Stopping",
-]
 
 
 class HawkError(Exception):
@@ -35,11 +17,11 @@ class InvalidInput(HawkError, ValueError):
 
 
 class CheckpointError(HawkError):
-    """A checkpoint is missing, truncated, inconsistent or of an unsupported architecture."""
+    """A Hugging Face checkpoint is missing, truncated, inconsistent or of an unsupported architecture."""
 
 
 class BundleError(HawkError):
-    """A bundle is missing, damaged, of a newer schema, or does not hold what was asked for."""
+    """A bundle or engine folder is missing, damaged, stale, of a newer schema, or does not hold what was asked for."""
 
 
 class BackendError(HawkError):
@@ -47,7 +29,7 @@ class BackendError(HawkError):
 
 
 class ParityError(HawkError):
-    """A parity comparison cannot be made."""
+    """A parity comparison cannot be made (not one that is out of tolerance)."""
 
 
 class QueueFull(HawkError):

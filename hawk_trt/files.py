@@ -33,24 +33,23 @@ _T = TypeVar("_T")
 
 
 def read_json(path: Path, kind: type[_T], error: type[HawkError], advice: str = "") -> _T:
-    """The JSON in a file that others may have written.
+    """The JSON in a file that others may have written: see read_bytes and parse_json."""
+    return parse_json(read_bytes(path, error, advice), kind, str(path), error, advice)
 
-    Args:
-        path: of the file.
-        kind: what it must hold, such as dict[str, Any] or a dataclass.
-        error: raised where it does not.
-        advice: what the reader of the error can do.
+
+def read_bytes(path: Path, error: type[HawkError], advice: str = "") -> bytes:
+    """A file of text that others may have written.
 
     Raises:
-        HawkError: of the type `error`: it cannot be read, or parse_json refuses it.
+        HawkError: of the type `error`: it cannot be read, or is larger than any such file.
     """
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise error(f"{path}: got {path.stat().st_size} bytes of JSON, expected at most {MAX_JSON_BYTES}. {advice}")
-        content = path.read_bytes()
+        size_bytes = path.stat().st_size
+        if size_bytes > MAX_JSON_BYTES:
+            raise error(f"{path}: got {size_bytes} bytes, expected at most {MAX_JSON_BYTES}. {advice}".rstrip(". "))
+        return path.read_bytes()
     except OSError as problem:
         raise error(f"{path}: cannot be read ({problem.strerror or problem}). {advice}".rstrip(". ")) from problem
-    return parse_json(content, kind, str(path), error, advice)
 
 
 def parse_json(content: bytes | str, kind: type[_T], name: str, error: type[HawkError], advice: str = "") -> _T:
@@ -60,14 +59,14 @@ def parse_json(content: bytes | str, kind: type[_T], name: str, error: type[Hawk
         content: of a file.
         kind: what it must hold, such as dict[str, Any] or a dataclass.
         name: of the file, for the error.
-        error: raised where it does not.
+        error: raised where it holds something else.
         advice: what the reader of the error can do.
 
     Raises:
         HawkError: of the type `error`: too large, nested too deeply, not JSON, or JSON of another kind.
     """
     if len(content) > MAX_JSON_BYTES:
-        raise error(f"{name}: got {len(content)} bytes of JSON, expected at most {MAX_JSON_BYTES}. {advice}".rstrip())
+        raise error(f"{name}: got {len(content)} bytes, expected at most {MAX_JSON_BYTES}. {advice}".rstrip())
     try:
         value = msgspec.json.decode(content, type=kind)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as problem:
@@ -102,11 +101,7 @@ def cache_folder() -> Path:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file, making its folder; what was there stays until the new one is whole.
-
-    Raises:
-        InvalidInput: the path cannot be written.
-    """
+    """Write a file, making its folder; what was there stays until the new one is whole. InvalidInput where it fails."""
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -125,13 +120,9 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 @contextmanager
 def staged(out: Path) -> Iterator[Path]:
-    """A new folder beside out, which takes its place at the end.
+    """A new folder beside out, to be filled, which takes its place at the end.
 
-    Args:
-        out: absolute and resolved, so that a symbolic link keeps pointing at it.
-
-    Yields:
-        The folder to fill.
+    out is absolute and resolved, so that a symbolic link keeps pointing at it.
 
     Raises:
         BundleError: a file could not be written, or the folder not be moved; out is as it was.
@@ -154,15 +145,9 @@ def staged(out: Path) -> Iterator[Path]:
 
 
 def check_replaceable(out: Path, is_ours: Callable[[str], bool], maker: str) -> None:
-    """Refuse to replace a folder that holds what was made by something else.
+    """Refuse, as a BundleError, to replace a file, or a folder that holds what was made by something else.
 
-    Args:
-        out: to be replaced; it need not be there.
-        is_ours: whether a file of this name may go.
-        maker: what makes such folders, for the error.
-
-    Raises:
-        BundleError: out is a file, or a folder with other things in it.
+    is_ours says whether a file of a name may go.  maker: what makes such folders, for the error.
     """
     if out.exists() and not out.is_dir():
         raise BundleError(f"{out}: a file, expected a folder or nothing. Choose another with --out")
@@ -175,11 +160,7 @@ def check_replaceable(out: Path, is_ours: Callable[[str], bool], maker: str) -> 
 
 
 def check_free_space(out: Path, needed_bytes: int, what: str, advice: str) -> None:
-    """Refuse to begin what the disk cannot hold; the older folder stays until the new one is whole.
-
-    Raises:
-        BundleError: there is less space than needed.
-    """
+    """Refuse to begin what the disk cannot hold; the older folder stays until the new one is whole."""
     parent = next(path for path in out.parents if path.exists())
     free_bytes = shutil.disk_usage(parent).free
     if free_bytes < needed_bytes:
@@ -236,11 +217,7 @@ def _put_in_place(partial: Path, out: Path) -> None:
 
 
 def _exchange(first: Path, second: Path) -> bool:
-    """Swap two folders in one step; False where the system (Linux only) or the file system cannot.
-
-    Raises:
-        OSError: the swap failed for another reason.
-    """
+    """Swap two folders in one step; False where the system (Linux only) or the file system cannot."""
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is None:
         return False

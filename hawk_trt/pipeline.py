@@ -11,19 +11,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from hawk_trt.bundle import Bundle
 from hawk_trt.errors import InvalidInput
-from hawk_trt.inputs.layout import PromptLayout
 from hawk_trt.inputs.processor import Processor
 from hawk_trt.models.registry import load_family
 from hawk_trt.request import ModelInputs, PruningConfig, Request, Result, SamplingConfig
 from hawk_trt.runtime import load_backend
-from hawk_trt.runtime.protocol import Backend, Visual
+from hawk_trt.runtime.protocol import Backend
 from hawk_trt.runtime.sampling import ForcedSampler
 from hawk_trt.runtime.vision_cache import DEFAULT_VISION_CACHE_MB, VisionCache
 from hawk_trt.scheduler import DEFAULT_MAX_NEW_TOKENS, Scheduler
@@ -39,12 +38,12 @@ class Trace:
     """Every stage's output for one prompt and given tokens, for comparison with a reference.
 
     Attributes:
-        visual_embeds: float32 [num_visual, hidden], in prompt order.
-        scores: float32 [num_visual].
-        kept_indices: int64 [kept], in the prompt as given.
-        hidden_states: float32 [kept, hidden], first_layer's output.
-        kv_norms: float32 [layers, 2, columns], lengths of the keys and the values of each column.
-        logits: float32 [steps, vocab]; row 0 after the prompt, row i after token i.
+        visual_embeds: [num_visual, hidden], in prompt order.
+        scores: [num_visual].
+        kept_indices: [kept], in the prompt as given.
+        hidden_states: [kept, hidden], first_layer's output.
+        kv_norms: [layers, 2, columns], lengths of the keys and the values of each column.
+        logits: [steps, vocab]; row 0 after the prompt, row i after token i.
     """
 
     visual_embeds: npt.NDArray[np.float32]
@@ -60,9 +59,9 @@ class Pipeline:
 
     Attributes:
         bundle: what it was loaded from.
-        backend: what runs it.
-        family: what its model asks of the host.
-        processor: turns prompts into tensors.
+        backend: runs the stages.
+        family: of the model.
+        processor: turns prompts into tensors, and says where everything in them lies.
         vision_cache: turns images and videos into embeddings, and keeps those of images asked about before.
     """
 
@@ -157,20 +156,7 @@ class Pipeline:
     ) -> Result:
         """Answer one prompt.
 
-        Args:
-            prompt: a string (images, then videos, come before it), chat messages, or tensors.
-            images: paths, bytes, PIL images or uint8 arrays.
-            videos: paths, lists of images, or uint8 arrays [frames, height, width, 3].
-            pruning: how visual tokens are pruned; None is PruningConfig().
-            max_new_tokens: longest answer; it also ends where the context is full.
-            sampling: how tokens are drawn; None is greedy.
-            stop: strings that end the answer and are not part of it.
-            ignore_eos: go on after a stop token.
-            return_logits: give the logits of every step.
-            logprobs: give the log probability of every token, and those of so many most probable ones.
-            skip_special_tokens: leave special tokens out of the text.
-            min_pixels: enlarge smaller images to this area.
-            max_pixels: shrink larger images to this area.
+        The arguments are those of Request, whose docstring describes each.
 
         Raises:
             InvalidInput: something that cannot be used as given.
@@ -253,14 +239,8 @@ class Pipeline:
     ) -> Trace:
         """Run one prompt and keep what every stage made.
 
-        Args:
-            inputs: the prompt.
-            pruning: how it is pruned.
-            forced_tokens: the tokens decoded one after another; where they end, the most probable ones.
-            steps: rows of logits; None is one more than there are forced tokens.
-
-        Raises:
-            InvalidInput: something that cannot be used as given.
+        The tokens decoded are forced_tokens; where they end, the most probable ones. steps: rows of logits; None is
+        one more than there are forced tokens.
         """
         steps = len(forced_tokens) + 1 if steps is None else steps
         scheduler = self._scheduler()
@@ -268,7 +248,7 @@ class Pipeline:
         sequence = scheduler.add(request)
         sequence.sampler = ForcedSampler(forced_tokens)
         rows = sequence.layout.visual_rows
-        embeds = self.encode([inputs], [sequence.layout]).numpy().astype(np.float32)[rows[rows >= 0]]
+        embeds = self.vision_cache.encode([(inputs, sequence.layout)])[0].numpy().astype(np.float32)[rows[rows >= 0]]
         _check(scheduler.step())
         generation = sequence.generation
         assert generation is not None  # there is a token more to come
@@ -276,26 +256,11 @@ class Pipeline:
         for _ in range(steps - 1):
             _check(scheduler.step())
         layers = range(self.bundle.manifest.language.num_hidden_layers)
-        norms = np.stack([[_column_norms(part[0]) for part in generation.cache(layer)] for layer in layers])
+        caches = ([part[0].astype(np.float32) for part in generation.cache(layer)] for layer in layers)
+        norms = np.stack([[np.sqrt(np.einsum("hcd,hcd->c", part, part)) for part in pair] for pair in caches])
         result = sequence.result()
         assert result.logits is not None
         return Trace(embeds, result.scores, result.kept_indices, hidden, norms, result.logits)
-
-    def layout(self, inputs: ModelInputs, query: str | None = None) -> PromptLayout:
-        """Where everything of a prompt lies.
-
-        Raises:
-            InvalidInput: tensors that do not fit each other.
-        """
-        return self.processor.layout(inputs, query)
-
-    def encode(self, prompts: Sequence[ModelInputs], layouts: Sequence[PromptLayout]) -> Visual:
-        """Visual embeddings of all prompts: those of each one's images, then its videos."""
-        return self.vision_cache.encode(list(zip(prompts, layouts, strict=True)))[0]
-
-    def chat_tokenizer(self) -> Any:  # noqa: ANN401 - the tokenizers package has no types
-        """The tokenizer, None where the bundle has none."""
-        return None if self.processor.chat is None else self.processor.chat.tokenizer
 
 
 class TextStream:
@@ -322,13 +287,6 @@ class TextStream:
         for _ in self:
             pass
         return self._sequence.result()
-
-
-def _column_norms(cache: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-    """Length of each column of [kv_heads, columns, head_dim]."""
-    values = cache.astype(np.float32)
-    norms: npt.NDArray[np.float32] = np.sqrt(np.einsum("hcd,hcd->c", values, values))
-    return norms
 
 
 def _answers(scheduler: Scheduler, sequences: Sequence[Answer]) -> list[Result]:

@@ -4,7 +4,7 @@ All are values: frozen, compared by content, the two configs checked at construc
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -18,14 +18,14 @@ from hawk_trt.inputs.streamed_rows import StreamedRows
 if TYPE_CHECKING:
     from PIL.Image import Image as PillowImage
 
-    from hawk_trt.pruning.selectors import Selector
-
     ImageInput: TypeAlias = str | PathLike[str] | bytes | PillowImage | npt.NDArray[np.uint8]
     VideoInput: TypeAlias = str | PathLike[str] | npt.NDArray[np.uint8] | Sequence[ImageInput]
     Message: TypeAlias = Mapping[str, Any]
     Prompt: TypeAlias = "str | Sequence[Message] | ModelInputs"
 
 
+Selector: TypeAlias = Callable[[Any, int], npt.NDArray[np.int64]]
+"""Chooses k of some pruning.selectors.Candidates: int64 [k], each in [0, n), without repetition, in any order."""
 SELECTORS = ("hawk", "uniform", "fastv-input", "random", "divprune", "cdpruner", "dart", "norm")
 SCORED = ("hawk", "uniform", "fastv-input")
 """Selectors that rank by HAWK's scores: the graph can carry them out by itself."""
@@ -39,7 +39,7 @@ _SMALLEST_WEIGHT = 1e-30  # below, float32 or a GPU makes scores of 0
 
 @dataclass(frozen=True, slots=True)
 class PruningConfig:
-    """How visual tokens are scored and how many are kept.
+    """How visual tokens are scored and how many are kept; InvalidInput where a value cannot be used.
 
     Attributes:
         keep_ratio: share of visual tokens kept, in (0, 1]; 1.0 prunes nothing.
@@ -57,14 +57,11 @@ class PruningConfig:
         diversity: share of the kept tokens, in [0, 1], that are chosen among near-ties for being
             unlike the others.
         seed: of selector "random", at least 0.
-
-    Raises:
-        InvalidInput: a value is out of its range, or does not go with the selector.
     """
 
     keep_ratio: float = 0.2
     head_weights: tuple[float, ...] | None = None
-    selector: "str | Selector" = "hawk"
+    selector: str | Selector = "hawk"
     min_visual_tokens: int = 1
     query: str | None = None
     quota: str = "global"
@@ -87,9 +84,6 @@ class PruningConfig:
             if self.selector in EQUAL_HEADS:
                 raise InvalidInput(f"head_weights: selector {self.selector!r} weighs all heads alike; leave them out")
         _check_integer("seed", self.seed, 0)
-        self._check_score_options()
-
-    def _check_score_options(self) -> None:
         if self.keep_mass is not None:
             _check_number("keep_mass", self.keep_mass, 0.0, 1.0, above=True)
         _check_number("diversity", self.diversity, 0.0, 1.0)
@@ -102,7 +96,7 @@ class PruningConfig:
 
 @dataclass(frozen=True, slots=True)
 class SamplingConfig:
-    """How the next token is drawn from the logits.
+    """How the next token is drawn from the logits; InvalidInput where a value is out of its range.
 
     Attributes:
         temperature: divides the logits; 0.0 is greedy, and then the others do nothing.
@@ -115,9 +109,6 @@ class SamplingConfig:
         presence_penalty: is taken from the logits of tokens that the answer holds, in [-2, 2]; OpenAI's rule.
         frequency_penalty: the same, for each time that the answer holds them.
         logit_bias: is added to the logits of some tokens, in [-100, 100]: pairs of token id and bias, or a mapping.
-
-    Raises:
-        InvalidInput: a value is out of its range.
     """
 
     temperature: float = 0.0
@@ -148,7 +139,7 @@ class SamplingConfig:
 
     @property
     def greedy(self) -> bool:
-        """Whether nothing is drawn at random."""
+        """Whether the most probable token is taken."""
         return self.temperature == 0.0
 
     @property
@@ -158,12 +149,17 @@ class SamplingConfig:
         return bool(penalties or self.logit_bias)
 
 
-def check_head_weights(weights: Sequence[float], num_heads: int | None = None) -> tuple[float, ...]:
-    """Return the weights as floats, or say what is wrong with them.
+def num_kept(num_visual: int, keep_ratio: float, min_visual_tokens: int) -> int:
+    """How many of num_visual tokens are kept: k = min(N, max(min_visual_tokens, ceil(N * keep_ratio))).
 
-    Args:
-        weights: one number a query head of layer 0.
-        num_heads: how many there must be, where that is known.
+    In float64 on the host: in float32, 50 tokens at 0.3 would give 16 instead of 15.
+    """
+    wanted: int = math.ceil(num_visual * keep_ratio)
+    return min(num_visual, max(min_visual_tokens, wanted))
+
+
+def check_head_weights(weights: Sequence[float], num_heads: int | None = None) -> tuple[float, ...]:
+    """Return the weights, one number a query head of layer 0, as floats, or say what is wrong with them.
 
     Raises:
         InvalidInput: wrong length, a value that is not finite, below 0 or too large for scores in float32, or all zero
@@ -240,7 +236,7 @@ class ModelInputs:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One prompt and all that is asked of its answer.
+    """One prompt and all that is asked of its answer; InvalidInput where a value cannot be used.
 
     Attributes:
         prompt: a string (images, then videos, come before it), chat messages, or tensors.
@@ -257,9 +253,6 @@ class Request:
         tools: what the chat template tells the model that it may call, JSON objects.
         min_pixels: enlarge smaller images to this area.
         max_pixels: shrink larger images to this area.
-
-    Raises:
-        InvalidInput: max_new_tokens or stop cannot be used.
     """
 
     prompt: "Prompt"
@@ -287,16 +280,8 @@ class Request:
 
     def with_defaults(self, options: "Request") -> "Request":
         """This request, with the options of another where it asks for none of its own."""
-        names = (
-            "pruning",
-            "max_new_tokens",
-            "sampling",
-            "stop",
-            "ignore_eos",
-            "return_logits",
-            "min_pixels",
-            "max_pixels",
-        )
+        names = ["pruning", "max_new_tokens", "sampling", "stop"]
+        names += ["ignore_eos", "return_logits", "min_pixels", "max_pixels"]
         return replace(
             self,
             logprobs=options.logprobs if self.logprobs is None else self.logprobs,

@@ -61,15 +61,9 @@ class Scheduler:
     ) -> None:
         """Start with nothing to do.
 
-        Args:
-            bundle: of the model.
-            processor: turns prompts into tensors.
-            vision: turns images and videos into embeddings.
-            backend: runs the stages.
-            max_batch: rows of a decode step, at most.
-            max_cache_bytes: of the KV caches of all rows together, None without bound. While rows are gathered, one
-                tensor of one layer comes on top.
-            room: columns for generated tokens that a KV cache begins with and grows by; None makes them all at once.
+        max_batch bounds the rows of a decode step, max_cache_bytes the KV caches of all rows together; while rows are
+        gathered, one tensor of one layer comes on top. room: columns for generated tokens that a KV cache begins with
+        and grows by; None makes them all at once.
         """
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
@@ -95,11 +89,7 @@ class Scheduler:
         return sum(generation.nbytes for generation in generations.values() if generation is not None)
 
     def add(self, request: Request) -> Sequence:
-        """Prepare a request and let it wait for its turn.
-
-        Raises:
-            InvalidInput: something that cannot be used as given, or more KV cache than there may ever be.
-        """
+        """Prepare a request and let it wait for its turn."""
         sequence = self.prepare(request)
         self.waiting.append(sequence)
         return sequence
@@ -210,7 +200,7 @@ class Scheduler:
 
     def _bytes(self, rows: abc.Sequence[Sequence]) -> int:
         """Of the caches of these rows at their longest, side by side."""
-        return len(rows) * _columns_needed(rows) * self._column_bytes
+        return len(rows) * max(sequence.max_columns for sequence in rows) * self._column_bytes
 
     def _within_bound(self, cache_bytes: int) -> bool:
         return self.max_cache_bytes is None or cache_bytes <= self.max_cache_bytes
@@ -310,14 +300,9 @@ class Scheduler:
         )
         if whole and length <= first.columns:
             return first
-        columns = min(length + (self._room or ROOM), _columns_needed(self.running))
+        columns = min(length + (self._room or ROOM), max(sequence.max_columns for sequence in self.running))
         parts = [(sequence.generation, sequence.row) for sequence in self.running if sequence.generation is not None]
         gathered = self._backend.gather(parts, columns)
         for row, sequence in enumerate(self.running):
             sequence.generation, sequence.row = gathered, row
         return gathered
-
-
-def _columns_needed(rows: abc.Iterable[Sequence]) -> int:
-    """Columns of the KV cache that the longest of the rows takes at its end."""
-    return max(sequence.max_columns for sequence in rows)

@@ -24,11 +24,6 @@ class Sequence:
     """One prompt and its answer so far.
 
     Attributes:
-        request: what was asked.
-        inputs: the prompt's tensors.
-        pruning: how the prompt is pruned.
-        layout: where everything of the prompt lies.
-        head_weights: float32 [heads].
         limit: most tokens that the answer can have.
         max_kept: tokens that the prompt keeps at most, text and visual; keep_mass may keep fewer.
         need_logits: whether its decode steps must bring logits to the host.
@@ -127,12 +122,8 @@ class Sequence:
     def step(self, next_token: int, logits: npt.NDArray[np.float32] | None) -> None:
         """Take what a step brought: choose a token, add its text, end where it ends the answer.
 
-        Args:
-            next_token: the most probable one.
-            logits: float32 [vocab], None where the step brought none.
-
-        Raises:
-            BackendError: no number among the logits can be used.
+        next_token is the most probable one, logits are float32 [vocab], None where the step brought none. Raises
+        BackendError where no number among them can be used.
         """
         if logits is not None:
             next_token = self.sampler.next_token(logits)

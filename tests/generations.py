@@ -10,10 +10,12 @@ from hawk_trt.runtime.protocol import DecodeInputs
 def start(pipe, columns):
     """A generation of so many columns, its prompt of four words prefilled; how to go on."""
     inputs = ModelInputs(np.arange(4))
-    layout = pipe.layout(inputs)
+    layout = pipe.processor.layout(inputs)
     generation = pipe.backend.start(1, columns)
     heads = np.array(pipe.bundle.manifest.head_weights.values, np.float32)
-    outputs = generation.prefill(collate([layout], [0], [None], heads), pipe.encode([inputs], [layout]), logits=False)
+    outputs = generation.prefill(
+        collate([layout], [0], [None], heads), pipe.vision_cache.encode([(inputs, layout)])[0], logits=False
+    )
 
     def step(number):
         inputs = DecodeInputs(outputs.step.next_token, np.array([layout.next_position + number]))

@@ -38,7 +38,7 @@ def test_a_file_that_is_not_there_or_too_large_is_refused_before_it_is_read(tmp_
         read_json(tmp_path / "a.json", Object, BundleError)
     monkeypatch.setattr(files, "MAX_JSON_BYTES", 10)
     (tmp_path / "a.json").write_bytes(b"[" + b" " * 10 + b"]")
-    with pytest.raises(BundleError, match="got 12 bytes of JSON, expected at most 10"):
+    with pytest.raises(BundleError, match="got 12 bytes, expected at most 10"):
         read_json(tmp_path / "a.json", list, BundleError)
     with pytest.raises(BundleError, match="got 12 bytes"):
         parse_json(b"[" + b" " * 10 + b"]", list, "a.json", BundleError)

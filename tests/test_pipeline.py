@@ -147,9 +147,9 @@ ASKED = {
 def test_the_question_chooses_the_tokens_wherever_it_stands(inplace, case):
     turns, query, text = ASKED[case]
     messages = [{"role": role, "content": content} for role, content in turns]
-    layout = inplace.layout(inplace.prepare(messages))
+    layout = inplace.processor.layout(inplace.prepare(messages))
     asked = layout.input_ids[layout.query_weights > 0].tolist()
-    assert inplace.chat_tokenizer().decode(asked, skip_special_tokens=False) == text
+    assert inplace.processor.chat.tokenizer.decode(asked, skip_special_tokens=False) == text
     assert inplace.generate(messages, max_new_tokens=1).query == layout.query == query
 
 
@@ -180,7 +180,7 @@ def test_frames_of_one_image_twice_are_a_video_with_its_own_positions(inplace):
     inputs = inplace.prepare([{"role": "user", "content": content}])
     assert inputs.video_grid_thw.tolist() == [[2, 16, 16]]
     assert (inputs.input_ids == special.video).sum() == 128
-    layout = inplace.layout(inputs)
+    layout = inplace.processor.layout(inputs)
     times = np.unique(layout.position_ids[0, layout.visual_rows >= 0])
     assert len(times) == 2
     result = inplace.generate(inputs, pruning=PRUNING, max_new_tokens=4)

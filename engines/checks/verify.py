@@ -135,7 +135,7 @@ def verify(engines: Path, reference: Reference | None) -> Verification:
         pruning = PruningConfig(keep_ratio=manifest.keep_ratio)
         prompts = {}
         for name, inputs in tensor_prompts(manifest).items():
-            layout = plans.layout(inputs)
+            layout = plans.processor.layout(inputs)
             kept = layout.num_tokens - layout.num_visual + kept_count(layout, pruning)
             sizes = (layout.num_visual, layout.num_tokens, kept + STEPS)
             if all(size <= limit for size, limit in zip(sizes, most, strict=True)):

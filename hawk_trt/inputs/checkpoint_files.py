@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 
 from hawk_trt.errors import CheckpointError
-from hawk_trt.files import MAX_JSON_BYTES
+from hawk_trt.files import read_bytes
 from hawk_trt.files import read_json as read_json_of
 
 CONFIG = "config.json"
@@ -43,32 +43,21 @@ _PATTERNS = ["model*.safetensors", "*.json", "*.jinja"]
 
 @dataclass(frozen=True, slots=True)
 class SmallFiles:
-    """The small files of a checkpoint.
-
-    Attributes:
-        contents: by their names in a bundle, each setting once.
-        added_tokens: content to id of the tokenizer's added tokens; empty without a tokenizer.
-        notes: which file counted where two differ, a sentence each.
-    """
+    """Contents by their names in a bundle, each setting once; and which file counted where two differ."""
 
     contents: dict[str, bytes]
-    added_tokens: dict[str, int]
     notes: tuple[str, ...]
 
 
 def read_small_files(folder: Path, template: str | None = None) -> SmallFiles:
-    """The small files of a checkpoint. None but config.json must be there.
+    """The small files of a checkpoint. None but config.json must be there; a damaged one is a CheckpointError.
 
-    Args:
-        folder: of the checkpoint.
-        template: the chat template of a family whose checkpoints hold none that knows images; it counts before that
-            of tokenizer_config.json.
-
-    Raises:
-        CheckpointError: a file is damaged.
+    template: the chat template of a family whose checkpoints hold none that knows images; it counts before that of
+    tokenizer_config.json.
     """
     notes: list[str] = []
-    contents = {name: _read(folder / name) for name in SMALL_FILES if (folder / name).is_file()}
+    added_tokens(folder)  # a damaged tokenizer is refused here
+    contents = {name: read_bytes(folder / name, CheckpointError) for name in SMALL_FILES if (folder / name).is_file()}
     whole, old = (_object(folder, name) for name in (_PROCESSOR, _OLD_TEMPLATE))
     tokenizer = _object(folder, _TOKENIZER_CONFIG)
     if TOKENIZER in contents:
@@ -96,18 +85,13 @@ def read_small_files(folder: Path, template: str | None = None) -> SmallFiles:
             contents[name] = msgspec.json.format(msgspec.json.encode(settings), indent=2)
     contents.pop(_PROCESSOR, None)
     contents.pop(_OLD_TEMPLATE, None)
-    return SmallFiles(contents, added_tokens(folder), tuple(notes))
+    return SmallFiles(contents, tuple(notes))
 
 
 def stop_tokens(folder: Path, found: Sequence[int]) -> tuple[int, ...]:
-    """All tokens that end an answer.
+    """All tokens that end an answer: those found in generation_config.json and config.json, and the tokenizer's.
 
-    Args:
-        folder: of the checkpoint.
-        found: those of generation_config.json and config.json.
-
-    Returns:
-        them, and the eos_token of tokenizer_config.json, where the tokenizer has it.
+    The tokenizer's is the eos_token of tokenizer_config.json, where the tokenizer has it.
     """
     token = _object(folder, _TOKENIZER_CONFIG).get("eos_token")
     content = token.get("content") if isinstance(token, Mapping) else token
@@ -116,11 +100,7 @@ def stop_tokens(folder: Path, found: Sequence[int]) -> tuple[int, ...]:
 
 
 def added_tokens(folder: Path) -> dict[str, int]:
-    """Content to id of the tokenizer's added tokens; empty without a tokenizer.
-
-    Raises:
-        CheckpointError: tokenizer.json is damaged.
-    """
+    """Content to id of the tokenizer's added tokens; empty without a tokenizer."""
     path = folder / TOKENIZER
     if not path.is_file():
         return {}
@@ -132,11 +112,7 @@ def added_tokens(folder: Path) -> dict[str, int]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file of a checkpoint.
-
-    Raises:
-        CheckpointError: it cannot be read or holds something else.
-    """
+    """The JSON object in a file of a checkpoint; CheckpointError where it cannot be read or holds something else."""
     return read_json_of(path, dict[str, Any], CheckpointError, "Download it again, or mend it")
 
 
@@ -147,10 +123,6 @@ def is_hub_id(checkpoint: str) -> bool:
 
 def download(hub_id: str, revision: str | None = None) -> Path:
     """The local folder of a hub checkpoint; files already in the cache are not downloaded again.
-
-    Args:
-        hub_id: owner/name.
-        revision: branch, tag or commit; None is the main branch.
 
     Raises:
         CheckpointError: huggingface_hub is missing, the checkpoint does not exist, or cannot be downloaded.
@@ -214,15 +186,6 @@ def _template(path: Path, found: object) -> str | None:
 
 def _object(folder: Path, name: str) -> dict[str, Any]:
     return read_json(folder / name) if (folder / name).is_file() else {}
-
-
-def _read(path: Path) -> bytes:
-    try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise CheckpointError(f"{path}: got {path.stat().st_size:,} bytes, expected at most {MAX_JSON_BYTES:,}")
-        return path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def _text(path: Path, content: bytes) -> str:

@@ -5,7 +5,7 @@ first_layer for a left-padded batch. Nothing here touches pixels, weights or a r
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -95,14 +95,7 @@ def prompt_layout(
     query: str | None,
     chat: "ChatTokenizer | None",
 ) -> PromptLayout:
-    """Lay out one prompt.
-
-    Args:
-        inputs: the prompt's tensors.
-        family: of the model.
-        special: its special tokens.
-        query: "paper", "turn" or None, as PruningConfig has it.
-        chat: knows the turns; None without a tokenizer.
+    """Lay out one prompt. query: as PruningConfig has it. chat: knows the turns; None without a tokenizer.
 
     Raises:
         InvalidInput: shapes, masks, placeholders and grids that do not fit, or query="turn" without a tokenizer.
@@ -112,21 +105,19 @@ def prompt_layout(
     for token, value in ((special.image, IMAGE), (special.video, VIDEO)):
         if token is not None:
             kind[ids == token] = value
-    grids = dict(zip((IMAGE, VIDEO), family.item_grids(inputs, kind), strict=True))
-    rows, items, frames = _visual_places(kind, grids, family.vision)
-    seconds = _seconds(inputs.second_per_grid_ts, len(grids[VIDEO]))
+    images, videos = family.item_grids(inputs, kind)
+    rows, items, frames = _visual_places(kind, images, videos, family.vision)
+    seconds = _seconds(inputs.second_per_grid_ts, len(videos))
     # an image of which no placeholder is real takes no positions; one that is masked in part keeps all of its own
-    present = np.isin(np.arange(len(grids[IMAGE]) + len(grids[VIDEO])), items[real & (items >= 0)])
+    present = np.isin(np.arange(len(images) + len(videos)), items[real & (items >= 0)])
     placed = real | np.append(present, False)[items]  # items of text are -1: the False
-    image_present, video_present = present[: len(grids[IMAGE])], present[len(grids[IMAGE]) :]
-    shown = ItemGrids(grids[IMAGE][image_present], grids[VIDEO][video_present], seconds[video_present])
+    of_images, of_videos = np.split(present, [len(images)])
+    shown = ItemGrids(images[of_images], videos[of_videos], seconds[of_videos])
     positions = family.position_ids(kind[placed], shown)[:, real[placed]]
-    real_ids = ids[real]
-    asked, query = _query_mask(real_ids, rows[real] >= 0, special, query, chat)
-    count = int(asked.sum())
-    weights = np.where(asked, np.float32(1.0 / max(count, 1)), np.float32(0.0)).astype(np.float32)
+    asked, query = _query_mask(ids[real], rows[real] >= 0, special, query, chat)
+    weights = np.where(asked, np.float32(1.0 / max(int(asked.sum()), 1)), np.float32(0.0)).astype(np.float32)
     return PromptLayout(
-        input_ids=real_ids,
+        input_ids=ids[real],
         source_index=np.flatnonzero(real),
         visual_rows=rows[real],
         items=items[real],
@@ -135,8 +126,8 @@ def prompt_layout(
         query_weights=weights,
         query=query,
         num_rows=int((kind > 0).sum()),
-        image_grid_thw=grids[IMAGE],
-        video_grid_thw=grids[VIDEO],
+        image_grid_thw=images,
+        video_grid_thw=videos,
     )
 
 
@@ -173,13 +164,7 @@ def paper_query_mask(ids: IntArray, visual: npt.NDArray[np.bool_], special: Spec
     strictly later (without one, the prompt's end). Where that is empty, the last vision_end itself (without
     one, the last visual token). Nothing where there is no visual token.
 
-    Args:
-        ids: int64 [n].
-        visual: bool [n].
-        special: the ids that bound it.
-
-    Returns:
-        bool [n].
+    ids are int64 [n], visual and the result bool [n].
     """
     mask = np.zeros(len(ids), np.bool_)
     if not visual.any():
@@ -292,24 +277,22 @@ def _seconds(values: npt.ArrayLike | None, num_videos: int) -> npt.NDArray[np.fl
 
 
 def _visual_places(
-    kind: npt.NDArray[np.int8], grids: Mapping[int, IntArray], vision: VisionConfig
+    kind: npt.NDArray[np.int8], images: IntArray, videos: IntArray, vision: VisionConfig
 ) -> tuple[IntArray, IntArray, IntArray]:
     """Visual row, item and frame of every position, masked placeholders included; images first, then videos."""
-    rows = np.full(len(kind), -1, np.int64)
-    items = np.full(len(kind), -1, np.int64)
-    frames = np.full(len(kind), -1, np.int64)
+    rows, items, frames = np.full((3, len(kind)), -1, np.int64)
     row_offset = item_offset = frame_offset = 0
-    for value, name in ((IMAGE, "image"), (VIDEO, "video")):
+    for value, name, grids in ((IMAGE, "image", images), (VIDEO, "video", videos)):
         where = np.flatnonzero(kind == value)
-        counts = vision.tokens_per_item(grids[value])
+        counts = vision.tokens_per_item(grids)
         if len(where) != counts.sum():
             raise InvalidInput(
                 f"input_ids: got {len(where)} {name} placeholders, expected {counts.sum()}: "
-                f"{name}_grid_thw {grids[value].tolist()} makes {counts.tolist()} visual tokens"
+                f"{name}_grid_thw {grids.tolist()} makes {counts.tolist()} visual tokens"
             )
         rows[where] = row_offset + np.arange(len(where))
         items[where] = item_offset + np.repeat(np.arange(len(counts)), counts)
-        lengths = grids[value][:, 0] if value == VIDEO else np.ones(len(counts), np.int64)
+        lengths = grids[:, 0] if value == VIDEO else np.ones(len(counts), np.int64)
         per_frame = np.repeat(counts // lengths, lengths)
         frames[where] = frame_offset + np.repeat(np.arange(len(per_frame)), per_frame)
         row_offset += len(where)

@@ -49,7 +49,6 @@ class VideoIndex:
     """The frames of a video file.
 
     Attributes:
-        path: the file.
         fps: frames a second, on average.
         total: number of frames.
         times: int64 [total], when each frame is shown, ascending; empty where the file does not say.
@@ -80,8 +79,7 @@ class FileFrames(Sequence[Frame]):
         return len(self._numbers)
 
     def __iter__(self) -> Iterator[Frame]:
-        decode = _animation_frames(self._index.path, self._numbers) if self._index.animated else self._decode()
-        return iter(decode)
+        return _animation_frames(self._index.path, self._numbers) if self._index.animated else self._decode()
 
     @overload
     def __getitem__(self, item: int) -> Frame: ...
@@ -110,9 +108,8 @@ def index_file(path: Path) -> VideoIndex:
     durations_ms = _animation_durations(path)
     if durations_ms is not None:
         times = np.cumsum([0, *durations_ms])
-        return VideoIndex(
-            path, 1000 * len(durations_ms) / int(times[-1]), len(times) - 1, times[:-1], 0.001, animated=True
-        )
+        fps = 1000 * len(durations_ms) / int(times[-1])
+        return VideoIndex(path, fps, len(durations_ms), times[:-1], 0.001, animated=True)
     shown: list[int] = []
     keys: list[tuple[int, int]] = []
     total, cut_short = 0, False
@@ -249,11 +246,7 @@ def _check_sample_tables(path: Path) -> None:
 
 
 def _animation_durations(path: Path) -> list[int] | None:
-    """Milliseconds of each frame of an animated GIF, WebP or PNG; None for any other file.
-
-    Raises:
-        InvalidInput: damaged, or too large to go through.
-    """
+    """Milliseconds of each frame of an animated GIF, WebP or PNG; None for any other file."""
     with path.open("rb") as file:
         head = file.read(12)
         if not head.startswith((b"GIF8", b"\x89PNG")) and (head[:4], head[8:]) != (b"RIFF", b"WEBP"):

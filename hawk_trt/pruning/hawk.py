@@ -14,21 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 from hawk_trt.errors import InvalidInput
+from hawk_trt.request import num_kept as num_kept
 from hawk_trt.stages import BIAS_KEEP, NORMALIZATIONS
 
 Float32Array = npt.NDArray[np.float32]
 
 _L2_EPSILON = np.float32(1e-12)
 _MINMAX_EPSILON = np.finfo(np.float32).eps
-
-
-def num_kept(num_visual: int, keep_ratio: float, min_visual_tokens: int) -> int:
-    """How many of num_visual tokens are kept: k = min(N, max(min_visual_tokens, ceil(N * keep_ratio))).
-
-    In float64 on the host: in float32, 50 tokens at 0.3 would give 16 instead of 15.
-    """
-    wanted: int = math.ceil(num_visual * keep_ratio)
-    return min(num_visual, max(min_visual_tokens, wanted))
 
 
 def head_scores(
@@ -42,7 +34,7 @@ def head_scores(
     num_kv_heads: int,
     qk_norms: tuple[Float32Array, Float32Array] | None = None,
 ) -> Float32Array:
-    """Raw score of every token in every head.
+    """Raw score of every token in every head: float32 (num_heads, seq_len).
 
     Args:
         inputs_embeds: (seq_len, hidden) merged text and visual embeddings.
@@ -55,9 +47,6 @@ def head_scores(
         num_kv_heads: key heads.
         qk_norms: weights (head_dim) of the RMS norms of queries and keys, where the model has them; their
             epsilon is norm_epsilon too.
-
-    Returns:
-        (num_heads, seq_len) float32.
     """
     x = inputs_embeds.astype(np.float32)
     h = _rms_norm(x, norm_weight, norm_epsilon)

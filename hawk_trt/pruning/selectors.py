@@ -15,12 +15,20 @@ index wins a tie everywhere.
 """
 
 import math
-from collections.abc import Callable
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from functools import cached_property
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+
+from hawk_trt.bundle import Bundle
+from hawk_trt.errors import InvalidInput
+from hawk_trt.inputs.layout import PrefillInputs, PromptLayout
+from hawk_trt.request import PruningConfig, Selector
+from hawk_trt.runtime.protocol import Backend, Visual
 
 Float32Array: TypeAlias = npt.NDArray[np.float32]
 IntArray: TypeAlias = npt.NDArray[np.int64]
@@ -31,6 +39,50 @@ _NUM_PIVOTS = 4  # of dart, visual and text ones each
 _SMALLEST_NORM = np.float32(1e-12)
 
 
+class Source:
+    """What a selector may read of the prompts of a batch; each is made once, when first read.
+
+    Attributes:
+        score_seconds: spent in first_layer for the scores; None where nobody read them.
+    """
+
+    def __init__(
+        self, bundle: Bundle, backend: Backend, prompts: Sequence[PromptLayout], inputs: PrefillInputs, visual: Visual
+    ) -> None:
+        self.score_seconds: float | None = None
+        self._bundle, self._backend, self._visual = bundle, backend, visual
+        self._prompts, self._inputs = prompts, inputs
+
+    def scores(self, row: int) -> Float32Array:
+        """HAWK's scores of a prompt's visual tokens: float32 [num_visual]."""
+        scores: Float32Array = self._scores[row][self._inputs.source_rows[row] >= 0]
+        return scores
+
+    def visual_embeds(self, row: int) -> Float32Array:
+        """Embeddings of a prompt's visual tokens: float32 [num_visual, hidden]."""
+        rows = self._inputs.source_rows[row]
+        embeds: Float32Array = self._embeds[rows[rows >= 0]].astype(np.float32)
+        return embeds
+
+    def text_embeds(self, row: int) -> Float32Array:
+        """Input embeddings of a prompt's query tokens: float32 [num_text, hidden]."""
+        prompt = self._prompts[row]
+        asked = (prompt.query_weights > 0) & (prompt.visual_rows < 0)
+        embeds: Float32Array = self._bundle.embedding_table()[prompt.input_ids[asked]].astype(np.float32)
+        return embeds
+
+    @cached_property
+    def _scores(self) -> Float32Array:
+        begun = time.perf_counter()
+        scores = self._backend.score(self._inputs, self._visual)
+        self.score_seconds = time.perf_counter() - begun
+        return scores
+
+    @cached_property
+    def _embeds(self) -> npt.NDArray[Any]:
+        return self._visual.numpy()
+
+
 @dataclass(frozen=True, slots=True)
 class Candidates:
     """Visual tokens that compete: all of a prompt, or those of one image or frame.
@@ -38,40 +90,62 @@ class Candidates:
     Attributes:
         members: int64 [n], their places among the prompt's visual tokens.
         rng: seeded by PruningConfig.seed; one for all pools of a prompt.
-        read_scores: gives float32 [num_visual] of the whole prompt.
-        read_visual: gives float32 [num_visual, hidden] of the whole prompt.
-        read_text: gives float32 [num_text, hidden].
+        source: of the batch.
+        row: of the prompt in the batch.
     """
 
     members: IntArray
     rng: np.random.Generator
-    read_scores: Callable[[], Float32Array]
-    read_visual: Callable[[], Float32Array]
-    read_text: Callable[[], Float32Array]
+    source: Source
+    row: int
 
     @property
     def size(self) -> int:
-        """How many there are."""
+        """Number of candidates."""
         return len(self.members)
 
     @property
     def scores(self) -> Float32Array:
         """HAWK's scores, float32 [n]. The first read runs the first layer once more, over one kept token."""
-        return self.read_scores()[self.members]
+        return self.source.scores(self.row)[self.members]
 
     @property
     def visual_embeds(self) -> Float32Array:
         """The vision stage's output, float32 [n, hidden]. The first read copies it from the device."""
-        return self.read_visual()[self.members]
+        return self.source.visual_embeds(self.row)[self.members]
 
     @property
     def text_embeds(self) -> Float32Array:
         """Input embeddings of the query tokens: float32 [num_text, hidden]."""
-        return self.read_text()
+        return self.source.text_embeds(self.row)
 
 
-Selector: TypeAlias = Callable[[Candidates, int], IntArray]
-"""Chooses k of the candidates: int64 [k], each in [0, n), without repetition, in any order."""
+def choose(candidates: Candidates, k: int, pruning: PruningConfig) -> IntArray:
+    """Which candidates are kept, at most k, by their places among them.
+
+    Raises:
+        InvalidInput: a caller's own selector gave something else than k of the candidates.
+    """
+    if pruning.keep_mass is not None:
+        k = min(k, max(pruning.min_visual_tokens, count_of_mass(candidates.scores, pruning.keep_mass)))
+    if k == candidates.size:
+        return np.arange(k)
+    if pruning.diversity:
+        return best_varied(candidates.scores, candidates.visual_embeds, k, pruning.diversity)
+    if isinstance(pruning.selector, str):
+        return SELECTORS[pruning.selector](candidates, k)
+    chosen = np.asarray(pruning.selector(candidates, k))  # a caller's own, checked
+    if (
+        chosen.shape != (k,)
+        or chosen.dtype.kind not in "iu"
+        or len(np.unique(chosen)) != k
+        or not ((chosen >= 0) & (chosen < candidates.size)).all()
+    ):
+        raise InvalidInput(
+            f"selector: got {chosen.dtype}{list(chosen.shape)}, expected {k} different integers from 0 to "
+            f"{candidates.size - 1}"
+        )
+    return chosen
 
 
 def best(scores: Float32Array, k: int) -> IntArray:
@@ -86,14 +160,7 @@ def best_varied(scores: Float32Array, visual_embeds: Float32Array, k: int, diver
     Of the k places, floor(k * diversity) are filled from the next candidates by score, twice as many as these
     places: among scores so close to each other, the one farthest in angle from all kept tokens comes next.
 
-    Args:
-        scores: (n) float32.
-        visual_embeds: (n, hidden) float32.
-        k: at most n.
-        diversity: share of the places, in [0, 1].
-
-    Returns:
-        int64 [k], ascending.
+    scores are float32 (n), visual_embeds (n, hidden). Returns int64 [k], ascending.
     """
     ranked = np.argsort(-scores, kind="stable")
     varied = math.floor(k * diversity)
@@ -127,14 +194,7 @@ def divprune(visual_embeds: Float32Array, k: int) -> IntArray:
     """DivPrune (Alvar et al., 2025): greedy max-min selection of tokens that lie far apart, no token twice.
 
     D[i, j] = 1 - cos(v_i, v_j); first the token whose nearest other token is farthest, next the token whose nearest
-    kept token is farthest.
-
-    Args:
-        visual_embeds: (n, hidden) float32.
-        k: tokens kept, at most n.
-
-    Returns:
-        int64 [k], ascending.
+    kept token is farthest. visual_embeds are float32 (n, hidden). Returns int64 [k], ascending.
     """
     n = len(visual_embeds)
     if k >= n:
@@ -166,13 +226,8 @@ def cdpruner(visual_embeds: Float32Array, text_embeds: Float32Array, k: int) -> 
     Once the kept tokens span all others, the determinant is 0 whatever comes next: the remaining places go to the most
     relevant tokens. Without text, or where all tokens are equally relevant, r is 1.
 
-    Args:
-        visual_embeds: (n, hidden) float32.
-        text_embeds: (num_text, hidden) float32, input embeddings of the instruction.
-        k: tokens kept, at most n.
-
-    Returns:
-        int64 [k], ascending.
+    visual_embeds are float32 (n, hidden), text_embeds (num_text, hidden), input embeddings of the instruction.
+    Returns int64 [k], ascending.
     """
     n = len(visual_embeds)
     if k >= n:
@@ -209,15 +264,7 @@ def dart(visual_embeds: Float32Array, text_embeds: Float32Array, k: int) -> IntA
 
     The pivots are the visual tokens of the largest L1 norm, which are kept, and as many text tokens; then come the
     visual tokens whose largest cosine similarity to a pivot is lowest. DART itself works on the keys of a decoder
-    layer; before layer 0 there are only embeddings.
-
-    Args:
-        visual_embeds: (n, hidden) float32.
-        text_embeds: (num_text, hidden) float32, input embeddings of the instruction.
-        k: tokens kept, at most n.
-
-    Returns:
-        int64 [k], ascending.
+    layer; before layer 0 there are only embeddings. The arguments are those of cdpruner.
     """
     visual_pivots, text_pivots = (
         best(np.abs(vectors).sum(axis=1), min(_NUM_PIVOTS, most))
@@ -230,21 +277,6 @@ def dart(visual_embeds: Float32Array, text_embeds: Float32Array, k: int) -> IntA
     return best(unlikeness, k)
 
 
-def _by_score(candidates: Candidates, k: int) -> IntArray:
-    """hawk, uniform and fastv-input differ in what the scores are made of."""
-    return best(candidates.scores, k)
-
-
-def _by_norm(candidates: Candidates, k: int) -> IntArray:
-    embeds = candidates.visual_embeds
-    return best(np.einsum("nd,nd->n", embeds, embeds), k)
-
-
-def _by_chance(candidates: Candidates, k: int) -> IntArray:
-    """With the same seed a smaller k takes some of what a larger one takes."""
-    return np.sort(candidates.rng.permutation(candidates.size)[:k])
-
-
 def _unit_rows(vectors: Float32Array) -> Float32Array:
     """Rows (n, hidden) scaled to length 1; a row of zeros stays."""
     norms = np.sqrt(np.einsum("nd,nd->n", vectors, vectors))[:, None]
@@ -252,13 +284,18 @@ def _unit_rows(vectors: Float32Array) -> Float32Array:
     return unit
 
 
+def _norm(candidates: Candidates, k: int) -> IntArray:
+    embeds = candidates.visual_embeds
+    return best(np.einsum("nd,nd->n", embeds, embeds), k)
+
+
+# hawk, uniform and fastv-input differ in what the scores are made of; with the same seed a smaller k of random takes
+# some of what a larger one takes
 SELECTORS: dict[str, Selector] = {
-    "hawk": _by_score,
-    "uniform": _by_score,
-    "fastv-input": _by_score,
-    "random": _by_chance,
+    **dict.fromkeys(("hawk", "uniform", "fastv-input"), lambda candidates, k: best(candidates.scores, k)),
+    "random": lambda candidates, k: np.sort(candidates.rng.permutation(candidates.size)[:k]),
     "divprune": lambda candidates, k: divprune(candidates.visual_embeds, k),
     "cdpruner": lambda candidates, k: cdpruner(candidates.visual_embeds, candidates.text_embeds, k),
     "dart": lambda candidates, k: dart(candidates.visual_embeds, candidates.text_embeds, k),
-    "norm": _by_norm,
+    "norm": _norm,
 }

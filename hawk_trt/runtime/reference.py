@@ -184,7 +184,7 @@ def trace(
         forced_tokens: decoded one after another, STEPS - 1 at least; None decodes the most probable ones.
         kept: bool [num_visual], the visual tokens kept; None lets the scores choose.
     """
-    layout = pipe.layout(inputs)
+    layout = pipe.processor.layout(inputs)
     selector = "hawk" if kept is None else lambda *_: np.flatnonzero(kept)
     pruning = PruningConfig(keep_ratio=pipe.bundle.manifest.keep_ratio, selector=selector)
     made = pipe.trace(inputs, pruning, () if forced_tokens is None else forced_tokens, STEPS)

@@ -46,7 +46,7 @@ def stage_feeds(pipe, stage, dtype):
     rng = np.random.default_rng(5)
     language = pipe.bundle.manifest.language
     empty = np.zeros((1, language.num_key_value_heads, 0, language.head_dim), np.float32)
-    layout = pipe.layout(inputs)
+    layout = pipe.processor.layout(inputs)
     prefill = collate([layout], [8], [None], np.full(SIZES.heads, 0.25, np.float32))
     if stage == "vision":
         patches = Patches(inputs.pixel_values, np.array(inputs.image_grid_thw))

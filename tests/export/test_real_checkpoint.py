@@ -101,7 +101,7 @@ def test_tools_are_refused_where_the_template_would_leave_them_out(tiny_bundle):
         with pytest.raises(InvalidInput, match="tool_calls: got some"):
             pipe.prepare([{"role": "user", "content": "Look."}, call, {"role": "user", "content": "Well?"}])
         told = pipe.prepare([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Look."}])
-        assert "Be brief." in pipe.chat_tokenizer().decode(told.input_ids.tolist(), skip_special_tokens=False)
+        assert "Be brief." in pipe.processor.chat.tokenizer.decode(told.input_ids.tolist(), skip_special_tokens=False)
 
 
 @pytest.mark.parametrize("target", ON_CPU)

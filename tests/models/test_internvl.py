@@ -191,7 +191,7 @@ def test_scores_and_kept_tokens_are_those_of_the_numpy_oracle(pipe, model, keep_
     norms = (numbers("q_norm"), numbers("k_norm"))
     qwen3 = model.config.text_config.model_type == "qwen3"
     assert qwen3 == (norms[0] is not None) == (q_proj[1] is None)
-    query, norm = pipe.layout(inputs).query_weights, layer.input_layernorm.weight.detach().numpy()
+    query, norm = pipe.processor.layout(inputs).query_weights, layer.input_layernorm.weight.detach().numpy()
     raw = head_scores(embeds, query, norm, 1e-6, q_proj, k_proj, 4, 2, norms if qwen3 else None)
     scores = 0.25 * normalize(raw, visual, "l2").sum(axis=0)[visual]
     np.testing.assert_allclose(trace.scores, scores, rtol=0, atol=1e-6)
@@ -230,13 +230,13 @@ def test_kept_tokens_keep_their_positions_on_the_one_axis(checkpoint, pipe):
     embedded = reference.embed(tensors([5]), prompt_tokens(pipe.bundle))
     trace = reference.run(embedded, PruningConfig(keep_ratio=0.3), steps=1)
     np.testing.assert_array_equal(trace.kept_position_ids, trace.kept_indices[None])
-    layout = pipe.layout(tensors([5]))
+    layout = pipe.processor.layout(tensors([5]))
     np.testing.assert_array_equal(layout.position_ids, np.arange(layout.num_tokens)[None])
 
 
 def test_the_query_begins_behind_the_end_of_the_last_image(pipe):
     inputs = tensors([2, 3])
-    asked = np.flatnonzero(pipe.layout(inputs).query_weights)
+    asked = np.flatnonzero(pipe.processor.layout(inputs).query_weights)
     last_end = int(np.flatnonzero(inputs.input_ids == END)[-1])
     im_end = int(np.flatnonzero(inputs.input_ids == IM_END)[-1])
     assert asked.tolist() == list(range(last_end + 1, im_end))

@@ -183,7 +183,7 @@ def test_how_long_a_frame_lasts_makes_no_difference(pipe):
     inputs = prompt(1176, **PROMPTS["video"])
     slow = dataclasses.replace(inputs, second_per_grid_ts=[3.7])
     np.testing.assert_array_equal(run(pipe, inputs, 0.3).logits, run(pipe, slow, 0.3).logits)
-    times = pipe.layout(inputs).position_ids[0][inputs.input_ids == VIDEO]
+    times = pipe.processor.layout(inputs).position_ids[0][inputs.input_ids == VIDEO]
     assert (np.unique(times) - times[0]).tolist() == [0, 1, 2]
 
 

@@ -247,7 +247,7 @@ def test_scores_equal_the_numpy_oracle_with_norms_before_the_mean(pipe, checkpoi
         part.weight.detach().numpy()
         for part in (layer.input_layernorm, attention.q_proj, attention.k_proj, attention.q_norm, attention.k_norm)
     )
-    query = pipe.layout(inputs).query_weights
+    query = pipe.processor.layout(inputs).query_weights
     raw = head_scores(embeds, query, norm, 1e-6, (q_proj, None), (k_proj, None), 4, 2, (q_norm, k_norm))
     expected = 0.25 * normalize(raw, visual, "l2").sum(axis=0)[visual]
     np.testing.assert_allclose(trace.scores, expected, rtol=0, atol=1e-6)
@@ -398,7 +398,7 @@ def test_both_preprocessors_are_found_where_transformers_5_writes_them(checkpoin
 def test_each_frame_of_a_video_is_placed_as_an_image(pipe):
     inputs = prompt(PATCH_DIM, **PROMPTS["video"])
     visual = inputs.input_ids == VIDEO
-    frames = pipe.layout(inputs).position_ids[:, visual].reshape(3, 3, 4, 4)
+    frames = pipe.processor.layout(inputs).position_ids[:, visual].reshape(3, 3, 4, 4)
     starts = frames[0, :, 0, 0]
     assert np.all(np.diff(starts) == 4 + 4)  # the frame's height and width, then vision_end, two words, vision_start
     np.testing.assert_array_equal(frames[0], np.broadcast_to(starts[:, None, None], (3, 4, 4)))

@@ -115,7 +115,9 @@ def test_frames_are_sampled_as_asked_and_time_advances_with_them(pipe, clip):
         inputs = pipe.prepare(video_message(clip, **sampling))
         assert inputs.video_grid_thw[0, 0] == steps
         assert inputs.second_per_grid_ts.tolist() == pytest.approx([seconds])
-        times = pipe.layout(inputs).position_ids[0][inputs.input_ids == pipe.bundle.manifest.special_tokens.video]
+        times = pipe.processor.layout(inputs).position_ids[0][
+            inputs.input_ids == pipe.bundle.manifest.special_tokens.video
+        ]
         rate = pipe.bundle.manifest.vision.tokens_per_second
         assert (np.unique(times) - times[0]).tolist() == [math.floor(step * seconds * rate) for step in range(steps)]
 

@@ -207,7 +207,7 @@ def test_a_selector_on_the_host_drives_the_graphs(pipe, inputs, selector):
     assert result.num_kept == plain.num_kept == 13
     np.testing.assert_allclose(result.scores, plain.scores, atol=1e-6)  # HAWK's, whoever chooses
     trace = pipe.trace(inputs, PruningConfig(keep_ratio=1.0), ())
-    layout = pipe.layout(inputs)
+    layout = pipe.processor.layout(inputs)
     text = pipe.bundle.embedding_table()[layout.input_ids[layout.query_weights > 0]]
     expected = {
         "divprune": lambda v: divprune(v, 13),
@@ -236,7 +236,7 @@ def test_fastv_input_asks_with_the_last_token_of_the_prompt(pipe, inputs, tiny_c
     stored = load_file(tiny_checkpoint / "model.safetensors")
     tensors = {name: tensor.astype(np.float32) for name, tensor in stored.items()}
     layer = "model.layers.0."
-    layout = pipe.layout(inputs)
+    layout = pipe.processor.layout(inputs)
     visual = layout.visual_rows >= 0
     merged = pipe.bundle.embedding_table()[layout.input_ids].astype(np.float32)
     merged[visual] = pipe.trace(inputs, PruningConfig(keep_ratio=1.0), ()).visual_embeds

@@ -77,7 +77,7 @@ def advise(
     if image_size < 1:
         raise InvalidInput(f"--image-size: got {image_size}, expected at least 1")
     with where.open(model) as pipe:
-        inputs = None if pipe.chat_tokenizer() is not None else _tensors(pipe, image, image_size)
+        inputs = None if pipe.processor.chat is not None else _tensors(pipe, image, image_size)
 
         def ask(pruning: PruningConfig, new_tokens: int) -> Result:
             if inputs is not None:

@@ -76,7 +76,7 @@ def chat(
     pruning.config(1.0 if keep_ratio is None else keep_ratio)
     sampling.config()
     with where.open(model, DEFAULT_VISION_CACHE_MB) as pipe:
-        if pipe.chat_tokenizer() is None:
+        if pipe.processor.chat is None:
             raise BundleError(f"{model}: it has no tokenizer, so it cannot chat")
         talk = Conversation(
             pipe,
@@ -252,7 +252,7 @@ class Conversation:
         question = messages[-1]["content"][-1]["text"]
         merge = self.pipe.bundle.manifest.vision.spatial_merge_size
         chosen = [(keep_ratio, result)]
-        explained = explain(question, self.pipe.layout(inputs), chosen, merge, self.pruning.selector)
+        explained = explain(question, self.pipe.processor.layout(inputs), chosen, merge, self.pruning.selector)
         prompt = Prompt(prompt=question, image=tuple(self.images), video=tuple(self.videos))
         draw(path, explained, prompt, self.pruning, self.pipe)
         note(f"picture: {path}")

@@ -48,7 +48,7 @@ def demo(
             print(f"{image.name:<14}{question:<34}{result.text or '':<12}{result.num_kept} of {result.num_visual}")
             if drawn is None:
                 prompt = Prompt(prompt=question, image=(str(image),))
-                layout = pipe.layout(prompt.prepare(pipe, question))
+                layout = pipe.processor.layout(prompt.prepare(pipe, question))
                 merge = pipe.bundle.manifest.vision.spatial_merge_size
                 drawn = explain(question, layout, [(config.keep_ratio, result)], merge)
                 draw(out, drawn, prompt, pruning, pipe)

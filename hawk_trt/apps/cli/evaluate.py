@@ -98,7 +98,7 @@ def evaluate(
     if dataset.unknown_keys:
         note(f"{questions.dataset}: nothing reads these keys of its samples: {', '.join(dataset.unknown_keys)[:200]}")
     pipe = where.open(model)
-    if pipe.chat_tokenizer() is None:
+    if pipe.processor.chat is None:
         raise BundleError(f"{model}: it has no tokenizer, so it cannot answer questions")
     subject = _subject(questions, metric, choosing, pipe, dataset)
     log = ResultLog(out / RESULTS, subject, Trial)

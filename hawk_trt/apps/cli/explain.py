@@ -47,7 +47,7 @@ def explain(
         result = pipe.generate(inputs, pruning=config, max_new_tokens=prompt.max_new_tokens)
         results.append((config.keep_ratio, result))
     merge = pipe.bundle.manifest.vision.spatial_merge_size
-    explained = explanation(text, pipe.layout(inputs), results, merge, pruning.selector)
+    explained = explanation(text, pipe.processor.layout(inputs), results, merge, pruning.selector)
     if json:
         print_json(explained, {"picture": str(out)})
     else:

@@ -121,7 +121,10 @@ def run(
         from hawk_trt.apps.cli.explain import draw  # a tenth of a start is for those who draw
         from hawk_trt.apps.explain.explanation import explain
 
-        layout, merge = pipe.layout(prompt.prepare(pipe, text)), pipe.bundle.manifest.vision.spatial_merge_size
+        layout, merge = (
+            pipe.processor.layout(prompt.prepare(pipe, text)),
+            pipe.bundle.manifest.vision.spatial_merge_size,
+        )
         explained = explain(text, layout, [(config.keep_ratio, result)], merge, pruning.selector)
         draw(drawn, explained, prompt, pruning, pipe)
     _summarise(result)

@@ -148,13 +148,15 @@ class FastVAnswerer:
     def __call__(self, prepared: PreparedSample, cell: Cell) -> Trial:
         """Answer one sample."""
         manifest = self._pipe.bundle.manifest
-        prompt = self._pipe.layout(prepared.inputs)
-        rows = self._pipe.encode([prepared.inputs], [prompt]).numpy().astype(np.float32)
+        prompt = self._pipe.processor.layout(prepared.inputs)
+        rows = self._pipe.vision_cache.encode([(prepared.inputs, prompt)])[0].numpy().astype(np.float32)
         num_kept = kept_count(prompt, PruningConfig(keep_ratio=cell.pruning.keep_ratio))
         stop = manifest.special_tokens.eos
         visual_embeds = rows[prompt.visual_rows[prompt.visual_rows >= 0]]
         answer = self._fastv.answer(prompt, visual_embeds, num_kept, self._max_new_tokens, stop)
-        text = self._pipe.chat_tokenizer().decode([token for token in answer.token_ids if token not in stop])
+        chat = self._pipe.processor.chat
+        assert chat is not None  # its prompts are texts
+        text = chat.tokenizer.decode([token for token in answer.token_ids if token not in stop])
         layers = manifest.language.num_hidden_layers
         columns = FULL_LAYERS * prompt.num_tokens + (layers - FULL_LAYERS) * len(answer.kept)
         return Trial(

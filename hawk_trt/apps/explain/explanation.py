@@ -7,17 +7,14 @@ A prompt and its results at some keep ratios enter; an Explanation leaves, plain
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from hawk_trt.errors import InvalidInput
 from hawk_trt.inputs.layout import PromptLayout
-from hawk_trt.request import Result
-
-if TYPE_CHECKING:
-    from hawk_trt.pruning.selectors import Selector
+from hawk_trt.request import Result, Selector
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +65,7 @@ def explain(
     layout: PromptLayout,
     results: Sequence[tuple[float, Result]],
     spatial_merge_size: int,
-    selector: "str | Selector" = "hawk",
+    selector: str | Selector = "hawk",
 ) -> Explanation:
     """Lay scores and kept tokens out on the token grids of the images, then of the videos.
 

@@ -212,8 +212,11 @@ def _logprobs(service: Service, prepared: Prepared, tokens: Iterable[TokenLogpro
     if prepared.request.logprobs is None:
         return None
 
+    chat = service.pipe.processor.chat
+    assert chat is not None  # the service does not start without one
+
     def named(token_id: int, logprob: float) -> dict[str, Any]:
-        content = token_bytes(service.pipe.chat_tokenizer(), token_id)
+        content = token_bytes(chat.tokenizer, token_id)
         text = content.decode("utf-8", "replace")
         return {"token": text, "logprob": max(logprob, _LEAST_LOGPROB), "bytes": list(content)}
 

@@ -33,7 +33,7 @@ def details_of(pipe: "Pipeline", prepared: Prepared, result: Result) -> dict[str
     details["images"] = []
     if not result.num_visual:
         return details
-    layout = pipe.layout(replace(prepared.inputs, pixel_values=None))  # the places alone are read
+    layout = pipe.processor.layout(replace(prepared.inputs, pixel_values=None))  # the places alone are read
     visual = layout.visual_rows >= 0
     items, is_kept = layout.items[visual], np.isin(layout.source_index[visual], result.kept_indices)
     merge = pipe.family.vision.spatial_merge_size

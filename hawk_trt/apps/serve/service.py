@@ -56,7 +56,7 @@ class Service:
             InvalidInput: a bundle without a tokenizer.
             BundleError: its generation_config.json cannot be used.
         """
-        if pipe.chat_tokenizer() is None:
+        if pipe.processor.chat is None:
             raise InvalidInput(
                 "serve: this bundle has no tokenizer, so it cannot chat. Export a checkpoint folder with a "
                 "tokenizer.json: make export"

@@ -81,7 +81,7 @@ def test_eval_answers_sums_up_and_draws(tiny_bundle, pipe, tmp_path, capsys):
         assert rows[name]["accuracy"]["mean"] == pytest.approx(np.mean([t["score"] for t in own]))
         assert {t["keep_ratio"] for t in own} == {keep_ratio}
     assert rows["unpruned"]["accuracy"]["mean"] >= rows["hawk"]["accuracy"]["mean"] > rows["random"]["accuracy"]["mean"]
-    text = pipe.layout(pipe.prepare(samples[0].question, images=[samples[0].image])).num_tokens - 64
+    text = pipe.processor.layout(pipe.prepare(samples[0].question, images=[samples[0].image])).num_tokens - 64
     (first,) = (t for t in trials if (t["sample"], t["selector"]) == ("0", "hawk"))
     # 4 layers, keys and values of 2 heads of 32 numbers of 4 bytes
     assert first["kv_bytes"] == (7 + text) * pipe.bundle.manifest.kv_bytes_per_token == (7 + text) * 4 * 2 * 2 * 32 * 4

@@ -25,8 +25,8 @@ def fastv(tiny_checkpoint):
 def ask_fastv(pipe, fastv, num_kept, steps=3):
     made = next(generate(4, 1))
     inputs = pipe.prepare(made.question, images=[made.image])
-    layout = pipe.layout(inputs)
-    embeds = pipe.encode([inputs], [layout]).numpy()
+    layout = pipe.processor.layout(inputs)
+    embeds = pipe.vision_cache.encode([(inputs, layout)])[0].numpy()
     return inputs, layout, embeds, fastv.answer(layout, embeds, num_kept, steps, ())
 
 

@@ -99,7 +99,7 @@ def test_log_probabilities_are_those_of_the_pipeline_for_the_tokens_of_the_text(
 
 
 def test_log_probabilities_give_the_bytes_of_characters_that_go_over_several_tokens(server, client):
-    tokenizer = server.pipe.chat_tokenizer()
+    tokenizer = server.pipe.processor.chat.tokenizer
     letters = tokenizer.pre_tokenizer.pre_tokenize_str("né環")[0][0]
     wanted = [tokenizer.token_to_id(letter) for letter in letters]
     assert len(set(wanted)) == len("né環".encode())

@@ -124,7 +124,7 @@ def test_where_no_slot_is_free_the_next_generation_ends_the_one_unused_for_longe
 def test_an_overwritten_encode_is_refused(pipes):
     plans = pipes[0]
     first, second = (
-        plans.encode([inputs], [plans.layout(inputs)])
+        plans.vision_cache.encode([(inputs, plans.processor.layout(inputs))])[0]
         for inputs in (plans.prepare(s.question, [s.image]) for s in SAMPLES[:2])
     )
     np.testing.assert_array_equal(second.numpy().shape, (64, 256))

@@ -219,12 +219,14 @@ def test_a_prompt_of_which_nothing_is_kept_is_refused(engines):
     """K = 0: the plugin would write out of bounds."""
     with load(engines) as pipe:
         inputs = pipe.prepare(SAMPLES[0].question, [SAMPLES[0].image])
-        layout = pipe.layout(inputs)
+        layout = pipe.processor.layout(inputs)
         prompt = collate([layout], [5], [None], np.ones(8, np.float32))
         generation = pipe.backend.start(1, 64)
         with pytest.raises(BackendError, match=r"num_kept_total = 0, first_layer\.plan was built for 1 to"):
             generation.prefill(
-                dataclasses.replace(prompt, num_kept_total=0), pipe.encode([inputs], [layout]), logits=False
+                dataclasses.replace(prompt, num_kept_total=0),
+                pipe.vision_cache.encode([(inputs, layout)])[0],
+                logits=False,
             )
 
 

@@ -154,14 +154,14 @@ def test_gather_copies_nothing_and_each_row_writes_where_it_is(folders, bundle, 
 def test_scores_for_a_quota_leave_the_slots_in_use_alone(folders, machines):
     with load(folders[4]) as pipe:
         inputs = [pipe.prepare(s.question, [s.image]) for s in SAMPLES[:4]]
-        layouts = [pipe.layout(one) for one in inputs]
+        layouts = [pipe.processor.layout(one) for one in inputs]
         scheduler = scheduler_of(pipe)
         for number in range(4):
             scheduler.add(job(pipe, number, 30))
         while len(scheduler.running) < 4:
             scheduler.step()
         assert free_slots(pipe) == []
-        visual = pipe.encode(inputs, layouts)
+        visual = pipe.vision_cache.encode(list(zip(inputs, layouts, strict=True)))[0]
         cache = pipe.backend.cache
         start = min(cache.addresses().values())
         # another value than the first token's, which all prompts have in common
