@@ -20,10 +20,9 @@ from hawk_trt import Pipeline, PruningConfig
 from hawk_trt.apps.cli.output import counted
 from hawk_trt.apps.evaluate.datasets import Dataset, Sample, load_dataset
 from hawk_trt.apps.evaluate.fastv import FastV, FastVAnswerer
-from hawk_trt.apps.evaluate.intervals import Interval, difference_interval, mean_interval
 from hawk_trt.apps.evaluate.metrics import exact_match
 from hawk_trt.apps.evaluate.result_log import ResultLog
-from hawk_trt.apps.evaluate.summary import summarise
+from hawk_trt.apps.evaluate.summary import Interval, difference_interval, mean_interval, summarise
 from hawk_trt.apps.evaluate.trials import (
     UNPRUNED,
     Answerer,

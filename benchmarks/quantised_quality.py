@@ -17,8 +17,8 @@ from export.writer import ExportOptions, export
 from hawk_trt import Pipeline, PruningConfig
 from hawk_trt.apps.cli.output import counted
 from hawk_trt.apps.evaluate.datasets import Sample, load_dataset
-from hawk_trt.apps.evaluate.intervals import mean_interval
 from hawk_trt.apps.evaluate.metrics import exact_match
+from hawk_trt.apps.evaluate.summary import mean_interval
 from hawk_trt.bundle import WeightFormat
 
 CHECKPOINT = Path(__file__).parent.parent / "examples" / "tiny-vlm"

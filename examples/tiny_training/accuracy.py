@@ -11,7 +11,7 @@ from pathlib import Path
 
 from examples.tiny_task import QUESTION_KINDS, Sample, generate
 from hawk_trt import Pipeline, PruningConfig
-from hawk_trt.apps.evaluate.intervals import mean_interval
+from hawk_trt.apps.evaluate.summary import mean_interval
 from hawk_trt.errors import HawkError
 
 _MAX_NEW_TOKENS = 8

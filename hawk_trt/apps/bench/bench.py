@@ -1,7 +1,7 @@
 """Speed and memory of a loaded pipeline, stage by stage, pruned and not, in one process.
 
-In: a pipeline, prompts of several sizes, keep ratios. Out: a BenchRow for each pair, medians with their spread.
-Runs are interleaved, so that a machine that slows down slows all rows alike.
+In: a pipeline, prompts of several sizes, prunings. Out: a BenchRow for each pair, medians with their spread.
+Runs are interleaved, so that a machine that slows down slows all rows alike; unsteady says where that was not enough.
 """
 
 import time
@@ -21,7 +21,12 @@ if TYPE_CHECKING:
     from hawk_trt.pipeline import Pipeline
 
 # In the order in which a request meets them; milliseconds in a row.
-STAGES = ("preprocess", "vision", "score", "first_layer", "decoder", "decode_step")
+STAGES = ("preprocess", "vision", "select", "score", "first_layer", "decoder", "decode_step")
+UNPRUNED = "unpruned"  # in place of a selector
+# Of the stages, those that no pruning can change.
+FIXED_STAGES = ("preprocess", "vision")
+# Medians that differ by more, and whose quartiles lie apart, are no chance.
+_UNSTEADY = 1.15
 MEMORY_METRIC = "VmHWM, peak resident memory of the process, weights included"
 
 
@@ -35,21 +40,24 @@ class BenchPrompt:
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """Milliseconds: the median, and the quartiles around it."""
+    """Milliseconds: the median, the quartiles around it, and the times that so many of 100 runs stay below."""
 
     median: float
     low: float
     high: float
+    p90: float
+    p95: float
+    p99: float
 
 
 @dataclass(frozen=True, slots=True)
 class BenchRow:
-    """One prompt at one keep ratio.
+    """One prompt with one selector at one keep ratio.
 
     Attributes:
         num_tokens, num_visual, num_kept: in the prompt, and kept of the visual ones.
-        stages: by name. score (scores, top-k, gather) is measured on its own and is also a part of
-            first_layer; decode_step is one generated token.
+        stages: by name. select is a selector's own time, outside the graphs; score (scores, top-k, gather) is measured
+            on its own and is also a part of first_layer; decode_step is one generated token.
         first_token: from the prompt to the first token.
         total: of the whole request.
         kv_bytes: of the prompt's keys and values.
@@ -57,6 +65,7 @@ class BenchRow:
     """
 
     prompt: str
+    selector: str
     keep_ratio: float
     num_tokens: int
     num_visual: int
@@ -81,19 +90,19 @@ class _Samples:
 def bench(
     pipe: "Pipeline",
     prompts: Sequence[BenchPrompt],
-    keep_ratios: Sequence[float],
+    prunings: Sequence[PruningConfig],
     *,
     max_new_tokens: int,
     repeats: int,
     warmup: int,
     step: Callable[[], object],
 ) -> list[BenchRow]:
-    """Measure all pairs of prompt and keep ratio.
+    """Measure all pairs of prompt and pruning.
 
     Args:
         pipe: what is measured.
         prompts: of several sizes.
-        keep_ratios: 1.0 is the unpruned model.
+        prunings: those with a selector's name.
         max_new_tokens: generated in each run, stop tokens ignored; at least 2, so that there is a decode step.
         repeats: timed runs of a pair.
         warmup: runs of a pair before them.
@@ -106,7 +115,7 @@ def bench(
         raise InvalidInput(
             f"max_new_tokens, repeats, warmup: got {max_new_tokens}, {repeats}, {warmup}, expected at least 2, 1, 0"
         )
-    pairs = [(prompt, PruningConfig(keep_ratio=ratio)) for prompt in prompts for ratio in keep_ratios]
+    pairs = [(prompt, pruning) for prompt in prompts for pruning in prunings]
     samples = [_Samples() for _ in pairs]
     for number in range(warmup + repeats):
         for (prompt, pruning), found in zip(pairs, samples, strict=True):
@@ -114,9 +123,23 @@ def bench(
             step()
     token_bytes = pipe.bundle.manifest.kv_bytes_per_token
     return [
-        _row(prompt.name, pruning.keep_ratio, found, token_bytes)
-        for (prompt, pruning), found in zip(pairs, samples, strict=True)
+        _row(prompt.name, pruning, found, token_bytes) for (prompt, pruning), found in zip(pairs, samples, strict=True)
     ]
+
+
+def unsteady(rows: Sequence[BenchRow]) -> list[str]:
+    """Where stages that no pruning can change differ between the rows of a prompt: the machine was not quiet then."""
+    found = []
+    for prompt in dict.fromkeys(row.prompt for row in rows):
+        for stage in FIXED_STAGES:
+            spreads = [row.stages[stage] for row in rows if row.prompt == prompt]
+            least, most = (end(spreads, key=lambda spread: spread.median) for end in (min, max))
+            if most.median > _UNSTEADY * least.median and most.low > least.high:
+                found.append(
+                    f"{prompt}: {stage} took {least.median:.1f} to {most.median:.1f} ms, though no pruning changes it. "
+                    "Something else was running: compare no totals here, and measure again with more --repeats"
+                )
+    return found
 
 
 def score_seconds(pipe: "Pipeline", inputs: ModelInputs, pruning: PruningConfig) -> float:
@@ -142,20 +165,22 @@ def _measure(
     found.score.append(1e3 * score_seconds(pipe, inputs, pruning))
 
 
-def _row(prompt: str, keep_ratio: float, found: _Samples, token_bytes: int) -> BenchRow:
+def _row(prompt: str, pruning: PruningConfig, found: _Samples, token_bytes: int) -> BenchRow:
     first = found.results[0]
     timings = [result.timings for result in found.results]
     steps = [1e3 * r.timings.decode / max(len(r.token_ids) - 1, 1) for r in found.results]
     prefills = [1e3 * (t.preprocess + t.vision + t.select + t.first_layer + t.decoder) for t in timings]
     return BenchRow(
         prompt=prompt,
-        keep_ratio=keep_ratio,
+        selector=UNPRUNED if pruning.keep_ratio == 1.0 else str(pruning.selector),
+        keep_ratio=pruning.keep_ratio,
         num_tokens=len(first.kept_indices) + first.num_visual - first.num_kept,
         num_visual=first.num_visual,
         num_kept=first.num_kept,
         stages={
             "preprocess": _spread(found.preprocess),
             "vision": _spread([1e3 * t.vision for t in timings]),
+            "select": _spread([1e3 * t.select for t in timings]),
             "score": _spread(found.score),
             "first_layer": _spread([1e3 * t.first_layer for t in timings]),
             "decoder": _spread([1e3 * t.decoder for t in timings]),
@@ -169,8 +194,7 @@ def _row(prompt: str, keep_ratio: float, found: _Samples, token_bytes: int) -> B
 
 
 def _spread(values: "Sequence[float] | np.ndarray[tuple[int, ...], np.dtype[np.float64]]") -> Spread:
-    low, median, high = np.percentile(values, (25, 50, 75)).tolist()
-    return Spread(median, low, high)
+    return Spread(*np.percentile(values, (50, 25, 75, 90, 95, 99)).tolist())
 
 
 def _reset_peak() -> None:

@@ -1,68 +1,105 @@
-"""A benchmark's rows as a table and as a plot of stacked stage times."""
+"""A benchmark's rows as tables and as a plot of stacked stage times."""
 
 import io
 from collections.abc import Sequence
 from itertools import groupby
+from pathlib import Path
 
 from rich import filesize
-from rich.console import Console
+from rich.box import SIMPLE_HEAD
+from rich.console import Group
 from rich.table import Table
 
-from hawk_trt.apps.bench.bench import STAGES, BenchRow, Spread
+import hawk_trt
+from hawk_trt.apps.bench.bench import STAGES, UNPRUNED, BenchRow, Spread
 
-_PREFILL = ("preprocess", "vision", "first_layer", "decoder")
+_STYLE = Path(hawk_trt.__file__).parent / "data" / "plots.mplstyle"
+_PREFILL = ("preprocess", "vision", "select", "first_layer", "decoder")
 
 
-def print_rows(rows: Sequence[BenchRow], console: Console) -> None:
-    """Print a table for each prompt: milliseconds, and how many times faster than unpruned."""
-    for prompt, group in groupby(rows, key=lambda row: row.prompt):
-        own = list(group)
-        whole = next((row for row in own if row.keep_ratio == 1.0), None)
-        table = Table(
-            title=f"{prompt}: {own[0].num_tokens} tokens, {own[0].num_visual} of them visual", title_justify="left"
-        )
+def tell(rows: Sequence[BenchRow]) -> Group:
+    """A table for each prompt: milliseconds, and how many times faster than unpruned."""
+    with_selector = not {row.selector for row in rows} <= {UNPRUNED, "hawk"}
+    tables = []
+    for prompt, own in _by_prompt(rows):
+        whole = _unpruned(own)
+        title = f"{prompt}: {own[0].num_tokens} tokens, {own[0].num_visual} of them visual"
+        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
         stages = [stage.replace("_", " ") for stage in STAGES]
-        for name in ("keep", "kept", *stages, "first token", "total", "KV", "peak"):
-            table.add_column(name, justify="right")
+        names = ("keep", "kept", *stages, "first token", "total", "p90", "KV", "peak")
+        for name in ("selector", *names) if with_selector else names:
+            table.add_column(name, justify="left" if name == "selector" else "right", no_wrap=True)
         for row in own:
             table.add_row(
+                *([row.selector] if with_selector else []),
                 f"{row.keep_ratio:g}",
                 str(row.num_kept),
                 *(f"{row.stages[stage].median:.2f}" for stage in STAGES),
-                _against(row.first_token, whole.first_token if whole else None),
-                _against(row.total, whole.total if whole else None),
+                f"{row.first_token.median:.1f}{_against(row.first_token, whole.first_token if whole else None)}",
+                f"{row.total.median:.1f}{_against(row.total, whole.total if whole else None)}",
+                f"{row.total.p90:.1f}",
                 filesize.decimal(row.kv_bytes),
                 "-" if row.peak_bytes is None else filesize.decimal(row.peak_bytes),
             )
-        console.print(table)
-    console.print("ms, medians; score is part of first layer; a ratio is how many times faster than keep 1")
+        tables.append(table)
+    legend = (
+        "ms, medians, and of the total the 90th percentile; score is part of first layer; "
+        "a ratio is how many times faster than keep 1"
+    )
+    return Group(*tables, legend)
 
 
-def plot_rows(rows: Sequence[BenchRow]) -> bytes:
-    """A PNG: stacked stage times up to the first token, by keep ratio, one panel a prompt."""
-    from matplotlib.figure import Figure  # an extra that only plots need
+def plot_rows(rows: Sequence[BenchRow], title: str) -> bytes:
+    """A PNG: stacked stage times up to the first token, with quartiles of their sum, one panel a prompt."""
+    from matplotlib import rc_context  # an extra that only plots need
+    from matplotlib.figure import Figure
 
-    groups = [(prompt, list(group)) for prompt, group in groupby(rows, key=lambda row: row.prompt)]
-    figure = Figure(figsize=(2.5 + 3.2 * len(groups), 4.2), layout="constrained")
-    panels = figure.subplots(1, len(groups), squeeze=False)[0]
-    for axes, (prompt, own) in zip(panels, groups, strict=True):
-        places = range(len(own))
-        bottom = [0.0] * len(own)
-        for stage in _PREFILL:
-            heights = [row.stages[stage].median for row in own]
-            axes.bar(places, heights, bottom=bottom, label=stage.replace("_", " "))
-            bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
-        axes.set_xticks(places, [f"{row.keep_ratio:g}" for row in own])
-        axes.set_title(f"{prompt}\n{own[0].num_visual} visual tokens", fontsize="medium")
-        axes.set_xlabel("keep ratio")
-    panels[0].set_ylabel("ms to the first token")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles[::-1], labels[::-1], loc="outside right center", fontsize="small")  # as the bars are stacked
-    png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=150)
+    groups = _by_prompt(rows)
+    bars = max(len(own) for _, own in groups)
+    stages = [stage for stage in _PREFILL if any(row.stages[stage].median > 0 for row in rows)]
+    with_selector = not {row.selector for row in rows} <= {UNPRUNED, "hawk"}
+    with rc_context(fname=_STYLE):
+        figure = Figure(figsize=(2.2 + len(groups) * max(2.6, 0.75 * bars), 4.6))
+        figure.suptitle(title)
+        panels = figure.subplots(1, len(groups), squeeze=False)[0]
+        for axes, (prompt, own) in zip(panels, groups, strict=True):
+            places = range(len(own))
+            bottom = [0.0] * len(own)
+            for stage in stages:
+                heights = [row.stages[stage].median for row in own]
+                axes.bar(places, heights, 0.7, bottom, label=stage.replace("_", " "))
+                bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
+            whole = _unpruned(own)
+            names = []
+            for place, top, row in zip(places, bottom, own, strict=True):
+                first = row.first_token
+                axes.vlines(place, first.low, first.high, color="0.2", linewidth=1)
+                text = f"{first.median:.3g} ms\n{_against(first, whole.first_token if whole else None).strip()}"
+                at = (place, max(top, first.high))
+                axes.annotate(text, at, (0, 3), textcoords="offset points", ha="center", fontsize="x-small")
+                names.append(
+                    f"{row.keep_ratio:g}" + (f"\n{row.selector}" if with_selector and row is not whole else "")
+                )
+            axes.margins(y=0.15)
+            axes.grid(visible=False, axis="x")
+            axes.set_xticks(places, names, fontsize="x-small" if with_selector else "medium")
+            axes.set_title(f"{prompt}, {own[0].num_visual} visual tokens")
+            axes.set_xlabel("keep ratio")
+        panels[0].set_ylabel("ms to the first token (medians; lines: quartiles)")
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles[::-1], labels[::-1], loc="outside right center")  # as the bars are stacked
+        png = io.BytesIO()
+        figure.savefig(png, format="png")
     return png.getvalue()
 
 
+def _by_prompt(rows: Sequence[BenchRow]) -> list[tuple[str, list[BenchRow]]]:
+    return [(prompt, list(group)) for prompt, group in groupby(rows, key=lambda row: row.prompt)]
+
+
+def _unpruned(rows: Sequence[BenchRow]) -> BenchRow | None:
+    return next((row for row in rows if row.keep_ratio == 1.0), None)
+
+
 def _against(spread: Spread, whole: Spread | None) -> str:
-    ratio = "" if whole is None else f" ({whole.median / spread.median:.2f}x)"
-    return f"{spread.median:.1f}{ratio}"
+    return "" if whole is None else f" ({whole.median / spread.median:.2f}x)"

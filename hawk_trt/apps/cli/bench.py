@@ -12,14 +12,24 @@ from cyclopts import Group, Parameter
 from rich.console import Console
 
 from hawk_trt import __version__
-from hawk_trt.apps.bench.bench import MEMORY_METRIC, BenchPrompt
+from hawk_trt.apps.bench.bench import MEMORY_METRIC, BenchPrompt, unsteady
 from hawk_trt.apps.bench.bench import bench as measure_rows
 from hawk_trt.apps.cli.doctor_checks import installed_version
-from hawk_trt.apps.cli.options import OUTPUT, Json, KeepRatios, MaxNewTokens, Model, Numbers, Where
+from hawk_trt.apps.cli.options import (
+    OUTPUT,
+    PRUNING,
+    Json,
+    KeepRatios,
+    MaxNewTokens,
+    Model,
+    Numbers,
+    Where,
+    names,
+)
 from hawk_trt.apps.cli.output import counted, note, print_json
 from hawk_trt.errors import InvalidInput
 from hawk_trt.files import write_atomically
-from hawk_trt.request import ModelInputs
+from hawk_trt.request import SELECTORS, ModelInputs, PruningConfig
 
 if TYPE_CHECKING:
     from hawk_trt import Pipeline
@@ -76,6 +86,9 @@ def bench(
     prompts: BenchPrompts = BenchPrompts(),
     *,
     keep_ratios: KeepRatios = (1.0, 0.4, 0.2, 0.1),
+    selectors: Annotated[
+        tuple[str, ...], Parameter(group=PRUNING), names(SELECTORS, name=("--selector", "--selectors"))
+    ] = ("hawk",),
     max_new_tokens: MaxNewTokens = 16,
     repeats: int = 7,
     warmup: int = 2,
@@ -87,7 +100,8 @@ def bench(
     Example: hawk-trt bench artifacts/3b --image photo.jpg --keep-ratio 1,0.4,0.2,0.1
 
     Args:
-        keep_ratios: shares of visual tokens kept, with commas between them
+        keep_ratios: shares of visual tokens kept, with commas between them; 1 is measured once for all selectors
+        selectors: who chooses the kept tokens (docs/selectors.md), with commas between them
         max_new_tokens: generated in each run
         repeats: timed runs of each pair
         warmup: runs before them
@@ -96,19 +110,22 @@ def bench(
     """
     with where.open(model) as pipe:
         prepared = prompts.prepared_by(pipe)
-        runs = (warmup + repeats) * len(prepared) * len(keep_ratios)
+        prunings = [PruningConfig(keep_ratio=ratio) for ratio in keep_ratios if ratio == 1.0]
+        prunings += [PruningConfig(keep_ratio=r, selector=who) for who in selectors for r in keep_ratios if r != 1.0]
+        runs = (warmup + repeats) * len(prepared) * len(prunings)
         ticks = iter(counted(range(runs), runs, "runs"))
         rows = measure_rows(
             pipe,
             prepared,
-            keep_ratios,
+            prunings,
             max_new_tokens=max_new_tokens,
             repeats=repeats,
             warmup=warmup,
             step=partial(next, ticks, None),
         )
         next(ticks, None)  # the bar ends with its last item
-    manifest, backend = pipe.bundle.manifest, pipe.backend
+    manifest, backend, warnings = pipe.bundle.manifest, pipe.backend, unsteady(rows)
+    runtime = f"{backend.name} on {backend.device}"
     if json:
         print_json(
             {
@@ -127,21 +144,23 @@ def bench(
                 "warmup": warmup,
                 "max_new_tokens": max_new_tokens,
                 "memory_metric": MEMORY_METRIC,
+                "warnings": warnings,
                 "rows": rows,
             }
         )
     else:
-        from hawk_trt.apps.bench.report import print_rows
+        from hawk_trt.apps.bench.report import tell
 
         console = Console(width=None if sys.stdout.isatty() else 160)
-        print_rows(rows, console)
-        console.print(
-            f"{manifest.precision}, {backend.target}, {backend.name} on {backend.device}; peak: {MEMORY_METRIC}"
-        )
+        console.print(tell(rows))
+        console.print(f"{manifest.precision}, {backend.target}, {runtime}; peak: {MEMORY_METRIC}")
+    for warning in warnings:
+        note(f"warning: {warning}")
     if plot is not None:
         from hawk_trt.apps.bench.report import plot_rows
 
-        write_atomically(plot, plot_rows(rows))
+        title = f"{Path(manifest.source.name).name}: {manifest.precision}, {runtime}"
+        write_atomically(plot, plot_rows(rows, title))
         note(f"plot           {plot}")
     return 0
 

@@ -15,7 +15,7 @@ from hawk_trt.apps.evaluate.datasets import TINY, Dataset, Sample, load_dataset
 from hawk_trt.apps.evaluate.metrics import METRICS, Metric, metric_for
 from hawk_trt.apps.evaluate.report import write_report
 from hawk_trt.apps.evaluate.result_log import ResultLog
-from hawk_trt.apps.evaluate.summary import print_rows, summarise
+from hawk_trt.apps.evaluate.summary import summarise, tell
 from hawk_trt.apps.evaluate.trials import (
     UNPRUNED,
     Answerer,
@@ -116,7 +116,7 @@ def evaluate(
         told = {"dataset": questions.dataset, "samples": dataset.count, "metric": metric, "out": str(out)}
         print_json(told, {"rows": rows})
     else:
-        print_rows(rows, Console())
+        Console().print(tell(rows))
     note(f"results and summary{'' if no_plots else ' and plots'}: {out}")
     if no_plots:
         note(no_plots)
@@ -207,5 +207,5 @@ def _subject(
 
 def _title(pipe: "Pipeline", dataset: Dataset) -> str:
     manifest = pipe.bundle.manifest
-    model = f"{Path(manifest.source.name).name}, {manifest.precision}"
-    return f"{model}, on {Path(dataset.name).name}: {dataset.count} samples"
+    model = f"{Path(manifest.source.name).name}, {manifest.precision}, {pipe.backend.name} on {pipe.backend.device}"
+    return f"{Path(dataset.name).name}, {dataset.count} samples: {model}"

@@ -12,9 +12,8 @@ from hawk_trt.apps.cli.models import expect_checkpoint, load_bundle
 from hawk_trt.apps.cli.options import OUTPUT, PRUNING, Dtype, Json, Model, Numbers, Scoring, Where
 from hawk_trt.apps.cli.output import note, print_json
 from hawk_trt.apps.parity.cases import DEFAULT_PROMPT, ParityCase, generated_cases, given_cases, tensor_cases
-from hawk_trt.apps.parity.check import compare_case
 from hawk_trt.apps.parity.prompt_rules import prompt_tokens
-from hawk_trt.apps.parity.report import ParityReport, print_report
+from hawk_trt.apps.parity.report import ParityReport, compare_case, tell
 from hawk_trt.bundle import Bundle
 from hawk_trt.errors import BundleError, InvalidInput, ParityError
 from hawk_trt.runtime import reference as stage_reference
@@ -143,7 +142,7 @@ def parity(
     if json:
         print_json(report)
     else:
-        print_report(report, Console())
+        Console().print(tell(report), soft_wrap=True)
     if save and report.passed:
         made = stage_reference.Reference.make(pipe)
         for folder in save:

@@ -5,6 +5,6 @@ metrics     an answer and a sample                     -> a score in [0, 1]
 trials      a pipeline, a sample and a pruning         -> one trial
 result_log  trials                                     -> a JSONL file that a killed run goes on with
 summary     trials                                     -> accuracy with its interval, tokens, time, cache
-plots       summaries                                  -> PNGs
+report      summaries                                  -> JSON, CSV and PNGs
 fastv       the one selector that drops tokens inside the decoder, in PyTorch
 """

@@ -1,4 +1,7 @@
-"""What a series of trials says: one row for each selector and keep ratio, as a table, CSV or JSON."""
+"""What a series of trials says: one row for each selector and keep ratio, as tables or CSV.
+
+Confidence intervals are of 95 %: of a mean score, and of the difference between two over the same samples.
+"""
 
 import csv
 import io
@@ -6,16 +9,53 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
+import numpy.typing as npt
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
+from rich.console import Group
 from rich.table import Table
+from scipy import stats
 
-from hawk_trt.apps.evaluate.intervals import Interval, mean_interval
 from hawk_trt.apps.evaluate.trials import Cell, Trial
 from hawk_trt.request import Timings
 
 _STAGES = [field.name for field in fields(Timings)]  # the total comes last
 _MEANS = ("num_visual", "num_kept", "num_tokens", "kv_bytes")
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A mean, and the bounds of its interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def mean_interval(scores: Sequence[float]) -> Interval:
+    """The mean score: Wilson's interval where every score is 0 or 1, else bootstrap percentiles.
+
+    Args:
+        scores: at least one, each in [0, 1].
+    """
+    values = np.asarray(scores, np.float64)
+    if not np.isin(values, (0.0, 1.0)).all():
+        return _bootstrap(values)
+    found = stats.binomtest(int(values.sum()), len(values)).proportion_ci(method="wilson")
+    return Interval(float(values.mean()), float(found.low), float(found.high))
+
+
+def difference_interval(scores: Sequence[float], others: Sequence[float]) -> Interval:
+    """The mean of scores - others over the same samples, with bootstrap percentiles of the pairs' differences."""
+    return _bootstrap(np.asarray(scores, np.float64) - np.asarray(others, np.float64))
+
+
+def _bootstrap(values: npt.NDArray[np.float64]) -> Interval:
+    mean = float(values.mean())
+    if len(values) == 1:
+        return Interval(mean, mean, mean)
+    # a fixed seed: the same results give the same interval; batches bound the memory
+    found = stats.bootstrap((values,), np.mean, n_resamples=10_000, batch=100, method="percentile", rng=0)
+    return Interval(mean, float(found.confidence_interval.low), float(found.confidence_interval.high))
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +127,8 @@ def to_csv(rows: Sequence[Row]) -> str:
     return text.getvalue()
 
 
-def print_rows(rows: Sequence[Row], console: Console) -> None:
-    """Print the rows as two tables, each of which fits a terminal of 80 columns."""
+def tell(rows: Sequence[Row]) -> Group:
+    """The rows as two tables, each of which fits a terminal of 80 columns."""
     answers = _table("selector", "keep", "kept", "accuracy [95 %]", "total, ms", "KV, kB")
     times = _table("median ms", "keep", *_STAGES[:-1])
     for row in rows:
@@ -103,10 +143,8 @@ def print_rows(rows: Sequence[Row], console: Console) -> None:
             f"{row.kv_bytes / 1000:.1f}",
         )
         times.add_row(row.selector, f"{row.keep_ratio:g}", *latencies[:-1])
-    console.print(answers, times)
-    console.print(
-        f"{max(row.samples for row in rows)} samples. * is on the Pareto front: nothing is as accurate in less time."
-    )
+    count = max(row.samples for row in rows)
+    return Group(answers, times, f"{count} samples. * is on the Pareto front: nothing is as accurate in less time.")
 
 
 def _table(*columns: str) -> Table:

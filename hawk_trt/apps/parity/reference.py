@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from hawk_trt.apps.parity.compare import ReferenceTrace
 from hawk_trt.apps.parity.prompt_rules import PromptTokens, VisualItem, frame_numbers, keep_best, query_range
-from hawk_trt.apps.parity.trace import ReferenceTrace
 from hawk_trt.errors import BackendError, CheckpointError, ParityError
 from hawk_trt.request import ModelInputs, PruningConfig
 

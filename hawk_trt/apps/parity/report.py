@@ -1,12 +1,22 @@
-"""What a comparison came to: a report of all cases, as tables or JSON."""
+"""Prompts through the bundle and through the reference -> a report of all stages, as JSON or in words and tables."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from rich.console import Console
+import numpy as np
+from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
-from hawk_trt.apps.parity.compare import SelectionRow, TokenRow
-from hawk_trt.runtime.comparison import StageRow, Tolerance
+from hawk_trt.apps.parity.cases import ParityCase
+from hawk_trt.apps.parity.compare import SelectionRow, TokenRow, compare_selection, compare_tokens
+from hawk_trt.request import PruningConfig
+from hawk_trt.runtime.comparison import StageRow, Tolerance, compare_stage
+
+if TYPE_CHECKING:
+    from hawk_trt.apps.parity.reference import EmbeddedPrompt, Reference
+    from hawk_trt.pipeline import Pipeline
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,22 +71,62 @@ class ParityReport:
     passed: bool
 
 
-def print_report(report: ParityReport, console: Console) -> None:
-    """Print a block for each case, then the tolerances and the verdict."""
+def compare_case(
+    pipe: "Pipeline",
+    reference: "Reference",
+    case: ParityCase,
+    embedded: "EmbeddedPrompt",
+    pruning: PruningConfig,
+    steps: int,
+    tolerance: Tolerance,
+) -> CaseReport:
+    """Run one prompt on both sides and compare what each stage gave; embedded: the same prompt from reference.embed."""
+    pruning = replace(pruning, query=pruning.query or "paper")  # the authors' rule, whatever the prompt
+    result = pipe.generate(case.inputs, pruning=pruning, max_new_tokens=steps, ignore_eos=True)
+    # After the last token nothing is compared, so the bundle is not fed with it; nor is the reference.
+    trace = pipe.trace(case.inputs, pruning, forced_tokens=result.token_ids[:-1])
+    expected = reference.run(embedded, pruning, forced_tokens=result.token_ids)
+    selection = compare_selection(trace, expected, tolerance) if len(expected.visual_indices) else None
+    if not np.array_equal(result.kept_indices, trace.kept_indices) and selection is not None:
+        selection = replace(selection, failures=(*selection.failures, "generate and trace keep different tokens"))
+    aligned = expected
+    if not np.array_equal(trace.kept_indices, expected.kept_indices):
+        # What follows is compared over the same tokens; whether the sets may differ is the selection's affair.
+        aligned = reference.run(
+            embedded, pruning, forced_tokens=result.token_ids, kept_indices=trace.kept_indices.tolist()
+        )
+    stages = []
+    if selection is not None:
+        stages.append(compare_stage("vision", trace.visual_embeds, expected.visual_embeds, tolerance.vision))
+        stages.append(compare_stage("scores", trace.scores[None], expected.scores[None], tolerance.scores))
+    stages.append(compare_stage("first_layer", trace.hidden_states, aligned.hidden_states, tolerance.first_layer))
+    stages.append(compare_stage("decoder", trace.logits, aligned.logits, tolerance.decoder))
+    tokens = compare_tokens(result.token_ids, trace, aligned, tolerance)
+    return CaseReport(case.name, pruning.keep_ratio, tuple(stages), selection, tokens)
+
+
+def tell(report: ParityReport) -> Group:
+    """A block for each case, then the tolerances and the verdict, for a terminal."""
+    return Group(*_told(report))
+
+
+def _told(report: ParityReport) -> Iterator[RenderableType]:
     for case in report.cases:
-        console.print(case.title, style="bold", markup=False, highlight=False)
-        console.print(_stage_table(case))
-        lines = [("tokens", _tokens_in_words(case.tokens), case.tokens.failures)]
+        yield Text(case.title, style="bold")
+        yield _stage_table(case)
         if case.selection is not None:
-            lines.insert(0, ("kept set", _selection_in_words(case.selection), case.selection.failures))
-        for name, text, failures in lines:
-            console.print(f"{name:<11} {text}  {_verdict(failures)}\n", highlight=False, end="", soft_wrap=True)
-        console.print()
-    console.print(f"{report.dtype}, {report.backend}, against PyTorch {report.reference_dtype}. {_limits(report)}")
+            yield _line("kept set", _selection_in_words(case.selection), case.selection.failures)
+        yield _line("tokens", _tokens_in_words(case.tokens), case.tokens.failures)
+        yield ""
+    yield f"{report.dtype}, {report.backend}, against PyTorch {report.reference_dtype}. {_limits(report)}"
     for failure in report.failures:
-        console.print(f"OUT OF TOLERANCE {failure}", style="red", markup=False, soft_wrap=True)
+        yield Text(f"OUT OF TOLERANCE {failure}", style="red")
     good = sum(not case.failures for case in report.cases)
-    console.print(f"in tolerance: {good} of {len(report.cases)} cases", style="green" if report.passed else "red")
+    yield Text(f"in tolerance: {good} of {len(report.cases)} cases", style="green" if report.passed else "red")
+
+
+def _line(name: str, text: str, failures: tuple[str, ...]) -> Text:
+    return Text.assemble(f"{name:<11} {text}  ", ("OUT", "red") if failures else ("ok", "green"))
 
 
 def _stage_table(case: CaseReport) -> Table:
@@ -89,7 +139,7 @@ def _stage_table(case: CaseReport) -> Table:
         shares = (row.cosine, row.cosine_min, row.norm_ratio, row.norm_ratio_worst)
         errors = (row.max_error, row.max_error_share)
         numbers = [*(f"{share:.6f}" for share in shares), *(f"{error:.1e}" for error in errors)]
-        table.add_row(row.stage, str(row.rows), *numbers, _verdict(row.failures))
+        table.add_row(row.stage, str(row.rows), *numbers, "[red]OUT[/red]" if row.failures else "[green]ok[/green]")
     return table
 
 
@@ -118,7 +168,3 @@ def _limits(report: ParityReport) -> str:
         f"Tolerances (cosine / norm ratio / error of largest): {', '.join(limits)}; "
         f"scores and swaps at the cut {tolerance.score_error:g} of the spread; KL {tolerance.kl:g}"
     )
-
-
-def _verdict(failures: tuple[str, ...]) -> str:
-    return "[red]OUT[/red]" if failures else "[green]ok[/green]"

@@ -1,14 +1,15 @@
 """hawk-trt bench: what it measures, on the tiny model. No time is judged here."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from PIL import Image
 
 import golden
 from export.__main__ import main as export
-from hawk_trt import Pipeline
-from hawk_trt.apps.bench.bench import STAGES, BenchPrompt, bench
+from hawk_trt import Pipeline, PruningConfig
+from hawk_trt.apps.bench.bench import STAGES, BenchPrompt, BenchRow, Spread, bench, unsteady
 from hawk_trt.apps.bench.report import plot_rows
 from hawk_trt.apps.cli.main import main
 from hawk_trt.errors import InvalidInput
@@ -25,7 +26,8 @@ def test_the_command_measures_every_pair_and_draws_it(tiny_bundle, tmp_path, cap
     assert [row["num_kept"] for row in report["rows"]] == [16, 4, 64, 16]
     for row in rows.values():
         assert set(row["stages"]) == set(STAGES)
-        assert all(stage["low"] <= stage["median"] <= stage["high"] for stage in row["stages"].values())
+        for stage in row["stages"].values():
+            assert stage["low"] <= stage["median"] <= stage["high"] <= stage["p90"] <= stage["p99"]
         prefill = sum(row["stages"][name]["low"] for name in ("preprocess", "vision", "first_layer", "decoder"))
         assert prefill <= row["first_token"]["high"] < row["total"]["high"]
         assert row["peak_bytes"] > 10_000_000
@@ -37,10 +39,27 @@ def test_the_command_measures_every_pair_and_draws_it(tiny_bundle, tmp_path, cap
 
 
 def test_the_table_sets_every_ratio_against_unpruned(tiny_bundle, capsys):
-    assert main(["bench", str(tiny_bundle), *OPTIONS]) == 0
+    assert main(["bench", str(tiny_bundle), *OPTIONS, "--selector", "uniform"]) == 0
     out = capsys.readouterr().out
     assert out.count("(1.00x)") == 4
+    assert out.count("uniform") == out.count("unpruned") == 2
     assert "VmHWM" in out
+
+
+def row_of(vision_ms, spread_ms, **more):
+    def around(median):
+        return Spread(median, median - spread_ms, median + spread_ms, *[median + spread_ms] * 3)
+
+    stages = dict.fromkeys(STAGES, around(5.0)) | {"vision": around(vision_ms)}
+    row = BenchRow("a", "hawk", 0.2, 20, 16, 4, stages, around(20.0), around(30.0), 1, None)
+    return replace(row, **more)
+
+
+def test_a_stage_that_no_pruning_changes_and_that_differs_is_a_warning():
+    assert unsteady([row_of(10, 1), row_of(11, 1), row_of(40, 1, prompt="b")]) == []
+    assert unsteady([row_of(10, 5), row_of(18, 5)]) == [], "the quartiles overlap"
+    (warning,) = unsteady([row_of(10, 1), row_of(18, 1, keep_ratio=1.0)])
+    assert warning.startswith("a: vision took 10.0 to 18.0 ms, though no pruning changes it.")
 
 
 def test_a_bundle_without_a_tokenizer_is_measured_on_tensors(tmp_path, capsys):
@@ -74,8 +93,12 @@ def test_runs_are_interleaved(tiny_bundle):
             return inputs
 
         prompts = [BenchPrompt(name, lambda name=name: prepare(name)) for name in ("a", "b")]
-        rows = bench(pipe, prompts, [1.0], max_new_tokens=2, repeats=2, warmup=1, step=lambda: None)
+        rows = bench(
+            pipe, prompts, [PruningConfig(keep_ratio=1.0)], max_new_tokens=2, repeats=2, warmup=1, step=lambda: None
+        )
         with pytest.raises(InvalidInput, match="expected at least 2, 1, 0"):
-            bench(pipe, prompts, [1.0], max_new_tokens=2, repeats=0, warmup=0, step=lambda: None)
+            bench(
+                pipe, prompts, [PruningConfig(keep_ratio=1.0)], max_new_tokens=2, repeats=0, warmup=0, step=lambda: None
+            )
     assert order == ["a", "b"] * 3
-    assert plot_rows(rows).startswith(b"\x89PNG")
+    assert plot_rows(rows, "a model").startswith(b"\x89PNG")

@@ -16,8 +16,7 @@ from PIL import Image
 from examples.tiny_task import generate
 from hawk_trt import Pipeline
 from hawk_trt.apps.cli.main import main
-from hawk_trt.apps.evaluate.intervals import Interval, difference_interval, mean_interval
-from hawk_trt.apps.evaluate.summary import Row, pareto_front, to_csv
+from hawk_trt.apps.evaluate.summary import Interval, Row, difference_interval, mean_interval, pareto_front, to_csv
 
 
 def test_a_share_has_wilsons_interval():

@@ -14,8 +14,8 @@ import golden
 from export.__main__ import main as export_main
 from hawk_trt.apps.cli.main import main
 from hawk_trt.apps.parity.cases import tensor_cases
-from hawk_trt.apps.parity.check import compare_case
 from hawk_trt.apps.parity.prompt_rules import prompt_tokens
+from hawk_trt.apps.parity.report import compare_case
 from hawk_trt.bundle import Bundle
 from hawk_trt.pipeline import Pipeline
 from hawk_trt.request import PruningConfig
