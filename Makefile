@@ -3,7 +3,7 @@
 .NOTPARALLEL:
 .PHONY: help setup demo check docs lint types tests tests-slow export parity accuracy clean
 .PHONY: wheel check-wheel
-.PHONY: check-files check-models check-page check-serving bench-native real
+.PHONY: check-files check-harness check-models check-page check-serving bench-native real
 .PHONY: advise calibrate train-tiny
 .PHONY: plugin plugin-check gpu-report
 .PHONY: engines self-test preflight preflight-cuda preflight-large types-tensorrt
@@ -13,6 +13,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 GPU_PYTHON ?= $(BIN)/python
+HARNESS_PYTHON ?= $(BIN)/python
 TENSORRT_ROOT ?=
 
 # make demo MODEL=Qwen/Qwen2.5-VL-3B-Instruct OUT=artifacts/3b IMAGE=photo.jpg PROMPT="..."
@@ -144,6 +145,9 @@ wheel: $(FULL) ## The wheel into dist/: the core, the apps, export, engines, the
 
 check-wheel: wheel ## The wheel in an empty environment, away from the checkout: export, run, doctor; two minutes
 	$(BIN)/pytest -q -m wheel
+
+check-harness: ## The harness tests with the packages themselves: HARNESS_PYTHON of an environment that has them (docs/reproduce.md)
+	"$(HARNESS_PYTHON)" -m pytest -q tests/apps/harness -m "slow or not slow" -W default
 
 check-serving: $(FULL) export ## The server under 100 clients, 2,000 requests for its memory, a long fuzz, Ray: ten minutes
 	$(BIN)/python -m benchmarks.serving_load "$(OUT)" $(FLAGS) && HAWK_FUZZ_EXAMPLES=300 $(BIN)/pytest -q tests/apps/serve/test_serving_openapi.py

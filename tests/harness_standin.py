@@ -1,5 +1,9 @@
-"""The bases that lmms-eval and VLMEvalKit give a model, for machines without them; only what an adapter meets."""
+"""What lmms-eval and VLMEvalKit give a model, for machines without them; only what an adapter meets."""
 
+import importlib
+import importlib.util
+import sys
+from dataclasses import dataclass
 from types import ModuleType
 
 
@@ -16,8 +20,14 @@ class lmms:  # noqa: N801 - its name
     is_simple = True
 
     def __init__(self):
+        self._rank, self._world_size = 0, 1
         self.cache_hook = CacheHook()
         self.task_dict = {}
+
+    @property
+    def rank(self):
+        """Of this process."""
+        return self._rank
 
     @classmethod
     def create_from_arg_string(cls, arg_string, additional_config):
@@ -29,6 +39,27 @@ class lmms:  # noqa: N801 - its name
         return cls(**arguments, **{key: value for key, value in additional_config.items() if value is not None})
 
 
+@dataclass
+class TokenCounts:
+    """lmms_eval.api.instance.TokenCounts."""
+
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    reasoning_tokens: int | None = None
+
+    def to_dict(self):
+        """The counts that are known."""
+        return {name: value for name, value in vars(self).items() if value is not None and "visual" not in name}
+
+
+@dataclass
+class GenerationResult:
+    """lmms_eval.api.instance.GenerationResult."""
+
+    text: str
+    token_counts: TokenCounts | None = None
+
+
 class BaseModel:
     """vlmeval.vlm.base.BaseModel."""
 
@@ -36,12 +67,50 @@ class BaseModel:
         """Hand a list of parts to the model."""
         return self.generate_inner(message, dataset)
 
+    def chat(self, messages, dataset=None):
+        """Hand a conversation to the model."""
+        return self.chat_inner(messages, dataset=dataset)
 
-def modules(base, name):
-    """Modules from which `name` can be imported, by their names, with the class in the last."""
-    found = {}
+
+def lmms_eval(monkeypatch):
+    """The modules of lmms-eval that an adapter imports, where the package is not there."""
+    if importlib.util.find_spec("lmms_eval") is None:
+        _put(monkeypatch, "lmms_eval.api.model", lmms=lmms)
+        _put(monkeypatch, "lmms_eval.api.instance", TokenCounts=TokenCounts, GenerationResult=GenerationResult)
+        _put(monkeypatch, "lmms_eval.models.model_utils.gen_metrics", log_metrics=dict)
+
+
+def vlmevalkit(monkeypatch):
+    """The modules of VLMEvalKit that an adapter imports, where the package is not there; gives its supported_VLM."""
+    if importlib.util.find_spec("vlmeval") is None:
+        _put(monkeypatch, "vlmeval.vlm.base", BaseModel=BaseModel)
+        _put(monkeypatch, "vlmeval.config", supported_VLM={})
+    config = importlib.import_module("vlmeval.config")
+    monkeypatch.setattr(config, "supported_VLM", dict(config.supported_VLM))
+    return config.supported_VLM
+
+
+class VideoDataset:
+    """What VLMEvalKit's inference_video reads of a data set, here with one question."""
+
+    dataset_name, pack = "Video", False
+
+    def __init__(self, nframe, fps):
+        import pandas as pd
+
+        self.nframe, self.fps = nframe, fps
+        self.data = pd.DataFrame({"index": [0], "question": ["?"]})
+
+    def build_prompt(self, number, video_llm):
+        """The parts of a question."""
+        return [{"type": "text", "value": f"Question {number}, {video_llm}?"}]
+
+
+def _put(monkeypatch, name, **members):
     parts = name.split(".")
     for end in range(1, len(parts) + 1):
-        found[".".join(parts[:end])] = ModuleType(".".join(parts[:end]))
-    setattr(found[name], base.__name__, base)
-    return found
+        path = ".".join(parts[:end])
+        if path not in sys.modules:
+            monkeypatch.setitem(sys.modules, path, ModuleType(path))
+    for member, value in members.items():
+        monkeypatch.setattr(sys.modules[name], member, value, raising=False)

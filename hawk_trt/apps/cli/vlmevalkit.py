@@ -1,21 +1,22 @@
 """VLMEvalKit's benchmarks on a bundle or on engines, from the command line.
 
-    python -m hawk_trt.apps.cli.vlmevalkit BUNDLE --vlmevalkit DIR --keep-ratio 0.2 -- --data MME TextVQA_VAL
+    python -m hawk_trt.apps.cli.vlmevalkit BUNDLE --keep-ratio 0.2 -- --data MME TextVQA_VAL
 
-DIR is a clone of VLMEvalKit. What stands behind -- goes to its run.py.
+VLMEvalKit is the installed package, or a clone: --vlmevalkit DIR. What stands behind -- goes to its run.py.
 """
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
 from hawk_trt.apps.cli.main import make_app, run_app
-from hawk_trt.apps.cli.options import PROMPT, MaxNewTokens, Model, Pixels, Pruning, Where
+from hawk_trt.apps.cli.options import OUTPUT, PROMPT, MaxNewTokens, Model, Pixels, Pruning, Where
 from hawk_trt.apps.cli.output import note
-from hawk_trt.apps.harness.answering import Answering
+from hawk_trt.apps.harness.answering import Answering, device_of_rank
 from hawk_trt.apps.harness.vlmevalkit import model_class
 from hawk_trt.apps.harness.vlmevalkit import run as run_harness
 
@@ -31,29 +32,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
         pruning: Pruning = Pruning(),
         pixels: Pixels = Pixels(),
         *,
-        vlmevalkit: Path,
+        vlmevalkit: Path | None = None,
         name: str = "hawk-trt",
         keep_ratio: Annotated[float, Parameter(alias="--keep-ratios")] = 0.2,
         system: Annotated[str | None, Parameter(group=PROMPT)] = None,
         fps: Annotated[float | None, Parameter(group=PROMPT)] = None,
         max_frames: Annotated[int | None, Parameter(group=PROMPT)] = None,
-        max_new_tokens: Annotated[MaxNewTokens, Parameter(group=PROMPT)] = 128,
+        total_pixels: Annotated[int | None, Parameter(group=PROMPT)] = None,
+        max_new_tokens: Annotated[MaxNewTokens, Parameter(group=PROMPT)] = 2048,
+        trace: Annotated[Path | None, Parameter(group=OUTPUT)] = None,
     ) -> int:
         """Run VLMEvalKit's benchmarks on a bundle or on engines; what stands behind -- goes to its run.py.
 
         Args:
-            vlmevalkit: a clone of VLMEvalKit
+            vlmevalkit: a clone of VLMEvalKit (default: the installed package)
             name: of the model in its results
             keep_ratio: share of visual tokens kept
             system: a system message where the data set brings none
-            fps: frames a second of videos (default: the family's)
-            max_frames: most frames of a video (default: 768)
+            fps: frames a second of videos, where the data set names neither them nor a number of frames (default: 2)
+            max_frames: most frames of a video that is sampled by fps (default: 768)
+            total_pixels: shrink the frames of a video until all together have this area
             max_new_tokens: longest answer
+            trace: JSONL file, a line for each question: its hash, visual tokens and those kept, the answer
         """
         made = model_class(vlmevalkit)
-        with where.open(model) as pipe:
-            answering = Answering(pipe, pruning.config(keep_ratio), pixels.min_pixels, pixels.max_pixels)
-            run_harness(vlmevalkit, name, made(answering, max_new_tokens, system, fps, max_frames), given[own + 1 :])
+        with replace(where, device=device_of_rank(where.device, model)).open(model) as pipe:
+            answering = Answering(pipe, pruning.config(keep_ratio), pixels.min_pixels, pixels.max_pixels, trace)
+            of_videos = {"max_frames": max_frames, "total_pixels": total_pixels}
+            harness = made(answering, max_new_tokens, system, fps=fps, **of_videos)
+            run_harness(vlmevalkit, name, harness, given[own + 1 :])
             note(answering.summary())
         return 0
 

@@ -1,8 +1,8 @@
 """Public benchmarks on a bundle or on engines, through the harnesses that people compare with.
 
-answering    chat messages -> texts, with a pruning, and what it kept
+answering    questions -> answers, with a pruning; what it kept, and a trace
 lmms_eval    a model of lmms-eval:       python -m lmms_eval --model hawk_trt --model_args bundle=DIR,keep_ratio=0.2
-vlmevalkit   a model of VLMEvalKit:      python -m hawk_trt.apps.cli.vlmevalkit DIR --vlmevalkit DIR -- --data MME
+vlmevalkit   a model of VLMEvalKit:      python -m hawk_trt.apps.cli.vlmevalkit DIR -- --data MME
 
 docs/reproduce.md has the commands for the paper's tables.
 """

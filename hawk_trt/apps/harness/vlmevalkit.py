@@ -1,42 +1,62 @@
 """A bundle, or engines, as a model of VLMEvalKit: written to the interface of its BaseModel.
 
-VLMEvalKit is not on the package registry: it is a clone of its repository, with its requirements installed. Its run.py
-brings datasets, prompts and metrics. torch is its need, not this file's.
+VLMEvalKit is ms-vlmeval or nvidia-vlmeval on the package registry, or a clone of its repository. Its run.py brings data
+sets, prompts and metrics. torch is its need, not this file's. Prompts are made as its class for Qwen2.5-VL makes them:
+all parts of a question are the user's, whatever role they name, and a data set sets the frames of its videos.
 """
 
 import runpy
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hawk_trt.apps.harness.answering import Answering
-from hawk_trt.errors import InvalidInput
+from hawk_trt.errors import HawkError, InvalidInput
+from hawk_trt.inputs.video_file import index_file
+from hawk_trt.request import Request
 
 if TYPE_CHECKING:
     from hawk_trt.request import Message
 
+# What VLMEvalKit looks for in an answer when it goes on with a run: it asks such questions again.
+_FAILED = "Failed to obtain answer via API. "
+# A data set's own rule in the class for Qwen2.5-VL.
+_OCRBENCH_MIN_PIXELS = 10 * 10 * 28 * 28
+_SIZES = ("min_pixels", "max_pixels", "resized_height", "resized_width")
+_SETTINGS = {
+    "text": (),
+    "image": _SIZES,
+    "video": (*_SIZES, "total_pixels", "fps", "nframes", "min_frames", "max_frames", "video_start", "video_end"),
+}
 
-def model_class(clone: Path) -> type[Any]:
-    """The model class, made with VLMEvalKit's own base from the folder of its clone.
+
+def model_class(clone: Path | None = None) -> type[Any]:
+    """The model class, made with VLMEvalKit's own base: that of the package, or of a clone in a folder.
 
     Raises:
         InvalidInput: VLMEvalKit is not there, or cannot be imported.
     """
-    script = clone / "run.py"
-    if not script.is_file():
-        raise InvalidInput(f"{script}: no such file, expected a clone of VLMEvalKit with --vlmevalkit")
-    sys.path.insert(0, str(clone.resolve()))
+    if clone is not None:
+        script = clone / "run.py"
+        if not script.is_file():
+            raise InvalidInput(f"{script}: no such file, expected a clone of VLMEvalKit with --vlmevalkit")
+        sys.path.insert(0, str(clone.resolve()))
     try:
         from vlmeval.vlm.base import BaseModel
     except ImportError as error:
         raise InvalidInput(
-            f"VLMEvalKit cannot be imported ({error}). Clone it, install its requirements, and name the clone: "
-            "--vlmevalkit DIR"
+            f"VLMEvalKit cannot be imported ({error}). Install it (pip install ms-vlmeval), or clone it, install its "
+            "requirements, and name the clone: --vlmevalkit DIR"
         ) from error
 
     class HawkTrt(BaseModel):
-        """Answers with a pipeline that is loaded already."""
+        """Answers with a pipeline that is loaded already.
+
+        Attributes:
+            fps, nframe: of videos. VLMEvalKit sets them to the data set's, and the one that it has not to None.
+        """
 
         INTERLEAVE = True
         VIDEO_LLM = True
@@ -44,63 +64,97 @@ def model_class(clone: Path) -> type[Any]:
         def __init__(
             self,
             answering: Answering,
-            max_new_tokens: int,
+            max_new_tokens: int = 2048,
             system: str | None = None,
+            *,
             fps: float | None = None,
             max_frames: int | None = None,
+            total_pixels: int | None = None,
         ) -> None:
             super().__init__()
             self._answering = answering
             self._max_new_tokens = max_new_tokens
             self._system = system
-            self._max_frames = max_frames
-            # VLMEvalKit sets fps to a data set's own; a fixed number of frames is not this model's way
-            self.fps = fps
-            self.nframe = None
+            self._of_videos = {"max_frames": max_frames, "total_pixels": total_pixels}
+            self.fps: float | None = fps or 2
+            self.nframe: int | None = 128
 
-        def generate_inner(
-            self,
-            message: Sequence[Mapping[str, Any]],
-            dataset: str | None = None,  # noqa: ARG002 - all data sets are asked alike
-        ) -> str:
+        def generate_inner(self, message: Sequence[Mapping[str, Any]], dataset: str | None = None) -> str:
             """Answer one question of a data set."""
-            messages = to_messages(message, self._system, self.fps, self._max_frames)
-            return self._answering.answer([messages], self._max_new_tokens)[0]
+            return self._say([{"role": "user", "content": message}], dataset)
+
+        def chat_inner(self, message: Sequence[Mapping[str, Any]], dataset: str | None = None) -> str:
+            """Answer the last turn of a conversation."""
+            return self._say(message, dataset)
+
+        def _say(self, turns: Sequence[Mapping[str, Any]], dataset: str | None) -> str:
+            question = partial(self._request, turns, dataset)
+            (answer,) = self._answering.answer([question], str(dataset))
+            return f"{_FAILED}{answer}" if isinstance(answer, HawkError) else answer.text or ""
+
+        def _request(self, turns: Sequence[Mapping[str, Any]], dataset: str | None) -> Request:
+            messages = to_messages(turns, dataset, fps=self.fps, nframe=self.nframe, **self._of_videos)
+            if self._system is not None and messages[0]["role"] != "system":
+                messages.insert(0, {"role": "system", "content": [{"type": "text", "text": self._system}]})
+            return Request(messages, max_new_tokens=self._max_new_tokens)
 
     return HawkTrt
 
 
-def run(clone: Path, name: str, model: object, arguments: Sequence[str]) -> None:
+def run(clone: Path | None, name: str, model: object, arguments: Sequence[str]) -> None:
     """Name a model of model_class to VLMEvalKit, and run its run.py on it with these arguments."""
     from vlmeval.config import supported_VLM
 
-    supported_VLM[name] = lambda: model
-    sys.argv = [str(clone / "run.py"), "--model", name, *arguments]
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    def make(*, use_vllm: bool = False) -> object:
+        """VLMEvalKit asks models by some names (Qwen2.5-VL) whether vLLM shall run them."""
+        if use_vllm:
+            raise InvalidInput("--use-vllm: hawk_trt answers by itself; leave it out")
+        return model
+
+    supported_VLM[name] = make
+    sys.argv = ["run.py" if clone is None else str(clone / "run.py"), "--model", name, *arguments]
+    if clone is None:
+        runpy.run_module("vlmeval.run", run_name="__main__")
+    else:
+        runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def to_messages(
-    parts: Sequence[Mapping[str, Any]], system: str | None, fps: float | None, max_frames: int | None
+    turns: Sequence[Mapping[str, Any]],
+    dataset: str | None = None,
+    *,
+    fps: float | None = None,
+    nframe: int | None = None,
+    max_frames: int | None = None,
+    total_pixels: int | None = None,
 ) -> "list[Message]":
-    """Chat messages from VLMEvalKit's list of {"type": ..., "value": ..., "role": ...}.
+    """Chat messages from VLMEvalKit's turns, whose content is a list of {"type": ..., "value": ...}.
 
-    A part without a role is the user's. The system message comes before parts that bring none; fps and max_frames go
-    to every video.
+    fps, or else nframe, is of videos that say neither; the settings that a part has go on with it.
 
     Raises:
-        InvalidInput: a type that is not text, image or video.
+        InvalidInput: a type that is not text, image or video, or a video that cannot be read.
     """
+    of_videos: dict[str, Any] = {"fps": fps, "max_frames": max_frames} if fps else {"nframes": nframe}
     messages: list[Message] = []
-    for part in parts:
-        kind, value, role = part["type"], part["value"], part.get("role", "user")
-        if kind not in ("text", "image", "video"):
-            raise InvalidInput(f"message: got type {kind!r}, expected text, image or video")
-        item = {"type": kind, kind: value}
-        if kind == "video":
-            item |= {name: number for name, number in (("fps", fps), ("max_frames", max_frames)) if number}
-        if not messages or messages[-1]["role"] != role:
-            messages.append({"role": role, "content": []})
-        messages[-1]["content"].append(item)
-    if system is not None and messages and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": system})
+    for turn in turns:
+        items: list[dict[str, Any]] = []
+        for part in turn["content"]:
+            kind, value = part["type"], part["value"]
+            if kind not in _SETTINGS:
+                raise InvalidInput(f"message: got type {kind!r}, expected text, image or video")
+            item = {kind: value, "type": kind} | {key: part[key] for key in _SETTINGS[kind] if key in part}
+            if kind == "image" and dataset == "OCRBench":
+                item.setdefault("min_pixels", _OCRBENCH_MIN_PIXELS)
+            if kind == "video":
+                item = {"total_pixels": total_pixels} | ({} if {"fps", "nframes"} & set(part) else of_videos) | item
+                if item.get("nframes"):
+                    item["nframes"] = _frames_there(value, item["nframes"])
+            items.append({key: setting for key, setting in item.items() if setting is not None})
+        messages.append({"role": turn["role"], "content": items})
     return messages
+
+
+def _frames_there(video: str, wished: int) -> int:
+    """As many frames as wished, or as the file has, down to an even number."""
+    return max(min(index_file(Path(video)).total, wished) // 2 * 2, 2)
