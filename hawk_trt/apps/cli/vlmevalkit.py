@@ -7,7 +7,7 @@ VLMEvalKit is the installed package, or a clone: --vlmevalkit DIR. What stands b
 
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         made = model_class(vlmevalkit)
         with replace(where, device=device_of_rank(where.device, model)).open(model) as pipe:
             answering = Answering(pipe, pruning.config(keep_ratio), pixels.min_pixels, pixels.max_pixels, trace)
-            of_videos = {"max_frames": max_frames, "total_pixels": total_pixels}
+            of_videos = {"max_frames": max_frames, "total_pixels": total_pixels, **asdict(pixels)}
             harness = made(answering, max_new_tokens, system, fps=fps, **of_videos)
             run_harness(vlmevalkit, name, harness, given[own + 1 :])
             note(answering.summary())

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 # What VLMEvalKit looks for in an answer when it goes on with a run: it asks such questions again.
 _FAILED = "Failed to obtain answer via API. "
-# A data set's own rule in the class for Qwen2.5-VL.
+# In place of the smallest size that was asked for: a data set's own rule in the class for Qwen2.5-VL.
 _OCRBENCH_MIN_PIXELS = 10 * 10 * 28 * 28
 _SIZES = ("min_pixels", "max_pixels", "resized_height", "resized_width")
 _SETTINGS = {
@@ -68,14 +68,13 @@ def model_class(clone: Path | None = None) -> type[Any]:
             system: str | None = None,
             *,
             fps: float | None = None,
-            max_frames: int | None = None,
-            total_pixels: int | None = None,
+            **of_videos: Any,  # noqa: ANN401 - numbers, each of its kind
         ) -> None:
             super().__init__()
             self._answering = answering
             self._max_new_tokens = max_new_tokens
             self._system = system
-            self._of_videos = {"max_frames": max_frames, "total_pixels": total_pixels}
+            self._of_videos = of_videos
             self.fps: float | None = fps or 2
             self.nframe: int | None = 128
 
@@ -93,7 +92,8 @@ def model_class(clone: Path | None = None) -> type[Any]:
             return f"{_FAILED}{answer}" if isinstance(answer, HawkError) else answer.text or ""
 
         def _request(self, turns: Sequence[Mapping[str, Any]], dataset: str | None) -> Request:
-            messages = to_messages(turns, dataset, fps=self.fps, nframe=self.nframe, **self._of_videos)
+            sampled = {"fps": self.fps} if self.fps else {"nframes": self.nframe}
+            messages = to_messages(turns, dataset, self._of_videos | sampled)
             if self._system is not None and messages[0]["role"] != "system":
                 messages.insert(0, {"role": "system", "content": [{"type": "text", "text": self._system}]})
             return Request(messages, max_new_tokens=self._max_new_tokens)
@@ -120,22 +120,15 @@ def run(clone: Path | None, name: str, model: object, arguments: Sequence[str]) 
 
 
 def to_messages(
-    turns: Sequence[Mapping[str, Any]],
-    dataset: str | None = None,
-    *,
-    fps: float | None = None,
-    nframe: int | None = None,
-    max_frames: int | None = None,
-    total_pixels: int | None = None,
+    turns: Sequence[Mapping[str, Any]], dataset: str | None, of_videos: Mapping[str, Any]
 ) -> "list[Message]":
     """Chat messages from VLMEvalKit's turns, whose content is a list of {"type": ..., "value": ...}.
 
-    fps, or else nframe, is of videos that say neither; the settings that a part has go on with it.
+    The settings that a part has go on with it; of_videos are those of a video that does not have them.
 
     Raises:
         InvalidInput: a type that is not text, image or video, or a video that cannot be read.
     """
-    of_videos: dict[str, Any] = {"fps": fps, "max_frames": max_frames} if fps else {"nframes": nframe}
     messages: list[Message] = []
     for turn in turns:
         items: list[dict[str, Any]] = []
@@ -144,12 +137,14 @@ def to_messages(
             if kind not in _SETTINGS:
                 raise InvalidInput(f"message: got type {kind!r}, expected text, image or video")
             item = {kind: value, "type": kind} | {key: part[key] for key in _SETTINGS[kind] if key in part}
-            if kind == "image" and dataset == "OCRBench":
+            if kind == "image" and dataset == "OCRBench" and of_videos.get("min_pixels"):
                 item.setdefault("min_pixels", _OCRBENCH_MIN_PIXELS)
             if kind == "video":
-                item = {"total_pixels": total_pixels} | ({} if {"fps", "nframes"} & set(part) else of_videos) | item
-                if item.get("nframes"):
-                    item["nframes"] = _frames_there(value, item["nframes"])
+                item = {key: of_videos.get(key) for key in _SETTINGS[kind]} | item
+                if "nframes" in part or "fps" in part:  # one of them says how a video is sampled
+                    item |= {key: part.get(key) for key in ("fps", "nframes")}
+                if item["nframes"]:
+                    item |= {"nframes": _frames_there(value, item["nframes"]), "max_frames": None}
             items.append({key: setting for key, setting in item.items() if setting is not None})
         messages.append({"role": turn["role"], "content": items})
     return messages

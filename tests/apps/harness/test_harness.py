@@ -213,6 +213,9 @@ def video(tmp_path):
     return str(tmp_path / "clip.gif")
 
 
+OF_VIDEOS = {"fps": 0.5, "max_frames": 16, "min_pixels": 4, "max_pixels": 8, "total_pixels": 9}
+
+
 def test_vlmevalkits_parts_are_one_turn_of_the_user_in_their_order(video):
     """As its class for Qwen2.5-VL reads them: "Best option:(" of MVBench is the end of the question."""
     parts = [
@@ -221,34 +224,35 @@ def test_vlmevalkits_parts_are_one_turn_of_the_user_in_their_order(video):
         {"type": "video", "value": video},
         {"type": "text", "value": "Best option:(", "role": "assistant"},
     ]
-    (turn,) = vlmevalkit.to_messages([{"role": "user", "content": parts}], fps=0.5, max_frames=16, total_pixels=9)
+    (turn,) = vlmevalkit.to_messages([{"role": "user", "content": parts}], "MVBench", OF_VIDEOS)
     assert turn == {
         "role": "user",
         "content": [
             {"type": "text", "text": "Watch."},
             {"type": "image", "image": "a.png", "resized_height": 280, "resized_width": 140},
-            {"type": "video", "video": video, "fps": 0.5, "max_frames": 16, "total_pixels": 9},
+            {"type": "video", "video": video, **OF_VIDEOS},
             {"type": "text", "text": "Best option:("},
         ],
     }
     with pytest.raises(InvalidInput, match="got type 'audio'"):
-        vlmevalkit.to_messages([{"role": "user", "content": [{"type": "audio", "value": "a.wav"}]}])
+        vlmevalkit.to_messages([{"role": "user", "content": [{"type": "audio", "value": "a.wav"}]}], None, {})
 
 
 @pytest.mark.parametrize(("wished", "taken"), [(8, 8), (64, 10), (7, 6), (1, 2)])
 def test_a_number_of_frames_is_what_the_file_has_at_most_and_even(video, wished, taken):
-    def item_of(part, **settings):
+    def item_of(part, of_videos):
         turns = [{"role": "user", "content": [{"type": "video", "value": video} | part]}]
-        return vlmevalkit.to_messages(turns, **settings)[0]["content"][0]
+        return vlmevalkit.to_messages(turns, None, of_videos)[0]["content"][0]
 
     expected = {"type": "video", "video": video, "nframes": taken}
-    assert item_of({}, nframe=wished) == item_of({"nframes": wished}, fps=2) == expected
+    assert item_of({}, {"nframes": wished}) == item_of({"nframes": wished}, {"fps": 2, "max_frames": 3}) == expected
 
 
 def test_the_smallest_image_of_ocrbench_is_its_own():
     turns = [{"role": "user", "content": [{"type": "image", "value": "a.png"}]}]
-    assert vlmevalkit.to_messages(turns, "OCRBench")[0]["content"][0]["min_pixels"] == 78400
-    assert "min_pixels" not in vlmevalkit.to_messages(turns, "MME")[0]["content"][0]
+    assert vlmevalkit.to_messages(turns, "OCRBench", OF_VIDEOS)[0]["content"][0]["min_pixels"] == 78400
+    assert "min_pixels" not in vlmevalkit.to_messages(turns, "OCRBench", {})[0]["content"][0]
+    assert "min_pixels" not in vlmevalkit.to_messages(turns, "MME", OF_VIDEOS)[0]["content"][0]
 
 
 @pytest.fixture
