@@ -3,7 +3,7 @@
     portable   Concat the new keys and values to the past, and MatMul - Add - Softmax - MatMul over them, the key and
                value heads repeated for each query head: so written TensorRT fuses it and keeps no score tensor
     others     TensorScatter them into the cache, then the Attention op with an explicit mask; tensorrt lets it end at
-               the length of context_slots
+               the length of context_slots; cuda tells how far a row is written, and needs no mask
 
 The mask is built in the graph: column c is seen by row r at cache position p = write_index + r where
 kv_start <= c <= p; a padding row sees itself, so that it stays finite.
@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from hawk_trt.stages import CONTEXT_SLOTS, LanguageConfig, key_name, value_name
+from hawk_trt.stages import CONTEXT_SLOTS, CUDA, LanguageConfig, key_name, value_name
 
 from .graph import GraphBuilder
 from .layers import add_residual, attention, gated_mlp, linear, mask_bias, rms_norm, rotary
@@ -27,7 +27,9 @@ class AttentionContext:
 
     Attributes:
         query_shape, key_shape: int64 [4], (batch, seq, heads, dim) for Reshape.
-        mask: bool [batch, 1, seq, total], True where a row may look; portable: the bias that is added, alike in shape.
+        mask: bool [batch, 1, seq, total], True where a row may look; portable: the bias that is added, alike in shape;
+            None for cuda.
+        written: int64 [batch], columns of a row's cache that hold tokens after this call; None where there is a mask.
         cos, sin: [batch, seq, dim / 2].
         write_index: int64 [batch], None in portable graphs.
         context_len: int64 [1], columns of the cache that attention reads; None where it reads all.
@@ -36,7 +38,8 @@ class AttentionContext:
 
     query_shape: ir.Value
     key_shape: ir.Value
-    mask: ir.Value
+    mask: ir.Value | None
+    written: ir.Value | None
     cos: ir.Value
     sin: ir.Value
     write_index: ir.Value | None
@@ -64,8 +67,16 @@ def attention_context(
     write_index, slots = inputs.get("write_index"), inputs.get(CONTEXT_SLOTS)
     context_len = None if slots is None else g.op("Shape", slots, name="context_len")
     past_len = g.op("Shape", inputs[key_name(first_layer, past=True)], start=2, end=3, name="past_len")
-    mask = _mask(g, inputs["kv_start"], write_index, past_len, context_len or past_len, seq_len)
-    return AttentionContext(query_shape, key_shape, mask, cos, sin, write_index, context_len, inputs)
+    mask = written = None
+    if g.target == CUDA:
+        # seq_len lies on the host, and a sum with it would too: the last of a Range is seq_len - 1 on the GPU
+        zero, one = g.const(0, "int64"), g.const(1, "int64")
+        rows = g.op("Range", zero, g.op("Squeeze", seq_len, g.ints(0), name="seq_scalar"), one, name="rows")
+        last = g.op("Add", inputs["write_index"], _last(g, rows, 0, "row"), name="last_column")
+        written = g.op("Add", last, one, name="written")
+    else:
+        mask = _mask(g, inputs["kv_start"], write_index, past_len, context_len or past_len, seq_len)
+    return AttentionContext(query_shape, key_shape, mask, written, cos, sin, write_index, context_len, inputs)
 
 
 def decoder_layer(
@@ -111,7 +122,8 @@ def decoder_layer(
                 cos, sin = (
                     g.reshape(_last(g, t, 1, n), -1, 1, half, name=f"{n}_one") for t, n in ((cos, "cos"), (sin, "sin"))
                 )
-                mask = g.reshape(_last(g, mask, 2, "mask"), 0, 1, 1, -1, name="mask_one")
+                if mask is not None:
+                    mask = g.reshape(_last(g, mask, 2, "mask"), 0, 1, 1, -1, name="mask_one")
                 query_shape = g.ints(-1, 1, config.num_attention_heads, config.head_dim)
             query = _heads(g, linear(g, h, f"{weight}.self_attn.q_proj", "q_proj"), query_shape, "q")
             if config.qk_norm:
@@ -151,7 +163,7 @@ def _attend(
     query: ir.Value,
     key: ir.Value,
     value: ir.Value,
-    mask: ir.Value,
+    mask: ir.Value | None,
     layer: int,
 ) -> tuple[ir.Value, dict[str, ir.Value]]:
     """Update the cache and attend: heads [batch, heads, seq, dim] in, [tokens, heads * dim] out."""
@@ -171,7 +183,8 @@ def _attend(
             for cache, new, n in ((past[0], key, "k"), (past[1], value, "v"))
         )
         read = (_repeated(g, config, key, "k"), _repeated(g, config, value, "v"))
-    joined = g.transpose(attention(g, query, *read, scale, mask), 0, 2, 1, 3, name="join_heads")
+    attended = attention(g, query, *read, scale, mask, context.written)
+    joined = g.transpose(attended, 0, 2, 1, 3, name="join_heads")
     present = {key_name(layer, past=False): key, value_name(layer, past=False): value}
     return g.reshape(joined, -1, width, name="flat"), present
 

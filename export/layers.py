@@ -86,7 +86,13 @@ def rotary_float32(g: GraphBuilder, x: ir.Value, cos: ir.Value, sin: ir.Value, n
 
 
 def attention(
-    g: GraphBuilder, query: ir.Value, key: ir.Value, value: ir.Value, scale: float, mask: ir.Value | None = None
+    g: GraphBuilder,
+    query: ir.Value,
+    key: ir.Value,
+    value: ir.Value,
+    scale: float,
+    mask: ir.Value | None = None,
+    written: ir.Value | None = None,
 ) -> ir.Value:
     """softmax(scale q k^T, masked) v.
 
@@ -98,7 +104,12 @@ def attention(
         scale: of the scores.
         mask: broadcast to [batch, heads, seq, total]; bool with opset 24, True where a query may look, else the bias
             that is added.
+        written: int64 [batch], with opset 24 and no mask: so many columns hold tokens, the queries are the last of
+            them, and each looks at those before it and at itself.
     """
+    if written is not None:
+        given = (query, key, value, None, None, None, written)
+        return g.op("Attention", *given, scale=scale, is_causal=1, name="Attention")
     if g.opset24:
         return g.op("Attention", query, key, value, mask, scale=scale, name="Attention")
     scaled = g.op("Mul", query, g.scalar(scale), name="scale_q")

@@ -189,7 +189,9 @@ def _cache_inputs(config: LanguageConfig, target: str, layers: range) -> tuple[T
     caches = tuple(
         TensorSpec(name(layer, past=True), "model", shape) for layer in layers for name in (key_name, value_name)
     )
-    return (*write, TensorSpec("kv_start", "int64", ("batch",)), *caches, *slots)
+    # without a mask ONNX Runtime's CUDA provider takes FlashAttention: a cuda cache has no padding in front
+    start = () if target == CUDA else (TensorSpec("kv_start", "int64", ("batch",)),)
+    return (*write, *start, *caches, *slots)
 
 
 def _cache_outputs(config: LanguageConfig, target: str, layers: range) -> tuple[TensorSpec, ...]:

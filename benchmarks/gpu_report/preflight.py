@@ -2,9 +2,10 @@
 
 In: bundles, or nothing for a small random model of every family in every dtype and quantisation; versions of
 onnxruntime-gpu, the oldest and the newest supported unless told otherwise. Out: a row for each graph of the target cuda
-and exit 1 where a session cannot be made, a copy between CPU and GPU was added, or a node that computes is on the CPU.
-The provider is the real one, over the stub libraries of stub_cuda.py: it proves loading and placement, neither values
-nor speed. Wheels are fetched when first needed, 250 MB each, into build/onnxruntime-gpu.
+and exit 1 where a session cannot be made, a copy between CPU and GPU was added, a node that computes is on the CPU, or
+attention in half precision over a KV cache takes another kernel than FlashAttention. The provider is the real one, over
+the stub libraries of stub_cuda.py: it proves loading, placement and the choice of kernels, neither values nor speed.
+Wheels are fetched when first needed, 250 MB each, into build/onnxruntime-gpu.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.gpu_report import stub_cuda
 from benchmarks.gpu_report.record import ROOT
@@ -26,7 +27,10 @@ from hawk_trt.bundle import Bundle, WeightFormat
 from hawk_trt.errors import BackendError, HawkError
 from hawk_trt.stages import CUDA, DTYPES, STAGES
 
-VERSIONS = ("1.27.0", "1.31.1")
+if TYPE_CHECKING:
+    import onnxruntime as ort
+
+VERSIONS = ("1.28.0", "1.31.1")
 # What a graph does with shapes, which the provider computes on the host on purpose. One of these that took data instead
 # would cost copies, and those are counted.
 _SHAPE_OPERATORS = {
@@ -34,6 +38,9 @@ _SHAPE_OPERATORS = {
     *("Neg", "Range", "Reshape", "Shape", "Slice", "Split", "Squeeze", "Sub", "Unsqueeze", "Where"),
 }
 _GRAPHED = ("first_layer", "decoder")  # decode steps, which a CUDA graph may hold
+# Of a prefill of 64 tokens, for the words of dynamic dimensions.
+_SIZES = {"batch": 1, "num_visual": 1, "num_text": 64, "seq_len": 64, "num_kept_total": 64, "cache_len": 256}
+_TYPES = {"tensor(float)": 1, "tensor(int64)": 7, "tensor(bool)": 9, "tensor(float16)": 10, "tensor(bfloat16)": 16}
 _CPU_PROVIDER = "CPUExecutionProvider"
 _FAILED = 1
 
@@ -47,12 +54,14 @@ class Placement:
         refusal: why there is no session, None where there is one.
         copies: Memcpy nodes that were added.
         on_cpu: nodes on the CPU provider by operator.
+        slow_attention: layers in half precision that a prefill runs without FlashAttention, of all with a KV cache.
     """
 
     graph: str
     refusal: str | None
     copies: int
     on_cpu: dict[str, int]
+    slow_attention: int = 0
 
     @property
     def problem(self) -> str | None:
@@ -62,6 +71,8 @@ class Placement:
         computing = {name: count for name, count in self.on_cpu.items() if name not in _SHAPE_OPERATORS}
         if self.copies or computing:
             return f"{self.copies} copies, computing on the CPU: {computing or 'nothing'}"
+        if self.slow_attention:
+            return f"{self.slow_attention} layers without FlashAttention"
         return None
 
 
@@ -147,7 +158,8 @@ def _placement(path: Path) -> Placement:
     settings = {"device_id": "0", "use_tf32": "0"}
     if path.name.startswith(_GRAPHED):
         settings["enable_cuda_graph"] = "1"
-    refusal = None
+    refusal, cached = None, 0
+    ort.set_default_logger_severity(0)  # which tells the kernel that attention takes
     with tempfile.TemporaryFile() as log:
         stderr = os.dup(2)
         os.dup2(log.fileno(), 2)
@@ -156,14 +168,36 @@ def _placement(path: Path) -> Placement:
             session = ort.InferenceSession(str(path), options, providers=providers)
             if session.get_providers()[0] == _CPU_PROVIDER:
                 refusal = "the CUDA provider did not start"
+            elif path.name.startswith(_GRAPHED):
+                cached = _prefill(session)
         except Exception as error:  # ONNX Runtime's errors have no common class, and each is the answer here
             refusal = " ".join(str(error).split())[:300]
         finally:
             os.dup2(stderr, 2)
             os.close(stderr)
+            ort.set_default_logger_severity(2)
         log.seek(0)
         said = log.read().decode(errors="replace")
-    return Placement("/".join(path.parts[-2:]), refusal, *_placed(said))
+    slow = cached - said.count("ONNX Attention: using Flash Attention")
+    return Placement("/".join(path.parts[-2:]), refusal, *_placed(said), slow)
+
+
+def _prefill(session: "ort.InferenceSession") -> int:
+    """Run a language stage over a prompt; layers with a KV cache in half precision."""
+    import onnxruntime as ort
+
+    binding, half = session.io_binding(), 0
+    for entry in session.get_inputs():
+        shape = [_SIZES[size] if isinstance(size, str) else size for size in entry.shape]
+        value = ort.OrtValue.ortvalue_from_shape_and_type(shape, _TYPES[entry.type], "cuda", 0)
+        binding.bind_ortvalue_input(entry.name, value)
+        half += entry.name.startswith("past_key") and entry.type != "tensor(float)"
+    for entry in session.get_outputs():
+        binding.bind_output(entry.name, "cuda", 0)
+    options = ort.RunOptions()
+    options.add_run_config_entry("gpu_graph_id", "-1")
+    session.run_with_iobinding(binding, options)
+    return half
 
 
 def _placed(log: str) -> tuple[int, dict[str, int]]:

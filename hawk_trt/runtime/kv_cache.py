@@ -62,13 +62,13 @@ class DecodeStep:
 
         Args:
             cache: the same every time.
-            inputs: what is new in this step, by name.
+            inputs: what is new in this step, by name; not every target takes all.
 
         Raises:
             BackendError: ONNX Runtime failed.
         """
-        for name, array in inputs.items():
-            write(self.tensors[name], array)
+        for name in inputs.keys() & self.tensors.keys():
+            write(self.tensors[name], inputs[name])
         warm = len(self._bindings) == len(self._stages)
         if warm and self._place.capture and all(stage.can_capture for stage in self._stages.values()):
             try:

@@ -16,7 +16,18 @@ from hawk_trt.runtime.kv_cache import CachePool, KVCache
 from hawk_trt.runtime.protocol import DecodeInputs, Generation, PrefillOutputs, StepOutputs, Visual
 from hawk_trt.runtime.session import Device, Stage, download
 from hawk_trt.runtime.versions import OPSET_24_ONNX_RUNTIME, QUANTISED_ONNX_RUNTIME, at_least
-from hawk_trt.stages import DECODER, FIRST_LAYER, PORTABLE, STAGES, TENSORRT, VISION, in_place, key_name, value_name
+from hawk_trt.stages import (
+    CUDA,
+    DECODER,
+    FIRST_LAYER,
+    PORTABLE,
+    STAGES,
+    TENSORRT,
+    VISION,
+    in_place,
+    key_name,
+    value_name,
+)
 
 
 class OrtVisual:
@@ -53,7 +64,6 @@ class OnnxRuntimeBackend:
     max_vision_patches = 16384  # bounds the memory of a call
     max_context: int | None = None  # each request takes what it needs
     max_batch: int | None = None
-    max_start: int | None = None
     can_gather = True
 
     def __init__(self, bundle: Bundle, place: Device, target: str) -> None:
@@ -61,6 +71,8 @@ class OnnxRuntimeBackend:
         self.bundle = bundle
         self.device = place.kind
         self.target = target
+        # prompts that are run together are padded in front, which causal attention without a mask would look at
+        self.max_start = 1 if target == CUDA else None
         self.stages = {entry.stage: Stage(bundle.folder / entry.file, entry, place) for entry in entries}
         self.place = place
         self.caches = CachePool(bundle.manifest, self.stages, shared=place.kind == "cuda" and in_place(target))
@@ -90,6 +102,11 @@ class OnnxRuntimeBackend:
             best = place.kind  # a target bears its name
             old = not at_least(ort.__version__, OPSET_24_ONNX_RUNTIME[best])
             target = PORTABLE if old or (best not in manifest.targets and PORTABLE in manifest.targets) else best
+        elif target == CUDA and not at_least(ort.__version__, OPSET_24_ONNX_RUNTIME[CUDA]):
+            raise BackendError(
+                f"target: got cuda, whose attention ONNX Runtime {ort.__version__} has not, expected "
+                f"{OPSET_24_ONNX_RUNTIME[CUDA]} or newer. pip install -U onnxruntime-gpu, or take target portable"
+            )
         return cls(bundle, place, target)
 
     def encode(self, feeds: Iterable[dict[str, npt.NDArray[Any]]], num_rows: int) -> OrtVisual:
@@ -210,6 +227,10 @@ class OrtGeneration:
     def prefill(self, inputs: PrefillInputs, visual: Visual, *, logits: bool) -> PrefillOutputs:
         """Run first_layer and decoder over the prompt."""
         cache, slots = self._cache, self._rows()
+        if self._backend.target == CUDA and inputs.kv_start.any():
+            raise BackendError(
+                "kv_start: got prompts padded in front, expected none with cuda's graphs: run each alone"
+            )
         rows = (slots[0], self.batch)
         started = time.perf_counter()
         tensors = self._backend.prompt_feeds(inputs, visual, inputs.num_kept_total)
@@ -244,13 +265,16 @@ class OrtGeneration:
         tokens, positions = np.zeros((2, count), np.int64)
         tokens[slots], positions[slots] = inputs.token_ids, inputs.position_ids
         axes = self._backend.bundle.manifest.language.position_axes
-        fed = {
-            "text_embeds": self._backend.embedding_table[tokens],
-            "position_ids": np.tile(positions[:, None], (axes, 1, 1)),
-            "kv_start": cache.starts[:count],
-        }
         step = cache.step(count)
-        step.run(cache, fed | ({"write_index": cache.ends[:count]} if cache.in_place else {}))
+        step.run(
+            cache,
+            {
+                "text_embeds": self._backend.embedding_table[tokens],
+                "position_ids": np.tile(positions[:, None], (axes, 1, 1)),
+                "kv_start": cache.starts[:count],
+                "write_index": cache.ends[:count],
+            },
+        )
         cache.ends[slots] += 1
         self._hidden_states = (step.tensors["hidden_states"], slots)
         next_token = download(step.tensors["next_token"])[slots]

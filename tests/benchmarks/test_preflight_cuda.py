@@ -30,6 +30,27 @@ def save(path, *operators):
     return path
 
 
+def save_attention(path, *, masked):
+    """Attention over a KV cache in float16: with a mask, or causal over the columns that are written."""
+    half, count = TensorProto.FLOAT16, "seq_len"
+    shapes = {
+        "query": (half, ["batch", 4, count, 64]),
+        "past_key.1": (half, ["batch", 2, "cache_len", 64]),
+        "mask": (TensorProto.BOOL, ["batch", 1, count, "cache_len"]),
+        "written": (TensorProto.INT64, ["batch"]),
+        "out": (half, ["batch", 4, count, 64]),
+    }
+    values = {name: helper.make_tensor_value_info(name, *of) for name, of in shapes.items()}
+    taken = ["mask"] if masked else ["", "", "", "written"]
+    node = helper.make_node(
+        "Attention", ["query", "past_key.1", "past_key.1", *taken], ["out"], is_causal=int(not masked)
+    )
+    inputs = [values[name] for name in ("query", "past_key.1", taken[-1])]
+    graph = helper.make_graph([node], "graph", inputs, [values["out"]])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)], ir_version=11), path)
+    return path
+
+
 @pytest.fixture(scope="module")
 def placements(tiny_checkpoint, tiny_bundle, tmp_path_factory):
     """Of the tiny model in three dtypes, and of graphs with an operator that has no CUDA kernel, by graph."""
@@ -41,6 +62,9 @@ def placements(tiny_checkpoint, tiny_bundle, tmp_path_factory):
         graphs += cuda_graphs(out)
     graphs += [save(folder / "alone.onnx", "Hardmax"), save(folder / "between.onnx", "Relu", "Hardmax", "Relu")]
     graphs.append(save(folder / "good.onnx", "Relu"))
+    graphs += [
+        save_attention(folder / f"decoder.{name}.onnx", masked=name == "masked") for name in ("masked", "causal")
+    ]
     return {placement.graph: placement for placement in place(graphs, NEWEST)}
 
 
@@ -51,10 +75,16 @@ def test_every_graph_of_the_tiny_model_stays_on_the_gpu(placements):
 
 
 def test_an_operator_without_a_kernel_is_seen(placements):
-    alone, between, good = (placement for name, placement in placements.items() if "tiny" not in name)
+    alone, between, good, *_ = (placement for name, placement in placements.items() if "tiny" not in name)
     assert alone.problem == "0 copies, computing on the CPU: {'every operator': 1}"
     assert between.problem == "2 copies, computing on the CPU: {'Hardmax': 1}"
     assert good.problem is None
+
+
+def test_attention_over_a_cache_that_is_not_flash_attention_is_seen(placements):
+    *_, masked, causal = placements.values()
+    assert masked.problem == "1 layers without FlashAttention"
+    assert causal.problem is None
 
 
 def test_a_provider_that_does_not_start_is_no_pass(tmp_path, monkeypatch):
@@ -69,6 +99,7 @@ def test_a_copy_or_an_operator_that_computes_on_the_cpu_is_a_problem():
     assert Placement("graph", None, 1, {"Shape": 3}).problem == "1 copies, computing on the CPU: nothing"
     assert Placement("graph", None, 0, {"MatMul": 1}).problem == "0 copies, computing on the CPU: {'MatMul': 1}"
     assert Placement("graph", "no kernel", 0, {}).problem == "no session: no kernel"
+    assert Placement("graph", None, 0, {}, 2).problem == "2 layers without FlashAttention"
 
 
 def test_a_version_that_is_not_there_is_an_error(tiny_bundle, capsys, monkeypatch):
