@@ -27,6 +27,7 @@ class Served:
 
     Attributes:
         model_name: what clients call the model (default: the folder's name)
+        api_key: key that opens the server, which others on this machine may see in the list of processes; repeatable
         api_key_file: file of keys that open the server, one a line (default: the one in HAWK_API_KEY, or none)
         cors_origin: web origin whose pages may call the server; repeatable
         allowed_hosts: names under which clients may call a server of this machine alone: NAME, *.NAME, or * for any;
@@ -39,6 +40,7 @@ class Served:
 
     where: Where = Where()
     model_name: Annotated[str | None, Parameter(alias="--served-model-name")] = None
+    api_key: tuple[str, ...] = ()
     api_key_file: Path | None = None
     cors_origin: tuple[str, ...] = ()
     allowed_hosts: tuple[str, ...] = ()
@@ -61,7 +63,7 @@ class Served:
             remote_hosts=self.remote_host,
             cors_origins=self.cors_origin,
             allowed_hosts=tuple(name.strip() for names in self.allowed_hosts for name in names.split(",")),
-            api_keys=read_api_keys(self.api_key_file),
+            api_keys=read_api_keys(self.api_key_file, self.api_key),
             page=not self.no_page,
             **asdict(self.limits),
         )
@@ -107,7 +109,7 @@ def serve(
         settings = replace(settings, allowed_hosts=(*settings.allowed_hosts, host))
     if not settings.api_keys and not _is_loopback(host):
         note(f"warning: {host} is open to others and no key is set. Give one: --api-key-file or {KEY_VARIABLE}")
-    configure_logging()
+    configure_logging(settings.log_level)
     listen(host, port).close()  # a port that cannot be opened is said before the model is loaded
     pipe, settings = served.open(model, settings)
     with pipe, listen(host, port) as opened:

@@ -88,13 +88,7 @@ def create_app(pipe: "Pipeline", settings: ServeSettings) -> FastAPI:
             allow_headers=["authorization", "content-type"],
             expose_headers=["x-request-id", "retry-after", IGNORED],
         )
-    app.add_middleware(
-        RequestMiddleware,
-        metrics=service.metrics,
-        request_seconds=settings.request_seconds,
-        allowed_hosts=settings.allowed_hosts,
-        cors_origins=settings.cors_origins,
-    )
+    app.add_middleware(RequestMiddleware, metrics=service.metrics, settings=settings)
     app.include_router(_open)
     app.include_router(_keyed, dependencies=[Depends(_check_key)] if settings.api_keys else [])
     if settings.page:

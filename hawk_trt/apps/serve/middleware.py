@@ -6,6 +6,7 @@ name the address 127.0.0.1 and then call the server as its own (DNS rebinding).
 
 import uuid
 from collections.abc import Sequence
+from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 import anyio
@@ -14,44 +15,41 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hawk_trt.apps.serve.errors import ApiError, error_response
 from hawk_trt.apps.serve.metrics import Metrics
+from hawk_trt.apps.serve.settings import ServeSettings
 
 _DISCARD_SECONDS = 2.0
 _LAST_SECONDS = 5.0
 _MAX_ADDRESS_BYTES = 8_192
 _MAX_HEADER_BYTES = 32_768
+CONNECTION = "hawk_connection"  # where the server's state holds one
+
+
+@dataclass(slots=True)
+class Connection:
+    """The requests of one connection: so many have come, so many are being answered."""
+
+    count: int = 0
+    answering: int = 0
 
 
 class RequestMiddleware:
     """ASGI middleware."""
 
-    def __init__(
-        self,
-        app: ASGIApp,
-        metrics: Metrics,
-        request_seconds: float,
-        allowed_hosts: Sequence[str] = (),
-        cors_origins: Sequence[str] = (),
-    ) -> None:
-        """Make it.
-
-        Args:
-            app: the application.
-            metrics: of the server.
-            request_seconds: until an answer is complete.
-            allowed_hosts: see ServeSettings.
-            cors_origins: see ServeSettings.
-        """
+    def __init__(self, app: ASGIApp, metrics: Metrics, settings: ServeSettings) -> None:
         self._app = app
         self._metrics = metrics
-        self._hosts = allowed_hosts
-        self._origins = cors_origins
-        self._seconds = request_seconds + _LAST_SECONDS
+        self._hosts = settings.allowed_hosts
+        self._origins = settings.cors_origins
+        self._seconds = settings.request_seconds + _LAST_SECONDS
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle a request; it is cancelled when its client leaves, or does not read the answer in time."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        connection: Connection = scope.get("state", {}).get(CONNECTION) or Connection()
+        connection.count += 1
+        connection.answering += 1
         headers = Headers(scope=scope)
         has_body = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
         discard = has_body and "expect" not in headers  # then nothing comes before it is asked for
@@ -100,6 +98,7 @@ class RequestMiddleware:
                         await response(scope, receive_body, send_answer)
                 group.cancel_scope.cancel()
         finally:
+            connection.answering -= 1
             route = getattr(scope.get("route"), "path", "other")
             self._metrics.requests.labels(route, str(status)).inc()
 

@@ -161,7 +161,6 @@ class Preparation:
             request=Request(
                 inputs,
                 pruning=pruning,
-                max_new_tokens=limit,
                 sampling=sampling,
                 stop=(chat.stop,) if isinstance(chat.stop, str) else tuple(chat.stop or ()),
                 logprobs=chat.top_logprobs or 0 if chat.logprobs else None,
@@ -175,11 +174,14 @@ class Preparation:
             details=chat.hawk is not None and bool(chat.hawk.details),
             ignored=tuple(ignored_keys(chat)),
         )
-        most = settings.max_prompt_tokens
-        if most is not None and prepared.prompt_tokens > most:
-            message = f"messages: got a prompt of {prepared.prompt_tokens} tokens, expected at most {most}"
+        length, most = prepared.prompt_tokens, settings.max_prompt_tokens
+        if settings.max_model_len is not None:
+            most = min(most or settings.max_model_len, settings.max_model_len - 1)
+            limit = min(limit, settings.max_model_len - length)
+        if most is not None and length > most:
+            message = f"messages: got a prompt of {length} tokens, expected at most {most}"
             raise invalid(message, "messages", "context_length_exceeded")
-        return prepared
+        return replace(prepared, request=replace(prepared.request, max_new_tokens=limit))
 
     def in_worker(self, body: bytes, fetched: dict[str, bytes], pixels: str) -> Prepared | dict[str, str]:
         """The same in a worker process, within limits; it writes the pixel values, which may be many, to a file.

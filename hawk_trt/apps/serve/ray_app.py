@@ -110,7 +110,7 @@ def build(arguments: dict[str, object]) -> serve.Application:
 
 def _replica_app(options: ReplicaOptions) -> FastAPI:
     """Load the model in a replica's process, which holds it until it ends."""
-    configure_logging()
+    configure_logging(options.log_level)
     cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
     pipe = options.open(threads=max(1, int(cpus)))
     return create_app(pipe, options.settings(pipe.bundle.manifest.keep_ratio))

@@ -19,7 +19,7 @@ from hawk_trt.request import PruningConfig
 from hawk_trt.runtime.vision_cache import DEFAULT_VISION_CACHE_MB
 from hawk_trt.stages import in_place
 
-_LISTS = ("cors_origin", "allowed_hosts", "remote_host")
+_LISTS = ("api_key", "cors_origin", "allowed_hosts", "remote_host")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,7 @@ class ReplicaOptions(ServeLimits):
     verify: bool = False
     vision_cache_mb: float = DEFAULT_VISION_CACHE_MB
     model_name: str | None = None
+    api_key: tuple[str, ...] = ()
     api_key_file: Path | None = None
     cors_origin: tuple[str, ...] = ()
     allowed_hosts: tuple[str, ...] = ()
@@ -143,7 +144,7 @@ class ReplicaOptions(ServeLimits):
             remote_hosts=self.remote_host,
             cors_origins=self.cors_origin,
             allowed_hosts=self.allowed_hosts,
-            api_keys=read_api_keys(self.api_key_file),
+            api_keys=read_api_keys(self.api_key_file, self.api_key),
             page=not self.no_page,
             **{entry.name: getattr(self, entry.name) for entry in fields(ServeLimits)},
         )

@@ -6,11 +6,13 @@ import signal
 import socket
 import time
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from hawk_trt.apps.serve.middleware import CONNECTION, Connection
 from hawk_trt.apps.serve.service import Service, log
 from hawk_trt.errors import InvalidInput
 
@@ -19,31 +21,23 @@ _MAX_HEADER_BYTES = 32_768
 _LAST_SECONDS = 3
 _BACKLOG = 1024
 _UNREAD_SECONDS = 15.0
-_ANSWERING = object()
 
 
-class TimedProtocol(H11Protocol):
-    """A connection that is closed when the headers of a request do not come."""
+def _timed_connection(app_state: dict[str, Any], **options: Any) -> H11Protocol:  # noqa: ANN401 - uvicorn's own
+    """A connection, closed when it brings no request for a while: uvicorn itself waits for headers without end."""
+    requests = Connection()
+    connection = H11Protocol(app_state=app_state | {CONNECTION: requests}, **options)
+    loop = asyncio.get_running_loop()
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's own
-        """Begin to watch."""
-        super().connection_made(transport)
-        self._last: object = None  # the request after which the connection waited at the last look
-        self._watch = self.loop.call_later(_HEADER_SECONDS, self._look)
+    def look(count: int) -> None:
+        """Close it where no request has come since the last look and none is being answered."""
+        if requests.answering or requests.count > count:
+            loop.call_later(_HEADER_SECONDS, look, requests.count)
+        else:
+            connection.transport.close()
 
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Watch no longer."""
-        self._watch.cancel()
-        super().connection_lost(exc)
-
-    def _look(self) -> None:
-        """Close a connection that has been between two requests since the last look."""
-        between = self.cycle is None or self.cycle.response_complete
-        if between and self._last is self.cycle:
-            self.transport.close()
-            return
-        self._last = self.cycle if between else _ANSWERING
-        self._watch = self.loop.call_later(_HEADER_SECONDS, self._look)
+    loop.call_later(_HEADER_SECONDS, look, 0)
+    return connection
 
 
 class Server(uvicorn.Server):
@@ -55,7 +49,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
-                http=TimedProtocol,
+                http=_timed_connection,  # type: ignore[arg-type]  # uvicorn calls it, and asks for no class
                 ws="none",
                 limit_concurrency=self._service.settings.max_connections,
                 h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
@@ -103,6 +97,6 @@ def listen(host: str, port: int) -> socket.socket:
     return opened
 
 
-def configure_logging() -> None:
+def configure_logging(level: str = "info") -> None:
     """Log to stderr: what this project and uvicorn have to say, without what clients sent."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")

@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias, get_args
 
 from hawk_trt.bundle import Bundle
 from hawk_trt.errors import InvalidInput
@@ -11,6 +11,7 @@ from hawk_trt.request import PruningConfig, SamplingConfig
 from hawk_trt.runtime.sampling import checkpoint_sampling
 
 KEY_VARIABLE = "HAWK_API_KEY"
+LogLevel: TypeAlias = Literal["debug", "info", "warning", "error", "critical"]
 LOOPBACK_HOSTS = ("localhost", "*.localhost", "127.0.0.1", "[::1]")
 
 
@@ -38,6 +39,7 @@ class ServeLimits:
         prepare_seconds: of processor time to decode the images and tokenise the text of a request that is not small
         prepare_mb: megabytes that this may take
         max_prompt_tokens: tokens of one prompt (default: the model's context)
+        max_model_len: tokens of one prompt and its answer together (default: the model's context)
         max_tokens: tokens of one answer, and of one whose request names no limit
         max_choices: answers of one request (n)
         max_connections: open connections; one more is answered 503
@@ -47,6 +49,7 @@ class ServeLimits:
         request_seconds: until an answer is complete
         drain_seconds: to finish answers after SIGTERM
         preprocess_threads: threads that prepare small requests, and as many processes for others
+        log_level: the least that the log tells
 
     Raises:
         InvalidInput: a limit below what any server could work with.
@@ -66,6 +69,7 @@ class ServeLimits:
     prepare_seconds: float = 10.0
     prepare_mb: float = 4096
     max_prompt_tokens: int | None = None
+    max_model_len: int | None = None
     max_tokens: int = 1024
     max_choices: int = 8
     max_connections: int = 512
@@ -75,11 +79,12 @@ class ServeLimits:
     request_seconds: float = 300.0
     drain_seconds: float = 30.0
     preprocess_threads: int = 2
+    log_level: LogLevel = "info"
 
     def __post_init__(self) -> None:
         for entry in fields(ServeLimits):
             value = getattr(self, entry.name)
-            if value is None or entry.name in ("temperature", "generation_config"):
+            if value is None or entry.name in ("temperature", "generation_config", "log_level"):
                 continue
             least = 1 if entry.type in (int, int | None) else 0.001
             if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < float("inf"):
@@ -88,6 +93,9 @@ class ServeLimits:
             raise InvalidInput(f"temperature: got {self.temperature!r}, expected a number in [0, 2]")
         if self.generation_config not in ("model", "none"):
             raise InvalidInput(f"generation_config: got {self.generation_config!r}, expected model or none")
+        if self.log_level not in get_args(LogLevel):
+            names = ", ".join(get_args(LogLevel))
+            raise InvalidInput(f"log_level: got {self.log_level!r}, expected one of {names}")
 
     @property
     def max_body_bytes(self) -> int:
@@ -144,12 +152,16 @@ class ServeSettings(ServeLimits):
             raise InvalidInput("model_name: got an empty name, expected what clients shall call the model")
 
 
-def read_api_keys(file: Path | None) -> tuple[str, ...]:
-    """The keys of a file, one a line; without a file the one in HAWK_API_KEY, or none.
+def read_api_keys(file: Path | None, given: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """The keys that were given, and those of a file, one a line; without either the one in HAWK_API_KEY, or none.
 
     Raises:
-        InvalidInput: the file holds no key, or is not UTF-8.
+        InvalidInput: an empty key, or the file holds no key, or is not UTF-8.
     """
+    if not all(key.strip() for key in given):
+        raise InvalidInput("api_key: got an empty key, expected what clients send as Authorization: Bearer KEY")
+    if file is None and given:
+        return given
     if file is None:
         key = os.environ.get(KEY_VARIABLE, "").strip()
         return (key,) if key else ()
@@ -159,4 +171,4 @@ def read_api_keys(file: Path | None) -> tuple[str, ...]:
         raise InvalidInput(f"{file}: not UTF-8 text, expected keys, one a line") from error
     if not keys:
         raise InvalidInput(f"{file}: holds no key, expected one a line")
-    return keys
+    return given + keys

@@ -19,7 +19,7 @@ import pytest
 
 from hawk_trt import ModelInputs, Pipeline
 from hawk_trt.apps.cli.main import main
-from hawk_trt.apps.serve.settings import ServeSettings
+from hawk_trt.apps.serve.settings import ServeSettings, read_api_keys
 from hawk_trt.errors import BackendError, InvalidInput
 from serving import MODEL, SAMPLES, Running, question, raw_request, serving, wait_for
 
@@ -362,7 +362,29 @@ def test_every_limit_has_an_option_with_its_default(capsys):
     assert "[default: 64]" in text
 
 
+def test_prompt_and_answer_share_the_length_of_the_model(pipe):
+    body = question("Count.", logit_bias={"458": -100, "5": 100}, max_tokens=20)
+    length = pipe.prepare("Count.").input_ids.size
+    with serving(pipe, max_model_len=length + 3) as server:
+        got = server.http.post("/v1/chat/completions", json=body).json()
+        assert (got["usage"]["completion_tokens"], got["choices"][0]["finish_reason"]) == (3, "length")
+        refused = server.ask(messages=[{"role": "user", "content": "Count the circles, all of them."}])
+        assert (refused.status_code, refused.json()["error"]["code"]) == (400, "context_length_exceeded")
+
+
+def test_keys_come_from_the_command_a_file_or_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("HAWK_API_KEY", "of the environment")
+    (tmp_path / "keys").write_text("first\nsecond\n")
+    assert read_api_keys(None) == ("of the environment",)
+    assert read_api_keys(None, ("given",)) == ("given",)
+    assert read_api_keys(tmp_path / "keys", ("given",)) == ("given", "first", "second")
+    with pytest.raises(InvalidInput, match="empty key"):
+        read_api_keys(None, (" ",))
+
+
 def test_limits_below_any_use_are_refused():
+    with pytest.raises(InvalidInput, match="log_level: got 'loud', expected one of debug"):
+        ServeSettings(model_name="m", log_level="loud")
     with pytest.raises(InvalidInput, match="max_tokens: got 0"):
         ServeSettings(model_name="m", max_tokens=0)
     assert "secret" not in repr(ServeSettings(model_name="m", api_keys=("secret",)))
