@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar
 
 import anyio
-import anyio.to_process
 import anyio.to_thread
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +22,7 @@ from hawk_trt.apps.serve.metrics import Metrics
 from hawk_trt.apps.serve.prompt import Preparation, Prepared, too_much
 from hawk_trt.apps.serve.remote_images import RemoteImages
 from hawk_trt.apps.serve.settings import ServeSettings
+from hawk_trt.apps.serve.worker import WorkerEndedError, Workers
 from hawk_trt.errors import HawkError, InvalidInput
 from hawk_trt.request import Request
 
@@ -41,6 +41,7 @@ class Service:
     """What all requests of one server share.
 
     Attributes:
+        workers: processes that prepare requests.
         sampling: of a request that says nothing of it.
         open_requests: requests that are read, prepared, waiting or running.
         open_choices: their answers.
@@ -76,7 +77,7 @@ class Service:
         self.held_bytes = 0
         self._preparation = Preparation(pipe.bundle, replace(settings, api_keys=()), self.sampling)
         self._threads = anyio.CapacityLimiter(settings.preprocess_threads)
-        self._workers = anyio.CapacityLimiter(settings.preprocess_threads)
+        self.workers = Workers(settings.preprocess_threads)
 
     @property
     def ready(self) -> bool:
@@ -105,13 +106,11 @@ class Service:
 
     async def _in_worker(self, body: bytes, fetched: dict[str, bytes]) -> Prepared | dict[str, str]:
         """The same in a worker process, which ends with the request where that is cancelled."""
-        work = self._preparation.in_worker
         with tempfile.NamedTemporaryFile(suffix=".npy") as pixels:
             try:
-                prepared = await anyio.to_process.run_sync(
-                    work, body, fetched, pixels.name, cancellable=True, limiter=self._workers
-                )
-            except anyio.BrokenWorkerProcess:  # its time was over, or it broke at what it read
+                work = partial(self._preparation.in_worker, body, fetched, pixels.name)
+                prepared = await self.workers.run(work)
+            except WorkerEndedError:  # its time was over, or it broke at what it read
                 raise too_much() from None
             if isinstance(prepared, Prepared) and Path(pixels.name).stat().st_size:
                 values = await self.in_thread(partial(np.load, pixels.name, mmap_mode="c"))
@@ -139,6 +138,7 @@ class Service:
         """Finish the open requests, within the time limit, and stop."""
         self.state = "draining"
         await anyio.to_thread.run_sync(self.batcher.close, True, self.settings.drain_seconds)
+        await anyio.to_thread.run_sync(self.workers.close)
 
     @contextmanager
     def open(self) -> "Iterator[OpenRequest]":

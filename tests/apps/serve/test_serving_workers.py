@@ -31,7 +31,7 @@ def slow(images=8):
 
 
 def workers(server):
-    return server.service._workers.borrowed_tokens
+    return server.service.workers.limiter.borrowed_tokens
 
 
 @pytest.fixture(scope="module")
