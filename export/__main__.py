@@ -193,6 +193,7 @@ def _report(bundle: Bundle, out: Path, seconds: float, *, up_to_date: bool, as_j
             "family": manifest.family,
             "dtype": manifest.dtype,
             "weights": manifest.weights,
+            "quantisation": manifest.source.quantisation,
             "targets": manifest.targets,
             "normalization": manifest.normalization,
             "linked": manifest.source.linked,
@@ -206,6 +207,8 @@ def _report(bundle: Bundle, out: Path, seconds: float, *, up_to_date: bool, as_j
     linked = ", weights linked" if manifest.source.linked else ""
     print(f"{out}: {what}")
     print(f"  {manifest.family}, {manifest.precision}, for {', '.join(manifest.targets)}, {size(size_bytes)}{linked}")
+    if manifest.source.quantisation:
+        print(f"  read: {manifest.source.quantisation}")
     print(f"  normalization {manifest.normalization}, head weights: {manifest.head_weights.source}")
 
 

@@ -20,17 +20,16 @@ from hawk_trt.errors import CheckpointError
 from hawk_trt.inputs.checkpoint_files import CONFIG, GENERATION_CONFIG, read_json
 from hawk_trt.inputs.tensor_file import CheckpointTensor, TensorFile, read_tensor_file
 
+from .formats import PLAIN, Quantisation, method_of, quantisation_settings, read_matrices
 from .tensors import tensor_names
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _SHARD = re.compile(r"model-(\d+)-of-(\d+)\.safetensors")
-_PLAIN = ("float64", "float32", "float16", "bfloat16")
+_SETTINGS = "quantization_config"
 _PEFT_PREFIX = "base_model.model."
 # Buffers that old checkpoints saved and that config.json determines.
 _COMPUTED = ".inv_freq"
-# What quantised checkpoints call the parts of a weight.
-_QUANTISED = re.compile(r"\.(qweight|qzeros|scales|g_idx|weight_scale(_inv)?|weight_packed|absmax|quant_map|SCB)$")
 
 
 @dataclass(slots=True)
@@ -42,6 +41,7 @@ class Checkpoint:
         config: config.json.
         generation: generation_config.json, empty where there is none.
         files: the safetensors files, by name.
+        quantisation: how its matrices are quantised, None where all are plain floats.
     """
 
     folder: Path
@@ -49,6 +49,7 @@ class Checkpoint:
     generation: dict[str, Any]
     files: tuple[TensorFile, ...]
     _tensors: dict[str, CheckpointTensor] = field(repr=False)
+    quantisation: Quantisation | None = None
     _used: set[str] = field(default_factory=set, repr=False)
 
     @classmethod
@@ -57,7 +58,7 @@ class Checkpoint:
 
         Raises:
             CheckpointError: no folder, config or safetensors there, a damaged or missing file, a tensor given
-                twice, or quantised weights.
+                twice, or a quantised format that is not read.
         """
         folder = Path(folder)
         if not folder.is_dir():
@@ -66,36 +67,19 @@ class Checkpoint:
             raise CheckpointError(f"{folder}: no {CONFIG} there, expected the folder of a Hugging Face checkpoint")
         config = read_json(folder / CONFIG)
         generation = read_json(folder / GENERATION_CONFIG) if (folder / GENERATION_CONFIG).is_file() else {}
-        quantization = config.get("quantization_config")
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
-        try:
-            files = _weight_files(folder)
-            tensors = _canonical_tensors(files, tensor_names(config))
-        except CheckpointError as error:
-            if not quantization:
-                raise
+        settings = quantisation_settings(folder, config)
+        files = _weight_files(folder)
+        tensors, quantisation = read_matrices(_canonical_tensors(files, tensor_names(config)), settings)
+        if settings and quantisation is None:
             raise CheckpointError(
-                f"{folder / CONFIG}: quantised weights (quant_method {method}) cannot be exported: "
-                f"take the checkpoint they were made from ({error})"
-            ) from error
-        if quantization:
-            raise CheckpointError(
-                f"{folder / CONFIG}: quantization_config (quant_method {method}) is left over: the weights beside it "
-                "are plain floats. Delete the key from config.json"
+                f"{folder / CONFIG}: {_SETTINGS} (quant_method {method_of(settings)}) is left over: the weights "
+                "beside it are plain floats. Delete the key from config.json, or hf_quant_config.json"
             )
-        return cls(folder, config, generation, files, tensors)
+        return cls(folder, config, generation, files, tensors, quantisation)
 
     def has(self, name: str) -> bool:
         """Whether the checkpoint holds a tensor of this canonical name."""
         return name in self._tensors
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of the tensor of a canonical name, which does not count as used.
-
-        Raises:
-            CheckpointError: there is none.
-        """
-        return self._find(name).shape
 
     def tensor(self, name: str) -> CheckpointTensor:
         """The tensor of a canonical name, which counts as used from now on.
@@ -227,16 +211,6 @@ def _canonical_tensors(
                     f"{file.path}: tensor {tensor.name}: saved from inside PEFT. Merge the adapter and save the model: "
                     "model.merge_and_unload().save_pretrained(NEW_DIR)"
                 )
-            if _QUANTISED.search(tensor.name):
-                raise CheckpointError(
-                    f"{file.path}: tensor {tensor.name}: part of quantised weights, which cannot be exported: "
-                    "take the checkpoint they were made from"
-                )
-            if tensor.dtype not in _PLAIN:
-                raise CheckpointError(
-                    f"{file.path}: tensor {tensor.name}: {tensor.dtype}, expected {', '.join(_PLAIN)}. A quantised "
-                    "checkpoint cannot be exported: take the original it was made from"
-                )
             for part in _parts(tensor, names(tensor.name)):
                 if part.name in tensors:
                     first = tensors[part.name].file.name
@@ -249,6 +223,11 @@ def _canonical_tensors(
 
 def _parts(tensor: CheckpointTensor, names: tuple[str, ...]) -> Iterator[CheckpointTensor]:
     """The tensor under its canonical name, or its rows in equal parts under several."""
+    if len(names) > 1 and (tensor.dtype not in PLAIN or not tensor.shape):
+        raise CheckpointError(
+            f"{tensor.file}: tensor {tensor.name}: part of quantised weights, in one for {', '.join(names)}, which "
+            "cannot be taken apart. Take a checkpoint whose vision tower is not quantised"
+        )
     rows, left = divmod(tensor.shape[0], len(names)) if len(names) > 1 else (0, 0)
     if left:
         raise CheckpointError(

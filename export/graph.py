@@ -15,7 +15,7 @@ from hawk_trt.bundle import numpy_dtype
 from hawk_trt.stages import PORTABLE, StageSpec, TensorSpec, residual_dtype
 
 from .quantisation import QUANTISED_OPSET
-from .weights import WeightStore
+from .weights import QuantisedMatrix, WeightStore
 
 # TensorRT 10.3 parses the ops of opset 18; opset 24 has Attention, TensorScatter, RMSNormalization and RotaryEmbedding.
 _PORTABLE_OPSET, _OPSET = 18, 24
@@ -30,6 +30,7 @@ _IR_DTYPES = {
     "int64": ir.DataType.INT64,
     "int32": ir.DataType.INT32,
     "bool": ir.DataType.BOOL,
+    "float8_e4m3fn": ir.DataType.FLOAT8E4M3FN,
 }
 
 
@@ -136,19 +137,17 @@ class GraphBuilder:
         self._graph.register_initializer(value)
         return value
 
-    def matrix(self, name: str, scope: str) -> ir.Value | None:
-        """A quantised matrix as floats [in, out], None where the checkpoint's [out, in] is to be used as it is."""
-        found = self._weights.quantised(self._weight_file, name)
+    def quantised(self, name: str) -> QuantisedMatrix | None:
+        """A quantised matrix, None where it is one of plain floats."""
+        found = self._weights.quantised(self._weight_file, name, self.target)
         if found is None:
             return None
-        integers, scales, weights = found
-        for value in (integers, scales):
-            self._graph.register_initializer(value)
-        opset = self._graph.opset_imports[""]
-        self._graph.opset_imports[""] = max(opset or 0, QUANTISED_OPSET)
-        return self.op(
-            "DequantizeLinear", integers, scales, axis=0, block_size=weights.block_size, name=f"{scope}/dequantised"
-        )
+        parts = (found.values, found.scales, found.zero_points, found.shift, found.input_scale)
+        for value in parts:
+            if value is not None:
+                self._graph.register_initializer(value)
+        self._graph.opset_imports[""] = max(self._graph.opset_imports[""] or 0, QUANTISED_OPSET)
+        return found
 
     def has_weight(self, name: str) -> bool:
         """Whether the checkpoint holds the tensor."""

@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from .graph import GraphBuilder
+from .weights import QuantisedMatrix
 
 # How far beyond 65,504 the inner values of a float16 MLP may go: a power of two, so that scaling is exact.
 _FLOAT16_HEADROOM = 64.0
@@ -19,11 +20,47 @@ _MASKED = {"float32": -1e9, "bfloat16": -1e9, "float16": -1e4}
 def linear(g: GraphBuilder, x: ir.Value, weight: str, name: str) -> ir.Value:
     """X W^T + b: [tokens, in] -> [tokens, out], with the bias where the checkpoint has one."""
     bias = [g.weight(f"{weight}.bias")] if g.has_weight(f"{weight}.bias") else []
-    matrix = g.matrix(f"{weight}.weight", name)
-    if matrix is None:
+    return _product(g, x, weight, name, *bias)
+
+
+def _product(g: GraphBuilder, x: ir.Value, weight: str, name: str, *bias: ir.Value) -> ir.Value:
+    """X W^T, and the bias where one is given. Weights that are quantised are so in the graph."""
+    found = g.quantised(f"{weight}.weight")
+    if found is None:
         return g.op("Gemm", x, g.weight(f"{weight}.weight"), *bias, transB=1, name=name)
+    if found.is_float8:
+        return _float8_product(g, x, found, name, *bias)
+    zeros = [] if found.zero_points is None else [found.zero_points]
+    matrix = g.op(
+        "DequantizeLinear",
+        found.values,
+        found.scales,
+        *zeros,
+        axis=0,
+        block_size=found.block_size,
+        name=f"{name}/dequantised",
+    )
     y = g.op("MatMul", x, matrix, name=name)
+    if found.shift is not None:
+        # sum_i x_i (q_i - z) s = sum_i x_i q_i s - z s sum_i x_i; the mean stays in float16's range where a sum may not
+        blocks = g.reshape(x, 0, -1, found.block_size, name=f"{name}/blocks")
+        means = g.op("ReduceMean", blocks, g.ints(2), keepdims=0, name=f"{name}/block_means")
+        y = g.op("Add", y, g.op("MatMul", means, found.shift, name=f"{name}/shift"), name=f"{name}/shifted")
     return g.op("Add", y, *bias, name=f"{name}/add_bias") if bias else y
+
+
+def _float8_product(g: GraphBuilder, x: ir.Value, found: QuantisedMatrix, name: str, *bias: ir.Value) -> ir.Value:
+    """The same of float8 weights, with the activations in float8 too where their scale was calibrated."""
+    if found.input_scale is not None:
+        x = g.op("QuantizeLinear", x, found.input_scale, g.const(0, "float8_e4m3fn"), name=f"{name}/quantised_input")
+        x = g.op("DequantizeLinear", x, found.input_scale, name=f"{name}/input")
+    block = found.block_size  # 0, the operator's default, means a scale for each row
+    axis = 1 if block else 0
+    matrix = g.op(
+        "DequantizeLinear", found.values, found.scales, axis=axis, block_size=block, name=f"{name}/dequantised"
+    )
+    matrix = g.cast(matrix, found.scales_dtype, g.dtype, f"{name}/to_model")
+    return g.op("Gemm", x, matrix, *bias, transB=1, name=name)
 
 
 def rms_norm(
@@ -166,11 +203,7 @@ def wide_linear(g: GraphBuilder, x: ir.Value, weight: str, name: str) -> ir.Valu
 
 def _unscaled_linear(g: GraphBuilder, scaled: ir.Value, weight: str, name: str) -> ir.Value:
     """The linear layer of an input that was scaled down by the headroom: float16 -> float32."""
-    matrix = g.matrix(f"{weight}.weight", name)
-    if matrix is None:
-        y = g.op("Gemm", scaled, g.weight(f"{weight}.weight"), transB=1, name=name)
-    else:
-        y = g.op("MatMul", scaled, matrix, name=name)
+    y = _product(g, scaled, weight, name)
     y = g.op("Mul", g.cast(y, "float16", "float32", "float32"), g.const(_FLOAT16_HEADROOM, "float32"), name="unscaled")
     if not g.has_weight(f"{weight}.bias"):
         return y

@@ -35,10 +35,13 @@ _CHUNK_ELEMENTS = 1 << 16
 _ALIGNMENT = 64
 
 
-def is_quantised(name: str, shape: tuple[int, ...], weights: WeightFormat) -> bool:
-    """Whether a matrix [out, in] is stored as integers: the language model's, but for those that make the scores."""
-    if len(shape) != 2 or not name.startswith(_LANGUAGE) or name.startswith(_SCORING):
-        return False
+def may_be_quantised(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a matrix [out, in] can be other than floats: the language model's, but for those that make the scores."""
+    return len(shape) == 2 and name.startswith(_LANGUAGE) and not name.startswith(_SCORING)
+
+
+def fits_blocks(shape: tuple[int, ...], weights: WeightFormat) -> bool:
+    """Whether whole blocks fill a matrix [out, in]."""
     return shape[1] % weights.block_size == 0 and shape[0] % 2 == 0
 
 

@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,11 @@ import onnx_ir as ir
 from hawk_trt.bundle import FileEntry, TableEntry, WeightFormat, file_entry, numpy_dtype
 from hawk_trt.errors import BundleError, CheckpointError
 from hawk_trt.inputs.tensor_file import CheckpointTensor, alternating_buffers
+from hawk_trt.stages import CPU, CUDA, TENSORRT
 
 from .checkpoint import Checkpoint
-from .quantisation import is_quantised, layout, quantise
+from .quantisation import fits_blocks, layout, may_be_quantised, quantise
+from .stored import Float8Matrix, IntegerMatrix
 from .tensors import EMBEDDINGS
 
 EMBEDDINGS_FILE = "embed_tokens.data"
@@ -35,8 +37,10 @@ _IR_DTYPES = {
     "float32": ir.DataType.FLOAT,
     "float16": ir.DataType.FLOAT16,
     "bfloat16": ir.DataType.BFLOAT16,
+    "int4": ir.DataType.INT4,
+    "int8": ir.DataType.INT8,
+    "float8_e4m3fn": ir.DataType.FLOAT8E4M3FN,
 }
-_INTEGERS = {4: ir.DataType.INT4, 8: ir.DataType.INT8}
 # Vector loads want 64 bytes; large tensors begin on a page, so that they can be memory-mapped alone.
 _ALIGNMENT = 64
 _PAGE = 4096
@@ -45,13 +49,40 @@ _PAGE_ALIGNED_FROM_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """A tensor and where it lies in the bundle: file, offset of its first byte, size; how it is quantised, if it is."""
+    """Where something lies in the bundle: file, offset of its first byte, size; and what makes its bytes."""
 
-    tensor: CheckpointTensor
     file: str
     offset: int
     nbytes: int
-    weights: WeightFormat | None = None
+    content: Callable[[], Iterator[npt.NDArray[Any]]]
+
+
+@dataclass(frozen=True, slots=True)
+class QuantisedMatrix:
+    """Initializers of a matrix's parts in a graph.
+
+    Attributes:
+        values: integers [in, out], or float8 [out, in].
+        scales: of blocks of block_size inputs: [in / block_size, out]; of float8 [], [out] or [out, in / block_size].
+        scales_dtype: float32 where the model's dtype could not hold them.
+        block_size: 0 where a scale is of a whole row or of all.
+        zero_points: as the integers, for each scale; None where all are 0, or the target takes none.
+        shift: [in / block_size, out], for targets that take no zero points; see stored.IntegerMatrix.shift.
+        input_scale: [], of the activations of float8.
+    """
+
+    values: ir.Value
+    scales: ir.Value
+    scales_dtype: str
+    block_size: int
+    zero_points: ir.Value | None = None
+    shift: ir.Value | None = None
+    input_scale: ir.Value | None = None
+
+    @property
+    def is_float8(self) -> bool:
+        """Whether the values are float8 [out, in], not integers [in, out]."""
+        return self.values.dtype == ir.DataType.FLOAT8E4M3FN
 
 
 @dataclass(slots=True)
@@ -62,14 +93,14 @@ class WeightStore:
         checkpoint: they come from.
         dtype: they get: float32, float16 or bfloat16.
         link: use the checkpoint's own files, hard-linked, instead of copies.
-        weights: how the language model's matrices are quantised, None where they are not.
+        weights: how the language model's matrices are to be quantised, None where they stay as they are.
     """
 
     checkpoint: Checkpoint
     dtype: str
     link: bool = False
     weights: WeightFormat | None = None
-    _placements: dict[tuple[str, WeightFormat | None], Placement] = field(default_factory=dict, repr=False)
+    _placements: dict[str, Placement] = field(default_factory=dict, repr=False)
     _sizes: dict[str, int] = field(default_factory=dict, repr=False)
 
     def has(self, name: str) -> bool:
@@ -87,37 +118,99 @@ class WeightStore:
         Raises:
             CheckpointError: no such tensor, another size, or linked and of another dtype.
         """
-        placement = self._place(stage_file, name)
-        stored = placement.tensor.shape
-        if shape is not None and math.prod(shape) != math.prod(stored):
+        tensor, placement = self._place_tensor(stage_file, name)
+        if shape is not None and math.prod(shape) != math.prod(tensor.shape):
             raise CheckpointError(
-                f"{placement.tensor.file}: tensor {name}: shape {list(stored)}, config.json asks for {list(shape)}"
+                f"{tensor.file}: tensor {name}: shape {list(tensor.shape)}, config.json asks for {list(shape)}"
             )
-        shape = stored if shape is None else shape
-        return _external(name, placement.file, placement.offset, placement.nbytes, _IR_DTYPES[self.dtype], shape)
+        return _external(name, placement, self.dtype, tensor.shape if shape is None else shape)
 
-    def quantised(self, stage_file: str, name: str) -> tuple[ir.Value, ir.Value, WeightFormat] | None:
-        """New initializers of a quantised matrix, or None where it stays in floating point.
+    def quantised(self, stage_file: str, name: str, target: str) -> QuantisedMatrix | None:
+        """New initializers of a quantised matrix, or None where it is one of plain floats.
+
+        A matrix that the checkpoint holds as integers stays so, but for those that make the scores; one of float8 stays
+        so for the target tensorrt.
 
         Args:
-            stage_file: the file it is placed in if it has no place yet.
+            stage_file: the file its parts are placed in if they have no place yet.
             name: canonical name of the tensor.
-
-        Returns:
-            The integers [in, out], the scales [in / block_size, out] and how they were made.
+            target: that runs the graph.
 
         Raises:
             CheckpointError: no such tensor.
         """
-        if self.weights is None or not is_quantised(name, self.checkpoint.shape(name), self.weights):
+        tensor = self.checkpoint.tensor(name)
+        shape, weights, dtype = tensor.shape, self.weights, self.dtype
+        if not may_be_quantised(name, shape):
             return None
-        placement = self._place(stage_file, name, self.weights)
-        file, start, (rows, columns) = placement.file, placement.offset, placement.tensor.shape
-        nbytes, scales_start, scales_nbytes = layout((rows, columns), self.weights, self.dtype)
-        integers = _external(f"{name}/integers", file, start, nbytes, _INTEGERS[self.weights.bits], (columns, rows))
-        blocks = (columns // self.weights.block_size, rows)
-        scales = _external(f"{name}/scales", file, start + scales_start, scales_nbytes, _IR_DTYPES[self.dtype], blocks)
-        return integers, scales, self.weights
+        if isinstance(tensor, IntegerMatrix):
+            return self._stored_integers(stage_file, tensor, target)
+        if isinstance(tensor, Float8Matrix) and target == TENSORRT:
+            return self._stored_float8(stage_file, tensor)
+        if weights is None or not fits_blocks(shape, weights):
+            return None
+        columns = shape[1]
+        nbytes, scales_start, scales_nbytes = layout((shape[0], columns), weights, dtype)
+
+        def content() -> Iterator[npt.NDArray[Any]]:
+            integers, scales = quantise(tensor, weights, dtype)
+            yield integers.reshape(-1)
+            yield np.zeros(scales_start - nbytes, np.uint8)
+            yield scales.reshape(-1)
+
+        place = self._place(stage_file, f"{name}/quantised", scales_start + scales_nbytes, content)
+        integers_at = replace(place, nbytes=nbytes)
+        scales_at = replace(place, offset=place.offset + scales_start, nbytes=scales_nbytes)
+        return QuantisedMatrix(
+            _external(f"{name}/integers", integers_at, f"int{weights.bits}", shape[::-1]),
+            _external(f"{name}/scales", scales_at, dtype, (columns // weights.block_size, shape[0])),
+            dtype,
+            weights.block_size,
+        )
+
+    def _stored_integers(self, stage_file: str, matrix: IntegerMatrix, target: str) -> QuantisedMatrix:
+        """Integers of the checkpoint; TensorRT takes no zero points."""
+        name, (rows, columns), bits, block_size = matrix.name, matrix.shape, matrix.bits, matrix.format.block_size
+        element, blocks = f"int{bits}", (columns // block_size, rows)
+
+        def part(word: str, dtype: str, shape: tuple[int, int], make: Callable[[], Iterator[Any]]) -> ir.Value:
+            nbytes = math.prod(shape) * (bits if dtype == element else numpy_dtype(dtype).itemsize * 8) // 8
+            return _external(f"{name}/{word}", self._place(stage_file, f"{name}/{word}", nbytes, make), dtype, shape)
+
+        def floats(make: Callable[[], npt.NDArray[Any]], what: str) -> Callable[[], Iterator[npt.NDArray[Any]]]:
+            return lambda: iter([_rounded(make(), self.dtype, f"{matrix.file}: tensor {name}: {what}")])
+
+        integers = part("integers", element, (columns, rows), lambda: (block.reshape(-1) for block in matrix.packed()))
+        scales = part("scales", self.dtype, blocks, floats(matrix.scales, "a scale"))
+        if matrix.zero_points() is None:
+            return QuantisedMatrix(integers, scales, self.dtype, block_size)
+        if target in (CPU, CUDA):
+            zeros = part("zero_points", element, blocks, lambda: iter([_flat(matrix.zero_points())]))
+            return QuantisedMatrix(integers, scales, self.dtype, block_size, zero_points=zeros)
+        shift = part("shift", self.dtype, blocks, floats(matrix.shift, "zero point x scale"))
+        return QuantisedMatrix(integers, scales, self.dtype, block_size, shift=shift)
+
+    def _stored_float8(self, stage_file: str, matrix: Float8Matrix) -> QuantisedMatrix:
+        """Float8 of the checkpoint, in the order of its rows; its scales keep their precision."""
+        name, (rows, columns) = matrix.name, matrix.shape
+        scales_dtype = self.dtype if matrix.scale.dtype == self.dtype else "float32"
+        shape = matrix.scales().shape
+
+        def scale(word: str, shape: tuple[int, ...], dtype: str, make: Callable[[], npt.NDArray[Any]]) -> ir.Value:
+            nbytes = math.prod(shape) * numpy_dtype(dtype).itemsize
+            what = f"{matrix.file}: tensor {name}: {word}"
+            place = self._place(stage_file, f"{name}/{word}", nbytes, lambda: iter([_rounded(make(), dtype, what)]))
+            return _external(f"{name}/{word}", place, dtype, shape)
+
+        values = self._place(stage_file, f"{name}/float8", rows * columns, matrix.values.blocks)
+        static = matrix.input_scale
+        return QuantisedMatrix(
+            _external(f"{name}/float8", values, "float8_e4m3fn", (rows, columns)),
+            scale("float8_scales", shape, scales_dtype, matrix.scales),
+            scales_dtype,
+            matrix.block[1],
+            input_scale=None if static is None else scale("input_scale", (), self.dtype, static.array),
+        )
 
     def table(self, name: str = EMBEDDINGS) -> TableEntry:
         """The place of the token embedding table; where a graph has it already (tied), that place.
@@ -125,12 +218,10 @@ class WeightStore:
         Raises:
             CheckpointError: no such tensor, not a table, or linked and of another dtype.
         """
-        placement = self._place(EMBEDDINGS_FILE, name)
-        shape = placement.tensor.shape
+        tensor, placement = self._place_tensor(EMBEDDINGS_FILE, name)
+        shape = tensor.shape
         if len(shape) != 2:
-            raise CheckpointError(
-                f"{placement.tensor.file}: tensor {name}: shape {list(shape)}, expected two dimensions"
-            )
+            raise CheckpointError(f"{tensor.file}: tensor {name}: shape {list(shape)}, expected two dimensions")
         return TableEntry(placement.file, placement.offset, self.dtype, (shape[0], shape[1]))
 
     @property
@@ -168,34 +259,30 @@ class WeightStore:
         with ThreadPoolExecutor(max_workers=2) as workers:
             return {name: self._write_file(folder / name, workers, advance) for name in self._sizes}
 
-    def _place(self, stage_file: str, name: str, weights: WeightFormat | None = None) -> Placement:
-        """The tensor's place, the next free one of stage_file at its first request."""
-        if (name, weights) in self._placements:
-            return self._placements[name, weights]
+    def _place_tensor(self, stage_file: str, name: str) -> tuple[CheckpointTensor, Placement]:
+        """A tensor in the bundle's dtype, and its place."""
         tensor = self.checkpoint.tensor(name)
-        if self.link:
-            placement = self._place_linked(tensor)
-        else:
+        if not self.link:
             nbytes = math.prod(tensor.shape) * numpy_dtype(self.dtype).itemsize
-            if weights is not None:
-                rows, columns = tensor.shape
-                _, scales_start, scales_nbytes = layout((rows, columns), weights, self.dtype)
-                nbytes = scales_start + scales_nbytes
-            alignment = _PAGE if nbytes >= _PAGE_ALIGNED_FROM_BYTES else _ALIGNMENT
-            offset = -(-self._sizes.get(stage_file, 0) // alignment) * alignment
-            placement = Placement(tensor, stage_file, offset, nbytes, weights)
-            self._sizes[stage_file] = offset + nbytes
-        self._placements[name, weights] = placement
-        return placement
-
-    def _place_linked(self, tensor: CheckpointTensor) -> Placement:
+            return tensor, self._place(stage_file, name, nbytes, lambda: _converted(tensor, self.dtype))
         if tensor.dtype != self.dtype:
             raise CheckpointError(
                 f"{tensor.file}: tensor {tensor.name}: {tensor.dtype}, and linked weights cannot be converted to "
                 f"{self.dtype}. Drop --link, or give --dtype {tensor.dtype}"
             )
         self._sizes[tensor.file.name] = tensor.file.stat().st_size
-        return Placement(tensor, tensor.file.name, tensor.offset, tensor.nbytes)
+        return tensor, Placement(tensor.file.name, tensor.offset, tensor.nbytes, tensor.blocks)
+
+    def _place(
+        self, stage_file: str, key: str, nbytes: int, content: Callable[[], Iterator[npt.NDArray[Any]]]
+    ) -> Placement:
+        """The place of what bears a key, the next free one of stage_file at its first request."""
+        if key not in self._placements:
+            alignment = _PAGE if nbytes >= _PAGE_ALIGNED_FROM_BYTES else _ALIGNMENT
+            offset = -(-self._sizes.get(stage_file, 0) // alignment) * alignment
+            self._placements[key] = Placement(stage_file, offset, nbytes, content)
+            self._sizes[stage_file] = offset + nbytes
+        return self._placements[key]
 
     def _link(self, folder: Path, name: str, advance: Callable[[int], None]) -> FileEntry:
         """Hard-link one file of the checkpoint; ONNX Runtime refuses symbolic links that leave the bundle."""
@@ -233,25 +320,34 @@ class WeightStore:
                 continue
             if placement.offset > position:
                 yield memoryview(bytes(placement.offset - position))
-            for block in self._content(placement):
+            for block in placement.content():
                 yield block.view(np.uint8).data  # as bytes, since the buffer protocol knows no bfloat16
             position = placement.offset + placement.nbytes
 
-    def _content(self, placement: Placement) -> Iterator[npt.NDArray[Any]]:
-        """What is written at a placement: 1-D arrays."""
-        if placement.weights is None:
-            yield from _converted(placement.tensor, self.dtype)
-            return
-        integers, scales = quantise(placement.tensor, placement.weights, self.dtype)
-        yield integers.reshape(-1)
-        yield np.zeros(placement.nbytes - integers.nbytes - scales.nbytes, np.uint8)
-        yield scales.reshape(-1)
 
-
-def _external(name: str, file: str, offset: int, nbytes: int, dtype: ir.DataType, shape: tuple[int, ...]) -> ir.Value:
+def _external(name: str, place: Placement, dtype: str, shape: tuple[int, ...]) -> ir.Value:
     """An initializer whose data lies in an external file."""
-    data = ir.ExternalTensor(file, offset, nbytes, dtype, shape=ir.Shape(shape), name=name)
-    return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape), const_value=data)
+    element = _IR_DTYPES[dtype]
+    data = ir.ExternalTensor(place.file, place.offset, place.nbytes, element, shape=ir.Shape(shape), name=name)
+    return ir.Value(name=name, type=ir.TensorType(element), shape=ir.Shape(shape), const_value=data)
+
+
+def _flat(values: npt.NDArray[Any] | None) -> npt.NDArray[Any]:
+    assert values is not None  # the matrix has zero points
+    return values.reshape(-1)
+
+
+def _rounded(values: npt.NDArray[Any], dtype: str, what: str) -> npt.NDArray[Any]:
+    """Small tables of floats in another dtype, 1-D.
+
+    Raises:
+        CheckpointError: a value becomes infinite, or is no number.
+    """
+    with np.errstate(over="ignore"):
+        rounded = values.astype(numpy_dtype(dtype)).reshape(-1)
+    if not np.isfinite(rounded.astype(np.float32)).all():
+        raise CheckpointError(f"{what}: infinite, or too large for {dtype}. Export with --dtype bfloat16 or float32")
+    return rounded
 
 
 def _write_all(out: FileIO, block: memoryview) -> None:

@@ -203,6 +203,13 @@ def up_to_date(checkpoint: Checkpoint, out: Path, options: ExportOptions, name: 
 
 def _plan(checkpoint: Checkpoint, options: ExportOptions, name: str | None) -> Manifest:
     """The manifest as far as it is known before a graph is built."""
+    quantisation = checkpoint.quantisation
+    if quantisation and (options.link or options.weights):
+        raise InvalidInput(
+            f"{checkpoint.folder}: its weights are quantised ({quantisation.method}) and stored as they are, so they "
+            "can be neither linked nor quantised again. Give --dtype float32, float16 or bfloat16, of the activations, "
+            "without --link"
+        )
     model = read_config(checkpoint.config, checkpoint.generation, added_tokens(checkpoint.folder))
     language, tokens = model.language, model.special_tokens
     tokens = replace(tokens, eos=stop_tokens(checkpoint.folder, tokens.eos))
@@ -219,7 +226,11 @@ def _plan(checkpoint: Checkpoint, options: ExportOptions, name: str | None) -> M
     return Manifest(
         schema_version=SCHEMA_VERSION,
         source=Source(
-            name or checkpoint.folder.resolve().name, architecture, checkpoint.fingerprint(SMALL_FILES), options.link
+            name or checkpoint.folder.resolve().name,
+            architecture,
+            checkpoint.fingerprint(SMALL_FILES),
+            options.link,
+            quantisation.told if quantisation else "",
         ),
         dtype=options.dtype,
         normalization=options.normalization,
@@ -233,7 +244,7 @@ def _plan(checkpoint: Checkpoint, options: ExportOptions, name: str | None) -> M
         head_weights=head_weights,
         files={},
         versions=_versions(),
-        weights=options.weights,
+        weights=quantisation.weights if quantisation else options.weights,
     )
 
 

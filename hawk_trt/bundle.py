@@ -105,13 +105,15 @@ class HeadWeights:
 class Source:
     """The checkpoint a bundle was made from.
 
-    fingerprint: sha256 over configs, and names, sizes, times and headers of the weight files.
+    fingerprint: sha256 over configs, and names, sizes, times and headers of the weight files. quantisation: how its
+    matrices are quantised, a line to read, empty where all are floats.
     """
 
     name: str
     architecture: str
     fingerprint: str
     linked: bool = False
+    quantisation: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -154,7 +154,6 @@ def test_vision_sizes_survive_the_manifest():
         ({"rope_scaling": {"type": "mrope", "mrope_section": [32, 32]}}, ("mrope_section", "three")),
         ({"rope_scaling": None}, ("mrope_section", "nothing")),
         ({"rope_theta": None}, ("rope_theta", "nothing")),
-        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, ("quantization_config", "awq", "original")),
         ({"num_attention_heads": 27}, ("num_attention_heads", "27", "3584")),
         ({"num_key_value_heads": 3}, ("num_key_value_heads", "3", "28")),
         ({"head_dim": 64}, ("head_dim", "64", "128")),

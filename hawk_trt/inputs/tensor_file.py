@@ -77,6 +77,19 @@ class CheckpointTensor:
         except OSError as error:
             raise CheckpointError(f"{self.file}: cannot be read ({error.strerror})") from error
 
+    def array(self) -> npt.NDArray[Any]:
+        """The whole tensor, in its shape.
+
+        Raises:
+            CheckpointError: the file cannot be read, or ends early.
+        """
+        values = np.empty(math.prod(self.shape), numpy_dtype(self.dtype))
+        filled = 0
+        for block in self.blocks():
+            values[filled : filled + len(block)] = block
+            filled += len(block)
+        return values.reshape(self.shape)
+
 
 def alternating_buffers(size: int, dtype: np.dtype[Any]) -> Iterator[npt.NDArray[Any]]:
     """Two uninitialised blocks of up to size elements in turn: one is filled while the other is still being used."""

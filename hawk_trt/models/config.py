@@ -109,7 +109,6 @@ def language_config(config: Mapping[str, Any], *, mrope: bool = True, qk_norm: b
         CheckpointError: a setting is missing or not supported.
     """
     text = text_section(config)
-    _refuse_quantized(text)
     _refuse_sliding_window(text)
     text.expect("hidden_act", "silu")
     if qk_norm:
@@ -201,17 +200,6 @@ def _rope(text: Section, head_dim: int, *, mrope: bool) -> tuple[float, tuple[in
         expected = f"three numbers of frequencies that add up to head_dim / 2 = {head_dim / 2:g}"
         raise rope.wrong("mrope_section", expected)
     return theta, tuple(section)
-
-
-def _refuse_quantized(text: Section) -> None:
-    quantization = text.get("quantization_config")
-    if not quantization:
-        return
-    method = quantization.get("quant_method", "unnamed") if isinstance(quantization, Mapping) else quantization
-    raise CheckpointError(
-        f"config.json: quantization_config: got a checkpoint quantized with {method}, expected plain float weights. "
-        "Export the original checkpoint, the one without AWQ, GPTQ, bnb or FP8 in its name"
-    )
 
 
 def _refuse_sliding_window(text: Section) -> None:

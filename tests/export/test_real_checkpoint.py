@@ -60,7 +60,7 @@ def test_weights_of_eight_bits_are_refused_by_their_dtype(tmp_path, capsys):
     header = {f"{WEIGHT}.weight": {"dtype": "F8_E4M3", "shape": [2, 2], "data_offsets": [0, 4]}}
     write_raw_safetensors(folder / "model.safetensors", header, bytes(4))
     assert export([str(folder), "--out", str(tmp_path / "out")]) == 1
-    assert "F8_E4M3" in capsys.readouterr().err
+    assert "float8_e4m3fn" in capsys.readouterr().err
 
 
 def test_every_stop_token_of_generation_config_ends_an_answer(tiny_checkpoint, tmp_path):

@@ -1,0 +1,258 @@
+"""Matrices that a checkpoint holds quantised, read as they lie in its files.
+
+In: the parts that a writer stores of a matrix (integers, scales, zero points). Out: a tensor like any other, whose
+blocks are the dequantised float32 [out, in]; and, as a blocked DequantizeLinear reads them, the integers themselves:
+
+    w[o, i] = (q[i, o] - z[g, o]) s[g, o]        g = i // block_size; q, z signed: -8 to 7, or -128 to 127
+
+Writers count integers from 0; here 8, or 128, is subtracted of both q and z, which leaves their difference as it is.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hawk_trt.bundle import WeightFormat
+from hawk_trt.errors import CheckpointError
+from hawk_trt.inputs.tensor_file import CheckpointTensor
+
+# Dequantised at a time.
+_CHUNK_ELEMENTS = 1 << 19
+# ONNX Runtime multiplies by integers whose blocks are a power of two, from 16 on; larger ones bring nothing.
+_SMALLEST_BLOCK, _LARGEST_BLOCK = 16, 128
+Bytes = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class IntegerMatrix(CheckpointTensor):
+    """A matrix [out, in] of integers; each subclass knows how one kind of writer packs them.
+
+    Attributes:
+        parts: tensors by the last word of their names.
+        bits: of an integer, 4 or 8.
+        group: so many integers along the input share a scale and a zero point.
+    """
+
+    parts: dict[str, CheckpointTensor]
+    bits: int
+    group: int
+
+    @property
+    def format(self) -> WeightFormat:
+        """Bits and block size for DequantizeLinear: a group, or equal parts of it."""
+        return WeightFormat(self.bits, math.gcd(self.group, _LARGEST_BLOCK))
+
+    def packed(self) -> Iterator[Bytes]:
+        """The integers as bytes [in, out * bits / 8], in parts; with 4 bits the even column is a byte's low half."""
+        raise NotImplementedError
+
+    def scales(self) -> npt.NDArray[Any]:
+        """[in / block_size, out], in the file's dtype."""
+        raise NotImplementedError
+
+    def zero_points(self) -> Bytes | None:
+        """Zero points [in / block_size, out] packed as the integers are; None where all are 0."""
+        raise NotImplementedError
+
+    def shift(self) -> npt.NDArray[np.float32]:
+        """What the zero points do to a product: -block_size z s, to multiply each block's mean input by."""
+        zeros = self.zero_points()
+        assert zeros is not None  # only who has zero points needs this
+        return _unpacked(zeros, self.bits) * (-self.format.block_size * self.scales().astype(np.float32))
+
+    def blocks(self) -> Iterator[npt.NDArray[Any]]:
+        """The dequantised matrix, a few rows at a time: float32, exact, not yet rounded to the scales' dtype."""
+        rows, columns = self.shape
+        integers = _unpacked(np.concatenate([part.reshape(-1) for part in self.packed()]), self.bits)
+        integers = integers.reshape(columns // self.format.block_size, self.format.block_size, rows)
+        zeros, scales = self.zero_points(), self.scales().astype(np.float32)[:, None]
+        offsets = np.int8(0) if zeros is None else _unpacked(zeros, self.bits)[:, None]
+        step = max(1, _CHUNK_ELEMENTS // columns)
+        for first in range(0, rows, step):
+            some = np.s_[..., first : first + step]
+            differences = integers[some].astype(np.float32) - offsets[some if zeros is not None else ()]
+            yield np.ascontiguousarray((differences * scales[some]).reshape(columns, -1).T).reshape(-1)
+
+    def _by_block(self, rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """What there is of each group, [in / group, ..], for each block."""
+        return np.repeat(rows, self.group // self.format.block_size, axis=0)
+
+    def _zeros(self, packed: Bytes) -> Bytes | None:
+        return self._by_block(packed) if packed.any() else None
+
+
+class AwqMatrix(IntegerMatrix):
+    """AutoAWQ's gemm packing: int32 [in, out / 8], columns 0 2 4 6 1 3 5 7 of eight from the low bits upwards."""
+
+    def packed(self) -> Iterator[Bytes]:  # noqa: D102
+        return (_awq_order(block) for block in self.parts["qweight"].blocks())
+
+    def scales(self) -> npt.NDArray[Any]:  # noqa: D102
+        return self._by_block(self.parts["scales"].array())
+
+    def zero_points(self) -> Bytes | None:  # noqa: D102
+        zeros = self.parts["qzeros"]
+        return self._zeros(_awq_order(zeros.array()).reshape(zeros.shape[0], -1))
+
+
+class GptqMatrix(IntegerMatrix):
+    """GPTQ's packing: int32 [in * bits / 32, out] of consecutive rows, zero points of consecutive columns."""
+
+    def packed(self) -> Iterator[Bytes]:  # noqa: D102
+        words = self.parts["qweight"].array()
+        step = max(1, _CHUNK_ELEMENTS // words.shape[1])
+        for first in range(0, len(words), step):
+            octets = words[first : first + step].view(np.uint8).reshape(-1, words.shape[1], 4).transpose(0, 2, 1)
+            yield _rows_in_columns(octets.reshape(-1, words.shape[1]), self.bits)
+
+    def scales(self) -> npt.NDArray[Any]:  # noqa: D102
+        return self._by_block(self.parts["scales"].array())
+
+    def zero_points(self) -> Bytes | None:  # noqa: D102
+        zeros = self.parts["qzeros"].array().view(np.uint8)
+        return self._zeros(self._counted(zeros) ^ _sign_bits(self.bits))
+
+    def _counted(self, zeros: Bytes) -> Bytes:
+        """The zero points from what is stored: the first version of the format stores them less one."""
+        one, low, half = np.uint8(1), np.uint8(0xF), np.uint8(4)
+        counted: Bytes = zeros + one if self.bits == 8 else (zeros & low) + one & low | (zeros >> half) + one << half
+        return counted
+
+
+class GptqV2Matrix(GptqMatrix):
+    """GPTQ's second version: zero points as they are."""
+
+    def _counted(self, zeros: Bytes) -> Bytes:
+        return zeros
+
+
+class PackedMatrix(IntegerMatrix):
+    """compressed-tensors' pack-quantized: int32 [out, in * bits / 32] of consecutive columns, or int8 [out, in]."""
+
+    def packed(self) -> Iterator[Bytes]:  # noqa: D102
+        name = "weight_packed" if "weight_packed" in self.parts else "weight"
+        octets = self.parts[name].array().view(np.uint8)[:, : self.shape[1] * self.bits // 8]
+        if name == "weight":  # int-quantized: signed already
+            octets = octets ^ _sign_bits(8)
+        yield _rows_in_columns(octets.T, self.bits)
+
+    def scales(self) -> npt.NDArray[Any]:  # noqa: D102
+        scales = self.parts["weight_scale"].array()
+        by_group = np.broadcast_to(scales.reshape(-1, 1) if scales.size == 1 else scales, self._groups)
+        return self._by_block(np.ascontiguousarray(by_group.T))
+
+    def zero_points(self) -> Bytes | None:  # noqa: D102
+        if "weight_zero_point" not in self.parts:
+            return None
+        zeros = self.parts["weight_zero_point"].array()
+        if zeros.dtype == np.int8:
+            signed = np.broadcast_to(zeros.reshape(-1, 1) if zeros.size == 1 else zeros, self._groups).T
+            octets: Bytes = np.ascontiguousarray(signed).view(np.uint8)
+            if self.bits == 4:
+                octets = (octets[:, 0::2] & np.uint8(0xF)) | (octets[:, 1::2] << np.uint8(4))
+            return self._zeros(octets)
+        octets = np.ascontiguousarray(zeros.T).view(np.uint8)  # [groups, out * bits / 8]: packed along the output
+        return self._zeros(octets[:, : self.shape[0] * self.bits // 8] ^ _sign_bits(self.bits))
+
+    @property
+    def _groups(self) -> tuple[int, int]:
+        return self.shape[0], self.shape[1] // self.group
+
+
+@dataclass(frozen=True, slots=True)
+class Float8Matrix(CheckpointTensor):
+    """A matrix [out, in] of float8_e4m3fn with a scale for the tensor, each row, or each block.
+
+    Attributes:
+        values: the float8 tensor.
+        scale: [], [1], [out, 1] or [out / block, in / block] rounded up.
+        input_scale: of the activations, where they were calibrated.
+        block: rows and columns that share a scale; (0, 0) where a scale is of the tensor or of a row.
+    """
+
+    values: CheckpointTensor
+    scale: CheckpointTensor
+    input_scale: CheckpointTensor | None
+    block: tuple[int, int]
+
+    def scales(self) -> npt.NDArray[Any]:
+        """[], [out], or with blocks [out, in / block], in the file's dtype."""
+        scales = self.scale.array()
+        if self.block[1]:
+            return np.repeat(scales, self.block[0], axis=0)[: self.shape[0]]
+        return scales.reshape(()) if scales.size == 1 else scales.reshape(-1)
+
+    def blocks(self) -> Iterator[npt.NDArray[Any]]:
+        """The dequantised matrix, float32, a few rows at a time."""
+        rows, columns = self.shape
+        values, scales = self.values.array(), self.scales().astype(np.float32)
+        step = max(1, _CHUNK_ELEMENTS // columns)
+        for first in range(0, rows, step):
+            scale = scales[first : first + step] if scales.ndim else scales
+            scale = np.repeat(scale, self.block[1], axis=1)[:, :columns] if self.block[1] else scale[..., None]
+            yield (values[first : first + step].astype(np.float32) * scale).reshape(-1)
+
+
+def check_groups(matrix: IntegerMatrix) -> IntegerMatrix:
+    """The matrix, if its groups can be blocks of DequantizeLinear.
+
+    Raises:
+        CheckpointError: they cannot.
+    """
+    rows, columns = matrix.shape
+    if columns % matrix.group or matrix.format.block_size < _SMALLEST_BLOCK or rows % 8:
+        raise CheckpointError(
+            f"{matrix.file}: tensor {matrix.name}: groups of {matrix.group} in a matrix of {rows} x {columns}, "
+            f"expected groups that divide the inputs, of a multiple of {_SMALLEST_BLOCK}, and a multiple of 8 outputs"
+        )
+    return matrix
+
+
+def _sign_bits(bits: int) -> np.uint8:
+    """What turns integers that count from 0 into signed ones, as bytes: the highest bit of each."""
+    highest: np.uint8 = np.uint8(0x88 if bits == 4 else 0x80)
+    return highest
+
+
+def _unpacked(octets: Bytes, bits: int) -> npt.NDArray[np.int8]:
+    """Signed integers of packed bytes [.., columns * bits / 8]."""
+    if bits == 8:
+        return octets.view(np.int8)
+    signed = np.empty((*octets.shape, 2), np.int8)
+    signed[..., 0] = (octets << 4).view(np.int8) >> 4
+    signed[..., 1] = octets.view(np.int8) >> 4
+    return signed.reshape(*octets.shape[:-1], -1)
+
+
+def _rows_in_columns(octets: Bytes, bits: int) -> Bytes:
+    """Signed integers packed by column, of such that are packed by row and count from 0.
+
+    octets: [rows * bits / 8, columns]; with 4 bits the even row is the low half. Returns [rows, columns * bits / 8].
+    """
+    if bits == 8:
+        return np.ascontiguousarray(octets) ^ _sign_bits(8)
+    packed = np.empty((len(octets), 2, octets.shape[1] // 2), np.uint8)
+    even, odd = octets[:, 0::2], octets[:, 1::2]
+    packed[:, 0] = (even & 0xF) | (odd << 4)
+    packed[:, 1] = (even >> 4) | (odd & 0xF0)
+    packed ^= _sign_bits(4)
+    return packed.reshape(-1, octets.shape[1] // 2)
+
+
+def _awq_order(words: npt.NDArray[Any]) -> Bytes:
+    """Signed 4-bit integers in the order of their columns, of int32 words in AWQ's."""
+
+    def spread(halves: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
+        """The four 4-bit numbers of each low half, each into a byte of its own."""
+        pairs: npt.NDArray[np.uint32] = (halves | halves << np.uint32(8)) & np.uint32(0x00FF00FF)
+        single: npt.NDArray[np.uint32] = (pairs | pairs << np.uint32(4)) & np.uint32(0x0F0F0F0F)
+        return single
+
+    flat = words.reshape(-1).view(np.uint32)
+    even, odd = spread(flat & np.uint32(0xFFFF)), spread(flat >> np.uint32(16))
+    ordered: Bytes = ((even | odd << np.uint32(4)) ^ np.uint32(0x88888888)).view(np.uint8)
+    return ordered
