@@ -21,7 +21,7 @@ from hawk_trt.pipeline import Pipeline
 from hawk_trt.pruning.head_weights import read_head_weights
 from hawk_trt.runtime.reference import REFERENCE, Reference
 from hawk_trt.runtime.versions import available_memory_bytes
-from hawk_trt.stages import NORMALIZATIONS, TARGETS
+from hawk_trt.stages import CUDA, NORMALIZATIONS, TARGETS
 
 from .checkpoint import Checkpoint
 from .head_weights import UNIFORM
@@ -75,7 +75,7 @@ def export_checkpoint(
         checkpoint: a checkpoint folder, or a hub id such as owner/name
         out: the bundle's folder
         dtype: of weights and activations; int8 and int4: of the language model's matrices (docs/quantised.md)
-        activations: dtype of all else beside int8 and int4 weights (default: float32)
+        activations: dtype of all else beside int8 and int4 weights (default: float32; float16 for target cuda alone)
         block_size: of int8 and int4 weights: how many share a scale (default: 64)
         target: what runs the graphs: cpu, cuda, tensorrt, portable, with commas between them (default: all that can)
         normalization: of the scores of a head
@@ -115,7 +115,7 @@ def export_checkpoint(
             raise CycloptsError(msg=f"{message}.")
     bits = _INTEGERS.get(dtype)
     options = ExportOptions(
-        dtype=dtype if bits is None else activations or "float32",
+        dtype=dtype if bits is None else activations or ("float16" if target == (CUDA,) else "float32"),
         weights=None if bits is None else WeightFormat(bits, block_size or _BLOCK_SIZE),
         targets=target,
         normalization=normalization,

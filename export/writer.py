@@ -36,7 +36,7 @@ from hawk_trt.inputs.checkpoint_files import SMALL_FILES, added_tokens, read_sma
 from hawk_trt.models.registry import load_family, read_config
 from hawk_trt.request import PruningConfig, check_head_weights
 from hawk_trt.runtime.reference import REFERENCE
-from hawk_trt.stages import CPU, DTYPES, NORMALIZATIONS, TARGETS, LanguageConfig
+from hawk_trt.stages import CPU, CUDA, DTYPES, NORMALIZATIONS, TARGETS, LanguageConfig
 
 from .checkpoint import Checkpoint
 from .graphs import build_graphs, inventory
@@ -52,8 +52,8 @@ _SPARE_BYTES = 64 << 20
 _NAMES_SHOWN = 8
 # Of reward and value models, beside a language model that is whole.
 _TRAINING_HEADS = ("v_head.", "value_head.", "score.", "reward_head.", "rm_head.", "regression_layer.")
-# ONNX Runtime's CPU provider has no bfloat16 kernels.
-_CANNOT_RUN = {("bfloat16", CPU)}
+# ONNX Runtime's CPU provider has no bfloat16 kernels, and its CUDA provider none that makes bfloat16 of integers.
+_CANNOT_RUN = {(CPU, "bfloat16", False), (CPU, "bfloat16", True), (CUDA, "bfloat16", True)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,11 +86,13 @@ class ExportOptions:
     weights: WeightFormat | None = None
 
     def __post_init__(self) -> None:
-        runnable = tuple(target for target in TARGETS if (self.dtype, target) not in _CANNOT_RUN)
+        quantised = self.weights is not None
+        runnable = tuple(target for target in TARGETS if (target, self.dtype, quantised) not in _CANNOT_RUN)
         targets = self.targets or runnable
+        kind = f"quantised weights with {self.dtype}" if quantised else self.dtype
         for name, got, allowed in (
             ("dtype", (self.dtype,), DTYPES),
-            (f"targets of {self.dtype}", targets, runnable),
+            (f"targets of {kind}", targets, runnable),
             ("normalization", (self.normalization,), NORMALIZATIONS),
         ):
             if not got or not set(got) <= set(allowed):

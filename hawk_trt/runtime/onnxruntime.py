@@ -199,10 +199,18 @@ def _own_visual(visual: Visual) -> OrtVisual:
 
 
 def _check_weights(manifest: Manifest) -> None:
-    """Refuse an ONNX Runtime that would turn quantised weights into floats again at every step, in seconds a token."""
-    if manifest.weights is not None and not at_least(ort.__version__, QUANTISED_ONNX_RUNTIME):
+    """Refuse quantised weights that ONNX Runtime here has no kernel for, or would turn into floats at every step."""
+    if manifest.weights is None:
+        return
+    weights = f"int{manifest.weights.bits}"
+    if manifest.dtype == "bfloat16":
         raise BackendError(
-            f"weights: got int{manifest.weights.bits}, which ONNX Runtime {ort.__version__} cannot multiply by, "
+            f"weights: got {weights} with bfloat16 activations, which ONNX Runtime cannot run. "
+            f"Export again with --dtype {weights} --activations float16"
+        )
+    if not at_least(ort.__version__, QUANTISED_ONNX_RUNTIME):
+        raise BackendError(
+            f"weights: got {weights}, which ONNX Runtime {ort.__version__} cannot multiply by, "
             f"expected {QUANTISED_ONNX_RUNTIME} or newer. pip install -U onnxruntime (it needs "
             "Python 3.11), or export again with --dtype float32"
         )

@@ -1,5 +1,6 @@
 """int8 and int4 weights: what is stored, that the runtime multiplies by it, and that the same tokens are kept."""
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -271,6 +272,8 @@ def test_another_format_is_another_bundle(tiny_checkpoint, tmp_path, capsys):
         assert not exported("--dtype", "int4", *options)["up_to_date"]
     found = exported("--dtype", "int8", "--activations", "bfloat16")
     assert (found["dtype"], found["weights"]["bits"]) == ("bfloat16", 8)
+    assert exported("--dtype", "int4", "--target", "cuda")["dtype"] == "float16"
+    assert exported("--dtype", "int4", "--target", "cuda,cpu")["dtype"] == "float32"
 
 
 def test_what_does_not_go_together_is_refused_by_name(tmp_path, capsys):
@@ -284,6 +287,10 @@ def test_what_does_not_go_together_is_refused_by_name(tmp_path, capsys):
         assert message in capsys.readouterr().err
     with pytest.raises(InvalidInput, match="link: got int4 weights"):
         ExportOptions(weights=INT4, link=True)
+    assert ExportOptions("bfloat16", weights=INT4).targets == ("tensorrt", "portable")
+    message = "targets of quantised weights with bfloat16: got cuda, expected of tensorrt, portable"
+    with pytest.raises(InvalidInput, match=message):
+        ExportOptions("bfloat16", ("cuda",), weights=INT4)
     with pytest.raises(InvalidInput, match="block_size: got 16, expected one of 32, 64, 128"):
         ExportOptions(weights=WeightFormat(4, 16))
 
@@ -292,6 +299,11 @@ def test_an_onnx_runtime_that_would_be_slow_says_so(bundles, monkeypatch):
     monkeypatch.setattr(ort_backend.ort, "__version__", "1.24.4")
     with pytest.raises(BackendError, match=r"weights: got int4, which ONNX Runtime 1\.24\.4 cannot multiply by"):
         Pipeline.load(bundles[4].folder)
+
+
+def test_bfloat16_beside_integers_is_refused_where_onnx_runtime_loads_it(bundles):
+    with pytest.raises(BackendError, match="got int4 with bfloat16 activations, which ONNX Runtime cannot run"):
+        ort_backend._check_weights(dataclasses.replace(bundles[4].manifest, dtype="bfloat16"))
 
 
 def test_memory_grows_by_one_quantised_matrix(tmp_path):
