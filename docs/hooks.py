@@ -54,6 +54,7 @@ def commands() -> str:
         app.command(where_it_lies(function), name=name)
     # cyclopts' own table of contents says the same as the list of commands
     help_of_all = app.generate_docs(output_format="markdown")
+    help_of_all = re.sub(r"^Example: (.*)$", r"```console\n\1\n```", help_of_all, flags=re.MULTILINE)
     return re.sub(r"^## Table of Contents\n.*?(?=^\*\*Commands)", "", help_of_all, flags=re.DOTALL | re.MULTILINE)
 
 

@@ -53,13 +53,16 @@ def blocks(path, language=""):
     return [block for found, block in fenced if found == language]
 
 
+def code_lines(path):
+    """The lines of a document's blocks without a language, and its code within sentences."""
+    text = re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    return [line for block in blocks(path) for line in block.splitlines()] + re.findall(r"`([^`\n]+)`", text)
+
+
 def command_lines():
     """Every command of ours in a block or in code within a sentence, without its comment."""
     for path in DOCUMENTS:
-        text = path.read_text(encoding="utf-8")
-        lines = [line for block in blocks(path) for line in block.splitlines()]
-        spans = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE))
-        for line in (*lines, *spans):
+        for line in code_lines(path):
             for program in COMMANDS:
                 if line.startswith(program + " "):
                     yield pytest.param(
@@ -84,7 +87,7 @@ def test_commands_in_the_documents_have_the_options_that_they_use(program, words
 
 
 def test_make_targets_and_variables_in_the_documents_exist():
-    code = "\n".join(re.findall(r"`[^`]+`", "\n".join(path.read_text(encoding="utf-8") for path in DOCUMENTS)))
+    code = "\n".join(line for path in DOCUMENTS for line in code_lines(path))
     targets = set(re.findall(r"\bmake ([a-z-]+)", code))
     assert {"demo", "check", "export"} <= targets <= set(re.findall(r"^([a-z-]+):", MAKEFILE, re.MULTILINE))
     variables = {name for line in re.findall(r"\bmake [a-z-]+(.*)", code) for name in re.findall(r"([A-Z_]+)=", line)}
