@@ -46,6 +46,9 @@ setup: $(FULL) ## Make .venv with all that development needs, torch included
 
 demo: export ## Ask the shipped tiny model about a shipped image, with 20 % of its visual tokens
 	@$(BIN)/hawk-trt run "$(OUT)" --image "$(IMAGE)" --prompt "$(PROMPT)" --keep-ratio $(KEEP_RATIO) --picture "$(PICTURE)"
+	@printf '%s\n' 'Next: $(BIN)/hawk-trt chat "$(OUT)" --image "$(IMAGE)"' \
+	  '      $(BIN)/hawk-trt chat Qwen/Qwen2.5-VL-3B-Instruct       a real model: 7.5 GB are downloaded' \
+	  '      make setup && $(BIN)/hawk-trt serve "$(OUT)"     an OpenAI server, with a page to ask from'
 
 check: lint types types-tensorrt docs tests ## Lint, types, tests: what CI runs
 
@@ -85,9 +88,11 @@ train-tiny: $(FULL) ## The shipped tiny model trained anew, on one thread: about
 	$(BIN)/python -m examples.tiny_training --out artifacts/tiny-vlm-new $(FLAGS)
 
 engines: $(READY) ## TensorRT plans of a bundle, on this GPU: BUNDLE=folder ENGINES=folder FLAGS="--max-context 2048"
+	@$(BIN)/hawk-trt doctor --need tensorrt
 	$(BIN)/python -m engines "$(BUNDLE)" --out "$(ENGINES)" $(FLAGS)
 
 self-test: $(READY) ## Engines of the tiny model on this GPU, compared with ONNX Runtime: a report to attach to an issue
+	@$(BIN)/hawk-trt doctor --need tensorrt
 	$(BIN)/python -m engines.checks.self_test
 
 preflight: $(FULL) ## Every graph of a bundle through NVIDIA's parser and builder, without a GPU: BUNDLE=folder
@@ -100,12 +105,14 @@ preflight-large: $(FULL) ## The same with graphs of 7B shapes and two layers: 4 
 	$(BIN)/pytest -q -s -m slow tests/engines/test_engines_preflight.py
 
 plugin: ## The TensorRT plugin into build/plugins: TENSORRT_ROOT=folder where it is not in a usual place
+	@command -v cmake >/dev/null || { echo "error: cmake is missing: apt install cmake" >&2; exit 1; }
 	cmake -S plugins -B build/plugins $(TENSORRT_ROOT:%=-DTENSORRT_ROOT=%) && cmake --build build/plugins
 
 plugin-check: $(FULL) ## The plugin without a GPU: contract and registries; TENSORRT_ROOT="one or more folders"
 	$(BIN)/python -m tests.plugins.plugin_check $(TENSORRT_ROOT)
 
 gpu-report: ## All that only a GPU can tell, into a JSON and a table; FLAGS=--rehearse without one; GPU_PYTHON has PyTorch for CUDA
+	@$(if $(findstring --rehearse,$(FLAGS)),,$(GPU_PYTHON) -m hawk_trt doctor --need cuda)
 	$(GPU_PYTHON) -m benchmarks.gpu_report $(FLAGS)
 
 bench: $(READY) $(if $(SHAPE),bench-shape,export) ## Time and memory by stage: MODEL=path-or-hub-id, or SHAPE=qwen2.5-vl-3b LAYERS=4; FLAGS="--sides 448"
@@ -180,11 +187,9 @@ bench-start: $(FULL) export ## Import time, start-up time and peak memory of the
 clean: ## Remove what was generated; .venv stays
 	rm -rf artifacts build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
-$(BIN)/python:
-	$(PYTHON) -m venv $(VENV)
+# An environment is made, or made anew where it is half made.
+$(FULL): pyproject.toml constraints.txt
+	@$(PYTHON) environment.py $(VENV) $@ cpu,eval,export,video,parity,serve,ray,dev
 
-$(FULL): pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install -c constraints.txt -e '.[cpu,eval,export,video,parity,serve,ray,dev]' && touch $@
-
-$(LIGHT): pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install -c constraints.txt -e '.[cpu,export]' && touch $@
+$(LIGHT): pyproject.toml constraints.txt
+	@$(PYTHON) environment.py $(VENV) $@ cpu,export

@@ -2,13 +2,18 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from hawk_trt.apps.cli.doctor_checks import Report, examine
+from cyclopts import Parameter
+
+from hawk_trt.apps.cli.doctor_checks import EXTRAS, Report, examine
 from hawk_trt.apps.cli.models import expect_exported, manifest_of, verify
 from hawk_trt.apps.cli.options import Json
 from hawk_trt.apps.cli.output import note, print_json, size
 from hawk_trt.bundle import Manifest
-from hawk_trt.errors import BundleError
+from hawk_trt.errors import BackendError, BundleError
+
+NEEDS = ("cpu", "cuda", "tensorrt", *EXTRAS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,13 +25,19 @@ class BundleReport:
     problem: str | None
 
 
-def doctor(model: Path | None = None, *, json: Json = False) -> int:
+def doctor(
+    model: Path | None = None,
+    *,
+    need: Annotated[tuple[str, ...], Parameter(choices=NEEDS)] = (),
+    json: Json = False,
+) -> int:
     """Say what works on this machine, and what would add the rest.
 
     Example: hawk-trt doctor artifacts/3b
 
     Args:
         model: a bundle or engines to check too, every file by hash
+        need: say nothing where this works, else what it lacks, in one line; repeatable
         json: print all findings as JSON
 
     Returns:
@@ -35,6 +46,12 @@ def doctor(model: Path | None = None, *, json: Json = False) -> int:
     if model is not None:
         expect_exported(model)
     report = examine()
+    if need:
+        for capability in report.capabilities:
+            if capability.name.lower().removeprefix("run on ") in need and not capability.works:
+                command = f": {capability.command}" if capability.command else ". All that works here: hawk-trt doctor"
+                raise BackendError(f"{capability.name}: {capability.detail}{command}")
+        return 0
     bundle = None if model is None else _check(model)
     if json:
         print_json(report, {} if bundle is None else {"bundle": bundle})
