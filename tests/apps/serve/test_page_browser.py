@@ -238,6 +238,40 @@ def test_a_sample_is_asked_about_compared_with_all_tokens_and_asked_again_in_a_s
         assert sent[0]["pruning"]["query"] == "turn"
 
 
+@pytest.mark.parametrize("quota", ["global", "per-image"])
+def test_several_images_are_asked_about_and_each_is_shown_with_its_tokens(browser, tiny_bundle, repository, quota):
+    pictures = [SAMPLES / "0-colour.png", PICTURE, SAMPLES / "1-where.png"]
+    pruning = PruningConfig(keep_ratio=0.2, quota=quota)
+    with serving(tiny_bundle, pruning=pruning) as server, opened(browser, server) as page:
+        page.set_input_files("#choose", pictures[:2])
+        until(page, "document.querySelectorAll('#strip button').length === 2")
+        page.set_input_files("#add", pictures[2])
+        until(page, "document.querySelectorAll('#strip button').length === 3")
+        ask(page, ASK)
+        for ratio in (0.2, 0.35, 1.0):
+            slide(page, round(100 * ratio))
+            asked = PruningConfig(keep_ratio=ratio, quota=quota)
+            result = server.pipe.generate(ASK, pictures, pruning=asked, max_new_tokens=64)
+            if ratio == 0.2:
+                assert page.locator("#answer").text_content() == result.text
+            layout = server.pipe.processor.layout(server.pipe.prepare(ASK, pictures))
+            kept = np.isin(layout.source_index[layout.visual_rows >= 0], result.kept_indices).reshape(3, 64)
+            for number in range(3):
+                page.get_by_role("button", name=f"Image {number + 1}").click()
+                assert kept_cells(page) == np.flatnonzero(kept[number]).tolist()
+                count = page.locator("#count").text_content()
+                assert count.startswith(f"{result.num_kept} of 192 visual tokens kept"), count
+                assert count.endswith(f"of this image {kept[number].sum()} of 64"), count
+        slide(page, 20)
+        page.screenshot(path=repository / "artifacts" / f"page-several-{quota}.png", full_page=True)
+        page.get_by_role("button", name="Remove this one").click()
+        until(page, "document.querySelectorAll('#strip button').length === 2")
+        page.get_by_role("button", name="Remove this one").click()
+        until(page, "document.getElementById('strip').hidden")
+        ask(page, ASK)
+        assert page.locator("#answer").text_content() == expected(server, pictures[0], ASK, 0.2).text
+
+
 def test_an_image_that_is_too_large_to_send_is_made_smaller(browser, tiny_bundle, tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (700, 700, 3), np.uint8)
     Image.fromarray(noise).save(tmp_path / "noise.png")

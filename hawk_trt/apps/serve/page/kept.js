@@ -20,12 +20,20 @@ export function isRankedByScore(details) {
 }
 
 /**
- * The kept tokens of an answer's image at a keep ratio: a Set of token indices.
+ * The kept tokens of an answer's images at a keep ratio: for each a Set of token indices.
  * At the ratio that was asked with, what the server kept; at another, null where only the server can tell.
  */
 export function keptAt(details, keepRatio) {
-  const [image] = details.images;
-  if (keepRatio === details.keep_ratio) return new Set(image.kept);
+  const { images, quota, min_visual_tokens: least } = details;
+  if (keepRatio === details.keep_ratio) return images.map(({ kept }) => new Set(kept));
   if (!isRankedByScore(details)) return null;
-  return best(image.scores, numKept(image.scores.length, keepRatio, details.min_visual_tokens));
+  if (quota !== "global") return images.map(({ scores }) => best(scores, numKept(scores.length, keepRatio, least)));
+  const all = images.flatMap(({ scores }) => scores);
+  const kept = best(all, numKept(all.length, keepRatio, least));
+  let before = 0; // tokens of the images before
+  return images.map(({ scores }) => {
+    const first = before;
+    before += scores.length;
+    return new Set([...scores.keys()].filter((index) => kept.has(first + index)));
+  });
 }

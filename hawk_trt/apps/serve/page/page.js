@@ -1,4 +1,4 @@
-// The page: an image and a question go to the server; its answer, the kept tokens and the times come back.
+// The page: images and a question go to the server; its answer, the kept tokens and the times come back.
 
 import { ServerError, ask, servedModel, useKey } from "./chat.js";
 import { isRankedByScore, keptAt } from "./kept.js";
@@ -19,8 +19,9 @@ const decimal = new Intl.NumberFormat("en-GB", { maximumFractionDigits: 1 });
 const whole = new Intl.NumberFormat("en-GB");
 
 let model = null; // as /v1/models tells of it
-let image = null; // its data: URL
-let details = null; // of the last answer about this image
+let images = []; // the data: URL of each, and the URL by which the page shows it
+let current = 0; // the image that is shown
+let details = null; // of the last answer about these images
 let turns = []; // the messages of the last question, with its answer
 let running = null; // the AbortController of the question under way
 let afterKey = start; // what to do once there is a key
@@ -41,49 +42,86 @@ async function start() {
   showRatio();
 }
 
-// The image
+// The images
 
-function takeImage(file) {
+async function takeImages(files, added = false) {
   hideError();
-  if (!KINDS.includes(file.type)) {
-    const got = `${file.name || "The file"}: got ${file.type || "an unknown kind"}`;
+  const wrong = files.find((file) => !KINDS.includes(file.type));
+  if (wrong) {
+    const got = `${wrong.name || "The file"}: got ${wrong.type || "an unknown kind"}`;
     showMessage(`${got}, expected PNG, JPEG, WebP, GIF or BMP.`);
     return;
   }
-  const reader = new FileReader();
-  reader.onerror = () => showMessage(`${file.name}: it cannot be read.`);
-  reader.onload = () => {
-    stop();
-    image = reader.result;
-    details = null;
-    turns = [];
-    element("follow").checked = false;
-    element("follow-up").hidden = true;
-    const old = element("picture").src;
-    element("picture").src = element("thumbnail-picture").src = URL.createObjectURL(file);
-    if (old) URL.revokeObjectURL(old);
-    element("empty").hidden = true;
-    element("frame").hidden = false;
-    element("drop").classList.add("full");
-    element("result").hidden = element("earlier").hidden = true;
-    element("asked").replaceChildren();
-    show();
-    element("question").focus({ preventScroll: true });
-  };
-  reader.readAsDataURL(file);
+  let taken;
+  try {
+    taken = await Promise.all(files.map(async (file) => ({ url: await dataUrl(file), shown: URL.createObjectURL(file) })));
+  } catch {
+    showMessage("A file cannot be read.");
+    return;
+  }
+  const kept = added ? images : [];
+  for (const image of images) if (!kept.includes(image)) URL.revokeObjectURL(image.shown);
+  askAbout([...kept, ...taken], kept.length);
 }
+
+function dataUrl(file) {
+  return new Promise((done, fail) => {
+    const reader = new FileReader();
+    reader.onerror = fail;
+    reader.onload = () => done(reader.result);
+    reader.readAsDataURL(file);
+  });
+}
+
+/** Begin anew with these images. */
+function askAbout(chosen, shown) {
+  stop();
+  [images, details, turns] = [chosen, null, []];
+  element("follow").checked = false;
+  element("follow-up").hidden = true;
+  element("empty").hidden = images.length > 0;
+  element("frame").hidden = element("add-label").hidden = !images.length;
+  element("drop").classList.toggle("full", images.length > 0);
+  element("strip").hidden = element("remove").hidden = images.length < 2;
+  element("strip").replaceChildren(...images.map(({ shown }, index) => thumb(shown, index)));
+  element("result").hidden = element("earlier").hidden = true;
+  element("asked").replaceChildren();
+  choose(Math.min(shown, images.length - 1));
+  element("question").focus({ preventScroll: true });
+}
+
+function thumb(shown, index) {
+  const [button, picture] = [document.createElement("button"), document.createElement("img")];
+  Object.assign(button, { type: "button", className: "plain thumb", onclick: () => choose(index) });
+  Object.assign(picture, { src: shown, alt: "Image" }); // and its number is read with it
+  button.append(picture, ` ${index + 1}`);
+  return button;
+}
+
+function choose(index) {
+  current = index;
+  for (const [place, button] of [...element("strip").children].entries()) button.ariaPressed = place === index;
+  if (images.length) element("picture").src = element("thumbnail-picture").src = images[index].shown;
+  show();
+}
+
+element("remove").addEventListener("click", () => {
+  URL.revokeObjectURL(images[current].shown);
+  askAbout(images.filter((_, index) => index !== current), current);
+});
 
 element("sample").addEventListener("click", async () => {
   const sample = await (await fetch("page/sample.webp")).blob();
-  takeImage(new File([sample], "sample.webp", { type: "image/webp" }));
+  await takeImages([new File([sample], "sample.webp", { type: "image/webp" })]);
   element("question").value = "What colour is the heart?";
 });
 
-/** The image as a data URL that the server takes: as it is, or smaller. */
-function fitting(most) {
-  const [picture, canvas] = [element("picture"), document.createElement("canvas")];
-  let url = image;
+/** An image as a data URL of at most so many characters: as it is, or smaller. */
+async function fitting({ url, shown }, most) {
+  const [picture, canvas] = [new Image(), document.createElement("canvas")];
   for (let scale = 1; url.length > most; scale *= 0.7) {
+    picture.src ||= shown;
+    await picture.decode();
     canvas.width = Math.ceil(picture.naturalWidth * scale);
     canvas.height = Math.ceil(picture.naturalHeight * scale);
     canvas.getContext("2d").drawImage(picture, 0, 0, canvas.width, canvas.height);
@@ -92,13 +130,16 @@ function fitting(most) {
   return url;
 }
 
-function imageOf(transfer) {
-  return Array.from(transfer?.files ?? []).find((file) => file.type.startsWith("image/")) ?? transfer?.files[0];
+/** The images among what was dropped or pasted; where there is none, the first file, which is told of. */
+function imagesOf(transfer) {
+  const files = Array.from(transfer?.files ?? []);
+  const found = files.filter((file) => file.type.startsWith("image/"));
+  return found.length ? found : files.slice(0, 1);
 }
 
-for (const id of ["choose", "camera"]) {
+for (const id of ["choose", "add", "camera"]) {
   element(id).addEventListener("change", ({ target }) => {
-    if (target.files[0]) takeImage(target.files[0]);
+    if (target.files.length) takeImages([...target.files], id === "add");
     target.value = ""; // so that the same file can be chosen again
   });
 }
@@ -106,17 +147,14 @@ element("picture").addEventListener("load", ({ target }) => {
   element("frame").style.setProperty("--aspect", target.naturalWidth / target.naturalHeight);
 });
 element("picture").addEventListener("error", () => {
-  image = null;
-  element("empty").hidden = false;
-  element("frame").hidden = true;
-  element("drop").classList.remove("full");
+  askAbout(images.filter((_, index) => index !== current), 0);
   showMessage("This file cannot be shown as an image. It may be damaged.");
 });
 addEventListener("paste", (event) => {
-  const file = imageOf(event.clipboardData);
-  if (file) {
+  const files = imagesOf(event.clipboardData);
+  if (files.length) {
     event.preventDefault();
-    takeImage(file);
+    takeImages(files);
   }
 });
 // the whole window takes a drop, since a browser would otherwise leave the page for the image
@@ -124,8 +162,8 @@ for (const kind of ["dragover", "dragleave", "drop"]) {
   addEventListener(kind, (event) => {
     event.preventDefault();
     element("drop").classList.toggle("over", kind === "dragover");
-    const file = kind === "drop" && imageOf(event.dataTransfer);
-    if (file) takeImage(file);
+    const files = kind === "drop" ? imagesOf(event.dataTransfer) : [];
+    if (files.length) takeImages(files);
   });
 }
 
@@ -158,17 +196,10 @@ async function question() {
   if (!model || running) return;
   const text = element("question").value.trim();
   const earlier = element("follow").checked ? turns : [];
-  const content = [{ type: "text", text }];
-  if (image && !earlier.length) {
-    content.unshift({ type: "image_url", image_url: { url: fitting(0.95 * model.hawk.max_body_bytes) } });
+  if (!earlier.length && images.length > model.hawk.max_images) {
+    showMessage(`This server takes ${model.hawk.max_images} images at a time, and here are ${images.length}.`);
+    return;
   }
-  const body = {
-    model: model.id,
-    messages: [...earlier, { role: "user", content }],
-    temperature: 0,
-    // a follow-up has no image of its own to choose by
-    pruning: { keep_ratio: ratio(), selector: element("selector").value, ...(earlier.length && { query: "turn" }) },
-  };
   const mine = (running = new AbortController());
   const answer = element("answer");
   element("result").hidden = false;
@@ -179,6 +210,16 @@ async function question() {
   busy(true);
   answer.scrollIntoView({ block: "nearest" }); // on a phone it is below the image
   try {
+    const most = (0.95 * model.hawk.max_body_bytes) / images.length;
+    const sent = earlier.length ? [] : await Promise.all(images.map((image) => fitting(image, most)));
+    const content = [...sent.map((url) => ({ type: "image_url", image_url: { url } })), { type: "text", text }];
+    const body = {
+      model: model.id,
+      messages: [...earlier, { role: "user", content }],
+      temperature: 0,
+      // a follow-up has no image of its own to choose by
+      pruning: { keep_ratio: ratio(), selector: element("selector").value, ...(earlier.length && { query: "turn" }) },
+    };
     const told = await ask(body, mine.signal, (piece) => answer.append(piece));
     if (mine.signal.aborted) return;
     details = told.details.images.length ? told.details : null;
@@ -186,7 +227,7 @@ async function question() {
     showTimes(told.details.seconds);
     turns = [...body.messages, { role: "assistant", content: answer.textContent }];
     element("follow-up").hidden = false;
-    if (image) remember(told, text, answer.textContent);
+    if (images.length) remember(told, text, answer.textContent);
     show();
     answer.scrollIntoView({ block: "nearest" }); // what show() has added above may have moved it
   } catch (error) {
@@ -263,7 +304,7 @@ function showRatio() {
 
 function show() {
   showRatio();
-  const panels = details ? panelsOf(details.images[0]) : [];
+  const panels = details ? panelsOf(details.images[current]) : [];
   const kept = details && (keptAt(details, ratio()) ?? keptAt(details, details.keep_ratio));
   const view = document.querySelector("input[name=view]:checked").value;
   element("thumbnail").hidden = panels.length < 2;
@@ -272,8 +313,8 @@ function show() {
   element("compare").hidden = !details || details.keep_ratio === 1;
   for (const [index, id] of ["overlay", "thumbnail-overlay"].entries()) {
     if (!panels[index] || view === "image") cleared(element(id));
-    else if (view === "kept") drawKept(element(id), panels[index], kept);
-    else drawScores(element(id), panels[index], details.images[0].scores);
+    else if (view === "kept") drawKept(element(id), panels[index], kept[current]);
+    else drawScores(element(id), panels[index], details.images[current].scores);
   }
   element("count").textContent = countText(kept);
   element("overlay").setAttribute("aria-label", details ? element("count").textContent : "No tokens yet");
@@ -281,7 +322,11 @@ function show() {
 
 function countText(kept) {
   if (!details) return "Ask first; then move the slider to see which tokens stay.";
-  const text = keptOf(kept.size, details.images[0].scores.length);
+  const sum = (counts) => counts.reduce((left, right) => left + right, 0);
+  const all = details.images.map(({ scores }) => scores.length);
+  const here = kept[current].size;
+  const among = kept.length > 1 ? `; of this image ${whole.format(here)} of ${whole.format(all[current])}` : "";
+  const text = keptOf(sum(kept.map(({ size }) => size)), sum(all)) + among;
   if (ratio() === details.keep_ratio || isRankedByScore(details)) return text;
   const asked = `${decimal.format(details.keep_ratio * 100)} %`;
   return `${text} at ${asked}. What ${details.selector} keeps at another ratio only the server can tell: ask again.`;
