@@ -7,6 +7,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from export.__main__ import main as export
+from hawk_trt import ModelInputs
 
 TINY_VLM = Path(__file__).parent.parent / "examples" / "tiny-vlm"
 TILE_PX, TILE_TOKENS = 56, 4
@@ -164,3 +165,38 @@ def _write_texts(folder, size=None):
 def write(path, content):
     """Write a text file."""
     path.write_text(content, encoding="utf-8")
+
+
+def tensors(runs, seed=0):
+    """A prompt with runs of placeholders of so many tiles each."""
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(0, 450, 4).tolist()
+    for tiles in runs:
+        ids += [*rng.integers(0, 450, 2).tolist(), START, *[CONTEXT] * tiles * TILE_TOKENS, END]
+    ids += [*rng.integers(0, 450, 7).tolist(), IM_END, *rng.integers(0, 450, 3).tolist()]
+    pixels = rng.standard_normal((sum(runs), 3, TILE_PX, TILE_PX), dtype=np.float32) if runs else None
+    return ModelInputs(np.array(ids), pixel_values=pixels)
+
+
+def theirs(model, rows, steps):
+    """Tokens and logits of transformers' own generate, over a left-padded batch."""
+    import torch
+
+    longest = max(len(row.input_ids) for row in rows)
+    pads = [longest - len(row.input_ids) for row in rows]
+    ids = np.stack([np.pad(row.input_ids, (pad, 0)) for row, pad in zip(rows, pads, strict=True)])
+    mask = np.stack([np.arange(longest) >= pad for pad in pads]).astype(np.int64)
+    pixels = [row.pixel_values for row in rows if row.pixel_values is not None]
+    shown = {"pixel_values": torch.from_numpy(np.concatenate(pixels))} if pixels else {}
+    with torch.inference_mode():
+        out = model.generate(
+            input_ids=torch.from_numpy(ids),
+            attention_mask=torch.from_numpy(mask),
+            **shown,
+            max_new_tokens=steps,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+            pad_token_id=0,
+        )
+    return out.sequences[:, longest:].tolist(), torch.stack(out.logits, 1).numpy()

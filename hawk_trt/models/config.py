@@ -99,14 +99,9 @@ def text_section(config: Mapping[str, Any]) -> Section:
 def language_config(config: Mapping[str, Any], *, mrope: bool = True, qk_norm: bool = False) -> LanguageConfig:
     """Sizes of the language model from config.json.
 
-    Args:
-        config: config.json.
-        mrope: whether positions have time, height and width; else plain 1-D ones.
-        qk_norm: whether it is Qwen3's: queries and keys normed per head, no biases, config.json says the size of a
-            head; else Qwen2's, and the size is hidden_size / num_attention_heads.
-
-    Raises:
-        CheckpointError: a setting is missing or not supported.
+    mrope: whether positions have time, height and width; else plain 1-D ones.  qk_norm: whether it is Qwen3's, with
+    queries and keys normed per head, no biases, and head_dim in config.json; else it is Qwen2's, whose head_dim is
+    hidden_size / num_attention_heads.
     """
     text = text_section(config)
     _refuse_sliding_window(text)
@@ -154,9 +149,6 @@ def special_tokens(
         generation: generation_config.json, empty where there is none.
         added_tokens: content to id of the tokenizer's added tokens, empty without a tokenizer.
         spellings: of the tokens of images and videos, by their fields in SpecialTokens.
-
-    Raises:
-        CheckpointError: an id that is not a token of the vocabulary.
     """
     text = Section(config.get("text_config") or {}, "text_config").values
     vocab_size = text_section(config).integer("vocab_size")

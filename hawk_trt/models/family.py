@@ -56,14 +56,8 @@ class ImageSettings:
     ) -> "ImageSettings":
         """Settings from preprocessor_config.json; a key whose value is null counts as not there.
 
-        Args:
-            preprocessor: its content.
-            pixels: the least and the most of an image after resizing, which every family says in its own way.
-            mean: where the file does not say.
-            std: where the file does not say.
-
-        Raises:
-            CheckpointError: a setting that is not usable.
+        pixels: the least and the most of an image after resizing, which every family says in its own way.  mean, std:
+        where the file does not say. Raises CheckpointError where a setting is not usable.
         """
         if preprocessor.get("do_resize") is False:
             raise wrong("do_resize", False, "true (images are cut into whole patches)")
@@ -152,7 +146,7 @@ class TokenRun:
 
 
 class Family(Protocol):
-    """A model family, with the vision sizes of one model.
+    """A model family, with the vision sizes of one model; what it cannot use is refused as InvalidInput.
 
     Attributes:
         max_frame_pixels: the largest area of a video frame where the checkpoint says no bounds for videos, None for
@@ -174,30 +168,17 @@ class Family(Protocol):
     def vision_feeds(self, patches: Patches, max_patches: int) -> Iterator[dict[str, npt.NDArray[Any]]]:
         """Feeds of the vision stage, one call after another, together in prompt order.
 
-        max_patches bounds a call's patches (a single frame may exceed it). Raises InvalidInput at the call, where
-        pixel_values and grid_thw do not fit each other.
+        max_patches bounds a call's patches (a single frame may exceed it).
         """
 
     def image_settings(self, preprocessor: Mapping[str, Any]) -> ImageSettings:
-        """Settings from preprocessor_config.json, or from video_preprocessor_config.json for videos.
-
-        Raises:
-            CheckpointError: a setting that is not usable.
-        """
+        """Settings from preprocessor_config.json, or from video_preprocessor_config.json for videos."""
 
     def images_to_patches(self, images: Sequence[Image], settings: ImageSettings) -> Patches:
-        """Resize, normalise and cut RGB images [height, width, 3].
-
-        Raises:
-            InvalidInput: an image whose shape cannot be used.
-        """
+        """Resize, normalise and cut RGB images [height, width, 3]."""
 
     def video_to_patches(self, frames: Sequence[Image], settings: ImageSettings) -> Patches:
-        """Resize, normalise and cut the sampled RGB frames of one video, all of one size.
-
-        Raises:
-            InvalidInput: frames whose shapes cannot be used.
-        """
+        """Resize, normalise and cut the sampled RGB frames of one video, all of one size."""
 
     def image_parts(self, image: Image, count: int) -> Sequence[Image]:
         """The pictures that the `count` steps of an image's grid show, RGB: the image itself, or its tiles."""
@@ -221,23 +202,15 @@ class Family(Protocol):
     def item_grids(self, inputs: ModelInputs, visual_kind: npt.NDArray[np.int8]) -> tuple[IntArray, IntArray]:
         """The grid_thw of a prompt's images and of its videos, wherever the family's processor says them.
 
-        visual_kind: [seq_len], padding included, 0 text, 1 image placeholder, 2 video placeholder. Raises InvalidInput
-        where grids, placeholders and pixel values do not fit each other.
+        visual_kind: [seq_len], padding included, 0 text, 1 image placeholder, 2 video placeholder.
         """
 
     def position_ids(self, visual_kind: npt.NDArray[np.int8], grids: ItemGrids) -> IntArray:
-        """Positions of a prompt without padding: int64 [axes, seq_len].
-
-        visual_kind: as in item_grids. Raises InvalidInput where placeholders and grids do not fit each other.
-        """
+        """Positions of a prompt without padding: int64 [axes, seq_len]. visual_kind: as in item_grids."""
 
 
 def object_of(preprocessor: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """The JSON object under a key, empty where there is none.
-
-    Raises:
-        CheckpointError: something else is there.
-    """
+    """The JSON object under a key, empty where there is none."""
     value = preprocessor.get(key)
     if value is not None and not isinstance(value, Mapping):
         raise wrong(key, value, "a JSON object")
@@ -245,11 +218,7 @@ def object_of(preprocessor: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 
 def whole_number(name: str, value: object, default: int, expected: str) -> int:
-    """An integer of at least 1, which JSON may also write as 50176.0; the default for null.
-
-    Raises:
-        CheckpointError: something else.
-    """
+    """An integer of at least 1, which JSON may also write as 50176.0; the default for null."""
     if value is None:
         return default
     if not _is_number(value) or not 1 <= value < _MOST**2 or value != int(value):
@@ -263,11 +232,7 @@ def wrong(key: str, got: object, expected: str) -> CheckpointError:
 
 
 def check_rgb(image: Image) -> None:
-    """Refuse what is not uint8 [height, width, 3], or empty.
-
-    Raises:
-        InvalidInput: it is none of these.
-    """
+    """Refuse, as InvalidInput, what is not uint8 [height, width, 3], or empty."""
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
         raise InvalidInput(f"image: got {image.dtype}{list(image.shape)}, expected uint8[height, width, 3]")
 

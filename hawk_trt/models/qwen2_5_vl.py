@@ -24,9 +24,6 @@ class Qwen25VL(Qwen2VL):
 
     vision: Qwen25Vision
 
-    def __init__(self, vision: Qwen25Vision) -> None:
-        super().__init__(vision)
-
     def vision_spec(self) -> StageSpec:
         """Qwen2-VL's, and the plan of the windows."""
         spec = super().vision_spec()

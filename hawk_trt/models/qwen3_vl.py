@@ -35,9 +35,6 @@ class Qwen3VL(Qwen2VL):
     pixel_bounds: ClassVar[PixelBounds] = "video"
     vision: Qwen3Vision
 
-    def __init__(self, vision: Qwen3Vision) -> None:
-        super().__init__(vision)
-
     def vision_spec(self) -> StageSpec:
         """Qwen2-VL's, the places in the table of positions, and DeepStack's features."""
         spec, levels = super().vision_spec(), len(self.vision.deepstack_visual_indexes)
@@ -64,10 +61,7 @@ class Qwen3VL(Qwen2VL):
 
     @staticmethod
     def frame_numbers(total: int, video_fps: float, fps: float | None, max_frames: int) -> IntArray:
-        """Which frames of a file are taken: from the first to the last, evenly spaced.
-
-        2 a second, or fps; at least 4, where there are so many.
-        """
+        """From the first to the last, evenly spaced: 2 a second, or fps; at least 4, where there are so many."""
         wanted = int(total / video_fps * (DEFAULT_FPS if fps is None else fps))
         count = min(max(wanted, MIN_FRAMES), max_frames, total)
         numbers: IntArray = np.linspace(0, total - 1, count).round().astype(np.int64)

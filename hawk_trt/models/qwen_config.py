@@ -116,11 +116,7 @@ _SIDES: dict[str, tuple[Callable[[Config], LanguageConfig], Callable[[Config], A
 
 
 def read(family: str, config: Config, generation: Config, added_tokens: Mapping[str, int]) -> ModelConfig:
-    """The model of a config.json of the family; see registry.read_config.
-
-    Raises:
-        CheckpointError: a setting is missing or not supported.
-    """
+    """The model of a config.json of the family; see registry.read_config."""
     language, vision = _SIDES[family]
     tokens = special_tokens(config, generation, added_tokens, _SPELLINGS)
     return ModelConfig(language(config), vision(config), tokens)

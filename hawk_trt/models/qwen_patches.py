@@ -44,9 +44,6 @@ def smart_resize(
     """Height and width nearest to the given ones that are multiples of factor and within the pixel bounds.
 
     The bounds are of all frames together; `together` frames make a temporal patch.
-
-    Raises:
-        InvalidInput: a side more than 200 times the other.
     """
     if max(height, width) > _MAX_ASPECT_RATIO * min(height, width):
         what = "image: got" if num_frames == 1 else "video: got frames of"
@@ -100,7 +97,7 @@ def cut(
 ) -> None:
     """Write the normalised patches of one resized image into rows [num_patches, patch_dim].
 
-    tables: see value_tables.  places: the places in the temporal patch that the image takes.
+    tables: of ImageSettings.value_tables.  places: in the temporal patch that the image takes.
     """
     merge, patch, together = vision.spatial_merge_size, vision.patch_size, vision.temporal_patch_size
     high, wide = image.shape[0] // vision.token_side, image.shape[1] // vision.token_side
@@ -134,13 +131,7 @@ class FrameBatch:
 
 
 def frame_batches(patches: Patches, vision: Qwen2Vision, max_patches: int) -> Iterator[FrameBatch]:
-    """Cut images and videos into batches of frames of one size, in order.
-
-    max_patches: of one batch; a single frame may exceed it.
-
-    Raises:
-        InvalidInput: pixel_values and grid_thw do not fit each other, or not the model.
-    """
+    """Cut images and videos into batches of frames of one size, in order; a single frame may exceed max_patches."""
     grid = check_grid("grid_thw", patches.grid_thw, vision.spatial_merge_size)
     pixels, dim, num_rows = patches.pixel_values, vision.patch_dim, int(grid.prod(axis=1).sum())
     got = f"pixel_values: got {pixels.dtype}{list(pixels.shape)}, expected"
@@ -179,9 +170,6 @@ def position_ids(visual_kind: npt.NDArray[np.int8], grids: ItemGrids, merge: int
 
     Returns:
         int64 [3, seq_len]: time, height, width.
-
-    Raises:
-        InvalidInput: text lies between the placeholders of an image or video, which it names.
     """
     rate, still = np.float32(tokens_per_second), np.zeros(len(grids.images), np.float32)
     items = {
@@ -216,11 +204,7 @@ def position_ids(visual_kind: npt.NDArray[np.int8], grids: ItemGrids, merge: int
 
 
 def check_grid(name: str, grid_thw: npt.ArrayLike | None, merge: int) -> IntArray:
-    """A grid as int64 [items, 3]; no items where there is none.
-
-    Raises:
-        InvalidInput: not [items, 3], not integers, below 1, or height or width no multiple of merge.
-    """
+    """A grid as int64 [items, 3]; no items where there is none."""
     grid = np.asarray(() if grid_thw is None else grid_thw)
     if grid.size == 0:
         return np.empty((0, 3), dtype=np.int64)

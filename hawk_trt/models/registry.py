@@ -52,10 +52,7 @@ def read_config(
 ) -> "ModelConfig":
     """Read and check config.json.
 
-    Args:
-        config: config.json.
-        generation: generation_config.json, where there is one.
-        added_tokens: content to id of the tokenizer's added tokens, where there is a tokenizer.
+    generation: generation_config.json.  added_tokens: content to id of the tokenizer's added tokens.
 
     Raises:
         CheckpointError: a setting is missing or not supported.
@@ -71,11 +68,7 @@ def read_config(
 
 
 def family_name(config: Mapping[str, Any]) -> str:
-    """Name of the family of a checkpoint's config.json.
-
-    Raises:
-        CheckpointError: an architecture that is not supported.
-    """
+    """Name of the family of a checkpoint's config.json; CheckpointError for an architecture that is not supported."""
     named = config.get("architectures")
     if named is not None and not (isinstance(named, list) and all(isinstance(name, str) for name in named)):
         from hawk_trt.models.config import Section

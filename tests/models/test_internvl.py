@@ -19,7 +19,7 @@ from hawk_trt.bundle import Bundle
 from hawk_trt.errors import InvalidInput
 from hawk_trt.pruning.hawk import head_scores, normalize, num_kept
 from hawk_trt.stages import NORMALIZATIONS
-from internvl import CHECKPOINTS, CONTEXT, END, IM_END, START, TILE_PX, TILE_TOKENS, VIDEO
+from internvl import CHECKPOINTS, CONTEXT, END, IM_END, START, TILE_PX, TILE_TOKENS, VIDEO, tensors, theirs
 from served import ask, assert_served_as_alone
 from targets import ON_CPU
 
@@ -70,39 +70,6 @@ def reference_of(checkpoint, normalization="l2"):
     return Reference.load(checkpoint, head_weights=(0.25,) * 4, normalization=normalization)
 
 
-def tensors(runs, seed=0):
-    """A prompt with runs of placeholders of so many tiles each."""
-    rng = np.random.default_rng(seed)
-    ids = rng.integers(0, 450, 4).tolist()
-    for tiles in runs:
-        ids += [*rng.integers(0, 450, 2).tolist(), START, *[CONTEXT] * tiles * TILE_TOKENS, END]
-    ids += [*rng.integers(0, 450, 7).tolist(), IM_END, *rng.integers(0, 450, 3).tolist()]
-    pixels = rng.standard_normal((sum(runs), 3, TILE_PX, TILE_PX), dtype=np.float32) if runs else None
-    return ModelInputs(np.array(ids), pixel_values=pixels)
-
-
-def theirs(model, rows):
-    """Tokens and logits of transformers' own generate, over a left-padded batch."""
-    longest = max(len(row.input_ids) for row in rows)
-    pads = [longest - len(row.input_ids) for row in rows]
-    ids = np.stack([np.pad(row.input_ids, (pad, 0)) for row, pad in zip(rows, pads, strict=True)])
-    mask = np.stack([np.arange(longest) >= pad for pad in pads]).astype(np.int64)
-    pixels = [row.pixel_values for row in rows if row.pixel_values is not None]
-    shown = {"pixel_values": torch.from_numpy(np.concatenate(pixels))} if pixels else {}
-    with torch.inference_mode():
-        out = model.generate(
-            input_ids=torch.from_numpy(ids),
-            attention_mask=torch.from_numpy(mask),
-            **shown,
-            max_new_tokens=STEPS,
-            do_sample=False,
-            output_logits=True,
-            return_dict_in_generate=True,
-            pad_token_id=0,
-        )
-    return out.sequences[:, longest:].tolist(), torch.stack(out.logits, 1).numpy()
-
-
 def ours(pipe, rows, pruning):
     options = {"pruning": pruning, "max_new_tokens": STEPS, "ignore_eos": True, "return_logits": True}
     return pipe.generate_batch(rows, **options) if len(rows) > 1 else [pipe.generate(rows[0], **options)]
@@ -123,7 +90,7 @@ def test_the_vision_graph_equals_the_tower(folder, tower, target):
 @pytest.mark.parametrize("runs", PROMPTS.values(), ids=PROMPTS)
 def test_unpruned_tokens_are_those_of_transformers(pipe, model, runs):
     inputs = tensors(runs)
-    (tokens,), (logits,) = theirs(model, [inputs])
+    (tokens,), (logits,) = theirs(model, [inputs], STEPS)
     (result,) = ours(pipe, [inputs], PruningConfig(keep_ratio=1.0))
     assert result.token_ids == tokens
     np.testing.assert_allclose(result.logits, logits, rtol=0, atol=1e-3)
@@ -132,7 +99,7 @@ def test_unpruned_tokens_are_those_of_transformers(pipe, model, runs):
 
 def test_an_unpruned_batch_of_unlike_prompts_is_that_of_transformers(pipe, model):
     rows = [tensors(runs, seed) for seed, runs in enumerate(PROMPTS.values())]
-    tokens, logits = theirs(model, rows)
+    tokens, logits = theirs(model, rows, STEPS)
     for row, result in enumerate(ours(pipe, rows, PruningConfig(keep_ratio=1.0))):
         assert result.token_ids == tokens[row]
         np.testing.assert_allclose(result.logits, logits[row], rtol=0, atol=1e-3)
@@ -414,7 +381,7 @@ def test_a_tied_checkpoint_needs_no_head_of_its_own(tmp_path, qwen3):
     assert not any("lm_head" in name for name in internvl.load_file(checkpoint / "model.safetensors"))
     assert export([str(checkpoint), "--out", str(tmp_path / "bundle")]) == 0
     inputs = tensors([2])
-    (tokens,), (logits,) = theirs(load(checkpoint), [inputs])
+    (tokens,), (logits,) = theirs(load(checkpoint), [inputs], STEPS)
     with Pipeline.load(tmp_path / "bundle") as pipe:
         (result,) = ours(pipe, [inputs], PruningConfig(keep_ratio=1.0))
     assert result.token_ids == tokens

@@ -1,0 +1,101 @@
+"""What the pipeline cannot do is refused before anything runs, in words that say what helps."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from examples.tiny_task import generate
+from export.__main__ import main as export
+from hawk_trt import HawkError, ModelInputs, Pipeline, PruningConfig, Request, SamplingConfig
+from hawk_trt.errors import BackendError, BundleError, InvalidInput
+
+SAMPLES = list(generate(11, 10))
+PRUNING = PruningConfig(keep_ratio=0.2)
+
+
+@pytest.fixture(scope="module")
+def inplace(tiny_bundle):
+    with Pipeline.load(tiny_bundle) as pipe:
+        assert pipe.backend.target == "cpu"
+        yield pipe
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens: got 0"),
+        ({"pruning": PruningConfig(head_weights=(1.0, 2.0))}, "got 2 values, expected 8"),
+        ({"images": [SAMPLES[0].image], "min_pixels": 10_000, "max_pixels": 100}, "expected 0 < min_pixels"),
+        ({"images": [b"not an image"]}, "image"),
+        ({"images": [np.zeros((0, 4, 3), np.uint8)]}, "image"),
+        ({"prompt": ModelInputs(input_ids=[1, 2]), "images": [SAMPLES[0].image]}, "beside ModelInputs"),
+        ({"prompt": ModelInputs(input_ids=[1, 9999])}, "input_ids: got ids from 1 to 9999"),
+        ({"prompt": ModelInputs(input_ids=[-1, 1])}, "input_ids: got ids from -1"),
+        ({"prompt": []}, "messages"),
+        ({"prompt": 3}, "prompt"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_refused_before_anything_runs(inplace, arguments, message):
+    with pytest.raises(InvalidInput, match=message):
+        inplace.generate(**{"prompt": "What is red?", "images": []} | arguments)
+
+
+def test_pixels_that_do_not_fit_their_grid_are_refused(inplace):
+    good = inplace.prepare("What is red?", [SAMPLES[0].image])
+    with pytest.raises(InvalidInput, match="pixel_values"):
+        inplace.generate(dataclasses.replace(good, pixel_values=good.pixel_values[:-4]))
+    with pytest.raises(InvalidInput, match="pixel_values"):
+        inplace.generate(dataclasses.replace(good, pixel_values=None))
+
+
+def test_a_bad_request_of_a_batch_is_named(inplace):
+    with pytest.raises(InvalidInput, match=r"requests\[1\]: .*image"):
+        inplace.generate_batch(["What is red?", Request("What is red?", [b"broken"])])
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"keep_ratio": 0}, {"keep_ratio": -1}, {"keep_ratio": 2}, {"keep_ratio": float("nan")}, {"keep_ratio": "0.2"},
+        {"head_weights": (float("nan"), 1.0)}, {"head_weights": (0.0, 0.0)}, {"head_weights": ()},
+        {"head_weights": (-1.0, 2.0)},
+        {"selector": "best"}, {"query": "all"}, {"quota": "none"}, {"min_visual_tokens": 0}, {"min_visual_tokens": 1.5},
+    ],
+)  # fmt: skip
+def test_invalid_pruning_raises_at_construction(values):
+    with pytest.raises(HawkError, match=next(iter(values))):
+        PruningConfig(**values)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"temperature": -0.1}, {"temperature": float("inf")}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -1}, {"seed": -3}],
+)
+def test_invalid_sampling_raises_at_construction(values):
+    with pytest.raises(ValueError, match=next(iter(values))):
+        SamplingConfig(**values)
+
+
+def test_a_missing_target_names_the_export_option(tiny_checkpoint, tmp_path):
+    assert export([str(tiny_checkpoint), "--out", str(tmp_path / "b"), "--target", "portable"]) == 0
+    assert Pipeline.load(tmp_path / "b").backend.target == "portable"
+    with pytest.raises(BundleError, match="--target cpu"):
+        Pipeline.load(tmp_path / "b", target="cpu")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"device": "tpu"}, 'expected "cpu", "cuda"'),
+    ],
+)
+def test_an_unknown_device_is_refused(tiny_bundle, arguments, message):
+    with pytest.raises(BackendError, match=message):
+        Pipeline.load(tiny_bundle, **arguments)
+
+
+def test_bfloat16_says_on_the_cpu_what_to_do(tiny_checkpoint, tmp_path):
+    assert export([str(tiny_checkpoint), "--out", str(tmp_path / "b"), "--dtype", "bfloat16"]) == 0
+    with pytest.raises(BackendError, match=r"--dtype float32 or float16"):
+        Pipeline.load(tmp_path / "b")
