@@ -25,6 +25,8 @@ from .tensors import tensor_names
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+# Of Cosmos 3 the language model and the vision tower lie apart, in the folders of Diffusers.
+_PARTS = ("transformer", "vision_encoder")
 _SHARD = re.compile(r"model-(\d+)-of-(\d+)\.safetensors")
 _SETTINGS = "quantization_config"
 _PEFT_PREFIX = "base_model.model."
@@ -149,6 +151,8 @@ def _weight_files(folder: Path) -> tuple[TensorFile, ...]:
         return (read_tensor_file(folder / _SINGLE),)
     if (folder / _INDEX).is_file():
         return _indexed_files(folder)
+    if parts := [path for part in _PARTS for path in sorted((folder / part).glob("*.safetensors"))]:
+        return tuple(read_tensor_file(path) for path in parts)
     shards = sorted(path for path in folder.iterdir() if _SHARD.fullmatch(path.name))
     if not shards:
         raise CheckpointError(_no_weights(folder))
@@ -169,14 +173,20 @@ def _indexed_files(folder: Path) -> tuple[TensorFile, ...]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: no weight_map, expected tensor names and their files")
     for name in weight_map.values():
-        if not isinstance(name, str) or Path(name).name != name or len(name) > 200 or "\0" in name:
-            raise CheckpointError(f"{index}: got the file {str(name)[:80]!r}, expected a name without folders")
+        place, _, own = str(name).rpartition("/")
+        if not isinstance(name, str) or place not in ("", *_PARTS) or Path(own).name != own or len(name) > 200:
+            parts = " or ".join(_PARTS)
+            raise CheckpointError(
+                f"{index}: got the file {str(name)[:80]!r}, expected a name without folders, or in {parts}"
+            )
+        if "\0" in name:
+            raise CheckpointError(f"{index}: got the file {name[:80]!r}, which no file is called")
     files: list[TensorFile] = []
     for name in sorted(set(weight_map.values())):
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder / name}: missing, {index.name} names it. Download it again")
         files.append(read_tensor_file(folder / name))
-    held = {file.path.name: {tensor.name for tensor in file.tensors} for file in files}
+    held = {file.path.relative_to(folder).as_posix(): {tensor.name for tensor in file.tensors} for file in files}
     for tensor_name, name in weight_map.items():
         if tensor_name not in held[name]:
             raise CheckpointError(f"{folder / name}: no tensor {tensor_name}, which {index.name} places there")
@@ -206,12 +216,15 @@ def _canonical_tensors(
     tensors: dict[str, CheckpointTensor] = {}
     for file in files:
         for tensor in file.tensors:
+            named = names(tensor.name)
+            if not named:
+                continue
             if tensor.name.startswith(_PEFT_PREFIX):
                 raise CheckpointError(
                     f"{file.path}: tensor {tensor.name}: saved from inside PEFT. Merge the adapter and save the model: "
                     "model.merge_and_unload().save_pretrained(NEW_DIR)"
                 )
-            for part in _parts(tensor, names(tensor.name)):
+            for part in _parts(tensor, named):
                 if part.name in tensors:
                     first = tensors[part.name].file.name
                     raise CheckpointError(

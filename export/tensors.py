@@ -1,7 +1,8 @@
 """What a model's tensors are called, and the tables of their shapes.
 
 visual.*, language_model.* and lm_head.weight are the canonical names, by which graphs know them. A tensor of a
-checkpoint has mostly one, several where a fused tensor holds equal parts, one below the other.
+checkpoint has mostly one, several where a fused tensor holds equal parts, one below the other, and none where it is of
+a part that answers do not need.
 """
 
 import re
@@ -42,9 +43,25 @@ _INTERNVL_RENAMES = (
     (r"^(model\.)?language_model\.(model\.)?", "language_model."),
 )
 
+# Of Cosmos 3, whose reasoner is a Qwen3-VL, flat and with Diffusers' names of attention; beside it lies a generator of
+# pictures, sound and actions, by the names of either generation of checkpoints.
+_COSMOS_RENAMES = (
+    (r"^(blocks|merger|patch_embed|pos_embed|deepstack_merger_list)\.", r"visual.\1."),
+    (r"^(layers|embed_tokens|norm)\.", r"language_model.\1."),
+    (r"\.self_attn\.to_([qkv])\.", r".self_attn.\1_proj."),
+    (r"\.self_attn\.to_out\.", ".self_attn.o_proj."),
+    (r"\.self_attn\.norm_([qk])\.", r".self_attn.\1_norm."),
+)
+_COSMOS_GENERATOR = re.compile(
+    r"moe_gen|\.(add_[qkv]_proj|to_add_out|norm_added_[qk])\.|^(time_embedder|((audio|action)_)?proj_(in|out))\."
+    r"|^(llm2(vae|sound|action)|(vae|sound|action)2llm)\.|^(audio|sound|action)_modality_embed"
+)
+
 
 def tensor_names(config: Mapping[str, Any]) -> Callable[[str], tuple[str, ...]]:
     """What names the tensors of a checkpoint; an unknown architecture's are named as Qwen's."""
+    if any(str(name).startswith("Cosmos3") for name in config.get("architectures") or ()):
+        return cosmos_names
     try:
         return internvl_names if family_name(config) == "internvl" else qwen_names
     except CheckpointError:  # what is not supported is refused where its sizes are read
@@ -57,6 +74,15 @@ def qwen_names(name: str) -> tuple[str, ...]:
         if name.startswith(prefix):
             return (canonical + name.removeprefix(prefix),)
     return (name,)
+
+
+def cosmos_names(name: str) -> tuple[str, ...]:
+    """Of Cosmos 3; none for what the generator alone needs."""
+    if _COSMOS_GENERATOR.search(name):
+        return ()
+    for pattern, replacement in _COSMOS_RENAMES:
+        name = re.sub(pattern, replacement, name)
+    return qwen_names(name)
 
 
 def internvl_names(name: str) -> tuple[str, ...]:

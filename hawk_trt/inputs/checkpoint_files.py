@@ -38,7 +38,7 @@ _KEYS_OF_PROCESSOR = {_PREPROCESSOR: "image_processor", _VIDEO_PREPROCESSOR: "vi
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Weights, configs, tokenizer and chat template; not the pickled copies, images and papers that lie beside them.
-_PATTERNS = ["model*.safetensors", "*.json", "*.jinja"]
+_PATTERNS = ["model*.safetensors", "transformer/*.safetensors", "vision_encoder/*.safetensors", "*.json", "*.jinja"]
 
 
 @dataclass(frozen=True, slots=True)

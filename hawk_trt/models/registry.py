@@ -17,12 +17,16 @@ _ARCHITECTURES = {
     "Qwen2_5_VLForConditionalGeneration": "qwen2_5_vl",
     "Qwen2VLForConditionalGeneration": "qwen2_vl",
     "Qwen3VLForConditionalGeneration": "qwen3_vl",
+    # the reasoner of Cosmos 3 is a Qwen3-VL
+    "Cosmos3ForConditionalGeneration": "qwen3_vl",
+    "Cosmos3OmniForConditionalGeneration": "qwen3_vl",
     "InternVLForConditionalGeneration": "internvl",
     "InternVLChatModel": "internvl",
 }
 # Close relatives of what is supported, and why they are not.
 _REFUSED = {
     "Qwen3VLMoeForConditionalGeneration": "Its layers are mixtures of experts; take a dense Qwen3-VL, such as the 8B",
+    "Cosmos3EdgeForConditionalGeneration": "Its tower is SigLIP2's; take Cosmos-Reason2 or Cosmos3-Nano",
 }
 
 
