@@ -3,7 +3,7 @@
 .NOTPARALLEL:
 .PHONY: help setup demo check docs lint types tests tests-slow export parity accuracy clean
 .PHONY: wheel check-wheel
-.PHONY: check-files check-harness check-models check-page check-serving bench-native real
+.PHONY: check-files check-harness check-models check-page check-quantisers check-serving bench-native real
 .PHONY: advise calibrate train-tiny
 .PHONY: plugin plugin-check gpu-report
 .PHONY: engines self-test preflight preflight-cuda preflight-large types-tensorrt
@@ -168,6 +168,9 @@ check-files: $(FULL) ## 2,000 damaged files of checkpoints and bundles: each a c
 
 check-models: $(FULL) ## Real sizes, random weights: 32B and 72B linked, two layers of the 3B and 7B against numpy
 	$(BIN)/python -m benchmarks.real_sizes $(FLAGS)
+
+check-quantisers: $(FULL) ## Checkpoints that the quantising packages write, after installing them (docs/quantised.md): three minutes
+	$(GPU_PYTHON) -m pytest -q -ra -m quantisers
 
 bench-native: $(FULL) ## Memory and time of images up to 16,384 visual tokens at the 7B's width; whole: FLAGS="--depth 32"
 	$(BIN)/python -m benchmarks.native_resolution $(FLAGS)
