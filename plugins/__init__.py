@@ -1,1 +1,1 @@
-"""The TensorRT plugin hawk::WeightedTopK in C++ and CUDA, and what checks it."""
+"""The TensorRT plugin hawk::WeightedTopK in C++ and CUDA."""

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 
 from benchmarks.gpu_report.record import ROOT, Failed, Record, Setting
+from benchmarks.gpu_report.topk_cases import Case, disagreement, random_case
+from benchmarks.gpu_report.topk_library import Addresses, KernelLibrary, PluginLibrary, Sizes, TopK
 from hawk_trt.errors import BackendError
 from hawk_trt.stages import BIAS_KEEP, NORMALIZATIONS
-from plugins.cases import Case, disagreement, random_case
-from plugins.kernel_library import Addresses, KernelLibrary, PluginLibrary, Sizes, TopK
 
 HEADS = 28
 KEEP_RATIO = 0.2

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.gpu_report.record import ROOT, Record, Setting, Skipped
+from benchmarks.gpu_report.topk_cases import disagreement, random_case
+from benchmarks.gpu_report.topk_library import Addresses, KernelLibrary, Sizes
 from hawk_trt.errors import BackendError
 from hawk_trt.stages import NORMALIZATIONS
-from plugins.cases import disagreement, random_case
-from plugins.kernel_library import Addresses, KernelLibrary, Sizes
 
 _TOOLS = ("memcheck", "racecheck")
 # A row in one block, one in several, and a batch of rows whose lengths fill no block.

@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.gpu_report.topk_cases import Case, disagreement, random_case
+from benchmarks.gpu_report.topk_library import Addresses, KernelLibrary, Sizes
 from export import weighted_topk as node
 from hawk_trt.errors import BackendError, InvalidInput
 from hawk_trt.pruning import hawk
 from hawk_trt.stages import BIAS_DROP, BIAS_KEEP, NORMALIZATIONS
-from plugins.cases import Case, disagreement, random_case
-from plugins.kernel_library import Addresses, KernelLibrary, Sizes
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ raise SystemExit(main(Path({!r}), "cpu"))
 NOTHING_KEPT = """
 from pathlib import Path
 import numpy as np
-from plugins.kernel_library import Addresses, KernelLibrary, Sizes
+from benchmarks.gpu_report.topk_library import Addresses, KernelLibrary, Sizes
 kernel, sizes = KernelLibrary(Path({!r}), "l2"), Sizes(1, 2, 900, 0)
 arrays = [np.ones((1, 2, 900), "f4"), np.ones(2, "f4"), np.zeros((1, 900), "i8"), np.zeros((1, 900), "f4")]
 arrays += [np.zeros((1, 0), "i4"), np.zeros((1, 900), "f4")]

@@ -26,21 +26,12 @@ _CACHE = "cache"
 
 
 class TensorRtBackend:
-    """An engine folder in TensorRT. Make it with `load`.
+    """An engine folder in TensorRT, for `load` to make.
 
     Attributes:
-        engines: what was loaded.
-        cuda: the GPU.
         memory: the one allocation that everything lies in.
         contexts: execution contexts by stage and optimization profile.
-        cache: the KV cache.
-        encoder: runs the vision plan.
-        prefill: runs first_layer and decoder over prompts.
-        decode_step: runs them over single tokens.
         embedding_table: [vocab, hidden], memory-mapped.
-        max_context: columns that the KV cache holds.
-        max_batch: its slots.
-        can_gather: whether generations lie side by side in it.
         max_vision_patches: of one feed of the vision stage; the encoder cuts it into calls of what the plan takes.
     """
 

@@ -37,11 +37,8 @@ class KVCache:
     """Keys and values of all layers, and whose they are.
 
     Attributes:
-        inplace: whether steps write in place.
         shared: whether several generations have slots of it at a time.
-        context: columns that a slot can hold.
-        batch: slots.
-        nbytes: device memory that it takes.
+        context, batch: columns that a slot can hold, and slots.
         starts: int64 [batch], the first column of each slot that holds a token.
         ends: int64 [batch], where each writes next.
         finite: bool [batch], whether all that a slot holds is known to be finite.
@@ -71,7 +68,7 @@ class KVCache:
 
     @staticmethod
     def size_bytes(manifest: EngineManifest) -> int:
-        """Device memory that it takes."""
+        """Of device memory."""
         names, sides, tensor_bytes = _layout(manifest)
         return sides * len(names) * tensor_bytes
 
@@ -114,7 +111,7 @@ class KVCache:
             self._owners[slot] = weakref.ref(owner)
 
     def release(self, slots: Iterable[int]) -> None:
-        """Let slots be free."""
+        """Let others have slots."""
         for slot in slots:
             self._owners[slot] = None
 

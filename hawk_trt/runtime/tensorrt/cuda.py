@@ -35,11 +35,7 @@ _GIB = float(1 << 30)
 
 
 class CudaError(BackendError):
-    """A call into the driver failed.
-
-    Attributes:
-        status: the driver's name, such as "CUDA_ERROR_OUT_OF_MEMORY".
-    """
+    """A call into the driver failed; status: the driver's name, such as "CUDA_ERROR_OUT_OF_MEMORY"."""
 
     def __init__(self, message: str, status: str) -> None:
         super().__init__(message)
@@ -47,14 +43,7 @@ class CudaError(BackendError):
 
 
 def call(function: str, *arguments: object) -> Any:  # noqa: ANN401 - what a driver function returns depends on which
-    """Call a function of the driver.
-
-    Args:
-        function: its name.
-        arguments: its inputs; outputs are returned.
-
-    Returns:
-        What it gives beside its status: None, one value, or a list.
+    """Call a function of the driver by its name; returns what it gives beside its status: None, one value, or a list.
 
     Raises:
         CudaError: a status other than success.
@@ -72,12 +61,7 @@ def call(function: str, *arguments: object) -> Any:  # noqa: ANN401 - what a dri
 
 
 class Pinned:
-    """Page-locked host memory: what the GPU copies from and to without the CPU.
-
-    Attributes:
-        address: of its first byte.
-        bytes: its content, uint8 [size].
-    """
+    """Page-locked host memory, which the GPU copies from and to without the CPU; bytes: its content, uint8 [size]."""
 
     def __init__(self, address: int, size_bytes: int) -> None:
         self.address = address
@@ -93,8 +77,7 @@ class Graph:
     """A captured sequence of work, launched with one call."""
 
     def __init__(self, executable: object, stream: object) -> None:
-        self._executable = executable
-        self._stream = stream
+        self._executable, self._stream = executable, stream
 
     def launch(self) -> None:
         """Enqueue all of it."""
@@ -111,7 +94,6 @@ class CudaDevice:
     """One GPU. Work goes to one stream, in order; use `active` around every use from outside.
 
     Attributes:
-        index: its number.
         stream: handle of the stream, as TensorRT takes it.
 
     Raises:

@@ -14,6 +14,7 @@ its own, and up to MAX_GRAPHS are kept.
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, TypeAlias
 
@@ -43,20 +44,16 @@ MAX_GRAPHS = 16
 Stages: TypeAlias = tuple[Context, Context]
 
 
+@dataclass(slots=True)
 class _Bound:
     """Execution contexts with shapes and addresses, and the graph that was captured of them, if any."""
 
-    def __init__(self, stages: Stages) -> None:
-        self.stages = stages
-        self.graph: Graph | None = None
+    stages: Stages
+    graph: Graph | None = None
 
 
 class DecodeStep:
-    """The decode step, for any slots.
-
-    Attributes:
-        captures: graphs made so far.
-    """
+    """The decode step, for any slots; captures: graphs made so far."""
 
     def __init__(
         self,
@@ -67,16 +64,7 @@ class DecodeStep:
         manifest: EngineManifest,
         embedding_table: npt.NDArray[Any],
     ) -> None:
-        """Upload what is the same in every step.
-
-        Args:
-            memory: with the regions of `sizes`.
-            cache: that it reads and writes.
-            stages: first_layer and decoder in their decode profiles.
-            more_stages: makes others like them.
-            manifest: of the engines.
-            embedding_table: [vocab, hidden].
-        """
+        """Upload what is the same in every step; more_stages makes contexts like stages."""
         self._memory, self._cache, self._table = memory, cache, embedding_table
         self._spare, self._more_stages = [stages], more_stages  # bound to nothing that counts
         self._entries = {name: memory.entries[name] for name in _GIVEN if name in memory.entries}
@@ -96,17 +84,14 @@ class DecodeStep:
 
     @staticmethod
     def sizes(manifest: EngineManifest) -> dict[str, int]:
-        """Bytes of the regions that it needs."""
+        """Bytes of the regions that it needs, by name."""
         entries = tensor_entries(manifest)
         given = {name: entries[name] for name in _GIVEN if name in entries}
         constants = {PREFIX + name: array.nbytes for name, array in _constants(manifest).items()}
         return {**constants, _STEP: _offsets(given, manifest.limits.batch)[-1]}
 
     def run(self, inputs: DecodeInputs, slots: Slots) -> tuple[npt.NDArray[np.int64], int]:
-        """One step of slots, each with the token of the same place.
-
-        Returns:
-            int64 [slots], the most probable next token of each; how many rows the stages ran over.
+        """A step of slots: the most probable next token of each, int64 [slots], and the rows that it ran over.
 
         Raises:
             BackendError: TensorRT or CUDA failed.
@@ -186,7 +171,6 @@ class DecodeStep:
             views["write_index"][slots] = self._cache.ends[slots]
 
     def _bind(self, stages: Stages, rows: int, cache_dims: dict[str, int]) -> None:
-        """Set shapes and addresses."""
         dims = {**_dims(rows), "num_visual": 1, "num_kept_total": 1, **cache_dims}
         addresses = {**self._addresses, **self._cache.addresses()}
         for stage in stages:

@@ -45,7 +45,7 @@ class Log(trt.ILogger):
         self._lock = threading.Lock()  # TensorRT logs from threads of its own
 
     def log(self, severity: trt.ILogger.Severity, msg: str) -> None:
-        """Take a message; TensorRT calls this."""
+        """TensorRT's callback."""
         if severity.name in _SERIOUS:
             with self._lock:
                 self._lines.append(msg.strip())
@@ -89,7 +89,6 @@ class Engine:
     """One plan, deserialised. Its weights are on the GPU once, whatever the number of contexts.
 
     Attributes:
-        entry: what engines.json says about it.
         rebuild: the command that makes it anew, for errors.
         scratch_bytes: device memory that a context needs while it runs.
     """

@@ -24,19 +24,11 @@ _UNKEPT = "unkept/"
 
 
 class Prefill:
-    """first_layer and decoder over a prompt."""
+    """first_layer and decoder, in their prefill profiles, over prompts."""
 
     def __init__(
         self, memory: Memory, cache: KVCache, stages: tuple[Context, Context], embedding_table: npt.NDArray[Any]
     ) -> None:
-        """Keep what a prefill needs.
-
-        Args:
-            memory: where all tensors lie.
-            cache: that it writes.
-            stages: first_layer and decoder in their prefill profiles.
-            embedding_table: [vocab, hidden].
-        """
         self._memory, self._cache, self._table = memory, cache, embedding_table
         self._first_layer, self._decoder = stages
         # the end of first_layer, and that of decoder
@@ -44,7 +36,7 @@ class Prefill:
 
     @staticmethod
     def sizes(manifest: EngineManifest) -> dict[str, int]:
-        """Bytes of the regions that it needs."""
+        """Bytes of the regions that it needs, by name."""
         columns = manifest.limits.context if in_place(manifest.target) else 1
         size = manifest.limits.batch * row_bytes(manifest) // manifest.limits.context * columns
         return {_UNKEPT + name(0, past=False): size for name in (key_name, value_name)}
@@ -87,7 +79,6 @@ class Prefill:
         )
 
     def _dims(self, inputs: PrefillInputs, num_visual: int, num_kept_total: int) -> dict[str, int]:
-        """Sizes of all dimensions over an empty cache."""
         batch, seq_len = inputs.source_rows.shape
         dims = {"batch": batch, "seq_len": seq_len, "num_text": len(inputs.text_ids), "num_visual": num_visual}
         return dims | {"num_kept_total": num_kept_total, **self._cache.dims(num_kept_total, 0)}
@@ -139,7 +130,7 @@ class TensorRtGeneration:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its slots."""
+        """As Generation's."""
         return self._cache.nbytes * self.batch // self._cache.batch
 
     def prefill(self, inputs: PrefillInputs, visual: Visual, *, logits: bool) -> PrefillOutputs:

@@ -17,14 +17,7 @@ from hawk_trt.runtime.tensorrt.engine import ALIGNMENT, resolve
 
 
 class Memory:
-    """Named regions of one device allocation, and the ways in and out of them.
-
-    Attributes:
-        cuda: the GPU that it lies on.
-        entries: dtype and shape of the stages' tensors, by name.
-        addresses: device address of each region.
-        size_bytes: of the whole.
-    """
+    """Named regions of one device allocation; entries: dtype and shape of the stages' tensors, by name."""
 
     def __init__(self, cuda: CudaDevice, manifest: EngineManifest, others: Mapping[str, int]) -> None:
         """Lay out and allocate: all tensors of the stages but the KV cache, and other regions by their bytes."""

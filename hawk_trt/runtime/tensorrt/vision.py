@@ -22,29 +22,19 @@ _PART = "part/"
 
 
 class TensorRtVisual:
-    """Visual embeddings [rows, hidden], where first_layer reads them. The next encode overwrites them."""
+    """Visual embeddings [rows, hidden], where first_layer reads them; count: of the encode that made them."""
 
     def __init__(self, encoder: "Encoder", rows: int) -> None:
-        self._encoder, self._rows, self._number = encoder, rows, encoder.count
+        self.encoder, self.rows, self.count = encoder, rows, encoder.count
 
     @property
     def nbytes(self) -> int:
         """Bytes of its rows in all tensors."""
-        return self._rows * sum(self._encoder.row_bytes.values())
+        return self.rows * sum(self.encoder.row_bytes.values())
 
     def numpy(self) -> npt.NDArray[Any]:
         """A host copy."""
-        return self._encoder.keep(self).numpy()
-
-    def rows_in(self, encoder: "Encoder") -> int:
-        """How many rows of an encoder it still is.
-
-        Raises:
-            BackendError: it is another encoder's, or was overwritten.
-        """
-        if self._encoder is not encoder or self._number != encoder.count:
-            raise BackendError("visual: got embeddings that a later encode has overwritten; encode again")
-        return self._rows
+        return self.encoder.keep(self).numpy()
 
 
 class HostVisual:
@@ -117,7 +107,9 @@ class Encoder:
         """
         if not isinstance(visual, TensorRtVisual):
             raise BackendError(f"visual: got {type(visual).__name__}, expected what this backend's encode made")
-        return visual.rows_in(self)
+        if visual.encoder is not self or visual.count != self.count:
+            raise BackendError("visual: got embeddings that a later encode has overwritten; encode again")
+        return visual.rows
 
     def keep(self, visual: Visual) -> HostVisual:
         """A copy on the host."""

@@ -5,10 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from benchmarks.gpu_report.topk_library import Sizes
 from hawk_trt.pruning import hawk
 from hawk_trt.stages import BIAS_DROP, BIAS_KEEP
-
-from .kernel_library import Sizes
 
 # Float32 sums in another order: measured up to 4e-7 of the largest score, on 28 heads and up to 65,536 positions.
 SCORE_TOLERANCE = 2e-6
