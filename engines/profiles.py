@@ -205,7 +205,7 @@ def _decode_ranges(manifest: Manifest, limits: Limits) -> dict[str, Range]:
         "num_text": Range(1, limits.batch, limits.batch),
         "num_visual": Range(1, 1, 1),
         "num_kept_total": Range(1, 1, 1),
-        "past_len": Range(1, max(typical - 1, 1), limits.context - 1),
+        "past_len": Range(1, typical, limits.context),
         CONTEXT_LEN: Range(1, typical, limits.context),
     }
 

@@ -8,7 +8,7 @@ import enum
 import itertools
 import time
 from collections import Counter
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 
@@ -66,6 +66,7 @@ class Driver(ModuleType):
     def __init__(self, gpus=1):
         super().__init__("cuda.bindings.driver")
         self.CUresult = CUresult
+        self.CUDA_MEMCPY3D, self.CUmemorytype = SimpleNamespace, SimpleNamespace(CU_MEMORYTYPE_DEVICE=2)
         self.CUstream_flags = self.CUevent_flags = self.CUstreamCaptureMode = self.CUdevice_attribute = Flags
         self.gpus, self.capacity = gpus, 1 << 40
         self.calls, self.enqueued, self.faults, self.fail = Counter(), Counter(), [], {}
@@ -244,6 +245,30 @@ class Driver(ModuleType):
         if stream not in self.handles or any(self.block(a, size, p) is None for a, p in (target, source)):
             return (CUresult.CUDA_ERROR_INVALID_VALUE,)
         self.put(kind, work)
+        return (CUresult.CUDA_SUCCESS,)
+
+    def cuMemcpy3DAsync(self, copy, stream):
+        def size(pitch, height):
+            return ((copy.Depth - 1) * height + copy.Height - 1) * pitch + copy.WidthInBytes
+
+        def starts(pitch, height):
+            return [(group * height + row) * pitch for group in range(copy.Depth) for row in range(copy.Height)]
+
+        to, of = (copy.dstDevice, copy.dstPitch, copy.dstHeight), (copy.srcDevice, copy.srcPitch, copy.srcHeight)
+
+        def work():
+            blocks = [self.block(address, size(*steps)) for address, *steps in (to, of)]
+            if None in blocks:
+                return False
+            for target, source in zip(starts(*to[1:]), starts(*of[1:]), strict=True):
+                blocks[0].view(to[0] + target, copy.WidthInBytes)[:] = blocks[1].view(of[0] + source, copy.WidthInBytes)
+            self.moved["copy rows"] += copy.WidthInBytes * copy.Height * copy.Depth
+            return True
+
+        fits = all(copy.WidthInBytes <= pitch and copy.Height <= height for _, pitch, height in (to, of))
+        if stream not in self.handles or not fits or None in [self.block(a, size(*steps)) for a, *steps in (to, of)]:
+            return (CUresult.CUDA_ERROR_INVALID_VALUE,)
+        self.put("copy rows", work)
         return (CUresult.CUDA_SUCCESS,)
 
     def cuMemsetD8Async(self, address, value, size, stream):

@@ -78,10 +78,10 @@ def test_prefill_takes_the_limits_and_decode_one_token(bundle):
     assert {shape[2] for shape in prefill["past_key.0"]} == {256}  # static
 
 
-def test_the_portable_cache_is_empty_in_prefill_and_one_short_of_full_in_decode(bundle):
+def test_the_portable_cache_is_empty_in_prefill_and_as_long_as_the_context_in_decode(bundle):
     prefill, decode = planned(bundle, DECODER, PORTABLE)
     assert {shape[2] for shape in prefill["past_key.1"]} == {0}
-    assert (decode["past_key.1"][0][2], decode["past_key.1"][2][2]) == (1, 255)
+    assert (decode["past_key.1"][0][2], decode["past_key.1"][2][2]) == (1, 256)
 
 
 def test_the_window_ranges_hold_every_frame_that_a_processor_makes(bundle):

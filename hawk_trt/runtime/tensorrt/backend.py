@@ -72,8 +72,7 @@ class TensorRtBackend:
 
         self.cache = KVCache(manifest, self.memory.addresses[_CACHE])
         self.can_gather = self.cache.shared
-        if self.cache.inplace:
-            cuda.zero(self.memory.addresses[_CACHE], self.cache.nbytes)
+        cuda.zero(self.memory.addresses[_CACHE], self.cache.nbytes)
         vision = [context for (stage, _), context in self.contexts.items() if stage == VISION]
         self.encoder = Encoder(self.memory, vision, engines)
         self.prefill = Prefill(self.memory, self.cache, prefill, self.embedding_table)
@@ -152,7 +151,7 @@ class TensorRtBackend:
             )
         slots = self.cache.find(batch)
         with self.cuda.active():
-            self.cache.clear(self.cuda, slots)
+            self.cache.prepare(self.cuda, slots, columns)
         return TensorRtGeneration(self.memory, self.cache, self.encoder, self.prefill, self.decode_step, slots)
 
     def gather(self, parts: "Sequence[tuple[Generation, int]]", columns: int) -> TensorRtGeneration:  # noqa: ARG002

@@ -3,14 +3,18 @@
 tensorrt   one tensor [batch, kv_heads, context, head_dim] a layer, key and value; each is input and output of its
            stage at one address, write_index says where a step writes each row, and attention reads the first
            len(context_slots) columns. Its rows are slots: a generation has some of them, others have the rest
-portable   two sets of tensors: a step reads the past from one and writes it, longer, to the other. One generation
-           has both
+portable   the past [batch, kv_heads, columns, head_dim] is an input, and the output is as long with the new columns
+           behind. Attention does not care for the order of columns, and kv_start hides those before it; so the tokens
+           of a slot end at the past's last column: the prompt's in order, then each new one before all others. The
+           past keeps its length and place, and the new column alone is copied into it. With one slot it is as long as
+           the answer under way needs; several are as long as they can be, and shared as above
 
 A slot is taken for a prompt, stays with whoever has it while others come and go, and is free again when it is
 released or nobody refers to its generation any more. What is masked still counts with weight 0, and 0 x NaN is NaN:
 a slot that may hold what is not finite is zeroed before it is taken again.
 """
 
+import math
 import weakref
 from collections.abc import Iterable
 from typing import Any
@@ -21,9 +25,8 @@ import numpy.typing as npt
 from hawk_trt.bundle import numpy_dtype
 from hawk_trt.engine_folder import EngineManifest
 from hawk_trt.errors import BackendError
-from hawk_trt.runtime.tensorrt.cuda import CudaDevice
+from hawk_trt.runtime.tensorrt.cuda import CudaDevice, Rows
 from hawk_trt.runtime.tensorrt.engine import ALIGNMENT
-from hawk_trt.runtime.tensorrt.memory import aligned
 from hawk_trt.stages import CONTEXT_LEN, in_place, key_name, value_name
 
 # Attention reads the cache in steps of so many columns: a step's shapes, and with them its CUDA graph, stay for
@@ -39,8 +42,9 @@ class KVCache:
     Attributes:
         shared: whether several generations have slots of it at a time.
         context, batch: columns that a slot can hold, and slots.
-        starts: int64 [batch], the first column of each slot that holds a token.
-        ends: int64 [batch], where each writes next.
+        columns: that a slot can hold now: the context, or what the one generation needs.
+        starts: int64 [batch], tokens of padding before each slot's first.
+        ends: int64 [batch], padding and tokens of each slot.
         finite: bool [batch], whether all that a slot holds is known to be finite.
         num_steps: prefills and decode steps so far.
     """
@@ -54,23 +58,26 @@ class KVCache:
         self.num_steps = 0
         self._last_step = np.zeros(self.batch, np.int64)  # of each slot
         self._owners: list[weakref.ref[object] | None] = [None] * self.batch
-        self._side = 0
+        self._prefilled = np.zeros(self.batch, np.int64)  # of each slot's tokens
         self._manifest = manifest
-        self._names, sides, self._tensor_bytes = _layout(manifest)
+        self._names = _names(manifest)
+        self.columns = self.context
         self.row_bytes = row_bytes(manifest)
+        self._column_bytes = column_bytes(manifest)
         # a prefill binds the cache from its first slot on, and TensorRT takes aligned addresses alone
-        self.shared = self.inplace and self.row_bytes % ALIGNMENT == 0
+        self.shared = self.row_bytes % ALIGNMENT == 0 if self.inplace else self.batch > 1
         self.nbytes = self.size_bytes(manifest)
-        self._sides = [
-            [address + (side * len(self._names) + i) * self._tensor_bytes for i in range(len(self._names))]
-            for side in range(sides)
-        ]
+        self._past, self._present = address, address
+        if not self.inplace:
+            self._present += len(self._names) * tensor_bytes(manifest, self.context)
 
     @staticmethod
     def size_bytes(manifest: EngineManifest) -> int:
         """Of device memory."""
-        names, sides, tensor_bytes = _layout(manifest)
-        return sides * len(names) * tensor_bytes
+        columns = [manifest.limits.context]
+        if not in_place(manifest.target):
+            columns.append(columns[0] + 1)
+        return len(_names(manifest)) * sum(tensor_bytes(manifest, count) for count in columns)
 
     # -- whose a slot is
 
@@ -119,18 +126,20 @@ class KVCache:
         """Whether all these slots belong to a generation."""
         return all(self._owner(slot) is owner for slot in slots)
 
-    def clear(self, cuda: CudaDevice, slots: Slots) -> None:
-        """Zero neighbouring slots in all layers, where they may hold what is not finite; others keep what they hold.
+    def prepare(self, cuda: CudaDevice, slots: Slots, columns: int) -> None:
+        """Make room for so many columns in neighbouring slots, and let nothing in them be what is not finite.
 
         What is written to a free slot, its first column, every prefill overwrites.
         """
-        if not self.inplace or self.finite[slots].all():
-            return
-        if self.shared:
-            address = self._sides[0][0] + int(slots[0]) * self.row_bytes
-            cuda.zero_each(address, self._tensor_bytes, len(slots) * self.row_bytes, len(self._names))
-        else:
-            cuda.zero(self._sides[0][0], self.nbytes)
+        if not self.inplace and not self.shared:
+            self.columns = min(-(-columns // CONTEXT_STEP) * CONTEXT_STEP, self.context)
+        if not self.shared:
+            if not self.finite.all():
+                cuda.zero(self._past, self.nbytes)
+                self.finite[:] = True
+        elif not self.finite[slots].all():
+            first, tensor = self._past + int(slots[0]) * self.row_bytes, tensor_bytes(self._manifest, self.context)
+            cuda.zero_each(first, tensor, len(slots) * self.row_bytes, len(self._names))
 
     # -- a step
 
@@ -141,22 +150,57 @@ class KVCache:
         self.finite[slots] = False
         return self.num_steps
 
-    def addresses(self, first: int = 0) -> dict[str, int]:
-        """Address of every cache tensor, as input and as output, from a slot on."""
-        past, present = self._sides[self._side], self._sides[self._side - 1]
-        offset = first * self.row_bytes
+    def addresses(self, first: int = 0, total: int | None = None) -> dict[str, int]:
+        """Address of every cache tensor, as input and as output, from a slot on.
+
+        total: columns of a portable stage's output, None for a decode step's.
+        """
+        offset, past = first * self.row_bytes * self.inplace, tensor_bytes(self._manifest, self.columns)
+        present = past if self.inplace else tensor_bytes(self._manifest, total or self.columns + 1)
+        starts = ((self._past + offset, past), (self._present + offset, present))
         return {
-            name: address + offset
-            for names, sources, targets in zip(self._names, past, present, strict=True)
-            for name, address in zip(names, (sources, targets), strict=True)
+            name: start + index * size
+            for index, names in enumerate(self._names)
+            for name, (start, size) in zip(names, starts, strict=True)
         }
 
     def dims(self, columns: int, length: int) -> dict[str, int]:
         """Sizes of the cache's dimensions in a step that writes so many columns behind the longest slot's length."""
-        total = length + columns
         if not self.inplace:
-            return {"past_len": length, "total_len": total}
-        return {CONTEXT_LEN: min(-(-total // CONTEXT_STEP) * CONTEXT_STEP, self.context)}
+            past = self.columns if length else 0
+            return {"past_len": past, "total_len": past + columns}
+        return {CONTEXT_LEN: min(-(-(length + columns) // CONTEXT_STEP) * CONTEXT_STEP, self.context)}
+
+    def kv_start(self, slots: Slots) -> npt.NDArray[np.int64]:
+        """The first column of each slot that a decode step sees."""
+        return self.starts[slots] if self.inplace else self.columns - (self.ends - self.starts)[slots]
+
+    def store(self, cuda: CudaDevice, slots: Slots, columns: int) -> None:
+        """Copy a step's columns from where a portable stage has put them to the past; before they are counted."""
+        if self.inplace:
+            return
+        heads = self._manifest.bundle.language.num_key_value_heads
+        for number, slot in enumerate(slots.tolist()):
+            length = int(self.ends[slot] - self.starts[slot]) if self.ends[slot] else 0
+            # a prompt's columns begin behind its padding, a token's is the last
+            skipped, total = (self.columns, self.columns + 1) if length else (int(self.starts[slot]), columns)
+            count = total - skipped
+            if not length:
+                self._prefilled[slot] = count
+            place = self._place(self._past, slot, self.columns, self.columns - length - count)
+            cuda.copy_rows(
+                place,
+                self._place(self._present, slot if length else number, total, skipped),
+                count * self._column_bytes,
+                heads,
+                len(self._names),
+            )
+
+    def _place(self, start: int, slot: int, columns: int, column: int) -> Rows:
+        """The heads of a slot, from a column on, in all tensors."""
+        heads, pitch = self._manifest.bundle.language.num_key_value_heads, columns * self._column_bytes
+        address = start + slot * heads * pitch + column * self._column_bytes
+        return Rows(address, pitch, tensor_bytes(self._manifest, columns) // pitch)
 
     def length_of(self, slots: Slots) -> int:
         """Columns written so far, in the longest of these slots."""
@@ -165,23 +209,29 @@ class KVCache:
     def read(self, cuda: CudaDevice, layer: int, slots: Slots) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         """Host copies of a layer's keys and values: [slots, kv_heads, length, head_dim], to the longest one's end."""
         language, dtype = self._manifest.bundle.language, numpy_dtype(self._manifest.bundle.dtype)
-        length = self.length_of(slots)
-        shape = (len(slots), language.num_key_value_heads, length, language.head_dim)
-        tensors = self._sides[self._side][2 * layer : 2 * layer + 2]
-        if not self.inplace:  # slots are the first ones, with as many columns as are written
-            key, value = (cuda.download(address, shape, dtype) for address in tensors)
+        length, past = self.length_of(slots), tensor_bytes(self._manifest, self.columns)
+        shape = (language.num_key_value_heads, self.columns, language.head_dim)
+        row = shape[0] * self.columns * self._column_bytes
+        read = [
+            [cuda.download(self._past + tensor * past + slot * row, shape, dtype) for slot in slots.tolist()]
+            for tensor in (2 * layer, 2 * layer + 1)
+        ]
+        if self.inplace:
+            key, value = (np.stack([one[:, :length] for one in rows]) for rows in read)
             return key, value
-        row = (shape[1], self.context, shape[3])
-        key, value = (
-            np.stack([cuda.download(address + int(slot) * self.row_bytes, row, dtype)[:, :length] for slot in slots])
-            for address in tensors
-        )
+        key, value = (np.zeros((len(slots), shape[0], length, shape[2]), dtype) for _ in read)
+        for rows, whole in zip(read, (key, value), strict=True):
+            for one, out, slot in zip(rows, whole, slots.tolist(), strict=True):
+                first = self.columns - int(self.ends[slot] - self.starts[slot])
+                prompt = self.columns - int(self._prefilled[slot])
+                out[:, self.starts[slot] : self.ends[slot]] = np.concatenate(
+                    (one[:, prompt:], one[:, first:prompt][:, ::-1]), axis=1
+                )
         return key, value
 
     def advance(self, columns: int, slots: Slots) -> None:
         """Count columns as written to slots."""
         self.ends[slots] += columns
-        self._side = (self._side + 1) % len(self._sides)
 
     def check_room(self, columns: int, slots: Slots) -> None:
         """Refuse a write beyond the end: TensorRT would drop it silently.
@@ -190,9 +240,9 @@ class KVCache:
             BackendError: a slot is full.
         """
         length = self.length_of(slots)
-        if length + columns > self.context:
+        if length + columns > self.columns:
             raise BackendError(
-                f"KV cache: got {length + columns} columns to hold, these engines hold {self.context}. "
+                f"KV cache: got {length + columns} columns to hold, these engines hold {self.columns}. "
                 "Shorten the prompt or the answer, or rebuild with a larger --max-context: python -m engines"
             )
 
@@ -206,15 +256,24 @@ class KVCache:
         return next((first for first in range(self.batch - batch + 1) if all(free[first : first + batch])), None)
 
 
+def column_bytes(manifest: EngineManifest) -> int:
+    """Bytes of one head of one token in one tensor."""
+    return manifest.bundle.language.head_dim * numpy_dtype(manifest.bundle.dtype).itemsize
+
+
 def row_bytes(manifest: EngineManifest) -> int:
     """Bytes of a slot in one tensor."""
-    language = manifest.bundle.language
-    values = language.num_key_value_heads * manifest.limits.context * language.head_dim
-    return values * numpy_dtype(manifest.bundle.dtype).itemsize
+    return manifest.bundle.language.num_key_value_heads * manifest.limits.context * column_bytes(manifest)
 
 
-def _layout(manifest: EngineManifest) -> tuple[list[tuple[str, str]], int, int]:
-    """Input and output name of every cache tensor, how many sets of them there are, and the bytes of one."""
+def tensor_bytes(manifest: EngineManifest, columns: int) -> int:
+    """Bytes from one tensor to the next, of so many columns: a whole number of heads, and of aligned addresses."""
+    heads, column = manifest.limits.batch * manifest.bundle.language.num_key_value_heads, column_bytes(manifest)
+    multiple = ALIGNMENT // math.gcd(column, ALIGNMENT)
+    return -(-heads // multiple) * multiple * columns * column
+
+
+def _names(manifest: EngineManifest) -> list[tuple[str, str]]:
+    """Input and output name of every cache tensor."""
     layers = range(manifest.bundle.language.num_hidden_layers)
-    names = [(name(layer, past=True), name(layer, past=False)) for layer in layers for name in (key_name, value_name)]
-    return names, 1 if in_place(manifest.target) else 2, aligned(manifest.limits.batch * row_bytes(manifest))
+    return [(name(layer, past=True), name(layer, past=False)) for layer in layers for name in (key_name, value_name)]

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -71,6 +71,14 @@ class Pinned:
         """A view of its content from an offset in bytes on."""
         size_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
         return self.bytes[offset : offset + size_bytes].view(dtype).reshape(shape)
+
+
+class Rows(NamedTuple):
+    """Rows of bytes in device memory: so many bytes from row to row, so many rows from one group to the next."""
+
+    address: int
+    pitch: int
+    per_group: int
 
 
 class Graph:
@@ -216,6 +224,15 @@ class CudaDevice:
     def copy(self, target: int, source: int, size_bytes: int) -> None:
         """Enqueue a copy within device memory."""
         call("cuMemcpyDtoDAsync", target, source, size_bytes, self._stream)
+
+    def copy_rows(self, target: Rows, source: Rows, size_bytes: int, rows: int, groups: int) -> None:
+        """Enqueue a copy within device memory of the first bytes of the first rows of each group."""
+        copy = driver.CUDA_MEMCPY3D()
+        copy.srcMemoryType = copy.dstMemoryType = driver.CUmemorytype.CU_MEMORYTYPE_DEVICE
+        copy.srcDevice, copy.srcPitch, copy.srcHeight = source
+        copy.dstDevice, copy.dstPitch, copy.dstHeight = target
+        copy.WidthInBytes, copy.Height, copy.Depth = size_bytes, rows, groups
+        call("cuMemcpy3DAsync", copy, self._stream)
 
     def zero(self, address: int, size_bytes: int) -> None:
         """Enqueue the zeroing of device memory."""

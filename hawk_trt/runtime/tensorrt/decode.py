@@ -5,10 +5,10 @@ step is one copy in, two enqueues and one copy out. It runs over the slots of th
 decodes; one between them that does not writes its own first column, which its next prefill overwrites, and sees no
 other's.
 
-Where the cache is written in place, shapes stand still while as many slots decode, for CONTEXT_STEP tokens: the first
-step with new shapes is enqueued plainly, which lets TensorRT settle them; the second is captured as a CUDA graph; from
-then on a step is one launch. A graph is only good while its execution contexts keep their shapes, so each has two of
-its own, and up to MAX_GRAPHS are kept.
+Shapes stand still while as many slots decode, on the target tensorrt for CONTEXT_STEP tokens: the first step with new
+shapes is enqueued plainly, which lets TensorRT settle them; the second is captured as a CUDA graph; from then on a step
+is one launch, on the target portable with the copy of each slot's new column behind. A graph is only good while its
+execution contexts keep their shapes, so each has two of its own, and up to MAX_GRAPHS are kept.
 """
 
 import warnings
@@ -29,7 +29,7 @@ from hawk_trt.runtime.tensorrt.cache import KVCache, Slots
 from hawk_trt.runtime.tensorrt.cuda import Graph
 from hawk_trt.runtime.tensorrt.engine import Context, resolve
 from hawk_trt.runtime.tensorrt.memory import Memory, aligned, tensor_bytes, tensor_entries
-from hawk_trt.stages import BIAS_KEEP, CONTEXT_LEN
+from hawk_trt.stages import BIAS_KEEP
 
 # Regions of the decode step's own: inputs of first_layer that are another in a prefill.
 PREFIX = "decode/"
@@ -77,8 +77,8 @@ class DecodeStep:
             memory.upload(PREFIX + name, array)
         self._given = memory.cuda.allocate_pinned(self._offsets[-1])
         self._token = memory.cuda.allocate_pinned(manifest.limits.batch * _TOKEN_BYTES)
-        self._bound: OrderedDict[tuple[int, int], _Bound] = OrderedDict()  # the last used is the last
-        self._can_capture, self._most = cache.inplace, MAX_GRAPHS
+        self._bound: OrderedDict[tuple[int, ...], _Bound] = OrderedDict()  # the last used is the last
+        self._can_capture, self._most = True, MAX_GRAPHS
         self.captures = 0
         memory.cuda.on_close(self.close)
 
@@ -99,12 +99,8 @@ class DecodeStep:
         rows = int(slots.max()) + 1
         self._give(rows, inputs, slots)
         dims = self._cache.dims(1, self._cache.length_of(slots))
-        if not self._cache.inplace:
-            (stages,) = self._spare
-            self._bind(stages, rows, dims)
-            self._enqueue(stages, rows)
-        else:
-            self._run_bound((rows, dims[CONTEXT_LEN]), dims)
+        self._run_bound((rows, *dims.values()), dims)
+        self._cache.store(self._memory.cuda, slots, 1)
         self._memory.cuda.synchronize()
         return self._token.array((rows,), np.dtype(np.int64))[slots], rows
 
@@ -121,9 +117,9 @@ class DecodeStep:
             for stage in (stage for stages in self._spare for stage in stages):
                 stage.close()
 
-    def _run_bound(self, key: tuple[int, int], dims: dict[str, int]) -> None:
+    def _run_bound(self, key: tuple[int, ...], dims: dict[str, int]) -> None:
         """Enqueue or replay a step over rows and columns of attention, as far as they were seen before."""
-        rows, _ = key
+        rows = key[0]
         bound = self._bound.get(key)
         if bound is None:
             stages = self._unbound()
@@ -166,7 +162,7 @@ class DecodeStep:
         }
         views["text_embeds"][slots] = self._table[inputs.token_ids]
         views["position_ids"][..., slots, 0] = inputs.position_ids
-        views["kv_start"][slots] = self._cache.starts[slots]
+        views["kv_start"][slots] = self._cache.kv_start(slots)
         if self._cache.inplace:
             views["write_index"][slots] = self._cache.ends[slots]
 

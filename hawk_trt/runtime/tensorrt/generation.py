@@ -62,7 +62,7 @@ class Prefill:
         memory, cuda = self._memory, self._memory.cuda
         started = time.perf_counter()
         dims = self._dims(inputs, num_visual, inputs.num_kept_total)
-        addresses = {**memory.addresses, **self._cache.addresses(first)}
+        addresses = {**memory.addresses, **self._cache.addresses(first, inputs.num_kept_total)}
         self._first_layer.bind(dims, addresses)
         self._decoder.bind(dims, addresses)
         self._upload(inputs)
@@ -111,7 +111,7 @@ class TensorRtGeneration:
     ) -> None:
         self._memory, self._cache, self._encoder = memory, cache, encoder
         self._prefill, self._decode_step = prefill, decode_step
-        self.batch, self.columns = len(slots), cache.context
+        self.batch, self.columns = len(slots), cache.columns
         self._slots = slots
         self._step = 0  # number of its last one
         self._rows, self._kept = slots, 0  # rows of that step's hidden_states that are its own, and positions in them
@@ -145,6 +145,7 @@ class TensorRtGeneration:
             self._cache.check_room(inputs.num_kept_total, self._slots)
             outputs = self._prefill.run(inputs, num_visual, int(self._slots[0]), logits=logits)
             self._cache.starts[self._slots] = inputs.kv_start
+            self._cache.store(self._memory.cuda, self._slots, inputs.num_kept_total)
             self._advance(inputs.num_kept_total, np.arange(self.batch), outputs.step.logits)
         return outputs
 

@@ -116,9 +116,34 @@ def test_where_tensorrt_cannot_be_captured_decoding_goes_on_with_a_warning(plans
         assert answer(other, 6) == plain
 
 
-def test_a_portable_plan_decodes_without_graphs(tiny_bundle, tmp_path, machines):
-    out = engine_folder(tiny_bundle, tmp_path / "engines", "portable")
+def test_a_portable_answer_replays_one_graph_and_copies_each_new_column_in_place(tiny_bundle, tmp_path, machines):
+    out = engine_folder(tiny_bundle, tmp_path / "engines", "portable", batch=1)
+    with Pipeline.load(out) as pipe, Pipeline.load(tiny_bundle) as bundle:
+        for tokens in (9, 250, 9):
+            assert answer(pipe, tokens) == answer(bundle, tokens)
+        assert pipe.backend.decode_step.captures == 2  # over 256 columns, and over 320 for the long answer
+        assert machines.driver.enqueued["decoder 1"] == 2
+        generation = pipe.backend.start(1, 64)
+        before = Counter(machines.driver.calls), len(machines.trt.calls)
+        assert (generation.columns, pipe.backend.can_gather) == (256, False)
+        pipe.backend.cache.ends[0] = 9
+        for number in range(8):
+            generation.decode(DecodeInputs(np.array([5]), np.array([number])), logits=False)
+        calls = machines.driver.calls - before[0]
+        assert {name: calls[name] for name in calls if not name.startswith("cuCtx")} == {
+            "cuGraphLaunch": 8,
+            "cuMemcpy3DAsync": 8,
+            "cuStreamSynchronize": 8,
+        }
+        assert len(machines.trt.calls) == before[1]
+
+
+def test_a_portable_generation_after_one_that_was_not_finite_is_clean(tiny_bundle, tmp_path, machines):
+    out = engine_folder(tiny_bundle, tmp_path / "engines", "portable", batch=1)
     with Pipeline.load(out) as pipe:
-        answer(pipe, 5)
-        assert pipe.backend.decode_step.captures == 0
-    assert machines.driver.enqueued["decoder 1"] == 4
+        expected = answer(pipe, 9)
+        cache = pipe.backend.cache
+        start = cache.addresses()["past_key.0"]
+        machines.driver.block(start, cache.nbytes).view(start, cache.nbytes)[:] = 0xFF
+        cache.finite[0] = False
+        assert answer(pipe, 9) == expected

@@ -25,7 +25,8 @@ PRUNINGS = (KEPT, PruningConfig(1.0), PruningConfig(0.5, quota="per-image"), Pru
 @pytest.fixture(scope="module")
 def folders(tiny_bundle, tmp_path_factory):
     out = tmp_path_factory.mktemp("engines")
-    return {batch: engine_folder(tiny_bundle, out / str(batch), "tensorrt", batch=batch) for batch in (1, 4, 8)}
+    engines = {batch: engine_folder(tiny_bundle, out / str(batch), "tensorrt", batch=batch) for batch in (1, 4, 8)}
+    return engines | {"portable": engine_folder(tiny_bundle, out / "portable", "portable", batch=4)}
 
 
 @pytest.fixture(scope="module")
@@ -90,9 +91,9 @@ def assert_answers(sequence, expected):
     np.testing.assert_allclose(got.logits, expected.logits, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("batch", [4, 8])
-def test_eight_clients_of_unlike_requests_hear_what_each_hears_alone(folders, bundle, batch):
-    with load(folders[batch]) as pipe, Batcher(pipe) as batcher:
+@pytest.mark.parametrize("kind", [4, 8, "portable"])
+def test_eight_clients_of_unlike_requests_hear_what_each_hears_alone(folders, bundle, kind):
+    with load(folders[kind]) as pipe, Batcher(pipe) as batcher:
         jobs = unlike_jobs(pipe)
         assert_served_as_alone(bundle, batcher, jobs)  # ONNX Runtime, one by one
         expected = [alone(pipe, one) for one in jobs]
@@ -104,11 +105,12 @@ def test_eight_clients_of_unlike_requests_hear_what_each_hears_alone(folders, bu
             thread.start()
         for client, result in zip(heard, expected, strict=True):
             assert_same(client, result)  # the same engines, one by one
-        assert free_slots(pipe) == list(range(batch))
+        assert free_slots(pipe) == list(range(pipe.backend.max_batch))
 
 
-def test_rows_join_and_leave_running_steps_in_the_lowest_free_slots(folders, bundle):
-    with load(folders[4]) as pipe:
+@pytest.mark.parametrize("kind", [4, "portable"])
+def test_rows_join_and_leave_running_steps_in_the_lowest_free_slots(folders, kind, bundle):
+    with load(folders[kind]) as pipe:
         scheduler = scheduler_of(pipe)
         jobs = [job(pipe, number, tokens) for number, tokens in enumerate((30, 8, 30, 12, 9, 20, 5))]
         sequences, shared, holes = [], Counter(), 0
@@ -219,8 +221,11 @@ def test_a_step_that_fails_frees_all_slots_and_the_next_requests_are_answered(fo
                 assert_answers(sequence, alone(bundle, job(pipe, number)))
 
 
-def test_numbers_that_are_not_finite_end_their_row_alone_and_its_slot_is_clean_afterwards(folders, bundle, machines):
-    with load(folders[4]) as pipe:
+@pytest.mark.parametrize("kind", [4, "portable"])
+def test_numbers_that_are_not_finite_end_their_row_alone_and_its_slot_is_clean_afterwards(
+    folders, kind, bundle, machines
+):
+    with load(folders[kind]) as pipe:
         scheduler, cache = scheduler_of(pipe), pipe.backend.cache
         sequences = [scheduler.add(job(pipe, number, 24)) for number in range(4)]
         while len(scheduler.running) < 4 or len({id(s.generation) for s in scheduler.running}) > 1:
