@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
+import internvl
 from cuda_standin import ALIGNMENT
 from engines.build_plan import BuiltPlan
 from hawk_trt.bundle import numpy_dtype
@@ -206,7 +207,9 @@ class Context(Owned):
         }
         if "past_len" in words and "num_kept_total" in words:
             words["total_len"] = words["past_len"] + words["num_kept_total"]
-        if self.engine.told["stage"] == "vision":
+        if "num_tiles" in words:
+            words["num_visual"] = words["num_tiles"] * internvl.TILE_TOKENS
+        elif self.engine.told["stage"] == "vision":
             words["num_visual"] = words["num_frames"] * words["num_merged"]
         return tuple(size if isinstance(size, int) else words.get(size, -1) for size in self.engine.tensors[name][1])
 

@@ -22,6 +22,7 @@ from hawk_trt.stages import NORMALIZATIONS
 from internvl import CHECKPOINTS, CONTEXT, END, IM_END, START, TILE_PX, TILE_TOKENS, VIDEO, tensors, theirs
 from served import ask, assert_served_as_alone
 from targets import ON_CPU
+from trt_machine import Machines, engine_folder
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -386,3 +387,14 @@ def test_a_tied_checkpoint_needs_no_head_of_its_own(tmp_path, qwen3):
         (result,) = ours(pipe, [inputs], PruningConfig(keep_ratio=1.0))
     assert result.token_ids == tokens
     np.testing.assert_allclose(result.logits, logits, rtol=0, atol=1e-3)
+
+
+def test_engines_take_all_tiles_of_an_image_in_one_call(folder, tmp_path):
+    bundle = folder / "layer_norm.bundle"
+    engines = engine_folder(bundle, tmp_path / "engines", "tensorrt")
+    image = np.random.default_rng(0).integers(0, 256, (200, 320, 3), np.uint8)
+    with Machines() as machines, Pipeline.load(engines) as plans, Pipeline.load(bundle) as pipe:
+        got, expected = (one.generate("What?", [image], max_new_tokens=3) for one in (plans, pipe))
+        assert machines.trt.enqueues.count(("vision", 0)) == 1
+    assert len(got.scores) > 2 * TILE_TOKENS and got.token_ids == expected.token_ids
+    np.testing.assert_allclose(got.scores, expected.scores, rtol=0, atol=1e-6)
