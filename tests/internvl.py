@@ -200,3 +200,107 @@ def theirs(model, rows, steps):
             pad_token_id=0,
         )
     return out.sequences[:, longest:].tolist(), torch.stack(out.logits, 1).numpy()
+
+
+# Of the released checkpoints: hidden, intermediate, layers, heads, kv heads of the language side, and its parameters
+# with those of the tower and projector, in billions.
+RELEASED = {
+    "1B": (896, 4864, 24, 14, 2, 0.94),
+    "2B": (1536, 8960, 28, 12, 2, 2.09),
+    "8B": (3584, 18944, 28, 28, 4, 7.94),
+    "14B": (5120, 13824, 48, 40, 8, 15.1),
+    "38B": (5120, 27648, 64, 40, 8, 38.4),
+    "78B": (8192, 29568, 80, 64, 8, 78.4),
+}
+# The same of InternVL3.5: Qwen3's sizes, whose heads all have 128 numbers.
+RELEASED_35 = {
+    "1B": (1024, 3072, 28, 16, 8, 1.1),
+    "2B": (2048, 6144, 28, 16, 8, 2.3),
+    "4B": (2560, 9728, 36, 32, 8, 4.7),
+    "8B": (4096, 12288, 36, 32, 8, 8.5),
+    "14B": (5120, 17408, 40, 40, 8, 15.1),
+    "38B": (5120, 25600, 64, 64, 8, 38.4),
+}
+
+
+def original(size="8B"):
+    """config.json of OpenGVLab/InternVL3-*."""
+    hidden, inner, layers, heads, kv_heads, _ = RELEASED[size]
+    large = size in ("38B", "78B")
+    return {
+        "architectures": ["InternVLChatModel"],
+        "downsample_ratio": 0.5,
+        "dynamic_image_size": True,
+        "force_image_size": 448,
+        "llm_config": {
+            "architectures": ["Qwen2ForCausalLM"],
+            "attention_dropout": 0.0,
+            "bos_token_id": 151643,
+            "eos_token_id": 151643,
+            "hidden_act": "silu",
+            "hidden_size": hidden,
+            "intermediate_size": inner,
+            "max_position_embeddings": 32768,
+            "max_window_layers": 70,
+            "model_type": "qwen2",
+            "moe_config": None,
+            "num_attention_heads": heads,
+            "num_hidden_layers": layers,
+            "num_key_value_heads": kv_heads,
+            "rms_norm_eps": 1e-06,
+            "rope_scaling": {"factor": 2.0, "rope_type": "dynamic", "type": "dynamic"},
+            "rope_theta": 1000000.0,
+            "sliding_window": None,
+            "use_sliding_window": False,
+            "vocab_size": 151674,
+        },
+        "max_dynamic_patch": 12,
+        "min_dynamic_patch": 1,
+        "model_type": "internvl_chat",
+        "pad2square": False,
+        "ps_version": "v2",
+        "select_layer": -1,
+        "system_message": None,
+        "template": "internvl2_5",
+        "tie_word_embeddings": False,
+        "use_thumbnail": True,
+        "vision_config": {
+            "architectures": ["InternVisionModel"],
+            "hidden_act": "gelu",
+            "hidden_size": 3200 if large else 1024,
+            "image_size": 448,
+            "intermediate_size": 12800 if large else 4096,
+            "layer_norm_eps": 1e-06,
+            "model_type": "intern_vit_6b",
+            "norm_type": "rms_norm" if large else "layer_norm",
+            "num_attention_heads": 25 if large else 16,
+            "num_channels": 3,
+            "num_hidden_layers": 45 if large else 24,
+            "patch_size": 14,
+            "qk_normalization": large,
+            "qkv_bias": not large,
+        },
+    }
+
+
+def original_35(size="8B"):
+    """config.json of OpenGVLab/InternVL3_5-*, without what no graph depends on."""
+    hidden, inner, layers, heads, kv_heads, _ = RELEASED_35[size]
+    config = original("38B" if size == "38B" else "8B")
+    config["llm_config"] |= {
+        "architectures": ["Qwen3ForCausalLM"],
+        "attention_bias": False,
+        "eos_token_id": 151645,
+        "head_dim": 128,
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "max_position_embeddings": 40960,
+        "max_window_layers": layers,
+        "model_type": "qwen3",
+        "num_attention_heads": heads,
+        "num_hidden_layers": layers,
+        "num_key_value_heads": kv_heads,
+        "rope_scaling": None,
+        "vocab_size": 151936,
+    }
+    return config
