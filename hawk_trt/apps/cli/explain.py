@@ -68,6 +68,6 @@ def draw(path: Path, explained: Explanation, prompt: Prompt, pruning: Pruning, p
     """
     manifest = pipe.bundle.manifest
     frames = load_frames(explained, pipe, prompt.image, prompt.video, prompt.fps, prompt.max_frames)
-    model = f"{Path(manifest.source.name).name}, {manifest.precision}"
-    note = f"{model}. Scores: {manifest.normalization}, query {pruning.query or 'default'}, quota {pruning.quota}."
+    share = {"global": "", "per-image": " Each image keeps its share.", "per-frame": " Each frame keeps its share."}
+    note = f"Model: {Path(manifest.source.name).name}, {manifest.precision}.{share[pruning.quota]}"
     save(render(explained, frames, note=note), path)

@@ -1,16 +1,20 @@
 """The picture of an explanation: every image as given, its scores as a heat map, and what each keep ratio kept.
 
-Columns are the original, the scores and the keep ratios, with the answers above; rows are the images and
-the frames of the videos. Small images are scaled up and large ones down, so that text and tokens stay legible.
+Columns are the original, the scores and the keep ratios, with the answers above, at most four beside each other; rows
+are the images and the frames of the videos. Large images are shrunk, and small ones enlarged by a whole number, so that
+their pixels stay sharp.
 """
 
 import io
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image, ImageDraw
 
 from hawk_trt.apps.explain.explanation import Explanation, VisualItem
@@ -34,8 +38,13 @@ _INK = (31, 35, 40)
 _MUTED = (101, 109, 118)
 _RULE = (208, 215, 222)
 _CELL_PX = 14  # wished for one token
-_MIN_PANEL_PX, _MAX_PANEL_PX, _MAX_WIDTH_PX = 300, 720, 3600
+_MIN_PANEL_PX, _MAX_PANEL_PX = 300, 720
+_MOST_COLUMNS = 4  # beside each other; more go below
 _MAX_TEXT_LINES = 6
+_LEGEND = (
+    "Kept tokens in full colour, dropped tokens dimmed. A token's score says how much it has to do with the question: "
+    "dark is little, bright is much."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +55,17 @@ class _Row:
     image: Image.Image
     item: int
     step: int
+
+
+@dataclass(frozen=True, slots=True)
+class _View:
+    """A column: what stands above it, its panel of each row, and the kept tokens of each item if it shows some."""
+
+    heading: str
+    detail: str
+    panel: Callable[[_Row], Image.Image]
+    answer: str = ""
+    kept: tuple[npt.NDArray[np.bool_], ...] | None = None
 
 
 def load_frames(
@@ -92,51 +112,55 @@ def render(explanation: Explanation, frames: Sequence[Sequence[Image.Image]], *,
     Raises:
         InvalidInput: frames do not fit the explanation.
     """
-    columns = 2 + len(explanation.selections)
-    side_px = _side_px(explanation, columns)
+    side_px = _side_px(explanation.items)
     rows = _rows(explanation, frames, side_px)
     column_px = max(side_px * 2 // 3, *(row.image.width for row in rows))
     texts = explanation.prompt + "".join(selection.answer or "" for selection in explanation.selections)
     size_px = min(max(column_px // 18, 14), 32)
     large, normal, small = (Lettering.of_size(px, texts) for px in (size_px * 6 // 5, size_px, size_px * 5 // 6))
     gap = size_px * 5 // 4
-    lefts = [gap + column * (column_px + gap) for column in range(columns + 1)]
+    score_range = _score_range(explanation.items)
+    views = _views(explanation, score_range)
+    columns = math.ceil(len(views) / math.ceil(len(views) / _MOST_COLUMNS))
+    bands = [views[start : start + columns] for start in range(0, len(views), columns)]
+    lefts = [gap + column * (column_px + gap) for column in range(columns)]
+    width_px = lefts[-1] + column_px + gap
 
-    prompt = large.wrap(explanation.prompt, lefts[-1] - 2 * gap, _MAX_TEXT_LINES)
-    answers = [large.wrap(one.answer or "(no text)", column_px, _MAX_TEXT_LINES) for one in explanation.selections]
     counted = len(rows) > 1  # with one row, the column's heading has said it
-    head_px = 2 * gap + large.line_px * len(prompt)
-    answers_px = max((len(lines) for lines in answers), default=0) * large.line_px
-    body_px = head_px + normal.line_px + small.line_px + answers_px + gap // 2 + gap // 2
+    above_px = normal.line_px + small.line_px + gap // 2
     around_px = small.line_px * (2 if counted else 1) + gap // 4 + gap
-    foot_px = body_px + sum(row.image.height + around_px for row in rows)
+    prompt = large.wrap(explanation.prompt, width_px - 2 * gap, _MAX_TEXT_LINES)
+    answers = [[large.wrap(view.answer, column_px, _MAX_TEXT_LINES) for view in band] for band in bands]
+    answers_px = [large.line_px * max(map(len, of_band)) + gap // 2 for of_band in answers]
+    rows_px = sum(row.image.height + around_px for row in rows)
+    y = 2 * gap + large.line_px * len(prompt)
+    foot = small.wrap(f"{_LEGEND} {note}".strip(), width_px - 2 * gap, _MAX_TEXT_LINES)
+    foot_px = y + sum(above_px + px + rows_px for px in answers_px)
 
-    sheet = Image.new("RGB", (lefts[-1], foot_px + small.line_px + gap), _PAPER)
+    sheet = Image.new("RGB", (width_px, foot_px + small.line_px * len(foot) + gap), _PAPER)
     draw = ImageDraw.Draw(sheet)
     large.draw(draw, (gap, gap), prompt, _INK)
-    draw.line((gap, head_px - gap // 2, sheet.width - gap, head_px - gap // 2), _RULE, 1)
-    for left, (heading, detail) in zip(lefts, _headings(explanation), strict=False):
-        below = normal.draw(draw, (left, head_px), [heading], _INK)
-        small.draw(draw, (left, below), [detail], _MUTED)
-    for left, lines in zip(lefts[2:], answers, strict=False):
-        large.draw(draw, (left, head_px + normal.line_px + small.line_px + gap // 2), lines, _INK)
-    score_range = _score_range(explanation.items)
-    _draw_ramp(sheet, (lefts[1], head_px + normal.line_px), column_px, score_range, small)
-    y = body_px
-    for row in rows:
-        small.draw(draw, (gap, y), [row.label], _MUTED)
-        masks = [selection.kept[row.item][row.step] for selection in explanation.selections]
-        heat = heat_panel(row.image, explanation.items[row.item].scores[row.step], score_range)
-        panels = [row.image, heat, *(kept_panel(row.image, mask) for mask in masks)]
-        top = y + small.line_px
-        bottom = top + row.image.height
-        for left, panel in zip(lefts, panels, strict=False):
-            sheet.paste(panel, (left, top))
-            draw.rectangle((left - 1, top - 1, left + panel.width, bottom), outline=_RULE)
-        for left, mask in zip(lefts[2:], masks if counted else (), strict=False):
-            small.draw(draw, (left, bottom + gap // 4), [f"{int(mask.sum())} of {mask.size} kept"], _MUTED)
-        y += row.image.height + around_px
-    small.draw(draw, (gap, foot_px), [f"Kept tokens in full colour, dropped tokens dimmed. {note}".strip()], _MUTED)
+    for band, of_band, px in zip(bands, answers, answers_px, strict=True):
+        draw.line((gap, y - gap // 2, width_px - gap, y - gap // 2), _RULE, 1)
+        for left, view, lines in zip(lefts, band, of_band, strict=False):
+            below = normal.draw(draw, (left, y), [view.heading], _INK)
+            small.draw(draw, (left, below), [view.detail], _MUTED)
+            large.draw(draw, (left, y + above_px), lines, _INK)
+        if band is bands[0]:
+            _draw_ramp(sheet, (lefts[1], y + normal.line_px + small.line_px // 4), column_px, score_range, small)
+        y += above_px + px
+        for row in rows:
+            small.draw(draw, (gap, y), [row.label], _MUTED)
+            top, bottom = y + small.line_px, y + small.line_px + row.image.height
+            for left, view in zip(lefts, band, strict=False):
+                panel = view.panel(row)
+                sheet.paste(panel, (left, top))
+                draw.rectangle((left - 1, top - 1, left + panel.width, bottom), outline=_RULE)
+                if counted and view.kept is not None:
+                    mask = view.kept[row.item][row.step]
+                    small.draw(draw, (left, bottom + gap // 4), [f"{int(mask.sum())} of {mask.size} kept"], _MUTED)
+            y += row.image.height + around_px
+    small.draw(draw, (gap, foot_px), foot, _MUTED)
     return sheet
 
 
@@ -175,17 +199,24 @@ def _rows(explanation: Explanation, frames: Sequence[Sequence[Image.Image]], sid
                 label += f", {'step' if item.kind == 'video' else 'tile'} {step + 1} of {time}"
             if step == shown[0]:
                 label += f": {picture.width} x {picture.height} pixels, {width} x {height} tokens"
-            scale = side_px / max(picture.size)
-            size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
-            rows.append(_Row(label, picture.convert("RGB").resize(size, Image.Resampling.LANCZOS), index, step))
+            rows.append(_Row(label, _scaled(picture.convert("RGB"), side_px), index, step))
     return rows
 
 
-def _side_px(explanation: Explanation, columns: int) -> int:
+def _side_px(items: Sequence[VisualItem]) -> int:
     """Longest side of a panel: enough for each token to be seen, within what a screen and a file can take."""
-    longest = max(max(item.grid[1:]) for item in explanation.items)
-    wished = min(max(_CELL_PX * longest, _MIN_PANEL_PX), _MAX_PANEL_PX)
-    return min(wished, max(_MAX_WIDTH_PX // columns, _MIN_PANEL_PX // 2))
+    longest = max(max(item.grid[1:]) for item in items)
+    return min(max(_CELL_PX * longest, _MIN_PANEL_PX), _MAX_PANEL_PX)
+
+
+def _scaled(picture: Image.Image, side_px: int) -> Image.Image:
+    """Shrunk to a longest side, or enlarged to it and beyond by a whole number, each pixel to a square."""
+    longest = max(picture.size)
+    if longest < side_px:
+        factor = math.ceil(side_px / longest) if longest * 2 <= _MAX_PANEL_PX else 1
+        return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+    width, height = (max(1, round(edge * side_px / longest)) for edge in picture.size)
+    return picture.resize((width, height), Image.Resampling.LANCZOS)
 
 
 def _score_range(items: Sequence[VisualItem]) -> tuple[float, float]:
@@ -194,18 +225,25 @@ def _score_range(items: Sequence[VisualItem]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _headings(explanation: Explanation) -> list[tuple[str, str]]:
-    """Heading and detail of each column. The scores are shown whoever chooses, so the headings say who does."""
-    selector, total = explanation.selector, explanation.num_visual
+def _views(explanation: Explanation, score_range: tuple[float, float]) -> list[_View]:
+    """The columns. HAWK's scores are shown whoever chooses, so the headings say who does."""
+    selector, total, items = explanation.selector, explanation.num_visual, explanation.items
     scores = f"Scores of {selector}" if selector in EQUAL_HEADS else "HAWK scores"
     scores += "" if selector in SCORED else f", not used by {selector}"
-    headings = [("As given", f"{total} visual tokens"), (scores, "")]
-    for selection in explanation.selections:
-        share = 100.0 * selection.num_kept / total
-        chooser = "" if selector == "hawk" else f" by {selector}"
-        detail = f"{selection.num_kept} of {total} kept{chooser} ({share:.1f} %)"
-        headings.append((f"Keep ratio {selection.keep_ratio:g}", detail))
-    return headings
+    views = [
+        _View("As given", f"{total} visual tokens", lambda row: row.image),
+        _View(scores, "", lambda row: heat_panel(row.image, items[row.item].scores[row.step], score_range)),
+    ]
+    chooser = "" if selector == "hawk" else f" by {selector}"
+    for one in explanation.selections:
+        detail = f"{one.num_kept} of {total} kept{chooser} ({100.0 * one.num_kept / total:.1f} %)"
+        panel = partial(_kept_panel, one.kept)
+        views.append(_View(f"Keep ratio {one.keep_ratio:g}", detail, panel, one.answer or "(no text)", one.kept))
+    return views
+
+
+def _kept_panel(kept: tuple[npt.NDArray[np.bool_], ...], row: _Row) -> Image.Image:
+    return kept_panel(row.image, kept[row.item][row.step])
 
 
 def _draw_ramp(

@@ -152,9 +152,18 @@ def test_equal_scores_can_be_drawn():
 def test_a_picture_is_neither_tiny_nor_huge(size, ratios):
     grid = (1, max(1, size[1] // 28), max(1, size[0] // 28))
     picture = render(explanation_of(grid, ratios=ratios), [[Image.new("RGB", size, "orange")]], note="a model")
+    bands = -(-(2 + len(ratios)) // 4)  # the original, the scores and the ratios, at most four beside each other
     assert picture.mode == "RGB"
-    assert 450 <= picture.width <= 4100
-    assert 80 <= picture.height <= 1600
+    assert 450 <= picture.width <= 3200
+    assert 80 <= picture.height <= 1150 * bands
+
+
+def test_small_images_stay_sharp():
+    """Black and white pixels in turn: none turns grey."""
+    board = (np.indices((56, 56)).sum(0) % 2 * 255).astype(np.uint8)
+    sheet = np.asarray(render(explanation_of((1, 2, 2)), [[Image.fromarray(board)]]).convert("RGB"))
+    panel = next(sheet[y : y + 200, 30:230] for y in range(100, 300) if (sheet[y, 30:230] == 0).all(-1).any())
+    assert {tuple(pixel) for pixel in panel[20:].reshape(-1, 3).tolist()} == {(0, 0, 0), (255, 255, 255)}
 
 
 def test_every_image_and_at_most_some_frames_of_a_video_are_drawn():
