@@ -6,7 +6,7 @@ export/, engines/ and plugins/ lie beside hawk_trt/ in the repository, and insid
 from setuptools import find_packages, setup
 
 INSIDE = {f"hawk_trt.{folder}": folder for folder in ("export", "engines", "plugins")}
-DATA = {"hawk_trt.data.tiny_vlm": "examples/tiny-vlm"}
+DATA = {"hawk_trt.data.tiny_vlm": "examples/tiny-vlm", "hawk_trt.data.tiny_task": "examples/tiny_task"}
 
 setup(
     package_dir=INSIDE | DATA,

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from examples.tiny_task import generate
+
 ROOT = Path(__file__).parent.parent
 INSIDE = ("export", "engines", "plugins")
 TINY = "hawk_trt/data/tiny_vlm"
@@ -49,6 +51,7 @@ def test_the_wheel_holds_the_four_folders_and_the_tiny_model_and_nothing_else(wh
         held = {name for name in archive.namelist() if ".dist-info/" not in name}
         entry_points = archive.read(next(name for name in archive.namelist() if name.endswith("entry_points.txt")))
     expected = files("hawk_trt", "hawk_trt") | files("examples/tiny-vlm", TINY)
+    expected |= files("examples/tiny_task", "hawk_trt/data/tiny_task")
     for folder in INSIDE:
         expected |= files(folder, f"hawk_trt/{folder}")
     assert held == expected
@@ -70,6 +73,10 @@ def test_the_wheel_exports_runs_and_examines_away_from_the_checkout(wheel, tmp_p
     image = tiny / "samples" / "0-colour.png"
     answer = json.loads(run(hawk_trt, "run", "bundle", "--image", image, "--prompt", COLOUR, "--json", **away))
     assert (answer["text"], answer["num_kept"]) == ("cyan", 13)
+    code = (
+        "from hawk_trt.apps.evaluate import datasets; print(*next(iter(datasets.load_dataset('tiny', 1, 3))).answers)"
+    )
+    assert run(python, "-c", code, **away).strip() == next(generate(3, 1)).answer, "the task comes with the wheel"
     found = json.loads(run(hawk_trt, "doctor", "bundle", "--json", **away))
     assert found["bundle"]["problem"] is None
     assert {"run on CPU", "export"} <= {item["name"] for item in found["capabilities"] if item["works"]}

@@ -3,8 +3,8 @@
 The demo, the tests and accuracy runs make as many fresh samples as they like, the same for the same seed.
 """
 
-from examples.tiny_task.questions import QUESTION_KINDS, Question
-from examples.tiny_task.samples import Sample, generate
-from examples.tiny_task.scene import Box, Scene, Thing
+from .questions import QUESTION_KINDS, Question
+from .samples import Sample, generate
+from .scene import Box, Scene, Thing
 
 __all__ = ["QUESTION_KINDS", "Box", "Question", "Sample", "Scene", "Thing", "generate"]

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from examples.tiny_task.questions import QUESTION_KINDS
-from examples.tiny_task.samples import Sample, generate
 from hawk_trt.errors import InvalidInput
+
+from .questions import QUESTION_KINDS
+from .samples import Sample, generate
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from examples.tiny_task.glyphs import GLYPHS, SHAPES
-from examples.tiny_task.scene import Box, Scene, Thing
+from .glyphs import GLYPHS, SHAPES
+from .scene import Box, Scene, Thing
 
 QUESTION_KINDS = ("colour", "what", "exist", "where", "count")
 _CENTRE_MARGIN = 6  # pixels from the middle lines within which no corner is asked for

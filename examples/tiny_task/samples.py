@@ -6,9 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from examples.tiny_task.questions import QUESTION_KINDS, ask
-from examples.tiny_task.scene import CELL, Box, draw_scene, max_things
 from hawk_trt.errors import InvalidInput
+
+from .questions import QUESTION_KINDS, ask
+from .scene import CELL, Box, draw_scene, max_things
 
 
 @dataclass(frozen=True, slots=True)

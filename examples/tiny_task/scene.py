@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from examples.tiny_task.glyphs import BITMAPS, COLOURS, GLYPHS, SHAPES, enlarge
+from .glyphs import BITMAPS, COLOURS, GLYPHS, SHAPES, enlarge
 
 CELL = 28  # pixels: the side of one visual token, 2 x 2 patches of 14
 _STRADDLE = 9  # pixels that a glyph is moved by at most where scenes are not aligned

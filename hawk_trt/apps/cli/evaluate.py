@@ -44,8 +44,8 @@ class Questions:
     """What is asked, and how an answer is judged.
 
     Attributes:
-        dataset: tiny (the task of the shipped model), a JSONL file, or a folder with samples.jsonl; a line is
-            {"image": "a.png", "question": "...", "answer": "..."}
+        dataset: tiny (the task of the shipped model), easy-vqa (of that package), a JSONL file, or a folder with
+            samples.jsonl; a line is {"image": "a.png", "question": "...", "answer": "..."}
         count: samples taken (default: all of a file, 100 of tiny)
         seed: of samples and random choices
         metric: how an answer is judged (default: multiple-choice of samples with choices, exact-match of others)

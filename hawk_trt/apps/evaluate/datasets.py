@@ -1,7 +1,8 @@
 """Data sets: questions about images or videos, with the answers that count as right.
 
-A data set is "tiny" (the task of the shipped model, made on the fly), a JSONL file, or a folder that holds
-samples.jsonl or samples.json. Each line, or each entry of the JSON list, is one sample; paths are relative to the file:
+A data set is "tiny" (the task of the shipped model, made on the fly), "easy-vqa" (9,673 questions about coloured
+shapes, of the package easy-vqa), a JSONL file, or a folder that holds samples.jsonl or samples.json. Each line, or each
+entry of the JSON list, is one sample; paths are relative to the file:
 
 {"image": "a.png", "question": "What colour is the ring?", "answer": "purple"}
 {"id": "7", "images": ["a.png", "b.png"], "question": "Which is older?", "choices": ["the left", "the right"],
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
+import hawk_trt
 from hawk_trt.apps.evaluate.choices import LETTERS, key_choice
 from hawk_trt.errors import InvalidInput
 from hawk_trt.files import parse_json
@@ -29,8 +31,9 @@ from hawk_trt.files import parse_json
 if TYPE_CHECKING:
     from hawk_trt.request import ImageInput, VideoInput
 
-TINY = "tiny"
-_TINY_MODULE = "examples.tiny_task"
+TINY, EASY_VQA = "tiny", "easy-vqa"
+# Where the generator of the tiny task lies in the wheel, and in the repository.
+_TINY_INSTALLED, _TINY_IN_CHECKOUT = "hawk_trt.data.tiny_task", "examples.tiny_task"
 _FILES = ("samples.jsonl", "samples.json")
 
 
@@ -83,8 +86,8 @@ def load_dataset(name: str, count: int | None, seed: int) -> Dataset:
     """Open a data set.
 
     Args:
-        name: "tiny", a JSONL file or a folder.
-        count: samples taken; None takes all of a file, and 100 of the tiny task.
+        name: "tiny", "easy-vqa", a JSONL file or a folder.
+        count: samples taken; None takes all there are, and 100 of the tiny task.
         seed: of the tiny task's samples, or of the order in which a file's are taken.
 
     Raises:
@@ -95,20 +98,17 @@ def load_dataset(name: str, count: int | None, seed: int) -> Dataset:
         raise InvalidInput(f"count, seed: got {count}, {seed}, expected at least 1 sample and a seed of at least 0")
     if name == TINY:
         return _tiny(100 if count is None else count, seed)
+    if name == EASY_VQA:
+        return _easy_vqa(count, seed)
     return _from_file(name, count, seed)
 
 
 def _tiny(count: int, seed: int) -> Dataset:
-    root = Path(__file__).resolve().parents[3]
-    if not root.joinpath(*_TINY_MODULE.split(".")).is_dir():
-        raise InvalidInput(
-            "dataset tiny: its generator is part of the repository and not of the installed package. Work from a "
-            "checkout (pip install -e .), or write samples there with python -m examples.tiny_task --out DIR "
-            "and pass DIR"
-        )
-    if str(root) not in sys.path:  # the console script does not put the repository there
+    root = Path(hawk_trt.__file__).parent.parent
+    installed = root.joinpath(*_TINY_INSTALLED.split(".")).is_dir()
+    if not installed and str(root) not in sys.path:  # the console script does not put the checkout there
         sys.path.append(str(root))
-    generate = import_module(_TINY_MODULE).generate
+    generate = import_module(_TINY_INSTALLED if installed else _TINY_IN_CHECKOUT).generate
 
     def make() -> Iterator[Sample]:
         for number, made in enumerate(generate(seed, count)):
@@ -118,6 +118,22 @@ def _tiny(count: int, seed: int) -> Dataset:
     for made in generate(seed, 5):  # enough to notice another generator: one question of each kind
         digest.update(made.image.tobytes() + f"{made.question}\n{made.answer}\n".encode())
     return Dataset(TINY, digest.hexdigest(), count, make)
+
+
+def _easy_vqa(count: int | None, seed: int) -> Dataset:
+    """Questions of the test set of easy-VQA (Zhou, 2020) about coloured shapes, in an order of the seed's."""
+    try:
+        from easy_vqa import get_test_image_paths, get_test_questions
+    except ImportError as error:
+        raise InvalidInput(
+            f"dataset {EASY_VQA}: its questions and pictures are a package: pip install easy-vqa"
+        ) from error
+    questions, answers, images = get_test_questions()
+    paths = get_test_image_paths()
+    order = np.random.default_rng(seed).permutation(len(questions))[:count].tolist()
+    chosen = [Sample(str(n), questions[n], (answers[n],), images=(paths[images[n]],)) for n in order]
+    content = "\n".join([f"{EASY_VQA} {seed}", *questions, *answers, *map(str, images)])
+    return Dataset(EASY_VQA, hashlib.sha256(content.encode()).hexdigest(), len(chosen), lambda: iter(chosen))
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +162,9 @@ def _from_file(name: str, count: int | None, seed: int) -> Dataset:
     if path.is_dir():
         raise InvalidInput(f"dataset {path}: this folder holds no {' or '.join(_FILES)}")
     if not path.is_file():
-        raise InvalidInput(f"dataset: got {name!r}, expected {TINY}, a JSONL file or a folder with {_FILES[0]}")
+        raise InvalidInput(
+            f"dataset: got {name!r}, expected {TINY}, {EASY_VQA}, a JSONL file or a folder with {_FILES[0]}"
+        )
     content = path.read_bytes()
     advice = 'No samples: expected {"image": ..., "question": ..., "answer": ...} a line, in a .json a list of them'
     if path.suffix == ".json":

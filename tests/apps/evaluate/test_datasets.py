@@ -1,7 +1,10 @@
 """Data sets and metrics: what is read, what is refused when it is loaded, and how an answer is scored."""
 
 import json
+import sys
+from pathlib import Path
 
+import easy_vqa
 import numpy as np
 import pytest
 from PIL import Image
@@ -58,6 +61,24 @@ def test_the_tiny_task_is_a_data_set_of_any_length():
     for sample, expected in zip(few, made, strict=True):
         assert (sample.question, sample.answers) == (expected.question, (expected.answer,))
         assert np.array_equal(sample.images[0], expected.image)
+
+
+def test_easy_vqas_questions_are_a_data_set_of_other_pictures():
+    few, many = load_dataset("easy-vqa", 20, 1), load_dataset("easy-vqa", None, 1)
+    assert (few.count, many.count) == (20, 9673)
+    assert few.fingerprint == many.fingerprint != load_dataset("easy-vqa", 20, 2).fingerprint
+    samples = list(few)
+    assert samples == list(many)[:20]
+    answers = set((Path(easy_vqa.__file__).parent / "data" / "answers.txt").read_text().split())
+    assert {sample.answers[0] for sample in samples} <= answers
+    with Image.open(samples[0].images[0]) as picture:
+        assert picture.size == (64, 64)
+
+
+def test_without_its_package_easy_vqa_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "easy_vqa", None)
+    with pytest.raises(InvalidInput, match="pip install easy-vqa"):
+        load_dataset("easy-vqa", 1, 0)
 
 
 def test_a_folder_of_the_tiny_task_is_a_data_set(tmp_path):
@@ -181,7 +202,7 @@ def test_a_metric_that_fits_no_sample_is_refused_and_the_default_fits_all(tmp_pa
 
 
 def test_a_data_set_that_is_not_there_is_refused(tmp_path):
-    with pytest.raises(InvalidInput, match="expected tiny, a JSONL file or a folder"):
+    with pytest.raises(InvalidInput, match="expected tiny, easy-vqa, a JSONL file or a folder"):
         load_dataset(str(tmp_path / "none.jsonl"), None, 0)
     with pytest.raises(InvalidInput, match="this folder holds no samples"):
         load_dataset(str(tmp_path), None, 0)
