@@ -12,6 +12,7 @@ ONNX Runtime's CUDA provider over stub libraries. So a first run on a GPU tests 
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -27,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     if args.unpack is not None:
         return wheels.unpack(args.unpack, args.site)
     # behind --unpack, which brings packages that these need
-    from benchmarks.gpu_report.record import Setting
+    from benchmarks.gpu_report.record import FAILED, Setting
     from benchmarks.gpu_report.runner import run_all, run_phase
     from benchmarks.gpu_report.table import markdown
 
@@ -36,7 +37,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     setting = Setting(args.work.resolve(), args.seconds, args.rehearse)
     if args.phase is not None:
-        return run_phase(args.phase, setting)
+        failed = run_phase(args.phase, setting)["status"] == FAILED
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(int(failed))  # the stub CUDA libraries do not survive ONNX Runtime's own clean-up
     return run_all(args.phases, setting, args.out)
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -24,6 +24,11 @@ from benchmarks.gpu_report.record import ROOT, Failed, Record, Setting
 from hawk_trt.errors import BackendError
 from hawk_trt.request import PruningConfig, Result
 from hawk_trt.stages import PORTABLE, TENSORRT
+
+if TYPE_CHECKING:
+    from cuda_standin import Driver
+    from hawk_trt.runtime.tensorrt.cuda import CudaDevice
+    from tensorrt_standin import TensorRt
 
 _PROMPTS = 3
 _NEW_TOKENS = 8
@@ -42,7 +47,7 @@ _MODULUS = 251
 _SUM_MODULUS = (1 << 31) - 1
 
 
-def round_trip(device: Any) -> None:  # noqa: ANN401 - a CudaDevice, on the real driver or its stand-in
+def round_trip(device: "CudaDevice") -> None:
     """Pinned memory to the device, within it, and back; part of it zeroed on the way."""
     source, target = device.allocate_pinned(4096), device.allocate_pinned(4096)
     first, second = device.allocate(4096), device.allocate(4096)
@@ -60,7 +65,7 @@ def round_trip(device: Any) -> None:  # noqa: ANN401 - a CudaDevice, on the real
     np.testing.assert_array_equal(device.download(first, values.shape, values.dtype), 2 * values)
 
 
-def replay(device: Any) -> None:  # noqa: ANN401
+def replay(device: "CudaDevice") -> None:
     """A captured copy reads its pinned source anew at every launch."""
     source, target = device.allocate_pinned(64), device.allocate_pinned(64)
     memory = device.allocate(64)
@@ -83,7 +88,7 @@ def replay(device: Any) -> None:  # noqa: ANN401
     graph.close()
 
 
-def refused_capture(device: Any) -> None:  # noqa: ANN401
+def refused_capture(device: "CudaDevice") -> None:
     """What waits cannot be captured; the stream works on after it."""
     message = "cuStreamSynchronize: CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED"
     try:
@@ -105,7 +110,7 @@ def refused_capture(device: Any) -> None:  # noqa: ANN401
     replay(device)
 
 
-def timed(device: Any) -> None:  # noqa: ANN401
+def timed(device: "CudaDevice") -> None:
     """Events tell the time between them."""
     start, end = device.event(), device.event()
     memory = device.allocate(1 << 20)
@@ -117,7 +122,7 @@ def timed(device: Any) -> None:  # noqa: ANN401
     assert 0 < device.seconds(start, end) < 1
 
 
-CHECKS: tuple[Callable[[Any], None], ...] = (round_trip, replay, refused_capture, timed)
+CHECKS: tuple[Callable[["CudaDevice"], None], ...] = (round_trip, replay, refused_capture, timed)
 
 
 def driver(record: Record, setting: Setting) -> None:
@@ -249,11 +254,11 @@ class _RealDriver:
         work()
 
 
-def _mixing_tensorrt(on: Any) -> Any:  # noqa: ANN401 - a module
+def _mixing_tensorrt(on: "Driver | _RealDriver") -> "TensorRt":
     """The stand-in of TensorRT, its engines mixing bytes on the stream that they are given."""
     import tensorrt_standin
 
-    class Context(tensorrt_standin.Context):  # type: ignore[misc]
+    class Context(tensorrt_standin.Context):
         def execute_async_v3(self, stream: int) -> bool:
             self.stream = stream
             return bool(super().execute_async_v3(stream))
@@ -270,11 +275,11 @@ def _mixing_tensorrt(on: Any) -> Any:  # noqa: ANN401 - a module
             self.module.enqueues.append(label)
             return True
 
-    class Engine(tensorrt_standin.Engine):  # type: ignore[misc]
+    class Engine(tensorrt_standin.Engine):
         def create_execution_context(self, _strategy: str) -> Context:
             return Context(self)
 
-    class Runtime(tensorrt_standin.Runtime):  # type: ignore[misc]
+    class Runtime(tensorrt_standin.Runtime):
         def deserialize_cuda_engine(self, plan: memoryview) -> Engine | None:
             engine = super().deserialize_cuda_engine(plan)
             if engine is not None:

@@ -16,7 +16,8 @@ _CUT = ("--layers", "2", "--vision-layers", "1")  # in a rehearsal
 def tiny_bundle(dtype: str, setting: Setting) -> Path:
     """The tiny model's bundle; int4 and int8 with float16 activations, which the CUDA provider multiplies by."""
     activations = ["--activations", "float16"] if dtype.startswith("int") else []
-    return _export([str(CHECKPOINT), "--dtype", dtype, *activations], setting.work / f"tiny-{dtype}")
+    out = setting.work / f"tiny-{dtype}"
+    return _export([str(CHECKPOINT), "--dtype", dtype, *activations], out, here=setting.small)
 
 
 def shape_bundle(dtype: str, setting: Setting) -> Path:
@@ -24,7 +25,8 @@ def shape_bundle(dtype: str, setting: Setting) -> Path:
     if setting.small:
         return tiny_bundle(dtype, setting)
     cut = _CUT if setting.rehearse else ()
-    return _export(["--shape", SHAPE, *cut, "--dtype", dtype], setting.work / f"{SHAPE}-{dtype}{len(cut) or ''}")
+    out = setting.work / f"{SHAPE}-{dtype}{len(cut) or ''}"
+    return _export(["--shape", SHAPE, *cut, "--dtype", dtype], out, here=False)
 
 
 def model_name(setting: Setting) -> str:
@@ -42,9 +44,22 @@ def config(setting: Setting) -> dict[str, object]:
     return shape_config(SHAPE, *((2, 1) if setting.rehearse else ()))
 
 
-def _export(arguments: list[str], out: Path) -> Path:
-    """A bundle by the export command, which leaves one that is up to date as it is."""
-    command = [sys.executable, "-m", "export", *arguments, "--out", str(out)]
+def _export(arguments: list[str], out: Path, *, here: bool) -> Path:
+    """A bundle by the export command, which leaves one that is up to date as it is.
+
+    Args:
+        arguments: of the command.
+        out: the bundle.
+        here: run it in this process; a large one would leave its memory in what is measured.
+    """
+    arguments = [*arguments, "--no-reference", "--out", str(out)]
+    if here:
+        from export.__main__ import main
+
+        if main(arguments) != 0:
+            raise BackendError("export: failed; its reason is above")
+        return out
+    command = [sys.executable, "-m", "export", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise BackendError(f"export: {done.stderr.strip()[-400:]}")

@@ -6,14 +6,17 @@ read as zeros then, and nothing is compared.
 
 import resource
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch  # before onnxruntime: it brings the CUDA libraries, cuDNN among them
 
 from benchmarks.gpu_report import models, stages
 from benchmarks.gpu_report.record import Record, Setting
+
+if TYPE_CHECKING:
+    from hawk_trt import Pipeline, Result
 
 _TINY_DTYPES = ("float32", "float16", "bfloat16", "int4")
 _QUESTIONS = 8
@@ -86,7 +89,7 @@ def _shape(dtype: str, record: Record, setting: Setting) -> None:
     record.raise_failures("stages")
 
 
-def memory_meter(setting: Setting) -> Any:  # noqa: ANN401 - a function that gives megabytes
+def memory_meter(setting: Setting) -> Callable[[], float]:
     """Megabytes of the device's memory taken since now, whoever took them; in a rehearsal, the process's peak."""
     if setting.rehearse:
         return lambda: _peak_resident_mb()
@@ -115,7 +118,7 @@ def _computes(setting: Setting) -> bool:
     return not setting.rehearse or _device(setting) == "cpu"
 
 
-def _answers(pipe: Any, setting: Setting) -> Iterator[Any]:  # noqa: ANN401 - a Pipeline, Results
+def _answers(pipe: "Pipeline", setting: Setting) -> Iterator["Result"]:
     from examples.tiny_task import generate
     from hawk_trt import PruningConfig
 
@@ -131,7 +134,7 @@ def _answers(pipe: Any, setting: Setting) -> Iterator[Any]:  # noqa: ANN401 - a 
             )
 
 
-def _compared(got: list[Any], expected: list[Any]) -> dict[str, Any]:
+def _compared(got: list["Result"], expected: list["Result"]) -> dict[str, Any]:
     pairs = list(zip(got, expected, strict=True))
     first = [np.abs(a.logits[0] - b.logits[0]).max() / np.abs(b.logits[0]).max() for a, b in pairs]
     return {

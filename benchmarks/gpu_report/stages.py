@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from benchmarks.gpu_report.record import Setting
-from hawk_trt import ModelInputs, PruningConfig
+from hawk_trt import ModelInputs, PruningConfig, Result
 from hawk_trt.apps.bench.bench import score_seconds
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def measure(
     """Medians over rounds, in milliseconds; the first run of a shape, which pays for what is made once, left out."""
     pruning = PruningConfig(keep_ratio)
 
-    def ask(tokens: int) -> Any:  # noqa: ANN401 - a Result
+    def ask(tokens: int) -> Result:
         return pipe.generate(inputs, pruning=pruning, max_new_tokens=tokens, ignore_eos=True)
 
     rounds, begin, steps = effort(setting)

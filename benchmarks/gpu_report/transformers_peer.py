@@ -2,7 +2,8 @@
 
 import statistics
 import time
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -10,6 +11,9 @@ import torch
 from benchmarks.gpu_report import models, stages
 from benchmarks.gpu_report.provider import memory_meter
 from benchmarks.gpu_report.record import Record, Setting, Skipped
+
+if TYPE_CHECKING:
+    from transformers import Qwen2_5_VLForConditionalGeneration
 
 
 def transformers(record: Record, setting: Setting) -> None:
@@ -57,7 +61,7 @@ def transformers(record: Record, setting: Setting) -> None:
     )
 
 
-def _model(library: Any, config: dict[str, Any], setting: Setting) -> Any:  # noqa: ANN401
+def _model(library: ModuleType, config: dict[str, Any], setting: Setting) -> "Qwen2_5_VLForConditionalGeneration":
     """The model of a config with the weights that its constructor draws."""
     settings = library.Qwen2_5_VLConfig(**{name: value for name, value in config.items() if name != "architectures"})
     settings._attn_implementation = "sdpa"
