@@ -61,7 +61,7 @@ def build(
     Example: hawk-trt build artifacts/3b --out artifacts/3b-engines
 
     Args:
-        bundle: folder that an export wrote
+        bundle: folder that hawk-trt export wrote
         out: the engines' folder
         target: of the graphs (default: tensorrt from TensorRT 10.15 on)
         plugin: file of the top-k plugin, or none (default: what make plugin built; else it is compiled where cmake

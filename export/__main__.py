@@ -74,20 +74,20 @@ def export_checkpoint(
     Args:
         checkpoint: a checkpoint folder, or a hub id such as owner/name
         out: the bundle's folder
-        dtype: of weights and activations; int8 and int4: of the language model's matrices (docs/quantised.md)
+        dtype: dtype of weights and activations; int8 and int4 quantise the language model (docs/quantised.md)
         activations: dtype of all else beside int8 and int4 weights (default: float32; float16 for target cuda alone)
-        block_size: of int8 and int4 weights: how many share a scale (default: 64)
-        target: what runs the graphs: cpu, cuda, tensorrt, portable, with commas between them (default: all that can)
-        normalization: of the scores of a head
-        link: hard-link the checkpoint's files, copying nothing
-        im_end_token_id: ends the query range, instead of the tokenizer's <|im_end|>
-        vision_end_token_id: starts the query range, instead of the checkpoint's
-        head_weights: JSON file: importance of each query head of layer 0
-        shape: random weights of a released model's shape instead, to measure speed with
-        layers: of --shape, fewer than the model's
-        vision_layers: of --shape, fewer than the model's
+        block_size: int8 and int4 weights that share a scale (default: 64)
+        target: what the graphs are for: cpu, cuda, tensorrt, portable, with commas between them (default: all that can)
+        normalization: how the scores of a head are normalised
+        link: hard-link the checkpoint's files instead of copying their weights
+        im_end_token_id: token that ends the question, for checkpoints without a tokenizer
+        vision_end_token_id: token after which the question begins (default: the checkpoint's)
+        head_weights: JSON file with a weight for each query head of layer 0
+        shape: instead of a checkpoint, random weights in a released model's shape, to measure speed
+        layers: with --shape, number of language layers
+        vision_layers: with --shape, number of vision layers
         revision: branch, tag or commit of a hub id
-        no_reference: do not run a float32 bundle to write reference.npz, which engines are compared with
+        no_reference: do not run a float32 bundle once to make reference.npz, with which engines are compared
         force: export again even if nothing changed
         json: print the result as JSON
     """

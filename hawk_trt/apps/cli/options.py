@@ -78,7 +78,7 @@ def names(known: Sequence[str], *, name: Sequence[str] = ()) -> Parameter:
 PROMPT, PRUNING = Group("Prompt", sort_key=1), Group("Pruning", sort_key=2)
 WHERE, OUTPUT = Group("Where it runs", sort_key=8), Group("Output", sort_key=9)
 
-Model = Annotated[Path, Parameter(help="a bundle or engines; or a checkpoint or hub id, which is exported first, once")]
+Model = Annotated[Path, Parameter(help="a bundle or engine folder; a checkpoint or hub id is exported first, once")]
 Numbers = Annotated[tuple[float, ...], Parameter(converter=_numbers, n_tokens=1)]
 KeepRatio = Annotated[float | None, Parameter(alias="--keep-ratios", converter=_number, group=PRUNING)]
 KeepRatios = Annotated[Numbers, Parameter(name=("--keep-ratio", "--keep-ratios"), group=PRUNING)]
@@ -94,9 +94,9 @@ class Where:
 
     Attributes:
         device: cpu, cuda or cuda:N (default: cuda for engines, else cpu)
-        target: which graphs of the bundle (default: the best that run)
-        dtype: of a checkpoint's export (default: float32); a bundle has its own
-        threads: of the CPU (default: one a core)
+        target: graphs of the bundle to run (default: the best that this machine runs)
+        dtype: in which a checkpoint is exported (default: float32); a bundle has its own
+        threads: CPU threads (default: one for each core)
         verify: check the weight files by hash before loading them
     """
 
@@ -132,8 +132,8 @@ class Pixels:
     """The size that images are brought to.
 
     Attributes:
-        min_pixels: enlarge smaller images to this area (default: the checkpoint's)
-        max_pixels: shrink larger images to this area (default: the checkpoint's)
+        min_pixels: enlarge smaller images to so many pixels (default: the checkpoint's)
+        max_pixels: shrink larger images to so many pixels (default: the checkpoint's)
     """
 
     min_pixels: int | None = None
@@ -149,7 +149,7 @@ class Prompt(Pixels):
         prompt: the question, or - to read it from stdin
         image: an image before the prompt; repeatable
         video: a video before the prompt; repeatable
-        fps: frames a second taken from a video (default: the model's, mostly 2)
+        fps: frames for each second of video (default: the model's, mostly 2)
         max_frames: most frames taken from a video (default: 768)
         system: a system message (default: the chat template's own, if it has one)
         max_new_tokens: longest answer, in tokens
@@ -225,10 +225,10 @@ class Scoring:
     """What scores the visual tokens, and over what they compete.
 
     Attributes:
-        query: what scores: paper, text after the last image; turn, all of the user's last (default: paper, else turn)
-        quota: one selection over all images, one for each, or one for each frame
-        min_visual_tokens: keep at least so many
-        head_weights: JSON file, one weight a query head (default: the bundle's)
+        query: text that scores: paper, after the last image; turn, the user's last (default: paper, else turn)
+        quota: choose tokens over all images together, for each image, or for each frame
+        min_visual_tokens: fewest visual tokens kept
+        head_weights: JSON file with a weight for each query head of layer 0 (default: the bundle's)
     """
 
     query: Annotated[str | None, Parameter(choices=QUERIES)] = None
@@ -260,7 +260,7 @@ class Choosing(Scoring):
 
     Attributes:
         keep_mass: keep the fewest tokens that carry this share of the score mass, at most the keep ratio (default: off)
-        diversity: share of the kept tokens chosen among near-ties for being unlike the others
+        diversity: share of the kept tokens that are chosen among near-ties because they differ from the others
     """
 
     keep_mass: float | None = None
@@ -273,8 +273,8 @@ class Pruning(Choosing):
     """The choice of the kept tokens.
 
     Attributes:
-        selector: who chooses the kept tokens
-        seed: of --selector random
+        selector: rule that chooses the kept tokens (docs/selectors.md)
+        seed: random seed of --selector random
     """
 
     selector: Annotated[str, Parameter(choices=SELECTORS)] = "hawk"

@@ -25,12 +25,12 @@ class Sampling:
         sampling: greedy, or as the model's generation_config.json says; the other options win over it
         temperature: divides the logits; 0 is greedy, and then top_p, top_k and min_p do nothing
         top_p: draw from the smallest set of tokens whose probability reaches it, in (0, 1]
-        top_k: draw from so many of the most probable tokens; 0 is all
+        top_k: draw from the k most probable tokens; 0 takes all
         min_p: draw from tokens of at least this share of the largest probability, in [0, 1]
-        seed: of the draw (default: afresh each time)
+        seed: random seed (default: another one each time)
         repetition_penalty: above 1, tokens of the prompt and the answer become less probable
-        presence_penalty: is taken from the logits of tokens that the answer holds, in [-2, 2]
-        frequency_penalty: the same, for each time that the answer holds them
+        presence_penalty: subtracted from the logits of tokens already in the answer, in [-2, 2]
+        frequency_penalty: the same, as often as the token is in the answer
     """
 
     sampling: Literal["greedy", "model"] = "greedy"

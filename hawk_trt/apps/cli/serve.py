@@ -29,13 +29,13 @@ class Served:
         model_name: what clients call the model (default: the folder's name)
         api_key: key that opens the server, which others on this machine may see in the list of processes; repeatable
         api_key_file: file of keys that open the server, one a line (default: the one in HAWK_API_KEY, or none)
-        cors_origin: web origin whose pages may call the server; repeatable
-        allowed_hosts: names under which clients may call a server of this machine alone: NAME, *.NAME, or * for any;
-            repeatable (default: localhost and its addresses there, any where --host is open to others)
-        remote_host: images may be fetched from there: NAME, *.NAME or NAME:PORT; repeatable (default: data URLs alone)
-        no_page: no page at / to ask from
+        cors_origin: web origin (https://example.org) whose pages may call the server; repeatable
+        allowed_hosts: names that clients may call the server by: NAME, *.NAME, or * for any; repeatable (default:
+            localhost and its addresses; any name if --host is open to other machines)
+        remote_host: host that images may be fetched from: NAME, *.NAME or NAME:PORT; repeatable (default: none)
+        no_page: do not serve the page at /
         keep_ratio: share of visual tokens kept, in (0, 1], unless the request says otherwise (default: the bundle's)
-        vision_cache_mb: megabytes of embeddings of images asked about before
+        vision_cache_mb: megabytes for the embeddings of images seen before
     """
 
     where: Where = Where()
@@ -94,9 +94,9 @@ def serve(
     Example: hawk-trt serve artifacts/3b --keep-ratio 0.2 --port 8000
 
     Args:
-        host: address to listen at; 0.0.0.0 is all networks
-        port: 0 takes a free one
-        config: YAML file of these options, as keep_ratio: 0.2; the command line wins over it
+        host: address to listen on; 0.0.0.0 listens on all networks
+        port: port to listen on; 0 takes a free one
+        config: YAML file of options, one a line as keep_ratio: 0.2; the command line wins
     """
     from hawk_trt.apps.serve.app import create_app
     from hawk_trt.apps.serve.server import Server, configure_logging, listen

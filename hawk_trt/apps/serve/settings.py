@@ -25,31 +25,31 @@ class ServeLimits:
     """Every limit is an option of `hawk-trt serve`, and this text its help.
 
     Attributes:
-        temperature: of a request that names none; 0 is greedy (default: the generation config's, else 1)
-        generation_config: model: what a request does not say of sampling, generation_config.json says; none: nobody
+        temperature: for requests without one; 0 is greedy (default: the generation config's, else 1)
+        generation_config: model takes defaults of sampling from the checkpoint's generation_config.json, none does not
         max_batch: requests that share a decode step
-        max_queue: requests that wait; one more is told to come back
-        max_cache_mb: megabytes of KV cache of all running requests; unless told, a quarter of this machine's memory
-        max_waiting_mb: megabytes of bodies and image tensors of all requests together
-        max_body_mb: megabytes of one request, and of one image that is fetched
-        max_messages: messages of one request
-        max_images: images of one request
-        max_image_pixels: pixels of all images of one request, as sent
-        max_pixels: shrink larger images to this area (default: the checkpoint's)
-        prepare_seconds: of processor time to decode the images and tokenise the text of a request that is not small
-        prepare_mb: megabytes that this may take
-        max_prompt_tokens: tokens of one prompt (default: the model's context)
-        max_model_len: tokens of one prompt and its answer together (default: the model's context)
-        max_tokens: tokens of one answer, and of one whose request names no limit
-        max_choices: answers of one request (n)
+        max_queue: requests that may wait; one more is answered 429
+        max_cache_mb: megabytes for the KV caches of all running requests; by default a quarter of the memory here
+        max_waiting_mb: megabytes for the bodies and image tensors of all requests together
+        max_body_mb: largest request, and largest fetched image, in megabytes
+        max_messages: most messages of a request
+        max_images: most images of a request
+        max_image_pixels: most pixels of all images of a request together, as sent
+        max_pixels: shrink larger images to so many pixels (default: the checkpoint's)
+        prepare_seconds: processor time to decode the images and tokenise the text of a large request
+        prepare_mb: megabytes of memory for the same
+        max_prompt_tokens: longest prompt, in tokens (default: the model's context)
+        max_model_len: longest prompt and answer together, in tokens (default: the model's context)
+        max_tokens: longest answer, in tokens, and the length for requests without a limit
+        max_choices: most answers to a request (n)
         max_connections: open connections; one more is answered 503
-        body_seconds: to receive a request
-        remote_seconds: to fetch one image
-        first_token_seconds: until an answer begins, waiting in the queue included
-        request_seconds: until an answer is complete
-        drain_seconds: to finish answers after SIGTERM
+        body_seconds: time to receive a request
+        remote_seconds: time to fetch an image
+        first_token_seconds: time until an answer begins, waiting in the queue included
+        request_seconds: time until an answer is complete
+        drain_seconds: time to finish answers after SIGTERM
         preprocess_threads: threads that prepare small requests, and as many processes for others
-        log_level: the least that the log tells
+        log_level: least severe messages that are logged
 
     Raises:
         InvalidInput: a limit below what any server could work with.
