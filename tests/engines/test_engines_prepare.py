@@ -92,7 +92,7 @@ def step_feeds(bundle, stage, random, written, seq_len):
 
 @pytest.mark.parametrize("stage", [FIRST_LAYER, DECODER])
 def test_a_tensorrt_graph_computes_the_same_however_much_of_the_cache_attention_reads(bundle, stage):
-    whole = session(bundle, onnx.load(bundle.folder / f"{stage}.cuda.onnx", load_external_data=False))
+    whole = session(bundle, onnx.load(bundle.folder / f"{stage}.cpu.onnx", load_external_data=False))
     prepared = session(bundle, prepared_model(bundle, stage, TENSORRT))
     random = np.random.default_rng(0)
     for written, seq_len in ((0, 12), (12, 1), (17, 1), (CONTEXT - 1, 1), (20, NEW)):
