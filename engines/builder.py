@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 from typing import Any, SupportsInt
 
@@ -19,14 +18,14 @@ import tensorrt as trt
 from hawk_trt.engine_folder import InputRange
 from hawk_trt.errors import BackendError
 from hawk_trt.files import write_atomically
+from hawk_trt.runtime.tensorrt.engine import load_plugin
 
 from .build_plan import BuildSettings, BuiltPlan
 from .messages import LogLine, ParserFault, builder_message, parser_message
-from .prepare import PLUGIN_OP, PreparedGraph
+from .prepare import PreparedGraph
 from .workarounds import applied
 
 TENSORRT_VERSION: str = trt.__version__
-_PLUGIN = (PLUGIN_OP, "1", "")  # name, version, namespace
 _SCRATCH = re.compile(r"Max Scratch Memory: (\d+)")
 _PLUGIN_LAYERS = ("PLUGIN", "PLUGIN_V2", "PLUGIN_V3")
 
@@ -124,8 +123,10 @@ def build_plan(
     log, monitor = Log(verbose=settings.verbose), Monitor(show)
     with applied(settings.workarounds):
         builder = trt.Builder(log)
-        if settings.plugin is not None:
-            _load_plugin(settings.plugin)
+        if settings.plugin is not None and not load_plugin(settings.plugin):
+            raise BackendError(
+                f"{settings.plugin}: TensorRT {TENSORRT_VERSION} cannot load it. Build it for this version: make plugin"
+            )
         network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         names = _parse(graph, network, log)
         plugin_layers = sum(network.get_layer(index).type.name in _PLUGIN_LAYERS for index in range(network.num_layers))
@@ -145,16 +146,9 @@ def build_plan(
             raise BackendError(builder_message(graph.file.name, TENSORRT_VERSION, log.lines, names))
         _save_timing_cache(config, settings)
         seconds = time.perf_counter() - started
-        return BuiltPlan(_buffer(memory), network.num_layers, plugin_layers, _flags(config), log.scratch_bytes, seconds)
-
-
-def _load_plugin(library: Path) -> None:
-    """Register the plugin, once a process."""
-    registry = trt.get_plugin_registry()
-    if registry.get_creator(*_PLUGIN) is None and registry.load_library(str(library)) is None:
-        raise BackendError(
-            f"{library}: TensorRT {TENSORRT_VERSION} cannot load it. Build it for this version: make plugin"
-        )
+        flags = sorted(name for name, flag in trt.BuilderFlag.__members__.items() if config.get_flag(flag))
+        layers = (network.num_layers, plugin_layers)
+        return BuiltPlan(_buffer(memory), *layers, tuple(flags), log.scratch_bytes, seconds)
 
 
 def _parse(graph: PreparedGraph, network: trt.INetworkDefinition, log: Log) -> list[str]:
@@ -202,7 +196,3 @@ def _buffer(memory: trt.IHostMemory) -> memoryview:
     """TensorRT's memory as bytes; it lives as long as the view."""
     untyped: Any = memory  # its types do not tell that it is a buffer
     return memoryview(untyped)
-
-
-def _flags(config: trt.IBuilderConfig) -> tuple[str, ...]:
-    return tuple(sorted(name for name, flag in trt.BuilderFlag.__members__.items() if config.get_flag(flag)))

@@ -8,6 +8,7 @@ import mmap
 import threading
 from collections import deque
 from collections.abc import Mapping
+from pathlib import Path
 
 import tensorrt as trt
 
@@ -58,6 +59,12 @@ class Log(trt.ILogger):
         return text or "TensorRT gave no reason"
 
 
+def load_plugin(library: Path) -> bool:
+    """Whether TensorRT has the plugin now. A process registers it once, whichever folder the library came from."""
+    registry = trt.get_plugin_registry()
+    return registry.get_creator(*_PLUGIN) is not None or registry.load_library(str(library)) is not None
+
+
 def load_plans(engines: EngineFolder) -> dict[str, "Engine"]:
     """Deserialise all plans of a folder, the plugin before them. Call it on a machine with a GPU alone.
 
@@ -66,11 +73,8 @@ def load_plans(engines: EngineFolder) -> dict[str, "Engine"]:
     """
     log, rebuild = Log(), engines.manifest.rebuild
     runtime = trt.Runtime(log)  # without a GPU its destructor crashes
-    if engines.plugin is not None:
-        registry = trt.get_plugin_registry()
-        # a process registers the plugin once, whichever folder the library came from
-        if registry.get_creator(*_PLUGIN) is None and registry.load_library(str(engines.plugin)) is None:
-            raise BackendError(f"{engines.plugin}: TensorRT cannot load the plugin: {log.take()}. Rebuild: make plugin")
+    if engines.plugin is not None and not load_plugin(engines.plugin):
+        raise BackendError(f"{engines.plugin}: TensorRT cannot load the plugin: {log.take()}. Rebuild: make plugin")
     plans = {}
     for entry in engines.manifest.plans:
         path = engines.folder / entry.file
