@@ -156,7 +156,7 @@ check-wheel: wheel ## The wheel in an empty environment, away from the checkout:
 check-harness: ## The harness tests with the packages themselves: HARNESS_PYTHON of an environment that has them (docs/reproduce.md)
 	"$(HARNESS_PYTHON)" -m pytest -q tests/apps/harness -m "slow or not slow" -W default
 
-check-serving: $(FULL) export ## The server under 100 clients, 2,000 requests for its memory, a long fuzz, Ray: ten minutes
+check-serving: $(FULL) export ## The server under 100 clients, 2,000 requests for its memory, 3,000 with clients that leave, a long fuzz, Ray: ten minutes
 	$(BIN)/python -m benchmarks.serving_load "$(OUT)" $(FLAGS) && HAWK_FUZZ_EXAMPLES=300 $(BIN)/pytest -q tests/apps/serve/test_serving_openapi.py
 	$(BIN)/pytest -q -s -m ray
 

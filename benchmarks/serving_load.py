@@ -2,23 +2,26 @@
 
 In: a bundle of the tiny model. A server process of its own is asked by the official client, half of the requests
 streamed, about fresh pictures at several keep ratios, and without a picture; every answer is compared with the
-pipeline's own. First many clients for some time, then a number of requests with the server's memory read on the way.
-Out: throughput, latencies, what was refused and tried again, and memory.
+pipeline's own. First many clients for some time, then a number of requests with the server's memory read on the way,
+then as many with every second client leaving, at any moment from the connection to the middle of the answer.
+Out: throughput, latencies, what was refused and tried again, memory, and what the server still holds at the end.
 """
 
 import argparse
 import asyncio
 import base64
 import io
+import json
 import os
+import random
 import re
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,9 @@ _MAX_TOKENS = 8
 _KEEP_RATIOS = (0.2, 1.0, 0.1)
 _MAX_GROWTH_MB = 16.0
 _READINGS = 20
+_EVERY_WORKER = 10  # so many requests, one of which a worker process prepares
+_PHASES = ("connection", "half the head", "head", "half the body", "body", "a moment later", "half closed", "head of "
+           "the answer", "first event")  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +49,29 @@ class Question:
     body: dict[str, Any]
     keep_ratio: float
     answer: str
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What a process holds."""
+
+    megabytes: float
+    files: int
+    threads: int
+    processes: int
+
+    @classmethod
+    def of(cls, process: int) -> "Held":
+        """Of a process, now."""
+        folder = Path(f"/proc/{process}")
+        children = {child for file in folder.glob("task/*/children") for child in file.read_text().split()}
+        files, threads = len(list((folder / "fd").iterdir())), len(list((folder / "task").iterdir()))
+        return cls(_resident_mb(process), files, threads, len(children))
+
+    def __str__(self) -> str:
+        return (
+            f"{self.megabytes:9.2f} MB {self.files:4d} files {self.threads:3d} threads {self.processes} other processes"
+        )
 
 
 @dataclass(slots=True)
@@ -166,6 +195,72 @@ async def memory_over(url: str, process: int, asked: list[Question], requests: i
     return tally, seen
 
 
+async def leaving(url: str, process: int, asked: list[Question], requests: int) -> tuple[Tally, list[Held]]:
+    """Requests eight at a time, every second of a client that leaves; what the server holds on the way."""
+    tally, seen = Tally(), []
+    chance = random.Random(0)
+    async with _client(url, 8) as client:
+        for part in range(_READINGS):
+            numbers = iter(range(part * requests // _READINGS, (part + 1) * requests // _READINGS))
+
+            async def worker(numbers: Iterator[int] = numbers) -> None:
+                for number in numbers:
+                    question = asked[number % len(asked)]
+                    if number % _EVERY_WORKER < 2:  # more commas than a thread would prepare
+                        question = replace(question, body=question.body | {"user": "," * 10_001})
+                    if number % 2:
+                        await ask(client, question, number % 4 == 1, tally)
+                    else:
+                        await _leave(url, question, number // 2 % len(_PHASES), chance)
+
+            await asyncio.gather(*(worker() for _ in range(8)))
+            await _idle(url)
+            seen.append(Held.of(process))
+            print(f"  {(part + 1) * requests // _READINGS:6d} requests {seen[-1]}", flush=True)
+    return tally, seen
+
+
+async def _leave(url: str, question: Question, phase: int, chance: random.Random) -> None:
+    """Send a request as far as a phase, and close the connection."""
+    body = json.dumps(question.body | {"stream": True, "pruning": {"keep_ratio": question.keep_ratio}}).encode()
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head += b"Content-Length: %d\r\n\r\n" % len(body)
+    parts = (b"", head[:60], head, head + body[: len(body) // 2], head + body)
+    reader, writer = await asyncio.open_connection(*url.removeprefix("http://").split(":"))
+    writer.write(parts[min(phase, len(parts) - 1)])
+    with suppress(ConnectionError, asyncio.IncompleteReadError):
+        await writer.drain()
+        if _PHASES[phase] == "a moment later":
+            await asyncio.sleep(chance.uniform(0, 0.2))
+        elif _PHASES[phase] == "half closed":
+            writer.write_eof()
+            await asyncio.sleep(chance.uniform(0, 0.2))
+        elif phase > _PHASES.index("half closed"):
+            await reader.readuntil(b"\r\n\r\n")
+            if _PHASES[phase] == "first event":
+                await reader.readuntil(b"\n\n")
+    with suppress(ConnectionError):
+        writer.close()
+        await writer.wait_closed()
+
+
+async def _idle(url: str) -> None:
+    """Wait until the server has nothing to do.
+
+    Raises:
+        RuntimeError: it still has after a minute.
+    """
+    names = ("hawk_queued_requests", "hawk_running_requests", "hawk_kv_cache_bytes")
+    async with httpx2.AsyncClient(trust_env=False) as client:
+        for _ in range(600):
+            lines = (await client.get(f"{url}/metrics")).text.splitlines()
+            held = [line for line in lines if line.startswith(names) and float(line.split()[-1])]
+            if not held:
+                return
+            await asyncio.sleep(0.1)
+    raise RuntimeError(f"the server still has {held}")
+
+
 def report(tally: Tally, seconds: float) -> bool:
     """Print a tally; whether all answers came and were right."""
     count = len(tally.latency)
@@ -182,7 +277,7 @@ def report(tally: Tally, seconds: float) -> bool:
 
 
 async def measure(args: argparse.Namespace) -> bool:
-    """Both runs."""
+    """All runs."""
     asked = questions(args.bundle, args.questions)
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, {args.threads} thread a stage")
     with server(args.bundle, args.threads, args.queue) as (url, process):
@@ -194,10 +289,22 @@ async def measure(args: argparse.Namespace) -> bool:
         begun = time.monotonic()
         tally, seen = await memory_over(url, process, asked, args.requests)
         right = report(tally, time.monotonic() - begun) and right
+        print(f"{args.leaving} requests, every second of a client that leaves: at " + ", ".join(_PHASES))
+        begun = time.monotonic()
+        tally, held = await leaving(url, process, asked, args.leaving)
+        right = report(tally, time.monotonic() - begun) and right
+    right = _is_steady("MB", seen, _MAX_GROWTH_MB) and right
+    right = _is_steady("MB with clients that leave", [now.megabytes for now in held], _MAX_GROWTH_MB) and right
+    right = _is_steady("files", [now.files for now in held], 2) and right
+    right = _is_steady("threads", [now.threads for now in held], 2) and right
+    return _is_steady("other processes", [now.processes for now in held], 1) and right
+
+
+def _is_steady(name: str, seen: Sequence[float], most: float) -> bool:
     half = len(seen) // 2
     growth = statistics.median(seen[half:]) - statistics.median(seen[:half])
-    print(f"{growth:+.2f} MB from the first half to the second, expected at most {_MAX_GROWTH_MB:+g}")
-    return right and growth <= _MAX_GROWTH_MB
+    print(f"{growth:+.2f} {name} from the first half to the second, expected at most {most:+g}")
+    return growth <= most
 
 
 def main() -> int:
@@ -207,6 +314,7 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=100, help="at a time (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=60.0, help="they ask (default: %(default)s)")
     parser.add_argument("--requests", type=int, default=2000, help="of the memory run (default: %(default)s)")
+    parser.add_argument("--leaving", type=int, default=3000, help="of the run of leavers (default: %(default)s)")
     parser.add_argument("--questions", type=int, default=200, help="that differ (default: %(default)s)")
     parser.add_argument("--queue", type=int, default=64, help="of the server (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="of the server's stages (default: %(default)s)")

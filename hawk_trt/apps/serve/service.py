@@ -113,7 +113,7 @@ class Service:
             except WorkerEndedError:  # its time was over, or it broke at what it read
                 raise too_much() from None
             if isinstance(prepared, Prepared) and Path(pixels.name).stat().st_size:
-                values = await self.in_thread(partial(np.load, pixels.name, mmap_mode="c"))
+                values = await self.in_thread(partial(np.load, pixels.name))
                 prepared = prepared.with_pixels(values)
         return prepared
 
@@ -225,9 +225,11 @@ class OpenRequest:
         """Hand the choices to the batcher; in a thread, since it lays the prompts out."""
         batcher = self._service.batcher
         for choice, request in enumerate(requests):
-            self._tickets.append(batcher.submit(request, partial(self._on_event, choice), self.deadline))
+            ticket = batcher.submit(request, partial(self._on_event, choice), self.deadline)
+            self._tickets.append(ticket)
             if self._closed:  # the client left when there was no ticket to cancel yet
-                batcher.cancel(self._tickets[-1])
+                batcher.cancel(ticket)
+                self._tickets.clear()
                 return
 
     async def next_event(self) -> tuple[int, Piece | Finished]:
@@ -248,6 +250,7 @@ class OpenRequest:
         self._closed = True
         for ticket in list(self._tickets):
             self._service.batcher.cancel(ticket)
+        self._tickets.clear()  # they lead back here, and would hold the tensors until the next garbage collection
         self.hold(0)
         self.hold_choices(0)
 
