@@ -227,25 +227,11 @@ def _describe(app: FastAPI) -> dict[str, Any]:
         model = app.state.model.id
         found["$defs"]["ChatRequest"]["properties"]["model"]["enum"] = [model]
         schema["components"]["schemas"].update(found["$defs"])
-        schema["paths"][_CHAT]["post"]["requestBody"] = {
-            "required": True,
-            "content": {
-                "application/json": {
-                    "schema": {"$ref": _SCHEMAS.format(model="ChatRequest")},
-                    "examples": _examples(model),
-                }
-            },
-        }
+        picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo..."}}
+        asked = {"role": "user", "content": [picture, {"type": "text", "text": "What colour is the heart?"}]}
+        example = {"model": model, "messages": [asked], "pruning": {"keep_ratio": 0.2}, "temperature": 0}
+        content = {"schema": {"$ref": _SCHEMAS.format(model="ChatRequest")}, "examples": {"image": {"value": example}}}
+        body = {"required": True, "content": {"application/json": content}}
+        schema["paths"][_CHAT]["post"]["requestBody"] = body
         app.openapi_schema = schema
     return app.openapi_schema
-
-
-def _examples(model: str) -> dict[str, Any]:
-    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo..."}}
-    asked = {"role": "user", "content": [picture, {"type": "text", "text": "What colour is the heart?"}]}
-    image = {"model": model, "messages": [asked], "pruning": {"keep_ratio": 0.2}, "temperature": 0, "max_tokens": 32}
-    text = {"model": model, "messages": [{"role": "user", "content": "Hello."}], "stream": True}
-    return {
-        "image": {"summary": "An image, at a fifth of its visual tokens", "value": image},
-        "text": {"summary": "Text, streamed", "value": text},
-    }

@@ -82,9 +82,6 @@ class Batcher:
     """Answers requests on one pipeline. Close it, or use it as a context manager.
 
     Nobody else may run answers on the pipeline meanwhile; prepare and layout may be called from any thread.
-
-    Attributes:
-        max_queue: requests that wait, at most.
     """
 
     def __init__(
@@ -95,13 +92,7 @@ class Batcher:
         max_queue: int = DEFAULT_MAX_QUEUE,
         max_cache_mb: float | None = None,
     ) -> None:
-        """Start the thread.
-
-        Args:
-            pipe: that answers.
-            max_batch: rows of a decode step, at most.
-            max_queue: requests that wait, at most.
-            max_cache_mb: megabytes of the KV caches of all rows together, None without bound.
+        """Start the thread. Bounds: rows of a decode step, requests that wait, megabytes of the KV caches of all rows.
 
         Raises:
             InvalidInput: a bound that makes no sense.
@@ -111,7 +102,7 @@ class Batcher:
                 raise InvalidInput(f"{name}: got {value!r}, expected an integer of at least 1")
         if max_cache_mb is not None and not 0 < max_cache_mb < float("inf"):
             raise InvalidInput(f"max_cache_mb: got {max_cache_mb!r}, expected megabytes above 0, or None")
-        self.max_queue = max_queue
+        self._max_queue = max_queue
         self._scheduler = Scheduler(
             pipe.bundle,
             pipe.processor,
@@ -173,7 +164,7 @@ class Batcher:
         with self._changed:
             if self._closing:
                 raise Stopping("server: it is stopping and takes no more requests; ask another, or later")
-            if self.queued >= self.max_queue:
+            if self.queued >= self._max_queue:
                 raise QueueFull(f"queue: {self.queued} requests wait already, the most that may; ask again later")
             self._tickets[sequence] = ticket
             self._scheduler.waiting.append(sequence)

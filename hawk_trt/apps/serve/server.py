@@ -7,6 +7,7 @@ import socket
 import time
 from types import FrameType
 from typing import Any
+from weakref import ref
 
 import uvicorn
 from fastapi import FastAPI
@@ -27,10 +28,13 @@ def _timed_connection(app_state: dict[str, Any], **options: Any) -> H11Protocol:
     """A connection, closed when it brings no request for a while: uvicorn itself waits for headers without end."""
     requests = Connection()
     connection = H11Protocol(app_state=app_state | {CONNECTION: requests}, **options)
-    loop = asyncio.get_running_loop()
+    loop, known = asyncio.get_running_loop(), ref(connection)  # a closed one, and what it received, must not wait
 
     def look(count: int) -> None:
         """Close it where no request has come since the last look and none is being answered."""
+        connection = known()
+        if connection is None or connection.transport.is_closing():
+            return
         if requests.answering or requests.count > count:
             loop.call_later(_HEADER_SECONDS, look, requests.count)
         else:
