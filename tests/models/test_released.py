@@ -62,6 +62,6 @@ def test_the_graphs_of_every_model_can_be_built(name, tmp_path):
 
 
 def test_every_fine_tune_of_the_page_names_a_base_of_the_table():
-    fine_tunes = re.findall(r"^\| [^|]+ \| ([\w.-]+) \| [^|]* \|$", PAGE.partition("## Fine-tunes")[2], re.M)
+    fine_tunes = re.findall(r"^\| [^|]+ \| ([\w.-]+) \|[^|]*\|$", PAGE.partition("## Fine-tunes")[2], re.M)
     bases = [base for base in fine_tunes if base not in ("base", "---")]
     assert len(bases) >= 10 and not set(bases) - MODELS.keys()
