@@ -12,17 +12,19 @@ A matrix says by its own parts how it is packed, so that models of mixed precisi
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from hawk_trt.bundle import WeightFormat
 from hawk_trt.errors import CheckpointError
 from hawk_trt.inputs.checkpoint_files import CONFIG, read_json
 from hawk_trt.inputs.tensor_file import CheckpointTensor
+from hawk_trt.stages import TENSORRT
 
 from .stored import AwqMatrix, Float8Matrix, GptqMatrix, GptqV2Matrix, IntegerMatrix, PackedMatrix, check_groups
 
@@ -61,11 +63,31 @@ class Quantisation:
         method: awq, gptq, compressed-tensors, fp8 or modelopt.
         weights: bits and block size of most of its integers, None where there are none.
         told: method, formats and numbers of matrices, and what is not quantised: a line to read.
+        scales: dtypes of the integers' scales.
+        float8: whether there are matrices of FP8.
     """
 
     method: str
     weights: WeightFormat | None
     told: str
+    scales: frozenset[str]
+    float8: bool
+
+    def notes(self, dtype: str, targets: Sequence[str]) -> list[str]:
+        """What becomes of the weights in a dtype and for targets, where it is not what the file holds."""
+        notes = []
+        rounded = sorted(self.scales - {dtype}) if dtype != "float32" else []
+        if rounded:
+            notes.append(
+                f"the scales of its integers are {', '.join(rounded)} and get rounded to {dtype}; --dtype {rounded[0]} "
+                "keeps them as they are"
+            )
+        others = [target for target in targets if target != TENSORRT]
+        if self.float8 and others:
+            notes.append(
+                f"FP8 weights stay so for the target {TENSORRT} alone; {', '.join(others)} get them in {dtype}"
+            )
+        return notes
 
 
 def quantisation_settings(folder: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -193,15 +215,29 @@ def _matrix(
         return _float8(name, parts)
     if not groups or columns % groups:
         raise CheckpointError(f"{scales.file}: {name}: {groups} groups of scales for {columns} inputs")
-    order = parts.get("g_idx") or parts.get("weight_g_idx")
-    group = columns // groups
-    if order is not None and not np.array_equal(order.array(), np.arange(columns) // group):
+    group, shape = columns // groups, (rows, columns)
+    order = _order(parts.get("g_idx") or parts.get("weight_g_idx"), columns, group)
+    return check_groups(cls(name, words.file, 0, rows * columns * 4, "float32", shape, parts, bits, group, order))
+
+
+def _order(tensor: CheckpointTensor | None, columns: int, group: int) -> npt.NDArray[np.int64] | None:
+    """The inputs in the order of their groups (desc_act, actorder), None where they lie so.
+
+    tensor: the group of each input.
+    """
+    ascending = np.arange(columns) // group
+    if tensor is None:
+        return None
+    group_of = tensor.array()
+    if np.array_equal(group_of, ascending):
+        return None
+    order = np.argsort(group_of, kind="stable")
+    if len(group_of) != columns or not np.array_equal(group_of[order], ascending):
         raise CheckpointError(
-            f"{order.file}: {name}: its inputs are grouped in the order of their activations (desc_act, actorder), "
-            "which cannot be exported. Take a checkpoint quantised without it (desc_act false, actorder static)"
+            f"{tensor.file}: tensor {tensor.name}: expected {group} inputs in every group. Take a checkpoint that was "
+            "quantised without desc_act or actorder"
         )
-    shape = (rows, columns)
-    return check_groups(cls(name, words.file, 0, rows * columns * 4, "float32", shape, parts, bits, group))
+    return order
 
 
 def _float8(name: str, parts: dict[str, CheckpointTensor]) -> Float8Matrix:
@@ -258,7 +294,20 @@ def _found(
         if name.endswith(".weight") and len(tensor.shape) == 2 and "embed" not in name
     )
     rest = f"; not quantised: {', '.join(list(left)[:6])}" if left else ""
-    return Quantisation(method, formats.most_common(1)[0][0] if formats else None, f"{method}, {told}{rest}")
+    scales = {
+        tensor.dtype
+        for matrix in matrices.values()
+        if isinstance(matrix, IntegerMatrix)
+        for part, tensor in matrix.parts.items()
+        if part in ("scales", "weight_scale")
+    }
+    return Quantisation(
+        method,
+        formats.most_common(1)[0][0] if formats else None,
+        f"{method}, {told}{rest}",
+        frozenset(scales),
+        any(isinstance(matrix, Float8Matrix) for matrix in matrices.values()),
+    )
 
 
 def _kind(matrix: CheckpointTensor) -> str:

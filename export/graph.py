@@ -142,7 +142,7 @@ class GraphBuilder:
         found = self._weights.quantised(self._weight_file, name, self.target)
         if found is None:
             return None
-        parts = (found.values, found.scales, found.zero_points, found.shift, found.input_scale)
+        parts = (found.values, found.scales, found.zero_points, found.shift, found.input_scale, found.order)
         for value in parts:
             if value is not None:
                 self._graph.register_initializer(value)

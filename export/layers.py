@@ -30,6 +30,8 @@ def _product(g: GraphBuilder, x: ir.Value, weight: str, name: str, *bias: ir.Val
         return g.op("Gemm", x, g.weight(f"{weight}.weight"), *bias, transB=1, name=name)
     if found.is_float8:
         return _float8_product(g, x, found, name, *bias)
+    if found.order is not None:
+        x = g.op("Gather", x, found.order, axis=1, name=f"{name}/inputs_by_group")
     zeros = [] if found.zero_points is None else [found.zero_points]
     matrix = g.op(
         "DequantizeLinear",

@@ -35,11 +35,13 @@ class IntegerMatrix(CheckpointTensor):
         parts: tensors by the last word of their names.
         bits: of an integer, 4 or 8.
         group: so many integers along the input share a scale and a zero point.
+        order: int64 [in], the inputs in the order in which groups follow each other; None where they do so as they are.
     """
 
     parts: dict[str, CheckpointTensor]
     bits: int
     group: int
+    order: npt.NDArray[np.int64] | None
 
     @property
     def format(self) -> WeightFormat:
@@ -49,6 +51,13 @@ class IntegerMatrix(CheckpointTensor):
     def packed(self) -> Iterator[Bytes]:
         """The integers as bytes [in, out * bits / 8], in parts; with 4 bits the even column is a byte's low half."""
         raise NotImplementedError
+
+    def grouped(self) -> Iterator[Bytes]:
+        """The same, inputs in the order of their groups."""
+        if self.order is None:
+            return self.packed()
+        rows = np.concatenate([part.reshape(-1) for part in self.packed()]).reshape(len(self.order), -1)
+        return iter([rows[self.order]])
 
     def scales(self) -> npt.NDArray[Any]:
         """[in / block_size, out], in the file's dtype."""
@@ -67,7 +76,7 @@ class IntegerMatrix(CheckpointTensor):
     def blocks(self) -> Iterator[npt.NDArray[Any]]:
         """The dequantised matrix, a few rows at a time: float32, exact, not yet rounded to the scales' dtype."""
         rows, columns = self.shape
-        integers = _unpacked(np.concatenate([part.reshape(-1) for part in self.packed()]), self.bits)
+        integers = _unpacked(np.concatenate([part.reshape(-1) for part in self.grouped()]), self.bits)
         integers = integers.reshape(columns // self.format.block_size, self.format.block_size, rows)
         zeros, scales = self.zero_points(), self.scales().astype(np.float32)[:, None]
         offsets = np.int8(0) if zeros is None else _unpacked(zeros, self.bits)[:, None]
@@ -75,7 +84,11 @@ class IntegerMatrix(CheckpointTensor):
         for first in range(0, rows, step):
             some = np.s_[..., first : first + step]
             differences = integers[some].astype(np.float32) - offsets[some if zeros is not None else ()]
-            yield np.ascontiguousarray((differences * scales[some]).reshape(columns, -1).T).reshape(-1)
+            floats = np.empty((differences.shape[-1], columns), np.float32)
+            floats[:, slice(None) if self.order is None else self.order] = (
+                (differences * scales[some]).reshape(columns, -1).T
+            )
+            yield floats.reshape(-1)
 
     def _by_block(self, rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """What there is of each group, [in / group, ..], for each block."""

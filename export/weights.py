@@ -39,6 +39,7 @@ _IR_DTYPES = {
     "bfloat16": ir.DataType.BFLOAT16,
     "int4": ir.DataType.INT4,
     "int8": ir.DataType.INT8,
+    "int64": ir.DataType.INT64,
     "float8_e4m3fn": ir.DataType.FLOAT8E4M3FN,
 }
 # Vector loads want 64 bytes; large tensors begin on a page, so that they can be memory-mapped alone.
@@ -67,6 +68,7 @@ class QuantisedMatrix:
         scales_dtype: float32 where the model's dtype could not hold them.
         block_size: 0 where a scale is of a whole row or of all.
         zero_points: as the integers, for each scale; None where all are 0, or the target takes none.
+        order: int64 [in], the inputs in the order that the values have them; None where that is the usual one.
         shift: [in / block_size, out], for targets that take no zero points; see stored.IntegerMatrix.shift.
         input_scale: [], of the activations of float8.
     """
@@ -78,6 +80,7 @@ class QuantisedMatrix:
     zero_points: ir.Value | None = None
     shift: ir.Value | None = None
     input_scale: ir.Value | None = None
+    order: ir.Value | None = None
 
     @property
     def is_float8(self) -> bool:
@@ -173,22 +176,26 @@ class WeightStore:
         name, (rows, columns), bits, block_size = matrix.name, matrix.shape, matrix.bits, matrix.format.block_size
         element, blocks = f"int{bits}", (columns // block_size, rows)
 
-        def part(word: str, dtype: str, shape: tuple[int, int], make: Callable[[], Iterator[Any]]) -> ir.Value:
+        def part(word: str, dtype: str, shape: tuple[int, ...], make: Callable[[], Iterator[Any]]) -> ir.Value:
             nbytes = math.prod(shape) * (bits if dtype == element else numpy_dtype(dtype).itemsize * 8) // 8
             return _external(f"{name}/{word}", self._place(stage_file, f"{name}/{word}", nbytes, make), dtype, shape)
 
         def floats(make: Callable[[], npt.NDArray[Any]], what: str) -> Callable[[], Iterator[npt.NDArray[Any]]]:
             return lambda: iter([_rounded(make(), self.dtype, f"{matrix.file}: tensor {name}: {what}")])
 
-        integers = part("integers", element, (columns, rows), lambda: (block.reshape(-1) for block in matrix.packed()))
+        integers = part("integers", element, (columns, rows), lambda: (block.reshape(-1) for block in matrix.grouped()))
         scales = part("scales", self.dtype, blocks, floats(matrix.scales, "a scale"))
+        found = QuantisedMatrix(integers, scales, self.dtype, block_size)
+        if matrix.order is not None:
+            order = matrix.order
+            found = replace(found, order=part("order", "int64", (columns,), lambda: iter([order])))
         if matrix.zero_points() is None:
-            return QuantisedMatrix(integers, scales, self.dtype, block_size)
+            return found
         if target in (CPU, CUDA):
-            zeros = part("zero_points", element, blocks, lambda: iter([_flat(matrix.zero_points())]))
-            return QuantisedMatrix(integers, scales, self.dtype, block_size, zero_points=zeros)
-        shift = part("shift", self.dtype, blocks, floats(matrix.shift, "zero point x scale"))
-        return QuantisedMatrix(integers, scales, self.dtype, block_size, shift=shift)
+            return replace(
+                found, zero_points=part("zero_points", element, blocks, lambda: iter([_flat(matrix.zero_points())]))
+            )
+        return replace(found, shift=part("shift", self.dtype, blocks, floats(matrix.shift, "zero point x scale")))
 
     def _stored_float8(self, stage_file: str, matrix: Float8Matrix) -> QuantisedMatrix:
         """Float8 of the checkpoint, in the order of its rows; its scales keep their precision."""

@@ -160,6 +160,8 @@ def export(
     }
     table = weights.table()
     notes = _account_for_all(opened, plan.language)
+    if opened.quantisation is not None:
+        notes += opened.quantisation.notes(options.dtype, plan.targets)
     advice = "Free space, choose another disk with --out, or use --link where dtypes match"
     check_free_space(out, weights.disk_bytes + _SPARE_BYTES, "the bundle needs", advice)
     with staged(out) as folder:

@@ -78,23 +78,25 @@ def awq(group: int) -> Writer:
     return Writer(write, settings)
 
 
-def gptq(bits: int, group: int, *, symmetric: bool, version: str = "gptq") -> Writer:
+def gptq(bits: int, group: int, *, symmetric: bool, version: str = "gptq", desc_act: bool = False) -> Writer:
     def write(matrix: Array) -> Written:
-        q, z, s, floats = integers(matrix, bits, group, symmetric=symmetric)
+        columns = matrix.shape[1]
+        order = np.random.default_rng(columns).permutation(columns) if desc_act else np.arange(columns)
+        q, z, s, floats = integers(matrix[:, order], bits, group, symmetric=symmetric)
         if version == "gptq":  # stored less one
             z = np.maximum(z, 1)
             groups = np.repeat(z, group, axis=1)
             floats = (q - groups).astype(np.float32) * np.repeat(s, group, axis=1).astype(np.float32)
-        order = np.arange(matrix.shape[1], dtype=np.int32) // group
+        back = np.argsort(order)
         parts = {
-            "qweight": pack(q.T, bits, 0),
+            "qweight": pack(q[:, back].T, bits, 0),
             "qzeros": pack(z.T - (version == "gptq"), bits, 1),
             "scales": np.ascontiguousarray(s.T),
-            "g_idx": order,
+            "g_idx": (back // group).astype(np.int32),
         }
-        return Written(parts, floats)
+        return Written(parts, floats[:, back])
 
-    settings = {"quant_method": "gptq", "bits": bits, "group_size": group, "sym": symmetric, "desc_act": False}
+    settings = {"quant_method": "gptq", "bits": bits, "group_size": group, "sym": symmetric, "desc_act": desc_act}
     return Writer(write, settings | {"checkpoint_format": version})
 
 
@@ -152,6 +154,7 @@ WRITERS: Mapping[str, Writer] = {
     "gptq-symmetric": gptq(4, 32, symmetric=True),
     "gptq-asymmetric": gptq(4, 32, symmetric=False),
     "gptq-v2": gptq(4, 32, symmetric=False, version="gptq_v2"),
+    "gptq-desc-act": gptq(4, 32, symmetric=False, desc_act=True),
     "gptq-int8": gptq(8, 32, symmetric=False),
     "packed-int4": packed(4, 32, symmetric=True),
     "packed-int4-zeros": packed(4, 32, symmetric=False),

@@ -23,6 +23,7 @@ from quantised_checkpoints import SMALL, WRITERS, quantisable, write_quantised
 from targets import ON_CPU
 
 INTEGERS = [name for name in WRITERS if not name.startswith("float8")]
+ANSWERING = ["awq-32", "gptq-symmetric", "gptq-desc-act", "packed-int4-rows", "packed-int8", "float8-blocks"]
 FLOAT8 = [name for name in WRITERS if name.startswith("float8")]
 SCORING = re.compile(r"language_model\.layers\.0\.self_attn\.[qk]_proj\.weight")
 runs_integers = pytest.mark.skipif(
@@ -39,17 +40,14 @@ def checkpoints(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def bundles(checkpoints, tmp_path_factory):
-    """By writer: the bundles of both, for a target."""
+    """By writer, target and dtype: the bundle of a quantised checkpoint, or of its floats."""
     folder, found = tmp_path_factory.mktemp("bundles"), {}
 
-    def of(name, target=CPU, dtype="float32"):
-        key = (name, target, dtype)
+    def of(name, target=CPU, dtype="float32", *, plain=False):
+        key = f"{name}-{target}-{dtype}-{plain}"
         if key not in found:
             options = ExportOptions(dtype=dtype, targets=(target,))
-            found[key] = [
-                export(source, folder / f"{name}-{target}-{dtype}-{kind}", options)
-                for kind, source in zip(("quantised", "plain"), checkpoints[name], strict=True)
-            ]
+            found[key] = export(checkpoints[name][plain], folder / key, options)
         return found[key]
 
     return of
@@ -102,7 +100,7 @@ def dequantised(bundle, node):
 
 @pytest.mark.parametrize("name", INTEGERS)
 def test_the_graphs_hold_the_integers_scales_and_zero_points_of_the_file(bundles, checkpoints, name):
-    bundle, _ = bundles(name)
+    bundle = bundles(name)
     plain = Checkpoint.open(checkpoints[name][1])
     seen = set()
     for stage in (FIRST_LAYER, DECODER):
@@ -110,7 +108,12 @@ def test_the_graphs_hold_the_integers_scales_and_zero_points_of_the_file(bundles
         for node in graph:
             if node.op_type == "DequantizeLinear":
                 matrix, floats = dequantised(bundle, node)
-                np.testing.assert_array_equal(floats.T, plain.tensor(matrix).array())
+                expected = plain.tensor(matrix).array()
+                if order := graph.initializers.get(f"{matrix}/order"):
+                    tensor = order.const_value
+                    raw = (bundle.folder / tensor.location).read_bytes()[tensor.offset : tensor.offset + tensor.length]
+                    expected = expected[:, np.frombuffer(raw, np.int64)]
+                np.testing.assert_array_equal(floats.T, expected)
                 seen.add(matrix)
     assert seen == {tensor for tensor in random_tensors(SMALL) if quantisable(tensor) and not SCORING.match(tensor)}
     assert bundle.manifest.weights.bits == (8 if "int8" in name else 4)
@@ -119,7 +122,7 @@ def test_the_graphs_hold_the_integers_scales_and_zero_points_of_the_file(bundles
 @runs_integers
 @pytest.mark.parametrize("name", INTEGERS)
 def test_onnx_runtime_multiplies_by_the_integers_themselves(bundles, tmp_path, name):
-    bundle, _ = bundles(name)
+    bundle = bundles(name)
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
@@ -132,11 +135,13 @@ def test_onnx_runtime_multiplies_by_the_integers_themselves(bundles, tmp_path, n
 @runs_integers
 @pytest.mark.usefixtures("float_activations")
 @pytest.mark.parametrize("target", ON_CPU)
-@pytest.mark.parametrize("name", ["awq-32", "gptq-symmetric", "packed-int4-rows", "packed-int8", "float8-blocks"])
+@pytest.mark.parametrize(
+    "name", ["awq-32", "gptq-symmetric", "gptq-desc-act", "packed-int4-rows", "packed-int8", "float8-blocks"]
+)
 def test_the_answer_is_that_of_the_dequantised_weights(bundles, name, target):
     results = []
-    for bundle in bundles(name, target):
-        with Pipeline.load(bundle.folder, target=target) as pipe:
+    for plain in (False, True):
+        with Pipeline.load(bundles(name, target, plain=plain).folder, target=target) as pipe:
             pruning = PruningConfig(keep_ratio=0.5)
             results.append(
                 pipe.generate(prompt(), pruning=pruning, max_new_tokens=4, ignore_eos=True, return_logits=True)
@@ -150,7 +155,7 @@ def test_the_answer_is_that_of_the_dequantised_weights(bundles, name, target):
 
 @pytest.mark.parametrize("name", ["awq-32", "packed-int4-zeros", "gptq-int8"])
 def test_tensorrt_gets_a_second_product_in_place_of_zero_points(bundles, checkpoints, name):
-    bundle, _ = bundles(name, TENSORRT)
+    bundle = bundles(name, TENSORRT)
     plain = Checkpoint.open(checkpoints[name][1])
     graph = ir.load(bundle.folder / bundle.manifest.graph(DECODER, TENSORRT).file).graph
     found = [node for node in graph if node.op_type == "DequantizeLinear"]
@@ -172,7 +177,7 @@ def test_tensorrt_gets_a_second_product_in_place_of_zero_points(bundles, checkpo
 def test_float8_stays_so_for_tensorrt_alone(bundles, checkpoints, name):
     plain = Checkpoint.open(checkpoints[name][1])
     for target in (TENSORRT, CPU):
-        bundle, _ = bundles(name, target)
+        bundle = bundles(name, target)
         graph = ir.load(bundle.folder / bundle.manifest.graph(DECODER, target).file).graph
         found = [node for node in graph if node.op_type == "DequantizeLinear" and node.inputs[0].is_initializer()]
         assert len(found) == ((SMALL.layers - 1) * 7 if target == TENSORRT else 0)
@@ -185,7 +190,7 @@ def test_float8_stays_so_for_tensorrt_alone(bundles, checkpoints, name):
 
 def test_engines_get_graphs_that_onnx_takes(bundles):
     for name in ("awq-32", "float8-tensor"):
-        bundle, _ = bundles(name, TENSORRT, "float16")
+        bundle = bundles(name, TENSORRT, "float16")
         for stage in (VISION, FIRST_LAYER, DECODER):
             graph = prepare(bundle, stage, TENSORRT, max_context=64, plugin=False)
             onnx.load_from_string(graph.content)
@@ -198,6 +203,25 @@ def test_the_command_tells_what_it_read(checkpoints, tmp_path, capsys):
         "read: awq, 21 matrices int4 with groups of 32 and zero points; not quantised: the vision tower, lm_head" in out
     )
     assert "int4 weights in blocks of 32, float32" in out
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "expected"),
+    [
+        ("awq-32", "float32", []),
+        ("awq-32", "float16", []),
+        ("awq-32", "bfloat16", ["float16 and get rounded to bfloat16; --dtype float16 keeps them"]),
+        (
+            "float8-blocks",
+            "bfloat16",
+            ["FP8 weights stay so for target tensorrt alone; cuda, portable get them"],
+        ),
+    ],
+)
+def test_a_note_tells_what_is_not_what_the_file_holds(checkpoints, name, dtype, expected):
+    targets = ExportOptions(dtype=dtype).targets
+    notes = Checkpoint.open(checkpoints[name][0]).quantisation.notes(dtype, targets)
+    assert [told in note for told, note in zip(expected, notes, strict=True)] == [True] * len(expected)
 
 
 def test_quantised_weights_are_neither_linked_nor_quantised_again(checkpoints, tmp_path):
@@ -224,16 +248,17 @@ def test_other_formats_are_refused_by_name_with_what_to_take_instead(tmp_path, s
         Checkpoint.open(quantised)
 
 
-def test_groups_in_the_order_of_activations_are_refused(tmp_path):
+def test_groups_of_unequal_size_are_refused(tmp_path):
     writer = made.gptq(4, 32, symmetric=True)
 
-    def shuffled(matrix):
+    def uneven(matrix):
         written = writer.write(matrix)
-        order = np.random.default_rng(0).permutation(written.parts["g_idx"]).astype(np.int32)
-        return made.Written(written.parts | {"g_idx": order}, written.floats)
+        group_of = written.parts["g_idx"].copy()
+        group_of[0] = 1
+        return made.Written(written.parts | {"g_idx": group_of}, written.floats)
 
-    quantised, _ = write_quantised(tmp_path, made.Writer(shuffled, writer.settings))
-    with pytest.raises(CheckpointError, match=r"order of their activations.*desc_act false"):
+    quantised, _ = write_quantised(tmp_path, made.Writer(uneven, writer.settings))
+    with pytest.raises(CheckpointError, match=r"g_idx: expected 32 inputs in every group.*without desc_act"):
         Checkpoint.open(quantised)
 
 

@@ -211,9 +211,10 @@ def test_autoawq(source, tmp_path, monkeypatch):
     check(source, written(source, tmp_path / "quantised", parts, settings), floats, tmp_path, monkeypatch)
 
 
+@pytest.mark.parametrize("desc_act", [False, True])
 @pytest.mark.parametrize("version", ["gptq", "gptq_v2"])
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_gptqmodel(source, tmp_path, monkeypatch, symmetric, version):
+def test_gptqmodel(source, tmp_path, monkeypatch, symmetric, version, desc_act):
     qlinear = pytest.importorskip("gptqmodel.nn_modules.qlinear.torch")
     from gptqmodel import QuantizeConfig
     from gptqmodel.utils.model import convert_gptq_v2_to_v1_format_module
@@ -224,12 +225,19 @@ def test_gptqmodel(source, tmp_path, monkeypatch, symmetric, version):
         rows, columns = weight.shape
         linear = torch.nn.Linear(columns, rows, bias=False)
         linear.weight.data = weight.clone()
-        scale, zero = grid(weight, symmetric=symmetric)
+        order = torch.randperm(columns) if desc_act else torch.arange(columns)
+        scale, zero = grid(weight[:, order], symmetric=symmetric)
         zero = zero.clamp(min=1)  # the first version stores them less one
         layer = qlinear.TorchLinear(
-            bits=4, group_size=GROUP, sym=symmetric, desc_act=False, in_features=columns, out_features=rows, bias=False
+            bits=4,
+            group_size=GROUP,
+            sym=symmetric,
+            desc_act=desc_act,
+            in_features=columns,
+            out_features=rows,
+            bias=False,
         )
-        layer.pack(linear, scale, zero, torch.arange(columns, dtype=torch.int32) // GROUP)
+        layer.pack(linear, scale, zero, (order.argsort() // GROUP).int())
         layer.post_init()
         floats[name] = layer.dequantize_weight().T.contiguous()
         if version == "gptq":

@@ -100,7 +100,7 @@ class Reference:
             model, info = FAMILIES[model_type].model_class.from_pretrained(
                 str(checkpoint), dtype=getattr(torch, dtype), output_loading_info=True
             )
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        except (ImportError, OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise CheckpointError(f"{checkpoint}: transformers cannot load it ({error})") from error
         finally:
             transformers_logging.set_verbosity(verbosity)
