@@ -150,7 +150,7 @@ accuracy: $(FULL) export ## Right answers of the tiny model by selector, and wha
 wheel: $(FULL) ## The wheel into dist/: the core, the apps, export, engines, the plugin's sources and the tiny model
 	rm -rf build/lib dist && $(BIN)/python -m pip wheel -q --no-deps --no-build-isolation -w dist .
 
-check-wheel: wheel ## The wheel in an empty environment, away from the checkout: export, run, doctor; two minutes
+check-wheel: wheel ## The wheel in an empty environment, away from the checkout: demo, export, chat, serve, doctor; two minutes
 	$(BIN)/pytest -q -m wheel
 
 check-harness: ## The harness tests with the packages themselves: HARNESS_PYTHON of an environment that has them (docs/reproduce.md)

@@ -7,7 +7,8 @@ import re
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -83,9 +84,8 @@ def chat(
             pruning,
             pipe.bundle.manifest.keep_ratio if keep_ratio is None else keep_ratio,
             sampling.config(pipe.bundle),
-            max_new_tokens,
             system,
-            pixels,
+            Prompt(prompt="", **asdict(pixels), max_new_tokens=max_new_tokens),
         )
         if image:
             talk.attach(*image)
@@ -112,7 +112,7 @@ class Conversation:
 
     Attributes:
         messages: the turns.
-        images, videos: paths, in the order of the turns that show them.
+        shown: the images and videos of the turns, and what all turns have in common.
         attached: paths that the next question shows.
         last: the messages, the keep ratio and the result of the last answer.
     """
@@ -121,12 +121,9 @@ class Conversation:
     pruning: Pruning
     keep_ratio: float
     sampling: "SamplingConfig"
-    max_new_tokens: int
     system: str | None
-    pixels: Pixels
+    shown: Prompt
     messages: list[dict[str, Any]] = field(default_factory=list)
-    images: list[str] = field(default_factory=list)
-    videos: list[str] = field(default_factory=list)
     attached: list[str] = field(default_factory=list)
     last: "tuple[list[dict[str, Any]], float, Result] | None" = None
 
@@ -140,14 +137,15 @@ class Conversation:
         if command in ("/quit", "/exit", "/bye", "/q"):
             return False
         if command in ("/image", "/video"):
-            text, paths = paths_in(rest)
+            text, paths = ("", [rest]) if Path(rest).expanduser().is_file() else paths_in(rest)
             self.attach(*paths, *text.split())
         elif command == "/keep":
             self._keep(rest)
         elif command == "/kept":
             self._draw(Path(rest.strip() or "kept.png"))
         elif command == "/clear":
-            self.messages, self.images, self.videos, self.attached, self.last = [], [], [], [], None
+            self.shown = replace(self.shown, image=(), video=())
+            self.messages, self.attached, self.last = [], [], None
             note("forgotten")
         elif command in ("/help", "/?", "?"):
             note(HELP)
@@ -184,26 +182,17 @@ class Conversation:
         Raises:
             HawkError: the question cannot be answered; it is not a part of the conversation then.
         """
-        videos = [path for path in self.attached if Path(path).suffix.lower() in VIDEOS]
-        images = [path for path in self.attached if path not in videos]
+        videos = tuple(path for path in self.attached if Path(path).suffix.lower() in VIDEOS)
+        images = tuple(path for path in self.attached if path not in videos)
         self.attached = []
         content = [*({"type": "image"} for _ in images), *({"type": "video"} for _ in videos)]
         turn = {"role": "user", "content": [*content, {"type": "text", "text": question}]}
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
         messages = [*(self.messages or system), turn]
-        images, videos = self.images + images, self.videos + videos
+        shown = replace(self.shown, image=self.shown.image + images, video=self.shown.video + videos)
         begun = time.perf_counter()
         first, answer = 0.0, ""
-        stream = self.pipe.stream(
-            messages,
-            images=images,
-            videos=videos,
-            pruning=self.pruning.config(self.keep_ratio),
-            max_new_tokens=self.max_new_tokens,
-            sampling=self.sampling,
-            min_pixels=self.pixels.min_pixels,
-            max_pixels=self.pixels.max_pixels,
-        )
+        stream = shown.stream(self.pipe, messages, self.pruning.config(self.keep_ratio), self.sampling)
         try:
             for piece in stream:
                 first = first or time.perf_counter() - begun
@@ -217,7 +206,7 @@ class Conversation:
             if answer:
                 print(flush=True)
         self.messages = [*messages, {"role": "assistant", "content": answer}]
-        self.images, self.videos = images, videos
+        self.shown = shown
         if self.last is None:
             note("stopped")
             return
@@ -238,23 +227,13 @@ class Conversation:
         """Write the picture of the last answer's tokens."""
         if self.last is None or not self.last[-1].num_visual:
             raise InvalidInput("/kept: no answer about an image yet. Show one: /image photo.jpg")
-        from hawk_trt.apps.cli.explain import draw
-        from hawk_trt.apps.explain.explanation import explain
+        from hawk_trt.apps.cli.explain import draw, lay_out
 
         messages, keep_ratio, result = self.last
-        inputs = self.pipe.prepare(
-            messages,
-            images=self.images,
-            videos=self.videos,
-            min_pixels=self.pixels.min_pixels,
-            max_pixels=self.pixels.max_pixels,
-        )
         question = messages[-1]["content"][-1]["text"]
-        merge = self.pipe.bundle.manifest.vision.spatial_merge_size
-        chosen = [(keep_ratio, result)]
-        explained = explain(question, self.pipe.processor.layout(inputs), chosen, merge, self.pruning.selector)
-        prompt = Prompt(prompt=question, image=tuple(self.images), video=tuple(self.videos))
-        draw(path, explained, prompt, self.pruning, self.pipe)
+        inputs = self.shown.prepare(self.pipe, messages)
+        explained = lay_out(self.pipe, question, inputs, [(keep_ratio, result)], self.pruning)
+        draw(path, explained, self.shown, self.pruning, self.pipe)
         note(f"picture: {path}")
 
 
@@ -294,16 +273,18 @@ def _lines() -> Iterator[str]:
     except ImportError:
         readline = None  # type: ignore[assignment]
     file = cache_folder() / "chat-history"
-    if readline and file.is_file():
-        readline.read_history_file(file)
+    with suppress(OSError):
+        if readline:
+            readline.read_history_file(file)
     try:
         while (line := _typed()) is not None:
             yield line
     finally:
-        if readline:
+        with suppress(OSError):
             file.parent.mkdir(parents=True, exist_ok=True)
-            readline.set_history_length(_HISTORY_LINES)
-            readline.write_history_file(file)
+            if readline:
+                readline.set_history_length(_HISTORY_LINES)
+                readline.write_history_file(file)
 
 
 def _typed() -> str | None:

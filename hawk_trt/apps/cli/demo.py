@@ -6,17 +6,14 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-import hawk_trt
-from hawk_trt.apps.cli.explain import draw
-from hawk_trt.apps.cli.models import ready
+from hawk_trt.apps.cli.explain import draw, lay_out
+from hawk_trt.apps.cli.models import ready, tiny_checkpoint
 from hawk_trt.apps.cli.options import OUTPUT, KeepRatio, Prompt, Pruning
 from hawk_trt.apps.cli.output import note
-from hawk_trt.apps.explain.explanation import explain
 
-_PACKAGE = Path(hawk_trt.__file__).parent
 _NEXT = """\
 Next:
-  hawk-trt chat {tiny}                          type questions yourself, as {sample}
+  hawk-trt chat tiny                            ask it yourself, about images such as those of {samples}
   hawk-trt chat Qwen/Qwen2.5-VL-3B-Instruct     the same with a real model: 7.5 GB are downloaded, then exported once
   hawk-trt serve Qwen/Qwen2.5-VL-3B-Instruct    an OpenAI server and a page at http://127.0.0.1:8000
   hawk-trt doctor                               what works on this machine"""
@@ -48,16 +45,9 @@ def demo(
             print(f"{image.name:<14}{question:<34}{result.text or '':<12}{result.num_kept} of {result.num_visual}")
             if drawn is None:
                 prompt = Prompt(prompt=question, image=(str(image),))
-                layout = pipe.processor.layout(prompt.prepare(pipe, question))
-                merge = pipe.bundle.manifest.vision.spatial_merge_size
-                drawn = explain(question, layout, [(config.keep_ratio, result)], merge)
+                inputs, chosen = prompt.prepare(pipe, prompt.messages(question)), [(config.keep_ratio, result)]
+                drawn = lay_out(pipe, question, inputs, chosen, pruning)
                 draw(out, drawn, prompt, pruning, pipe)
     note(f"picture        {out}: the tokens that the first answer was made from")
-    note(_NEXT.format(tiny=checkpoint, sample=checkpoint / "samples" / samples[1]["image"]))
+    note(_NEXT.format(samples=checkpoint / "samples"))
     return 0
-
-
-def tiny_checkpoint() -> Path:
-    """The tiny model: inside the package once installed, beside it in a checkout."""
-    installed = _PACKAGE / "data" / "tiny_vlm"
-    return installed if installed.is_dir() else _PACKAGE.parent / "examples" / "tiny-vlm"

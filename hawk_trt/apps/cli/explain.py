@@ -1,5 +1,6 @@
 """`hawk-trt explain`: one prompt answered at several keep ratios, drawn as a PNG and told as a table or JSON."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +12,7 @@ from hawk_trt.apps.explain.explanation import Explanation
 from hawk_trt.apps.explain.explanation import explain as explanation
 from hawk_trt.apps.explain.picture import load_frames, render, save
 from hawk_trt.errors import InvalidInput
+from hawk_trt.request import ModelInputs, Result
 
 if TYPE_CHECKING:
     from hawk_trt import Pipeline
@@ -40,14 +42,13 @@ def explain(
     configs = [pruning.config(keep_ratio) for keep_ratio in keep_ratios]
     text = prompt.text()
     pipe = where.open(model)
-    inputs = prompt.prepare(pipe, text)
+    inputs = prompt.prepare(pipe, prompt.messages(text))
     results = []
     for config in configs:
         note(f"keep ratio {config.keep_ratio:g}")
         result = pipe.generate(inputs, pruning=config, max_new_tokens=prompt.max_new_tokens)
         results.append((config.keep_ratio, result))
-    merge = pipe.bundle.manifest.vision.spatial_merge_size
-    explained = explanation(text, pipe.processor.layout(inputs), results, merge, pruning.selector)
+    explained = lay_out(pipe, text, inputs, results, pruning)
     if json:
         print_json(explained, {"picture": str(out)})
     else:
@@ -58,6 +59,14 @@ def explain(
     draw(out, explained, prompt, pruning, pipe)
     note(f"picture: {out}")
     return 0
+
+
+def lay_out(
+    pipe: "Pipeline", text: str, inputs: ModelInputs, results: Sequence[tuple[float, Result]], pruning: Pruning
+) -> Explanation:
+    """What the results kept of a prompt's images; text is shown as the question."""
+    merge = pipe.bundle.manifest.vision.spatial_merge_size
+    return explanation(text, pipe.processor.layout(inputs), results, merge, pruning.selector)
 
 
 def draw(path: Path, explained: Explanation, prompt: Prompt, pruning: Pruning, pipe: "Pipeline") -> None:

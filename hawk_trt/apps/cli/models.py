@@ -7,6 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Literal
 
+import hawk_trt
 from hawk_trt.apps.cli.main import where_it_lies
 from hawk_trt.apps.cli.mistakes import IMAGES, WrongModel
 from hawk_trt.apps.cli.output import note, progress, size
@@ -18,6 +19,7 @@ from hawk_trt.inputs.checkpoint_files import CONFIG, download, is_hub_id
 
 Kind = Literal["bundle", "engines", "checkpoint", "hub id", "nothing"]
 _KINDS: dict[str, Kind] = {ENGINES_MANIFEST: "engines", MANIFEST: "bundle", CONFIG: "checkpoint"}
+TINY = "tiny"  # names the model that comes along
 INTEGERS = ("int8", "int4")  # dtypes of weights alone
 BLOCK_SIZE = 64
 _ADDRESS = re.compile(r"(?:https?:/+)?(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)")
@@ -43,6 +45,8 @@ def ready(model: Path, dtype: str | None = None) -> Path:
     Raises:
         HawkError: there is no model, it cannot be exported, or it is of another dtype.
     """
+    if str(model) == TINY and not model.exists():
+        model = tiny_checkpoint()
     kind = kind_of(model)
     if kind == "nothing":
         raise _no_model(str(model), _MODELS)
@@ -74,6 +78,13 @@ def ready(model: Path, dtype: str | None = None) -> Path:
             written = writer.export(opened, folder, options, name=given, progress=show).manifest
         note(f"{folder}: exported, {size(sum(entry.size_bytes for entry in written.files.values()))}")
     return folder
+
+
+def tiny_checkpoint() -> Path:
+    """The tiny model: inside the package once installed, beside it in a checkout."""
+    package = Path(hawk_trt.__file__).parent
+    installed = package / "data" / "tiny_vlm"
+    return installed if installed.is_dir() else package.parent / "examples" / "tiny-vlm"
 
 
 def expect_checkpoint(name: str, *, compared: bool = False) -> None:

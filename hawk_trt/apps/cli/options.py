@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Group, Parameter, Token
 
 from hawk_trt.apps.cli.mistakes import IMAGES, VIDEOS, WrongModel
-from hawk_trt.apps.cli.models import INTEGERS, ready, verify
+from hawk_trt.apps.cli.models import INTEGERS, TINY, ready, verify
 from hawk_trt.errors import InvalidInput
 from hawk_trt.pruning.head_weights import read_head_weights
-from hawk_trt.request import QUERIES, QUOTAS, SELECTORS, ModelInputs, PruningConfig
+from hawk_trt.request import QUERIES, QUOTAS, SELECTORS, ModelInputs, PruningConfig, SamplingConfig
 from hawk_trt.stages import DTYPES, TARGETS
 
 if TYPE_CHECKING:
     from hawk_trt import Pipeline
+    from hawk_trt.pipeline import TextStream
     from hawk_trt.request import Message
 
 # The names that others give the dtypes.
@@ -78,7 +79,10 @@ def names(known: Sequence[str], *, name: Sequence[str] = ()) -> Parameter:
 PROMPT, PRUNING = Group("Prompt", sort_key=1), Group("Pruning", sort_key=2)
 WHERE, OUTPUT = Group("Where it runs", sort_key=8), Group("Output", sort_key=9)
 
-Model = Annotated[Path, Parameter(help="a bundle or engine folder; a checkpoint or hub id is exported first, once")]
+MODEL = (
+    f"a bundle or engine folder; a checkpoint or hub id is exported first, once; {TINY} is the model that comes along"
+)
+Model = Annotated[Path, Parameter(help=MODEL)]
 Numbers = Annotated[tuple[float, ...], Parameter(converter=_numbers, n_tokens=1)]
 KeepRatio = Annotated[float | None, Parameter(alias="--keep-ratios", converter=_number, group=PRUNING)]
 KeepRatios = Annotated[Numbers, Parameter(name=("--keep-ratio", "--keep-ratios"), group=PRUNING)]
@@ -204,16 +208,38 @@ class Prompt(Pixels):
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
         return [*system, {"role": "user", "content": [*content, {"type": "text", "text": text}]}]
 
-    def prepare(self, pipe: "Pipeline", text: str) -> ModelInputs:
+    def prepare(self, pipe: "Pipeline", messages: "str | Sequence[Message]") -> ModelInputs:
         """The prompt as tensors.
 
         Raises:
             HawkError: an image or video that cannot be used.
         """
-        return pipe.prepare(
-            self.messages(text),
-            images=self.image,
-            videos=self.video,
+        return pipe.prepare(messages, self.image, self.video, min_pixels=self.min_pixels, max_pixels=self.max_pixels)
+
+    def stream(
+        self,
+        pipe: "Pipeline",
+        messages: "str | Sequence[Message]",
+        pruning: PruningConfig,
+        sampling: SamplingConfig,
+        stop: Sequence[str] = (),
+        *,
+        skip_special_tokens: bool = True,
+    ) -> "TextStream":
+        """The answer in pieces.
+
+        Raises:
+            HawkError: an image or video that cannot be used.
+        """
+        return pipe.stream(
+            messages,
+            self.image,
+            self.video,
+            pruning,
+            self.max_new_tokens,
+            sampling,
+            stop,
+            skip_special_tokens=skip_special_tokens,
             min_pixels=self.min_pixels,
             max_pixels=self.max_pixels,
         )

@@ -88,18 +88,8 @@ def run(
     if keep_ratio is None:
         config = replace(config, keep_ratio=pipe.bundle.manifest.keep_ratio)
     messages = prompt.messages(text)
-    stream = pipe.stream(
-        messages,
-        images=prompt.image,
-        videos=prompt.video,
-        pruning=config,
-        max_new_tokens=prompt.max_new_tokens,
-        sampling=sampling.config(pipe.bundle),
-        stop=stop,
-        skip_special_tokens=skip_special_tokens,
-        min_pixels=prompt.min_pixels,
-        max_pixels=prompt.max_pixels,
-    )
+    drawn_by = sampling.config(pipe.bundle)
+    stream = prompt.stream(pipe, messages, config, drawn_by, stop, skip_special_tokens=skip_special_tokens)
     live = sys.stdout.isatty() and not (no_stream or json)
     line_begun = False
     try:
@@ -118,14 +108,9 @@ def run(
     elif not live:
         print(result.text, flush=True)
     if drawn is not None:  # after the answer, which a picture that cannot be written must not cost
-        from hawk_trt.apps.cli.explain import draw  # a tenth of a start is for those who draw
-        from hawk_trt.apps.explain.explanation import explain
+        from hawk_trt.apps.cli.explain import draw, lay_out  # a tenth of a start is for those who draw
 
-        layout, merge = (
-            pipe.processor.layout(prompt.prepare(pipe, text)),
-            pipe.bundle.manifest.vision.spatial_merge_size,
-        )
-        explained = explain(text, layout, [(config.keep_ratio, result)], merge, pruning.selector)
+        explained = lay_out(pipe, text, prompt.prepare(pipe, messages), [(config.keep_ratio, result)], pruning)
         draw(drawn, explained, prompt, pruning, pipe)
     _summarise(result)
     if picture is not None:

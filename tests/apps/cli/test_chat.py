@@ -29,11 +29,13 @@ def say(tiny_bundle, monkeypatch, capsys):
     return chat
 
 
-def test_images_come_by_command_by_path_and_by_option(say, samples):
+def test_images_come_by_command_by_path_and_by_option(say, samples, tmp_path):
+    spaced = tmp_path / "where is it.png"
+    spaced.symlink_to(samples / "1-where.png")
     code, answers, notes = say(
         "What colour is the heart?",
         "/clear",
-        f"/image {samples / '1-where.png'}",
+        f"/image {spaced}",
         "In which corner is the circle?",
         "/clear",
         f"'{samples / '2-count.png'}' Count the circles.",
@@ -112,7 +114,7 @@ def test_a_path_is_found_as_terminals_paste_it(written, tmp_path):
     assert paths_in(f"What's in {words} and where?") == ("What's in and where?", [str(path)])
 
 
-def test_demo_answers_draws_and_says_what_is_next(tmp_path, monkeypatch, capsys):
+def test_demo_answers_draws_and_says_what_is_next(tiny_checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert main(["demo"]) == 0
@@ -120,3 +122,8 @@ def test_demo_answers_draws_and_says_what_is_next(tmp_path, monkeypatch, capsys)
     assert [line.split()[-4] for line in out.splitlines()[1:]] == ["cyan", "left", "5"]
     assert "13 of 64" in out and "hawk-trt chat Qwen/" in err
     assert Path("hawk-trt-demo.png").is_file()
+    assert (
+        main(["run", "tiny", "-i", str(tiny_checkpoint / "samples" / "2-count.png"), "-p", "Count the circles."]) == 0
+    )
+    out, err = capsys.readouterr()
+    assert out == "5\n" and "Exporting" not in err  # the demo has exported it
