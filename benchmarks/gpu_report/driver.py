@@ -65,6 +65,20 @@ def round_trip(device: "CudaDevice") -> None:
     np.testing.assert_array_equal(device.download(first, values.shape, values.dtype), 2 * values)
 
 
+def rows_to_rows(device: "CudaDevice") -> None:
+    """Rows of one layout to those of another, in groups, as a new column goes into the KV cache."""
+    from hawk_trt.runtime.tensorrt.cuda import Rows
+
+    source = np.arange(1, 121, dtype=np.float32).reshape(3, 4, 10)  # groups, rows, values
+    target = np.zeros((3, 6, 16), np.float32)
+    first, second = device.allocate(source.nbytes), device.allocate(target.nbytes)
+    device.upload(first, source)
+    device.zero(second, target.nbytes)
+    device.copy_rows(Rows(second + 5 * 4, 16 * 4, 6), Rows(first + 2 * 4, 10 * 4, 4), 5 * 4, 3, 3)
+    target[:, :3, 5:10] = source[:, :3, 2:7]
+    np.testing.assert_array_equal(device.download(second, target.shape, target.dtype), target)
+
+
 def replay(device: "CudaDevice") -> None:
     """A captured copy reads its pinned source anew at every launch."""
     source, target = device.allocate_pinned(64), device.allocate_pinned(64)
@@ -122,7 +136,7 @@ def timed(device: "CudaDevice") -> None:
     assert 0 < device.seconds(start, end) < 1
 
 
-CHECKS: tuple[Callable[["CudaDevice"], None], ...] = (round_trip, replay, refused_capture, timed)
+CHECKS: tuple[Callable[["CudaDevice"], None], ...] = (round_trip, rows_to_rows, replay, refused_capture, timed)
 
 
 def driver(record: Record, setting: Setting) -> None:

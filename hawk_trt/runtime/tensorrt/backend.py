@@ -1,7 +1,7 @@
 """TensorRtBackend: the plans of an engine folder on one GPU, loaded once, and what requests share."""
 
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from hawk_trt.runtime.tensorrt.decode import DecodeStep
 from hawk_trt.runtime.tensorrt.engine import Context, load_plans
 from hawk_trt.runtime.tensorrt.generation import Prefill, TensorRtGeneration
 from hawk_trt.runtime.tensorrt.memory import Memory
-from hawk_trt.runtime.tensorrt.vision import Encoder, HostVisual, TensorRtVisual
+from hawk_trt.runtime.tensorrt.vision import Encoder
 from hawk_trt.stages import DECODER, FIRST_LAYER, VISION
 
 _SCRATCH = "scratch"
@@ -75,6 +75,7 @@ class TensorRtBackend:
         cuda.zero(self.memory.addresses[_CACHE], self.cache.nbytes)
         vision = [context for (stage, _), context in self.contexts.items() if stage == VISION]
         self.encoder = Encoder(self.memory, vision, engines)
+        self.encode, self.keep, self.join = self.encoder.encode, self.encoder.keep, self.encoder.join
         self.prefill = Prefill(self.memory, self.cache, prefill, self.embedding_table)
         self.decode_step = DecodeStep(self.memory, self.cache, decode, more_stages, manifest, self.embedding_table)
         cuda.synchronize()
@@ -115,20 +116,6 @@ class TensorRtBackend:
     def max_start(self) -> int:
         """Rows that a generation can have now beside those that run."""
         return self.cache.most_together
-
-    def encode(self, feeds: Iterable[dict[str, npt.NDArray[Any]]], num_rows: int) -> TensorRtVisual:
-        """Run the vision stage, one call a feed, into num_rows rows; one zero row where there is none."""
-        with self.cuda.active():
-            return self.encoder.encode(feeds, num_rows)
-
-    def keep(self, visual: Visual) -> HostVisual:
-        """A copy on the host, since every encode overwrites the one before."""
-        return self.encoder.keep(visual)
-
-    def join(self, parts: Sequence[Visual]) -> TensorRtVisual:
-        """Rows of what keep gave, one below the other, where first_layer reads them."""
-        with self.cuda.active():
-            return self.encoder.join(parts)
 
     def score(self, inputs: PrefillInputs, visual: Visual) -> npt.NDArray[np.float32]:
         """HAWK scores alone: float32 [batch, seq_len]. Those that run keep what they have."""

@@ -87,16 +87,16 @@ class Encoder:
             BackendError: more than the plans were built for, or TensorRT or CUDA failed.
         """
         self._overwrite(num_rows)
-        done = 0
-        for feed in feeds:
-            for context, part in self._calls(feed):
-                done += self._run(context, part, done, num_rows)
-        assert done == num_rows, f"vision made {done} rows of {num_rows}"
-        cuda = self._memory.cuda
-        if not num_rows:
-            for name, size in self.row_bytes.items():
-                cuda.zero(self._memory.addresses[name], size)
-        cuda.synchronize()
+        done, cuda = 0, self._memory.cuda
+        with cuda.active():
+            for feed in feeds:
+                for context, part in self._calls(feed):
+                    done += self._run(context, part, done, num_rows)
+            assert done == num_rows, f"vision made {done} rows of {num_rows}"
+            if not num_rows:
+                for name, size in self.row_bytes.items():
+                    cuda.zero(self._memory.addresses[name], size)
+            cuda.synchronize()
         return TensorRtVisual(self, max(num_rows, 1))
 
     def rows(self, visual: Visual) -> int:
@@ -112,7 +112,7 @@ class Encoder:
         return visual.rows
 
     def keep(self, visual: Visual) -> HostVisual:
-        """A copy on the host."""
+        """A copy on the host, since every encode overwrites the one before."""
         dims = {_NUM_VISUAL: self.rows(visual)}
         with self._memory.cuda.active():
             return HostVisual({name: self._memory.read(name, dims) for name in self.row_bytes}, self.count)
@@ -130,14 +130,15 @@ class Encoder:
         if len(copies) == 1 and copies[0].place == self.count:
             return TensorRtVisual(self, rows)
         self._overwrite(rows)
-        done = 0
-        for part in copies:
-            for name, size in self.row_bytes.items():
-                self._memory.cuda.upload(self._memory.addresses[name] + done * size, part.arrays[name])
-            done += len(part.numpy())
+        done, cuda = 0, self._memory.cuda
+        with cuda.active():
+            for part in copies:
+                for name, size in self.row_bytes.items():
+                    cuda.upload(self._memory.addresses[name] + done * size, part.arrays[name])
+                done += len(part.numpy())
+            cuda.synchronize()
         if len(copies) == 1:
             copies[0].place = self.count
-        self._memory.cuda.synchronize()
         return TensorRtVisual(self, rows)
 
     def _overwrite(self, num_rows: int) -> None:
