@@ -242,11 +242,7 @@ class WeightStore:
         return 0 if self.link else self.total_bytes
 
     def write(self, folder: Path, progress: Callable[[int, int], None] | None = None) -> dict[str, FileEntry]:
-        """Write or link every file into a folder.
-
-        Args:
-            folder: that gets them.
-            progress: called with the bytes done and their total.
+        """Write or link every file into a folder; progress is called with the bytes done and their total.
 
         Raises:
             CheckpointError: a source file that cannot be read, or a value too large for float16.
