@@ -184,7 +184,7 @@ def _report(
     if verification is not None:
         _print_verification(verification)
     elif seconds is not None:
-        print("  not verified, as asked for (--no-verify)")
+        print("  not verified (--no-verify)")
 
 
 def _print_verification(verification: Verification) -> None:

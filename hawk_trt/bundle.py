@@ -218,7 +218,7 @@ class Bundle:
         stray = {table.file, *(graph.file for graph in self.manifest.graphs)} - files.keys()
         if stray:
             raise BundleError(
-                f"{self.folder}: damaged, {', '.join(sorted(stray))[:200]} is none of its files. {_AGAIN}"
+                f"{self.folder}: damaged, {', '.join(sorted(stray))[:200]} does not belong to it. {_AGAIN}"
             )
         needed = table.offset + math.prod(table.shape) * numpy_dtype(table.dtype).itemsize
         if needed > files[table.file].size_bytes:

@@ -115,7 +115,7 @@ def local_path(source: "str | os.PathLike[str]", what: str) -> Path:
         raise InvalidInput(f"{what}: got {type(source).__name__}, expected a path, bytes, a PIL image or a uint8 array")
     name = os.fspath(source)
     if "://" in name and not name.lower().startswith("file://"):
-        raise InvalidInput(f"{name[:200]}: addresses are not fetched. Download the {what} and give its path")
+        raise InvalidInput(f"{name[:200]}: URLs are not downloaded. Download the {what} and give its path")
     try:
         path = _path_of_url(name) if name.lower().startswith("file://") else Path(name)
         if not path.exists():
@@ -210,7 +210,7 @@ def decoding(name: str) -> Iterator[None]:
 
 def _from_file(file: IO[bytes], name: str, max_pixels: int, formats: tuple[str, ...]) -> npt.NDArray[np.uint8]:
     if max_pixels < 1:
-        raise InvalidInput(f"{name}: no pixel is left of the limit for all images together. Send fewer images")
+        raise InvalidInput(f"{name}: the other images use the whole limit of pixels. Send fewer images")
     with decoding(name), open_image(file, formats) as image:
         _check_work(image, file, name)
         if isinstance(image, JpegImagePlugin.JpegImageFile) and image.width * image.height > max_pixels:

@@ -133,7 +133,7 @@ def index_file(path: Path) -> VideoIndex:
     if cut_short:
         raise InvalidInput(f"{path}: cut short, its last frame is incomplete. Get the file again")
     if not rate:
-        raise InvalidInput(f"{path}: states no frame rate. Give its frames as images, with their fps")
+        raise InvalidInput(f"{path}: has no frame rate. Give its frames as images, with their fps")
     if len(shown) < total:  # frames can only be counted, and reached from the start
         shown, keys = [], []
     times = np.sort(np.array(shown, dtype=np.int64))

@@ -170,7 +170,7 @@ class InternVL:
             item = int((runs % tile_tokens > 0).argmax())
             raise InvalidInput(
                 f"input_ids: image {item}: got {runs[item]} placeholders in a row, expected a multiple of "
-                f"{tile_tokens}, so many a tile"
+                f"{tile_tokens}, the tokens of a tile"
             )
         tiles = runs // tile_tokens
         side = self.vision.image_size

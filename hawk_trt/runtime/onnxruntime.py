@@ -104,7 +104,7 @@ class OnnxRuntimeBackend:
             target = PORTABLE if old or (best not in manifest.targets and PORTABLE in manifest.targets) else best
         elif target == CUDA and not at_least(ort.__version__, OPSET_24_ONNX_RUNTIME[CUDA]):
             raise BackendError(
-                f"target: got cuda, whose attention ONNX Runtime {ort.__version__} has not, expected "
+                f"target: got cuda, whose attention ONNX Runtime {ort.__version__} lacks, expected "
                 f"{OPSET_24_ONNX_RUNTIME[CUDA]} or newer. pip install -U onnxruntime-gpu, or take target portable"
             )
         return cls(bundle, place, target)

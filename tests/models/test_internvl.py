@@ -277,7 +277,7 @@ def test_max_pixels_bounds_the_tiles_of_a_prompt(pipe):
     [
         (
             lambda inputs: replace(inputs, input_ids=np.delete(inputs.input_ids, 10)),
-            "input_ids: image 0: got 11 placeholders in a row, expected a multiple of 4, so many a tile",
+            "input_ids: image 0: got 11 placeholders in a row, expected a multiple of 4, the tokens of a tile",
         ),
         (
             lambda inputs: replace(inputs, pixel_values=inputs.pixel_values[:-1]),

@@ -128,5 +128,5 @@ def _summarise(result: Result) -> None:
     stages = [(field.name, 1000.0 * getattr(result.timings, field.name)) for field in fields(Timings)]
     note("time in ms     " + ", ".join(f"{name} {latency_ms:.1f}" for name, latency_ms in stages))
     tokens = len(result.token_ids)
-    end = "stopped at --max-new-tokens" if result.finish_reason == "length" else "ended by itself"
+    end = "stopped at --max-new-tokens" if result.finish_reason == "length" else "complete"
     note(f"answer         {tokens} token{'s' * (tokens != 1)}, {end}")
