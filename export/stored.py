@@ -9,22 +9,38 @@ Writers count integers from 0; here 8, or 128, is subtracted of both q and z, wh
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from hawk_trt.bundle import WeightFormat
+from hawk_trt.bundle import WeightFormat, numpy_dtype
 from hawk_trt.errors import CheckpointError
 from hawk_trt.inputs.tensor_file import CheckpointTensor
+from hawk_trt.stages import CPU, CUDA
 
 # Dequantised at a time.
 _CHUNK_ELEMENTS = 1 << 19
 # ONNX Runtime multiplies by integers whose blocks are a power of two, from 16 on; larger ones bring nothing.
 _SMALLEST_BLOCK, _LARGEST_BLOCK = 16, 128
 Bytes = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A tensor of a quantised matrix as graphs hold it: dtype, shape, and what makes its bytes when it is written."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    make: Callable[[], Iterator[npt.NDArray[Any]]]
+
+    @property
+    def nbytes(self) -> int:
+        """Its size; two 4-bit integers share a byte."""
+        size = math.prod(self.shape)
+        return size // 2 if self.dtype == "int4" else size * numpy_dtype(self.dtype).itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +105,22 @@ class IntegerMatrix(CheckpointTensor):
                 (differences * scales[some]).reshape(columns, -1).T
             )
             yield floats.reshape(-1)
+
+    def parts_in_graph(self, dtype: str, target: str) -> dict[str, Part]:
+        """By their names in weights.QuantisedMatrix. dtype: of the scales; TensorRT takes a shift for zero points."""
+        (rows, columns), element, where = self.shape, f"int{self.bits}", f"{self.file}: tensor {self.name}"
+        blocks, order, zeros = (columns // self.format.block_size, rows), self.order, self.zero_points()
+        parts = {
+            "values": Part(element, (columns, rows), lambda: (part.reshape(-1) for part in self.grouped())),
+            "scales": _rounded(self.scales, dtype, blocks, f"{where}: a scale"),
+        }
+        if order is not None:
+            parts["order"] = Part("int64", (columns,), lambda: iter([order]))
+        if zeros is not None and target in (CPU, CUDA):
+            parts["zero_points"] = Part(element, blocks, lambda: iter([zeros.reshape(-1)]))
+        elif zeros is not None:
+            parts["shift"] = _rounded(self.shift, dtype, blocks, f"{where}: zero point x scale")
+        return parts
 
     def _by_block(self, rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """What there is of each group, [in / group, ..], for each block."""
@@ -209,6 +241,21 @@ class Float8Matrix(CheckpointTensor):
             scale = np.repeat(scale, self.block[1], axis=1)[:, :columns] if self.block[1] else scale[..., None]
             yield (values[first : first + step].astype(np.float32) * scale).reshape(-1)
 
+    def scales_dtype(self, dtype: str) -> str:
+        """Dtype of the scales in a graph of another: theirs, so that they keep their precision."""
+        return dtype if self.scale.dtype == dtype else "float32"
+
+    def parts_in_graph(self, dtype: str) -> dict[str, Part]:
+        """By their names in weights.QuantisedMatrix, in the order of the file's rows. dtype: of the model."""
+        where = f"{self.file}: tensor {self.name}"
+        parts = {
+            "values": Part("float8_e4m3fn", self.shape, self.values.blocks),
+            "scales": _rounded(self.scales, self.scales_dtype(dtype), self.scales().shape, f"{where}: a scale"),
+        }
+        if self.input_scale is not None:
+            parts["input_scale"] = _rounded(self.input_scale.array, dtype, (), f"{where}: input_scale")
+        return parts
+
 
 def check_groups(matrix: IntegerMatrix) -> IntegerMatrix:
     """The matrix, if its groups can be blocks of DequantizeLinear.
@@ -223,6 +270,20 @@ def check_groups(matrix: IntegerMatrix) -> IntegerMatrix:
             f"expected groups that divide the inputs, of a multiple of {_SMALLEST_BLOCK}, and a multiple of 8 outputs"
         )
     return matrix
+
+
+def _rounded(make: Callable[[], npt.NDArray[Any]], dtype: str, shape: tuple[int, ...], what: str) -> Part:
+    """A small table of floats in a dtype; a value that becomes infinite, or is no number, is refused as it is made."""
+
+    def rounded() -> Iterator[npt.NDArray[Any]]:
+        with np.errstate(over="ignore"):
+            values = make().astype(numpy_dtype(dtype)).reshape(-1)
+        if not np.isfinite(values.astype(np.float32)).all():
+            advice = "Export with --dtype bfloat16 or float32"
+            raise CheckpointError(f"{what}: infinite, or too large for {dtype}. {advice}")
+        yield values
+
+    return Part(dtype, shape, rounded)
 
 
 def _sign_bits(bits: int) -> np.uint8:

@@ -24,11 +24,11 @@ import onnx_ir as ir
 from hawk_trt.bundle import FileEntry, TableEntry, WeightFormat, file_entry, numpy_dtype
 from hawk_trt.errors import BundleError, CheckpointError
 from hawk_trt.inputs.tensor_file import CheckpointTensor, alternating_buffers
-from hawk_trt.stages import CPU, CUDA, TENSORRT
+from hawk_trt.stages import TENSORRT
 
 from .checkpoint import Checkpoint
 from .quantisation import fits_blocks, layout, may_be_quantised, quantise
-from .stored import Float8Matrix, IntegerMatrix
+from .stored import Float8Matrix, IntegerMatrix, Part
 from .tensors import EMBEDDINGS
 
 EMBEDDINGS_FILE = "embed_tokens.data"
@@ -147,9 +147,11 @@ class WeightStore:
         if not may_be_quantised(name, shape):
             return None
         if isinstance(tensor, IntegerMatrix):
-            return self._stored_integers(stage_file, tensor, target)
+            parts = self._parts(stage_file, name, tensor.parts_in_graph(dtype, target))
+            return QuantisedMatrix(**parts, scales_dtype=dtype, block_size=tensor.format.block_size)
         if isinstance(tensor, Float8Matrix) and target == TENSORRT:
-            return self._stored_float8(stage_file, tensor)
+            parts = self._parts(stage_file, name, tensor.parts_in_graph(dtype))
+            return QuantisedMatrix(**parts, scales_dtype=tensor.scales_dtype(dtype), block_size=tensor.block[1])
         if weights is None or not fits_blocks(shape, weights):
             return None
         columns = shape[1]
@@ -171,53 +173,14 @@ class WeightStore:
             weights.block_size,
         )
 
-    def _stored_integers(self, stage_file: str, matrix: IntegerMatrix, target: str) -> QuantisedMatrix:
-        """Integers of the checkpoint; TensorRT takes no zero points."""
-        name, (rows, columns), bits, block_size = matrix.name, matrix.shape, matrix.bits, matrix.format.block_size
-        element, blocks = f"int{bits}", (columns // block_size, rows)
-
-        def part(word: str, dtype: str, shape: tuple[int, ...], make: Callable[[], Iterator[Any]]) -> ir.Value:
-            nbytes = math.prod(shape) * (bits if dtype == element else numpy_dtype(dtype).itemsize * 8) // 8
-            return _external(f"{name}/{word}", self._place(stage_file, f"{name}/{word}", nbytes, make), dtype, shape)
-
-        def floats(make: Callable[[], npt.NDArray[Any]], what: str) -> Callable[[], Iterator[npt.NDArray[Any]]]:
-            return lambda: iter([_rounded(make(), self.dtype, f"{matrix.file}: tensor {name}: {what}")])
-
-        integers = part("integers", element, (columns, rows), lambda: (block.reshape(-1) for block in matrix.grouped()))
-        scales = part("scales", self.dtype, blocks, floats(matrix.scales, "a scale"))
-        found = QuantisedMatrix(integers, scales, self.dtype, block_size)
-        if matrix.order is not None:
-            order = matrix.order
-            found = replace(found, order=part("order", "int64", (columns,), lambda: iter([order])))
-        if matrix.zero_points() is None:
-            return found
-        if target in (CPU, CUDA):
-            return replace(
-                found, zero_points=part("zero_points", element, blocks, lambda: iter([_flat(matrix.zero_points())]))
-            )
-        return replace(found, shift=part("shift", self.dtype, blocks, floats(matrix.shift, "zero point x scale")))
-
-    def _stored_float8(self, stage_file: str, matrix: Float8Matrix) -> QuantisedMatrix:
-        """Float8 of the checkpoint, in the order of its rows; its scales keep their precision."""
-        name, (rows, columns) = matrix.name, matrix.shape
-        scales_dtype = self.dtype if matrix.scale.dtype == self.dtype else "float32"
-        shape = matrix.scales().shape
-
-        def scale(word: str, shape: tuple[int, ...], dtype: str, make: Callable[[], npt.NDArray[Any]]) -> ir.Value:
-            nbytes = math.prod(shape) * numpy_dtype(dtype).itemsize
-            what = f"{matrix.file}: tensor {name}: {word}"
-            place = self._place(stage_file, f"{name}/{word}", nbytes, lambda: iter([_rounded(make(), dtype, what)]))
-            return _external(f"{name}/{word}", place, dtype, shape)
-
-        values = self._place(stage_file, f"{name}/float8", rows * columns, matrix.values.blocks)
-        static = matrix.input_scale
-        return QuantisedMatrix(
-            _external(f"{name}/float8", values, "float8_e4m3fn", (rows, columns)),
-            scale("float8_scales", shape, scales_dtype, matrix.scales),
-            scales_dtype,
-            matrix.block[1],
-            input_scale=None if static is None else scale("input_scale", (), self.dtype, static.array),
-        )
+    def _parts(self, stage_file: str, name: str, parts: dict[str, Part]) -> dict[str, ir.Value]:
+        """New initializers of the parts of a matrix that the checkpoint holds quantised."""
+        values = {}
+        for word, part in parts.items():
+            label = f"{name}/{'integers' if word == 'values' and part.dtype.startswith('int') else word}"
+            place = self._place(stage_file, label, part.nbytes, part.make)
+            values[word] = _external(label, place, part.dtype, part.shape)
+        return values
 
     def table(self, name: str = EMBEDDINGS) -> TableEntry:
         """The place of the token embedding table; where a graph has it already (tied), that place.
@@ -333,24 +296,6 @@ def _external(name: str, place: Placement, dtype: str, shape: tuple[int, ...]) -
     element = _IR_DTYPES[dtype]
     data = ir.ExternalTensor(place.file, place.offset, place.nbytes, element, shape=ir.Shape(shape), name=name)
     return ir.Value(name=name, type=ir.TensorType(element), shape=ir.Shape(shape), const_value=data)
-
-
-def _flat(values: npt.NDArray[Any] | None) -> npt.NDArray[Any]:
-    assert values is not None  # the matrix has zero points
-    return values.reshape(-1)
-
-
-def _rounded(values: npt.NDArray[Any], dtype: str, what: str) -> npt.NDArray[Any]:
-    """Small tables of floats in another dtype, 1-D.
-
-    Raises:
-        CheckpointError: a value becomes infinite, or is no number.
-    """
-    with np.errstate(over="ignore"):
-        rounded = values.astype(numpy_dtype(dtype)).reshape(-1)
-    if not np.isfinite(rounded.astype(np.float32)).all():
-        raise CheckpointError(f"{what}: infinite, or too large for {dtype}. Export with --dtype bfloat16 or float32")
-    return rounded
 
 
 def _write_all(out: FileIO, block: memoryview) -> None:

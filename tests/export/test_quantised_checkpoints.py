@@ -214,7 +214,7 @@ def test_the_command_tells_what_it_read(checkpoints, tmp_path, capsys):
         (
             "float8-blocks",
             "bfloat16",
-            ["FP8 weights stay so for target tensorrt alone; cuda, portable get them"],
+            ["FP8 weights stay so for the target tensorrt alone; cuda, portable get them"],
         ),
     ],
 )
