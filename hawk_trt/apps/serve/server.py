@@ -19,7 +19,7 @@ from hawk_trt.errors import InvalidInput
 
 _HEADER_SECONDS = 10.0
 _MAX_HEADER_BYTES = 32_768
-_LAST_SECONDS = 3
+_LAST_SECONDS = 3.0  # of a drain: uvicorn waits for what is still being sent, and as long again may all else take
 _BACKLOG = 1024
 _UNREAD_SECONDS = 15.0
 
@@ -50,6 +50,7 @@ class Server(uvicorn.Server):
     def __init__(self, app: FastAPI) -> None:
         self._service: Service = app.state.service
         self._drained_at = float("inf")  # on the clock of time.monotonic()
+        self._last_seconds = min(_LAST_SECONDS, self._service.settings.drain_seconds / 4)
         super().__init__(
             uvicorn.Config(
                 app,
@@ -57,7 +58,7 @@ class Server(uvicorn.Server):
                 ws="none",
                 limit_concurrency=self._service.settings.max_connections,
                 h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
-                timeout_graceful_shutdown=_LAST_SECONDS,
+                timeout_graceful_shutdown=self._last_seconds,
                 server_header=False,
                 log_config=None,
                 lifespan="on",
@@ -72,7 +73,7 @@ class Server(uvicorn.Server):
             return
         log.info("%s: finishing %d requests", signal.Signals(sig).name, service.open_requests)
         service.state = "draining"
-        self._drained_at = time.monotonic() + service.settings.drain_seconds
+        self._drained_at = time.monotonic() + service.settings.drain_seconds - 2 * self._last_seconds
 
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second: whether to end."""
