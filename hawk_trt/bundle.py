@@ -171,11 +171,7 @@ class Manifest:
         return numbers * numpy_dtype(self.dtype).itemsize
 
     def graph(self, stage: str, target: str) -> GraphEntry:
-        """The graph of a stage for a target.
-
-        Raises:
-            BundleError: the bundle does not hold it.
-        """
+        """The graph of a stage for a target; BundleError where the bundle does not hold it."""
         for entry in self.graphs:
             if (entry.stage, entry.target) == (stage, target):
                 return entry
@@ -205,9 +201,6 @@ class Bundle:
         """Compare every file with the manifest; weight files by size, or by hash with verify.
 
         progress is called with the bytes hashed.
-
-        Raises:
-            BundleError: a file is missing or differs.
         """
         check_files(self.folder, self.manifest.files, "the export", _AGAIN, verify=verify, progress=progress)
         try:
@@ -237,11 +230,7 @@ class Bundle:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read bundle.json.
-
-    Raises:
-        BundleError: no bundle there, a damaged manifest, or one of another schema.
-    """
+    """Read bundle.json; BundleError where there is none, a damaged one, or one of another schema."""
     command = f"hawk-trt export CHECKPOINT-OR-HUB-ID --out {folder}"
     absent = f"{folder}: no bundle there ({MANIFEST} is missing). Make one: {command}"
     return read_versioned(folder / MANIFEST, Manifest, SCHEMA_VERSION, absent, "the export", _AGAIN)

@@ -49,17 +49,12 @@ class PlanEntry:
     """One .plan file.
 
     Attributes:
-        stage: vision, first_layer or decoder.
-        file: its name.
         onnx_sha256: of the bundle's graph that it was built from.
         inputs: of the engine; a cache that is written in place has its static length, and context_slots is among them.
-        outputs: of the engine.
         profiles: for each optimization profile, the ranges of all inputs.
         plugin_layers: layers that are the top-k plugin.
         layers: of the network, after parsing.
-        flags: builder flags by name.
         workarounds: names of the miscompile workarounds that were on.
-        seconds: that the build took.
     """
 
     stage: str
@@ -107,12 +102,8 @@ class Limits:
 class Machine:
     """What a plan is made for and runs on.
 
-    Attributes:
-        tensorrt: version, such as "10.16.1.11".
-        cuda: newest CUDA version that the driver supports, such as "13.0".
-        driver: version, None where it is not told.
-        gpu: its name.
-        compute_capability: such as "8.7".
+    tensorrt is a version such as "10.16.1.11", cuda the newest that the driver supports, such as "13.0", driver None
+    where it is not told, compute_capability such as "8.7".
     """
 
     tensorrt: str
@@ -131,19 +122,15 @@ class EngineManifest:
     """engines.json.
 
     Attributes:
-        schema_version: of this file.
         bundle: manifest of the bundle, its files and embedding table as they lie here, without graphs.
         bundle_sha256: of the bundle's bundle.json.
         target: of the graphs, "tensorrt" or "portable".
-        limits: the largest request.
         machine: that the plans were built on, and for.
-        plans: one a stage.
         plugin: name of the plugin's file, None where no plan has a plugin layer.
         plugin_sha256: of the plugin that the build was given, None without one.
         workspace_bytes: scratch that a tactic could take, None where nothing limited it.
         files: of the folder, without those of `bundle`.
         rebuild: the command that makes the folder anew.
-        versions: of what wrote it.
     """
 
     schema_version: int
@@ -193,11 +180,7 @@ class EngineFolder:
         return next(entry for entry in self.manifest.plans if entry.stage == stage)
 
     def check(self, *, verify: bool = False, progress: Callable[[int], None] | None = None) -> None:
-        """Compare every file with the manifest (plans and table by size, by hash with verify), and the plans' headers.
-
-        Raises:
-            BundleError: a file is missing or differs.
-        """
+        """Compare every file with the manifest (plans and table by size, or by hash with verify), and plan headers."""
         rebuild = f"Rebuild: {self.manifest.rebuild}"
         files = {**self.manifest.bundle.files, **self.manifest.files}
         check_files(self.folder, files, "the build", rebuild, verify=verify, progress=progress)
@@ -219,11 +202,7 @@ class EngineFolder:
 
 
 def read_engine_manifest(folder: Path) -> EngineManifest:
-    """Read engines.json.
-
-    Raises:
-        BundleError: none there, a damaged one, or one of another schema.
-    """
+    """Read engines.json; BundleError where there is none, a damaged one, or one of another schema."""
     absent = (
         f"{folder}: no engines there ({ENGINES_MANIFEST} is missing). "
         f"Build them from a bundle, on the GPU that is to run them: hawk-trt build BUNDLE --out {folder}"

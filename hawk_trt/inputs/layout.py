@@ -37,8 +37,7 @@ class PromptLayout:
         query_weights: float32 [n], 1/T at the query tokens.
         query: "paper" or "turn": whose rule chose the query tokens.
         num_rows: rows of the prompt's visual embeddings, those of masked placeholders included.
-        image_grid_thw: int64 [images, 3], masked ones included.
-        video_grid_thw: int64 [videos, 3], masked ones included.
+        image_grid_thw, video_grid_thw: int64 [items, 3], masked ones included.
     """
 
     input_ids: IntArray

@@ -105,7 +105,7 @@ class ChatTokenizer:
         videos: "VideoInput | Sequence[VideoInput]" = (),
         tools: Sequence[JsonObject] = (),
     ) -> EncodedPrompt:
-        """Turn a string or chat messages into token ids; messages.read_prompt says what they may hold.
+        """Turn a string or chat messages, as messages.read_prompt takes them, into texts and special tokens.
 
         Raises:
             InvalidInput: a prompt that cannot be read, no chat template, or one that refuses this prompt.

@@ -61,25 +61,16 @@ def head_scores(
     return _float32(scores)
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def normalize(scores: Float32Array, visual: npt.NDArray[np.bool_], normalization: str) -> Float32Array:
     """Normalise each head over the visual tokens; what is not visual, or not finite, is 0 before.
 
     Args:
-        scores: (..., heads, seq_len) raw scores.
+        scores: (..., heads, seq_len) raw scores; the result has this shape, and 0 at positions that are not visual.
         visual: (..., seq_len), whether a position is a visual token.
-        normalization: "l2", "softmax" or "minmax".
-
-    Returns:
-        (..., heads, seq_len), 0 at positions that are not visual.
-
-    Raises:
-        InvalidInput: an unknown normalization.
+        normalization: "l2", "softmax" or "minmax"; any other is InvalidInput.
     """
-    with np.errstate(over="ignore", invalid="ignore"):
-        return _normalized(scores, visual[..., None, :], normalization)
-
-
-def _normalized(scores: Float32Array, mask: npt.NDArray[np.bool_], normalization: str) -> Float32Array:
+    mask = visual[..., None, :]
     s = np.where(mask & np.isfinite(scores), scores, np.float32(0.0)).astype(np.float32)
     if normalization == "l2":
         norm = np.sqrt(np.sum(s * s, axis=-1, keepdims=True, dtype=np.float32))
@@ -128,14 +119,12 @@ def weighted_topk(
 
 def weighted_topk_keys(scores: Float32Array, select_bias: Float32Array) -> Float32Array:
     """What tokens compete by: the bias where it decides alone, else score plus bias. (batch, seq_len) each."""
-    keys: Float32Array = np.where(np.abs(select_bias) >= np.float32(BIAS_KEEP), select_bias, scores + select_bias)
-    return keys
+    return _float32(np.where(np.abs(select_bias) >= np.float32(BIAS_KEEP), select_bias, scores + select_bias))
 
 
 def _rms_norm(x: Float32Array, weight: Float32Array, epsilon: float) -> Float32Array:
     rms = np.sqrt(np.mean(x * x, axis=-1, keepdims=True, dtype=np.float32) + np.float32(epsilon))
-    normal: Float32Array = x / rms * weight
-    return normal
+    return _float32(x / rms * weight)
 
 
 def _project(x: Float32Array, projection: tuple[Float32Array, Float32Array | None]) -> Float32Array:

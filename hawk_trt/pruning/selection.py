@@ -21,11 +21,7 @@ Float32Array: TypeAlias = npt.NDArray[np.float32]
 
 
 def head_weights(bundle: Bundle, pruning: PruningConfig) -> Float32Array:
-    """The weights that the graph gets: the caller's, else the bundle's, else equal ones: float32 [heads].
-
-    Raises:
-        InvalidInput: the caller's do not fit the model.
-    """
+    """The weights that the graph gets: the caller's, else the bundle's, else equal ones: float32 [heads]."""
     num_heads = bundle.manifest.language.num_attention_heads
     if pruning.selector in EQUAL_HEADS:
         return np.full(num_heads, 1.0 / num_heads, np.float32)
