@@ -67,6 +67,7 @@ _OTHERS = {
     "--model": ("--model-path", "--model-id", "--bundle", "--engine", "--engines", "--path", "--input", "--checkpoint"),
     "--checkpoint": ("--ckpt", "--model-path", "--reference", "--hf-model"),
     "--dtype": ("--precision", "--torch-dtype", "--quantization", "--quantize", "--type"),
+    "--picture": ("--out", "--output", "-o"),
     "--device": ("--backend", "--provider", "--accelerator"),
     "--temperature": ("--temp",),
     "--host": ("--listen", "--bind", "--address", "--ip"),
@@ -80,6 +81,9 @@ _OTHERS = {
     "--dtype int8": ("--int8", "--load-in-8bit"),
     "--dtype int4": ("--int4", "--load-in-4bit"),
 }
+_LISTS = ("--keep-ratio", "--keep-ratios", "--selectors", "--selector", "--target", "--sides")
+# What there is nothing of here, with a value.
+_OF_OTHERS = ("--tensor-parallel-size", "-tp", "--gpu-memory-utilization", "--max-num-batched-tokens", "--swap-space")
 # What needs no option here: it is so anyway.
 _NEEDLESS = ("--stream", "--trust-remote-code", "--verbose", "--yes", "-y")
 
@@ -106,10 +110,11 @@ def to_try(error: Exception, program: str, words: Sequence[str]) -> str | None:
         program: hawk-trt, or python -m and a module.
         words: of the command line, after the program.
     """
-    command = f"{program} {words[0]}" if words and not words[0].startswith("-") and " " not in program else program
+    known = words and words[0] in SYNONYMS and " " not in program
+    command = f"{program} {words[0]}" if known else program
     if isinstance(error, WrongModel):
         model = next((word for word in words if any((Path(word) / file).is_file() for file in MANIFESTS)), None)
-        if model and error.named and not error.instead:  # swapped
+        if model and Path(error.named).suffix.lower() in IMAGES:  # swapped
             swap = {model: error.named, error.named: model}
             return f"{program} {shlex.join(swap.get(word, word) for word in words)}"
         if error.command:
@@ -146,6 +151,9 @@ def _meant(error: CycloptsError, words: Sequence[str]) -> Sequence[str] | None:
     unused = error.unused_tokens or []
     found = _SUGGESTED.search(str(error))
     suggested = found[1] if found else None
+    with_dashes = [re.sub(r"^[-\u2013\u2014]*[\u2013\u2014]-*", "--", word) for word in words]
+    if with_dashes != list(words):  # as text programs turn them into one long one
+        return with_dashes
     if isinstance(error, UnknownCommandError):
         named = next((word for word in words if word in SYNONYMS), None)
         if named:  # after options, which follow it
@@ -153,6 +161,8 @@ def _meant(error: CycloptsError, words: Sequence[str]) -> Sequence[str] | None:
         if suggested:
             return _replaced(words, unused[0], suggested)
         first = unused[0]
+        if close := get_close_matches(first, ("--help", "--version", "--install-completion"), n=1):
+            return close
         return ["run", *words] if first.startswith("--") or "/" in first or Path(first).exists() else None
     if isinstance(error, UnknownOptionError):
         known = [name for argument in error.argument_collection for name in argument.names]
@@ -164,6 +174,8 @@ def _meant(error: CycloptsError, words: Sequence[str]) -> Sequence[str] | None:
         return _replaced(words, value, right) if right else None
     if isinstance(error, MissingArgumentError | UnusedCliTokensError):
         assert error.app is not None
+        if isinstance(error, MissingArgumentError) and error.argument and words[-1] in error.argument.names:
+            return None  # the last option has no value
         known = [name for argument in error.app.assemble_argument_collection() for name in argument.names]
         for word in unused:
             if word.startswith("-") and word.partition("=")[0] not in known:
@@ -185,6 +197,9 @@ def _with_flag(words: Sequence[str], wrong: str, known: Sequence[str], suggested
             return None
     if wrong in _NEEDLESS:
         return [word for word in words if word != wrong]
+    if wrong in _OF_OTHERS:
+        place = next(place for place, word in enumerate(words) if word.partition("=")[0] == wrong)
+        return [*words[:place], *words[place + (1 if "=" in words[place] else 2) :]]
     if words[0] == "chat" and wrong in ("--prompt", "-p"):
         return ["run", *words[1:]]
     right = next((flag for flag, others in _OTHERS.items() if wrong in others and flag.split()[0] in known), suggested)
@@ -210,7 +225,14 @@ def _with_names(words: Sequence[str], loose: Sequence[str], known: Sequence[str]
         meant, known = ["run", *words[1:]], [*known, "--prompt"]
     for word in loose:
         place, suffix = meant.index(word), Path(word).suffix.lower()
-        if place >= 2 and meant[place - 1] in known:  # a flag was taken for the value of the one before it
+        before = meant[place - 1]
+        if f"-{before}" in known:  # an option with one dash
+            meant[place - 1] = f"-{before}"
+            continue
+        if meant[place - 2] in _LISTS and words[0] != "run":
+            meant[place - 1 : place + 1] = [f"{before},{word}"]
+            continue
+        if place >= 2 and before in known:  # a flag was taken for the value of the one before it
             meant.insert(place - 1, "What is shown here?")
             continue
         flag = "--image" if suffix in IMAGES else "--video" if suffix in VIDEOS else "--prompt"
@@ -226,7 +248,15 @@ def _with_names(words: Sequence[str], loose: Sequence[str], known: Sequence[str]
 
 def _with_value(words: Sequence[str], name: str) -> Sequence[str] | None:
     """The words with the argument that is missing."""
-    model = next((word for word in words[1:] if not word.startswith("-")), "model")
+    given = next((word for word in words[1:] if not word.startswith("-")), None)
+    model = given or "model"
+    kinds = [file for file in MANIFESTS if (Path(model) / file).is_file()]
+    if name == "--out" and words[0] == "export" and kinds and kinds[0] != "config.json":
+        return ["run", model, "--prompt", "What is shown here?"]
+    if name == "--out" and words[0] == "build" and (kinds == ["config.json"] or not Path(model).exists()):
+        return ["export", given or "CHECKPOINT-OR-HUB-ID", "--out", f"{Path(model).name}-bundle"]
+    if name == "--out" and given is None:
+        words = [*words, "CHECKPOINT-OR-HUB-ID"]
     made = f"{Path(model).name}-{'engines' if words[:1] == ['build'] else 'bundle'}"
     values = {"--prompt": "What is shown here?", "--out": made, "--checkpoint": "CHECKPOINT-OR-HUB-ID"}
     if name == "--model":

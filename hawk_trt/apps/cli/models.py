@@ -212,9 +212,9 @@ def _no_model(name: str, expected: str) -> WrongModel:
     if close:
         return WrongModel(f"{name}: no such folder. Did you mean {close}?", name, str(close))
     message = f"{name}: no such folder, expected {expected}"
-    if "/" not in name:  # a hub id has an owner
-        message += f" such as Qwen/{name}" if name.startswith("Qwen") else " such as owner/name"
-    return WrongModel(message, name, f"Qwen/{name}" if name.startswith("Qwen") and "/" not in name else "")
+    if re.fullmatch(r"Qwen[\w.]*-[\w.-]+", name):  # a hub id has an owner
+        return WrongModel(f"{message} such as Qwen/{name}", name, f"Qwen/{name}")
+    return WrongModel(message, name)
 
 
 def _close_to(path: Path) -> Path | None:

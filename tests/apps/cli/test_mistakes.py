@@ -54,6 +54,13 @@ MISTAKES = [
     ("run bundle -p hi --stream", "--stream", "hawk-trt run bundle -p hi"),
     ("export model -o x", "--out requires", "hawk-trt export model --out x"),
     ("serve bundle --batch-size 4", "--batch-size", "--max-batch 4"),
+    ("run bundle \u2014prompt hi", "--prompt requires", "hawk-trt run bundle --prompt hi"),
+    ("run bundle -prompt hi", "without an option", "hawk-trt run bundle --prompt hi"),
+    ("bench bundle --keep-ratio 1 0.2", "without an option", "hawk-trt bench bundle --keep-ratio 1,0.2"),
+    ("serve bundle --tensor-parallel-size 2", "--tensor-parallel-size", "hawk-trt serve bundle"),
+    ("--verison", "Unknown command", "hawk-trt --version"),
+    ("export bundle", "--out requires", "hawk-trt run bundle --prompt"),
+    ("build model", "--out requires", "hawk-trt export model --out model-bundle"),
     # values
     ("run bundle -p hi --keep-ratio 0,2", "got '0,2'", "--keep-ratio 0.2"),
     ("run bundle -p hi --keep-ratio 20", "To keep 20 %: --keep-ratio 0.2", "hawk-trt run --help"),
