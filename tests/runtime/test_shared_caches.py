@@ -5,8 +5,10 @@ import pytest
 
 from examples.tiny_task import generate
 from generations import start
-from hawk_trt import Pipeline, PruningConfig, Request
+from hawk_trt import ModelInputs, Pipeline, PruningConfig, Request
 from hawk_trt.errors import BackendError
+from hawk_trt.inputs.layout import collate
+from hawk_trt.runtime import onnxruntime
 from hawk_trt.runtime.kv_cache import KVCache
 from hawk_trt.runtime.session import Binding
 from hawk_trt.scheduler import Scheduler
@@ -23,7 +25,7 @@ def plain(tiny_bundle):
 
 @pytest.fixture
 def shared(tiny_bundle):
-    with Pipeline.load(tiny_bundle, target="cpu", threads=1) as pipe:
+    with Pipeline.load(tiny_bundle, target="cuda", threads=1) as pipe:
         pipe.backend.caches.shared = True
         yield pipe
 
@@ -196,3 +198,19 @@ def test_a_step_writes_to_the_device_and_takes_no_memory_there(shared, monkeypat
     for number in range(1, 4):
         step(number)
     assert not taken and generation.cache(0)[0].shape[2] == 8
+
+
+def test_prompts_padded_in_front_are_refused_since_no_mask_hides_the_padding(shared):
+    prompts = [ModelInputs(np.arange(length)) for length in (4, 9)]
+    layouts = [shared.processor.layout(inputs) for inputs in prompts]
+    heads = np.array(shared.bundle.manifest.head_weights.values, np.float32)
+    generation = shared.backend.start(2, 20)
+    visual, _ = shared.vision_cache.encode(list(zip(prompts, layouts, strict=True)))
+    with pytest.raises(BackendError, match="kv_start: got prompts padded in front"):
+        generation.prefill(collate(layouts, [0, 0], [None, None], heads), visual, logits=False)
+
+
+def test_an_onnx_runtime_without_causal_attention_over_a_cache_is_refused(tiny_bundle, monkeypatch):
+    monkeypatch.setattr(onnxruntime.ort, "__version__", "1.27.0")
+    with pytest.raises(BackendError, match=r"target: got cuda, .* ONNX Runtime 1\.27\.0 .* expected 1\.28 or newer"):
+        Pipeline.load(tiny_bundle, target="cuda")
