@@ -19,12 +19,9 @@ from hawk_trt.bundle import Manifest
 
 @dataclass(frozen=True, slots=True)
 class StageTolerance:
-    """Of one stage's output, row by row.
+    """Of one stage's output: the least cosine of a row, and the most of the others.
 
-    Attributes:
-        cosine: the least that any row's cosine may be.
-        norm_ratio: the most that any row's |got| / |expected| may differ from 1.
-        max_error: the most that any value may differ, as a share of the largest reference value.
+    norm_ratio: of |got| / |expected| of a row to 1.  max_error: of a value, as a share of the largest reference value.
     """
 
     cosine: float
@@ -34,13 +31,9 @@ class StageTolerance:
 
 @dataclass(frozen=True, slots=True)
 class Tolerance:
-    """Of one dtype.
+    """Of one dtype. All scores of a prompt are one row; the decoder's rows are the teacher-forced logits.
 
     Attributes:
-        vision: of visual_embeds.
-        scores: of all scores of a prompt as one row.
-        first_layer: of layer 0's output.
-        decoder: of the teacher-forced logits.
         score_error: the most that a score may differ, a shift common to all left out, as a share of the
             reference's spread (largest - smallest score). A kept token may be swapped for another only
             where both lie this near to the cut.
@@ -85,17 +78,18 @@ TOLERANCES = {
 
 # Of quantised weights, by their bits: what int8 and int4 cost, in the worst of blocks of 32 to 128. Vision, scores and
 # kept set are the dtype's. On the random model int4 is beyond the decoder's limits: there is no direction to keep.
-_FIRST_LAYER = {
-    8: StageTolerance(0.995, 4e-2, 8e-2),  # 2e-4, 9e-3, 1.5e-2 | 7e-4, 1e-2, 2.8e-2
-    4: StageTolerance(0.85, 0.4, 0.5),  # 1.6e-2, 0.16, 0.16 | 7e-2, 0.11, 0.28
-}
-_DECODER = {
-    8: StageTolerance(0.95, 6e-2, 0.3),  # 1e-5, 3e-2, 2e-2 | 2.4e-2, 2.1e-2, 0.19
-    4: StageTolerance(0.95, 0.6, 0.5),  # 1.3e-3, 0.32, 0.25 | 0.51, 0.13, 0.99
-}
-_KL = {
-    8: 0.4,  # 8e-3 | 0.22
-    4: 2.5,  # 1.3 | 4.1
+# first_layer, decoder, KL
+_QUANTISED = {
+    8: (
+        StageTolerance(0.995, 4e-2, 8e-2),  # 2e-4, 9e-3, 1.5e-2 | 7e-4, 1e-2, 2.8e-2
+        StageTolerance(0.95, 6e-2, 0.3),  # 1e-5, 3e-2, 2e-2 | 2.4e-2, 2.1e-2, 0.19
+        0.4,  # 8e-3 | 0.22
+    ),
+    4: (
+        StageTolerance(0.85, 0.4, 0.5),  # 1.6e-2, 0.16, 0.16 | 7e-2, 0.11, 0.28
+        StageTolerance(0.95, 0.6, 0.5),  # 1.3e-3, 0.32, 0.25 | 0.51, 0.13, 0.99
+        2.5,  # 1.3 | 4.1
+    ),
 }
 
 
@@ -104,21 +98,18 @@ def tolerance_of(manifest: Manifest) -> Tolerance:
     dtype = TOLERANCES[manifest.dtype]
     if manifest.weights is None:
         return dtype
-    bits = manifest.weights.bits
+    first_layer, decoder, kl = _QUANTISED[manifest.weights.bits]
     return replace(
         dtype,
-        first_layer=_looser(dtype.first_layer, _FIRST_LAYER[bits]),
-        decoder=_looser(dtype.decoder, _DECODER[bits]),
-        kl=max(dtype.kl, _KL[bits]),
+        first_layer=_looser(dtype.first_layer, first_layer),
+        decoder=_looser(dtype.decoder, decoder),
+        kl=max(dtype.kl, kl),
     )
 
 
 def _looser(one: StageTolerance, other: StageTolerance) -> StageTolerance:
-    return StageTolerance(
-        min(one.cosine, other.cosine),
-        max(one.norm_ratio, other.norm_ratio),
-        max(one.max_error, other.max_error),
-    )
+    errors = (max(one.norm_ratio, other.norm_ratio), max(one.max_error, other.max_error))
+    return StageTolerance(min(one.cosine, other.cosine), *errors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,15 +117,11 @@ class StageRow:
     """One stage's output against the reference's.
 
     Attributes:
-        stage: vision, scores, first_layer or decoder.
         rows: vectors compared: visual tokens, kept tokens or decode steps.
-        cosine: mean over the rows.
-        cosine_min: of the worst row.
-        norm_ratio: |got| / |expected|, mean over the rows.
+        cosine, norm_ratio: means over the rows; |got| / |expected|.
         norm_ratio_worst: the one farthest from 1.
-        max_error: largest absolute difference of a value.
-        max_error_share: that, as a share of the largest reference value.
-        failures: what is out of tolerance, empty where nothing is.
+        max_error_share: as a share of the largest reference value.
+        failures: what is out of tolerance.
     """
 
     stage: str
@@ -149,14 +136,7 @@ class StageRow:
 
 
 def compare_stage(stage: str, got: npt.ArrayLike, expected: npt.ArrayLike, tolerance: StageTolerance) -> StageRow:
-    """Compare two float arrays [rows, values].
-
-    Args:
-        stage: named in the row.
-        got: the bundle's output.
-        expected: the reference's.
-        tolerance: what they may differ by.
-    """
+    """Compare two float arrays [rows, values]."""
     a, b = np.asarray(got, dtype=np.float64), np.asarray(expected, dtype=np.float64)
     nan = float("nan")
     if a.shape != b.shape:

@@ -84,10 +84,12 @@ class DecodeStep:
                 self._captured = True
                 return
         for name, stage in self._stages.items():
-            if name not in self._bindings or not cache.in_place:
+            if not warm:
                 inputs_of = self.tensors | cache.inputs(name, 0, self._count)
                 outputs_of = self.tensors | cache.outputs(name, 0, self._count)
                 self._bindings[name] = Binding(stage, inputs_of, outputs_of)
+            elif not cache.in_place:
+                self._bindings[name].rebind(cache.inputs(name, 0, self._count), cache.names(name))
             self._bindings[name].run()
             if not cache.in_place:
                 cache.keep(name, self._bindings[name].results())
@@ -113,7 +115,7 @@ class KVCache:
     def __init__(
         self, manifest: Manifest, stages: Mapping[str, Stage], slots: int, columns: int, *, shared: bool
     ) -> None:
-        """Make a cache without tensors; see `fill`."""
+        """Make a cache without tensors: `fill` makes them, or `carry` one by one."""
         language = manifest.language
         self.slots, self.columns = slots, columns
         self.starts, self.ends = np.zeros(slots, np.int64), np.zeros(slots, np.int64)
@@ -174,6 +176,10 @@ class KVCache:
         if not self.in_place:
             return {}
         return {present: self._rows(present, first, count) for _, present in self._names(stage)}
+
+    def names(self, stage: str) -> list[str]:
+        """Outputs of a stage that are caches."""
+        return [present for _, present in self._names(stage)]
 
     def keep(self, stage: str, outputs: Mapping[str, ort.OrtValue]) -> None:
         """Keep the caches that a portable stage returned."""

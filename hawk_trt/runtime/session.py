@@ -6,7 +6,7 @@ wrote without a copy. On the CPU an OrtValue shares the memory of its numpy arra
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from functools import cache
 from io import StringIO
@@ -94,7 +94,10 @@ class Device:
 
 def write(value: ort.OrtValue, array: npt.NDArray[Any]) -> None:
     """Copy a host array of the tensor's shape and dtype into the memory that the tensor has."""
-    value.update_inplace(_host_value(np.ascontiguousarray(array)))
+    if value.device_name() == "cpu":
+        value.numpy()[...] = array
+    else:
+        value.update_inplace(_host_value(np.ascontiguousarray(array)))
 
 
 def download(value: ort.OrtValue) -> npt.NDArray[Any]:
@@ -167,7 +170,7 @@ class Binding:
     def __init__(self, stage: Stage, inputs: Mapping[str, ort.OrtValue], outputs: Mapping[str, ort.OrtValue]) -> None:
         self._stage, self._graph = stage, ""
         self._binding = stage.session.io_binding()
-        self._bound = (inputs, outputs)  # their memory is theirs, not the binding's
+        self._inputs, self._outputs = dict(inputs), outputs  # their memory is theirs, not the binding's
         for spec in stage.entry.inputs:
             self._binding.bind_ortvalue_input(spec.name, inputs[spec.name])
         for spec in stage.entry.outputs:
@@ -182,6 +185,14 @@ class Binding:
             # Images differ in size: else the arena holds on to what the largest took, gigabytes at native resolution.
             self._options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         self._captured = self._options
+
+    def rebind(self, inputs: Mapping[str, ort.OrtValue], outputs: Iterable[str]) -> None:
+        """Bind some inputs anew, and outputs to new memory of ONNX Runtime's own."""
+        self._inputs.update(inputs)
+        for name, value in inputs.items():
+            self._binding.bind_ortvalue_input(name, value)
+        for name in outputs:
+            self._binding.bind_output(name, self._stage.device.kind, self._stage.device.index)
 
     def run(self) -> None:
         """Run the stage.
