@@ -19,7 +19,7 @@ from pathlib import Path
 from hawk_trt import Pipeline, PruningConfig
 from hawk_trt.apps.cli.output import counted
 from hawk_trt.apps.evaluate.datasets import Dataset, Sample, load_dataset
-from hawk_trt.apps.evaluate.fastv import FastV, FastVAnswerer
+from hawk_trt.apps.evaluate.fastv import FastV, fastv_answerer
 from hawk_trt.apps.evaluate.metrics import exact_match
 from hawk_trt.apps.evaluate.result_log import ResultLog
 from hawk_trt.apps.evaluate.summary import Interval, difference_interval, mean_interval, summarise
@@ -27,10 +27,10 @@ from hawk_trt.apps.evaluate.trials import (
     UNPRUNED,
     Answerer,
     Cell,
-    PipelineAnswerer,
     PreparedSample,
     Trial,
     missing,
+    pipeline_answerer,
     prepare,
     run_trials,
 )
@@ -117,10 +117,10 @@ def main() -> int:
     args = parser.parse_args()
     dataset = load_dataset("tiny", args.count, args.seed)
     with Pipeline.load(args.bundle) as pipe:
-        own = PipelineAnswerer(pipe, exact_match, MAX_NEW_TOKENS)
+        own = pipeline_answerer(pipe, exact_match, MAX_NEW_TOKENS)
         special: dict[str, Answerer] = {
             OTHER_QUESTION: OtherQuestion(pipe, dataset, own),
-            FASTV: FastVAnswerer(FastV.load(CHECKPOINT), pipe, exact_match, MAX_NEW_TOKENS),
+            FASTV: fastv_answerer(FastV.load(CHECKPOINT), pipe, exact_match, MAX_NEW_TOKENS),
         }
         trials = answer_all(pipe, dataset, cells(), special, own, args.out / "results.jsonl", args.seed)
         print(table(trials, cells(), dataset))

@@ -20,10 +20,10 @@ from hawk_trt.apps.evaluate.trials import (
     UNPRUNED,
     Answerer,
     Cell,
-    PipelineAnswerer,
     PreparedSample,
     Trial,
     missing,
+    pipeline_answerer,
     prepare,
     run_trials,
 )
@@ -164,15 +164,15 @@ def _trials(
     cells: Sequence[Cell],
     log: ResultLog[Trial],
 ) -> Iterator[Trial]:
-    own = PipelineAnswerer(pipe, metric, questions.max_new_tokens)
+    own = pipeline_answerer(pipe, metric, questions.max_new_tokens)
 
     @cache
     def fastv() -> Answerer:
-        from hawk_trt.apps.evaluate.fastv import FastV, FastVAnswerer  # torch, only for those who ask for it
+        from hawk_trt.apps.evaluate.fastv import FastV, fastv_answerer  # torch, only for those who ask for it
 
         assert checkpoint is not None  # evaluate has asked for it
         note(f"loading {checkpoint} in PyTorch (float32, cpu)")
-        return FastVAnswerer(FastV.load(checkpoint), pipe, metric, questions.max_new_tokens)
+        return fastv_answerer(FastV.load(checkpoint), pipe, metric, questions.max_new_tokens)
 
     def answerer(cell: Cell) -> Answerer:
         return fastv() if cell.selector == FASTV else own

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hawk_trt.apps.evaluate.metrics import Metric
-from hawk_trt.apps.evaluate.trials import Cell, PreparedSample, Trial
+from hawk_trt.apps.evaluate.trials import Answerer, Cell, PreparedSample, Trial
 from hawk_trt.errors import CheckpointError, InvalidInput
 from hawk_trt.inputs.layout import PromptLayout
 from hawk_trt.pruning.selection import kept_count
@@ -136,41 +136,32 @@ class FastV:
         return hidden
 
 
-class FastVAnswerer:
+def fastv_answerer(fastv: FastV, pipe: "Pipeline", metric: Metric, max_new_tokens: int) -> Answerer:
     """Answers with FastV; without times, since another runtime's are not comparable."""
+    manifest, chat = pipe.bundle.manifest, pipe.processor.chat
+    assert chat is not None  # its prompts are texts
+    tokenizer, layers, stop = chat.tokenizer, manifest.language.num_hidden_layers, manifest.special_tokens.eos
 
-    def __init__(self, fastv: FastV, pipe: "Pipeline", metric: Metric, max_new_tokens: int) -> None:
-        self._fastv = fastv
-        self._pipe = pipe
-        self._metric = metric
-        self._max_new_tokens = max_new_tokens
-
-    def __call__(self, prepared: PreparedSample, cell: Cell) -> Trial:
-        """Answer one sample."""
-        manifest = self._pipe.bundle.manifest
-        prompt = self._pipe.processor.layout(prepared.inputs)
-        rows = self._pipe.vision_cache.encode([(prepared.inputs, prompt)])[0].numpy().astype(np.float32)
+    def answer(prepared: PreparedSample, cell: Cell) -> Trial:
+        prompt = pipe.processor.layout(prepared.inputs)
+        rows = pipe.vision_cache.encode([(prepared.inputs, prompt)])[0].numpy().astype(np.float32)
         num_kept = kept_count(prompt, PruningConfig(keep_ratio=cell.pruning.keep_ratio))
-        stop = manifest.special_tokens.eos
-        visual_embeds = rows[prompt.visual_rows[prompt.visual_rows >= 0]]
-        answer = self._fastv.answer(prompt, visual_embeds, num_kept, self._max_new_tokens, stop)
-        chat = self._pipe.processor.chat
-        assert chat is not None  # its prompts are texts
-        text = chat.tokenizer.decode([token for token in answer.token_ids if token not in stop])
-        layers = manifest.language.num_hidden_layers
-        columns = FULL_LAYERS * prompt.num_tokens + (layers - FULL_LAYERS) * len(answer.kept)
+        found = fastv.answer(prompt, rows[prompt.visual_rows[prompt.visual_rows >= 0]], num_kept, max_new_tokens, stop)
+        text = tokenizer.decode([token for token in found.token_ids if token not in stop])
+        columns = FULL_LAYERS * prompt.num_tokens + (layers - FULL_LAYERS) * len(found.kept)
         return Trial(
-            sample=prepared.sample.id,
-            selector=cell.selector,
-            keep_ratio=cell.pruning.keep_ratio,
+            prepared.sample.id,
+            *cell.key,
             answer=text,
-            score=self._metric(text, prepared.sample),
+            score=metric(text, prepared.sample),
             num_visual=prompt.num_visual,
             num_kept=num_kept,
-            num_tokens=len(answer.token_ids),
+            num_tokens=len(found.token_ids),
             kv_bytes=columns * manifest.kv_bytes_per_token // layers,
             timings=None,
         )
+
+    return answer
 
 
 def _causal_mask(hidden: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import errno
 import fcntl
 import os
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -23,12 +23,7 @@ Record = TypeVar("Record")
 
 
 class ResultLog(Generic[Record]):
-    """The results known so far, in memory and on disk.
-
-    Attributes:
-        path: the file.
-        records: what it holds.
-    """
+    """The results known so far, in memory (records) and on disk (path)."""
 
     def __init__(
         self,
@@ -57,23 +52,17 @@ class ResultLog(Generic[Record]):
         self.records: list[Record] = []
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("a+b", buffering=0)
-        except OSError as error:
-            raise self._unwritable(error) from error
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._begin(subject, record_type, option)
+            with ExitStack() as otherwise:  # whoever cannot have the log does not hold its lock either
+                self._file = otherwise.enter_context(path.open("a+b", buffering=0))
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._begin(subject, record_type, option)
+                otherwise.pop_all()
         except BlockingIOError as error:
-            self._file.close()
             raise InvalidInput(
                 f"{path}: another run is writing there. Wait for it, or choose another {option}"
             ) from error
         except OSError as error:
-            self._file.close()
             raise self._unwritable(error) from error
-        except BaseException:  # whoever cannot have the log does not hold its lock either
-            self._file.close()
-            raise
 
     def append(self, record: Record) -> None:
         """Keep a result, on disk before this returns.

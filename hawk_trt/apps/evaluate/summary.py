@@ -63,9 +63,8 @@ class Row:
     """One selector at one keep ratio.
 
     Attributes:
-        samples: answered.
-        accuracy: mean score with its interval of 95 %.
-        num_visual, num_kept, num_tokens, kv_bytes: means of the trials'.
+        samples: their number.
+        accuracy: mean score; num_visual to kv_bytes are means too.
         latency_ms: median by stage; None where another runtime answered.
         on_front: whether no other row is as accurate in less time.
     """

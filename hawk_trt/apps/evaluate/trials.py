@@ -36,12 +36,8 @@ class Trial:
     """One answer.
 
     Attributes:
-        sample: its id.
-        selector, keep_ratio: of the cell.
         score: in [0, 1].
-        num_visual: visual tokens in the prompt.
-        num_kept: of them kept.
-        num_tokens: tokens generated.
+        num_tokens: generated.
         kv_bytes: keys and values of the prompt, all layers.
         timings: seconds by stage; None where another runtime answered.
     """
@@ -75,33 +71,26 @@ class PreparedSample:
 Answerer = Callable[[PreparedSample, Cell], Trial]
 
 
-class PipelineAnswerer:
+def pipeline_answerer(pipe: "Pipeline", metric: Metric, max_new_tokens: int) -> Answerer:
     """Answers with a pipeline."""
 
-    def __init__(self, pipe: "Pipeline", metric: Metric, max_new_tokens: int) -> None:
-        self._pipe = pipe
-        self._metric = metric
-        self._max_new_tokens = max_new_tokens
-
-    def __call__(self, prepared: PreparedSample, cell: Cell) -> Trial:
-        """Answer one sample."""
-        result = self._pipe.generate(prepared.inputs, pruning=cell.pruning, max_new_tokens=self._max_new_tokens)
-        timings = result.timings  # without those of the tensors, which were made beforehand
-        answer = result.text or ""
+    def answer(prepared: PreparedSample, cell: Cell) -> Trial:
+        result = pipe.generate(prepared.inputs, pruning=cell.pruning, max_new_tokens=max_new_tokens)
+        timings, seconds = result.timings, prepared.seconds  # the tensors were made beforehand
+        text = result.text or ""
         return Trial(
-            sample=prepared.sample.id,
-            selector=cell.selector,
-            keep_ratio=cell.pruning.keep_ratio,
-            answer=answer,
-            score=self._metric(answer, prepared.sample),
+            prepared.sample.id,
+            *cell.key,
+            answer=text,
+            score=metric(text, prepared.sample),
             num_visual=result.num_visual,
             num_kept=result.num_kept,
             num_tokens=len(result.token_ids),
-            kv_bytes=len(result.kept_indices) * self._pipe.bundle.manifest.kv_bytes_per_token,
-            timings=replace(
-                timings, preprocess=timings.preprocess + prepared.seconds, total=timings.total + prepared.seconds
-            ),
+            kv_bytes=len(result.kept_indices) * pipe.bundle.manifest.kv_bytes_per_token,
+            timings=replace(timings, preprocess=timings.preprocess + seconds, total=timings.total + seconds),
         )
+
+    return answer
 
 
 def prepare(pipe: "Pipeline", sample: Sample, *, max_pixels: int | None = None) -> PreparedSample:

@@ -14,7 +14,7 @@ from hawk_trt.runtime.reference import tensor_prompts
 
 if TYPE_CHECKING:
     from hawk_trt.pipeline import Pipeline
-    from hawk_trt.request import ImageInput
+    from hawk_trt.request import ImageInput, VideoInput
 
 DEFAULT_PROMPT = "Describe what is shown."
 
@@ -31,17 +31,12 @@ def given_cases(
     pipe: "Pipeline", prompts: Sequence[str], images: Sequence[Path], videos: Sequence[Path], *, together: bool
 ) -> list[ParityCase]:
     """Every prompt with every image and video, or with all of them together."""
-    groups: list[tuple[list[Path], list[Path]]] = [([image], []) for image in images]
+    groups: list[tuple[Sequence[Path], Sequence[Path]]] = [([image], []) for image in images]
     groups += [([], [video]) for video in videos]
     if together:
-        groups = [(list(images), list(videos))]
-    cases = []
-    for number, prompt in enumerate(prompts, start=1):
-        for shown, played in groups:
-            name = ", ".join(path.name for path in (*shown, *played))
-            name += f", prompt {number}" if len(prompts) > 1 else ""
-            cases.append(ParityCase(name, pipe.prepare(prompt, shown, played)))
-    return cases
+        groups = [(images, videos)]
+    named = [(", ".join(path.name for path in (*shown, *played)), shown, played) for shown, played in groups]
+    return _cases(pipe, prompts, named)
 
 
 def generated_cases(pipe: "Pipeline", prompts: Sequence[str], seed: int) -> list[ParityCase]:
@@ -53,18 +48,25 @@ def generated_cases(pipe: "Pipeline", prompts: Sequence[str], seed: int) -> list
         "two images": [_gradient(168, 112), _noise(rng, 112, 224)],
         "text only": [],
     }
-    cases = []
-    for number, prompt in enumerate(prompts, start=1):
-        for name, images in shown.items():
-            numbered = f"{name}, prompt {number}" if len(prompts) > 1 else name
-            cases.append(ParityCase(numbered, pipe.prepare(prompt, images)))
-    return cases
+    return _cases(pipe, prompts, [(name, images, []) for name, images in shown.items()])
 
 
 def tensor_cases(manifest: Manifest, seed: int, *, only_video: bool = False) -> list[ParityCase]:
     """Noise and text tokens between special ones: needs no tokenizer, and no template that takes video."""
     cases = [ParityCase(name, inputs) for name, inputs in tensor_prompts(manifest, seed).items()]
     return [case for case in cases if not only_video or case.name.startswith("video")]
+
+
+def _cases(
+    pipe: "Pipeline",
+    prompts: Sequence[str],
+    shown: "Sequence[tuple[str, Sequence[ImageInput], Sequence[VideoInput]]]",
+) -> list[ParityCase]:
+    return [
+        ParityCase(f"{name}, prompt {number}" if len(prompts) > 1 else name, pipe.prepare(prompt, images, videos))
+        for number, prompt in enumerate(prompts, start=1)
+        for name, images, videos in shown
+    ]
 
 
 def _noise(rng: np.random.Generator, width: int, height: int) -> npt.NDArray[np.uint8]:

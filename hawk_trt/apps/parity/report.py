@@ -50,15 +50,7 @@ class CaseReport:
 
 @dataclass(frozen=True, slots=True)
 class ParityReport:
-    """All cases, and what they were held to.
-
-    Attributes:
-        backend: that ran the bundle, with its device.
-        dtype: of the bundle.
-        reference_dtype: of the checkpoint's model in PyTorch.
-        failures: of all cases.
-        passed: whether there is none.
-    """
+    """All cases, and what they were held to; dtype is the bundle's, reference_dtype that of the model in PyTorch."""
 
     bundle: str
     checkpoint: str
