@@ -33,8 +33,6 @@ class _Open(_Strict):
 
     model_config = ConfigDict(extra="allow")
 
-
-class _PartlySupported(_Open):
     @field_validator("*")
     @classmethod
     def _check(cls, got: object, info: ValidationInfo) -> object:
@@ -63,7 +61,14 @@ class TextPart(_Open):
     text: str
 
 
-class ImageUrl(_PartlySupported):
+class _Sized(_Open):
+    min_pixels: Any = _only()
+    max_pixels: Any = _only()
+    resized_height: Any = _only()
+    resized_width: Any = _only()
+
+
+class ImageUrl(_Sized):
     """Where an image is."""
 
     url: str = Field(
@@ -74,21 +79,13 @@ class ImageUrl(_PartlySupported):
     detail: Literal["auto", "low", "high", "original"] | None = Field(
         "auto", description="low shrinks the image to fit 512 x 512 pixels first; the others leave it as it is."
     )
-    min_pixels: Any = _only()
-    max_pixels: Any = _only()
-    resized_height: Any = _only()
-    resized_width: Any = _only()
 
 
-class ImagePart(_PartlySupported):
+class ImagePart(_Sized):
     """An image of a user's message; input_image and image are other libraries' names of the same."""
 
     type: Literal["image_url", "input_image", "image"]
     image_url: ImageUrl = Field(description="An object; a text is its url.")
-    min_pixels: Any = _only()
-    max_pixels: Any = _only()
-    resized_height: Any = _only()
-    resized_width: Any = _only()
 
     @model_validator(mode="before")
     @classmethod
@@ -105,7 +102,7 @@ class ImagePart(_PartlySupported):
         return part
 
 
-class ChatMessage(_PartlySupported):
+class ChatMessage(_Open):
     """One message."""
 
     role: Literal["system", "developer", "user", "assistant"] = Field(description="developer is the same as system.")
@@ -175,7 +172,7 @@ class HawkOptions(_Strict):
     )
 
 
-class ChatRequest(_PartlySupported):
+class ChatRequest(_Open):
     """A chat to continue."""
 
     model: str = Field(description="A name that /v1/models lists.")
@@ -322,7 +319,9 @@ def _explained(error: ValidationError) -> ApiError:
     message = message.removeprefix("Value error, ")
     if kind == "json_invalid":
         return invalid(f"body: {message}. Send JSON in UTF-8", code="invalid_json")
-    if isinstance(got, str | int | float):  # an array or object may be large
+    if kind == "union_tag_invalid":
+        message = f"got the type {got['type']!r:.60}, expected one of {', '.join(_PART_TYPES)}"
+    elif isinstance(got, str | int | float):  # an array or object may be large
         message = f"got {got!r:.60}: {message}"
     code = "unsupported" if kind == "value_error" else "invalid_value"
     return invalid(f"{place or 'body'}: {message}", place or None, code)
