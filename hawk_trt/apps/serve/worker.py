@@ -1,6 +1,6 @@
 """Worker processes, for work on what strangers send: it may take long, or break the process, and can be ended.
 
-`python -m hawk_trt.apps.serve.worker` is one: pickled functions come in, pickled results or errors go out.
+main() is one: pickled functions come in, pickled results or errors go out.
 """
 
 import os
@@ -26,9 +26,9 @@ class _Worker:
     """One process, which does one piece of work after another."""
 
     def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
+        # the same modules as here, wherever this process was started
+        code = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import main; main()"
+        self._process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def run(self, work: Callable[[], Any]) -> tuple[Any, Exception | None]:
         """Do the work: its result, or its error. It ends early where close is called meanwhile."""
@@ -111,7 +111,3 @@ def main() -> None:
             error = raised
         pickle.dump((value, error), results, pickle.HIGHEST_PROTOCOL)
         results.flush()
-
-
-if __name__ == "__main__":
-    main()
