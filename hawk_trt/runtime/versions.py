@@ -4,7 +4,6 @@ The doctor, the backends and the engine builder ask here. Versions are text such
 """
 
 import re
-from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 
 # The first ONNX Runtime that fuses DequantizeLinear with MatMul for int8 as for int4, with a bias as without.
@@ -28,6 +27,8 @@ def extras() -> dict[str, dict[str, str]]:
 
     Empty where hawk-trt is not installed.
     """
+    from importlib.metadata import PackageNotFoundError, requires  # a twentieth of a start
+
     found: dict[str, dict[str, str]] = {}
     try:
         requirements = requires("hawk-trt") or []

@@ -63,13 +63,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv = [*argv[1:2], "--help"]
     if argv == ["version"]:
         argv = ["--version"]
-    app = make_app("hawk-trt", "Vision-language models with HAWK visual token pruning.")
+    app = make_app("hawk-trt", "Vision-language models with HAWK visual token pruning. Begin with: hawk-trt demo")
     wanted = next((word for word in argv if not word.startswith("-")), None)
-    for name, (function, summary) in COMMANDS.items():
+    for place, (name, (function, summary)) in enumerate(COMMANDS.items()):
         # the command that is asked for shows the help of its docstring
         app.command(
             where_it_lies(function),
             name=name,
+            sort_key=place,
             help=None if name == wanted else summary,
             synonym=SYNONYMS.get(name, "").split(),
             config=options_of_file,

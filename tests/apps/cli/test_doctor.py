@@ -26,7 +26,7 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 def test_doctor_reads_the_extras_from_the_metadata(monkeypatch):
     declared = {"": PYPROJECT["dependencies"], **PYPROJECT["optional-dependencies"]}
     lines = [f"{one}; extra == '{extra}'" if extra else one for extra, needed in declared.items() for one in needed]
-    monkeypatch.setattr(versions, "requires", lambda name: lines if name == "hawk-trt" else [])
+    monkeypatch.setattr("importlib.metadata.requires", lambda name: lines if name == "hawk-trt" else [])
     found = versions.extras()
     assert {"", "cpu", "cuda", "tensorrt", *doctor.EXTRAS} <= set(found)
     for extra, packages in found.items():

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from hawk_trt.apps.cli.main import main
-from hawk_trt.runtime import versions
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -136,7 +135,7 @@ def test_a_missing_package_is_answered_with_the_extra_that_brings_it(module, bro
 
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     lines = [f"{one}; extra == '{extra}'" for extra, needed in extras.items() for one in needed]
-    monkeypatch.setattr(versions, "requires", lambda _: lines)
+    monkeypatch.setattr("importlib.metadata.requires", lambda _: lines)
     monkeypatch.setattr("hawk_trt.apps.cli.doctor.doctor", missing)
     assert main(["doctor"]) == 1
     err = capsys.readouterr().err
