@@ -15,7 +15,7 @@ from hawk_trt.apps.evaluate.datasets import TINY, Dataset, Sample, load_dataset
 from hawk_trt.apps.evaluate.metrics import METRICS, Metric, metric_for
 from hawk_trt.apps.evaluate.report import write_report
 from hawk_trt.apps.evaluate.result_log import ResultLog
-from hawk_trt.apps.evaluate.summary import summarise, tell
+from hawk_trt.apps.evaluate.summary import summarise, tell, unsteady
 from hawk_trt.apps.evaluate.trials import (
     UNPRUNED,
     Answerer,
@@ -117,6 +117,8 @@ def evaluate(
         print_json(told, {"rows": rows})
     else:
         Console().print(tell(rows))
+    for warning in unsteady(rows):
+        note(f"warning: {warning}")
     note(f"results and summary{'' if no_plots else ' and plots'}: {out}")
     if no_plots:
         note(no_plots)

@@ -18,6 +18,8 @@ from scipy import stats
 from hawk_trt.apps.evaluate.trials import Cell, Trial
 from hawk_trt.request import Timings
 
+# Medians over the same samples that differ by more are no chance.
+_UNSTEADY = 1.25
 _STAGES = [field.name for field in fields(Timings)]  # the total comes last
 _MEANS = ("num_visual", "num_kept", "num_tokens", "kv_bytes")
 
@@ -109,6 +111,19 @@ def pareto_front(rows: Sequence[Row]) -> list[Row]:
             for _, other_ms, other in timed
         )
     ]
+
+
+def unsteady(rows: Sequence[Row]) -> list[str]:
+    """Where stages that no pruning can change differ between the rows: the machine was not quiet then."""
+    found = []
+    for stage in ("preprocess", "vision"):
+        times = [row.latency_ms[stage] for row in rows if row.latency_ms is not None]
+        if times and max(times) > _UNSTEADY * min(times):
+            found.append(
+                f"{stage} took {min(times):.1f} to {max(times):.1f} ms, though no pruning changes it. "
+                "Something else was running: compare no times here"
+            )
+    return found
 
 
 def to_csv(rows: Sequence[Row]) -> str:

@@ -16,7 +16,15 @@ from PIL import Image
 from examples.tiny_task import generate
 from hawk_trt import Pipeline
 from hawk_trt.apps.cli.main import main
-from hawk_trt.apps.evaluate.summary import Interval, Row, difference_interval, mean_interval, pareto_front, to_csv
+from hawk_trt.apps.evaluate.summary import (
+    Interval,
+    Row,
+    difference_interval,
+    mean_interval,
+    pareto_front,
+    to_csv,
+    unsteady,
+)
 
 
 def test_a_share_has_wilsons_interval():
@@ -50,6 +58,13 @@ def test_the_pareto_front_holds_what_nothing_beats():
     rows = [row("a", 10, 0.9), row("b", 5, 0.8), row("c", 7, 0.8), row("d", 5, 0.7), row("e", 20, 0.9)]
     assert [r.selector for r in pareto_front([*rows, row("f", None, 1.0)])] == ["a", "b"]
     assert "f,0.5,9,1.0000" in to_csv([row("f", None, 1.0)])
+
+
+def test_a_stage_that_no_pruning_changes_and_that_differs_is_a_warning():
+    assert unsteady([row("a", 10, 0.9), row("b", 11, 0.8), row("c", None, 0.8)]) == []
+    preprocess, vision = unsteady([row("a", 10, 0.9), row("b", 14, 0.8)])
+    assert preprocess.startswith("preprocess took 10.0 to 14.0 ms, though no pruning changes it.")
+    assert vision.startswith("vision took")
 
 
 @pytest.fixture(scope="module")
