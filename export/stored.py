@@ -100,10 +100,10 @@ class IntegerMatrix(CheckpointTensor):
         for first in range(0, rows, step):
             some = np.s_[..., first : first + step]
             differences = integers[some].astype(np.float32) - offsets[some if zeros is not None else ()]
-            floats = np.empty((differences.shape[-1], columns), np.float32)
-            floats[:, slice(None) if self.order is None else self.order] = (
-                (differences * scales[some]).reshape(columns, -1).T
-            )
+            with np.errstate(over="ignore", invalid="ignore"):  # what is not finite in the file stays so
+                by_group = (differences * scales[some]).reshape(columns, -1).T
+            floats = np.empty(by_group.shape, np.float32)
+            floats[:, slice(None) if self.order is None else self.order] = by_group
             yield floats.reshape(-1)
 
     def parts_in_graph(self, dtype: str, target: str) -> dict[str, Part]:
@@ -239,7 +239,9 @@ class Float8Matrix(CheckpointTensor):
         for first in range(0, rows, step):
             scale = scales[first : first + step] if scales.ndim else scales
             scale = np.repeat(scale, self.block[1], axis=1)[:, :columns] if self.block[1] else scale[..., None]
-            yield (values[first : first + step].astype(np.float32) * scale).reshape(-1)
+            with np.errstate(over="ignore", invalid="ignore"):
+                floats = values[first : first + step].astype(np.float32) * scale
+            yield floats.reshape(-1)
 
     def scales_dtype(self, dtype: str) -> str:
         """Dtype of the scales in a graph of another: theirs, so that they keep their precision."""
