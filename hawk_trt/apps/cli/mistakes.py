@@ -120,6 +120,8 @@ def to_try(error: Exception, program: str, words: Sequence[str]) -> str | None:
         if error.command:
             return error.command
         meant = _replaced(words, error.named, error.instead) if error.instead else None
+        if meant and meant[1:2] == [error.instead] and error.instead in meant[2:]:  # a model and its checkpoint
+            meant = [*words[:2], *meant[2:]]
     elif isinstance(error, CycloptsError):
         meant = _meant(error, words)
         if meant is None and error.target:

@@ -100,6 +100,8 @@ def expect_checkpoint(name: str, *, compared: bool = False) -> None:
     kind = kind_of(name)
     if compared and kind in ("bundle", "engines"):
         source = manifest_of(Path(name)).source.name
+        if not Path(source).exists() and not is_hub_id(source):
+            source = "CHECKPOINT-OR-HUB-ID"
         raise WrongModel(f"{name}: {kind}, expected a checkpoint, such as the one it was made from", name, source)
     if kind == "bundle":
         raise WrongModel(

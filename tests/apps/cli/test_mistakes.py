@@ -86,7 +86,7 @@ MISTAKES = [
     ("export model/config.json --out x", "expected the folder", "hawk-trt export model --out x"),
     ("build model --out x", "expected a bundle", "hawk-trt export model --out model-bundle"),
     (f"build {HUB} --out x", "expected a bundle", f"hawk-trt export {HUB} --out Qwen2.5-VL-3B-Instruct-bundle"),
-    ("parity bundle --checkpoint bundle", "expected a checkpoint", "hawk-trt parity "),
+    ("parity bundle --checkpoint bundle", "expected a checkpoint", "parity bundle --checkpoint CHECKPOINT-OR-HUB-ID"),
     ("doctor nothing", "no such folder", "hawk-trt doctor --help"),
     ("doctor model", "expected a bundle or engines", "hawk-trt export model --out model-bundle"),
 ]
