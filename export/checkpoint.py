@@ -20,7 +20,7 @@ from hawk_trt.errors import CheckpointError
 from hawk_trt.inputs.checkpoint_files import CONFIG, GENERATION_CONFIG, read_json
 from hawk_trt.inputs.tensor_file import CheckpointTensor, TensorFile, read_tensor_file
 
-from .formats import PLAIN, Quantisation, method_of, quantisation_settings, read_matrices
+from .formats import MODELOPT, PLAIN, Quantisation, method_of, quantisation_settings, read_matrices
 from .tensors import tensor_names
 
 _SINGLE = "model.safetensors"
@@ -127,7 +127,7 @@ class Checkpoint:
             extra_files: names of more small files of the folder; one that is missing counts as missing.
         """
         digest = hashlib.sha256()
-        for name in (CONFIG, GENERATION_CONFIG, *extra_files):
+        for name in (CONFIG, GENERATION_CONFIG, MODELOPT, *extra_files):
             path = self.folder / name
             content = path.read_bytes() if path.is_file() else b""
             digest.update(f"{name} {path.is_file()} {len(content)}\n".encode() + content)

@@ -28,7 +28,7 @@ from hawk_trt.stages import TENSORRT
 
 from .stored import AwqMatrix, Float8Matrix, GptqMatrix, GptqV2Matrix, IntegerMatrix, PackedMatrix, check_groups
 
-_MODELOPT = "hf_quant_config.json"
+MODELOPT = "hf_quant_config.json"
 _KEYS = ("quantization_config", "compression_config")
 READ = "awq, gptq, compressed-tensors (int4, int8, FP8), fp8 or modelopt FP8"
 _INSTEAD = f"Take the checkpoint that it was made from, or one of {READ}"
@@ -97,8 +97,8 @@ def quantisation_settings(folder: Path, config: Mapping[str, Any]) -> dict[str, 
     for settings in (source.get(key) for key in _KEYS for source in places):
         if settings:
             return dict(settings) if isinstance(settings, Mapping) else {"quant_method": str(settings)}
-    if (folder / _MODELOPT).is_file():
-        settings = read_json(folder / _MODELOPT).get("quantization")
+    if (folder / MODELOPT).is_file():
+        settings = read_json(folder / MODELOPT).get("quantization")
         return {**(settings if isinstance(settings, Mapping) else {}), "quant_method": "modelopt"}
     return None
 
@@ -143,7 +143,7 @@ def read_matrices(
         tensor = [*odd, *(tensor for found in parts.values() for tensor in found.values())][0]
         raise CheckpointError(
             f"{tensor.file}: tensor {tensor.name}: part of quantised weights ({tensor.dtype}), yet neither {CONFIG} "
-            f"nor {_MODELOPT} says how they were quantised. {_INSTEAD}"
+            f"nor {MODELOPT} says how they were quantised. {_INSTEAD}"
         )
     method = _checked_method(settings)
     if odd:
