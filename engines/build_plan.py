@@ -11,14 +11,7 @@ from pathlib import Path
 
 from hawk_trt import __version__
 from hawk_trt.bundle import MANIFEST, Bundle
-from hawk_trt.engine_folder import (
-    ENGINES_SCHEMA_VERSION,
-    EngineFolder,
-    EngineManifest,
-    Limits,
-    Machine,
-    PlanEntry,
-)
+from hawk_trt.engine_folder import ENGINES_SCHEMA_VERSION, EngineFolder, EngineManifest, Limits, Machine, PlanEntry
 from hawk_trt.errors import BundleError
 from hawk_trt.files import sha256_file
 from hawk_trt.stages import STAGES
@@ -39,8 +32,6 @@ class BuildSettings:
         plugin: the top-k plugin's library, None to build without.
         workspace_bytes: scratch that a tactic may take, None for all there is.
         timing_cache: file that keeps measured tactics between builds, None for none.
-        workarounds: to apply.
-        verbose: print TensorRT's whole log.
     """
 
     plugin: Path | None
@@ -84,15 +75,7 @@ class BuiltPlan:
 def plan_build(
     bundle: Bundle, machine: Machine, target: str, limits: Limits, settings: BuildSettings, rebuild: str
 ) -> BuildPlan:
-    """Prepare all graphs and lay out their profiles.
-
-    Args:
-        bundle: to build from.
-        machine: to build on and for.
-        target: of the graphs.
-        limits: the largest request.
-        settings: of all stages.
-        rebuild: the command that does this.
+    """Prepare all graphs and lay out their profiles; rebuild: the command that does this.
 
     Raises:
         BundleError: the bundle does not hold the target.
@@ -100,14 +83,7 @@ def plan_build(
     """
     plugin = settings.plugin
     graphs = tuple(
-        prepare(
-            bundle,
-            stage,
-            target,
-            max_context=limits.context,
-            plugin=plugin is not None,
-            tensorrt=machine.tensorrt,
-        )
+        prepare(bundle, stage, target, max_context=limits.context, plugin=plugin is not None, tensorrt=machine.tensorrt)
         for stage in STAGES
     )
     plans = tuple(

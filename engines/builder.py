@@ -107,13 +107,7 @@ def build_plan(
     settings: BuildSettings,
     show: Callable[[float, float], None] | None = None,
 ) -> BuiltPlan:
-    """Parse and build.
-
-    Args:
-        graph: the prepared graph.
-        profiles: optimization profiles, each a range for every input.
-        settings: of the run.
-        show: called with how much is done and how much there is in all.
+    """Parse and build; show: called with how much is done and how much there is in all.
 
     Raises:
         BackendError: TensorRT cannot parse or build the graph, or left the plugin out.
@@ -130,7 +124,12 @@ def build_plan(
         network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         names = _parse(graph, network, log)
         plugin_layers = sum(network.get_layer(index).type.name in _PLUGIN_LAYERS for index in range(network.num_layers))
-        _check_plugin(graph, plugin_layers, asked=settings.plugin is not None)
+        expected = int(settings.plugin is not None and graph.has_topk)
+        if plugin_layers != expected:
+            raise BackendError(
+                f"{graph.file.name}: got {plugin_layers} plugin layers, expected {expected}. "
+                "Build the plugin for this TensorRT (make plugin), or build without it (--plugin none)"
+            )
         config = builder.create_builder_config()
         _configure(config, settings, log)
         config.progress_monitor = monitor
@@ -144,11 +143,12 @@ def build_plan(
             memory = builder.build_serialized_network(network, config)
         if memory is None or any(line.is_error and line.severity == "WARNING" for line in log.lines):
             raise BackendError(builder_message(graph.file.name, TENSORRT_VERSION, log.lines, names))
-        _save_timing_cache(config, settings)
+        cache = None if settings.timing_cache is None else config.get_timing_cache()
+        if settings.timing_cache is not None and cache is not None:
+            write_atomically(settings.timing_cache, bytes(_buffer(cache.serialize())))
         seconds = time.perf_counter() - started
         flags = sorted(name for name, flag in trt.BuilderFlag.__members__.items() if config.get_flag(flag))
-        layers = (network.num_layers, plugin_layers)
-        return BuiltPlan(_buffer(memory), *layers, tuple(flags), log.scratch_bytes, seconds)
+        return BuiltPlan(_buffer(memory), network.num_layers, plugin_layers, tuple(flags), log.scratch_bytes, seconds)
 
 
 def _parse(graph: PreparedGraph, network: trt.INetworkDefinition, log: Log) -> list[str]:
@@ -160,16 +160,6 @@ def _parse(graph: PreparedGraph, network: trt.INetworkDefinition, log: Log) -> l
         told = [ParserFault(fault.node_name(), fault.node_operator(), fault.desc()) for fault in faults]
         raise BackendError(parser_message(graph.file.name, TENSORRT_VERSION, told, log.lines))
     return [network.get_layer(index).name for index in range(network.num_layers)]
-
-
-def _check_plugin(graph: PreparedGraph, plugin_layers: int, *, asked: bool) -> None:
-    """The first layer has exactly one plugin layer where it was asked for; nothing else has any."""
-    expected = 1 if asked and graph.has_topk else 0
-    if plugin_layers != expected:
-        raise BackendError(
-            f"{graph.file.name}: got {plugin_layers} plugin layers, expected {expected}. "
-            "Build the plugin for this TensorRT (make plugin), or build without it (--plugin none)"
-        )
 
 
 def _configure(config: trt.IBuilderConfig, settings: BuildSettings, log: Log) -> None:
@@ -184,12 +174,6 @@ def _configure(config: trt.IBuilderConfig, settings: BuildSettings, log: Log) ->
         if not config.set_timing_cache(config.create_timing_cache(known), ignore_mismatch=False):
             log.lines.append(LogLine("INFO", f"{settings.timing_cache}: of another GPU or TensorRT, begun anew"))
             config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
-
-
-def _save_timing_cache(config: trt.IBuilderConfig, settings: BuildSettings) -> None:
-    cache = None if settings.timing_cache is None else config.get_timing_cache()
-    if settings.timing_cache is not None and cache is not None:
-        write_atomically(settings.timing_cache, bytes(_buffer(cache.serialize())))
 
 
 def _buffer(memory: trt.IHostMemory) -> memoryview:

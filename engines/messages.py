@@ -45,15 +45,12 @@ class ParserFault:
 
 
 def parser_message(file: str, tensorrt: str, faults: Sequence[ParserFault], log: Iterable[LogLine]) -> str:
-    """Why a graph was not parsed.
-
-    Args:
-        file: of the graph.
-        tensorrt: version of the library.
-        faults: of the parser.
-        log: lines logged while parsing, used where the parser tells no error.
-    """
-    reasons = [_fault(fault) for fault in faults] or [_plain(line.text) for line in log if line.is_error]
+    """Why a graph was not parsed; the log tells where the parser gives no fault."""
+    reasons = []
+    for fault in faults:
+        op_type = f" ({fault.op_type})" if fault.op_type else ""
+        reasons.append((f"Node {fault.node}{op_type}: " if fault.node else "") + _plain(fault.reason))
+    reasons = reasons or [_plain(line.text) for line in log if line.is_error]
     ops = {fault.op_type for fault in faults}
     advice = ""
     if ops & _OPSET_24_OPS:
@@ -67,14 +64,7 @@ def parser_message(file: str, tensorrt: str, faults: Sequence[ParserFault], log:
 
 
 def builder_message(file: str, tensorrt: str, log: Iterable[LogLine], node_names: Iterable[str]) -> str:
-    """Why no plan came out, or one that must not be used.
-
-    Args:
-        file: of the graph.
-        tensorrt: version of the library.
-        log: lines logged while building.
-        node_names: of the graph, to find the one that TensorRT names.
-    """
+    """Why no plan came out, or one that must not be used; node_names: of the graph, to find the one that is meant."""
     lines = [line.text for line in log if line.is_error]
     text = " ".join(lines)
     # the longest first: "self_attn/q" is part of "self_attn/q_proj"
@@ -87,11 +77,6 @@ def builder_message(file: str, tensorrt: str, log: Iterable[LogLine], node_names
             "--max-visual-tokens, --max-prompt-tokens, --max-context, --batch, --workspace-gib"
         )
     return f"{file}: TensorRT {tensorrt} cannot build it.{where} {_shown([_plain(line) for line in lines])}{advice}"
-
-
-def _fault(fault: ParserFault) -> str:
-    op_type = f" ({fault.op_type})" if fault.op_type else ""
-    return f"Node {fault.node}{op_type}: {_plain(fault.reason)}" if fault.node else _plain(fault.reason)
 
 
 def _plain(text: str) -> str:

@@ -31,13 +31,10 @@ class PreparedGraph:
     """One stage, ready for TensorRT's parser.
 
     Attributes:
-        stage: vision, first_layer or decoder.
         file: of the bundle; the parser finds the weights beside it.
         sha256: of that file.
         content: the serialized model, its weights external.
-        inputs: dynamic dimensions by their word.
-        outputs: likewise.
-        weight_bytes: size of the weights that it reads.
+        inputs, outputs: dynamic dimensions by their word.
         has_topk: whether it holds hawk::WeightedTopK, which the plugin is for.
     """
 
@@ -59,7 +56,7 @@ def prepare(
     Args:
         bundle: that holds it.
         stage: vision, first_layer or decoder.
-        target: "tensorrt" or "portable".
+        target: tensorrt or portable.
         max_context: length of the static cache (tensorrt).
         plugin: whether the top-k plugin is to be used.
         tensorrt: version of the library, None for what all versions take.
@@ -89,7 +86,9 @@ def prepare(
         content=model.SerializeToString(),
         inputs=_baked(entry.inputs, max_context),
         outputs=_baked(entry.outputs, max_context),
-        weight_bytes=sum(_external_bytes(tensor) for tensor in graph.initializer),
+        weight_bytes=sum(
+            int(entry.value) for tensor in graph.initializer for entry in tensor.external_data if entry.key == "length"
+        ),
         has_topk=any(node.op_type == PLUGIN_OP for node in graph.node),
     )
 
@@ -116,7 +115,3 @@ def _baked(entries: Iterable[TensorEntry], max_context: int) -> tuple[TensorEntr
         replace(entry, shape=tuple(max_context if size == CACHE_LEN else size for size in entry.shape))
         for entry in entries
     )
-
-
-def _external_bytes(tensor: onnx.TensorProto) -> int:
-    return next((int(entry.value) for entry in tensor.external_data if entry.key == "length"), 0)

@@ -8,7 +8,7 @@ one profile for both, frames and patches, TensorRT would plan memory for the lar
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, NamedTuple
 
@@ -78,62 +78,42 @@ class LargestRequest:
     ] = None
 
     def limits(self, manifest: Manifest, *, plugin: bool) -> Limits:
-        """The limits that the options ask for, as plan_limits."""
-        sizes = (self.max_visual_tokens, self.max_prompt_tokens, self.max_context, self.batch, self.vision_batch)
-        return plan_limits(manifest, *sizes, plugin=plugin)
+        """Fill in what was not asked for, and refuse what cannot be; plugin: whether the top-k one is used.
 
-
-def plan_limits(
-    manifest: Manifest,
-    visual_tokens: int | None = None,
-    prompt_tokens: int | None = None,
-    context: int | None = None,
-    batch: int = 1,
-    vision_batch: int | None = None,
-    *,
-    plugin: bool,
-) -> Limits:
-    """Fill in what was not asked for, as the options tell, and refuse what cannot be; plugin: the top-k one is used.
-
-    Raises:
-        InvalidInput: limits that contradict each other, the model or TensorRT.
-    """
-    longest = manifest.language.max_position_embeddings
-    visual_tokens = DEFAULT_VISUAL_TOKENS if visual_tokens is None else visual_tokens
-    prompt_tokens = visual_tokens + DEFAULT_TEXT_TOKENS if prompt_tokens is None else prompt_tokens
-    context = min(longest, TOPK_LIMIT) if context is None else context
-    default_batch = DEFAULT_TILES if isinstance(manifest.vision, InternVLVision) else DEFAULT_FRAMES
-    vision_batch = default_batch if vision_batch is None else vision_batch
-    for flag, value, least in (
-        ("--max-visual-tokens", visual_tokens, 1),
-        ("--max-prompt-tokens", prompt_tokens, visual_tokens + 1),
-        ("--max-context", context, 2),
-        ("--batch", batch, 1),
-        ("--vision-batch", vision_batch, 1),
-    ):
-        if value < least:
-            because = " (the visual tokens and some text)" if flag == "--max-prompt-tokens" else ""
-            raise InvalidInput(f"{flag}: got {value}, expected at least {least}{because}")
-    if context > longest:
-        raise InvalidInput(f"--max-context: got {context}, expected at most {longest}, the model's own context")
-    limits = Limits(visual_tokens, prompt_tokens, context, batch, vision_batch)
-    if limits.kept_tokens > TOPK_LIMIT and not plugin:
-        raise InvalidInput(
-            f"--max-context: got {context} with prompts of up to {prompt_tokens} tokens, so that up to "
-            f"{limits.kept_tokens} tokens may be kept, and TensorRT's TopK takes {TOPK_LIMIT}: it builds with more and "
-            f"fails when run. Build the plugin, which has no such limit (make plugin, then --plugin PATH), or give "
-            f"--max-context {TOPK_LIMIT}"
-        )
-    return limits
+        Raises:
+            InvalidInput: limits that contradict each other, the model or TensorRT.
+        """
+        longest = manifest.language.max_position_embeddings
+        visual = DEFAULT_VISUAL_TOKENS if self.max_visual_tokens is None else self.max_visual_tokens
+        prompt = visual + DEFAULT_TEXT_TOKENS if self.max_prompt_tokens is None else self.max_prompt_tokens
+        context = min(longest, TOPK_LIMIT) if self.max_context is None else self.max_context
+        default_batch = DEFAULT_TILES if isinstance(manifest.vision, InternVLVision) else DEFAULT_FRAMES
+        vision_batch = default_batch if self.vision_batch is None else self.vision_batch
+        for flag, value, least in (
+            ("--max-visual-tokens", visual, 1),
+            ("--max-prompt-tokens", prompt, visual + 1),
+            ("--max-context", context, 2),
+            ("--batch", self.batch, 1),
+            ("--vision-batch", vision_batch, 1),
+        ):
+            if value < least:
+                because = " (the visual tokens and some text)" if flag == "--max-prompt-tokens" else ""
+                raise InvalidInput(f"{flag}: got {value}, expected at least {least}{because}")
+        if context > longest:
+            raise InvalidInput(f"--max-context: got {context}, expected at most {longest}, the model's own context")
+        limits = Limits(visual, prompt, context, self.batch, vision_batch)
+        if limits.kept_tokens > TOPK_LIMIT and not plugin:
+            raise InvalidInput(
+                f"--max-context: got {context} with prompts of up to {prompt} tokens, so that up to "
+                f"{limits.kept_tokens} tokens may be kept, and TensorRT's TopK takes {TOPK_LIMIT}: it builds with more "
+                "and fails when run. Build the plugin, which has no such limit (make plugin, then --plugin PATH), or "
+                f"give --max-context {TOPK_LIMIT}"
+            )
+        return limits
 
 
 def choose_target(manifest: Manifest, version: str, asked: str | None = None) -> str:
-    """The target to build: tensorrt from TensorRT 10.15 on, portable below.
-
-    Args:
-        manifest: of the bundle.
-        version: of TensorRT.
-        asked: "tensorrt" or "portable", None to choose.
+    """The target to build: the one asked for, else tensorrt from TensorRT 10.15 on and portable below.
 
     Raises:
         InvalidInput: the bundle does not hold it, or TensorRT does not run it or the bundle's weights.
@@ -145,8 +125,7 @@ def choose_target(manifest: Manifest, version: str, asked: str | None = None) ->
             "Export again with --dtype int4, or with float weights"
         )
     too_old = not at_least(version, OPSET_24_TENSORRT)
-    best = PORTABLE if too_old or TENSORRT not in manifest.targets else TENSORRT
-    target = asked or best
+    target = asked or (PORTABLE if too_old or TENSORRT not in manifest.targets else TENSORRT)
     if target == TENSORRT and too_old:
         raise InvalidInput(
             f"--target: got tensorrt with TensorRT {version}, whose KV cache ops begin with {OPSET_24_TENSORRT}. "
@@ -161,15 +140,9 @@ def choose_target(manifest: Manifest, version: str, asked: str | None = None) ->
 
 
 def plan_profiles(
-    manifest: Manifest, stage: str, inputs: Iterable[TensorEntry], limits: Limits
+    manifest: Manifest, stage: str, inputs: Sequence[TensorEntry], limits: Limits
 ) -> tuple[tuple[InputRange, ...], ...]:
-    """The optimization profiles of a stage: prefill and decode, or vision's for one frame and for several.
-
-    Args:
-        manifest: of the bundle.
-        stage: vision, first_layer or decoder.
-        inputs: of the prepared graph.
-        limits: the largest request.
+    """The optimization profiles of a prepared graph: prefill and decode, or vision's for one frame and for several.
 
     Raises:
         InvalidInput: a dimension that this version knows nothing of.
@@ -178,7 +151,6 @@ def plan_profiles(
         ranges = vision_ranges(manifest.vision, limits.visual_tokens, limits.vision_batch)
     else:
         ranges = [_prefill_ranges(manifest, limits), _decode_ranges(manifest, limits)]
-    inputs = tuple(inputs)
     return tuple(tuple(_input_range(tensor, words) for tensor in inputs) for words in ranges)
 
 

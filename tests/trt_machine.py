@@ -8,7 +8,7 @@ import pytest
 
 from cuda_standin import Driver
 from engines.build_plan import BuildSettings, plan_build
-from engines.profiles import plan_limits
+from engines.profiles import LargestRequest
 from engines.writer import write_engines
 from hawk_trt.bundle import Bundle
 from hawk_trt.engine_folder import Machine
@@ -24,12 +24,12 @@ def machine(version="10.16.1.11"):
 def engine_folder(bundle_path, out, target, *, plugin=None, version="10.16.1.11", **limits):
     """Engines of a bundle, written by the project's own writer; the plans are the stand-in's."""
     bundle = Bundle.load(bundle_path)
-    sizes = {"visual_tokens": 256, "prompt_tokens": 320, "context": 320, "batch": 4} | limits
+    sizes = {"max_visual_tokens": 256, "max_prompt_tokens": 320, "max_context": 320, "batch": 4} | limits
     plan = plan_build(
         bundle,
         machine(version),
         target,
-        plan_limits(bundle.manifest, **sizes, plugin=False),
+        LargestRequest(**sizes).limits(bundle.manifest, plugin=False),
         BuildSettings(None, None, None, ()),
         "python -m engines BUNDLE --out ENGINES",
     )

@@ -109,12 +109,7 @@ def _prepared() -> Path:
 
 def _download(wheels: Path, site: Path) -> None:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
-    done = subprocess.run(
-        [*command, "--dest", str(wheels), *WHEELS],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = subprocess.run([*command, "--dest", str(wheels), *WHEELS], capture_output=True, text=True, check=False)
     if done.returncode:
         reason = next((line for line in done.stderr.splitlines() if line.startswith("ERROR")), done.stderr.strip())
         raise BackendError(
@@ -138,14 +133,5 @@ def _link_libraries(libraries: Path, compiler: str) -> None:
     source.write_text(_FORWARDING, encoding="utf-8")
     for stem in _BINDINGS_ASK_FOR:
         name = f"lib{stem}.so.{major}"
-        command = [
-            compiler,
-            "-shared",
-            "-fPIC",
-            "-o",
-            str(libraries / name),
-            str(source),
-            f"-Wl,-soname,{name}",
-            "-ldl",
-        ]
-        subprocess.run(command, check=True)
+        files = ["-o", str(libraries / name), str(source)]
+        subprocess.run([compiler, "-shared", "-fPIC", *files, f"-Wl,-soname,{name}", "-ldl"], check=True)

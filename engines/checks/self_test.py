@@ -132,13 +132,8 @@ def _samples(checkpoint: Path) -> list[tuple[Path, str]]:
 
 
 def _run(module: str, *arguments: str) -> Ran:
-    done = subprocess.run(
-        [sys.executable, "-m", module, *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        stdin=subprocess.DEVNULL,
-    )
+    command = [sys.executable, "-m", module, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
     lines = [line for line in done.stderr.strip().splitlines() if line]
     words = next((line for line in lines if line.startswith("error:")), " ".join(lines[-3:]))
     signal = f"killed by signal {-done.returncode}: " if done.returncode < 0 else ""

@@ -6,7 +6,7 @@ and in words what was not compared. The plans decode the reference's tokens, and
 which has a row of its own, they keep the reference's, so that a stage is judged by what it computes itself.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -43,7 +43,6 @@ class OutputRow:
     """One output over all prompts.
 
     Attributes:
-        stage: that makes it.
         output: visual_embeds, scores, kept set, hidden_states, KV norms of a layer, logits, tokens; or "finite".
         prompts: how many it was looked at on.
         numbers: of the worst prompt in words; empty where only finiteness was looked at.
@@ -121,9 +120,7 @@ def load_reference(bundle: Bundle, given: Path | None = None) -> Reference | Non
 def verify(engines: Path, reference: Reference | None) -> Verification:
     """Run the plans of a folder, and compare them; prompts larger than their limits are left out.
 
-    Args:
-        engines: the folder.
-        reference: None looks only whether all is finite.
+    Without a reference it looks only whether all is finite.
 
     Raises:
         HawkError: the plans cannot be loaded or run.
@@ -143,31 +140,26 @@ def verify(engines: Path, reference: Reference | None) -> Verification:
         if not prompts:
             return Verification(None, "the limits are smaller than any prompt of the check: nothing was run", (), True)
         if reference is None:
-            traces = {name: trace(plans, inputs).condensed() for name, inputs in prompts.items()}
+            rows = list(finite_rows({name: trace(plans, inputs).condensed() for name, inputs in prompts.items()}))
             why = (
                 f"ONNX Runtime's CPU cannot run {manifest.dtype}, and the bundle has no {REFERENCE}, so numbers were "
                 "not compared. Export the same checkpoint in float32 and give it with --reference"
             )
-            return _verification(None, why, finite_rows(traces))
+            return Verification(None, why, tuple(rows), not any(row.failures for row in rows))
         compared = [compare(plans, name, inputs, reference.prompts[name]) for name, inputs in prompts.items()]
     strict = reference.weights == model_of(manifest)[1]  # else the loss of quantising comes on top
     tolerance = TOLERANCES[manifest.dtype] if strict else tolerance_of(manifest)
-    finite = finite_rows({prompt.name: prompt.own for prompt in compared})
-    return _verification(reference.made_by, "", (*finite, *compared_rows(compared, tolerance)))
-
-
-def _verification(reference: str | None, not_compared: str, rows: Iterable[OutputRow]) -> Verification:
-    told = tuple(rows)
-    return Verification(reference, not_compared, told, not any(row.failures for row in told))
+    rows = [*finite_rows({p.name: p.own for p in compared}), *compared_rows(compared, tolerance)]
+    return Verification(reference.made_by, "", tuple(rows), not any(row.failures for row in rows))
 
 
 def compare(plans: Pipeline, name: str, inputs: ModelInputs, expected: StageTrace) -> Compared:
     """Run one prompt, once more where the plans choose other visual tokens."""
     tokens = expected.tokens.tolist()
-    own = trace(plans, inputs, tokens).condensed(expected.logit_ids)
-    if np.array_equal(own.kept, expected.kept):
-        return Compared(name, own, own, expected)
-    return Compared(name, own, trace(plans, inputs, tokens, expected.kept).condensed(expected.logit_ids), expected)
+    own = forced = trace(plans, inputs, tokens).condensed(expected.logit_ids)
+    if not np.array_equal(own.kept, expected.kept):
+        forced = trace(plans, inputs, tokens, expected.kept).condensed(expected.logit_ids)
+    return Compared(name, own, forced, expected)
 
 
 def finite_rows(prompts: Mapping[str, StageTrace]) -> Iterator[OutputRow]:

@@ -13,7 +13,7 @@ import pytest
 from engines.__main__ import main
 from engines.build_plan import BuildSettings, BuiltPlan, differences, plan_build
 from engines.checks.verify import OutputRow, Verification, load_reference
-from engines.profiles import plan_limits
+from engines.profiles import LargestRequest
 from engines.workarounds import WORKAROUNDS
 from engines.writer import EMBEDDINGS_FILE, memory_warning, write_engines
 from export.__main__ import main as export
@@ -42,7 +42,7 @@ def planned(bundle, *, machine=ORIN, plugin=None, **limits):
         bundle,
         machine,
         TENSORRT,
-        plan_limits(bundle.manifest, plugin=plugin is not None, **limits),
+        LargestRequest(**limits).limits(bundle.manifest, plugin=plugin is not None),
         BuildSettings(plugin, None, None, WORKAROUNDS[1:]),
         REBUILD,
     )
@@ -189,7 +189,7 @@ def test_what_would_be_built_again_and_why(bundle, tmp_path):
     written(bundle, out)
     assert differences(planned(bundle), out) == []
     assert differences(planned(bundle, machine=replace(ORIN, driver="999")), out) == ["driver"]
-    assert differences(planned(bundle, context=512), out) == ["limits"]
+    assert differences(planned(bundle, max_context=512), out) == ["limits"]
     library = tmp_path / "libtopk.so"
     library.write_bytes(b"one")
     assert differences(planned(bundle, plugin=library), out) == ["plugin"]
@@ -221,7 +221,7 @@ def test_a_build_that_fails_leaves_what_was_there(bundle, tmp_path):
         return stand_in(graph, entry)
 
     with pytest.raises(BackendError, match="no"):
-        write_engines(planned(bundle, context=64), out, fails, None, pytest.fail)
+        write_engines(planned(bundle, max_context=64), out, fails, None, pytest.fail)
     assert (out / ENGINES_MANIFEST).read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["engines"]
 

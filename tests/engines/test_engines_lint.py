@@ -10,13 +10,13 @@ import warnings
 
 import pytest
 
-from engines.profiles import TENSORRT_TARGETS, plan_limits, plan_profiles
+from engines.profiles import TENSORRT_TARGETS, LargestRequest, plan_profiles
 from export.__main__ import main as export
 from hawk_trt.bundle import Bundle
 from hawk_trt.engine_folder import PREFILL
 from hawk_trt.stages import PORTABLE, STAGES
 
-SIZES = {"visual_tokens": 16, "prompt_tokens": 32, "context": 64}
+SIZES = {"max_visual_tokens": 16, "max_prompt_tokens": 32, "max_context": 64}
 # Inputs that are indices or positions; in the generated inputs, the first of each.
 INDICES = ("source_rows", "window_index", "window_slot", "merge_order", "write_index", "kv_start")
 
@@ -30,7 +30,7 @@ def bundles(tiny_checkpoint, tiny_bundle, tmp_path_factory):
 
 def shapes(bundle, stage, target):
     """The tuned-for shapes of a prefill; a cache of the length that makes them one."""
-    limits = plan_limits(bundle.manifest, plugin=True, **SIZES)
+    limits = LargestRequest(**SIZES).limits(bundle.manifest, plugin=True)
     inputs = bundle.manifest.graph(stage, target).inputs
     static = [
         type(entry)(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from engines.prepare import prepare
-from engines.profiles import TENSORRT_TARGETS, TOPK_LIMIT, choose_target, plan_limits, plan_profiles, vision_ranges
+from engines.profiles import TENSORRT_TARGETS, TOPK_LIMIT, LargestRequest, choose_target, plan_profiles, vision_ranges
 from hawk_trt.bundle import Bundle, TensorEntry, WeightFormat
 from hawk_trt.engine_folder import DECODE, PREFILL, Limits
 from hawk_trt.errors import InvalidInput
@@ -110,35 +110,37 @@ def test_what_is_tuned_for_is_the_bundles_share_of_a_typical_image(bundle):
 
 
 def test_defaults_fit_the_top_k_of_tensorrt_and_the_model(bundle):
-    limits = plan_limits(bundle.manifest, plugin=False)
+    limits = LargestRequest().limits(bundle.manifest, plugin=False)
     assert limits == Limits(4096, 5120, TOPK_LIMIT, 1, vision_batch=4)
     short = replace(bundle.manifest, language=replace(bundle.manifest.language, max_position_embeddings=512))
-    assert plan_limits(short, plugin=True).context == 512
+    assert LargestRequest().limits(short, plugin=True).context == 512
 
 
 def test_more_kept_tokens_than_top_k_takes_are_refused_without_the_plugin(bundle):
-    asked = {"visual_tokens": 4096, "prompt_tokens": 5000, "context": 4000}
+    asked = {"max_visual_tokens": 4096, "max_prompt_tokens": 5000, "max_context": 4000}
     with pytest.raises(
         InvalidInput, match=r"up to 4000 tokens may be kept, and TensorRT's TopK takes 3840.*make plugin"
     ):
-        plan_limits(bundle.manifest, **asked, plugin=False)
-    assert plan_limits(bundle.manifest, **asked, plugin=True).kept_tokens == 4000
-    assert plan_limits(bundle.manifest, **{**asked, "visual_tokens": 99, "prompt_tokens": 3840}, plugin=False)
+        LargestRequest(**asked).limits(bundle.manifest, plugin=False)
+    assert LargestRequest(**asked).limits(bundle.manifest, plugin=True).kept_tokens == 4000
+    assert LargestRequest(**{**asked, "max_visual_tokens": 99, "max_prompt_tokens": 3840}).limits(
+        bundle.manifest, plugin=False
+    )
 
 
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"visual_tokens": 0}, "--max-visual-tokens: got 0, expected at least 1"),
-        ({"visual_tokens": 100, "prompt_tokens": 100}, "--max-prompt-tokens: got 100, expected at least 101"),
-        ({"context": 1}, "--max-context: got 1, expected at least 2"),
-        ({"context": 100_000}, "--max-context: got 100000, expected at most 4096, the model's own context"),
+        ({"max_visual_tokens": 0}, "--max-visual-tokens: got 0, expected at least 1"),
+        ({"max_visual_tokens": 100, "max_prompt_tokens": 100}, "--max-prompt-tokens: got 100, expected at least 101"),
+        ({"max_context": 1}, "--max-context: got 1, expected at least 2"),
+        ({"max_context": 100_000}, "--max-context: got 100000, expected at most 4096, the model's own context"),
         ({"batch": 0}, "--batch: got 0, expected at least 1"),
     ],
 )
 def test_limits_that_make_no_sense_are_refused_by_their_flag(bundle, asked, message):
     with pytest.raises(InvalidInput, match=message):
-        plan_limits(bundle.manifest, **asked, plugin=True)
+        LargestRequest(**asked).limits(bundle.manifest, plugin=True)
 
 
 def test_an_unknown_dimension_is_refused(bundle):
@@ -197,9 +199,9 @@ def test_a_vision_call_takes_several_frames_that_together_are_no_larger_than_the
     tiles = InternVLVision(**INTERNVL)
     assert vision_ranges(tiles, 4096, 13) == [{"num_tiles": (1, 13, 13)}]
     assert vision_ranges(tiles, 1000, 13) == [{"num_tiles": (1, 3, 3)}]  # of 256 tokens each
-    assert plan_limits(bundle.manifest, plugin=False).vision_batch == 4
+    assert LargestRequest().limits(bundle.manifest, plugin=False).vision_batch == 4
     with pytest.raises(InvalidInput, match="--vision-batch: got 0"):
-        plan_limits(bundle.manifest, vision_batch=0, plugin=False)
+        LargestRequest(vision_batch=0).limits(bundle.manifest, plugin=False)
 
 
 def test_integers_of_eight_bits_in_blocks_are_refused_since_tensorrt_documents_four(bundle):

@@ -170,11 +170,11 @@ def test_engines_are_compared_with_the_reference_that_their_bundle_brings(float1
 
 
 def test_prompts_larger_than_the_engines_take_are_left_out(tiny_bundle, reference, tmp_path):
-    small = engine_folder(tiny_bundle, tmp_path / "small", "portable", visual_tokens=50, prompt_tokens=100)
+    small = engine_folder(tiny_bundle, tmp_path / "small", "portable", max_visual_tokens=50, max_prompt_tokens=100)
     with Machines():
         found = verify(small, reference)
         assert found.passed and {row.prompts for row in found.rows if row.output == "finite"} == {3}
-    least = engine_folder(tiny_bundle, tmp_path / "least", "portable", visual_tokens=1, prompt_tokens=2)
+    least = engine_folder(tiny_bundle, tmp_path / "least", "portable", max_visual_tokens=1, max_prompt_tokens=2)
     with Machines():
         assert "nothing was run" in verify(least, reference).not_compared
 

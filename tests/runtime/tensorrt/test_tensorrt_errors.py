@@ -199,7 +199,13 @@ def test_a_plan_that_needs_the_plugin_does_not_load_without_it(tiny_bundle, tmp_
 def test_prompts_beyond_what_the_engines_take_name_the_option_that_rebuilds(engines, tiny_bundle, tmp_path):
     images = [s.image for s in SAMPLES]
     small = engine_folder(
-        tiny_bundle, tmp_path / "small", "tensorrt", visual_tokens=100, prompt_tokens=120, context=90, batch=2
+        tiny_bundle,
+        tmp_path / "small",
+        "tensorrt",
+        max_visual_tokens=100,
+        max_prompt_tokens=120,
+        max_context=90,
+        batch=2,
     )
     with load(small) as pipe, load(engines) as roomy:
         with pytest.raises(BackendError, match=r"seq_len = \d+, .* larger --max-prompt-tokens: python -m engines"):
@@ -232,7 +238,7 @@ def test_a_prompt_of_which_nothing_is_kept_is_refused(engines):
 
 def test_an_answer_ends_where_the_cache_does(tiny_bundle, tmp_path):
     folder = engine_folder(
-        tiny_bundle, tmp_path / "engines", "tensorrt", visual_tokens=64, prompt_tokens=100, context=50
+        tiny_bundle, tmp_path / "engines", "tensorrt", max_visual_tokens=64, max_prompt_tokens=100, max_context=50
     )
     with load(folder) as pipe, Pipeline.load(tiny_bundle) as bundle:
         got = answer(pipe, 64)
@@ -245,7 +251,7 @@ def test_an_answer_ends_where_the_cache_does(tiny_bundle, tmp_path):
 
 def test_a_write_beyond_the_cache_is_refused_on_the_host(tiny_bundle, tmp_path):
     folder = engine_folder(
-        tiny_bundle, tmp_path / "engines", "tensorrt", visual_tokens=64, prompt_tokens=100, context=50
+        tiny_bundle, tmp_path / "engines", "tensorrt", max_visual_tokens=64, max_prompt_tokens=100, max_context=50
     )
     with load(folder) as pipe:
         stream = pipe.stream(SAMPLES[0].question, [SAMPLES[0].image], max_new_tokens=64)

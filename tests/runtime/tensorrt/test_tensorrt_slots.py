@@ -283,7 +283,13 @@ def test_prompts_that_would_share_a_prefill_wait_for_neighbouring_slots_or_run_a
 
 def test_prompts_padded_to_each_other_do_not_share_a_prefill_beyond_the_context(tiny_bundle, tmp_path, bundle):
     folder = engine_folder(
-        tiny_bundle, tmp_path / "engines", "tensorrt", visual_tokens=64, prompt_tokens=100, context=50, batch=2
+        tiny_bundle,
+        tmp_path / "engines",
+        "tensorrt",
+        max_visual_tokens=64,
+        max_prompt_tokens=100,
+        max_context=50,
+        batch=2,
     )
     with load(folder) as pipe:
         long, short = (ask(pipe.prepare(text), KEPT, 64, ignore_eos=True) for text in ("Hello? Hello?", "Hello?"))
@@ -345,7 +351,7 @@ def test_each_graph_has_contexts_of_its_own_as_many_as_there_is_memory_for(captu
 def test_rows_that_tensorrt_cannot_take_at_their_address_are_answered_one_group_after_the_other(
     tiny_bundle, bundle, tmp_path
 ):
-    folder = engine_folder(tiny_bundle, tmp_path / "engines", "tensorrt", context=321)
+    folder = engine_folder(tiny_bundle, tmp_path / "engines", "tensorrt", max_context=321)
     from hawk_trt.runtime.tensorrt import cache
 
     with pytest.MonkeyPatch.context() as patch:

@@ -26,7 +26,9 @@ def assert_alike(plans, bundle, images):
 
 @pytest.mark.parametrize("target", ["tensorrt", "portable"])
 def test_images_of_one_size_share_calls_and_others_have_their_own(tiny_bundle, tmp_path, machines, target):
-    folder = engine_folder(tiny_bundle, tmp_path / "engines", target, visual_tokens=600, prompt_tokens=700, context=700)
+    folder = engine_folder(
+        tiny_bundle, tmp_path / "engines", target, max_visual_tokens=600, max_prompt_tokens=700, max_context=700
+    )
     images = [s.image for s in SAMPLES[:5]] + [np.tile(SAMPLES[5].image, (2, 2, 1)), SAMPLES[6].image[:112]]
     with Pipeline.load(folder, vision_cache_mb=0) as plans, Pipeline.load(tiny_bundle) as bundle:
         assert_alike(plans, bundle, images)
@@ -38,6 +40,6 @@ def test_images_of_one_size_share_calls_and_others_have_their_own(tiny_bundle, t
 
 
 def test_an_image_larger_than_every_profile_is_refused_with_the_option(tiny_bundle, tmp_path):
-    folder = engine_folder(tiny_bundle, tmp_path / "engines", "tensorrt", visual_tokens=64, prompt_tokens=100)
+    folder = engine_folder(tiny_bundle, tmp_path / "engines", "tensorrt", max_visual_tokens=64, max_prompt_tokens=100)
     with Pipeline.load(folder) as plans, pytest.raises(BackendError, match="--max-visual-tokens"):
         plans.generate("What is red?", [np.tile(SAMPLES[0].image, (2, 2, 1))], max_new_tokens=2)
