@@ -37,12 +37,6 @@ class InputRange:
     opt: tuple[int, ...]
     max: tuple[int, ...]
 
-    def holds(self, shape: tuple[int, ...]) -> bool:
-        """Whether an input of this shape fits."""
-        return len(shape) == len(self.min) and all(
-            low <= size <= high for low, size, high in zip(self.min, shape, self.max, strict=True)
-        )
-
 
 @dataclass(frozen=True, slots=True)
 class PlanEntry:
@@ -68,10 +62,6 @@ class PlanEntry:
     flags: tuple[str, ...]
     workarounds: tuple[str, ...]
     seconds: float
-
-    def range(self, profile: int, name: str) -> InputRange:
-        """The range of an input in an optimization profile."""
-        return next(entry for entry in self.profiles[profile] if entry.name == name)
 
 
 @dataclass(frozen=True, slots=True)

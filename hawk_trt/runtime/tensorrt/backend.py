@@ -57,16 +57,16 @@ class TensorRtBackend:
         for engine in plans.values():
             cuda.on_close(engine.close)
         self.memory = Memory(cuda, manifest, regions)
+        scratch = self.memory.addresses[_SCRATCH]
         self.contexts: dict[tuple[str, int], Context] = {}
         for stage, engine in plans.items():
             for profile in range(len(engine.entry.profiles)):
-                context = engine.context(profile, self.memory.addresses[_SCRATCH], cuda.stream)
+                context = engine.context(profile, scratch, cuda.stream)
                 cuda.on_close(context.close)
                 self.contexts[stage, profile] = context
         prefill, decode = ((self.contexts[FIRST_LAYER, p], self.contexts[DECODER, p]) for p in (PREFILL, DECODE))
 
         def more_stages() -> tuple[Context, Context]:
-            scratch = self.memory.addresses[_SCRATCH]
             first, decoder = (plans[stage].context(DECODE, scratch, cuda.stream) for stage in (FIRST_LAYER, DECODER))
             return first, decoder
 
@@ -82,12 +82,7 @@ class TensorRtBackend:
 
     @classmethod
     def load(cls, engines: EngineFolder, device: str, target: str | None) -> "TensorRtBackend":
-        """Load the plans of a folder.
-
-        Args:
-            engines: the folder.
-            device: "cuda" or "cuda:N".
-            target: that the folder must have; None takes what it has.
+        """Load the plans of a folder on "cuda" or "cuda:N"; target: that the folder must have, None takes what it has.
 
         Raises:
             BackendError: no such GPU, too little of its memory, or TensorRT refused.

@@ -102,11 +102,10 @@ class KVCache:
                 f"Rebuild with a larger --batch: {self._manifest.rebuild}"
             )
         if not self.shared:
-            self.release(range(self.batch))
+            self._owners = [None] * self.batch
         while (first := self._free_from(batch)) is None:
             taken = [slot for slot in range(self.batch) if self._owner(slot) is not None]
-            ended = self._owner(min(taken, key=lambda slot: self._last_step[slot]))
-            self.release(slot for slot in taken if self._owner(slot) is ended)
+            self.release(taken, self._owner(min(taken, key=lambda slot: self._last_step[slot])))
         slots: Slots = np.arange(first, first + batch)
         self.starts[slots] = self.ends[slots] = 0
         self._last_step[slots] = self.num_steps
@@ -117,10 +116,11 @@ class KVCache:
         for slot in slots:
             self._owners[slot] = weakref.ref(owner)
 
-    def release(self, slots: Iterable[int]) -> None:
-        """Let others have slots."""
+    def release(self, slots: Iterable[int], owner: object) -> None:
+        """Let others have those of some slots that belong to a generation."""
         for slot in slots:
-            self._owners[slot] = None
+            if self._owner(slot) is owner:
+                self._owners[slot] = None
 
     def belong(self, slots: Slots, owner: object) -> bool:
         """Whether all these slots belong to a generation."""

@@ -12,11 +12,10 @@ import ctypes
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +24,6 @@ from cuda.bindings import driver
 from hawk_trt.engine_folder import Machine
 from hawk_trt.errors import BackendError
 
-Bytes: TypeAlias = npt.NDArray[np.uint8]
 # Of the pinned buffer, and what its parts begin at multiples of.
 STAGING_BYTES = 16 << 20
 _ALIGNMENT = 256
@@ -65,7 +63,7 @@ class Pinned:
 
     def __init__(self, address: int, size_bytes: int) -> None:
         self.address = address
-        self.bytes: Bytes = np.ctypeslib.as_array((ctypes.c_uint8 * size_bytes).from_address(address))
+        self.bytes: npt.NDArray[np.uint8] = np.ctypeslib.as_array((ctypes.c_uint8 * size_bytes).from_address(address))
 
     def array(self, shape: tuple[int, ...], dtype: np.dtype[Any], offset: int = 0) -> npt.NDArray[Any]:
         """A view of its content from an offset in bytes on."""
@@ -110,21 +108,23 @@ class CudaDevice:
 
     def __init__(self, index: int) -> None:
         self.index = index
-        self._staging: Pinned | None = None
-        self._staged = 0  # bytes of it that enqueued copies may still read
-        self._releases: list[Callable[[], object]] = []  # what undoes each thing taken, in order of taking
+        self._staged = 0  # bytes of the pinned buffer that enqueued copies may still read
+        self._releases = ExitStack()  # undoes each thing taken, the last first
         call("cuInit", 0)
         count = call("cuDeviceGetCount")
         if not 0 <= index < count:
             raise BackendError(f"device: got cuda:{index}, this machine has {count} GPU{'s' * (count != 1)}")
         device = call("cuDeviceGet", index)
         self._context = call("cuDevicePrimaryCtxRetain", device)
-        self._releases.append(partial(call, "cuDevicePrimaryCtxRelease", device))
+        self.on_close(call, "cuDevicePrimaryCtxRelease", device)
+        self.on_close(call, "cuCtxPopCurrent")
+        self._open = True
         try:
             with self.active():
                 # Not tied to the legacy stream, so that others' work there neither waits nor is waited for.
                 self._stream = call("cuStreamCreate", int(driver.CUstream_flags.CU_STREAM_NON_BLOCKING))
-                self.on_close(partial(call, "cuStreamDestroy", self._stream))
+                self.on_close(call, "cuStreamDestroy", self._stream)
+                self._staging = self.allocate_pinned(STAGING_BYTES)  # what upload and download go through
         except BaseException:
             self.close()
             raise
@@ -137,7 +137,7 @@ class CudaDevice:
         Raises:
             BackendError: the device is closed.
         """
-        if not self._releases:
+        if not self._open:
             raise BackendError(f"cuda:{self.index}: closed, expected a model that is still open")
         call("cuCtxPushCurrent", self._context)
         try:
@@ -162,19 +162,19 @@ class CudaDevice:
                 f"expected {size_bytes / _GIB:.2f} for caches and tensors. "
                 "Close what else uses the GPU, or build engines with a smaller --max-context or --max-prompt-tokens"
             ) from error
-        self.on_close(partial(call, "cuMemFree", memory))
+        self.on_close(call, "cuMemFree", memory)
         return int(memory)
 
     def allocate_pinned(self, size_bytes: int) -> Pinned:
         """Page-locked host memory."""
         address = int(call("cuMemAllocHost", size_bytes))
-        self.on_close(partial(call, "cuMemFreeHost", address))
+        self.on_close(call, "cuMemFreeHost", address)
         return Pinned(address, size_bytes)
 
     def event(self) -> object:
         """An event, for `record` and `seconds`."""
         event = call("cuEventCreate", int(driver.CUevent_flags.CU_EVENT_DEFAULT))
-        self.on_close(partial(call, "cuEventDestroy", event))
+        self.on_close(call, "cuEventDestroy", event)
         return event
 
     def record(self, event: object) -> None:
@@ -188,7 +188,7 @@ class CudaDevice:
     def upload(self, address: int, array: npt.NDArray[Any]) -> None:
         """Enqueue a copy of an array to the device; the array may change as soon as this returns."""
         content = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        buffer, done = self._buffer(), 0
+        buffer, done = self._staging, 0
         while done < len(content):
             start = -(-self._staged // _ALIGNMENT) * _ALIGNMENT
             if start >= len(buffer.bytes):
@@ -204,7 +204,7 @@ class CudaDevice:
         """A host copy of a tensor, after all enqueued work."""
         array = np.empty(shape, dtype)
         content = array.reshape(-1).view(np.uint8)
-        buffer = self._buffer()
+        buffer = self._staging
         self.synchronize()
         for done in range(0, len(content), len(buffer.bytes)):
             part = content[done : done + len(buffer.bytes)]
@@ -272,33 +272,25 @@ class CudaDevice:
         finally:
             call("cuGraphDestroy", graph)
 
-    def on_close(self, release: Callable[[], object]) -> None:
+    def on_close(self, release: Callable[..., object], *arguments: object) -> None:
         """Let a function run when the device is closed, before those given earlier, its context current."""
-        self._releases.append(release)
+        self._releases.callback(release, *arguments)
 
     def close(self) -> None:
-        """Give back everything, the last taken first. Closing again does nothing.
+        """Give back everything, the last taken first, whatever fails on the way. Closing again does nothing.
 
         Raises:
             BackendError: something could not be released, and no other error is on its way.
         """
-        releases, self._releases = self._releases, []
-        if not releases:
+        if not self._open:
             return
-        context, *rest = releases
-        failures: list[BackendError] = []
-        push, pop = partial(call, "cuCtxPushCurrent", self._context), partial(call, "cuCtxPopCurrent")
-        steps: list[Callable[[], object]] = [push, *reversed(rest), pop, context]
-        for release in steps:
-            _try(release, failures)
-        if failures and sys.exc_info()[0] is None:
-            raise failures[0]
-
-    def _buffer(self) -> Pinned:
-        """What upload and download go through, made when first needed."""
-        if self._staging is None:
-            self._staging = self.allocate_pinned(STAGING_BYTES)
-        return self._staging
+        self._open, under_way = False, sys.exc_info()[0]
+        self.on_close(call, "cuCtxPushCurrent", self._context)  # the first to run
+        try:
+            self._releases.close()
+        except BackendError:
+            if under_way is None:
+                raise
 
     def __enter__(self) -> "CudaDevice":
         return self
@@ -311,10 +303,6 @@ class CudaDevice:
 
 def this_machine(tensorrt: str, device: int = 0) -> Machine:
     """This machine as plans see it; needs a GPU, and no context on it.
-
-    Args:
-        tensorrt: version of the library in use.
-        device: number of the GPU.
 
     Raises:
         BackendError: no driver, or no such GPU.
@@ -335,11 +323,3 @@ def this_machine(tensorrt: str, device: int = 0) -> Machine:
         gpu=name.split(b"\0")[0].decode(errors="replace"),
         compute_capability=f"{major}.{minor}",
     )
-
-
-def _try(release: Callable[[], object], failures: list[BackendError]) -> None:
-    """One step of close; after a failed kernel every call fails, and the rest must be tried all the same."""
-    try:
-        release()
-    except BackendError as error:
-        failures.append(error)

@@ -99,7 +99,7 @@ class DecodeStep:
         rows = int(slots.max()) + 1
         self._give(rows, inputs, slots)
         dims = self._cache.dims(1, self._cache.length_of(slots))
-        self._run_bound((rows, *dims.values()), dims)
+        self._run_bound(rows, dims)
         self._cache.store(self._memory.cuda, slots, 1)
         self._memory.cuda.synchronize()
         return self._token.array((rows,), np.dtype(np.int64))[slots], rows
@@ -117,14 +117,17 @@ class DecodeStep:
             for stage in (stage for stages in self._spare for stage in stages):
                 stage.close()
 
-    def _run_bound(self, key: tuple[int, ...], dims: dict[str, int]) -> None:
+    def _run_bound(self, rows: int, cache_dims: dict[str, int]) -> None:
         """Enqueue or replay a step over rows and columns of attention, as far as they were seen before."""
-        rows = key[0]
+        key = (rows, *cache_dims.values())
         bound = self._bound.get(key)
         if bound is None:
             stages = self._unbound()
+            dims = {**_dims(rows), "num_visual": 1, "num_kept_total": 1, **cache_dims}
+            addresses = {**self._addresses, **self._cache.addresses()}
             try:
-                self._bind(stages, rows, dims)
+                for stage in stages:
+                    stage.bind(dims, addresses)
                 self._enqueue(stages, rows)
             except BaseException:
                 self._spare.append(stages)
@@ -165,12 +168,6 @@ class DecodeStep:
         views["kv_start"][slots] = self._cache.kv_start(slots)
         if self._cache.inplace:
             views["write_index"][slots] = self._cache.ends[slots]
-
-    def _bind(self, stages: Stages, rows: int, cache_dims: dict[str, int]) -> None:
-        dims = {**_dims(rows), "num_visual": 1, "num_kept_total": 1, **cache_dims}
-        addresses = {**self._addresses, **self._cache.addresses()}
-        for stage in stages:
-            stage.bind(dims, addresses)
 
     def _enqueue(self, stages: Stages, rows: int) -> None:
         """Copy in, both stages, copy out: all on the stream, nothing that waits."""

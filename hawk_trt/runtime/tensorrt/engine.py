@@ -19,14 +19,7 @@ from hawk_trt.errors import BackendError
 ALIGNMENT = 256
 _MESSAGES_KEPT = 8
 _SERIOUS = ("INTERNAL_ERROR", "ERROR", "WARNING")
-_DTYPES = {
-    "FLOAT": "float32",
-    "HALF": "float16",
-    "BF16": "bfloat16",
-    "INT64": "int64",
-    "INT32": "int32",
-    "BOOL": "bool",
-}
+_FLOATS = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}  # others are named alike
 _PLUGIN = ("WeightedTopK", "1", "")  # name, version, namespace
 # What to build with where a dimension is too large.
 _FLAGS = {
@@ -93,13 +86,13 @@ class Engine:
     """One plan, deserialised. Its weights are on the GPU once, whatever the number of contexts.
 
     Attributes:
+        log: what TensorRT says, for errors.
         rebuild: the command that makes it anew, for errors.
         scratch_bytes: device memory that a context needs while it runs.
     """
 
     def __init__(self, runtime: trt.Runtime, engine: trt.ICudaEngine, log: Log, entry: PlanEntry, rebuild: str) -> None:
-        self.entry, self.rebuild = entry, rebuild
-        self._log = log
+        self.entry, self.rebuild, self.log = entry, rebuild, log
         self._runtime: trt.Runtime | None = runtime  # must outlive its engines
         self._engine: trt.ICudaEngine | None = engine
         self._check_interface(engine)
@@ -139,11 +132,7 @@ class Engine:
 
     def refused(self, what: str) -> BackendError:
         """The error of a call that TensorRT answered with False or None."""
-        return BackendError(f"{self.entry.file}: TensorRT refused {what}: {self._log.take()}")
-
-    def forget(self) -> None:
-        """Drop what TensorRT has said so far: it is not the reason for what comes."""
-        self._log.take()
+        return BackendError(f"{self.entry.file}: TensorRT refused {what}: {self.log.take()}")
 
     def close(self) -> None:
         """Release it; its contexts must be gone."""
@@ -151,10 +140,10 @@ class Engine:
 
     def _check_interface(self, engine: trt.ICudaEngine) -> None:
         """Compare the plan's tensors with what engines.json says."""
-        names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
-        got = {
-            name: (_DTYPES.get(engine.get_tensor_dtype(name).name), engine.get_tensor_mode(name).name) for name in names
-        }
+        got = {}
+        for name in (engine.get_tensor_name(index) for index in range(engine.num_io_tensors)):
+            dtype = engine.get_tensor_dtype(name).name
+            got[name] = (_FLOATS.get(dtype, dtype.lower()), engine.get_tensor_mode(name).name)
         expected = {entry.name: (entry.dtype, "INPUT") for entry in self.entry.inputs}
         expected |= {entry.name: (entry.dtype, "OUTPUT") for entry in self.entry.outputs}
         if got != expected:
@@ -195,7 +184,7 @@ class Context:
         """
         context = self._context
         assert context is not None
-        self._engine.forget()
+        self._engine.log.take()  # what was said before is not the reason for what comes
         plan = self._engine.entry
         for entry in plan.inputs:
             shape = resolve(entry, dims)
@@ -253,8 +242,6 @@ class Context:
 
     def _check_range(self, entry: TensorEntry, shape: tuple[int, ...]) -> None:
         limits = self._ranges[entry.name]
-        if limits.holds(shape):
-            return
         for word, size, low, high in zip(entry.shape, shape, limits.min, limits.max, strict=True):
             if not low <= size <= high:
                 flag = _FLAGS.get(str(word))

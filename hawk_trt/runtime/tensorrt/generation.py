@@ -123,7 +123,7 @@ class TensorRtGeneration:
         for generation, _ in parts:
             generation._check_slots([row for other, row in parts if other is generation])
         for generation, _ in parts:
-            generation._give_up()
+            generation._cache.release(generation._slots, generation)
         slots = np.array([generation._slots[row] for generation, row in parts], np.int64)
         first, _ = parts[0]
         return cls(first._memory, first._cache, first._encoder, first._prefill, first._decode_step, slots)
@@ -165,8 +165,8 @@ class TensorRtGeneration:
 
     def release(self, row: int) -> None:
         """Let a row's slot be free for the next prompt; the others go on once they are gathered."""
-        if self._cache.shared and self._cache.belong(self._slots[[row]], self):
-            self._cache.release(self._slots[[row]])
+        if self._cache.shared:
+            self._cache.release(self._slots[[row]], self)
 
     def hidden_states(self) -> npt.NDArray[np.float32]:
         """first_layer's output of the last step: float32 [batch, num_kept_total, hidden]."""
@@ -193,7 +193,7 @@ class TensorRtGeneration:
             with self._memory.cuda.active():
                 yield
         except BaseException:
-            self._give_up()
+            self._cache.release(self._slots, self)
             raise
 
     def _advance(self, columns: int, rows: Slots, logits: npt.NDArray[np.float32] | None) -> None:
@@ -202,10 +202,6 @@ class TensorRtGeneration:
         self._rows, self._kept = rows, columns
         if logits is not None:
             self._cache.finite[self._slots] = np.isfinite(logits).all(axis=1)
-
-    def _give_up(self) -> None:
-        """Let those slots be free that are still its own."""
-        self._cache.release(slot for slot in self._slots if self._cache.belong(np.array([slot]), self))
 
     def _check_slots(self, rows: "Sequence[int] | slice" = slice(None)) -> None:
         if not self._cache.belong(self._slots[rows], self):
