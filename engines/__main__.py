@@ -87,12 +87,12 @@ def build(
     try:
         from .builder import TENSORRT_VERSION, build_plan  # the rest of the command works without it
 
-        machine, gpu_bytes = _machine(TENSORRT_VERSION)
+        machine, gpu_bytes, shared_memory = _machine(TENSORRT_VERSION)
     except ImportError as error:
         preflight = "Without a GPU, see whether TensorRT takes the graphs: make preflight"
         raise BackendError(f"{missing_for_tensorrt(error)}. {preflight}") from error
     library = named if plugin is not None else find_or_compile(TENSORRT_VERSION, machine.compute_capability, note)
-    size_limits = largest.limits(loaded.manifest, plugin=library is not None)
+    size_limits = largest.limits(loaded.manifest, plugin=library is not None, shared_memory=shared_memory)
     chosen = choose_target(loaded.manifest, TENSORRT_VERSION, target)
     cache = Path(timing_cache or cache_folder() / f"timing-{machine.compute_capability}-{TENSORRT_VERSION}.cache")
     settings = BuildSettings(
@@ -132,11 +132,11 @@ def _rebuild(bundle: Path, out: Path, options: Mapping[str, object]) -> str:
     return shlex.join(["hawk-trt", "build", str(bundle), "--out", str(out), *chain(*given)])
 
 
-def _machine(tensorrt: str) -> tuple[Machine, int | None]:
-    """The machine, and the bytes of its GPU's memory."""
-    from hawk_trt.runtime.tensorrt.cuda import call, this_machine  # needs cuda-bindings
+def _machine(tensorrt: str) -> tuple[Machine, int, bool]:
+    """The machine, the bytes of its GPU's memory, and whether that is the machine's own, as on a Jetson."""
+    from hawk_trt.runtime.tensorrt.cuda import call, shares_memory, this_machine  # needs cuda-bindings
 
-    return this_machine(tensorrt), int(call("cuDeviceTotalMem", call("cuDeviceGet", 0)))
+    return this_machine(tensorrt), int(call("cuDeviceTotalMem", call("cuDeviceGet", 0))), shares_memory()
 
 
 def _report(

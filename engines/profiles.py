@@ -26,6 +26,9 @@ TENSORRT_TARGETS = (TENSORRT, PORTABLE)
 # TensorRT's TopK takes no more in any version; beyond, it warns at build and fails when run.
 TOPK_LIMIT = 3840
 DEFAULT_VISUAL_TOKENS = 4096
+# Where the GPU shares the machine's memory, as on a Jetson.
+DEFAULT_VISUAL_TOKENS_SHARED = 2048
+DEFAULT_CONTEXT_SHARED = 2048
 DEFAULT_TEXT_TOKENS = 1024
 # Of a vision call: an InternVL image's tiles with its thumbnail, and frames of up to a quarter of the visual tokens.
 DEFAULT_TILES = 13
@@ -56,7 +59,11 @@ class LargestRequest:
     """
 
     max_visual_tokens: Annotated[
-        int | None, Parameter(help=f"of a prompt, before pruning (default: {DEFAULT_VISUAL_TOKENS})")
+        int | None,
+        Parameter(
+            help=f"of a prompt, before pruning (default: {DEFAULT_VISUAL_TOKENS}; {DEFAULT_VISUAL_TOKENS_SHARED} on a "
+            "GPU that shares the machine's memory)"
+        ),
     ] = None
     max_prompt_tokens: Annotated[
         int | None,
@@ -65,7 +72,8 @@ class LargestRequest:
     max_context: Annotated[
         int | None,
         Parameter(
-            help=f"tokens kept and generated: the KV cache's length (default: {TOPK_LIMIT}, or the model's if shorter)"
+            help=f"tokens kept and generated: the KV cache's length (default: {TOPK_LIMIT}, or the model's if shorter; "
+            f"{DEFAULT_CONTEXT_SHARED} on a GPU that shares the machine's memory)"
         ),
     ] = None
     batch: int = 1
@@ -77,16 +85,23 @@ class LargestRequest:
         ),
     ] = None
 
-    def limits(self, manifest: Manifest, *, plugin: bool) -> Limits:
-        """Fill in what was not asked for, and refuse what cannot be; plugin: whether the top-k one is used.
+    def limits(self, manifest: Manifest, *, plugin: bool, shared_memory: bool = False) -> Limits:
+        """Fill in what was not asked for, and refuse what cannot be.
+
+        Args:
+            manifest: of the bundle.
+            plugin: whether the top-k one is used.
+            shared_memory: whether the GPU shares the machine's memory; the defaults are smaller then.
 
         Raises:
             InvalidInput: limits that contradict each other, the model or TensorRT.
         """
         longest = manifest.language.max_position_embeddings
-        visual = DEFAULT_VISUAL_TOKENS if self.max_visual_tokens is None else self.max_visual_tokens
+        default_visual = DEFAULT_VISUAL_TOKENS_SHARED if shared_memory else DEFAULT_VISUAL_TOKENS
+        default_context = DEFAULT_CONTEXT_SHARED if shared_memory else TOPK_LIMIT
+        visual = default_visual if self.max_visual_tokens is None else self.max_visual_tokens
         prompt = visual + DEFAULT_TEXT_TOKENS if self.max_prompt_tokens is None else self.max_prompt_tokens
-        context = min(longest, TOPK_LIMIT) if self.max_context is None else self.max_context
+        context = min(longest, default_context) if self.max_context is None else self.max_context
         default_batch = DEFAULT_TILES if isinstance(manifest.vision, InternVLVision) else DEFAULT_FRAMES
         vision_batch = default_batch if self.vision_batch is None else self.vision_batch
         for flag, value, least in (

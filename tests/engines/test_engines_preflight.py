@@ -68,7 +68,7 @@ import os, sys
 from engines import __main__ as command
 from hawk_trt.engine_folder import Machine
 
-command._machine = lambda tensorrt: (Machine(tensorrt, "13.0", None, "no GPU", "8.7"), None)
+command._machine = lambda tensorrt: (Machine(tensorrt, "13.0", None, "no GPU", "8.7"), None, True)
 status = command.main(sys.argv[1:])
 sys.stdout.flush()
 sys.stderr.flush()

@@ -111,6 +111,11 @@ def test_what_is_tuned_for_is_the_bundles_share_of_a_typical_image(bundle):
 def test_defaults_fit_the_top_k_of_tensorrt_and_the_model(bundle):
     limits = LargestRequest().limits(bundle.manifest, plugin=False)
     assert limits == Limits(4096, 5120, TOPK_LIMIT, 1, vision_batch=4)
+    shared = LargestRequest().limits(bundle.manifest, plugin=False, shared_memory=True)
+    assert shared == Limits(2048, 3072, 2048, 1, vision_batch=4)
+    assert LargestRequest(max_visual_tokens=4096).limits(bundle.manifest, plugin=False, shared_memory=True) == Limits(
+        4096, 5120, 2048, 1, vision_batch=4
+    )
     short = replace(bundle.manifest, language=replace(bundle.manifest.language, max_position_embeddings=512))
     assert LargestRequest().limits(short, plugin=True).context == 512
 

@@ -323,3 +323,9 @@ def this_machine(tensorrt: str, device: int = 0) -> Machine:
         gpu=name.split(b"\0")[0].decode(errors="replace"),
         compute_capability=f"{major}.{minor}",
     )
+
+
+def shares_memory(device: int = 0) -> bool:
+    """Whether a GPU's memory is the machine's own, as on a Jetson."""
+    attribute = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_INTEGRATED
+    return bool(call("cuDeviceGetAttribute", attribute, call("cuDeviceGet", device)))
