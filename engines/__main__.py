@@ -103,7 +103,9 @@ def build(
         verbose=verbose,
     )
     given = asdict(largest) | {"target": target, "plugin": plugin, "workspace_gib": workspace_gib}
-    plan = plan_build(loaded, machine, chosen, size_limits, settings, _rebuild(bundle, out, given))
+    flags = [(f"--{name.replace('_', '-')}", str(value)) for name, value in given.items() if value is not None]
+    rebuild = shlex.join(["hawk-trt", "build", str(bundle), "--out", str(out), *chain(*flags)])
+    plan = plan_build(loaded, machine, chosen, size_limits, settings, rebuild)
     changed = differences(plan, out)
     if changed:
         note(f"building again, since another: {', '.join(changed)}")
@@ -124,12 +126,6 @@ def build(
         return INTERRUPTED
     _report(engines, verification, inspect(engines), time.perf_counter() - started, as_json=json)
     return 0
-
-
-def _rebuild(bundle: Path, out: Path, options: Mapping[str, object]) -> str:
-    """The command that makes these engines anew."""
-    given = [(f"--{name.replace('_', '-')}", str(value)) for name, value in options.items() if value is not None]
-    return shlex.join(["hawk-trt", "build", str(bundle), "--out", str(out), *chain(*given)])
 
 
 def _machine(tensorrt: str) -> tuple[Machine, int, bool]:

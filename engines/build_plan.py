@@ -102,6 +102,9 @@ def plan_build(
         )
         for graph in graphs
     )
+    digest = hashlib.sha256()
+    for name in _DECIDES:
+        digest.update(name.encode() + (Path(__file__).parent / name).read_bytes())
     manifest = EngineManifest(
         schema_version=ENGINES_SCHEMA_VERSION,
         bundle=replace(bundle.manifest, graphs=(), targets=(target,), files={}),
@@ -115,7 +118,7 @@ def plan_build(
         workspace_bytes=settings.workspace_bytes,
         files={},
         rebuild=rebuild,
-        versions={"hawk_trt": __version__, "engines": _code_digest(), "onnx": metadata.version("onnx")},
+        versions={"hawk_trt": __version__, "engines": digest.hexdigest()[:16], "onnx": metadata.version("onnx")},
     )
     return BuildPlan(bundle, manifest, graphs, plugin)
 
@@ -146,10 +149,3 @@ def _key(manifest: EngineManifest) -> dict[str, object]:
         "workarounds": [plan.workarounds for plan in manifest.plans],
         "engine builder": manifest.versions,
     }
-
-
-def _code_digest() -> str:
-    digest = hashlib.sha256()
-    for name in _DECIDES:
-        digest.update(name.encode() + (Path(__file__).parent / name).read_bytes())
-    return digest.hexdigest()[:16]

@@ -8,8 +8,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any, SupportsInt
 
@@ -79,26 +78,10 @@ class Monitor(trt.IProgressMonitor):
         """TensorRT's callback."""
         self._phases.pop(phase_name, None)
 
-
-@contextmanager
-def _interruptible(monitor: Monitor) -> Iterator[None]:
-    """Let an interrupt end the build at its next step instead of tearing TensorRT down in the middle.
-
-    Raises:
-        KeyboardInterrupt: there was one.
-    """
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
+    def interrupt(self, number: int, frame: FrameType | None) -> None:
+        """Let an interrupt end the build at its next step instead of tearing TensorRT down in the middle."""
         del number, frame
-        monitor.interrupted = True
-
-    previous = signal.signal(signal.SIGINT, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
-    if monitor.interrupted:
-        raise KeyboardInterrupt
+        self.interrupted = True
 
 
 def build_plan(
@@ -139,8 +122,13 @@ def build_plan(
                 profile.set_shape(entry.name, *(trt.Dims(list(shape)) for shape in (entry.min, entry.opt, entry.max)))
             if config.add_optimization_profile(profile) != number:
                 raise BackendError(builder_message(graph.file.name, TENSORRT_VERSION, log.lines, names))
-        with _interruptible(monitor):
+        previous = signal.signal(signal.SIGINT, monitor.interrupt)
+        try:
             memory = builder.build_serialized_network(network, config)
+        finally:
+            signal.signal(signal.SIGINT, previous)
+        if monitor.interrupted:
+            raise KeyboardInterrupt
         if memory is None or any(line.is_error and line.severity == "WARNING" for line in log.lines):
             raise BackendError(builder_message(graph.file.name, TENSORRT_VERSION, log.lines, names))
         cache = None if settings.timing_cache is None else config.get_timing_cache()

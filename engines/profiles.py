@@ -217,12 +217,8 @@ def _input_range(tensor: TensorEntry, ranges: dict[str, Range]) -> InputRange:
 def vision_ranges(vision: VisionConfig, visual_tokens: int, vision_batch: int) -> list[dict[str, Range]]:
     """Ranges of the vision dimensions of all families, by their word, for each optimization profile.
 
-    A token is a block of merge x merge patches; a window is side x side blocks.
-
-    Args:
-        vision: sizes of the vision tower.
-        visual_tokens: of the largest image.
-        vision_batch: frames of one size in a call, which together are no larger than the largest image; or tiles.
+    A token is a block of merge x merge patches; a window is side x side blocks. vision_batch counts frames of one size
+    in a call, which together are no larger than the largest image's visual_tokens; or tiles.
     """
     if isinstance(vision, InternVLVision):
         tiles = max(1, min(vision_batch, visual_tokens // vision.tile_tokens))

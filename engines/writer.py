@@ -86,12 +86,7 @@ def write_engines(
 
 
 def memory_warning(graphs: Sequence[PreparedGraph], available_bytes: int | None) -> str | None:
-    """A warning where the largest stage may not fit into memory: an hour's work that is killed helps nobody.
-
-    Args:
-        graphs: to be built, one after another.
-        available_bytes: free memory, None where it is not known; on a Jetson the GPU shares it.
-    """
+    """A warning where the largest stage may not fit into memory: an hour's work that is killed helps nobody."""
     largest = max(graphs, key=lambda graph: graph.weight_bytes)
     needed = largest.weight_bytes * BUILD_FACTOR
     if available_bytes is None or needed <= available_bytes:

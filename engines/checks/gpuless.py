@@ -19,6 +19,7 @@ import zipfile
 from pathlib import Path
 
 from hawk_trt.errors import BackendError
+from hawk_trt.files import cache_folder
 
 # They belong together: the bindings must know no function that the builder lacks.
 WHEELS = ("onnxruntime-ep-nv-tensorrt-rtx-cu13==0.5.0", "tensorrt-cu13-bindings==11.4.0.106")
@@ -83,9 +84,8 @@ def environment() -> dict[str, str]:
 def _prepared() -> Path:
     """The folder with the packages and libraries, made where it is not there yet."""
     python = sysconfig.get_config_var("SOABI") or sys.implementation.cache_tag
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     name = "-".join(wheel.partition("==")[2] for wheel in WHEELS)
-    folder = caches / "hawk_trt" / f"preflight-{name}-{python}"
+    folder = cache_folder() / f"preflight-{name}-{python}"
     if folder.is_dir():
         return folder
     compiler = shutil.which("cc") or shutil.which("gcc")

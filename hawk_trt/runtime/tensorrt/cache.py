@@ -212,26 +212,21 @@ class KVCache:
         length, past = self.length_of(slots), tensor_bytes(self._manifest, self.columns)
         shape = (language.num_key_value_heads, self.columns, language.head_dim)
         row = shape[0] * self.columns * self._column_bytes
-        read = [
-            [cuda.download(self._past + tensor * past + slot * row, shape, dtype) for slot in slots.tolist()]
-            for tensor in (2 * layer, 2 * layer + 1)
-        ]
-        if self.inplace:
-            key, value = (np.stack([one[:, :length] for one in rows]) for rows in read)
-            return key, value
-        key, value = (np.zeros((len(slots), shape[0], length, shape[2]), dtype) for _ in read)
-        for rows, whole in zip(read, (key, value), strict=True):
-            for one, out, slot in zip(rows, whole, slots.tolist(), strict=True):
-                first = self.columns - int(self.ends[slot] - self.starts[slot])
-                prompt = self.columns - int(self._prefilled[slot])
-                out[:, self.starts[slot] : self.ends[slot]] = np.concatenate(
-                    (one[:, prompt:], one[:, first:prompt][:, ::-1]), axis=1
-                )
-        return key, value
 
-    def advance(self, columns: int, slots: Slots) -> None:
-        """Count columns as written to slots."""
-        self.ends[slots] += columns
+        def columns_of(tensor: int, slot: int) -> npt.NDArray[Any]:
+            """In the order of tokens."""
+            content = cuda.download(self._past + tensor * past + slot * row, shape, dtype)
+            if self.inplace:
+                return content[:, :length]
+            first = self.columns - int(self.ends[slot] - self.starts[slot])
+            prompt = self.columns - int(self._prefilled[slot])
+            ordered = np.zeros((shape[0], length, shape[2]), dtype)
+            tokens = (content[:, prompt:], content[:, first:prompt][:, ::-1])
+            ordered[:, self.starts[slot] : self.ends[slot]] = np.concatenate(tokens, axis=1)
+            return ordered
+
+        key, value = (np.stack([columns_of(2 * layer + part, slot) for slot in slots.tolist()]) for part in (0, 1))
+        return key, value
 
     def check_room(self, columns: int, slots: Slots) -> None:
         """Refuse a write beyond the end: TensorRT would drop it silently.

@@ -15,7 +15,6 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -67,15 +66,14 @@ class DecodeStep:
         """Upload what is the same in every step; more_stages makes contexts like stages."""
         self._memory, self._cache, self._table = memory, cache, embedding_table
         self._spare, self._more_stages = [stages], more_stages  # bound to nothing that counts
-        self._entries = {name: memory.entries[name] for name in _GIVEN if name in memory.entries}
-        self._offsets = _offsets(self._entries, manifest.limits.batch)
+        self._offsets, block_bytes = _offsets(memory.entries, manifest.limits.batch)
         self._addresses = dict(memory.addresses)
-        for name, offset in zip(self._entries, self._offsets, strict=False):
+        for name, offset in self._offsets.items():
             self._addresses[name] = memory.addresses[_STEP] + offset
         for name, array in _constants(manifest).items():
             self._addresses[name] = memory.addresses[PREFIX + name]
             memory.upload(PREFIX + name, array)
-        self._given = memory.cuda.allocate_pinned(self._offsets[-1])
+        self._given = memory.cuda.allocate_pinned(block_bytes)
         self._token = memory.cuda.allocate_pinned(manifest.limits.batch * _TOKEN_BYTES)
         self._bound: OrderedDict[tuple[int, ...], _Bound] = OrderedDict()  # the last used is the last
         self._can_capture, self._most = True, MAX_GRAPHS
@@ -85,10 +83,8 @@ class DecodeStep:
     @staticmethod
     def sizes(manifest: EngineManifest) -> dict[str, int]:
         """Bytes of the regions that it needs, by name."""
-        entries = tensor_entries(manifest)
-        given = {name: entries[name] for name in _GIVEN if name in entries}
         constants = {PREFIX + name: array.nbytes for name, array in _constants(manifest).items()}
-        return {**constants, _STEP: _offsets(given, manifest.limits.batch)[-1]}
+        return {**constants, _STEP: _offsets(tensor_entries(manifest), manifest.limits.batch)[1]}
 
     def run(self, inputs: DecodeInputs, slots: Slots) -> tuple[npt.NDArray[np.int64], int]:
         """A step of slots: the most probable next token of each, int64 [slots], and the rows that it ran over.
@@ -159,10 +155,10 @@ class DecodeStep:
     def _give(self, rows: int, inputs: DecodeInputs, slots: Slots) -> None:
         """Write the step's host inputs to the pinned block; what belongs to no row is 0."""
         self._given.bytes[:] = 0
-        views = {
-            name: self._given.array(resolve(entry, _dims(rows)), numpy_dtype(entry.dtype), offset)
-            for (name, entry), offset in zip(self._entries.items(), self._offsets, strict=False)
-        }
+        views = {}
+        for name, offset in self._offsets.items():
+            entry = self._memory.entries[name]
+            views[name] = self._given.array(resolve(entry, _dims(rows)), numpy_dtype(entry.dtype), offset)
         views["text_embeds"][slots] = self._table[inputs.token_ids]
         views["position_ids"][..., slots, 0] = inputs.position_ids
         views["kv_start"][slots] = self._cache.kv_start(slots)
@@ -203,6 +199,10 @@ def _dims(batch: int) -> dict[str, int]:
     return {"batch": batch, "seq_len": 1, "num_text": batch}
 
 
-def _offsets(entries: dict[str, TensorEntry], batch: int) -> list[int]:
-    """Where each input begins in the block, which is made for the largest batch; the last is the block's end."""
-    return list(accumulate((aligned(tensor_bytes(entry, _dims(batch))) for entry in entries.values()), initial=0))
+def _offsets(entries: dict[str, TensorEntry], batch: int) -> tuple[dict[str, int], int]:
+    """Where each input begins in the block, which is made for the largest batch; and the block's end."""
+    offsets, end = {}, 0
+    for name in (name for name in _GIVEN if name in entries):
+        offsets[name] = end
+        end += aligned(tensor_bytes(entries[name], _dims(batch)))
+    return offsets, end

@@ -99,12 +99,9 @@ class Engine:
         self.scratch_bytes = int(engine.device_memory_size_v2)
 
     def context(self, profile: int, scratch: int, stream: int) -> "Context":
-        """An execution context for an optimization profile.
+        """An execution context for an optimization profile, by its index.
 
-        Args:
-            profile: its index.
-            scratch: address of at least scratch_bytes, shared by all contexts, since no two ever run at once.
-            stream: handle of the stream that it will run on.
+        scratch: address of at least scratch_bytes, shared by all contexts, since no two ever run at once.
 
         Raises:
             BackendError: TensorRT refused.

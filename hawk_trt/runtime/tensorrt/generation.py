@@ -198,7 +198,7 @@ class TensorRtGeneration:
 
     def _advance(self, columns: int, rows: Slots, logits: npt.NDArray[np.float32] | None) -> None:
         """Count a step; its logits, where they were read, have seen all that its slots hold."""
-        self._cache.advance(columns, self._slots)
+        self._cache.ends[self._slots] += columns
         self._rows, self._kept = rows, columns
         if logits is not None:
             self._cache.finite[self._slots] = np.isfinite(logits).all(axis=1)

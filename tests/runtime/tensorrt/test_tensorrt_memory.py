@@ -67,15 +67,15 @@ def test_the_cache_of_a_tensorrt_plan_is_one_tensor_and_of_a_portable_plan_two(f
     assert KVCache.size_bytes(portable) == size + size // 320 * 321  # what a step puts out is one column longer
     cache, slots = KVCache(inplace, 1 << 20), np.array([0])
     assert cache.addresses()["past_key.2"] == cache.addresses()["present_key.2"]
-    cache.advance(3, slots)
+    cache.ends[slots] += 3
     assert cache.addresses()["past_key.2"] == cache.addresses()["present_key.2"]
     assert cache.dims(1, cache.length_of(slots)) == {"context_len": 256}
-    cache.advance(253, slots)
+    cache.ends[slots] += 253
     assert cache.dims(1, cache.length_of(slots)) == {"context_len": 320}  # the end, which is no multiple of 256
     cache = KVCache(portable, 1 << 20)
     before = cache.addresses()
     assert cache.dims(3, 0) == {"past_len": 0, "total_len": 3}
-    cache.advance(3, slots)
+    cache.ends[slots] += 3
     assert cache.addresses() == before and before["past_key.2"] < before["past_key.3"] < before["present_key.0"]
     assert cache.dims(1, cache.length_of(slots)) == {"past_len": 320, "total_len": 321}
     assert cache.kv_start(slots).tolist() == [317]
