@@ -165,15 +165,18 @@ def plan_profiles(
     if stage == VISION:
         ranges = vision_ranges(manifest.vision, limits.visual_tokens, limits.vision_batch)
     else:
-        ranges = [_prefill_ranges(manifest, limits), _decode_ranges(manifest, limits)]
+        ranges = _language_ranges(manifest, limits)
     return tuple(tuple(_input_range(tensor, words) for tensor in inputs) for words in ranges)
 
 
-def _prefill_ranges(manifest: Manifest, limits: Limits) -> dict[str, Range]:
+def _language_ranges(manifest: Manifest, limits: Limits) -> list[dict[str, Range]]:
+    """Ranges of a prefill and of a decode step."""
     visual = min(limits.visual_tokens, TYPICAL_VISUAL_TOKENS)
     prompt = min(limits.prompt_tokens, visual + _TYPICAL_TEXT_TOKENS)
-    kept = min(_typical_kept(manifest, limits), prompt)
-    return {
+    # of a typical prompt the bundle's share of its image is kept, and its text
+    typical = min(math.ceil(visual * manifest.keep_ratio) + _TYPICAL_TEXT_TOKENS, limits.kept_tokens)
+    kept, answered = min(typical, prompt), min(typical + _TYPICAL_ANSWER_TOKENS, limits.context)
+    prefill = {
         "batch": Range(1, limits.batch, limits.batch),
         "seq_len": Range(1, prompt, limits.prompt_tokens),
         "num_text": Range(1, (prompt - visual) * limits.batch, limits.prompt_tokens * limits.batch),
@@ -182,25 +185,16 @@ def _prefill_ranges(manifest: Manifest, limits: Limits) -> dict[str, Range]:
         "past_len": Range(0, 0, 0),
         CONTEXT_LEN: Range(1, kept, limits.context),
     }
-
-
-def _decode_ranges(manifest: Manifest, limits: Limits) -> dict[str, Range]:
-    typical = min(_typical_kept(manifest, limits) + _TYPICAL_ANSWER_TOKENS, limits.context)
-    return {
+    decode = {
         "batch": Range(1, limits.batch, limits.batch),
         "seq_len": Range(1, 1, 1),
         "num_text": Range(1, limits.batch, limits.batch),
         "num_visual": Range(1, 1, 1),
         "num_kept_total": Range(1, 1, 1),
-        "past_len": Range(1, typical, limits.context),
-        CONTEXT_LEN: Range(1, typical, limits.context),
+        "past_len": Range(1, answered, limits.context),
+        CONTEXT_LEN: Range(1, answered, limits.context),
     }
-
-
-def _typical_kept(manifest: Manifest, limits: Limits) -> int:
-    """Tokens of a typical prompt that are kept: of its image the bundle's share, and its text."""
-    visual = min(limits.visual_tokens, TYPICAL_VISUAL_TOKENS)
-    return min(math.ceil(visual * manifest.keep_ratio) + _TYPICAL_TEXT_TOKENS, limits.kept_tokens)
+    return [prefill, decode]
 
 
 def _input_range(tensor: TensorEntry, ranges: dict[str, Range]) -> InputRange:
@@ -223,26 +217,23 @@ def vision_ranges(vision: VisionConfig, visual_tokens: int, vision_batch: int) -
     if isinstance(vision, InternVLVision):
         tiles = max(1, min(vision_batch, visual_tokens // vision.tile_tokens))
         return [{"num_tiles": Range(1, tiles, tiles)}]
-    calls = [(1, visual_tokens)]
+    calls = [(1, visual_tokens)]  # up to so many frames of up to so many tokens each
     if vision_batch > 1 and visual_tokens >= vision_batch:
         calls.append((vision_batch, visual_tokens // vision_batch))
-    return [_frame_ranges(vision, frames, tokens) for frames, tokens in calls]
-
-
-def _frame_ranges(vision: VisionConfig, frames: int, tokens: int) -> dict[str, Range]:
-    """Ranges of a call of up to so many frames of up to so many tokens each."""
-    patches = vision.spatial_merge_size**2
-    square = math.isqrt(min(tokens, TYPICAL_VISUAL_TOKENS))
-    ranges = {
-        "num_frames": Range(1, frames, frames),
-        "num_merged": Range(1, square**2, tokens),
-        "num_patches": Range(patches, square**2 * patches, tokens * patches),
-    }
-    if isinstance(vision, Qwen25Vision):
-        side = vision.window_side
-        ranges["num_windows"] = Range(1, math.ceil(square / side) ** 2, _most_windows(tokens, side))
-        ranges["window_len"] = Range(patches, min(square, side) ** 2 * patches, side**2 * patches)
-    return ranges
+    profiles, patches = [], vision.spatial_merge_size**2
+    for frames, tokens in calls:
+        square = math.isqrt(min(tokens, TYPICAL_VISUAL_TOKENS))
+        ranges = {
+            "num_frames": Range(1, frames, frames),
+            "num_merged": Range(1, square**2, tokens),
+            "num_patches": Range(patches, square**2 * patches, tokens * patches),
+        }
+        if isinstance(vision, Qwen25Vision):
+            side = vision.window_side
+            ranges["num_windows"] = Range(1, math.ceil(square / side) ** 2, _most_windows(tokens, side))
+            ranges["window_len"] = Range(patches, min(square, side) ** 2 * patches, side**2 * patches)
+        profiles.append(ranges)
+    return profiles
 
 
 def _most_windows(blocks: int, side: int) -> int:

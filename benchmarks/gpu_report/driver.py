@@ -12,7 +12,7 @@ import gc
 import statistics
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -169,7 +169,7 @@ def _check_device(record: Record) -> None:
 
     failures = []
     for check in CHECKS:
-        with CudaDevice(0) as device, device.active():
+        with closing(CudaDevice(0)) as device, device.active():
             try:
                 check(device)
             except AssertionError as error:

@@ -6,6 +6,7 @@ The checked program is this file: numpy, ctypes and cuda-bindings, since PyTorch
 import shutil
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -82,7 +83,7 @@ def _run_on_cpu(library: KernelLibrary, sizes: Sizes, arrays: list[np.ndarray]) 
 def _run_on_gpu(library: KernelLibrary, sizes: Sizes, arrays: list[np.ndarray]) -> None:
     from hawk_trt.runtime.tensorrt.cuda import CudaDevice
 
-    with CudaDevice(0) as device, device.active():
+    with closing(CudaDevice(0)) as device, device.active():
         places = [device.allocate(array.nbytes) for array in arrays]
         for place, array in zip(places, arrays, strict=True):
             device.upload(place, array)

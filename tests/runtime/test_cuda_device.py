@@ -1,6 +1,7 @@
 """The layer over the CUDA driver: statuses, contexts, capture; on a stand-in, and on a GPU where there is one."""
 
 import gc
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ def standin(machines):
     """A device of the stand-in."""
     from hawk_trt.runtime.tensorrt.cuda import CudaDevice
 
-    with CudaDevice(0) as device, device.active():
+    with closing(CudaDevice(0)) as device, device.active():
         device.driver = machines.driver
         yield device
 
@@ -36,7 +37,7 @@ def gpu():
     pytest.importorskip("cuda.bindings")
     from hawk_trt.runtime.tensorrt.cuda import CudaDevice
 
-    with CudaDevice(0) as device, device.active():
+    with closing(CudaDevice(0)) as device, device.active():
         yield device
 
 
@@ -58,7 +59,7 @@ def test_a_gpu_gives_all_its_memory_back():
 
     size = 256 << 20
     free = call("cuMemGetInfo")[0]
-    with CudaDevice(0) as other:
+    with closing(CudaDevice(0)) as other:
         with other.active():
             address = other.allocate(size)
             other.zero(address, size)
@@ -98,7 +99,7 @@ def test_a_status_becomes_an_error_with_the_drivers_name_and_words(standin):
 def test_the_thread_gets_back_the_context_that_it_had(machines):
     from hawk_trt.runtime.tensorrt.cuda import CudaDevice
 
-    with CudaDevice(0) as device:
+    with closing(CudaDevice(0)) as device:
         machines.driver.current.append("another's")
         with device.active():
             assert machines.driver.current[-1] == ("context", 0)

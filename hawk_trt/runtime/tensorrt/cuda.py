@@ -14,7 +14,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -291,14 +290,6 @@ class CudaDevice:
         except BackendError:
             if under_way is None:
                 raise
-
-    def __enter__(self) -> "CudaDevice":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def this_machine(tensorrt: str, device: int = 0) -> Machine:

@@ -157,10 +157,8 @@ class Encoder:
         most, context = max(choices, key=lambda choice: choice[0])  # of equal ones the first, which is for one frame
         most = most or total  # where none takes it, bind says why
         for start in range(0, total, most):
-            yield (
-                context,
-                {n: array[start : start + most] if self._words[n][0] == word else array for n, array in feed.items()},
-            )
+            part = slice(start, start + most)
+            yield context, {n: array[part] if self._words[n][0] == word else array for n, array in feed.items()}
 
     def _run(self, context: Context, feed: dict[str, npt.NDArray[Any]], done: int, num_rows: int) -> int:
         """One call, into the rows behind those that are done; returns how many it makes."""

@@ -1,5 +1,6 @@
 """What lies where: the one allocation, the KV cache, staging, and rows that cannot be written in place."""
 
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -85,7 +86,7 @@ def test_arrays_larger_than_the_staging_buffer_go_in_parts(machines, monkeypatch
     from hawk_trt.runtime.tensorrt import cuda
 
     monkeypatch.setattr(cuda, "STAGING_BYTES", 1024)
-    with cuda.CudaDevice(0) as device, device.active():
+    with closing(cuda.CudaDevice(0)) as device, device.active():
         arrays = [np.arange(n, dtype=np.int64) for n in (5, 700, 1, 0, 129)]
         addresses = [device.allocate(array.nbytes) for array in arrays]
         for address, array in zip(addresses, arrays, strict=True):
