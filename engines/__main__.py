@@ -79,7 +79,8 @@ def build(
     loaded = Bundle.load(bundle)
     named = None if plugin in (None, "none") else existing_plugin(Path(plugin))
     expected = named is not None or (plugin is None and may_find())
-    largest.limits(loaded.manifest, plugin=expected)  # what is wrong with them is said before anything is compiled
+    # What is wrong with them is said before anything is compiled; by the smaller defaults, until the GPU is known.
+    largest.limits(loaded.manifest, plugin=expected, shared_memory=True)
     if workspace_gib is not None and workspace_gib <= 0:
         raise InvalidInput(f"--workspace-gib: got {workspace_gib:g}, expected more than 0")
     # made before the build, so that what is wrong with it is said then and not after
