@@ -174,10 +174,9 @@ def _report(
         f"{sizes.context} kept and generated; batch {sizes.batch}"
     )
     for plan in manifest.plans:
-        told = ", the top-k plugin among them" if plan.plugin_layers else ""
-        told += f", {plan.seconds:.0f} s"
-        told += f", {attention[plan.stage]}" if plan.stage in attention else ""
-        print(f"  {plan.stage}: {size(plan_bytes[plan.stage])}, {plan.layers} layers{told}")
+        layers = f"{plan.layers} layers" + (", the top-k plugin among them" if plan.plugin_layers else "")
+        fusion = f", {attention[plan.stage]}" if plan.stage in attention else ""
+        print(f"  {plan.stage}: {size(plan_bytes[plan.stage])}, {layers}, {plan.seconds:.0f} s{fusion}")
     if verification is not None:
         _print_verification(verification)
     elif seconds is not None:

@@ -50,13 +50,7 @@ def existing_plugin(path: Path) -> Path:
 
 
 def find_or_compile(tensorrt: str, compute_capability: str, tell: Callable[[str], None]) -> Path | None:
-    """The plugin for this machine; None where it cannot be had, and tell then says why.
-
-    Args:
-        tensorrt: version of the library in use.
-        compute_capability: of the GPU, as "8.7".
-        tell: shows a line to the user.
-    """
+    """The plugin for a GPU of a compute capability as "8.7"; None where it cannot be had, and tell then says why."""
     if DEFAULT_PLUGIN.is_file():
         return DEFAULT_PLUGIN
     digest = hashlib.sha256()

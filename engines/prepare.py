@@ -51,15 +51,9 @@ class PreparedGraph:
 def prepare(
     bundle: Bundle, stage: str, target: str, *, max_context: int, plugin: bool, tensorrt: str | None = None
 ) -> PreparedGraph:
-    """Prepare the graph of a stage.
+    """Prepare the graph of a stage for a version of TensorRT, None for what all versions take.
 
-    Args:
-        bundle: that holds it.
-        stage: vision, first_layer or decoder.
-        target: tensorrt or portable.
-        max_context: length of the static cache (tensorrt).
-        plugin: whether the top-k plugin is to be used.
-        tensorrt: version of the library, None for what all versions take.
+    max_context is the length of the static cache (target tensorrt); plugin, whether the top-k plugin is to be used.
 
     Raises:
         BundleError: the bundle does not hold the target.

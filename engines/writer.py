@@ -42,15 +42,10 @@ def write_engines(
     warn: Callable[[str], None],
     gpu_bytes: int | None = None,
 ) -> tuple[EngineFolder, Verification | None]:
-    """Build all plans and put the folder in its place.
+    """Build all plans and put the folder in its place; engines that are there are replaced at the end.
 
-    Args:
-        plan: what is built.
-        out: the folder; engines that are there are replaced at the end.
-        build: makes the plan of one graph.
-        check: looks at the finished folder before it takes its place; None leaves that out.
-        warn: called with what the user should know before the first build.
-        gpu_bytes: memory of the GPU, None where it is not known.
+    build makes the plan of one graph; check looks at the finished folder before it takes its place, None leaves that
+    out; warn is called with what the user should know before the first build; gpu_bytes is the memory of the GPU.
 
     Raises:
         BackendError: a stage cannot be built or needs more memory than there is, or the plans are wrong; wrong ones
@@ -62,8 +57,7 @@ def write_engines(
     clean_up_after_killed(out)
     needed_bytes = sum(graph.weight_bytes for graph in plan.graphs) + _table_bytes(plan.bundle) + _SPARE_BYTES
     check_free_space(out, needed_bytes, "the engines need", "Free space, or choose another disk with --out")
-    warning = memory_warning(plan.graphs, available_memory_bytes())
-    if warning is not None:
+    if warning := memory_warning(plan.graphs, available_memory_bytes()):
         warn(warning)
     with staged(out) as folder:
         table = replace(plan.bundle.manifest.embeddings, file=EMBEDDINGS_FILE, offset=0)

@@ -86,9 +86,7 @@ class Compared:
 def load_reference(bundle: Bundle, given: Path | None = None) -> Reference | None:
     """What the plans of a bundle are compared with, None where there is nothing that this machine can run.
 
-    Args:
-        bundle: that the plans are built from.
-        given: a float32 export of the same checkpoint; None takes the bundle's own reference, or the bundle.
+    It is a float32 export of the same checkpoint where one is given, else the bundle's own reference, or the bundle.
 
     Raises:
         BackendError: it has to be made, and there is no ONNX Runtime.

@@ -134,7 +134,7 @@ class TensorRtBackend:
         slots = self.cache.find(batch)
         with self.cuda.active():
             self.cache.prepare(self.cuda, slots, columns)
-        return TensorRtGeneration(self.memory, self.cache, self.encoder, self.prefill, self.decode_step, slots)
+        return TensorRtGeneration(self.encoder, self.prefill, self.decode_step, slots)
 
     def gather(self, parts: "Sequence[tuple[Generation, int]]", columns: int) -> TensorRtGeneration:  # noqa: ARG002
         """Rows of several generations as one, in the slots where they are: nothing is copied."""

@@ -29,7 +29,7 @@ class Prefill:
     def __init__(
         self, memory: Memory, cache: KVCache, stages: tuple[Context, Context], embedding_table: npt.NDArray[Any]
     ) -> None:
-        self._memory, self._cache, self._table = memory, cache, embedding_table
+        self.memory, self.cache, self._table = memory, cache, embedding_table
         self._first_layer, self._decoder = stages
         # the end of first_layer, and that of decoder
         self._events = (memory.cuda.event(), memory.cuda.event())
@@ -43,15 +43,15 @@ class Prefill:
 
     def scores(self, inputs: PrefillInputs, num_visual: int) -> npt.NDArray[np.float32]:
         """HAWK scores alone: float32 [batch, seq_len]. Layer 0 runs on one token, and its cache is dropped."""
-        places = self._cache.addresses()
+        places = self.cache.addresses()
         for name in (key_name, value_name):
-            unkept = self._memory.addresses[_UNKEPT + name(0, past=False)]
-            places |= {name(0, past=past): unkept for past in ((True, False) if self._cache.inplace else (False,))}
+            unkept = self.memory.addresses[_UNKEPT + name(0, past=False)]
+            places |= {name(0, past=past): unkept for past in ((True, False) if self.cache.inplace else (False,))}
         dims = self._dims(inputs, num_visual, 1)
-        self._first_layer.bind(dims, {**self._memory.addresses, **places})
+        self._first_layer.bind(dims, {**self.memory.addresses, **places})
         self._upload(inputs)
         self._first_layer.enqueue()
-        scores: npt.NDArray[np.float32] = self._memory.read("scores", dims)
+        scores: npt.NDArray[np.float32] = self.memory.read("scores", dims)
         return scores
 
     def run(self, inputs: PrefillInputs, num_visual: int, first: int, *, logits: bool) -> PrefillOutputs:
@@ -59,10 +59,10 @@ class Prefill:
 
         The first num_visual rows of visual_embeds are the prompts'.
         """
-        memory, cuda = self._memory, self._memory.cuda
+        memory, cuda = self.memory, self.memory.cuda
         started = time.perf_counter()
         dims = self._dims(inputs, num_visual, inputs.num_kept_total)
-        addresses = {**memory.addresses, **self._cache.addresses(first, inputs.num_kept_total)}
+        addresses = {**memory.addresses, **self.cache.addresses(first, inputs.num_kept_total)}
         self._first_layer.bind(dims, addresses)
         self._decoder.bind(dims, addresses)
         self._upload(inputs)
@@ -81,13 +81,10 @@ class Prefill:
     def _dims(self, inputs: PrefillInputs, num_visual: int, num_kept_total: int) -> dict[str, int]:
         batch, seq_len = inputs.source_rows.shape
         dims = {"batch": batch, "seq_len": seq_len, "num_text": len(inputs.text_ids), "num_visual": num_visual}
-        return dims | {"num_kept_total": num_kept_total, **self._cache.dims(num_kept_total, 0)}
+        return dims | {"num_kept_total": num_kept_total, **self.cache.dims(num_kept_total, 0)}
 
     def _upload(self, inputs: PrefillInputs) -> None:
-        """Enqueue the uploads of first_layer's inputs; they fit where _bind took them.
-
-        slots and context_slots are not among them: only their lengths count.
-        """
+        """Enqueue the uploads of first_layer's inputs but slots and context_slots, of which only the lengths count."""
         arrays = {
             "text_embeds": self._table[inputs.text_ids],
             "source_rows": inputs.source_rows,
@@ -97,25 +94,22 @@ class Prefill:
             "head_weights": inputs.head_weights,
             "kv_start": inputs.kv_start,
         }
-        if self._cache.inplace:
+        if self.cache.inplace:
             arrays["write_index"] = np.zeros(len(inputs.source_rows), np.int64)
         for name, array in arrays.items():
-            self._memory.upload(name, array)
+            self.memory.upload(name, array)
 
 
 class TensorRtGeneration:
     """Requests in progress, in slots of the KV cache. It ends where another takes those, or a step fails."""
 
-    def __init__(
-        self, memory: Memory, cache: KVCache, encoder: Encoder, prefill: Prefill, decode_step: DecodeStep, slots: Slots
-    ) -> None:
-        self._memory, self._cache, self._encoder = memory, cache, encoder
-        self._prefill, self._decode_step = prefill, decode_step
-        self.batch, self.columns = len(slots), cache.columns
-        self._slots = slots
+    def __init__(self, encoder: Encoder, prefill: Prefill, decode_step: DecodeStep, slots: Slots) -> None:
+        self._encoder, self._prefill, self._decode_step, self._slots = encoder, prefill, decode_step, slots
+        self._memory, self._cache = prefill.memory, prefill.cache
+        self.batch, self.columns = len(slots), self._cache.columns
         self._step = 0  # number of its last one
         self._rows, self._kept = slots, 0  # rows of that step's hidden_states that are its own, and positions in them
-        cache.give(slots, self)
+        self._cache.give(slots, self)
 
     @classmethod
     def gather(cls, parts: "Sequence[tuple[TensorRtGeneration, int]]") -> "TensorRtGeneration":
@@ -126,7 +120,7 @@ class TensorRtGeneration:
             generation._cache.release(generation._slots, generation)
         slots = np.array([generation._slots[row] for generation, row in parts], np.int64)
         first, _ = parts[0]
-        return cls(first._memory, first._cache, first._encoder, first._prefill, first._decode_step, slots)
+        return cls(first._encoder, first._prefill, first._decode_step, slots)
 
     @property
     def nbytes(self) -> int:
