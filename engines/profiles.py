@@ -86,12 +86,9 @@ class LargestRequest:
     ] = None
 
     def limits(self, manifest: Manifest, *, plugin: bool, shared_memory: bool = False) -> Limits:
-        """Fill in what was not asked for, and refuse what cannot be.
+        """Fill in what was not asked for, and refuse what cannot be; plugin: whether the top-k one is used.
 
-        Args:
-            manifest: of the bundle.
-            plugin: whether the top-k one is used.
-            shared_memory: whether the GPU shares the machine's memory; the defaults are smaller then.
+        The defaults are smaller with shared_memory, where the GPU shares the machine's.
 
         Raises:
             InvalidInput: limits that contradict each other, the model or TensorRT.

@@ -61,13 +61,13 @@ class TensorRtBackend:
         self.contexts: dict[tuple[str, int], Context] = {}
         for stage, engine in plans.items():
             for profile in range(len(engine.entry.profiles)):
-                context = engine.context(profile, scratch, cuda.stream)
+                context = Context(engine, profile, scratch, cuda.stream)
                 cuda.on_close(context.close)
                 self.contexts[stage, profile] = context
         prefill, decode = ((self.contexts[FIRST_LAYER, p], self.contexts[DECODER, p]) for p in (PREFILL, DECODE))
 
         def more_stages() -> tuple[Context, Context]:
-            first, decoder = (plans[stage].context(DECODE, scratch, cuda.stream) for stage in (FIRST_LAYER, DECODER))
+            first, decoder = (Context(plans[stage], DECODE, scratch, cuda.stream) for stage in (FIRST_LAYER, DECODER))
             return first, decoder
 
         self.cache = KVCache(manifest, self.memory.addresses[_CACHE])

@@ -104,8 +104,8 @@ class KVCache:
         if not self.shared:
             self._owners = [None] * self.batch
         while (first := self._free_from(batch)) is None:
-            taken = [slot for slot in range(self.batch) if self._owner(slot) is not None]
-            self.release(taken, self._owner(min(taken, key=lambda slot: self._last_step[slot])))
+            taken = [slot for slot in range(self.batch) if self.owner(slot) is not None]
+            self.release(taken, self.owner(min(taken, key=lambda slot: self._last_step[slot])))
         slots: Slots = np.arange(first, first + batch)
         self.starts[slots] = self.ends[slots] = 0
         self._last_step[slots] = self.num_steps
@@ -119,12 +119,13 @@ class KVCache:
     def release(self, slots: Iterable[int], owner: object) -> None:
         """Let others have those of some slots that belong to a generation."""
         for slot in slots:
-            if self._owner(slot) is owner:
+            if self.owner(slot) is owner:
                 self._owners[slot] = None
 
-    def belong(self, slots: Slots, owner: object) -> bool:
-        """Whether all these slots belong to a generation."""
-        return all(self._owner(slot) is owner for slot in slots)
+    def owner(self, slot: int) -> object | None:
+        """The generation that a slot belongs to."""
+        reference = self._owners[slot]
+        return None if reference is None else reference()
 
     def prepare(self, cuda: CudaDevice, slots: Slots, columns: int) -> None:
         """Make room for so many columns in neighbouring slots, and let nothing in them be what is not finite.
@@ -241,13 +242,9 @@ class KVCache:
                 "Shorten the prompt or the answer, or rebuild with a larger --max-context: python -m engines"
             )
 
-    def _owner(self, slot: int) -> object | None:
-        reference = self._owners[slot]
-        return None if reference is None else reference()
-
     def _free_from(self, batch: int) -> int | None:
         """The first of so many neighbouring free slots."""
-        free = [self._owner(slot) is None for slot in range(self.batch)]
+        free = [self.owner(slot) is None for slot in range(self.batch)]
         return next((first for first in range(self.batch - batch + 1) if all(free[first : first + batch])), None)
 
 

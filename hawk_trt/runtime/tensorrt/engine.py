@@ -94,26 +94,9 @@ class Engine:
     def __init__(self, runtime: trt.Runtime, engine: trt.ICudaEngine, log: Log, entry: PlanEntry, rebuild: str) -> None:
         self.entry, self.rebuild, self.log = entry, rebuild, log
         self._runtime: trt.Runtime | None = runtime  # must outlive its engines
-        self._engine: trt.ICudaEngine | None = engine
+        self.loaded: trt.ICudaEngine | None = engine
         self._check_interface(engine)
         self.scratch_bytes = int(engine.device_memory_size_v2)
-
-    def context(self, profile: int, scratch: int, stream: int) -> "Context":
-        """An execution context for an optimization profile, by its index.
-
-        scratch: address of at least scratch_bytes, shared by all contexts, since no two ever run at once.
-
-        Raises:
-            BackendError: TensorRT refused.
-        """
-        assert self._engine is not None
-        context = self._engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-        if context is None:
-            raise self.refused("an execution context")
-        if not context.set_optimization_profile_async(profile, stream):
-            raise self.refused(f"optimization profile {profile}")
-        context.set_device_memory(scratch, self.scratch_bytes)
-        return Context(self, context, profile, stream)
 
     def layers(self) -> str:
         """What TensorRT made of the graph, in the JSON of its engine inspector.
@@ -121,8 +104,8 @@ class Engine:
         Raises:
             BackendError: TensorRT refused.
         """
-        assert self._engine is not None
-        inspector = self._engine.create_engine_inspector()
+        assert self.loaded is not None
+        inspector = self.loaded.create_engine_inspector()
         if inspector is None:
             raise self.refused("an engine inspector")
         return str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
@@ -133,7 +116,7 @@ class Engine:
 
     def close(self) -> None:
         """Release it; its contexts must be gone."""
-        self._engine = self._runtime = None
+        self.loaded = self._runtime = None
 
     def _check_interface(self, engine: trt.ICudaEngine) -> None:
         """Compare the plan's tensors with what engines.json says."""
@@ -157,13 +140,25 @@ class Engine:
 
 
 class Context:
-    """An execution context of one optimization profile."""
+    """An execution context of one optimization profile, by its index.
 
-    def __init__(self, engine: Engine, context: trt.IExecutionContext, profile: int, stream: int) -> None:
-        self._engine = engine
+    scratch: address of the engine's scratch_bytes, shared by all contexts, since no two ever run at once.
+
+    Raises:
+        BackendError: TensorRT refused.
+    """
+
+    def __init__(self, engine: Engine, profile: int, scratch: int, stream: int) -> None:
+        assert engine.loaded is not None
+        context = engine.loaded.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        if context is None:
+            raise engine.refused("an execution context")
+        if not context.set_optimization_profile_async(profile, stream):
+            raise engine.refused(f"optimization profile {profile}")
+        context.set_device_memory(scratch, engine.scratch_bytes)
         self._context: trt.IExecutionContext | None = context
+        self._engine, self._stream = engine, stream
         self._ranges = {limits.name: limits for limits in engine.entry.profiles[profile]}
-        self._stream = stream
 
     def bind(self, dims: Mapping[str, int], addresses: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
         """Set the shapes of all inputs and the addresses of all tensors.

@@ -198,7 +198,7 @@ class TensorRtGeneration:
             self._cache.finite[self._slots] = np.isfinite(logits).all(axis=1)
 
     def _check_slots(self, rows: "Sequence[int] | slice" = slice(None)) -> None:
-        if not self._cache.belong(self._slots[rows], self):
+        if any(self._cache.owner(slot) is not self for slot in self._slots[rows]):
             raise BackendError(
                 "generation: another was started on the same engines and has its place in the KV cache, or a step "
                 "failed. Finish a stream before the next, put prompts into one batch, or load a second Pipeline"
