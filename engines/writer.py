@@ -167,7 +167,9 @@ def _copy_table(bundle: Bundle, path: Path) -> FileEntry:
         except OSError:
             pass  # another file system, or one without hard links: copy
     if source.stat().st_size < table.offset + size:
-        raise BundleError(f"{source}: ends before its embedding table does. Export again: make export")
+        raise BundleError(
+            f"{source}: ends before its embedding table does. Export again: hawk-trt export CHECKPOINT --out FOLDER"
+        )
     return _write(path, bundle.embedding_table().reshape(-1).view(np.uint8).data, weights=True)
 
 

@@ -31,7 +31,7 @@ from hawk_trt.stages import DTYPES, LanguageConfig
 MANIFEST = "bundle.json"
 ENGINES_MANIFEST = "engines.json"
 SCHEMA_VERSION = 3
-_AGAIN = "Export again: make export"
+_AGAIN = "Export again: hawk-trt export CHECKPOINT --out FOLDER"
 _Versioned = TypeVar("_Versioned")
 _TokenId: TypeAlias = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
 _Size: TypeAlias = Annotated[int, msgspec.Meta(gt=0)]

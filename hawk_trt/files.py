@@ -24,6 +24,8 @@ import msgspec
 from hawk_trt.errors import BundleError, HawkError, InvalidInput
 
 # The largest JSON of a checkpoint is its tokenizer: 35 MB for a vocabulary of 262,144.
+LFS_POINTER = b"version https://git-lfs"
+LFS_ADVICE = "only a pointer of Git LFS is there, not the file. Get it, in the folder of the checkpoint: git lfs pull"
 MAX_JSON_BYTES = 256 << 20
 MAX_JSON_DEPTH = 64
 _HASH_BLOCK_BYTES = 1 << 20
@@ -47,9 +49,12 @@ def read_bytes(path: Path, error: type[HawkError], advice: str = "") -> bytes:
         size_bytes = path.stat().st_size
         if size_bytes > MAX_JSON_BYTES:
             raise error(f"{path}: got {size_bytes} bytes, expected at most {MAX_JSON_BYTES}. {advice}".rstrip(". "))
-        return path.read_bytes()
+        content = path.read_bytes()
     except OSError as problem:
         raise error(f"{path}: cannot be read ({problem.strerror or problem}). {advice}".rstrip(". ")) from problem
+    if content.startswith(LFS_POINTER):
+        raise error(f"{path}: {LFS_ADVICE}")
+    return content
 
 
 def parse_json(content: bytes | str, kind: type[_T], name: str, error: type[HawkError], advice: str = "") -> _T:

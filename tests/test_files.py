@@ -7,6 +7,7 @@ import pytest
 from hawk_trt import files
 from hawk_trt.errors import BundleError, CheckpointError
 from hawk_trt.files import parse_json, read_json
+from hawk_trt.inputs.tensor_file import read_tensor_file
 
 Object = dict[str, Any]
 
@@ -42,3 +43,12 @@ def test_a_file_that_is_not_there_or_too_large_is_refused_before_it_is_read(tmp_
         read_json(tmp_path / "a.json", list, BundleError)
     with pytest.raises(BundleError, match="got 12 bytes"):
         parse_json(b"[" + b" " * 10 + b"]", list, "a.json", BundleError)
+
+
+def test_a_pointer_of_git_lfs_is_called_one(tmp_path):
+    pointer = tmp_path / "tokenizer.json"
+    pointer.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 9\n")
+    with pytest.raises(CheckpointError, match=r"tokenizer.json: only a pointer of Git LFS .* git lfs pull"):
+        read_json(pointer, dict, CheckpointError)
+    with pytest.raises(CheckpointError, match=r"tokenizer.json: only a pointer of Git LFS .* git lfs pull"):
+        read_tensor_file(pointer)

@@ -65,7 +65,8 @@ class ChatTemplate:
             if given and name not in self.source:  # the template would leave it out without a word
                 raise InvalidInput(
                     f"{name}: got some, but the bundle's chat template takes none. Leave them out, or put a "
-                    "chat_template.jinja that does into the checkpoint folder and export again: make export"
+                    "chat_template.jinja that does into the checkpoint folder and export again: hawk-trt "
+                    "export CHECKPOINT --out FOLDER"
                 )
         try:
             with _time_limit(_SECONDS):

@@ -89,8 +89,8 @@ def load_image(
             return _upright(to_rgb(source, "image (PIL)"), source)
     if isinstance(source, bytes | bytearray | memoryview):
         return _from_file(io.BytesIO(source), "image (bytes)", max_pixels, formats)
-    if isinstance(source, str) and source[:5].lower() == "data:":
-        return _from_file(io.BytesIO(data_url_bytes(source)), "image (data URL)", max_pixels, formats)
+    if isinstance(source, str) and source.lstrip()[:5].lower() == "data:":
+        return _from_file(io.BytesIO(data_url_bytes(source.lstrip())), "image (data URL)", max_pixels, formats)
     if isinstance(source, str) and source.startswith(BASE64_STARTS) and not _exists(source):
         return _from_file(io.BytesIO(base64_bytes(source)), "image (base64)", max_pixels, formats)
     path = local_path(source, "image")
@@ -118,6 +118,8 @@ def local_path(source: "str | os.PathLike[str]", what: str) -> Path:
         raise InvalidInput(f"{name[:200]}: URLs are not downloaded. Download the {what} and give its path")
     try:
         path = _path_of_url(name) if name.lower().startswith("file://") else Path(name)
+        if name.startswith("~/") and not path.exists():  # as in --image=~/photo.jpg, which a shell leaves as it is
+            path = Path(name).expanduser()
         if not path.exists():
             raise InvalidInput(f"{path}: no such file. Check the path of the {what}")
         if not path.is_file():

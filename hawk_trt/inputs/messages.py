@@ -141,7 +141,9 @@ def read_prompt(
 
 
 def as_list(values: Any, kind: VisualKind) -> Sequence[Any]:  # noqa: ANN401 - an image or video, or several
-    """Several images or videos, or a single one, as a list."""
+    """Several images or videos, a single one, or None, as a list."""
+    if values is None:
+        return ()
     if isinstance(values, np.ndarray):
         several = 4 if kind == "image" else 5
         return list(values) if values.ndim == several else [values]
@@ -187,7 +189,7 @@ def with_strings(value: Any, change: Callable[[str], str]) -> Any:  # noqa: ANN4
 def _turn(message: object, where: str) -> Turn:
     if not isinstance(message, Mapping) or "role" not in message:
         raise InvalidInput(f"{where}: got {_shape(message)}, expected a mapping of role, content")
-    role = message["role"]
+    role = "system" if message["role"] == "developer" else message["role"]  # OpenAI's newer name
     if role not in _ROLES:
         raise InvalidInput(f"{where}: got role {role!r}, expected {_listed(_ROLES)}")
     given = {key: value for key, value in message.items() if value is not None}
@@ -265,8 +267,8 @@ def _source(given: Mapping[str, Any], kind: VisualKind, where: str) -> object:
         raise InvalidInput(
             f"{where}: got detail {detail!r}, expected {_listed(_FULL_DETAIL)}; max_pixels bounds a size"
         )
-    if names == ["base64"]:
-        return base64_bytes(_text(source, where), where)
+    if names == ["base64"] and _text(source, where).lstrip()[:5].lower() != "data:":
+        return base64_bytes(source, where)
     return source
 
 

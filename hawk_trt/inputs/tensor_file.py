@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from hawk_trt.bundle import numpy_dtype
 from hawk_trt.errors import CheckpointError
+from hawk_trt.files import LFS_ADVICE, LFS_POINTER
 
 # Ours of the dtypes of the format: of plain weights, and of the parts of quantised ones.
 _DTYPES = {
@@ -117,6 +118,8 @@ def read_tensor_file(path: Path) -> TensorFile:
         with path.open("rb") as file:
             length_bytes = file.read(8)
             length = int.from_bytes(length_bytes, "little")
+            if LFS_POINTER.startswith(length_bytes) and length_bytes:
+                raise CheckpointError(f"{path}: {LFS_ADVICE}")
             if len(length_bytes) < 8 or length > min(size_bytes - 8, _MAX_HEADER_BYTES):
                 raise CheckpointError(
                     f"{path}: {size_bytes} bytes, too few for its header of {length}: "

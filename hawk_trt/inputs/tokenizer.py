@@ -115,7 +115,7 @@ class ChatTokenizer:
         if self._template is None:
             raise InvalidInput(
                 "prompt: this bundle has no chat template, expected ModelInputs. Or put a chat_template.jinja "
-                "into the checkpoint folder and export again: make export"
+                "into the checkpoint folder and export again: hawk-trt export CHECKPOINT --out FOLDER"
             )
         characters = sum(len(text) for turn in turns for text in turn.texts()) + sum(map(len, strings(tools)))
         if characters > self._max_characters:
@@ -237,7 +237,7 @@ class ChatTokenizer:
 def read_settings(bundle: Bundle, name: str) -> dict[str, Any] | None:
     """The JSON object in a small file of a bundle, None where it has none; BundleError where it is damaged."""
     text = bundle.read_text(name)
-    advice = "Mend it in the checkpoint and export again: make export"
+    advice = "Mend it in the checkpoint and export again: hawk-trt export CHECKPOINT --out FOLDER"
     return None if text is None else parse_json(text, dict[str, Any], name, BundleError, advice)
 
 

@@ -1,10 +1,13 @@
 """What runs the three stages, ONNX Runtime or TensorRT: each is imported where a folder asks for it."""
 
+import os
 from pathlib import Path
 
 from hawk_trt.bundle import Bundle, holds_engines
 from hawk_trt.errors import BackendError, InvalidInput
 from hawk_trt.runtime.protocol import Backend
+
+_THREADS = 256  # of more, ONNX Runtime makes them all before it notices, for minutes
 
 
 def load_backend(
@@ -27,8 +30,9 @@ def load_backend(
         BackendError: an unknown device, or a runtime that is not installed.
         BundleError: neither is there, it is damaged, holds no such target, or is not for this machine.
     """
-    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
-        raise InvalidInput(f"threads: got {threads!r}, expected an integer of at least 1")
+    most = max(_THREADS, os.cpu_count() or 1)
+    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= most):
+        raise InvalidInput(f"threads: got {threads!r}, expected an integer from 1 to {most}, at best one a core")
     if holds_engines(folder):
         from hawk_trt.engine_folder import EngineFolder
 

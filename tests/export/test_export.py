@@ -114,7 +114,9 @@ def test_a_bundle_of_another_schema_is_refused_and_may_be_replaced(tmp_path, che
     out = export(checkpoint, tmp_path / "out").folder
     other = json.loads(manifest_bytes(read_manifest(out))) | {"schema_version": version}
     write_json(out / MANIFEST, other)
-    with pytest.raises(BundleError, match=rf"version {version}, this hawk_trt reads 3\. {advice} again: make export"):
+    with pytest.raises(
+        BundleError, match=rf"version {version}, this hawk_trt reads 3\. {advice} again: hawk-trt export "
+    ):
         Bundle.load(out)
     assert export(checkpoint, out).manifest.schema_version == 3
 

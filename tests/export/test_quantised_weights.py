@@ -247,7 +247,7 @@ def test_a_bundle_of_an_older_schema_is_refused_with_the_command(tiny_bundle, tm
     shutil.copytree(tiny_bundle, folder)
     fields = json.loads((folder / MANIFEST).read_text()) | {"schema_version": 2}
     (folder / MANIFEST).write_text(json.dumps(fields))
-    with pytest.raises(BundleError, match=r"schema version 2, this hawk_trt reads 3\. Export again: make export"):
+    with pytest.raises(BundleError, match=r"schema version 2, this hawk_trt reads 3\. Export again: hawk-trt export "):
         Bundle.load(folder)
 
 

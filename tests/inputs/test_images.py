@@ -209,3 +209,12 @@ def test_a_file_url_finds_every_name_escaped_or_not(tmp_path, name):
         path.as_uri().replace("file://", "file://localhost"),
     ):
         np.testing.assert_array_equal(load_image(url), NOISE)
+
+
+def test_a_path_in_the_home_folder_and_a_data_url_after_a_space(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Image.new("RGB", (3, 2), "red").save(tmp_path / "a.png")
+    expected = load_image(tmp_path / "a.png")
+    url = " data:image/png;base64," + base64.b64encode((tmp_path / "a.png").read_bytes()).decode()
+    for source in ("~/a.png", url):
+        np.testing.assert_array_equal(load_image(source), expected)

@@ -71,7 +71,7 @@ def test_what_is_no_image_is_an_error_that_names_it_and_says_what_helps(tmp_path
         (np.zeros((2, 4, 4, 3), np.uint8), ("uint8[2, 4, 4, 3]",)),
         (np.zeros((4, 4, 3), np.float32), ("float32[4, 4, 3]", "uint8", "0..255")),
         (np.broadcast_to(np.uint8(0), (10_000, 10_000, 3)), ("10000 x 10000", "89,478,485")),
-        ("https://host/a.png", ("https://host/a.png", "not fetched")),
+        ("https://host/a.png", ("https://host/a.png", "not downloaded")),
         ("data:image/png;base64,%%%", ("data URL", "base64")),
         ("data:image/png,abc", ("data:image/png", "base64")),
         ("a\0b.png", ("no such file",)),

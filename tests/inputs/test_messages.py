@@ -145,3 +145,11 @@ def test_keys_without_a_value_and_no_content_are_no_keys_and_an_empty_text():
     assert ids_of(chat_tokenizer(), [question, echoed, question]).tolist() == plain
     nothing, empty = ([{"role": "system", "content": content}, question] for content in (None, ""))
     assert ids_of(chat_tokenizer(), nothing).tolist() == ids_of(chat_tokenizer(), empty).tolist()
+
+
+def test_the_names_of_openai_and_none_in_the_place_of_images():
+    newer, older = ([{"role": role, "content": "Be brief."}, user(text("x"))] for role in ("developer", "system"))
+    assert ids_of(chat_tokenizer(), newer).tolist() == ids_of(chat_tokenizer(), older).tolist()
+    assert chat_tokenizer().encode("Which?", images=None, videos=None).visual == ()
+    url = "data:image/png;base64,iVBORw0KGgo="
+    assert chat_tokenizer().encode([user({"type": "image", "base64": url})]).visual[0].source == url

@@ -245,7 +245,7 @@ def test_a_bundle_without_a_tokenizer_gives_none(tmp_path):
 @pytest.mark.parametrize("content", ["{", "[]"])
 def test_a_damaged_tokenizer_config_is_a_bundle_error(tmp_path, content):
     bundle = bundle_of(tmp_path, {"tokenizer.json": TOKENIZERS["tiny"], "tokenizer_config.json": content})
-    with pytest.raises(BundleError, match=r"tokenizer_config.json: .* make export"):
+    with pytest.raises(BundleError, match=r"tokenizer_config.json: .* hawk-trt export "):
         ChatTokenizer.from_bundle(bundle)
 
 

@@ -274,7 +274,7 @@ def empty(folder):
         (empty, ("empty.mp4", "empty")),
         (lambda folder: folder / "missing.mp4", ("missing.mp4", "no such file")),
         (lambda folder: folder, ("not a file",)),
-        (lambda _: "https://host/clip.mp4", ("https://host/clip.mp4", "not fetched")),
+        (lambda _: "https://host/clip.mp4", ("https://host/clip.mp4", "not downloaded")),
         (lambda _: [], ("no frame",)),
         (lambda _: np.zeros((0, 4, 4, 3), np.uint8), ("no frame",)),
         (lambda _: np.zeros((4, 4, 3), np.uint8), ("uint8[4, 4, 3]", "[frames, height, width, 3]")),

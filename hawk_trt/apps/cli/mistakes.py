@@ -64,12 +64,23 @@ _OTHERS = {
     "--image": ("--img", "--images", "--picture", "--photo", "--image-path", "--input", "--file", "-f"),
     "--keep-ratio": ("--keep", "--ratio", "--retention-ratio", "--keep-rate", "--token-ratio", "-k", "-r"),
     "--out": ("--output", "--output-dir", "--out-dir", "--save-dir", "--save", "--dest", "--target-dir", "-d", "-o"),
-    "--model": ("--model-path", "--model-id", "--bundle", "--engine", "--engines", "--path", "--input", "--checkpoint"),
+    "--model": (
+        "--model-path",
+        "--model-id",
+        "--bundle",
+        "--engine",
+        "--engines",
+        "--path",
+        "--input",
+        "--checkpoint",
+        "-m",
+    ),
     "--checkpoint": ("--ckpt", "--model-path", "--reference", "--hf-model"),
     "--dtype": ("--precision", "--torch-dtype", "--quantization", "--quantize", "--type"),
     "--picture": ("--out", "--output", "-o"),
     "--device": ("--backend", "--provider", "--accelerator"),
     "--temperature": ("--temp",),
+    "--repeats": ("--runs", "--iterations", "--iters", "--num-iters", "--repeat", "--num-runs"),
     "--host": ("--listen", "--bind", "--address", "--ip"),
     "--api-key": ("--key", "--token", "--auth"),
     "--max-batch": ("--batch-size", "--max-num-seqs", "--batch"),
@@ -204,7 +215,8 @@ def _with_flag(words: Sequence[str], wrong: str, known: Sequence[str], suggested
         return [*words[:place], *words[place + (1 if "=" in words[place] else 2) :]]
     if words[0] == "chat" and wrong in ("--prompt", "-p"):
         return ["run", *words[1:]]
-    right = next((flag for flag, others in _OTHERS.items() if wrong in others and flag.split()[0] in known), suggested)
+    lower = wrong.lower() if wrong.lower() in known else suggested
+    right = next((flag for flag, others in _OTHERS.items() if wrong in others and flag.split()[0] in known), lower)
     if right is None:
         close = get_close_matches(wrong, known, n=1)
         right = close[0] if close else None
@@ -226,8 +238,10 @@ def _with_names(words: Sequence[str], loose: Sequence[str], known: Sequence[str]
     if words[0] == "chat":
         meant, known = ["run", *words[1:]], [*known, "--prompt"]
     for word in loose:
-        place, suffix = meant.index(word), Path(word).suffix.lower()
-        before = meant[place - 1]
+        # of two alike, the one behind a flag is its value
+        alike = [place for place, other in enumerate(meant) if other == word]
+        place = next((place for place in alike if meant[place - 1] not in known), alike[0])
+        before, suffix = meant[place - 1], Path(word).suffix.lower()
         if f"-{before}" in known:  # an option with one dash
             meant[place - 1] = f"-{before}"
             continue
@@ -242,7 +256,10 @@ def _with_names(words: Sequence[str], loose: Sequence[str], known: Sequence[str]
             flag = "--out"
         elif words[0] == "serve" and word.isdigit():
             flag = "--port"
-        if flag not in known or (flag in ("--prompt", "--out") and flag in meant):
+        if any((Path(word) / file).is_file() for file in MANIFESTS) and (words.count(word) > 1 or "--model" in words):
+            meant.pop(place)  # the model is named twice
+            continue
+        if flag not in known or (flag in ("--prompt", "--out") and {flag, flag[1:3]} & set(meant)):
             return None
         meant.insert(place, flag)
     return meant

@@ -194,11 +194,12 @@ def _no_model(name: str, expected: str) -> WrongModel:
         if kind_of(path.parent) != "nothing":
             return WrongModel(f"{name}: a file, expected the folder that it lies in", name, str(path.parent))
         why = "GGUF holds no checkpoint that is read here" if path.suffix == ".gguf" else "a file"
-        return WrongModel(f"{name}: {why}, expected {expected}", name, "CHECKPOINT-OR-HUB-ID")
+        instead = "BUNDLE" if expected == "a bundle or engines" else "CHECKPOINT-OR-HUB-ID"
+        return WrongModel(f"{name}: {why}, expected {expected}", name, instead)
     if path.is_dir():
         inside = [place for below in ("*", "snapshots/*") for file in _KINDS for place in path.glob(f"{below}/{file}")]
         if inside:
-            places = sorted(str(place.parent) for place in inside)
+            places = sorted({str(place.parent) for place in inside})
             return WrongModel(f"{name}: no model itself; it holds {', '.join(places[:4])}", name, places[0])
         if (path / "adapter_config.json").is_file():
             return WrongModel(

@@ -99,7 +99,10 @@ def create_app(pipe: "Pipeline", settings: ServeSettings) -> FastAPI:
     return app
 
 
-async def _explain(_: Request, error: Exception) -> Response:
+async def _explain(request: Request, error: Exception) -> Response:
+    if isinstance(error, HTTPException) and error.status_code in (404, 405):
+        asked = f"{request.method} {request.url.path[:100]}: {error.detail}"
+        error.detail = f"{asked}. Questions go to POST {_CHAT}: the base_url of a client ends in /v1"
     return error_response(error)
 
 
@@ -181,12 +184,14 @@ async def other_protocol(request: Request) -> None:
     raise ApiError(404, message, code="unknown_url")
 
 
+@_open.head("/health", include_in_schema=False)
 @_open.get("/health", summary="Whether the process answers")
 async def health() -> dict[str, str]:
     """200 while it does."""
     return {"status": "ok"}
 
 
+@_open.head("/ready", include_in_schema=False)
 @_open.get("/ready", summary="Whether the server accepts requests", responses={503: {"description": "Not now."}})
 async def ready(request: Request, response: Response) -> dict[str, str]:
     """200 while it does; 503 while it warms up or stops, or where it could not start."""

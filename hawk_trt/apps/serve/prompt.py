@@ -266,6 +266,8 @@ def _images_of(chat: ChatRequest, settings: ServeSettings) -> dict[str, ImageUrl
         raise invalid("max_tokens: differs from max_completion_tokens; give one of them", "max_tokens")
     if chat.top_logprobs and not chat.logprobs:
         raise invalid('top_logprobs: only with "logprobs": true', "top_logprobs")
+    for name in (chat.model_extra or {}).keys() & Pruning.model_fields.keys():
+        raise invalid(f'{name}: it belongs into pruning, as {{"pruning": {{"{name}": ...}}}}', name)
     most = min(settings.max_choices, settings.max_open)
     if chat.n is not None and chat.n > most:
         raise invalid(f"n: got {chat.n}, expected at most {most}", "n")

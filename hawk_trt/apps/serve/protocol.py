@@ -5,6 +5,7 @@ cannot do. It takes keys that it does not know, and tells of them (ignored_keys)
 hawk, which are its own.
 """
 
+import codecs
 import json
 import re
 from collections.abc import Sequence
@@ -94,7 +95,8 @@ class ImagePart(_Sized):
             return got
         part = dict(got)
         if part.get("type") == "image" and "image_url" not in part:
-            part["image_url"] = part.pop("image", part.pop("url", None))
+            given = [part.pop(name) for name in ("image", "url") if part.get(name) is not None]
+            part |= {"image_url": given[0]} if given else {}
         if isinstance(part.get("image_url"), str):
             part["image_url"] = {"url": part["image_url"]}
             if "detail" in part:  # of an input_image
@@ -272,7 +274,7 @@ def read_request(body: bytes) -> ChatRequest:
         ApiError: the body is not JSON, not of this shape, or asks for what this server does not do.
     """
     try:
-        return ChatRequest.model_validate_json(body)
+        return ChatRequest.model_validate_json(body.removeprefix(codecs.BOM_UTF8))
     except ValidationError as error:
         raise _explained(error) from None
 
@@ -319,8 +321,8 @@ def _explained(error: ValidationError) -> ApiError:
     message = message.removeprefix("Value error, ")
     if kind == "json_invalid":
         return invalid(f"body: {message}. Send JSON in UTF-8", code="invalid_json")
-    if kind == "union_tag_invalid":
-        message = f"got the type {got['type']!r:.60}, expected one of {', '.join(_PART_TYPES)}"
+    if kind.startswith("union_tag"):  # none, or one that is not known
+        message = f"got the type {got.get('type')!r:.60}, expected one of {', '.join(_PART_TYPES)}"
     elif isinstance(got, str | int | float):  # an array or object may be large
         message = f"got {got!r:.60}: {message}"
     code = "unsupported" if kind == "value_error" else "invalid_value"

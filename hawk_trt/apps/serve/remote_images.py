@@ -75,7 +75,9 @@ class RemoteImages:
         except ValueError:  # UnicodeError too
             raise invalid(f"{where}: not an address", where, "image_host") from None
         if parts.scheme not in _PORTS or not host or "@" in parts.netloc:
-            raise invalid(f"{where}: expected http(s)://host/path", where, "image_host")
+            raise invalid(
+                f"{where}: got {url[:60]!r}, expected a data URL, or http(s)://host/path", where, "image_host"
+            )
         names = {host} if port == _PORTS[parts.scheme] else {f"{host}:{port}"}
         names |= {"*" + name[place:] for name in names for place, char in enumerate(name) if char == "."}
         if not names & set(self._hosts):

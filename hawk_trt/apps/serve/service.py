@@ -60,7 +60,7 @@ class Service:
         if pipe.processor.chat is None:
             raise InvalidInput(
                 "serve: this bundle has no tokenizer, so it cannot chat. Export a checkpoint folder with a "
-                "tokenizer.json: make export"
+                "tokenizer.json: hawk-trt export CHECKPOINT --out FOLDER"
             )
         self.pipe = pipe
         self.settings = settings

@@ -60,7 +60,14 @@ MISTAKES = [
     ("--verison", "Unknown command", "hawk-trt --version"),
     ("export bundle", "--out requires", "hawk-trt run bundle --prompt"),
     ("build model", "--out requires", "hawk-trt export model --out model-bundle"),
+    ("run -m bundle -p hi", "-m", "hawk-trt run --model bundle -p hi"),
+    ("run bundle -p hi --KEEP-RATIO 0.3", "--KEEP-RATIO", "--keep-ratio 0.3"),
+    ("run bundle bundle -p hi", "without an option", "hawk-trt run bundle -p hi"),
+    ("run bundle --model bundle -p hi", "without an option", "hawk-trt run --model bundle -p hi"),
+    ("run bundle -p hi -i photo.png photo.png", "without an option", "-i photo.png --image photo.png"),
+    ("bench bundle --runs 3", "--runs", "--repeats 3"),
     # values
+    ("run bundle -p hi --threads 1000000", "expected an integer from 1 to", "hawk-trt run --help"),
     ("run bundle -p hi --keep-ratio 0,2", "got '0,2'", "--keep-ratio 0.2"),
     ("run bundle -p hi --keep-ratio 20", "To keep 20 %: --keep-ratio 0.2", "hawk-trt run --help"),
     ("run bundle -p hi --max-new-tokens 1.5", "expected an integer", "hawk-trt run "),
@@ -74,6 +81,8 @@ MISTAKES = [
     ("run bundel -p hi", "Did you mean bundle?", "hawk-trt run bundle -p hi"),
     ("run bundle/bundle.json -p hi", "expected the folder", "hawk-trt run bundle -p hi"),
     ("run . -p hi", "it holds", "hawk-trt run "),
+    ("build graph.onnx --out x", "a file, expected a bundle or engines", "hawk-trt build BUNDLE --out x"),
+    ("run damaged -p hi", "damaged (Input data was truncated). Export again: hawk-trt export CHECKPOINT", None),
     ("run empty -p hi", "no bundle there", "hawk-trt export CHECKPOINT-OR-HUB-ID --out empty"),
     ("run bundle -p hi -i phto.png", "no such file", "-i photo.png"),
     ("run bundle -p hi --video photo.png", "image, expected video", "--image photo.png"),
@@ -99,6 +108,9 @@ def place(tmp_path_factory, tiny_bundle, tiny_checkpoint):
     (folder / "bundle").symlink_to(tiny_bundle)
     (folder / "model").symlink_to(tiny_checkpoint)
     (folder / "empty").mkdir()
+    (folder / "damaged").mkdir()
+    (folder / "damaged" / "bundle.json").write_text('{"dtype": ')
+    (folder / "graph.onnx").write_text("graph")
     shutil.copy(tiny_checkpoint / "samples" / "0-colour.png", folder / "photo.png")
     return folder
 

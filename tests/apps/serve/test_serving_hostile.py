@@ -302,6 +302,31 @@ def test_what_changes_no_answer_is_taken(server):
     assert (got.status_code, got.headers["x-hawk-ignored"]) == (200, "stream_options, store, service_tier")
 
 
+def test_what_would_change_the_answer_in_another_place_is_not_dropped(server):
+    for name, value in (("keep_ratio", 0.2), ("selector", "norm"), ("min_visual_tokens", 4)):
+        got = server.ask(**{name: value})
+        assert got.status_code == 400 and f'{{"pruning": {{"{name}": ...}}}}' in got.json()["error"]["message"]
+    part = {"image_url": {"url": "data:,"}}
+    got = server.ask(messages=[{"role": "user", "content": [part]}]).json()["error"]
+    assert got["message"].startswith("messages[0].content[0]: got the type None, expected one of text, input_text")
+
+
+def test_a_wrong_address_names_the_right_one(server):
+    for path in ("/chat/completions", "/v1/v1/chat/completions", "/api/chat"):
+        refused = server.http.post(path, json=question())
+        assert refused.status_code == 404 and "base_url of a client ends in /v1" in refused.json()["error"]["message"]
+    assert [server.http.head(path).status_code for path in ("/health", "/ready")] == [200, 200]
+
+
+def test_a_body_may_begin_with_a_byte_order_mark(server):
+    content, head = json.dumps(question()).encode(), {"content-type": "application/json"}
+    answers = [
+        server.http.post("/v1/chat/completions", content=start + content, headers=head).json()["choices"]
+        for start in (b"", b"\xef\xbb\xbf")
+    ]
+    assert answers[0] == answers[1]
+
+
 def test_usage_tells_the_tokens_of_images(server):
     usage = server.ask(messages=question("What?", PICTURE)["messages"]).json()["usage"]
     assert usage["prompt_tokens_details"] == {"cached_tokens": 0, "image_tokens": usage["visual_tokens"]}
