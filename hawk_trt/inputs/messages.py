@@ -267,8 +267,9 @@ def _source(given: Mapping[str, Any], kind: VisualKind, where: str) -> object:
         raise InvalidInput(
             f"{where}: got detail {detail!r}, expected {_listed(_FULL_DETAIL)}; max_pixels bounds a size"
         )
-    if names == ["base64"] and _text(source, where).lstrip()[:5].lower() != "data:":
-        return base64_bytes(source, where)
+    if names == ["base64"]:
+        text = _text(source, where)
+        return text if text.lstrip()[:5].lower() == "data:" else base64_bytes(text, where)
     return source
 
 
