@@ -77,7 +77,7 @@ class TensorRtBackend:
         self.encoder = Encoder(self.memory, vision, engines)
         self.encode, self.keep, self.join = self.encoder.encode, self.encoder.keep, self.encoder.join
         self.prefill = Prefill(self.memory, self.cache, prefill, self.embedding_table)
-        self.decode_step = DecodeStep(self.memory, self.cache, decode, more_stages, manifest, self.embedding_table)
+        self.decode_step = DecodeStep(self.memory, self.cache, decode, more_stages, self.embedding_table)
         cuda.synchronize()
 
     @classmethod

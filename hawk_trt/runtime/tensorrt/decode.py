@@ -55,26 +55,20 @@ class DecodeStep:
     """The decode step, for any slots; captures: graphs made so far."""
 
     def __init__(
-        self,
-        memory: Memory,
-        cache: KVCache,
-        stages: Stages,
-        more_stages: Callable[[], Stages],
-        manifest: EngineManifest,
-        embedding_table: npt.NDArray[Any],
+        self, memory: Memory, cache: KVCache, stages: Stages, more_stages: Callable[[], Stages], table: npt.NDArray[Any]
     ) -> None:
         """Upload what is the same in every step; more_stages makes contexts like stages."""
-        self._memory, self._cache, self._table = memory, cache, embedding_table
+        self._memory, self._cache, self._table = memory, cache, table
         self._spare, self._more_stages = [stages], more_stages  # bound to nothing that counts
-        self._offsets, block_bytes = _offsets(memory.entries, manifest.limits.batch)
+        self._offsets, block_bytes = _offsets(memory.entries, cache.batch)
         self._addresses = dict(memory.addresses)
         for name, offset in self._offsets.items():
             self._addresses[name] = memory.addresses[_STEP] + offset
-        for name, array in _constants(manifest).items():
+        for name, array in _constants(memory.entries, cache.batch).items():
             self._addresses[name] = memory.addresses[PREFIX + name]
             memory.upload(PREFIX + name, array)
         self._given = memory.cuda.allocate_pinned(block_bytes)
-        self._token = memory.cuda.allocate_pinned(manifest.limits.batch * _TOKEN_BYTES)
+        self._token = memory.cuda.allocate_pinned(cache.batch * _TOKEN_BYTES)
         self._bound: OrderedDict[tuple[int, ...], _Bound] = OrderedDict()  # the last used is the last
         self._can_capture, self._most = True, MAX_GRAPHS
         self.captures = 0
@@ -83,8 +77,9 @@ class DecodeStep:
     @staticmethod
     def sizes(manifest: EngineManifest) -> dict[str, int]:
         """Bytes of the regions that it needs, by name."""
-        constants = {PREFIX + name: array.nbytes for name, array in _constants(manifest).items()}
-        return {**constants, _STEP: _offsets(tensor_entries(manifest), manifest.limits.batch)[1]}
+        entries, batch = tensor_entries(manifest), manifest.limits.batch
+        constants = {PREFIX + name: array.nbytes for name, array in _constants(entries, batch).items()}
+        return {**constants, _STEP: _offsets(entries, batch)[1]}
 
     def run(self, inputs: DecodeInputs, slots: Slots) -> tuple[npt.NDArray[np.int64], int]:
         """A step of slots: the most probable next token of each, int64 [slots], and the rows that it ran over.
@@ -183,10 +178,9 @@ class DecodeStep:
             warnings.warn(f"decode runs without a CUDA graph, slower: {error}", RuntimeWarning, stacklevel=2)
 
 
-def _constants(manifest: EngineManifest) -> dict[str, npt.NDArray[Any]]:
+def _constants(entries: dict[str, TensorEntry], batch: int) -> dict[str, npt.NDArray[Any]]:
     """Inputs of first_layer that are the same in every decode step, for the largest batch."""
-    batch = manifest.limits.batch
-    visual = [entry for entry in tensor_entries(manifest).values() if entry.shape[:1] == ("num_visual",)]
+    visual = [entry for entry in entries.values() if entry.shape[:1] == ("num_visual",)]
     return {
         **{entry.name: np.zeros(resolve(entry, {"num_visual": 1}), numpy_dtype(entry.dtype)) for entry in visual},
         "source_rows": -1 - np.arange(batch, dtype=np.int64)[:, None],

@@ -57,11 +57,6 @@ def tensor_entries(manifest: EngineManifest) -> dict[str, TensorEntry]:
     return {entry.name: entry for plan in manifest.plans for entry in (*plan.inputs, *plan.outputs)}
 
 
-def most_visual(manifest: EngineManifest) -> int:
-    """Visual rows that first_layer takes, of all prompts together."""
-    return manifest.limits.visual_tokens * manifest.limits.batch
-
-
 def _largest_bytes(manifest: EngineManifest) -> dict[str, int]:
     """The largest size of every tensor but the KV cache's, over all optimization profiles of its plans."""
     largest: dict[str, int] = {}

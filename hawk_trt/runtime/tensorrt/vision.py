@@ -13,7 +13,7 @@ from hawk_trt.engine_folder import EngineFolder
 from hawk_trt.errors import BackendError
 from hawk_trt.runtime.protocol import Visual
 from hawk_trt.runtime.tensorrt.engine import ALIGNMENT, Context
-from hawk_trt.runtime.tensorrt.memory import Memory, most_visual, tensor_bytes
+from hawk_trt.runtime.tensorrt.memory import Memory, tensor_bytes
 from hawk_trt.stages import FIRST_LAYER, VISION
 
 _NUM_VISUAL = "num_visual"
@@ -72,12 +72,14 @@ class Encoder:
         self.row_bytes = _row_bytes(engines)
         self._memory, self._contexts, self._rebuild = memory, contexts, engines.manifest.rebuild
         self._words = {entry.name: entry.shape for entry in engines.plan(VISION).inputs}
-        self._most = most_visual(engines.manifest)
+        limits = engines.manifest.limits
+        self._most = limits.visual_tokens * limits.batch  # rows of all prompts together
 
     @staticmethod
     def sizes(engines: EngineFolder) -> dict[str, int]:
         """Bytes of the regions that it needs."""
-        rows = most_visual(engines.manifest)
+        limits = engines.manifest.limits
+        rows = limits.visual_tokens * limits.batch
         return {_PART + name: rows * size for name, size in _row_bytes(engines).items() if not _is_direct(size)}
 
     def encode(self, feeds: Iterable[dict[str, npt.NDArray[Any]]], num_rows: int) -> TensorRtVisual:
