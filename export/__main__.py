@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def export_checkpoint(
-    checkpoint: str | None = None,
+    checkpoint: Annotated[str | None, Parameter(alias="--model")] = None,
     *,
     out: Path,
     dtype: Annotated[str, dtypes(*_INTEGERS)] = "float32",

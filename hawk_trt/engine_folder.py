@@ -197,7 +197,7 @@ def read_engine_manifest(folder: Path) -> EngineManifest:
         f"{folder}: no engines there ({ENGINES_MANIFEST} is missing). "
         f"Build them from a bundle, on the GPU that is to run them: hawk-trt build BUNDLE --out {folder}"
     )
-    path, again = folder / ENGINES_MANIFEST, "Build again: make engines"
+    path, again = folder / ENGINES_MANIFEST, "Build again: hawk-trt build BUNDLE --out FOLDER"
     return read_versioned(path, EngineManifest, ENGINES_SCHEMA_VERSION, absent, "the build", again)
 
 

@@ -10,12 +10,14 @@ Cyclopts reads the options. A command's module is imported when it is the one as
 
 import io
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import get_args
 
 from cyclopts import App, CycloptsError, Parameter
 from cyclopts.argument import ArgumentCollection
@@ -73,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             sort_key=place,
             help=None if name == wanted else summary,
             synonym=SYNONYMS.get(name, "").split(),
-            config=options_of_file,
+            config=(options_of_file, check_integers),
         )
     if wanted is None:
         app.register_install_completion_command(COMPLETION, help="Teach your shell the commands and options.")
@@ -158,6 +160,15 @@ def options_of_file(app: App, commands: tuple[str, ...], arguments: ArgumentColl
         if type(error) is not CycloptsError:  # an option that is not known, or a value
             raise
         raise InvalidInput(f"--config {file}: {error}, expected options, as keep_ratio: 0.2") from error
+
+
+def check_integers(_: App, __: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """Refuse what cyclopts would round: 0.5 for an option that counts."""
+    for argument in arguments:
+        hints = (argument.hint, *get_args(argument.hint))
+        for token in argument.tokens if int in hints and float not in hints else ():
+            if re.fullmatch(r"[-+]?\d*\.\d*", token.value):
+                raise InvalidInput(f"{argument.name}: got {token.value}, expected an integer")
 
 
 def where_it_lies(function: str) -> str:

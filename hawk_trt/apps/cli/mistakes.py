@@ -85,6 +85,8 @@ _OTHERS = {
     "--api-key": ("--key", "--token", "--auth"),
     "--max-batch": ("--batch-size", "--max-num-seqs", "--batch"),
     "--target": ("--provider", "--runtime", "--format"),
+    "--keep-ratio 1": ("--no-prune", "--no-pruning"),
+    "--count": ("--limit", "--num-samples", "--max-samples", "--n-samples"),
     "--device cuda": ("--gpu", "--cuda", "--use-gpu"),
     "--device cpu": ("--cpu", "--no-gpu"),
     "--dtype fp16": ("--fp16", "--half"),
@@ -235,6 +237,11 @@ def _with_pruning_ratio(words: Sequence[str], wrong: str) -> Sequence[str]:
 def _with_names(words: Sequence[str], loose: Sequence[str], known: Sequence[str]) -> Sequence[str] | None:
     """The words with a flag before each value that stands alone: --image before an image, --prompt before a text."""
     meant = list(words)
+    is_model = any((Path(loose[0]) / file).is_file() for file in MANIFESTS)
+    if is_model and len(words) > 1 and "--image" in known and Path(words[1]).suffix.lower() in IMAGES:  # swapped
+        at = words.index(loose[0])
+        meant = [words[0], loose[0], "--image", words[1], *words[2:at], *words[at + 1 :]]
+        loose = loose[1:]
     if words[0] == "chat":
         meant, known = ["run", *words[1:]], [*known, "--prompt"]
     for word in loose:

@@ -66,7 +66,12 @@ MISTAKES = [
     ("run bundle --model bundle -p hi", "without an option", "hawk-trt run --model bundle -p hi"),
     ("run bundle -p hi -i photo.png photo.png", "without an option", "-i photo.png --image photo.png"),
     ("bench bundle --runs 3", "--runs", "--repeats 3"),
+    ("run photo.png bundle hi", "--prompt requires", "hawk-trt run bundle --image photo.png --prompt hi"),
+    ("run bundle -p hi --no-prune", "--no-prune", "--keep-ratio 1"),
+    ("eval bundle --limit 3", "--limit", "--count 3"),
     # values
+    ("run bundle -p hi --top-k 0.5", "--top-k: got 0.5, expected an integer", "hawk-trt run --help"),
+    ("run bundle -p hi --threads 1.5", "--threads: got 1.5, expected an integer", "hawk-trt run --help"),
     ("run bundle -p hi --threads 1000000", "expected an integer from 1 to", "hawk-trt run --help"),
     ("run bundle -p hi --keep-ratio 0,2", "got '0,2'", "--keep-ratio 0.2"),
     ("run bundle -p hi --keep-ratio 20", "To keep 20 %: --keep-ratio 0.2", "hawk-trt run --help"),
