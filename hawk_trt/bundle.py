@@ -231,7 +231,9 @@ class Bundle:
 
 def read_manifest(folder: Path) -> Manifest:
     """Read bundle.json; BundleError where there is none, a damaged one, or one of another schema."""
-    command = f"hawk-trt export CHECKPOINT-OR-HUB-ID --out {folder}"
+    is_checkpoint = any(folder.glob("*.safetensors"))
+    source, out = (folder, f"{folder}-bundle") if is_checkpoint else ("CHECKPOINT-OR-HUB-ID", folder)
+    command = f"hawk-trt export {source} --out {out}"
     absent = f"{folder}: no bundle there ({MANIFEST} is missing). Make one: {command}"
     return read_versioned(folder / MANIFEST, Manifest, SCHEMA_VERSION, absent, "the export", _AGAIN)
 

@@ -4,7 +4,7 @@ All are values: frozen, compared by content, the two configs checked at construc
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -131,7 +131,11 @@ class SamplingConfig:
         _check_number("repetition_penalty", self.repetition_penalty, 0.01, 100.0)  # float32 holds the logits
         _check_number("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _check_number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        biases = dict(self.logit_bias)
+        try:
+            biases = dict(self.logit_bias)
+        except (TypeError, ValueError):
+            got = repr(self.logit_bias)[:60]
+            raise InvalidInput(f"logit_bias: got {got}, expected a mapping of token id to bias") from None
         object.__setattr__(self, "logit_bias", tuple(sorted(biases.items())))
         for token, bias in biases.items():
             _check_integer("logit_bias", token, 0)
@@ -275,7 +279,15 @@ class Request:
             _check_integer("max_new_tokens", self.max_new_tokens, 1)
         if self.logprobs is not None:
             _check_integer("logprobs", self.logprobs, 0)
-        if isinstance(self.stop, str) or not all(isinstance(string, str) and string for string in self.stop):
+        for name in ("min_pixels", "max_pixels"):
+            if getattr(self, name) is not None:
+                _check_integer(name, getattr(self, name), 1)
+        for name, kind in (("pruning", PruningConfig), ("sampling", SamplingConfig)):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, kind):
+                raise InvalidInput(f"{name}: got {repr(value)[:60]}, expected a {kind.__name__}")
+        listed = isinstance(self.stop, Iterable) and not isinstance(self.stop, str)
+        if not listed or not all(isinstance(string, str) and string for string in self.stop):
             raise InvalidInput(f"stop: got {self.stop!r}, expected a list of non-empty strings")
 
     def with_defaults(self, options: "Request") -> "Request":

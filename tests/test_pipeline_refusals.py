@@ -99,3 +99,26 @@ def test_bfloat16_says_on_the_cpu_what_to_do(tiny_checkpoint, tmp_path):
     assert export([str(tiny_checkpoint), "--out", str(tmp_path / "b"), "--dtype", "bfloat16"]) == 0
     with pytest.raises(BackendError, match=r"--dtype float32 or float16"):
         Pipeline.load(tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Request("x", pruning=0.2), "pruning: got 0.2, expected a PruningConfig"),
+        (lambda: Request("x", sampling={"temperature": 1}), "sampling: got .*, expected a SamplingConfig"),
+        (lambda: Request("x", stop=None), "stop: got None, expected a list"),
+        (lambda: Request("x", min_pixels="784"), "min_pixels: got '784', expected an integer"),
+        (lambda: SamplingConfig(logit_bias=5), "logit_bias: got 5, expected a mapping"),
+        (lambda: SamplingConfig(logit_bias=[1, 2]), "logit_bias: got .1, 2., expected a mapping"),
+    ],
+)
+def test_a_value_of_another_type_is_refused_where_it_is_given(make, message):
+    with pytest.raises(InvalidInput, match=message):
+        make()
+
+
+def test_a_checkpoint_in_the_place_of_a_bundle_is_to_be_exported(tiny_checkpoint):
+    with pytest.raises(
+        BundleError, match=f"Make one: hawk-trt export {tiny_checkpoint} --out {tiny_checkpoint}-bundle"
+    ):
+        Pipeline.load(tiny_checkpoint)
