@@ -114,6 +114,8 @@ def local_path(source: "str | os.PathLike[str]", what: str) -> Path:
     if not isinstance(source, str | os.PathLike):
         raise InvalidInput(f"{what}: got {type(source).__name__}, expected a path, bytes, a PIL image or a uint8 array")
     name = os.fspath(source)
+    if name[:5].lower() == "data:":  # of an image it has been read by now
+        raise InvalidInput(f"{what}: got {name[:40]!r}, a data URL. Write it to a file and give its path")
     if "://" in name and not name.lower().startswith("file://"):
         raise InvalidInput(f"{name[:200]}: URLs are not downloaded. Download the {what} and give its path")
     try:

@@ -274,6 +274,7 @@ def empty(folder):
         (empty, ("empty.mp4", "empty")),
         (lambda folder: folder / "missing.mp4", ("missing.mp4", "no such file")),
         (lambda folder: folder, ("not a file",)),
+        (lambda _: "data:video/mp4;base64,AAAA", ("video: got 'data:video/mp4", "Write it to a file")),
         (lambda _: "https://host/clip.mp4", ("https://host/clip.mp4", "not downloaded")),
         (lambda _: [], ("no frame",)),
         (lambda _: np.zeros((0, 4, 4, 3), np.uint8), ("no frame",)),
