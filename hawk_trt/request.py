@@ -6,6 +6,7 @@ All are values: frozen, compared by content, the two configs checked at construc
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -205,7 +206,7 @@ def _check_number(name: str, value: object, least: float, most: float = math.inf
 
 
 def _check_integer(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:  # numpy's integers are ones too
         raise InvalidInput(f"{name}: got {value!r}, expected an integer of at least {least}")
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from hawk_trt.errors import BackendError, BundleError, InvalidInput
-from hawk_trt.request import SamplingConfig
+from hawk_trt.request import Request, SamplingConfig
 from hawk_trt.runtime.sampling import Sampler, checkpoint_sampling
 
 LOGITS = np.log(
@@ -252,3 +252,10 @@ def test_a_generation_config_that_cannot_be_used_is_one_error_that_names_it(said
         return  # greedy: transformers does not look at it either
     with pytest.raises(BundleError, match=r"generation_config\.json: .*export again"):
         checkpoint_sampling(bundle_of(tmp_path, said), served=served)
+
+
+def test_numpys_integers_are_integers():
+    assert Request("hi", max_new_tokens=np.int64(3)).max_new_tokens == 3
+    assert SamplingConfig(seed=np.int64(3)).seed == 3
+    with pytest.raises(InvalidInput, match="at least 1"):
+        Request("hi", max_new_tokens=np.int64(0))
