@@ -189,7 +189,7 @@ def _indexed_files(folder: Path) -> tuple[TensorFile, ...]:
     held = {file.path.relative_to(folder).as_posix(): {tensor.name for tensor in file.tensors} for file in files}
     for tensor_name, name in weight_map.items():
         if tensor_name not in held[name]:
-            raise CheckpointError(f"{folder / name}: no tensor {tensor_name}, which {index.name} places there")
+            raise CheckpointError(f"{folder / name}: no tensor {tensor_name[:200]}, which {index.name} places there")
     return tuple(files)
 
 

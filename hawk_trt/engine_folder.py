@@ -175,6 +175,9 @@ class EngineFolder:
         files = {**self.manifest.bundle.files, **self.manifest.files}
         check_files(self.folder, files, "the build", rebuild, verify=verify, progress=progress)
         for plan in self.manifest.plans:
+            if plan.file not in files:
+                named = f"{self.folder / ENGINES_MANIFEST}: got the plan {plan.file[:80]!r}"
+                raise BundleError(f"{named}, expected one of its files. {rebuild}")
             path = self.folder / plan.file
             version, built = plan_version(path, rebuild), self.manifest.machine.tensorrt
             if not same_version(version, built):

@@ -198,6 +198,7 @@ def test_a_missing_language_size_is_named(key):
         ({"fullatt_block_indexes": None}, ("vision_config.fullatt_block_indexes", "nothing")),
         ({"patch_size": [14, 14]}, ("vision_config.patch_size", "[14, 14]", "integer")),
         ({"tokens_per_second": None}, ("vision_config.tokens_per_second", "nothing")),
+        ({"rope_parameters": {"rope_theta": ["1e4"]}}, ("vision_config.rope_parameters.rope_theta", "above 0")),
         ({"rope_parameters": {"rope_type": "linear"}}, ("vision_config.rope_parameters", "linear", "axial")),
     ],
 )

@@ -152,7 +152,8 @@ def _special_tokens(
 
 def _language_side(text: Mapping[str, Any]) -> list[str]:
     """What a section calls its language model."""
-    return [str(name) for name in (*(text.get("architectures") or ()), text.get("model_type")) if name]
+    named = text.get("architectures")
+    return [str(name) for name in (*(named if isinstance(named, list) else ()), text.get("model_type")) if name]
 
 
 def _side(vision: Section, key: str) -> int:

@@ -137,7 +137,8 @@ def _vision_sizes(config: Config, vision: Section, hidden_act: str) -> dict[str,
         raise vision.wrong("out_hidden_size", f"the text's hidden_size {text_hidden_size}")
     rope = Section(vision.get("rope_parameters") or {}, "vision_config.rope_parameters")
     rope.expect("rope_type", "axial", "axial")
-    return {**sizes, "in_channels": 3, "rope_theta": float(rope.get("rope_theta", _VISION_ROPE_THETA))}
+    theta = rope.number("rope_theta") if "rope_theta" in rope.values else _VISION_ROPE_THETA
+    return {**sizes, "in_channels": 3, "rope_theta": theta}
 
 
 def _block_numbers(vision: Section, key: str) -> tuple[int, ...]:

@@ -78,7 +78,7 @@ def family_name(config: Mapping[str, Any]) -> str:
         from hawk_trt.models.config import Section
 
         raise Section(config).wrong("architectures", "a list of names")
-    got = tuple(named or ()) or (str(config.get("model_type"))[:60],)
+    got = tuple(name[:60] for name in (named or [str(config.get("model_type"))])[:10])
     for name in got:
         if name in _ARCHITECTURES:
             return _ARCHITECTURES[name]

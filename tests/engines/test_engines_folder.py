@@ -157,6 +157,14 @@ def test_a_newer_changed_or_damaged_manifest_is_refused(folder, change, message)
         EngineFolder.load(folder)
 
 
+def test_a_plan_that_is_none_of_the_folders_files_is_refused(folder):
+    manifest = EngineFolder.load(folder).manifest
+    named = replace(manifest, plans=(replace(manifest.plans[0], file="x" * 5000), *manifest.plans[1:]))
+    (folder / ENGINES_MANIFEST).write_bytes(manifest_bytes(named))
+    with pytest.raises(BundleError, match=r"got the plan 'x{80}', expected one of its files"):
+        EngineFolder.load(folder)
+
+
 def test_a_folder_without_engines_says_how_to_build_them(tmp_path):
     with pytest.raises(BundleError, match=rf"no engines there .*hawk-trt build BUNDLE --out {tmp_path}"):
         EngineFolder.load(tmp_path)

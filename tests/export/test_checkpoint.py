@@ -304,3 +304,11 @@ def test_a_missing_huggingface_hub_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(CheckpointError, match=r"owner/name.*pip install huggingface_hub"):
         download("owner/name")
+
+
+@pytest.mark.parametrize("architectures", [5, True, "Qwen2_5_VLForConditionalGeneration", {"a": 1}])
+def test_architectures_that_are_no_list_are_refused_by_name(tmp_path, architectures):
+    folder = make_checkpoint(tmp_path)
+    (folder / "config.json").write_text(json.dumps(config() | {"architectures": architectures}))
+    with pytest.raises(CheckpointError, match="architectures"):
+        read_config(Checkpoint.open(folder).config)
