@@ -163,7 +163,7 @@ check-serving: $(FULL) export ## The server under 100 clients, 2,000 requests fo
 check-page: $(FULL) ## The server's page in headless Chromium (apt-get install chromium), with screenshots in artifacts/
 	$(BIN)/pytest -q -m browser
 
-check-files: $(FULL) ## 2,000 damaged files of checkpoints and bundles: each a clear error or none
+check-files: $(FULL) ## 2,000 damaged files of checkpoints, bundles and engines: each a clear error or none
 	PYTHONPATH=tests $(BIN)/python -m tests.fuzz_files $(FLAGS)
 
 check-models: $(FULL) ## Real sizes, random weights: 32B and 72B linked, two layers of the 3B and 7B against numpy
