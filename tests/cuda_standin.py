@@ -32,6 +32,7 @@ class Flags(enum.IntEnum):
     CU_STREAM_NON_BLOCKING = 1
     CU_EVENT_DEFAULT = 0
     CU_STREAM_CAPTURE_MODE_THREAD_LOCAL = 1
+    CU_DEVICE_ATTRIBUTE_INTEGRATED = 18
     CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR = 75
     CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR = 76
 
@@ -61,6 +62,7 @@ class Driver(ModuleType):
         faults: what no caller may do and no status tells.
         fail: function name -> [calls left before it fails, status].
         capacity: bytes of device memory.
+        integrated: whether that is the machine's own.
     """
 
     def __init__(self, gpus=1):
@@ -68,7 +70,7 @@ class Driver(ModuleType):
         self.CUresult = CUresult
         self.CUDA_MEMCPY3D, self.CUmemorytype = SimpleNamespace, SimpleNamespace(CU_MEMORYTYPE_DEVICE=2)
         self.CUstream_flags = self.CUevent_flags = self.CUstreamCaptureMode = self.CUdevice_attribute = Flags
-        self.gpus, self.capacity = gpus, 1 << 40
+        self.gpus, self.capacity, self.integrated = gpus, 1 << 40, False
         self.calls, self.enqueued, self.faults, self.fail = Counter(), Counter(), [], {}
         self.moved = Counter()
         self.retained, self.current, self.sticky = 0, [], None
@@ -160,7 +162,7 @@ class Driver(ModuleType):
         return CUresult.CUDA_SUCCESS, b"Stand-in".ljust(size, b"\0")
 
     def cuDeviceGetAttribute(self, attribute, device):
-        return CUresult.CUDA_SUCCESS, {Flags(75): 9, Flags(76): 0}[attribute]
+        return CUresult.CUDA_SUCCESS, {Flags(18): int(self.integrated), Flags(75): 9, Flags(76): 0}[attribute]
 
     def cuDriverGetVersion(self):
         return CUresult.CUDA_SUCCESS, 13000

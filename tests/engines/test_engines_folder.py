@@ -300,10 +300,11 @@ def test_a_manifest_is_the_same_after_writing_and_reading(folder):
     assert plan_version(folder / "vision.plan", "") == "10.16.1.11"
 
 
-def test_the_command_without_tensorrt_says_how_to_get_it(bundle, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("options", [(), ("--max-prompt-tokens", "3000")])  # 3000: enough on a Jetson, not beyond it
+def test_the_command_without_tensorrt_says_how_to_get_it(bundle, tmp_path, capsys, monkeypatch, options):
     monkeypatch.setitem(__import__("sys").modules, "tensorrt", None)
     monkeypatch.delitem(__import__("sys").modules, "engines.builder", raising=False)
-    assert main([str(bundle.folder), "--out", str(tmp_path / "engines")]) == 1
+    assert main([str(bundle.folder), "--out", str(tmp_path / "engines"), *options]) == 1
     printed = capsys.readouterr()
     assert "tensorrt: not installed" in printed.err and "pip install" in printed.err and "preflight" in printed.err
     assert printed.out == ""

@@ -124,3 +124,12 @@ def test_the_backend_needs_no_torch(repository):
     for source in sources:
         text = source.read_text(encoding="utf-8")
         assert not any(f"import {name}" in text for name in ("torch", "pycuda", "cupy", "onnx"))
+
+
+@pytest.mark.parametrize("integrated", [False, True])
+def test_a_gpu_whose_memory_is_the_machines_is_known(integrated):
+    with Machines() as machines:
+        machines.driver.integrated = integrated
+        from hawk_trt.runtime.tensorrt.cuda import shares_memory
+
+        assert shares_memory() is integrated
