@@ -15,10 +15,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from export.architectures import read_config
 from export.checkpoint import Checkpoint
 from export.graphs import build_graphs
 from export.weights import WeightStore
-from hawk_trt.models.registry import load_family, read_config
+from hawk_trt.models.registry import load_family
 from hawk_trt.stages import TARGETS
 from tests.checkpoints import make_sparse_checkpoint
 

@@ -10,13 +10,13 @@ from typing import Annotated
 
 from cyclopts import CycloptsError, Parameter
 
+from hawk_trt.apps.cli.hub import download, is_hub_id
 from hawk_trt.apps.cli.main import INTERRUPTED, make_app, run_app
 from hawk_trt.apps.cli.models import expect_checkpoint
 from hawk_trt.apps.cli.options import Json, dtypes, names
 from hawk_trt.apps.cli.output import note, print_json, progress, size
 from hawk_trt.bundle import Bundle, WeightFormat
 from hawk_trt.errors import HawkError
-from hawk_trt.inputs.checkpoint_files import download, is_hub_id
 from hawk_trt.pipeline import Pipeline
 from hawk_trt.pruning.head_weights import read_head_weights
 from hawk_trt.runtime.reference import REFERENCE, Reference

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 
 from hawk_trt.errors import CheckpointError
-from hawk_trt.inputs.checkpoint_files import CONFIG, GENERATION_CONFIG, read_json
-from hawk_trt.inputs.tensor_file import CheckpointTensor, TensorFile, read_tensor_file
 
+from .checkpoint_files import CONFIG, GENERATION_CONFIG, read_json
 from .formats import MODELOPT, PLAIN, Quantisation, method_of, quantisation_settings, read_matrices
+from .tensor_file import CheckpointTensor, TensorFile, read_tensor_file
 from .tensors import tensor_names
 
 _SINGLE = "model.safetensors"

@@ -22,11 +22,11 @@ import numpy.typing as npt
 
 from hawk_trt.bundle import WeightFormat
 from hawk_trt.errors import CheckpointError
-from hawk_trt.inputs.checkpoint_files import CONFIG, read_json
-from hawk_trt.inputs.tensor_file import CheckpointTensor
 from hawk_trt.stages import TENSORRT
 
+from .checkpoint_files import CONFIG, read_json
 from .stored import AwqMatrix, Float8Matrix, GptqMatrix, GptqV2Matrix, IntegerMatrix, PackedMatrix, check_groups
+from .tensor_file import CheckpointTensor
 
 MODELOPT = "hf_quant_config.json"
 _KEYS = ("quantization_config", "compression_config")

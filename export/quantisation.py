@@ -19,7 +19,8 @@ import numpy.typing as npt
 
 from hawk_trt.bundle import WeightFormat, numpy_dtype
 from hawk_trt.errors import CheckpointError
-from hawk_trt.inputs.tensor_file import CheckpointTensor
+
+from .tensor_file import CheckpointTensor
 
 WEIGHT_BITS = (4, 8)
 BLOCK_SIZES = (32, 64, 128)

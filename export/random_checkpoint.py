@@ -15,12 +15,11 @@ from zlib import crc32
 import numpy as np
 import numpy.typing as npt
 
-from hawk_trt.inputs.checkpoint_files import CONFIG, GENERATION_CONFIG
-from hawk_trt.inputs.tensor_file import CheckpointTensor, alternating_buffers
-from hawk_trt.models.registry import read_config
-
+from .architectures import read_config
 from .checkpoint import Checkpoint
+from .checkpoint_files import CONFIG, GENERATION_CONFIG
 from .graphs import inventory
+from .tensor_file import CheckpointTensor, alternating_buffers
 
 _FLOAT32 = np.dtype(np.float32)
 

@@ -18,8 +18,9 @@ import numpy.typing as npt
 
 from hawk_trt.bundle import WeightFormat, numpy_dtype
 from hawk_trt.errors import CheckpointError
-from hawk_trt.inputs.tensor_file import CheckpointTensor
 from hawk_trt.stages import CPU, CUDA
+
+from .tensor_file import CheckpointTensor
 
 # Dequantised at a time.
 _CHUNK_ELEMENTS = 1 << 19

@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from hawk_trt.errors import CheckpointError
-from hawk_trt.models.registry import family_name
+
+from .architectures import family_name
 
 Shapes = dict[str, tuple[int, ...]]
 

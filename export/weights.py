@@ -23,12 +23,12 @@ import onnx_ir as ir
 
 from hawk_trt.bundle import FileEntry, TableEntry, WeightFormat, file_entry, numpy_dtype
 from hawk_trt.errors import BundleError, CheckpointError
-from hawk_trt.inputs.tensor_file import CheckpointTensor, alternating_buffers
 from hawk_trt.stages import TENSORRT
 
 from .checkpoint import Checkpoint
 from .quantisation import fits_blocks, layout, may_be_quantised, quantise
 from .stored import Float8Matrix, IntegerMatrix, Part
+from .tensor_file import CheckpointTensor, alternating_buffers
 from .tensors import EMBEDDINGS
 
 EMBEDDINGS_FILE = "embed_tokens.data"

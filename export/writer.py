@@ -32,13 +32,14 @@ from hawk_trt.bundle import (
 )
 from hawk_trt.errors import BundleError, CheckpointError, InvalidInput
 from hawk_trt.files import check_free_space, check_replaceable, clean_up_after_killed, staged
-from hawk_trt.inputs.checkpoint_files import SMALL_FILES, added_tokens, read_small_files, stop_tokens
-from hawk_trt.models.registry import load_family, read_config
+from hawk_trt.models.registry import load_family
 from hawk_trt.request import PruningConfig, check_head_weights
 from hawk_trt.runtime.reference import REFERENCE
 from hawk_trt.stages import CPU, CUDA, DTYPES, NORMALIZATIONS, TARGETS, LanguageConfig
 
+from .architectures import read_config
 from .checkpoint import Checkpoint
+from .checkpoint_files import SMALL_FILES, added_tokens, read_small_files, stop_tokens
 from .graphs import build_graphs, inventory
 from .head_weights import default_head_weights
 from .prompts import try_prompts

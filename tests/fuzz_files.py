@@ -22,15 +22,16 @@ from pathlib import Path
 
 import msgspec
 
+from export.architectures import read_config
 from export.checkpoint import Checkpoint
+from export.checkpoint_files import SMALL_FILES, read_small_files
 from export.prompts import try_prompts
 from export.writer import ExportOptions, export, up_to_date
 from hawk_trt.bundle import ENGINES_MANIFEST, MANIFEST, Bundle, file_entry
 from hawk_trt.engine_folder import EngineFolder
 from hawk_trt.errors import HawkError
-from hawk_trt.inputs.checkpoint_files import SMALL_FILES, read_small_files
 from hawk_trt.inputs.processor import Processor
-from hawk_trt.models.registry import load_family, read_config
+from hawk_trt.models.registry import load_family
 from trt_machine import engine_folder
 
 TINY = Path(__file__).parent.parent / "examples" / "tiny-vlm"

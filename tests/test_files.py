@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 
+from export.tensor_file import read_tensor_file
 from hawk_trt import files
 from hawk_trt.errors import BundleError, CheckpointError
 from hawk_trt.files import parse_json, read_json
-from hawk_trt.inputs.tensor_file import read_tensor_file
 
 Object = dict[str, Any]
 

@@ -16,7 +16,11 @@ else:
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("hawk_trt", "export", "engines", "plugins", "examples", "tests")
-MAY_IMPORT = {"hawk_trt": set(), **{name: {"hawk_trt"} for name in ("export", "engines", "plugins", "examples")}}
+MAY_IMPORT = {
+    "hawk_trt": set(),
+    **{name: {"hawk_trt"} for name in ("export", "engines", "plugins")},
+    "examples": {"hawk_trt", "export"},
+}
 IMPORT_NAMES = {"pillow": "PIL", "onnxruntime-gpu": "onnxruntime", "pyyaml": "yaml", "cuda-bindings": "cuda"}
 TORCH = {"torch", "transformers"}
 

@@ -1,33 +1,7 @@
-"""Which model families there are: by the architecture of a checkpoint, and by the vision sizes of a bundle.
+"""Which model families there are, by the vision sizes of a bundle. No other family's file is imported."""
 
-No other family's file is imported, and the readers of config.json only where one is read.
-"""
-
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
-
-from hawk_trt.errors import CheckpointError
 from hawk_trt.models.family import Family
 from hawk_trt.models.vision_config import AnyVision, InternVLVision, Qwen3Vision, Qwen25Vision
-
-if TYPE_CHECKING:
-    from hawk_trt.models.config import ModelConfig
-
-_ARCHITECTURES = {
-    "Qwen2_5_VLForConditionalGeneration": "qwen2_5_vl",
-    "Qwen2VLForConditionalGeneration": "qwen2_vl",
-    "Qwen3VLForConditionalGeneration": "qwen3_vl",
-    # the reasoner of Cosmos 3 is a Qwen3-VL
-    "Cosmos3ForConditionalGeneration": "qwen3_vl",
-    "Cosmos3OmniForConditionalGeneration": "qwen3_vl",
-    "InternVLForConditionalGeneration": "internvl",
-    "InternVLChatModel": "internvl",
-}
-# Close relatives of what is supported, and why they are not.
-_REFUSED = {
-    "Qwen3VLMoeForConditionalGeneration": "Its layers are mixtures of experts; take a dense Qwen3-VL, such as the 8B",
-    "Cosmos3EdgeForConditionalGeneration": "Its tower is SigLIP2's; take Cosmos-Reason2 or Cosmos3-Nano",
-}
 
 
 def load_family(vision: AnyVision) -> Family:
@@ -47,40 +21,3 @@ def load_family(vision: AnyVision) -> Family:
     from hawk_trt.models.qwen2_vl import Qwen2VL
 
     return Qwen2VL(vision)
-
-
-def read_config(
-    config: Mapping[str, Any],
-    generation: Mapping[str, Any] | None = None,
-    added_tokens: Mapping[str, int] | None = None,
-) -> "ModelConfig":
-    """Read and check config.json.
-
-    generation: generation_config.json.  added_tokens: content to id of the tokenizer's added tokens.
-
-    Raises:
-        CheckpointError: a setting is missing or not supported.
-    """
-    family = family_name(config)
-    if family == "internvl":
-        from hawk_trt.models import internvl_config
-
-        return internvl_config.read(config, generation or {}, added_tokens or {})
-    from hawk_trt.models import qwen_config
-
-    return qwen_config.read(family, config, generation or {}, added_tokens or {})
-
-
-def family_name(config: Mapping[str, Any]) -> str:
-    """Name of the family of a checkpoint's config.json; CheckpointError for an architecture that is not supported."""
-    named = config.get("architectures")
-    if named is not None and not (isinstance(named, list) and all(isinstance(name, str) for name in named)):
-        from hawk_trt.models.config import Section
-
-        raise Section(config).wrong("architectures", "a list of names")
-    got = tuple(name[:60] for name in (named or [str(config.get("model_type"))])[:10])
-    for name in got:
-        if name in _ARCHITECTURES:
-            return _ARCHITECTURES[name]
-    reasons = "".join(f". {_REFUSED[name]}" for name in got if name in _REFUSED)
-    raise CheckpointError(f"architecture: got {', '.join(got)}, supported are {', '.join(_ARCHITECTURES)}{reasons}")

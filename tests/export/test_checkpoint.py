@@ -24,12 +24,12 @@ from checkpoints import (
     write_raw_safetensors,
     write_safetensors,
 )
+from export.architectures import read_config
 from export.checkpoint import Checkpoint
 from export.graphs import inventory
+from export.tensor_file import read_tensor_file
+from hawk_trt.apps.cli.hub import download, is_hub_id
 from hawk_trt.errors import CheckpointError
-from hawk_trt.inputs.checkpoint_files import download, is_hub_id
-from hawk_trt.inputs.tensor_file import read_tensor_file
-from hawk_trt.models.registry import read_config
 
 NORM = "language_model.norm.weight"
 

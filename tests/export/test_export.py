@@ -16,10 +16,10 @@ from checkpoints import (
     write_json,
 )
 from export.__main__ import main
+from export.architectures import read_config
 from export.writer import ExportOptions, export
 from hawk_trt.bundle import MANIFEST, Bundle, HeadWeights, manifest_bytes, read_manifest
 from hawk_trt.errors import BundleError, InvalidInput
-from hawk_trt.models.registry import read_config
 from hawk_trt.stages import STAGES, TARGETS
 
 ROOT = Path(__file__).parents[2]

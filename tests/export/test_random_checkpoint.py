@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import export.__main__ as command
+from export.architectures import read_config
 from export.graphs import inventory
 from export.random_checkpoint import random_checkpoint
 from export.real_shapes import SHAPES, shape_config
@@ -15,7 +16,6 @@ from export.writer import export as write
 from hawk_trt import ModelInputs, Pipeline, PruningConfig
 from hawk_trt.apps.cli.main import main
 from hawk_trt.errors import InvalidInput
-from hawk_trt.models.registry import read_config
 
 BILLIONS = {"qwen2.5-vl-3b": 3.75, "qwen2.5-vl-7b": 8.29, "qwen2.5-vl-32b": 33.5, "qwen2.5-vl-72b": 73.4}
 

@@ -9,13 +9,14 @@ import pytest
 
 from checkpoints import QWEN_MODELS, Sizes, make_checkpoint, make_sparse_checkpoint, shapes, write_json
 from export.__main__ import main as export
+from export.architectures import read_config
 from export.checkpoint import Checkpoint
 from export.graphs import build_graphs, inventory
 from export.head_weights import UNIFORM, default_head_weights
 from export.real_shapes import shape_config
 from export.weights import WeightStore
 from hawk_trt.bundle import read_manifest
-from hawk_trt.models.registry import load_family, read_config
+from hawk_trt.models.registry import load_family
 from hawk_trt.stages import CUDA, DECODER, FIRST_LAYER, PORTABLE, TENSORRT, VISION, decoder_spec, first_layer_spec
 
 # config.json of Qwen2.5-VL-3B-Instruct; those of the others differ in sizes alone.

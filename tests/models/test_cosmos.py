@@ -8,9 +8,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from export.__main__ import main as export
+from export.architectures import family_name
 from hawk_trt import Pipeline
 from hawk_trt.errors import CheckpointError
-from hawk_trt.models.registry import family_name
 from qwen import QWENS, run
 from random_models import IM_END_OPTION, prompt
 

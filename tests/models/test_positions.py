@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from transformers import Qwen2_5_VLModel
 
 import golden
+from export.architectures import read_config
 from hawk_trt.errors import InvalidInput
 from hawk_trt.models.family import ItemGrids
 from hawk_trt.models.qwen2_5_vl import Qwen25VL
-from hawk_trt.models.registry import read_config
 from vision_configs import QWEN2_5_VL
 
 FAMILY = Qwen25VL(QWEN2_5_VL)

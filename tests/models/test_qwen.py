@@ -7,10 +7,11 @@ import onnx
 import pytest
 
 from export.__main__ import main as export
+from export.architectures import read_config
 from export.graphs import inventory
 from hawk_trt import Pipeline, PruningConfig
 from hawk_trt.apps.cli.main import main as hawk_trt
-from hawk_trt.models.registry import load_family, read_config
+from hawk_trt.models.registry import load_family
 from hawk_trt.stages import DTYPES
 from image_processors import check_patches
 from qwen import LONG_VIDEO, QWENS, STEPS, TOKENS, run

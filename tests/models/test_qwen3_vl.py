@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from export.__main__ import main as export
+from export.architectures import family_name, read_config
 from hawk_trt import Pipeline, PruningConfig
 from hawk_trt.apps.serve.batcher import Batcher
 from hawk_trt.bundle import Bundle
 from hawk_trt.errors import CheckpointError
 from hawk_trt.models.qwen3_vl import interpolation
-from hawk_trt.models.registry import family_name, read_config
 from hawk_trt.models.vision_config import Qwen3Vision
 from hawk_trt.pruning.hawk import head_scores, normalize
 from qwen import PREPROCESSOR, QWEN3_VL_4B, QWEN3_VL_8B, QWENS, run

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from export.architectures import read_config
 from export.graphs import build_graphs, inventory
 from export.quantisation import fits_blocks, layout, may_be_quantised
 from export.random_checkpoint import random_checkpoint
 from export.weights import WeightStore
 from hawk_trt.bundle import WeightFormat
-from hawk_trt.models.registry import load_family, read_config
+from hawk_trt.models.registry import load_family
 from hawk_trt.stages import CUDA, PORTABLE, STAGES, TENSORRT, VISION
 from released import MODELS, with_few_layers
 

@@ -8,12 +8,12 @@ import pytest
 
 from checkpoints import make_checkpoint, make_sparse_checkpoint, write_json
 from export.__main__ import main
+from export.architectures import family_name, read_config
 from export.head_weights import default_head_weights
 from hawk_trt import Pipeline, PruningConfig
 from hawk_trt.apps.cli.main import main as hawk_trt
 from hawk_trt.bundle import Bundle, HeadWeights, read_manifest
 from hawk_trt.errors import BundleError, InvalidInput
-from hawk_trt.models.registry import family_name, read_config
 
 
 @pytest.fixture(scope="module")

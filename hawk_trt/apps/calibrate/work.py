@@ -79,6 +79,7 @@ class Plan:
         checkpoint: its folder.
         sources: data sets.
         scope: where heads are left out, one of SCOPES.
+        open: makes of the folder, and of its hub id if it has one, a bundle without graphs.
         load: makes a Model of the checkpoint; takes head_weights, normalization, device and dtype too.
         special_tokens: of a bundle, what the model's embed takes beside the tensors.
         keep_ratio: of visual tokens, chosen with equal heads; 1.0 measures the unpruned model, as the paper does.
@@ -91,6 +92,7 @@ class Plan:
     checkpoint: Path
     sources: tuple[Source, ...]
     scope: str
+    open: Callable[..., Bundle]
     load: Callable[..., Model]
     special_tokens: Callable[[Bundle], Any]
     keep_ratio: float = 1.0

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hawk_trt.apps.calibrate.checkpoint import open_checkpoint
 from hawk_trt.apps.calibrate.work import BASELINE, FIRST_LAYER, Model, Plan, Question, Scores, Unit
 from hawk_trt.errors import InvalidInput
 from hawk_trt.inputs.processor import Processor
@@ -26,7 +25,7 @@ class Worker:
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
-        bundle = open_checkpoint(plan.checkpoint)
+        bundle = plan.open(plan.checkpoint)
         manifest = bundle.manifest
         self._stop = manifest.special_tokens.eos
         self._tokens = plan.special_tokens(bundle)
@@ -63,7 +62,7 @@ class Worker:
                 self._model, self._prompt, self._kept, len(unit.heads), self._plan.max_new_tokens, self._stop
             )
         chat = self._processor.chat
-        assert chat is not None  # open_checkpoint refuses a checkpoint without a tokenizer
+        assert chat is not None  # the plan's open refuses a checkpoint without a tokenizer
         answers = tuple(str(chat.tokenizer.decode(ids)) for ids in tokens)
         return unit, Scores(question.id, unit.heads, tuple(source.score(one, question) for one in answers), answers)
 

@@ -2,7 +2,7 @@
 
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +10,8 @@ from cyclopts import Group, Parameter
 from rich.console import Console
 
 from hawk_trt.apps.calibrate.work import FIRST_LAYER, SCOPES, Plan, Scores, Source, score_table, units_left
+from hawk_trt.apps.cli.hub import download, is_hub_id
+from hawk_trt.apps.cli.main import where_it_lies
 from hawk_trt.apps.cli.models import expect_checkpoint
 from hawk_trt.apps.cli.options import OUTPUT, WHERE, Dtype, Json, MaxNewTokens
 from hawk_trt.apps.cli.output import counted, note, print_json
@@ -18,7 +20,6 @@ from hawk_trt.apps.evaluate.metrics import METRICS, metric_for
 from hawk_trt.apps.evaluate.result_log import ResultLog
 from hawk_trt.apps.parity.prompt_rules import prompt_tokens
 from hawk_trt.errors import InvalidInput
-from hawk_trt.inputs.checkpoint_files import download, is_hub_id
 
 _LEFT_OUT = Group("What is left out", sort_key=2)
 
@@ -104,7 +105,6 @@ def calibrate(
     """
     # torch, when missing, is said before anything is read
     from hawk_trt.apps.parity.reference import Reference  # isort: skip
-    from hawk_trt.apps.calibrate.checkpoint import open_checkpoint
     from hawk_trt.apps.calibrate.importance import importance
     from hawk_trt.apps.calibrate.report import make_report, tell, verdict, write_report
     from hawk_trt.apps.calibrate.shards import do_here, do_on_ray
@@ -120,6 +120,7 @@ def calibrate(
         checkpoint=Path(checkpoint).resolve(),
         sources=questions.sources(),
         scope=scope,
+        open=import_module(where_it_lies("export.bare_bundle")).open_checkpoint,
         load=Reference.load,
         special_tokens=prompt_tokens,
         keep_ratio=keep_ratio,
@@ -131,7 +132,7 @@ def calibrate(
     if hub_id:  # after all that could be wrong without it
         note(f"{hub_id}: downloading what is not in the Hugging Face cache of this machine")
         plan = replace(plan, checkpoint=download(hub_id, revision))
-    bundle = open_checkpoint(plan.checkpoint, hub_id)
+    bundle = plan.open(plan.checkpoint, hub_id)
     num_heads = bundle.manifest.language.num_attention_heads
     with ExitStack() as stack:
         logs = [

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import hawk_trt
+from hawk_trt.apps.cli.hub import download, is_hub_id
 from hawk_trt.apps.cli.main import where_it_lies
 from hawk_trt.apps.cli.mistakes import IMAGES, WrongModel
 from hawk_trt.apps.cli.output import note, progress, size
@@ -15,10 +16,10 @@ from hawk_trt.bundle import ENGINES_MANIFEST, MANIFEST, Bundle, Manifest, Weight
 from hawk_trt.engine_folder import EngineFolder, read_engine_manifest
 from hawk_trt.errors import InvalidInput
 from hawk_trt.files import cache_folder
-from hawk_trt.inputs.checkpoint_files import CONFIG, download, is_hub_id
 
+_CONFIG = "config.json"  # of a checkpoint
 Kind = Literal["bundle", "engines", "checkpoint", "hub id", "nothing"]
-_KINDS: dict[str, Kind] = {ENGINES_MANIFEST: "engines", MANIFEST: "bundle", CONFIG: "checkpoint"}
+_KINDS: dict[str, Kind] = {ENGINES_MANIFEST: "engines", MANIFEST: "bundle", _CONFIG: "checkpoint"}
 TINY = "tiny"  # names the model that comes along
 INTEGERS = ("int8", "int4")  # dtypes of weights alone
 BLOCK_SIZE = 64
@@ -206,7 +207,7 @@ def _no_model(name: str, expected: str) -> WrongModel:
                 f"{name}: an adapter, expected {expected}. Merge it into its model first (PEFT's merge_and_unload)"
             )
         if expected == _CHECKPOINT:
-            return WrongModel(f"{name}: no {CONFIG} there, expected {expected}", name, "OWNER/NAME")
+            return WrongModel(f"{name}: no {_CONFIG} there, expected {expected}", name, "OWNER/NAME")
         return WrongModel(
             f"{name}: no bundle there ({MANIFEST} is missing), expected {expected}",
             command=f"hawk-trt export CHECKPOINT-OR-HUB-ID --out {name}",

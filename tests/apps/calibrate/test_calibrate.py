@@ -16,8 +16,8 @@ from PIL import Image
 
 from examples.tiny_task import generate
 from export.__main__ import main as export
+from export.bare_bundle import open_checkpoint
 from hawk_trt import Pipeline, PruningConfig
-from hawk_trt.apps.calibrate.checkpoint import open_checkpoint
 from hawk_trt.apps.calibrate.importance import importance
 from hawk_trt.apps.calibrate.work import BASELINE, Plan, Scores, Source, Unit, score_table, units_left
 from hawk_trt.apps.cli.main import main
@@ -58,7 +58,9 @@ def silenced(checkpoint, folder, heads, layers):
 def plan(checkpoint, scope="first-layer", dataset="tiny", count=QUESTIONS, keep_ratio=1.0):
     questions = tuple(load_dataset(str(dataset), count, 7))
     source = Source("questions", questions, "", 7, "exact-match", METRICS["exact-match"])
-    return Plan(checkpoint, (source,), scope, Reference.load, prompt_tokens, keep_ratio, max_new_tokens=6)
+    return Plan(
+        checkpoint, (source,), scope, open_checkpoint, Reference.load, prompt_tokens, keep_ratio, max_new_tokens=6
+    )
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, TypeAlias
 
-from hawk_trt.models.config import (
+from hawk_trt.models.vision_config import AnyVision, Qwen2Vision, Qwen3Vision, Qwen25Vision
+from hawk_trt.stages import LanguageConfig
+
+from .config import (
     ModelConfig,
     Section,
     is_integer,
@@ -14,8 +17,6 @@ from hawk_trt.models.config import (
     text_section,
     vision_section,
 )
-from hawk_trt.models.vision_config import AnyVision, Qwen2Vision, Qwen3Vision, Qwen25Vision
-from hawk_trt.stages import LanguageConfig
 
 Config: TypeAlias = Mapping[str, Any]
 

@@ -9,12 +9,13 @@ import pytest
 from transformers import Qwen2_5_VLConfig
 
 import golden
+from export.architectures import family_name, read_config
 from hawk_trt.errors import CheckpointError
 from hawk_trt.models.qwen2_5_vl import Qwen25VL
-from hawk_trt.models.registry import family_name, load_family, read_config
+from hawk_trt.models.registry import load_family
 from hawk_trt.models.vision_config import AnyVision
 
-TINY = Path(__file__).parent.parent / "examples" / "tiny-vlm"
+TINY = Path(__file__).parents[2] / "examples" / "tiny-vlm"
 
 # As the hub's Qwen2.5-VL-7B-Instruct has it: text sizes at the top level, in_chans, type mrope.
 HUB = {

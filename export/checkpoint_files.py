@@ -1,6 +1,6 @@
-"""A checkpoint folder, found or downloaded, and its small files: configs, tokenizer, chat template, preprocessors.
+"""The small files of a checkpoint folder: configs, tokenizer, chat template, preprocessors.
 
-In: a folder or a hub id. Out: what prompts need, each setting once and under one name, as a bundle holds it. Where two
+In: a folder. Out: what prompts need, each setting once and under one name, as a bundle holds it. Where two
 files say the same thing, the file counts that counts for the AutoProcessor of transformers 5.23:
 
 chat template       processor_config.json, chat_template.json, chat_template.jinja, tokenizer_config.json
@@ -9,7 +9,6 @@ videos              video_processor of processor_config.json, video_preprocessor
 stop tokens         all of generation_config.json, config.json and the tokenizer end an answer
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,10 +34,6 @@ SMALL_FILES = (
     *(_PREPROCESSOR, _VIDEO_PREPROCESSOR, _PROCESSOR),
 )
 _KEYS_OF_PROCESSOR = {_PREPROCESSOR: "image_processor", _VIDEO_PREPROCESSOR: "video_processor"}
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-# Weights, configs, tokenizer and chat template; not the pickled copies, images and papers that lie beside them.
-_PATTERNS = ["model*.safetensors", "transformer/*.safetensors", "vision_encoder/*.safetensors", "*.json", "*.jinja"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,44 +109,6 @@ def added_tokens(folder: Path) -> dict[str, int]:
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file of a checkpoint; CheckpointError where it cannot be read or holds something else."""
     return read_json_of(path, dict[str, Any], CheckpointError, "Download it again, or mend it")
-
-
-def is_hub_id(checkpoint: str) -> bool:
-    """Whether the argument names a hub repository (owner/name) rather than a folder that is there."""
-    return not Path(checkpoint).exists() and _HUB_ID.fullmatch(checkpoint) is not None
-
-
-def download(hub_id: str, revision: str | None = None) -> Path:
-    """The local folder of a hub checkpoint; files already in the cache are not downloaded again.
-
-    Raises:
-        CheckpointError: huggingface_hub is missing, the checkpoint does not exist, or cannot be downloaded.
-    """
-    try:
-        from huggingface_hub import snapshot_download  # only hub ids need it
-        from huggingface_hub.errors import (
-            GatedRepoError,
-            HfHubHTTPError,
-            HFValidationError,
-            LocalEntryNotFoundError,
-        )
-    except ImportError as error:
-        raise CheckpointError(
-            f"{hub_id}: no such folder, and a download needs huggingface_hub. Install it: pip install huggingface_hub"
-        ) from error
-    at = f"{hub_id}, revision {revision}" if revision else hub_id
-    try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=_PATTERNS))
-    except GatedRepoError as error:
-        raise CheckpointError(f"{at}: access must be granted on its page first; then log in: hf auth login") from error
-    except LocalEntryNotFoundError as error:
-        raise CheckpointError(
-            f"{at}: no such folder, and the hub cannot be reached. Download it where there is a network "
-            f"(hf download {hub_id} --local-dir DIR) and give the folder"
-        ) from error
-    except (HFValidationError, HfHubHTTPError, OSError) as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{at}: no such folder, and the hub says: {first_line}") from error
 
 
 class _AddedToken(msgspec.Struct):

@@ -10,7 +10,10 @@ from pathlib import Path
 
 from hawk_trt.bundle import SCHEMA_VERSION, Bundle, HeadWeights, Manifest, Source, TableEntry
 from hawk_trt.errors import CheckpointError
-from hawk_trt.inputs.checkpoint_files import (
+from hawk_trt.request import PruningConfig
+
+from .architectures import read_config
+from .checkpoint_files import (
     CONFIG,
     GENERATION_CONFIG,
     added_tokens,
@@ -18,9 +21,7 @@ from hawk_trt.inputs.checkpoint_files import (
     read_small_files,
     stop_tokens,
 )
-from hawk_trt.inputs.tensor_file import read_tensor_file
-from hawk_trt.models.registry import read_config
-from hawk_trt.request import PruningConfig
+from .tensor_file import read_tensor_file
 
 # Of each tensor, from its start and from its end: training changes every part of a tensor that it changes.
 _SAMPLED_BYTES = 32 << 10

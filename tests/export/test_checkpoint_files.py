@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from export.checkpoint_files import SMALL_FILES, read_small_files, stop_tokens
 from hawk_trt.errors import CheckpointError
-from hawk_trt.inputs.checkpoint_files import SMALL_FILES, read_small_files, stop_tokens
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny-vlm"
 TEMPLATE = (TINY / "chat_template.jinja").read_text(encoding="utf-8")

@@ -7,11 +7,11 @@ import msgspec
 import numpy as np
 import pytest
 
+from export.architectures import family_name, read_config
 from export.graphs import inventory
 from export.head_weights import default_head_weights
 from export.tensors import internvl_names
 from hawk_trt.errors import CheckpointError
-from hawk_trt.models.registry import family_name, read_config
 from hawk_trt.stages import LanguageConfig
 from internvl import RELEASED, RELEASED_35, original, original_35
 

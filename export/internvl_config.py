@@ -10,9 +10,10 @@ from typing import Any
 
 from hawk_trt.bundle import SpecialTokens
 from hawk_trt.errors import CheckpointError
-from hawk_trt.models.config import ModelConfig, Section, is_integer, language_config, text_section, vision_section
-from hawk_trt.models.config import special_tokens as named_tokens
 from hawk_trt.models.vision_config import InternVLVision
+
+from .config import ModelConfig, Section, is_integer, language_config, text_section, vision_section
+from .config import special_tokens as named_tokens
 
 # Each by its architecture and its model_type; a config says either or both.
 _QWEN2, _QWEN3 = {"Qwen2ForCausalLM", "qwen2"}, {"Qwen3ForCausalLM", "qwen3"}
