@@ -165,10 +165,24 @@ class Manifest:
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Bytes of the keys and values of one token in all layers."""
+        """Bytes of the keys and values of one token in all layers that keep them."""
         language = self.language
-        numbers = 2 * language.num_hidden_layers * language.num_key_value_heads * language.head_dim
+        full = sum(not language.is_linear(layer) for layer in range(language.num_hidden_layers))
+        numbers = 2 * full * language.num_key_value_heads * language.head_dim
         return numbers * numpy_dtype(self.dtype).itemsize
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the states of all linear layers, whatever the number of tokens; 0 without such layers."""
+        linear = self.language.linear
+        if linear is None:
+            return 0
+        layers = sum(self.language.is_linear(layer) for layer in range(self.language.num_hidden_layers))
+        return layers * sum(math.prod(shape) for shape in linear.state_shapes) * np.dtype(np.float32).itemsize
+
+    def cache_bytes(self, columns: int) -> int:
+        """Bytes of what a prompt of so many tokens leaves: keys, values and states."""
+        return columns * self.kv_bytes_per_token + self.state_bytes
 
     def graph(self, stage: str, target: str) -> GraphEntry:
         """The graph of a stage for a target; BundleError where the bundle does not hold it."""

@@ -23,7 +23,7 @@ from hawk_trt.request import PruningConfig, Request, Timings
 from hawk_trt.runtime.protocol import Backend, DecodeInputs, Generation, StepOutputs, Visual, first_not_finite
 from hawk_trt.runtime.vision_cache import VisionCache
 from hawk_trt.sequence import Sequence
-from hawk_trt.stages import in_place
+from hawk_trt.stages import CUDA, in_place
 
 DEFAULT_MAX_NEW_TOKENS = 128
 # Measured on two CPU cores (make bench-batching): up to 8 rows each answer takes less time, 16 brought nothing more.
@@ -75,6 +75,8 @@ class Scheduler:
         # a portable step writes a new cache beside the old
         copies = 1 if in_place(backend.target) else 2
         self._column_bytes = copies * bundle.manifest.kv_bytes_per_token
+        # a step on a GPU writes new states beside the old
+        self._state_bytes = (2 if backend.target == CUDA else 1) * bundle.manifest.state_bytes
         self._decode_next = False
 
     @property
@@ -200,7 +202,8 @@ class Scheduler:
 
     def _bytes(self, rows: abc.Sequence[Sequence]) -> int:
         """Of the caches of these rows at their longest, side by side."""
-        return len(rows) * max(sequence.max_columns for sequence in rows) * self._column_bytes
+        columns = max(sequence.max_columns for sequence in rows)
+        return len(rows) * (columns * self._column_bytes + self._state_bytes)
 
     def _within_bound(self, cache_bytes: int) -> bool:
         return self.max_cache_bytes is None or cache_bytes <= self.max_cache_bytes
@@ -283,9 +286,8 @@ class Scheduler:
         try:
             sequence.step(int(outputs.next_token[row]), None if outputs.logits is None else outputs.logits[row])
         except BackendError as error:
-            num_layers = self._bundle.manifest.language.num_hidden_layers
             assert sequence.generation is not None
-            where = first_not_finite(visual, sequence.generation, num_layers, row)
+            where = first_not_finite(visual, sequence.generation, self._bundle.manifest.language, row)
             sequence.error = BackendError(f"{error}. {where}")
 
     def _gathered(self) -> Generation:

@@ -112,7 +112,8 @@ class LanguageConfig:
     deepstack_levels: visual features of so many vision layers are added behind language layers 0, 1, ..
     layer_types: of a hybrid model, a kind a layer; empty where all layers are full attention. linear: sizes of its
     linear layers. rotary_dim: so many numbers of a head are rotated, 0 for all. attention_gate: the output of full
-    attention is multiplied by a sigmoid gate, which q_proj makes beside the queries.
+    attention is multiplied by a sigmoid gate, which q_proj makes beside the queries. unit_offset_norms: RMS norms
+    multiply by 1 + weight.
     """
 
     hidden_size: int
@@ -134,6 +135,7 @@ class LanguageConfig:
     linear: LinearAttentionConfig | None = None
     rotary_dim: int = 0
     attention_gate: bool = False
+    unit_offset_norms: bool = False
 
     @property
     def position_axes(self) -> int:

@@ -3,26 +3,31 @@
 in place   a tensor [slots, kv_heads, columns, head_dim] a layer, key and value; each is input and output of its stage
            at one address, and write_index says where a step writes
 portable   every step returns a longer cache, which is the next step's input: a cache has the rows of one generation
+states     of linear layers: [slots, ...] a tensor, without columns; a step replaces a row's states by new ones
 
 On a GPU caches are shared: a prompt takes free slots beside those that run, a cache outlives its generations, and its
 columns are whole steps of _COLUMN_STEP. So tensors stay at their addresses, which a captured decode step needs, and
 rows come and go without a copy. On the CPU every column costs time: a cache has the rows and columns that were asked
 for, and is gone with them.
+
+On the CPU a step writes states over those that it read. In a shared cache it writes them beside, and they are copied
+for the rows that were asked for alone: a step also runs over slots of others, and the run in which ONNX Runtime
+captures a CUDA graph computes the step more than once, which changes no key and no value, but would change states.
 """
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from hawk_trt.bundle import Manifest
+from hawk_trt.bundle import TensorEntry
 from hawk_trt.errors import BackendError
-from hawk_trt.runtime.session import Binding, Device, Stage, write
-from hawk_trt.stages import BIAS_KEEP, DECODER, FIRST_LAYER, in_place, key_name, value_name
+from hawk_trt.runtime.session import Binding, Stage, write
+from hawk_trt.stages import BIAS_KEEP, DECODER, FIRST_LAYER, in_place
 
 # Memory-efficient attention of ONNX Runtime asks for multiples of 4 or 8; captured steps are few where sizes are few.
 _COLUMN_STEP = 256
@@ -101,7 +106,7 @@ class DecodeStep:
 
 
 class KVCache:
-    """Keys and values of all layers in some slots.
+    """Keys and values of all layers in some slots, and the states of linear layers.
 
     Attributes:
         slots: rows that it holds.
@@ -112,28 +117,37 @@ class KVCache:
         steps: decode steps bound to this cache, by their rows.
     """
 
-    def __init__(
-        self, manifest: Manifest, stages: Mapping[str, Stage], slots: int, columns: int, *, shared: bool
-    ) -> None:
+    def __init__(self, stages: Mapping[str, Stage], slots: int, columns: int, *, shared: bool) -> None:
         """Make a cache without tensors: `fill` makes them, or `carry` one by one."""
-        language = manifest.language
         self.slots, self.columns = slots, columns
         self.starts, self.ends = np.zeros(slots, np.int64), np.zeros(slots, np.int64)
         self.free = set(range(slots))
         self.steps: dict[int, DecodeStep] = {}
-        self._stages, self._dtype = stages, manifest.dtype
+        self._stages, self._shared = stages, shared
         self.in_place = in_place(stages[FIRST_LAYER].entry.target)
         # a step also writes to slots that it is not asked for; in a shared cache that is behind all that counts
-        width = columns + shared if self.in_place else 0
-        self._shape = (language.num_key_value_heads, width, language.head_dim)
-        self._layers = {FIRST_LAYER: range(1), DECODER: range(1, language.num_hidden_layers)}
+        self._width = columns + shared if self.in_place else 0
+        self._names: dict[str, list[tuple[str, str]]] = {}  # by stage, the input and output of each tensor
+        self._specs: dict[str, TensorEntry] = {}  # by the name of the output
+        for stage in (FIRST_LAYER, DECODER):
+            entry = stages[stage].entry
+            pasts = [spec.name for spec in entry.inputs if "." in spec.name]
+            presents = [spec for spec in entry.outputs if "." in spec.name]
+            self._names[stage] = [(past, spec.name) for past, spec in zip(pasts, presents, strict=True)]
+            self._specs |= {spec.name: spec for spec in presents}
         self._tensors: dict[str, ort.OrtValue] = {}  # by the name of the output
+        self._made: dict[str, ort.OrtValue] = {}  # of a shared cache: states as the last run wrote them
         self._used: set[int] = set()  # slots that hold what a generation left
 
     def fill(self) -> None:
         """Make its tensors, of zeros."""
-        for _, present in self._all_names():
-            self._tensors[present] = self._place.zeros((self.slots, *self._shape), self._dtype)
+        for present in self._specs:
+            self._make(present)
+
+    def _make(self, present: str) -> None:
+        self._tensors[present] = self._zeros(present, self.slots)
+        if self._shared and self._is_state(present):
+            self._made[present] = self._zeros(present, self.slots)
 
     @property
     def is_idle(self) -> bool:
@@ -143,7 +157,8 @@ class KVCache:
     @property
     def row_bytes(self) -> int:
         """Bytes of one slot."""
-        whole: int = sum(tensor.tensor_size_in_bytes() for tensor in self._tensors.values())
+        tensors = (*self._tensors.values(), *self._made.values())
+        whole: int = sum(tensor.tensor_size_in_bytes() for tensor in tensors)
         return whole // self.slots
 
     def find(self, count: int) -> range | None:
@@ -152,13 +167,13 @@ class KVCache:
         return next((slots for slots in places if self.free.issuperset(slots)), None)
 
     def take(self, slots: Iterable[int]) -> None:
-        """Take free slots and empty them: a masked NaN would spoil what attention sums."""
+        """Take free slots and empty them: a masked NaN would spoil what attention sums, and states begin as zeros."""
         taken = set(slots)
         self.free -= taken
-        zeros = self._place.zeros((1, *self._shape), self._dtype) if taken & self._used else None
-        for _, present in self._all_names():
+        for present in self._specs if taken & self._used else ():
+            zeros = self._zeros(present, 1)
             for slot in taken & self._used:
-                self._rows(present, slot, 1).update_inplace(zeros)
+                self._rows(self._tensors, present, slot, 1).update_inplace(zeros)
         self._used |= taken
 
     def give_back(self, slots: Iterable[int]) -> None:
@@ -169,26 +184,43 @@ class KVCache:
 
     def inputs(self, stage: str, first: int, count: int) -> dict[str, ort.OrtValue]:
         """Some neighbouring slots as inputs of a stage."""
-        return {past: self._rows(present, first, count) for past, present in self._names(stage)}
+        return {past: self._rows(self._tensors, present, first, count) for past, present in self._names[stage]}
 
     def outputs(self, stage: str, first: int, count: int) -> dict[str, ort.OrtValue]:
         """The same memory as outputs of a stage in place; nothing, which is new memory, when portable."""
         if not self.in_place:
             return {}
-        return {present: self._rows(present, first, count) for _, present in self._names(stage)}
+        written = self._tensors | self._made
+        return {present: self._rows(written, present, first, count) for _, present in self._names[stage]}
+
+    def settle(self, slots: Iterable[int]) -> None:
+        """After both stages: their states of these slots are what the next run reads; others keep their own."""
+        if not self._made:
+            return
+        taken = set(slots)
+        others = set(range(self.slots)) - self.free - taken
+        for present, made in self._made.items():
+            if not others:
+                self._tensors[present].update_inplace(made)
+                continue
+            for slot in taken:
+                row = self._rows(self._made, present, slot, 1)
+                self._rows(self._tensors, present, slot, 1).update_inplace(row)
+        self._used.update(range(self.slots))  # free ones too: the run may have gone over them
 
     def names(self, stage: str) -> list[str]:
         """Outputs of a stage that are caches."""
-        return [present for _, present in self._names(stage)]
+        return [present for _, present in self._names[stage]]
 
     def keep(self, stage: str, outputs: Mapping[str, ort.OrtValue]) -> None:
         """Keep the caches that a portable stage returned."""
         if not self.in_place:
-            self._tensors |= {present: outputs[present] for _, present in self._names(stage)}
+            self._tensors |= {present: outputs[present] for present in self.names(stage)}
 
     def tensors(self, layer: int) -> tuple[ort.OrtValue, ort.OrtValue]:
-        """A layer's keys and values, of all slots."""
-        return self._tensors[key_name(layer, past=False)], self._tensors[value_name(layer, past=False)]
+        """A layer's keys and values, or its two states, of all slots."""
+        first, second = (name for name in self._specs if name.endswith(f".{layer}"))
+        return self._tensors[first], self._tensors[second]
 
     def step(self, count: int) -> DecodeStep:
         """The decode step over the first slots."""
@@ -226,22 +258,27 @@ class KVCache:
         lengths = [int(source.ends[row] - source.starts[row]) for source, row in parts]
         # a portable step appends one column to all rows, so they end together
         end = 0 if self.in_place else max(lengths)
-        self._shape = (self._shape[0], self._shape[1] or end, self._shape[2])
+        self._width = self._width or end
         for slot, length in zip(slots, lengths, strict=True):
             self.starts[slot], self.ends[slot] = (0, length) if self.in_place else (end - length, end)
         for source in spent:
             source.forget_steps()
-        for _, present in self._all_names():
+        for present in self._specs:
             if present not in self._tensors:
-                self._tensors[present] = self._place.zeros((self.slots, *self._shape), self._dtype)
+                self._make(present)
             for (source, row), slot, length in zip(parts, slots, lengths, strict=True):
-                self._copy(present, source, row, slot, length)
+                if self._is_state(present):
+                    state = source._rows(source._tensors, present, row, 1)
+                    self._rows(self._tensors, present, slot, 1).update_inplace(state)
+                else:
+                    self._copy(present, source, row, slot, length)
             for source in spent:
                 del source._tensors[present]
+                source._made.pop(present, None)
 
     def _copy(self, present: str, source: "KVCache", row: int, slot: int, length: int) -> None:
         """The used columns of one row, head by head: they lie side by side."""
-        heads, columns, dim = self._shape
+        heads, columns, dim = self._row_shape(present)
         own, others = self._tensors[present], source._tensors[present]
         width = others.shape()[2]
         view = self._stages[FIRST_LAYER].view
@@ -250,24 +287,20 @@ class KVCache:
             there = ((row * heads + head) * width + int(source.starts[row])) * dim
             view(own, at, (length, dim)).update_inplace(view(others, there, (length, dim)))
 
-    def _rows(self, present: str, first: int, count: int) -> ort.OrtValue:
-        tensor = self._tensors[present]
+    def _rows(self, tensors: Mapping[str, ort.OrtValue], present: str, first: int, count: int) -> ort.OrtValue:
         if count == self.slots:
-            return tensor
-        shape = (count, *self._shape)
-        return self._stages[FIRST_LAYER].view(tensor, first * math.prod(self._shape), shape)
+            return tensors[present]
+        shape = self._row_shape(present)
+        return self._stages[FIRST_LAYER].view(tensors[present], first * math.prod(shape), (count, *shape))
 
-    @property
-    def _place(self) -> Device:
-        return self._stages[FIRST_LAYER].device
+    def _zeros(self, present: str, count: int) -> ort.OrtValue:
+        return self._stages[FIRST_LAYER].device.zeros((count, *self._row_shape(present)), self._specs[present].dtype)
 
-    def _names(self, stage: str) -> Iterator[tuple[str, str]]:
-        for layer in self._layers[stage]:
-            for name in (key_name, value_name):
-                yield name(layer, past=True), name(layer, past=False)
+    def _row_shape(self, present: str) -> tuple[int, ...]:
+        return tuple(self._width if isinstance(size, str) else size for size in self._specs[present].shape[1:])
 
-    def _all_names(self) -> Iterator[tuple[str, str]]:
-        return (names for stage in self._layers for names in self._names(stage))
+    def _is_state(self, present: str) -> bool:
+        return not any(isinstance(size, str) for size in self._specs[present].shape[1:])
 
 
 class CachePool:
@@ -277,9 +310,9 @@ class CachePool:
         shared: whether generations share caches.
     """
 
-    def __init__(self, manifest: Manifest, stages: Mapping[str, Stage], *, shared: bool) -> None:
+    def __init__(self, stages: Mapping[str, Stage], *, shared: bool) -> None:
         self.shared = shared
-        self._manifest, self._stages = manifest, stages
+        self._stages = stages
         self._caches: list[KVCache] = []  # shared ones, in use or idle
 
     def take(self, count: int, columns: int) -> tuple[KVCache, list[int]]:
@@ -333,10 +366,10 @@ class CachePool:
 
     def _new(self, slots: int, columns: int) -> KVCache:
         if not self.shared:
-            return KVCache(self._manifest, self._stages, slots, columns, shared=False)
+            return KVCache(self._stages, slots, columns, shared=False)
         self._drop([cache for cache in self._caches if cache.is_idle])
         columns = -(-(columns + 1) // _COLUMN_STEP) * _COLUMN_STEP - 1
-        cache = KVCache(self._manifest, self._stages, slots, columns, shared=True)
+        cache = KVCache(self._stages, slots, columns, shared=True)
         self._caches.append(cache)
         return cache
 

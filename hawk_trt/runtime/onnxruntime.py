@@ -16,18 +16,7 @@ from hawk_trt.runtime.kv_cache import CachePool, KVCache
 from hawk_trt.runtime.protocol import DecodeInputs, Generation, PrefillOutputs, StepOutputs, Visual
 from hawk_trt.runtime.session import Device, Stage, download
 from hawk_trt.runtime.versions import OPSET_24_ONNX_RUNTIME, QUANTISED_ONNX_RUNTIME, at_least
-from hawk_trt.stages import (
-    CUDA,
-    DECODER,
-    FIRST_LAYER,
-    PORTABLE,
-    STAGES,
-    TENSORRT,
-    VISION,
-    in_place,
-    key_name,
-    value_name,
-)
+from hawk_trt.stages import CUDA, DECODER, FIRST_LAYER, PORTABLE, STAGES, TENSORRT, VISION, in_place
 
 
 class OrtVisual:
@@ -75,7 +64,7 @@ class OnnxRuntimeBackend:
         self.max_start = 1 if target == CUDA else None
         self.stages = {entry.stage: Stage(bundle.folder / entry.file, entry, place) for entry in entries}
         self.place = place
-        self.caches = CachePool(bundle.manifest, self.stages, shared=place.kind == "cuda" and in_place(target))
+        self.caches = CachePool(self.stages, shared=place.kind == "cuda" and in_place(target))
         self.embedding_table = bundle.embedding_table()
 
     @classmethod
@@ -149,16 +138,16 @@ class OnnxRuntimeBackend:
         return OrtVisual({spec.name: self.place.zeros((1, *size), spec.dtype) for spec, size in sizes.items()})
 
     def score(self, inputs: PrefillInputs, visual: Visual) -> npt.NDArray[np.float32]:
-        """HAWK scores alone: float32 [batch, seq_len]. Layer 0 runs on one token, and its cache is dropped."""
-        manifest, batch = self.bundle.manifest, len(inputs.source_rows)
-        language, columns = manifest.language, int(in_place(self.target))
+        """HAWK scores alone: float32 [batch, seq_len]. Its last layer runs on one token, and all caches are dropped."""
+        stage, batch, columns = self.stages[FIRST_LAYER], len(inputs.source_rows), int(in_place(self.target))
         feeds, outputs = self.prompt_feeds(inputs, visual, 1), {}
-        for name in (key_name, value_name):
-            shape = (batch, language.num_key_value_heads, columns, language.head_dim)
-            feeds[name(0, past=True)] = self.place.zeros(shape, manifest.dtype)
+        caches = ([spec for spec in specs if "." in spec.name] for specs in (stage.entry.inputs, stage.entry.outputs))
+        for past, present in zip(*caches, strict=True):
+            shape = tuple(columns if isinstance(size, str) else size for size in past.shape[1:])
+            feeds[past.name] = self.place.zeros((batch, *shape), past.dtype)
             if columns:
-                outputs[name(0, past=False)] = feeds[name(0, past=True)]
-        return download(self.stages[FIRST_LAYER].run(feeds, outputs)["scores"])
+                outputs[present.name] = feeds[past.name]
+        return download(stage.run(feeds, outputs)["scores"])
 
     def start(self, batch: int, columns: int) -> "OrtGeneration":
         """A generation whose KV cache holds at least `columns` tokens a row."""
@@ -173,9 +162,15 @@ class OnnxRuntimeBackend:
 
     def prompt_feeds(self, inputs: PrefillInputs, visual: Visual, num_kept_total: int) -> dict[str, ort.OrtValue]:
         """Inputs of both stages over a prompt, but for the cache."""
+        text_embeds, source_rows = self.embedding_table[inputs.text_ids], inputs.source_rows
+        if self.bundle.manifest.language.linear is not None and inputs.pads.any():
+            # linear layers have no mask: padding that is zeros leaves their states as they are
+            padding = np.arange(source_rows.shape[1]) < inputs.pads[:, None]
+            source_rows = np.where(padding, -1 - len(text_embeds), source_rows)
+            text_embeds = np.concatenate([text_embeds, np.zeros_like(text_embeds[:1])])
         arrays = {
-            "text_embeds": self.embedding_table[inputs.text_ids],
-            "source_rows": inputs.source_rows,
+            "text_embeds": text_embeds,
+            "source_rows": source_rows,
             "position_ids": inputs.position_ids,
             "query_weights": inputs.query_weights,
             "select_bias": inputs.select_bias,
@@ -249,6 +244,7 @@ class OrtGeneration:
             cache.keep(name, made)
             tensors |= made
             seconds.append(time.perf_counter() - started)
+        cache.settle(slots)
         cache.starts[slots] = inputs.kv_start
         cache.ends[slots] = inputs.num_kept_total
         self._hidden_states = (tensors["hidden_states"], list(range(self.batch)))
@@ -283,6 +279,7 @@ class OrtGeneration:
                 "write_index": cache.ends[:count],
             },
         )
+        cache.settle(slots)
         cache.ends[slots] += 1
         self._hidden_states = (step.tensors["hidden_states"], slots)
         next_token = download(step.tensors["next_token"])[slots]
@@ -305,11 +302,13 @@ class OrtGeneration:
         return download(tensor)[rows].astype(np.float32)
 
     def cache(self, layer: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-        """Host copies of a layer's keys and values: [batch, kv_heads, columns, head_dim], as far as written."""
+        """Host copies of a layer's keys and values, as far as written, or of its two states."""
         slots = self._rows()
+        first, second = (download(tensor)[slots] for tensor in self._cache.tensors(layer))
+        if self._backend.bundle.manifest.language.is_linear(layer):
+            return first, second
         length = int(self._cache.ends[slots].max())
-        key, value = (download(tensor)[slots, :, :length] for tensor in self._cache.tensors(layer))
-        return key, value
+        return first[:, :, :length], second[:, :, :length]
 
     def _rows(self) -> list[int]:
         """The slot of each row."""

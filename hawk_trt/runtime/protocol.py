@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hawk_trt.inputs.layout import PrefillInputs
+from hawk_trt.stages import LanguageConfig
 
 _FLOAT16_HELP = "float16 overflows on some inputs: export again with --dtype bfloat16 or float32"
 
@@ -98,7 +99,10 @@ class Generation(Protocol):
         """first_layer's output of the last step: float32 [batch, num_kept_total, hidden]."""
 
     def cache(self, layer: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-        """Host copies of a layer's keys and values: [batch, kv_heads, columns, head_dim], as far as written."""
+        """Host copies of a layer's keys and values: [batch, kv_heads, columns, head_dim], as far as written.
+
+        Of a linear layer its states: [batch, conv_dim, conv_kernel - 1], [batch, heads, key_head_dim, value_head_dim].
+        """
 
 
 class Backend(Protocol):
@@ -155,13 +159,13 @@ class Backend(Protocol):
         """Release everything."""
 
 
-def first_not_finite(visual: Visual | None, generation: Generation, num_layers: int, row: int) -> str:
+def first_not_finite(visual: Visual | None, generation: Generation, language: LanguageConfig, row: int) -> str:
     """Say where the first value that is not finite was made.
 
     Args:
         visual: visual embeddings of the batch, None where they were looked at before.
         generation: after the step that went wrong.
-        num_layers: of the language model, layer 0 included.
+        language: the language model.
         row: of the batch.
 
     Returns:
@@ -169,12 +173,13 @@ def first_not_finite(visual: Visual | None, generation: Generation, num_layers: 
     """
     if visual is not None and not np.isfinite(visual.numpy().astype(np.float32)).all():
         return f"The first value that is not finite is in vision's visual_embeds. {_FLOAT16_HELP}"
-    for layer in range(num_layers):
-        key, value = (tensor[row].astype(np.float32) for tensor in generation.cache(layer))
-        if not (np.isfinite(key).all() and np.isfinite(value).all()):
-            stage = "first_layer" if layer == 0 else "decoder"
+    last = language.scoring_layer
+    for layer in range(language.num_hidden_layers):
+        parts = (tensor[row].astype(np.float32) for tensor in generation.cache(layer))
+        if not all(np.isfinite(part).all() for part in parts):
+            stage = "first_layer" if layer <= last else "decoder"
             made = "its own projections" if layer == 0 else f"layer {layer - 1}'s output or its own projections"
             return f"The first value that is not finite is in {stage}, layer {layer}: {made}. {_FLOAT16_HELP}"
-        if layer == 0 and not np.isfinite(generation.hidden_states()[row]).all():
-            return f"The first value that is not finite is in first_layer: the output of layer 0. {_FLOAT16_HELP}"
+        if layer == last and not np.isfinite(generation.hidden_states()[row]).all():
+            return f"The first value that is not finite is in first_layer: the output of layer {last}. {_FLOAT16_HELP}"
     return f"All keys and values are finite: the last layer, the norm or lm_head of decoder made it. {_FLOAT16_HELP}"

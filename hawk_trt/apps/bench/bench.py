@@ -18,6 +18,7 @@ from hawk_trt.pruning.selection import head_weights, kept_count
 from hawk_trt.request import ModelInputs, PruningConfig, Result
 
 if TYPE_CHECKING:
+    from hawk_trt.bundle import Manifest
     from hawk_trt.pipeline import Pipeline
 
 # In the order in which a request meets them; milliseconds in a row.
@@ -60,7 +61,7 @@ class BenchRow:
             on its own and is also a part of first_layer; decode_step is one generated token.
         first_token: from the prompt to the first token.
         total: of the whole request.
-        kv_bytes: of the prompt's keys and values.
+        kv_bytes: of the prompt's keys and values, and of the states of linear layers.
         peak_bytes: see MEMORY_METRIC; None where the system does not tell.
     """
 
@@ -121,9 +122,9 @@ def bench(
         for (prompt, pruning), found in zip(pairs, samples, strict=True):
             _measure(pipe, prompt, pruning, max_new_tokens, found if number >= warmup else _Samples())
             step()
-    token_bytes = pipe.bundle.manifest.kv_bytes_per_token
+    manifest = pipe.bundle.manifest
     return [
-        _row(prompt.name, pruning, found, token_bytes) for (prompt, pruning), found in zip(pairs, samples, strict=True)
+        _row(prompt.name, pruning, found, manifest) for (prompt, pruning), found in zip(pairs, samples, strict=True)
     ]
 
 
@@ -165,7 +166,7 @@ def _measure(
     found.score.append(1e3 * score_seconds(pipe, inputs, pruning))
 
 
-def _row(prompt: str, pruning: PruningConfig, found: _Samples, token_bytes: int) -> BenchRow:
+def _row(prompt: str, pruning: PruningConfig, found: _Samples, manifest: "Manifest") -> BenchRow:
     first = found.results[0]
     timings = [result.timings for result in found.results]
     steps = [1e3 * r.timings.decode / max(len(r.token_ids) - 1, 1) for r in found.results]
@@ -188,7 +189,7 @@ def _row(prompt: str, pruning: PruningConfig, found: _Samples, token_bytes: int)
         },
         first_token=_spread(np.add(found.preprocess, prefills)),
         total=_spread(np.add(found.preprocess, [1e3 * t.total for t in timings])),
-        kv_bytes=len(first.kept_indices) * token_bytes,
+        kv_bytes=manifest.cache_bytes(len(first.kept_indices)),
         peak_bytes=max(found.peaks_bytes, default=None),
     )
 

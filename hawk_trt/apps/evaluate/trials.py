@@ -86,7 +86,7 @@ def pipeline_answerer(pipe: "Pipeline", metric: Metric, max_new_tokens: int) -> 
             num_visual=result.num_visual,
             num_kept=result.num_kept,
             num_tokens=len(result.token_ids),
-            kv_bytes=len(result.kept_indices) * pipe.bundle.manifest.kv_bytes_per_token,
+            kv_bytes=pipe.bundle.manifest.cache_bytes(len(result.kept_indices)),
             timings=replace(timings, preprocess=timings.preprocess + seconds, total=timings.total + seconds),
         )
 
