@@ -1,41 +1,10 @@
 """The stage contract: which tensors each graph has, of models with and without linear layers."""
 
-from dataclasses import replace
-
 import pytest
 
-from hawk_trt.stages import (
-    CPU,
-    CUDA,
-    PORTABLE,
-    TARGETS,
-    TENSORRT,
-    LanguageConfig,
-    LinearAttentionConfig,
-    decoder_spec,
-    first_layer_spec,
-)
+from hawk_trt.stages import CPU, CUDA, PORTABLE, TARGETS, TENSORRT, decoder_spec, first_layer_spec
+from hybrid import HYBRID, PLAIN
 
-PLAIN = LanguageConfig(
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    vocab_size=50,
-    rms_norm_eps=1e-6,
-    rope_theta=1e4,
-    mrope_section=(2, 3, 3),
-    max_position_embeddings=128,
-    tie_word_embeddings=True,
-)
-HYBRID = replace(
-    PLAIN,
-    num_hidden_layers=5,
-    layer_types=("linear_attention", "linear_attention", "full_attention", "linear_attention", "full_attention"),
-    linear=LinearAttentionConfig(num_key_heads=2, num_value_heads=4, key_head_dim=8, value_head_dim=6, conv_kernel=4),
-)
 PROMPT = ["text_embeds", "visual_embeds", "source_rows", "position_ids", "query_weights", "select_bias"]
 # what each target takes around its caches: before them, behind them, and their columns as input and output
 AROUND = {

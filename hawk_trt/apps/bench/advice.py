@@ -5,7 +5,9 @@
     a decode step         a + b C               C on average over the answer; the first ones cost a little more
     the rest of the host  fixed
 
-All coefficients are at least 0. What is recommended is time alone: how right the answers stay, `hawk-trt eval` says.
+A hybrid model runs the linear layers before its scoring layer over all tokens, in first_layer: no keep ratio changes
+that time, so it is first_layer's a. All coefficients are at least 0. What is recommended is time alone: how right the
+answers stay, `hawk-trt eval` says.
 """
 
 import itertools
@@ -17,6 +19,7 @@ import numpy.typing as npt
 
 from hawk_trt.errors import InvalidInput
 from hawk_trt.pruning.hawk import num_kept
+from hawk_trt.stages import LanguageConfig
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -96,6 +99,22 @@ class Recommendation:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class WholeShare:
+    """What the layers before the scoring layer, which run over all tokens, take of one keep ratio's prefill.
+
+    Attributes:
+        layers: so many layers.
+        by_products: their share of the multiplications of first_layer and decoder, from the sizes alone.
+        measured: the share of the time of both that first_layer takes whatever is kept: those layers, and the scores.
+    """
+
+    keep_ratio: float
+    layers: int
+    by_products: float
+    measured: float
+
+
 class TimeModel:
     """The fitted model of a prompt's size."""
 
@@ -132,6 +151,15 @@ class TimeModel:
             keep_ratio, num_kept(self.size.num_visual, keep_ratio, 1), new_tokens, first_token, first_token + decoding
         )
 
+    def whole_share(self, language: LanguageConfig, keep_ratio: float) -> WholeShare:
+        """What a hybrid model's first layers take of a prefill, predicted from the sizes and as measured."""
+        kept = self.size.kept(keep_ratio)
+        terms = np.array([1.0, kept, kept * self.size.prefill_columns(keep_ratio, 1)])
+        prefill = float(terms @ (self._first_layer + self._decoder))
+        whole, rest = _products(language, self.size.num_text + self.size.num_visual, kept)
+        measured = float(self._first_layer[0]) / prefill if prefill else 0.0
+        return WholeShare(keep_ratio, language.scoring_layer, whole / (whole + rest), measured)
+
     def recommend(self, keep_ratios: Sequence[float], new_tokens: int) -> Recommendation:
         """The mildest ratio that saves most of what can be saved, or none where that is little."""
         full = self.predict(1.0, new_tokens)
@@ -167,6 +195,30 @@ class TimeModel:
             f"short prompt: it has {tokens} tokens, {self.size.num_visual} of them visual, and the stages take nearly "
             "the same time with fewer"
         )
+
+
+def _products(language: LanguageConfig, num_tokens: int, kept: int) -> tuple[float, float]:
+    """Multiplications of a prefill: of the layers before the scoring layer over all tokens, and of the others."""
+    whole = rest = 0.0
+    for layer in range(language.num_hidden_layers):
+        tokens = num_tokens if layer < language.scoring_layer else kept
+        work = tokens * 3.0 * language.hidden_size * language.intermediate_size
+        if language.linear is not None and language.is_linear(layer):
+            linear = language.linear
+            values = linear.num_value_heads * linear.value_head_dim
+            projected = linear.conv_dim + 2 * values + 2 * linear.num_value_heads  # q, k, v, gate, output, beta, decay
+            state = values * linear.key_head_dim
+            # a token decays the state, reads it by its key, writes it and reads it by its query
+            work += tokens * (language.hidden_size * projected + linear.conv_dim * linear.conv_kernel + 4 * state)
+        else:
+            queries = language.num_attention_heads * language.head_dim
+            projected = (2 + language.attention_gate) * queries + 2 * language.num_key_value_heads * language.head_dim
+            work += tokens * (language.hidden_size * projected + queries * tokens)  # half of the columns, q k and p v
+        if layer < language.scoring_layer:
+            whole += work
+        else:
+            rest += work
+    return whole, rest
 
 
 def _fit(rows: Sequence[tuple[float, ...]], seconds: Sequence[float]) -> FloatArray:

@@ -1,6 +1,6 @@
 """Who does the units of work: a loaded model that answers with single heads left out.
 
-    out_i = 0 for the row's head i, before o_proj          in layer 0, or in every layer
+    out_i = 0 for the row's head i, before o_proj          in the scoring layer, or in every layer of full attention
 
 The same prompt lies side by side in several rows, each without another head. A row costs what an answer costs; image,
 prompt and the choice of tokens are made once for all rows. In a calibration only this file imports torch.
@@ -104,13 +104,16 @@ def answer(
 
 @contextmanager
 def without_heads(model: Model, scope: str, heads: Sequence[int]) -> Iterator[None]:
-    """Zero what each row's head hands to o_proj; BASELINE leaves out nothing."""
+    """Zero what each row's head hands to o_proj; BASELINE leaves out nothing.
+
+    The linear layers of a hybrid model have no such heads: its first layer here is its first of full attention.
+    """
     language = model.language
     num_heads = int(language.config.num_attention_heads)
+    projections = [layer.self_attn.o_proj for layer in language.layers if hasattr(layer, "self_attn")]
     hooks = []
     try:
-        for layer in language.layers[: 1 if scope == FIRST_LAYER else None]:
-            projection = layer.self_attn.o_proj
+        for projection in projections[: 1 if scope == FIRST_LAYER else None]:
             dropped = torch.zeros(len(heads), 1, num_heads, projection.in_features // num_heads, dtype=torch.bool)
             for row, head in enumerate(heads):
                 if head != BASELINE:

@@ -9,7 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from hawk_trt.apps.bench.advice import Prediction, Recommendation, Size, StageTimes, TimeModel
+from hawk_trt.apps.bench.advice import Prediction, Recommendation, Size, StageTimes, TimeModel, WholeShare
 from hawk_trt.apps.bench.measurement import measure, prompt_size
 from hawk_trt.apps.cli.options import PROMPT, Json, KeepRatios, Model, Numbers, Pixels, Where
 from hawk_trt.apps.cli.output import note, print_json
@@ -34,6 +34,7 @@ class Advice:
         measured: seconds of the stages.
         predictions: seconds by keep ratio and answer length.
         recommendations: one an answer length.
+        whole_shares: of a hybrid model, what its layers over all tokens take of each keep ratio's prefill.
     """
 
     bundle: str
@@ -42,6 +43,7 @@ class Advice:
     measured: tuple[StageTimes, ...]
     predictions: tuple[Prediction, ...]
     recommendations: tuple[Recommendation, ...]
+    whole_shares: tuple[WholeShare, ...]
 
 
 def advise(
@@ -95,7 +97,7 @@ def advise(
         size = prompt_size(pipe, ask(PruningConfig(keep_ratio=1.0), 1))
         note(f"measuring {size.num_text} text and {size.num_visual} visual tokens, about {seconds:g} s")
         times = measure(ask, seconds)
-        backend = pipe.backend
+        backend, language = pipe.backend, pipe.bundle.manifest.language
     predictor = TimeModel(size, times)
     advice = Advice(
         bundle=str(model),
@@ -104,6 +106,7 @@ def advise(
         measured=tuple(times),
         predictions=tuple(predictor.predict(ratio, length) for ratio in ratios for length in lengths),
         recommendations=tuple(predictor.recommend([r for r in ratios if r < 1.0], length) for length in lengths),
+        whole_shares=tuple(predictor.whole_share(language, ratio) for ratio in ratios if language.scoring_layer),
     )
     if json:
         print_json(advice)
@@ -147,6 +150,15 @@ def _print(advice: Advice, lengths: list[int], console: Console) -> None:
         table.add_row(f"{ratio:g}", str(predictions[0].num_kept), _ms(predictions[0].first_token), *totals)
     console.print("Predicted, in ms (and how many times as fast as unpruned):")
     console.print(table)
+    if advice.whole_shares:
+        shares = ", ".join(
+            f"{100 * share.measured:.0f} % ({100 * share.by_products:.0f} %) at {share.keep_ratio:g}"
+            for share in advice.whole_shares
+        )
+        console.print(
+            f"The first {advice.whole_shares[0].layers} layers are linear attention and run over all tokens. Their "
+            f"share of the prefill, measured (and of its multiplications): {shares}."
+        )
     for recommendation in advice.recommendations:
         answer = f"{recommendation.new_tokens} token{'s' * (recommendation.new_tokens > 1)}"
         if recommendation.keep_ratio is None:

@@ -170,9 +170,10 @@ def _trials(
 
     @cache
     def fastv() -> Answerer:
-        from hawk_trt.apps.evaluate.fastv import FastV, fastv_answerer  # torch, only for those who ask for it
+        from hawk_trt.apps.evaluate.fastv import FastV, check_layers, fastv_answerer  # torch, only if asked for
 
         assert checkpoint is not None  # evaluate has asked for it
+        check_layers(pipe.bundle.manifest)
         note(f"loading {checkpoint} in PyTorch (float32, cpu)")
         return fastv_answerer(FastV.load(checkpoint), pipe, metric, questions.max_new_tokens)
 

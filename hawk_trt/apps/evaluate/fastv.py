@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from hawk_trt.apps.evaluate.metrics import Metric
 from hawk_trt.apps.evaluate.trials import Answerer, Cell, PreparedSample, Trial
+from hawk_trt.bundle import Manifest
 from hawk_trt.errors import CheckpointError, InvalidInput
 from hawk_trt.inputs.layout import PromptLayout
 from hawk_trt.pruning.selection import kept_count
@@ -134,6 +135,19 @@ class FastV:
                 hidden, attention_mask=mask, position_embeddings=rotary, past_key_values=cache, use_cache=True
             )
         return hidden
+
+
+def check_layers(manifest: Manifest) -> None:
+    """Refuse a hybrid model whose layer K-1 has no softmax attention.
+
+    Raises:
+        InvalidInput: it has none.
+    """
+    if manifest.language.is_linear(FULL_LAYERS - 1):
+        raise InvalidInput(
+            f"selector fastv: layer {FULL_LAYERS - 1} of {manifest.source.name} is linear attention, expected full "
+            "attention, by whose weights FastV chooses. Leave fastv out of --selectors"
+        )
 
 
 def fastv_answerer(fastv: FastV, pipe: "Pipeline", metric: Metric, max_new_tokens: int) -> Answerer:

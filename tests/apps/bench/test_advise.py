@@ -13,6 +13,7 @@ from hawk_trt.apps.bench.measurement import MEASURED_RATIOS, measure, prompt_siz
 from hawk_trt.apps.cli.main import main
 from hawk_trt.errors import InvalidInput
 from hawk_trt.request import Result, Timings
+from hybrid import HYBRID
 
 SIZE = Size(num_text=40, num_visual=1000, allocated=False)
 
@@ -90,6 +91,24 @@ def test_where_pruning_gains_little_it_is_not_recommended_and_the_reason_is_said
     advice = TimeModel(size, times(**machine, size=size)).recommend((0.4, 0.1), new_tokens)
     assert advice.keep_ratio is None
     assert reason in advice.reason
+
+
+def test_a_hybrid_model_is_told_what_its_layers_over_all_tokens_take():
+    machine = MACHINE | {"first_layer": np.array([0.03, 5e-6, 0.0])}  # 0.03 s whatever is kept
+    model = TimeModel(SIZE, times(**machine))
+    shares = {ratio: model.whole_share(HYBRID, ratio) for ratio in (1.0, 0.1)}
+    for ratio, share in shares.items():
+        kept = 40 + 1000 * ratio
+        terms = np.array([1, kept, kept * kept])
+        assert share.measured == pytest.approx(0.03 / (terms @ (machine["first_layer"] + machine["decoder"])), rel=1e-5)
+        assert share.layers == 2
+    # layers 0 and 1 of 5: less than 2/5 unpruned, since attention grows with the tokens, and more when pruned
+    assert 0.1 < shares[1.0].by_products < 0.4 < shares[0.1].by_products < 1
+    mlp = 3 * 64 * 96
+    linear = mlp + 64 * (56 + 2 * 24 + 2 * 4) + 56 * 4 + 4 * 4 * 6 * 8
+    full = mlp + 64 * (2 * 64 + 2 * 32)
+    rest = 1040 * linear + 2 * 1040 * (full + 64 * 1040)
+    assert shares[1.0].by_products == pytest.approx(2 * 1040 * linear / (2 * 1040 * linear + rest))
 
 
 def test_one_keep_ratio_alone_says_nothing():

@@ -1,10 +1,14 @@
 """FastV in PyTorch: what the evaluation compares with."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from examples.tiny_task import generate
 from hawk_trt import Pipeline, PruningConfig
+from hawk_trt.errors import InvalidInput
+from hybrid import HYBRID
 
 
 @pytest.fixture(scope="module")
@@ -69,3 +73,13 @@ def test_fastv_drops_by_attention_of_its_second_layer_and_masks_them_from_the_th
             layer.register_forward_pre_hook(blind, with_kwargs=True)
         logits = model.lm_head(language(**given).last_hidden_state[0, -1]).numpy()
     np.testing.assert_allclose(answer.logits[0], logits, atol=1e-4)
+
+
+def test_a_hybrid_model_without_softmax_attention_in_layer_1_is_refused(pipe):
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    from hawk_trt.apps.evaluate.fastv import check_layers
+
+    check_layers(pipe.bundle.manifest)
+    with pytest.raises(InvalidInput, match=r"selector fastv: layer 1 of .* is linear attention"):
+        check_layers(replace(pipe.bundle.manifest, language=HYBRID))
