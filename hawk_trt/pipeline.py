@@ -45,7 +45,8 @@ class Trace:
         scores: [num_visual].
         kept_indices: [kept], in the prompt as given.
         hidden_states: [kept, hidden], first_layer's output.
-        kv_norms: [layers, 2, columns], lengths of the keys and the values of each column.
+        kv_norms: [layers, 2, columns], lengths of the keys and the values of each column; of a linear layer the lengths
+            of its two states, the same in all columns.
         logits: [steps, vocab]; row 0 after the prompt, row i after token i.
     """
 
@@ -270,12 +271,16 @@ class Pipeline:
         hidden = generation.hidden_states()[0]
         for _ in range(steps - 1):
             _check(scheduler.step())
-        layers = range(self.bundle.manifest.language.num_hidden_layers)
-        caches = ([part[0].astype(np.float32) for part in generation.cache(layer)] for layer in layers)
-        norms = np.stack([[np.sqrt(np.einsum("hcd,hcd->c", part, part)) for part in pair] for pair in caches])
+        language, norms = self.bundle.manifest.language, []
+        for layer in range(language.num_hidden_layers):
+            parts = [part[0].astype(np.float32) for part in generation.cache(layer)]
+            if language.is_linear(layer):
+                norms.append([np.full(sequence.columns, np.linalg.norm(part), np.float32) for part in parts])
+            else:
+                norms.append([np.sqrt(np.einsum("hcd,hcd->c", part, part)) for part in parts])
         result = sequence.result()
         assert result.logits is not None
-        return Trace(embeds, result.scores, result.kept_indices, hidden, norms, result.logits)
+        return Trace(embeds, result.scores, result.kept_indices, hidden, np.array(norms), result.logits)
 
 
 class TextStream:

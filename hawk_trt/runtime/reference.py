@@ -38,6 +38,8 @@ _SKETCH_SIZE = 64
 # Of each step the most probable tokens, and of the vocabulary so many more.
 BEST_LOGITS = 32
 _OTHER_LOGITS = 128
+# What LanguageConfig holds of hybrid models alone.
+_HYBRID = ("layer_types", "linear", "rotary_dim", "attention_gate", "unit_offset_norms")
 Floats = npt.NDArray[np.float32]
 
 
@@ -50,7 +52,7 @@ class StageTrace:
         scores: float32 [num_visual].
         kept: bool [num_visual].
         hidden_states: float32 [kept, hidden], first_layer's output.
-        kv_norms: float32 [layers, 2, columns], lengths of the keys and the values of each column.
+        kv_norms: float32 [layers, 2, columns], as in pipeline.Trace.
         tokens: int64 [steps], the most probable of each step.
         logits: float32 [steps, ids].
         logit_ids: int64 [ids], the tokens that the logits are of.
@@ -250,9 +252,12 @@ def random_inputs(
 
 def model_of(manifest: Manifest) -> tuple[str, str]:
     """A digest of all that outputs depend on but the weights; and how those are quantised, empty where they are not."""
+    language = msgspec.to_builtins(manifest.language)
+    if manifest.language.linear is None:  # as before there were hybrid models, so that references of then still count
+        language = {name: value for name, value in language.items() if name not in _HYBRID}
     told = (
         manifest.family,
-        manifest.language,
+        language,
         manifest.vision,
         manifest.normalization,
         manifest.head_weights.values,
