@@ -204,7 +204,7 @@ def _matrix(
         if "weight_packed" in parts:
             rows, columns = (int(size) for size in parts["weight_shape"].array())
             bits = words.shape[1] * 32 // max(columns, 1)
-            if bits not in (4, 8) or words.shape[0] != rows:
+            if bits not in (4, 8) or words.shape != (rows, columns * bits // 32):
                 raise CheckpointError(
                     f"{words.file}: {name}: {bits} bits in {list(words.shape)} for {rows} x {columns}, "
                     f"expected 4 or 8. {_INSTEAD}"

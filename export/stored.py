@@ -20,10 +20,13 @@ from hawk_trt.bundle import WeightFormat, numpy_dtype
 from hawk_trt.errors import CheckpointError
 from hawk_trt.stages import CPU, CUDA
 
-from .tensor_file import CheckpointTensor
+from .tensor_file import CheckpointTensor, alternating_buffers
 
 # Dequantised at a time.
 _CHUNK_ELEMENTS = 1 << 19
+# Rearranged at a time: with the temporary array they stay in the CPU's cache.
+_CACHED_BYTES = 1 << 18
+_TILE_ROWS = 128
 # ONNX Runtime multiplies by integers whose blocks are a power of two, from 16 on; larger ones bring nothing.
 _SMALLEST_BLOCK, _LARGEST_BLOCK = 16, 128
 Bytes = npt.NDArray[np.uint8]
@@ -66,15 +69,20 @@ class IntegerMatrix(CheckpointTensor):
         return WeightFormat(self.bits, math.gcd(self.group, _LARGEST_BLOCK))
 
     def packed(self) -> Iterator[Bytes]:
-        """The integers as bytes [in, out * bits / 8], in parts; with 4 bits the even column is a byte's low half."""
+        """The integers as bytes [in, out * bits / 8]; with 4 bits the even column is a byte's low half.
+
+        Yields: parts of them, 1-D, each valid until the next but one.
+        """
         raise NotImplementedError
 
-    def grouped(self) -> Iterator[Bytes]:
-        """The same, inputs in the order of their groups."""
-        if self.order is None:
-            return self.packed()
-        rows = np.concatenate([part.reshape(-1) for part in self.packed()]).reshape(len(self.order), -1)
-        return iter([rows[self.order]])
+    def grouped(self) -> Bytes:
+        """All of them, [in, out * bits / 8], inputs in the order of their groups."""
+        rows, columns = self.shape
+        octets, filled = np.empty((columns, rows * self.bits // 8), np.uint8), 0
+        for part in self.packed():
+            octets.reshape(-1)[filled : filled + len(part)] = part
+            filled += len(part)
+        return octets if self.order is None else octets[self.order]
 
     def scales(self) -> npt.NDArray[Any]:
         """[in / block_size, out], in the file's dtype."""
@@ -93,8 +101,8 @@ class IntegerMatrix(CheckpointTensor):
     def blocks(self) -> Iterator[npt.NDArray[Any]]:
         """The dequantised matrix, a few rows at a time: float32, exact, not yet rounded to the scales' dtype."""
         rows, columns = self.shape
-        integers = _unpacked(np.concatenate([part.reshape(-1) for part in self.grouped()]), self.bits)
-        integers = integers.reshape(columns // self.format.block_size, self.format.block_size, rows)
+        size = self.format.block_size
+        integers = _unpacked(self.grouped(), self.bits).reshape(columns // size, size, rows)
         zeros, scales = self.zero_points(), self.scales().astype(np.float32)[:, None]
         offsets = np.int8(0) if zeros is None else _unpacked(zeros, self.bits)[:, None]
         step = max(1, _CHUNK_ELEMENTS // columns)
@@ -112,7 +120,7 @@ class IntegerMatrix(CheckpointTensor):
         (rows, columns), element, where = self.shape, f"int{self.bits}", f"{self.file}: tensor {self.name}"
         blocks, order, zeros = (columns // self.format.block_size, rows), self.order, self.zero_points()
         parts = {
-            "values": Part(element, (columns, rows), lambda: (part.reshape(-1) for part in self.grouped())),
+            "values": Part(element, (columns, rows), self.packed if order is None else lambda: iter([self.grouped()])),
             "scales": _rounded(self.scales, dtype, blocks, f"{where}: a scale"),
         }
         if order is not None:
@@ -149,11 +157,19 @@ class GptqMatrix(IntegerMatrix):
     """GPTQ's packing: int32 [in * bits / 32, out] of consecutive rows, zero points of consecutive columns."""
 
     def packed(self) -> Iterator[Bytes]:  # noqa: D102
-        words = self.parts["qweight"].array()
-        step = max(1, _CHUNK_ELEMENTS // words.shape[1])
-        for first in range(0, len(words), step):
-            octets = words[first : first + step].view(np.uint8).reshape(-1, words.shape[1], 4).transpose(0, 2, 1)
-            yield _rows_in_columns(octets.reshape(-1, words.shape[1]), self.bits)
+        stored, columns = self.parts["qweight"], self.shape[0]
+        buffers = alternating_buffers(math.prod(stored.shape), np.dtype(np.int32), columns)
+        sign = np.uint32(int(_sign_bits(self.bits)) * 0x01010101)
+        for words, buffer in zip(stored.blocks(columns), buffers, strict=False):
+            for some in _cached(words.view(np.uint32)):
+                if self.bits == 4:  # of every two columns, the even rows to the one's bytes and the odd to the other's
+                    _exchange(some.view(np.uint64), some.view(np.uint64), 28, 0xF0F0F0F0)
+                some ^= sign
+            shape, order = ((-1, columns, 4), (0, 2, 1)) if self.bits == 8 else ((-1, columns // 2, 2, 4), (0, 3, 2, 1))
+            by_row = words.view(np.uint8).reshape(shape).transpose(order)
+            octets: Bytes = buffer[: words.size].view(np.uint8)
+            np.copyto(octets.reshape(by_row.shape), by_row)
+            yield octets
 
     def scales(self) -> npt.NDArray[Any]:  # noqa: D102
         return self._by_block(self.parts["scales"].array())
@@ -181,10 +197,21 @@ class PackedMatrix(IntegerMatrix):
 
     def packed(self) -> Iterator[Bytes]:  # noqa: D102
         name = "weight_packed" if "weight_packed" in self.parts else "weight"
-        octets = self.parts[name].array().view(np.uint8)[:, : self.shape[1] * self.bits // 8]
-        if name == "weight":  # int-quantized: signed already
-            octets = octets ^ _sign_bits(8)
-        yield _rows_in_columns(octets.T, self.bits)
+        stored, count, first = self.parts[name], 8 // self.bits, 0
+        rows, columns = self.shape
+        turned = np.empty((columns // count, count, rows // count), np.uint8)
+        size = _TILE_ROWS * stored.shape[1]
+        for block in stored.blocks(size):
+            for tile in (block[start : start + size] for start in range(0, len(block), size)):
+                if self.bits == 4:  # of every two rows, the even columns to the one's bytes and the odd to the other's
+                    pairs = tile.view(np.uint64).reshape(-1, 2, columns // 16)
+                    _exchange(pairs[:, 1], pairs[:, 0], 4, 0x0F0F0F0F0F0F0F0F)
+                octets = tile.view(np.uint8).reshape(-1, count, columns // count).transpose(2, 1, 0)
+                turned[..., first : first + octets.shape[2]] = octets
+                first += octets.shape[2]
+        if name == "weight_packed":
+            turned ^= _sign_bits(self.bits)
+        yield turned.reshape(-1)
 
     def scales(self) -> npt.NDArray[Any]:  # noqa: D102
         scales = self.parts["weight_scale"].array()
@@ -305,31 +332,27 @@ def _unpacked(octets: Bytes, bits: int) -> npt.NDArray[np.int8]:
     return signed.reshape(*octets.shape[:-1], -1)
 
 
-def _rows_in_columns(octets: Bytes, bits: int) -> Bytes:
-    """Signed integers packed by column, of such that are packed by row and count from 0.
+def _exchange(words: npt.NDArray[Any], others: npt.NDArray[Any], distance: int, mask: int) -> None:
+    """In place, the bits of words under a mask change places with those of others, so many bits above the mask."""
+    different = others >> words.dtype.type(distance)
+    different ^= words
+    different &= words.dtype.type(mask)
+    words ^= different
+    different <<= words.dtype.type(distance)
+    others ^= different
 
-    octets: [rows * bits / 8, columns]; with 4 bits the even row is the low half. Returns [rows, columns * bits / 8].
-    """
-    if bits == 8:
-        return np.ascontiguousarray(octets) ^ _sign_bits(8)
-    packed = np.empty((len(octets), 2, octets.shape[1] // 2), np.uint8)
-    even, odd = octets[:, 0::2], octets[:, 1::2]
-    packed[:, 0] = (even & 0xF) | (odd << 4)
-    packed[:, 1] = (even >> 4) | (odd & 0xF0)
-    packed ^= _sign_bits(4)
-    return packed.reshape(-1, octets.shape[1] // 2)
+
+def _cached(words: npt.NDArray[Any]) -> Iterator[npt.NDArray[Any]]:
+    """A 1-D array in parts that stay in the CPU's cache."""
+    size = _CACHED_BYTES // words.itemsize
+    return (words[first : first + size] for first in range(0, len(words), size))
 
 
 def _awq_order(words: npt.NDArray[Any]) -> Bytes:
-    """Signed 4-bit integers in the order of their columns, of int32 words in AWQ's."""
-
-    def spread(halves: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
-        """The four 4-bit numbers of each low half, each into a byte of its own."""
-        pairs: npt.NDArray[np.uint32] = (halves | halves << np.uint32(8)) & np.uint32(0x00FF00FF)
-        single: npt.NDArray[np.uint32] = (pairs | pairs << np.uint32(4)) & np.uint32(0x0F0F0F0F)
-        return single
-
-    flat = words.reshape(-1).view(np.uint32)
-    even, odd = spread(flat & np.uint32(0xFFFF)), spread(flat >> np.uint32(16))
-    ordered: Bytes = ((even | odd << np.uint32(4)) ^ np.uint32(0x88888888)).view(np.uint8)
+    """Signed 4-bit integers in the order of their columns, of int32 words in AWQ's, in the same memory."""
+    for some in _cached(words.reshape(-1).view(np.uint32)):
+        _exchange(some, some, 12, 0x0000F0F0)  # columns 0 2 4 6 1 3 5 7 become 0 1 4 5 2 3 6 7
+        _exchange(some, some, 8, 0x0000FF00)
+        some ^= np.uint32(0x88888888)
+    ordered: Bytes = words.view(np.uint8)
     return ordered

@@ -53,15 +53,18 @@ class CheckpointTensor:
     dtype: str
     shape: tuple[int, ...]
 
-    def blocks(self) -> Iterator[npt.NDArray[Any]]:
+    def blocks(self, unit: int = 1) -> Iterator[npt.NDArray[Any]]:
         """The elements as stored: 1-D arrays of a few MB at most, each valid until the next but one takes its memory.
+
+        Args:
+            unit: every array but the last has a multiple of so many elements.
 
         Raises:
             CheckpointError: the file cannot be read, or ends early.
         """
         dtype = numpy_dtype(self.dtype)
         left = self.nbytes // dtype.itemsize
-        buffers = alternating_buffers(left, dtype)
+        buffers = alternating_buffers(left, dtype, unit)
         try:
             with self.file.open("rb", buffering=0) as file:
                 file.seek(self.offset)
@@ -92,9 +95,10 @@ class CheckpointTensor:
         return values.reshape(self.shape)
 
 
-def alternating_buffers(size: int, dtype: np.dtype[Any]) -> Iterator[npt.NDArray[Any]]:
+def alternating_buffers(size: int, dtype: np.dtype[Any], unit: int = 1) -> Iterator[npt.NDArray[Any]]:
     """Two uninitialised blocks of up to size elements in turn: one is filled while the other is still being used."""
-    return itertools.cycle([np.empty(min(size, _BLOCK_ELEMENTS), dtype) for _ in range(2)])
+    length = max(unit, _BLOCK_ELEMENTS // unit * unit)
+    return itertools.cycle([np.empty(min(size, length), dtype) for _ in range(2)])
 
 
 @dataclass(frozen=True, slots=True)
