@@ -157,10 +157,10 @@ class GptqMatrix(IntegerMatrix):
     """GPTQ's packing: int32 [in * bits / 32, out] of consecutive rows, zero points of consecutive columns."""
 
     def packed(self) -> Iterator[Bytes]:  # noqa: D102
-        stored, columns = self.parts["qweight"], self.shape[0]
-        buffers = alternating_buffers(math.prod(stored.shape), np.dtype(np.int32), columns)
+        tensor, columns = self.parts["qweight"], self.shape[0]
+        buffers = alternating_buffers(math.prod(tensor.shape), np.dtype(np.int32), columns)
         sign = np.uint32(int(_sign_bits(self.bits)) * 0x01010101)
-        for words, buffer in zip(stored.blocks(columns), buffers, strict=False):
+        for words, buffer in zip(tensor.stored(columns), buffers, strict=False):
             for some in _cached(words.view(np.uint32)):
                 if self.bits == 4:  # of every two columns, the even rows to the one's bytes and the odd to the other's
                     _exchange(some.view(np.uint64), some.view(np.uint64), 28, 0xF0F0F0F0)
@@ -197,11 +197,11 @@ class PackedMatrix(IntegerMatrix):
 
     def packed(self) -> Iterator[Bytes]:  # noqa: D102
         name = "weight_packed" if "weight_packed" in self.parts else "weight"
-        stored, count, first = self.parts[name], 8 // self.bits, 0
+        tensor, count, first = self.parts[name], 8 // self.bits, 0
         rows, columns = self.shape
         turned = np.empty((columns // count, count, rows // count), np.uint8)
-        size = _TILE_ROWS * stored.shape[1]
-        for block in stored.blocks(size):
+        size = _TILE_ROWS * tensor.shape[1]
+        for block in tensor.stored(size):
             for tile in (block[start : start + size] for start in range(0, len(block), size)):
                 if self.bits == 4:  # of every two rows, the even columns to the one's bytes and the odd to the other's
                     pairs = tile.view(np.uint64).reshape(-1, 2, columns // 16)

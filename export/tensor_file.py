@@ -53,11 +53,16 @@ class CheckpointTensor:
     dtype: str
     shape: tuple[int, ...]
 
-    def blocks(self, unit: int = 1) -> Iterator[npt.NDArray[Any]]:
-        """The elements as stored: 1-D arrays of a few MB at most, each valid until the next but one takes its memory.
+    def blocks(self) -> Iterator[npt.NDArray[Any]]:
+        """The elements: 1-D arrays of a few MB at most, each valid until the next but one takes its memory.
 
-        Args:
-            unit: every array but the last has a multiple of so many elements.
+        Raises:
+            CheckpointError: the file cannot be read, or ends early.
+        """
+        return self.stored()
+
+    def stored(self, unit: int = 1) -> Iterator[npt.NDArray[Any]]:
+        """The elements as the file holds them, in such blocks, each of a multiple of so many elements as unit says.
 
         Raises:
             CheckpointError: the file cannot be read, or ends early.

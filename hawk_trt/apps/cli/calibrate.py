@@ -104,7 +104,7 @@ def calibrate(
         json: print the weights file
     """
     # torch, when missing, is said before anything is read
-    from hawk_trt.apps.parity.reference import Reference  # isort: skip
+    from hawk_trt.apps.cli.torch_model import load_reference  # isort: skip
     from hawk_trt.apps.calibrate.importance import importance
     from hawk_trt.apps.calibrate.report import make_report, tell, verdict, write_report
     from hawk_trt.apps.calibrate.shards import do_here, do_on_ray
@@ -121,7 +121,7 @@ def calibrate(
         sources=questions.sources(),
         scope=scope,
         open=import_module(where_it_lies("export.bare_bundle")).open_checkpoint,
-        load=Reference.load,
+        load=load_reference,
         special_tokens=prompt_tokens,
         keep_ratio=keep_ratio,
         max_new_tokens=questions.max_new_tokens,

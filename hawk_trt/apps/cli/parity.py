@@ -106,14 +106,14 @@ def parity(
     if save and manifest.dtype != "float32":
         raise InvalidInput(f"--save: got a {manifest.dtype} bundle, a reference is made in float32")
     # Missing torch is said before anything is loaded; the import is here since only this command needs it.
-    from hawk_trt.apps.parity.reference import Reference
+    from hawk_trt.apps.cli.torch_model import load_reference
 
     ratios = keep_ratios or sorted({manifest.keep_ratio, 1.0})
     prunings = [scoring.config(ratio) for ratio in ratios]
     pipe = where.open(model)
     cases = compared.cases(pipe, bundle, scoring.query)
     note(f"loading {checkpoint} in PyTorch ({reference_dtype}, {reference_device})")
-    reference = Reference.load(
+    reference = load_reference(
         checkpoint,
         head_weights=manifest.head_weights.values,
         normalization=manifest.normalization,

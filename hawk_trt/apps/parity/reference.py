@@ -12,7 +12,7 @@ Only this file and reference_models.py, which knows the families, import torch a
 
 import logging
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,10 +82,20 @@ class Reference:
         normalization: str,
         device: str = "cpu",
         dtype: str = "float32",
+        weights: Callable[[str], Iterator[npt.NDArray[Any]] | None] | None = None,
     ) -> "Reference":
         """Load the checkpoint folder, or hub id, that a bundle was exported from.
 
-        head_weights are taken where a PruningConfig has none. Scores are computed in float32 whatever the dtype.
+        Scores are computed in float32 whatever the dtype.
+
+        Args:
+            checkpoint: a folder or a hub id.
+            head_weights: where a PruningConfig has none.
+            normalization: of the scores.
+            device: of torch.
+            dtype: of the model.
+            weights: a tensor's values by the model's name of it, in 1-D parts, None of one that is not there; None
+                lets transformers read the files, which takes the package that wrote them where they are quantised.
 
         Raises:
             BackendError: torch lacks the device.
@@ -94,12 +104,20 @@ class Reference:
         verbosity = transformers_logging.get_verbosity()
         transformers_logging.set_verbosity(logging.ERROR)  # its notes on config keys are of no use here
         try:
-            model_type = AutoConfig.from_pretrained(str(checkpoint)).model_type
+            config = AutoConfig.from_pretrained(str(checkpoint))
+            model_type = config.model_type
             if model_type not in FAMILIES:
                 raise CheckpointError(f"model_type: got {model_type!r}, the reference knows {', '.join(FAMILIES)}")
-            model, info = FAMILIES[model_type].model_class.from_pretrained(
-                str(checkpoint), dtype=getattr(torch, dtype), output_loading_info=True
-            )
+            model_class, torch_dtype = FAMILIES[model_type].model_class, getattr(torch, dtype)
+            source: dict[str, Any] = {"pretrained_model_name_or_path": str(checkpoint)}
+            if weights is not None:
+                for part in (config, config.get_text_config()):
+                    vars(part).pop("quantization_config", None)
+                with torch.device("meta"):
+                    empty = model_class(config)
+                state = _state(empty, weights, torch_dtype)
+                source = {"pretrained_model_name_or_path": None, "config": config, "state_dict": state}
+            model, info = model_class.from_pretrained(**source, dtype=torch_dtype, output_loading_info=True)
         except (ImportError, OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise CheckpointError(f"{checkpoint}: transformers cannot load it ({error})") from error
         finally:
@@ -275,6 +293,21 @@ class Reference:
         heads, group = q.shape[1], q.shape[1] // k.shape[1]
         scores = [(q[query, head] @ k[visual, head // group].T / math.sqrt(head_dim)).mean(0) for head in range(heads)]
         return torch.nan_to_num(torch.stack(scores), nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def _state(
+    model: torch.nn.Module, weights: Callable[[str], Iterator[npt.NDArray[Any]] | None], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """The tensors of a model that has none of its own yet (device meta)."""
+    state = {}
+    for name, like in model.state_dict().items():
+        if (parts := weights(name)) is not None:
+            state[name] = torch.empty(like.shape, dtype=dtype)
+            flat, filled = state[name].view(-1), 0
+            for part in parts:
+                flat[filled : filled + len(part)] = torch.from_numpy(part.astype(np.float32))
+                filled += len(part)
+    return state
 
 
 def _groups(prompt: EmbeddedPrompt, pruning: PruningConfig) -> list[int]:
