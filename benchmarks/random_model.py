@@ -24,7 +24,7 @@ _IDS = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video
 _TINY = Path(__file__).parent.parent / "examples" / "tiny-vlm"
 _SMALL_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 _PREPROCESSOR = "preprocessor_config.json"
-_MAX_PIXELS = 16384 * 28 * 28
+_MAX_TOKENS = 16384  # of an image
 
 
 def cut_config(shape: str, layers: int, vision_layers: int) -> dict[str, Any]:
@@ -52,7 +52,9 @@ def make_model(folder: Path, config: dict[str, Any]) -> tuple[Path, Path]:
         for name in _SMALL_FILES:
             shutil.copyfile(_TINY / name, checkpoint / name)
         preprocessor = json.loads((_TINY / _PREPROCESSOR).read_text())
-        preprocessor["size"]["longest_edge"] = _MAX_PIXELS
+        vision = config["vision_config"]
+        preprocessor["patch_size"] = vision["patch_size"]
+        preprocessor["size"]["longest_edge"] = _MAX_TOKENS * (vision["patch_size"] * vision["spatial_merge_size"]) ** 2
         (checkpoint / _PREPROCESSOR).write_text(json.dumps(preprocessor), encoding="utf-8")
     export(checkpoint, bundle, ExportOptions(link=True))
     return checkpoint, bundle

@@ -1,9 +1,11 @@
 """Times of one request by stage, ours and peers', and their medians over interleaved rounds."""
 
 import os
+import platform
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 from hawk_trt import ModelInputs, Pipeline, PruningConfig
 from hawk_trt.apps.bench.bench import score_seconds
@@ -87,3 +89,13 @@ def ratio(slow: Sequence[Times], fast: Sequence[Times], stage: str) -> float:
 def load() -> str:
     """How busy the machine is: processes that want a core over the last minute, and cores."""
     return f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
+
+
+def processor_name() -> str:
+    """What /proc/cpuinfo calls the processor, and the instruction sets that decide how fast matrices multiply."""
+    lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
+    said = {name.strip(): value.strip() for name, _, value in lines}
+    flags = set(said.get("flags", said.get("Features", "")).split())
+    sets = [name for name in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8") if name in flags]
+    model = said.get("model name", platform.machine())
+    return f"{model} (family {said.get('cpu family')}, model {said.get('model')}; {', '.join(sets) or 'no AVX'})"

@@ -28,20 +28,26 @@ class TorchStages:
         self._reference = Reference.load(checkpoint, head_weights=head_weights, normalization="l2")
         self._tokens = tokens
         self._marks: dict[str, list[float]] = {}
-        model: Any = self._reference.model
+        self._compiled: list[Any] = []
+        model: Any = self._reference._model
         model.language.register_forward_pre_hook(lambda *_: self._mark("first_layer"))
         model.language.layers[1].register_forward_pre_hook(lambda *_: self._mark("decoder"))
         model.lm_head.register_forward_hook(lambda *_: self._mark("end"))
 
-    def compile(self) -> None:
-        """Compile every language layer and vision block with torch.compile's defaults, for any number of tokens.
+    def use(self, variant: str) -> None:
+        """Run as "eager", "sdpa" or "compiled" from now on: transformers' attention functions, or SDPA's and compiled.
 
-        forward alone, since the clock is read in hooks around it.
+        Compiled is every language layer and vision block, with torch.compile's defaults and for any number of tokens;
+        its forward alone, since the clock is read in hooks around it.
         """
         torch._dynamo.config.recompile_limit = _RECOMPILE_LIMIT
-        model: Any = self._reference.model
-        for layer in (*model.language.layers, *model._vision.visual.blocks):
-            layer.forward = torch.compile(layer.forward, dynamic=True)
+        model: Any = self._reference._model
+        model._vision.set_attn_implementation("eager" if variant == "eager" else "sdpa")
+        layers = (*model.language.layers, *model._vision.visual.blocks)
+        if not self._compiled:
+            self._compiled = [torch.compile(layer.forward, dynamic=True) for layer in layers]
+        for layer, compiled in zip(layers, self._compiled, strict=True):
+            layer.forward = compiled if variant == "compiled" else type(layer).forward.__get__(layer)
 
     def run(self, inputs: ModelInputs, keep_ratio: float, max_new_tokens: int) -> Times:
         """Answer a prompt; the stages' milliseconds."""

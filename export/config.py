@@ -40,11 +40,11 @@ class ModelConfig:
 class Section:
     """A section of config.json, whose content is `values`; what cannot be used is refused with a CheckpointError."""
 
-    def __init__(self, values: object, name: str = "") -> None:
+    def __init__(self, values: object, name: str = "", file: str = "config.json") -> None:
         if not isinstance(values, Mapping):
-            raise CheckpointError(f"config.json: {name}: got {repr(values)[:_SHOWN]}, expected a JSON object")
+            raise CheckpointError(f"{file}: {name}: got {repr(values)[:_SHOWN]}, expected a JSON object")
         self.values: Mapping[str, Any] = values
-        self._where = f"{name}." if name else ""
+        self._where = f"{file}: {name}." if name else f"{file}: "
 
     def get(self, key: str, default: object = None) -> Any:  # noqa: ANN401 - JSON
         """The unchecked value under a key."""
@@ -74,7 +74,7 @@ class Section:
         """The error of a value that is missing or cannot be used."""
         got = self.get(key)
         shown = "nothing" if got is None else repr(got)[:_SHOWN]
-        return CheckpointError(f"config.json: {self._where}{key}: got {shown}, expected {expected}")
+        return CheckpointError(f"{self._where}{key}: got {shown}, expected {expected}")
 
 
 def is_integer(value: object) -> TypeGuard[int]:
@@ -153,22 +153,28 @@ def special_tokens(
     text = Section(config.get("text_config") or {}, "text_config").values
     vocab_size = text_section(config).integer("vocab_size")
 
-    def checked(key: str, token: object) -> int:
+    def checked(key: str, token: object, source: Mapping[str, Any]) -> int:
         if not is_integer(token) or not 0 <= token < vocab_size:
-            raise Section({key: token}).wrong(key, f"a token id below vocab_size {vocab_size}")
+            file = {id(generation): "generation_config.json", id(added_tokens): "tokenizer.json"}.get(id(source))
+            raise Section({key: token}, file=file or "config.json").wrong(
+                key, f"a token id below vocab_size {vocab_size}"
+            )
         return token
 
     def first(key: str, spelling: str, *sources: Mapping[str, Any]) -> int | None:
-        found = [source[key] for source in sources if source.get(key) is not None]
-        token = found[0] if found else added_tokens.get(spelling)
-        return None if token is None else checked(key, token)
+        source = next((source for source in sources if source.get(key) is not None), added_tokens)
+        token = added_tokens.get(spelling) if source is added_tokens else source[key]
+        return None if token is None else checked(key, token, source)
 
     spelt = {**spellings, **_IM_TOKENS}
     named = {name: first(f"{name}_token_id", spelling, config, text) for name, spelling in spelt.items()}
     pad = first("pad_token_id", "<|endoftext|>", generation, config, text)
-    found = [source.get("eos_token_id") for source in (generation, config, text)]
-    ends = [token for value in found if value is not None for token in (value if isinstance(value, list) else [value])]
-    return SpecialTokens(**named, pad=pad, eos=tuple(dict.fromkeys(checked("eos_token_id", token) for token in ends)))
+    ends = []
+    for source in (generation, config, text):
+        value = source.get("eos_token_id")
+        listed = value if isinstance(value, list) else [] if value is None else [value]
+        ends += [checked("eos_token_id", token, source) for token in listed]
+    return SpecialTokens(**named, pad=pad, eos=tuple(dict.fromkeys(ends)))
 
 
 def _rope(text: Section, head_dim: int, *, mrope: bool) -> tuple[float, tuple[int, ...]]:

@@ -10,13 +10,14 @@ from typing import Any
 
 from hawk_trt.errors import InvalidInput
 
-SHAPES = ("qwen2.5-vl-3b", "qwen2.5-vl-7b", "qwen2.5-vl-32b", "qwen2.5-vl-72b")
+SHAPES = ("qwen2.5-vl-3b", "qwen2.5-vl-7b", "qwen2.5-vl-32b", "qwen2.5-vl-72b", "qwen3-vl-2b")
 
 
 def shape_config(shape: str, layers: int | None = None, vision_layers: int | None = None) -> dict[str, Any]:
     """config.json of a released model, with fewer layers where asked for.
 
-    The last of fewer vision layers attends over whole frames, as the last of all does.
+    The last of fewer vision layers attends over whole frames, as the last of all does. Where none is left that feeds
+    DeepStack, the first does.
 
     Args:
         shape: one of SHAPES.
@@ -39,6 +40,10 @@ def shape_config(shape: str, layers: int | None = None, vision_layers: int | Non
             raise InvalidInput(f"{name}: got {got}, expected {least} to {part[key]}, as many as {shape} has")
         part[key] = got or part[key]
     depth = vision["depth"]
-    whole = [index for index in vision["fullatt_block_indexes"] if index < depth]
-    vision["fullatt_block_indexes"] = sorted({*whole, depth - 1})
+    for key in {"fullatt_block_indexes", "deepstack_visual_indexes"} & vision.keys():
+        vision[key] = [index for index in vision[key] if index < depth]
+    if "fullatt_block_indexes" in vision:
+        vision["fullatt_block_indexes"] = sorted({*vision["fullatt_block_indexes"], depth - 1})
+    elif not vision["deepstack_visual_indexes"]:
+        vision["deepstack_visual_indexes"] = [0]
     return config

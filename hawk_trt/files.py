@@ -8,6 +8,7 @@ staged            a folder: made beside its destination as .NAME.partial-PID, th
                   left is removed by the next.
 """
 
+import codecs
 import ctypes
 import errno
 import hashlib
@@ -40,7 +41,7 @@ def read_json(path: Path, kind: type[_T], error: type[HawkError], advice: str = 
 
 
 def read_bytes(path: Path, error: type[HawkError], advice: str = "") -> bytes:
-    """A file of text that others may have written.
+    """A file of text that others may have written, without the byte order mark that some editors put in front.
 
     Raises:
         HawkError: of the type `error`: it cannot be read, or is larger than any such file.
@@ -54,7 +55,7 @@ def read_bytes(path: Path, error: type[HawkError], advice: str = "") -> bytes:
         raise error(f"{path}: cannot be read ({problem.strerror or problem}). {advice}".rstrip(". ")) from problem
     if content.startswith(LFS_POINTER):
         raise error(f"{path}: {LFS_ADVICE}")
-    return content
+    return content.removeprefix(codecs.BOM_UTF8)
 
 
 def parse_json(content: bytes | str, kind: type[_T], name: str, error: type[HawkError], advice: str = "") -> _T:

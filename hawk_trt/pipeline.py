@@ -9,6 +9,7 @@ decode    one token a row at a time   -> until a stop token, a stop string or ma
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -105,6 +106,8 @@ class Pipeline:
             BundleError: nothing to load there, damaged files, or none of the target or for this machine.
             BackendError: a device that cannot be used here, or a runtime that is not installed.
         """
+        if not isinstance(path, str | PathLike):
+            raise InvalidInput(f"path: got {type(path).__name__}, expected the folder of a bundle or of engines")
         bundle, backend = load_backend(Path(path), device, target, threads, verify=verify)
         return cls(bundle, backend, vision_cache_mb)
 
@@ -237,6 +240,9 @@ class Pipeline:
             "", (), (), pruning, max_new_tokens, sampling, stop, ignore_eos, return_logits,
             logprobs, skip_special_tokens, min_pixels=min_pixels, max_pixels=max_pixels,
         )  # fmt: skip
+        if isinstance(requests, str | bytes) or not isinstance(requests, Sequence):
+            got = type(requests).__name__
+            raise InvalidInput(f"requests: got {got}, expected a list of prompts; one prompt alone: generate")
         scheduler = self._scheduler()
         sequences = []
         for number, entry in enumerate(requests):

@@ -4,8 +4,9 @@ All are values: frozen, compared by content, the two configs checked at construc
 """
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from numbers import Integral
 from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -36,6 +37,18 @@ QUERIES = ("paper", "turn")
 QUOTAS = ("global", "per-image", "per-frame")
 _LARGEST_WEIGHT = 1e30  # scores are sums of weights in float32, and must stay far below the 3e38 that keeps text tokens
 _SMALLEST_WEIGHT = 1e-30  # below, float32 or a GPU makes scores of 0
+# Least, most, and whether the least itself is refused.
+_RANGES = {
+    "keep_ratio": (0.0, 1.0, True),
+    "keep_mass": (0.0, 1.0, True),
+    "diversity": (0.0, 1.0, False),
+    "temperature": (0.0, math.inf, False),
+    "top_p": (0.0, 1.0, True),
+    "min_p": (0.0, 1.0, False),
+    "repetition_penalty": (0.01, 100.0, False),  # float32 holds the logits
+    "presence_penalty": (-2.0, 2.0, False),
+    "frequency_penalty": (-2.0, 2.0, False),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +84,7 @@ class PruningConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check_number("keep_ratio", self.keep_ratio, 0.0, 1.0, above=True)
+        _check_numbers(self)
         _check_integer("min_visual_tokens", self.min_visual_tokens, 1)
         for name, value, allowed in (
             ("selector", self.selector, SELECTORS),
@@ -85,9 +98,6 @@ class PruningConfig:
             if self.selector in EQUAL_HEADS:
                 raise InvalidInput(f"head_weights: selector {self.selector!r} weighs all heads alike; leave them out")
         _check_integer("seed", self.seed, 0)
-        if self.keep_mass is not None:
-            _check_number("keep_mass", self.keep_mass, 0.0, 1.0, above=True)
-        _check_number("diversity", self.diversity, 0.0, 1.0)
         if (self.keep_mass is not None or self.diversity) and self.selector not in SCORED:
             name = "diversity" if self.keep_mass is None else "keep_mass"
             raise InvalidInput(
@@ -123,24 +133,19 @@ class SamplingConfig:
     logit_bias: "Mapping[int, float] | Sequence[tuple[int, float]]" = ()
 
     def __post_init__(self) -> None:
-        _check_number("temperature", self.temperature, 0.0)
-        _check_number("top_p", self.top_p, 0.0, 1.0, above=True)
+        _check_numbers(self)
         _check_integer("top_k", self.top_k, 0)
         if self.seed is not None:
             _check_integer("seed", self.seed, 0)
-        _check_number("min_p", self.min_p, 0.0, 1.0)
-        _check_number("repetition_penalty", self.repetition_penalty, 0.01, 100.0)  # float32 holds the logits
-        _check_number("presence_penalty", self.presence_penalty, -2.0, 2.0)
-        _check_number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         try:
             biases = dict(self.logit_bias)
         except (TypeError, ValueError):
             got = repr(self.logit_bias)[:60]
             raise InvalidInput(f"logit_bias: got {got}, expected a mapping of token id to bias") from None
-        object.__setattr__(self, "logit_bias", tuple(sorted(biases.items())))
         for token, bias in biases.items():
             _check_integer("logit_bias", token, 0)
-            _check_number("logit_bias", bias, -100.0, 100.0)
+            biases[token] = _number("logit_bias", bias, -100.0, 100.0)
+        object.__setattr__(self, "logit_bias", tuple(sorted(biases.items())))
 
     @property
     def greedy(self) -> bool:
@@ -192,17 +197,27 @@ def check_head_weights(weights: Sequence[float], num_heads: int | None = None) -
     return values
 
 
-def _check_number(name: str, value: object, least: float, most: float = math.inf, *, above: bool = False) -> None:
-    """Refuse what is no finite number from least (with `above`: from above it) to most."""
+def _check_numbers(config: "PruningConfig | SamplingConfig") -> None:
+    """Check every number of a config that has a range; numpy's become Python's."""
+    for entry in fields(config):
+        value = getattr(config, entry.name)
+        if entry.name in _RANGES and not value is entry.default is None:
+            object.__setattr__(config, entry.name, _number(entry.name, value, *_RANGES[entry.name]))
+
+
+def _number(name: str, value: object, least: float, most: float, above: bool = False) -> float:
+    """A finite number from least (with `above`: from above it) to most, or InvalidInput."""
+    if isinstance(value, np.floating):
+        value = float(str(value))  # float32's 0.2 is a little more than 0.2, and would keep a token more
     if (
         isinstance(value, bool)
-        or not isinstance(value, int | float)
-        or not math.isfinite(value)
-        or not least <= value <= most
+        or not isinstance(value, int | float | np.integer)
+        or not least <= value <= min(most, sys.float_info.max)
         or (above and value == least)
     ):
         bounds = f"in {'(' if above else '['}{least:g}, {most:g}]" if math.isfinite(most) else f"of at least {least:g}"
         raise InvalidInput(f"{name}: got {value!r}, expected a number {bounds}")
+    return int(value) if isinstance(value, np.integer) else value
 
 
 def _check_integer(name: str, value: object, least: int) -> None:

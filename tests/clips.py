@@ -7,13 +7,12 @@ import numpy as np
 
 from hawk_trt.inputs import video as videos
 from hawk_trt.inputs.messages import VisualItem
-from hawk_trt.models.qwen_patches import sample_indices
 
 BITS = 10
 
 
 def load_video(source, **options):
-    return videos.load_video(VisualItem("video", source, **options), sample_indices)
+    return videos.load_video(VisualItem("video", source, **options))
 
 
 def numbered(number):

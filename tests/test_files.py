@@ -34,6 +34,11 @@ def test_json_within_the_bounds_is_read(tmp_path):
     assert parse_json("[1, 2]", list[int], "a.json", CheckpointError) == [1, 2]
 
 
+def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path):
+    (tmp_path / "config.json").write_text('{"a": 1}', encoding="utf-8-sig")
+    assert read_json(tmp_path / "config.json", Object, CheckpointError) == {"a": 1}
+
+
 def test_a_file_that_is_not_there_or_too_large_is_refused_before_it_is_read(tmp_path, monkeypatch):
     with pytest.raises(BundleError, match=r"a\.json: cannot be read \(No such file"):
         read_json(tmp_path / "a.json", Object, BundleError)

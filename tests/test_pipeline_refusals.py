@@ -117,6 +117,15 @@ def test_a_value_of_another_type_is_refused_where_it_is_given(make, message):
         make()
 
 
+def test_what_is_no_list_of_prompts_or_no_path_is_called_so(tiny_bundle):
+    with pytest.raises(InvalidInput, match="path: got NoneType, expected the folder of a bundle"):
+        Pipeline.load(None)
+    with Pipeline.load(tiny_bundle) as pipe:
+        for wrong in ("hi", b"hi", None, Request("hi"), {"prompt": "hi"}):
+            with pytest.raises(InvalidInput, match=r"requests: got .*, expected a list of prompts"):
+                pipe.generate_batch(wrong)
+
+
 def test_a_checkpoint_in_the_place_of_a_bundle_is_to_be_exported(tiny_checkpoint):
     with pytest.raises(
         BundleError, match=f"Make one: hawk-trt export {tiny_checkpoint} --out {tiny_checkpoint}-bundle"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from hawk_trt.errors import BackendError, BundleError, InvalidInput
-from hawk_trt.request import Request, SamplingConfig
+from hawk_trt.request import PruningConfig, Request, SamplingConfig
 from hawk_trt.runtime.sampling import Sampler, checkpoint_sampling
 
 LOGITS = np.log(
@@ -259,3 +259,13 @@ def test_numpys_integers_are_integers():
     assert SamplingConfig(seed=np.int64(3)).seed == 3
     with pytest.raises(InvalidInput, match="at least 1"):
         Request("hi", max_new_tokens=np.int64(0))
+
+
+def test_numpys_numbers_are_numbers():
+    assert PruningConfig(np.float32(0.2)) == PruningConfig(0.2)  # as it is written, not a little more
+    assert PruningConfig(np.int64(1), keep_mass=np.float16(0.5)) == PruningConfig(1, keep_mass=0.5)
+    config = SamplingConfig(np.float32(0.7), logit_bias={3: np.float32(2.5)})
+    assert (config.temperature, config.logit_bias) == (0.7, ((3, 2.5),))
+    for wrong in (np.float32("nan"), np.float32(1.5), np.array(0.2), "0.2", True, 10**400):
+        with pytest.raises(InvalidInput, match="keep_ratio: got"):
+            PruningConfig(wrong)

@@ -1,15 +1,16 @@
-"""Peers beside hawk_trt on the same weights, image, prompt and number of threads: `make bench-peers`.
+"""Peers beside hawk_trt on the same weights, images, prompt and number of threads: `make bench-peers`.
 
 Each runs in a process and an environment of its own (`make peers` makes them), all of them at the same time, and they
-answer in turn, round by round. Out: versions, a table of medians, how many times longer each takes than hawk_trt with
-as many tokens kept, and the peak memory of each process. A peer that cannot run is a row that says why. On a busy
-machine look at the CPU time, with one thread.
+answer in turn, round by round. Out: the processor, versions, and a table for each model and number of visual tokens:
+medians, and how many times as long each takes as hawk_trt in float32 with as many tokens kept. A peer that cannot run
+is a row that says why. On a busy machine look at the processor time.
 """
 
 import argparse
 import os
 import statistics
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,13 +21,12 @@ from benchmarks.peers.environments import PLACE
 from benchmarks.peers.process import PEERS, Process, Setting
 from benchmarks.peers.worker import Answer, Ask
 from benchmarks.random_model import cut_config, make_model
-from benchmarks.timing import load
+from benchmarks.timing import load, processor_name
 from export.writer import ExportOptions, export
-from hawk_trt import Pipeline
+from hawk_trt.bundle import Bundle, WeightFormat
 
 PROMPT = "What is in this picture?"
-COLUMNS = {"first_token_ms": "first token", "token_ms": "a later token", "total_ms": "in all", "cpu_ms": "CPU time"}
-_WARM_UP = 2  # the second still compiles, for a cache of another length
+COLUMNS = {"first_token_ms": "first token", "token_ms": "later token", "total_ms": "in all", "cpu_ms": "processor time"}
 
 
 @dataclass(frozen=True)
@@ -36,89 +36,124 @@ class Row:
     Attributes:
         title: what it is called.
         peer: who answers.
-        base: the row that it is held against.
-        keep_ratio: of the visual tokens.
-        text: ask a prompt of text alone.
+        keep_ratio: of the visual tokens; the row is held against hawk_trt's in float32 with as many kept.
+        variant: of the peer.
     """
 
     title: str
     peer: str
-    base: str
     keep_ratio: float = 1.0
-    text: bool = False
+    variant: str = ""
 
 
 ROWS = (
-    Row("hawk_trt", "hawk_trt", "hawk_trt"),
-    Row("transformers", "transformers", "hawk_trt"),
-    Row("transformers, compiled", "transformers, compiled", "hawk_trt"),
-    Row("OpenVINO GenAI", "OpenVINO GenAI", "hawk_trt"),
-    Row("hawk_trt, 20 %", "hawk_trt", "hawk_trt, 20 %", 0.2),
-    Row("transformers with HAWK, 20 %", "transformers", "hawk_trt, 20 %", 0.2),
-    Row("OpenVINO GenAI, CDPruner, 20 %", "OpenVINO GenAI", "hawk_trt, 20 %", 0.2),
-    Row("hawk_trt, text alone", "hawk_trt", "hawk_trt, text alone", text=True),
-    Row("onnxruntime-genai, text alone", "onnxruntime-genai", "hawk_trt, text alone", text=True),
+    Row("hawk_trt", "hawk_trt"),
+    Row("hawk_trt, int8", "hawk_trt, int8"),
+    Row("transformers, eager", "transformers", variant="eager"),
+    Row("transformers, SDPA", "transformers", variant="sdpa"),
+    Row("transformers, SDPA, compiled", "transformers", variant="compiled"),
+    Row("OpenVINO GenAI", "OpenVINO GenAI"),
+    Row("OpenVINO GenAI, int8, its defaults", "OpenVINO GenAI, int8, defaults"),
+    Row("onnxruntime-genai", "onnxruntime-genai"),
+    Row("hawk_trt, 20 %", "hawk_trt", 0.2),
+    Row("hawk_trt, int8, 20 %", "hawk_trt, int8", 0.2),
+    Row("transformers, SDPA, with HAWK, 20 %", "transformers", 0.2, "sdpa"),
+    Row("OpenVINO, CDPruner, split, 20 %", "OpenVINO GenAI", 0.2),
+    Row("OpenVINO, CDPruner, whole, 20 %", "OpenVINO GenAI, whole kernel", 0.2),
+    Row("OpenVINO, int8, defaults, split, 20 %", "OpenVINO GenAI, int8, defaults", 0.2),
 )
 
 
-def prepare(args: argparse.Namespace) -> tuple[Setting, list[int]]:
-    """What all peers get, and the tokens of a text as long as the prompt."""
+def prepare(args: argparse.Namespace, shape: str) -> Path:
+    """The folder of a model with the bundles; the other peers' models come beside them."""
     if args.checkpoint is None:
-        models = args.out / f"3b-{args.layers}-layers"
-        make_model(models, cut_config("qwen2.5-vl-3b", args.layers, vision_layers=2))
+        models: Path = args.out / f"{shape}-{args.layers}-{args.vision_layers}"
+        checkpoint, _ = make_model(models, cut_config(shape, args.layers, args.vision_layers))
     else:
-        models = args.out / args.checkpoint.resolve().name
+        models, checkpoint = args.out / args.checkpoint.resolve().name, args.checkpoint.resolve()
         models.mkdir(parents=True, exist_ok=True)
         if not (models / "checkpoint").exists():
-            (models / "checkpoint").symlink_to(args.checkpoint.resolve())
-        export(args.checkpoint, models / "bundle", ExportOptions())
-    image = args.image
-    if image is None:
-        image = models / f"noise-{args.side}.png"
-        noise = np.random.default_rng(0).integers(0, 256, (args.side, args.side, 3), dtype=np.uint8)
-        Image.fromarray(noise).save(image)
-    with Pipeline.load(models / "bundle") as pipe:
-        num_tokens = np.size(pipe.prepare(PROMPT, [image]).input_ids)
-    text_ids = np.random.default_rng(0).integers(0, 400, num_tokens).tolist()
-    return Setting(models, args.environments.absolute(), image, PROMPT, args.threads), text_ids
+            (models / "checkpoint").symlink_to(checkpoint)
+        export(checkpoint, models / "bundle", ExportOptions())
+    export(checkpoint, models / "bundle-int8", ExportOptions(weights=WeightFormat(8, 64)))
+    return models
+
+
+def noise(models: Path, num_visual: int) -> Path:
+    """A square noise image of about so many visual tokens."""
+    side = round(num_visual**0.5) * Bundle.load(models / "bundle").manifest.vision.token_side
+    path = models / f"noise-{side}.png"
+    pixels = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def measure(
+    processes: dict[str, Process], rows: list[Row], image: Path, args: argparse.Namespace, until: float
+) -> dict[str, list[Answer]]:
+    """The answers of every row, in rounds, until the time is over."""
+    answers: dict[str, list[Answer]] = {row.title: [] for row in rows}
+    for number in range(args.warm_up + args.rounds):
+        if number > args.warm_up and time.monotonic() > until:
+            break
+        for row in rows:
+            ask = Ask(str(image), PROMPT, row.keep_ratio, args.max_new_tokens, row.variant)
+            answer = processes[row.peer].ask(ask)
+            if answer is not None and number >= args.warm_up:
+                answers[row.title].append(answer)
+            print(".", end="", file=sys.stderr, flush=True)
+    return answers
 
 
 def main() -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, help="(default: random weights of the 3B's width)")
-    parser.add_argument("--layers", type=int, default=3, help="of random weights (default: %(default)s)")
-    parser.add_argument("--image", type=Path, help="(default: noise)")
-    parser.add_argument("--side", type=int, default=560, help="of the noise, in pixels (default: %(default)s)")
-    parser.add_argument("--max-new-tokens", type=int, default=32, help="(default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="after two to warm up (default: %(default)s)")
+    parser.add_argument("--checkpoint", type=Path, help="one model (default: random weights of the shapes)")
+    parser.add_argument("--shapes", nargs="*", default=["qwen2.5-vl-3b", "qwen3-vl-2b"], help="(default: %(default)s)")
+    parser.add_argument("--layers", type=int, default=2, help="of random weights (default: %(default)s)")
+    parser.add_argument("--vision-layers", type=int, default=2, help="of random weights (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, nargs="*", default=[430, 1296], help="visual ones (default: %(default)s)")
+    parser.add_argument("--rows", nargs="*", help="those whose titles hold one of these (default: all)")
+    parser.add_argument("--max-new-tokens", type=int, default=16, help="(default: %(default)s)")
+    parser.add_argument("--warm-up", type=int, default=1, help="rounds before those that count (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="at most (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=10.0, help="begin no round afterwards (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each peer (default: %(default)s)")
+    parser.add_argument("--prepare-only", action="store_true", help="make and convert the models")
     parser.add_argument("--out", type=Path, default=PLACE / "models", help="(default: %(default)s)")
     parser.add_argument("--environments", type=Path, default=PLACE, help="(default: %(default)s)")
     args = parser.parse_args()
-    args.out, args.image = args.out.absolute(), args.image and args.image.absolute()
-    setting, text_ids = prepare(args)
-    processes = {peer.name: Process(peer, setting) for peer in PEERS}
-    answers: dict[str, list[Answer]] = {row.title: [] for row in ROWS}
-    for number in range(_WARM_UP + args.rounds):
-        for row in ROWS:
-            ask = Ask(row.keep_ratio, args.max_new_tokens, text_ids if row.text else None)
-            answer = processes[row.peer].ask(ask)
-            if answer is not None and number >= _WARM_UP:
-                answers[row.title].append(answer)
-            print(".", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
-    for name, process in processes.items():
-        versions = ", ".join(f"{package} {version}" for package, version in process.versions.items())
-        print(f"{name}: {process.failure or versions}; peak resident memory (VmHWM) {process.stop():,.0f} MB")
-    print(f"{len(text_ids)} tokens, {args.threads} threads, {load()}, medians of {args.rounds} rounds")
-    print(
-        f"ms for {args.max_new_tokens} tokens; in brackets how many times as long as hawk_trt with as many tokens kept"
-    )
-    print(f"{'':32s}" + "".join(f"{head:>20s}" for head in COLUMNS.values()) + "  answer")
-    for row in ROWS:
-        print(f"{row.title:32s}" + _cells(answers[row.title], answers[row.base], processes[row.peer].failure))
-    return int(not answers["hawk_trt"])
+    args.out = args.out.absolute()
+    shapes = args.shapes if args.checkpoint is None else [args.checkpoint.name]
+    rows = [row for row in ROWS if not args.rows or any(part in row.title for part in ["hawk_trt", *args.rows])]
+    cases = [(shape, prepare(args, shape)) for shape in shapes]
+    begun, done = time.monotonic(), 0
+    complete = True
+    print(f"{processor_name()}, {args.threads} threads; {args.layers} language and {args.vision_layers} vision layers")
+    print(f"ms for {args.max_new_tokens} tokens; in brackets how many times as long as hawk_trt with as many kept")
+    for shape, models in cases:
+        setting = Setting(models, args.environments.absolute(), args.threads)
+        processes = {peer.name: Process(peer, setting) for peer in PEERS if peer.name in {row.peer for row in rows}}
+        if not args.prepare_only:
+            for num_visual in args.tokens:
+                done += 1
+                share = done / (len(cases) * len(args.tokens))
+                answers = measure(processes, rows, noise(models, num_visual), args, begun + 60 * args.minutes * share)
+                print(file=sys.stderr)
+                _print(f"{shape}, {num_visual} visual tokens", rows, answers, processes)
+                complete &= bool(answers["hawk_trt"])
+        for name, process in processes.items():
+            versions = ", ".join(f"{package} {version}" for package, version in process.versions.items())
+            print(f"{name}: {process.failure or versions}; peak resident memory (VmHWM) {process.stop():,.0f} MB")
+    return int(not complete and not args.prepare_only)
+
+
+def _print(title: str, rows: list[Row], answers: dict[str, list[Answer]], processes: dict[str, Process]) -> None:
+    print(f"\n{title}, medians of {len(answers['hawk_trt'])} rounds, {load()}")
+    print(f"{'':40s}" + "".join(f"{head:>20s}" for head in COLUMNS.values()) + "  answer")
+    for row in rows:
+        base = answers["hawk_trt" if row.keep_ratio == 1.0 else "hawk_trt, 20 %"]
+        print(f"{row.title:40s}" + _cells(answers[row.title], base, processes[row.peer].failure), flush=True)
 
 
 def _cells(answers: list[Answer], base: list[Answer], failure: str | None) -> str:
@@ -129,8 +164,7 @@ def _cells(answers: list[Answer], base: list[Answer], failure: str | None) -> st
         times = [getattr(answer, key) for answer in answers]
         ratio = statistics.median(time / getattr(ours, key) for time, ours in zip(times, base, strict=True))
         line += f"{f'{statistics.median(times):,.1f} ({ratio:.2f}x)':>20s}"
-    text, ours = answers[0].text, base[0].text
-    return f"{line}  {'-' if not text + ours else 'the same' if text == ours else 'another'}"
+    return f"{line}  {'the same' if answers[0].text == base[0].text else 'another'}"
 
 
 if __name__ == "__main__":

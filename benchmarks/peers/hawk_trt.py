@@ -1,9 +1,7 @@
 """hawk_trt in ONNX Runtime, over a bundle."""
 
-import numpy as np
-
 from benchmarks.peers.worker import Answer, Ask, arguments, serve
-from hawk_trt import ModelInputs, Pipeline, PruningConfig
+from hawk_trt import Pipeline, PruningConfig
 
 
 def main() -> None:
@@ -12,21 +10,16 @@ def main() -> None:
     pipe = Pipeline.load(args.model, threads=args.threads, vision_cache_mb=0)
 
     def answer(ask: Ask) -> Answer:
-        text = ask.text_ids is not None
         result = pipe.generate(
-            ModelInputs(np.array(ask.text_ids)) if text else args.prompt,
-            images=[] if text else [args.image],
+            ask.prompt,
+            images=[ask.image],
             pruning=PruningConfig(ask.keep_ratio),
             max_new_tokens=ask.max_new_tokens,
             ignore_eos=True,
         )
-        times, tokens = result.timings, result.token_ids
-        return Answer(
-            first_token_ms=1e3 * (times.total - times.decode),
-            token_ms=1e3 * times.decode / max(len(tokens) - 1, 1),
-            num_tokens=len(tokens),
-            text=" ".join(map(str, tokens)) if text else result.text or "",
-        )
+        times, tokens = result.timings, len(result.token_ids)
+        first, later = 1e3 * (times.total - times.decode), 1e3 * times.decode / max(tokens - 1, 1)
+        return Answer(first, later, tokens, result.text or "")
 
     serve(("onnxruntime",), answer)
 

@@ -3,7 +3,8 @@
 import json
 import os
 import subprocess
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from benchmarks.peers.worker import Answer, Ask
@@ -20,27 +21,34 @@ class Peer:
         module: of benchmarks.peers that it runs.
         environment: folder of its virtual environment, below those of all.
         model: folder that it loads, below the models' own.
-        compiled: whether to pass --compiled.
+        defaults: leave the precision of the arithmetic to the peer.
+        variables: of the process's environment.
     """
 
     name: str
     module: str
     environment: str
     model: str = "bundle"
-    compiled: bool = False
+    defaults: bool = False
+    variables: Mapping[str, str] = field(default_factory=dict)
 
 
+_OPENVINO = ("openvino", "openvino")
 PEERS = (
     Peer("hawk_trt", "hawk_trt", "hawk_trt"),
+    Peer("hawk_trt, int8", "hawk_trt", "hawk_trt", "bundle-int8"),
     Peer("transformers", "transformers", "transformers"),
-    Peer("transformers, compiled", "transformers", "transformers", compiled=True),
-    Peer("OpenVINO GenAI", "openvino", "openvino", "openvino"),
+    Peer("OpenVINO GenAI", *_OPENVINO, "openvino"),
+    Peer("OpenVINO GenAI, whole kernel", *_OPENVINO, "openvino", variables={"CDPRUNER_SPLIT_THRESHOLD": "0"}),
+    Peer("OpenVINO GenAI, int8, defaults", *_OPENVINO, "openvino-int8", defaults=True),
     Peer("onnxruntime-genai", "onnxruntime_genai", "onnxruntime-genai", "genai"),
 )
 # What turns the checkpoint into the model of a peer: a command of its environment.
+_OPTIMUM = "bin/optimum-cli export openvino -m {checkpoint} --task image-text-to-text --weight-format"
 _CONVERSIONS = {
-    "openvino": "bin/optimum-cli export openvino -m {checkpoint} --task image-text-to-text --weight-format fp32 {out}",
-    "genai": "bin/python -m onnxruntime_genai.models.builder -i {checkpoint} -o {out} -p fp32 -e cpu -c {out}-cache",
+    "openvino": f"{_OPTIMUM} fp32 {{out}}",
+    "openvino-int8": f"{_OPTIMUM} int8 {{out}}",
+    "genai": "bin/python -m benchmarks.peers.mobius {checkpoint} {out}",
 }
 
 
@@ -49,16 +57,13 @@ class Setting:
     """What all peers get.
 
     Attributes:
-        models: folder with `checkpoint`, `bundle` and, once converted, the other peers' models.
+        models: folder with `checkpoint`, `bundle`, `bundle-int8` and, once converted, the other peers' models.
         environments: folder of the virtual environments.
-        image, prompt: what is asked.
         threads: of each peer.
     """
 
     models: Path
     environments: Path
-    image: Path
-    prompt: str
     threads: int
 
 
@@ -74,23 +79,27 @@ class Process:
         self.versions: dict[str, str] = {}
         self.failure: str | None = None
         self._popen: subprocess.Popen[str] | None = None
-        log = setting.models / f"{peer.name}.log"
-        environment = setting.environments / peer.environment
+        self._log = setting.models / f"{peer.name}.log"
+        environment, model = setting.environments / peer.environment, setting.models / peer.model
         if not (environment / "bin" / "python").is_file():
             self.failure = f"no environment {environment}: make peers"
             return
-        model = setting.models / peer.model
-        with log.open("w") as err:
+        with self._log.open("w") as err:
             if not _convert(environment, setting.models / "checkpoint", model, err.fileno()):
-                self.failure = f"could not convert the model: {_last_line(log)} ({log})"
+                self.failure = f"could not convert the model: {self._last_line()}"
                 return
-            self._popen = _start(peer, setting, environment, model, err.fileno())
+            command = [str(environment / "bin" / "python"), "-m", f"benchmarks.peers.{peer.module}"]
+            command += ["--model", str(model), "--threads", str(setting.threads), *["--defaults"] * peer.defaults]
+            variables = {"OMP_NUM_THREADS": str(setting.threads), "PYTHONPATH": str(ROOT), **peer.variables}
+            pipe = subprocess.PIPE
+            self._popen = subprocess.Popen(
+                command, stdin=pipe, stdout=pipe, stderr=err, text=True, cwd=ROOT, env=os.environ | variables
+            )
         line = self._read()
         if line:
             self.versions = json.loads(line)
         else:
-            self._fail(f"could not start: {_last_line(log)} ({log})")
-        self._log = log
+            self._fail("could not start")
 
     def ask(self, ask: Ask) -> Answer | None:
         """One answer; None where it does not run, or not any more."""
@@ -99,7 +108,7 @@ class Process:
         print(json.dumps(asdict(ask)), file=self._popen.stdin, flush=True)
         line = self._read()
         if not line:
-            self._fail(f"died: {_last_line(self._log)} ({self._log})")
+            self._fail("died")
             return None
         return Answer(**json.loads(line))
 
@@ -120,31 +129,21 @@ class Process:
     def _fail(self, why: str) -> None:
         assert self._popen is not None
         self._popen.wait()
-        self.failure, self._popen = why, None
+        self.failure, self._popen = f"{why}: {self._last_line()}", None
+
+    def _last_line(self) -> str:
+        """What the peer said last."""
+        lines = [line.strip() for line in self._log.read_text(errors="replace").splitlines() if line.strip()]
+        return f"{lines[-1][:200] if lines else 'it said nothing'} ({self._log.name})"
 
 
 def _convert(environment: Path, checkpoint: Path, out: Path, err: int) -> bool:
     """Make the peer's model where it is not there; a failed try leaves none."""
     if out.is_dir():
         return True
-    partial = out.with_suffix(".partial")
+    partial = out.with_name(f"{out.name}.partial")
     program, *words = (word.format(checkpoint=checkpoint, out=partial) for word in _CONVERSIONS[out.name].split())
     if subprocess.run([environment / program, *words], stdout=err, stderr=err).returncode != 0:
         return False
     partial.rename(out)
     return True
-
-
-def _start(peer: Peer, setting: Setting, environment: Path, model: Path, err: int) -> "subprocess.Popen[str]":
-    command = [str(environment / "bin" / "python"), "-m", f"benchmarks.peers.{peer.module}"]
-    command += ["--model", str(model), "--image", str(setting.image), "--prompt", setting.prompt]
-    command += ["--threads", str(setting.threads), *["--compiled"] * peer.compiled]
-    variables = os.environ | {"OMP_NUM_THREADS": str(setting.threads), "PYTHONPATH": str(ROOT)}
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=err, text=True, cwd=ROOT, env=variables)
-
-
-def _last_line(log: Path) -> str:
-    """What a peer said last."""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1][:200] if lines else "it said nothing"

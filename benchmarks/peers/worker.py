@@ -8,7 +8,6 @@ import argparse
 import json
 import os
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -20,14 +19,18 @@ class Ask:
     """One request.
 
     Attributes:
+        image: path.
+        prompt: the question about it.
         keep_ratio: share of the visual tokens to keep.
         max_new_tokens: to generate, whatever they are.
-        text_ids: a prompt of these tokens and no image; None is the prompt and the image of the command line.
+        variant: of the peer, where it has several in one process.
     """
 
+    image: str
+    prompt: str
     keep_ratio: float
     max_new_tokens: int
-    text_ids: list[int] | None = None
+    variant: str = ""
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,8 @@ class Answer:
         first_token_ms: from prompt and image file to the first token.
         token_ms: of each later token, the mean.
         num_tokens: generated.
-        text: the answer; of a prompt of tokens, its tokens.
-        cpu_ms: CPU time of all threads, from the prompt to the last token.
+        text: the answer.
+        cpu_ms: processor time of all threads and child processes, from the prompt to the last token.
     """
 
     first_token_ms: float
@@ -55,13 +58,11 @@ class Answer:
 
 
 def arguments() -> argparse.Namespace:
-    """What the parent process says: the model's folder, the image, the prompt and how many threads."""
+    """What the parent process says: the model, how many threads, and --defaults for the peer's own precision."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--image", type=Path, required=True)
-    parser.add_argument("--prompt", required=True)
     parser.add_argument("--threads", type=int, required=True)
-    parser.add_argument("--compiled", action="store_true")
+    parser.add_argument("--defaults", action="store_true")
     return parser.parse_args()
 
 
@@ -71,7 +72,7 @@ def serve(packages: tuple[str, ...], answer: Callable[[Ask], Answer]) -> None:
     os.dup2(2, 1)  # what libraries print belongs to stderr
     print(json.dumps({name: metadata.version(name) for name in packages}), file=out, flush=True)
     for line in sys.stdin:
-        started = time.process_time()
+        started = sum(os.times()[:4])
         result = answer(Ask(**json.loads(line)))
-        fields = asdict(result) | {"cpu_ms": 1e3 * (time.process_time() - started)}
+        fields = asdict(result) | {"cpu_ms": 1e3 * (sum(os.times()[:4]) - started)}
         print(json.dumps(fields), file=out, flush=True)

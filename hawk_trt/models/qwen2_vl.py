@@ -27,6 +27,7 @@ from hawk_trt.models.family import (
     check_rgb,
     object_of,
     whole_number,
+    wrong,
 )
 from hawk_trt.models.qwen_patches import (
     FrameBatch,
@@ -84,7 +85,14 @@ class Qwen2VL:
 
     def image_settings(self, preprocessor: Mapping[str, Any]) -> ImageSettings:
         """The pixel bounds are min_pixels and max_pixels, else those of size, by either of its two spellings."""
-        size = object_of(preprocessor, "size")
+        size, vision = object_of(preprocessor, "size"), self.vision
+        for name, own in (
+            ("patch_size", vision.patch_size),
+            ("merge_size", vision.spatial_merge_size),
+            ("temporal_patch_size", vision.temporal_patch_size),
+        ):
+            if preprocessor.get(name) not in (None, own):
+                raise wrong(name, preprocessor[name], f"{own}, as vision_config of config.json has it")
 
         def bound(name: str, edge: str, default: int) -> int:
             found = [value for value in (preprocessor.get(name), size.get(edge), size.get(name)) if value is not None]

@@ -241,8 +241,14 @@ def test_special_tokens_fall_back_to_text_config_and_added_tokens():
 
 @pytest.mark.parametrize("value", [152064, -1, "a", True])
 def test_a_token_id_outside_the_vocabulary_is_refused(value):
-    with pytest.raises(CheckpointError, match=r"eos_token_id.*152064"):
+    with pytest.raises(CheckpointError, match=r"^generation_config\.json: eos_token_id.*152064"):
         read_config(HUB, {"eos_token_id": [value]}, {})
+    with pytest.raises(CheckpointError, match=r"^config\.json: eos_token_id.*152064"):
+        read_config(hub(eos_token_id=value), {"eos_token_id": 3}, {})
+    config = hub()
+    del config["image_token_id"]
+    with pytest.raises(CheckpointError, match=r"^tokenizer\.json: image_token_id.*152064"):
+        read_config(config, {}, {"<|image_pad|>": 200_000})
 
 
 def test_the_family_is_found_by_architecture_and_by_sizes():

@@ -17,7 +17,13 @@ from hawk_trt import ModelInputs, Pipeline, PruningConfig
 from hawk_trt.apps.cli.main import main
 from hawk_trt.errors import InvalidInput
 
-BILLIONS = {"qwen2.5-vl-3b": 3.75, "qwen2.5-vl-7b": 8.29, "qwen2.5-vl-32b": 33.5, "qwen2.5-vl-72b": 73.4}
+BILLIONS = {
+    "qwen2.5-vl-3b": 3.75,
+    "qwen2.5-vl-7b": 8.29,
+    "qwen2.5-vl-32b": 33.5,
+    "qwen2.5-vl-72b": 73.4,
+    "qwen3-vl-2b": 2.13,
+}
 
 
 def small(layers=3):
@@ -48,6 +54,8 @@ def test_fewer_layers_end_with_a_vision_layer_that_sees_whole_frames():
     assert config["text_config"]["num_hidden_layers"] == 2
     assert config["vision_config"]["fullatt_block_indexes"] == [7, 9]
     assert shape_config("qwen2.5-vl-7b")["vision_config"]["fullatt_block_indexes"] == [7, 15, 23, 31]
+    assert shape_config("qwen3-vl-2b", 4, 12)["vision_config"]["deepstack_visual_indexes"] == [5, 11]
+    assert shape_config("qwen3-vl-2b", 2, 2)["vision_config"]["deepstack_visual_indexes"] == [0]
 
 
 @pytest.mark.parametrize(
@@ -132,9 +140,10 @@ def test_wrong_usage_is_refused(arguments, tmp_path, capsys):
 
 
 def test_transformers_reads_the_same_sizes():
-    config_class = pytest.importorskip("transformers").Qwen2_5_VLConfig
+    transformers = pytest.importorskip("transformers")
     for shape in SHAPES:
         ours = shape_config(shape)
+        config_class = transformers.Qwen3VLConfig if "qwen3" in shape else transformers.Qwen2_5_VLConfig
         theirs = config_class.from_dict(ours)
         language = read_config(ours).language
         for name in dataclasses.asdict(language).keys() & {"hidden_size", "num_key_value_heads", "vocab_size"}:

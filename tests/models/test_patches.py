@@ -169,6 +169,8 @@ def test_the_pixel_bounds_are_read_by_every_spelling():
         ({"image_mean": [0.5, 0.5]}, ("image_mean", "[0.5, 0.5]", "three")),
         ({"image_std": [0.5, 0.0, 0.5]}, ("image_std", "above 0")),
         ({"do_resize": False}, ("do_resize", "False")),
+        ({"patch_size": 16}, ("patch_size", "16", "14, as vision_config")),
+        ({"merge_size": 4}, ("merge_size", "4", "2, as vision_config")),
     ],
 )
 def test_unusable_preprocessor_settings_are_refused_by_name(changes, words):
