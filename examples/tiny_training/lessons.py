@@ -7,6 +7,7 @@ Each picture has several questions, packed behind it in one row, so that what it
 
 import json
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from examples.tiny_task import QUESTION_KINDS, Question, Scene
+from examples.tiny_task import QUESTION_KINDS, Question, Sample, Scene
 from examples.tiny_task.glyphs import COLOURS, GLYPHS
 from examples.tiny_task.questions import ask
 from examples.tiny_task.scene import CELL, draw_scene
@@ -118,27 +119,36 @@ class Teacher:
             if hiding and rng.random() < hiding:
                 scenes[i], seen[i] = hide(rng, scene)
         asked = [[_question(rng, scene, kind) for kind in _kinds(rng)] for scene in scenes]
+        return patches, self._packed(asked, torch.from_numpy(seen))
+
+    def alone(self, samples: Sequence[Sample]) -> tuple[Patches, PackedQuestions]:
+        """Pictures of one size, each with its own question."""
+        seen = torch.ones(len(samples), (samples[0].image.shape[0] // CELL) ** 2, dtype=torch.bool)
+        return self._patches(samples), self._packed([[sample] for sample in samples], seen)
+
+    def _packed(self, asked: Sequence[Sequence[Question | Sample]], seen: Tensor) -> PackedQuestions:
         packed = [[self._pack(question) for question in row] for row in asked]
         longest = max(len(ids) for row in packed for ids, _ in row)
-        input_ids = torch.full((len(scenes), QUESTIONS, longest), self._pad)
+        input_ids = torch.full((len(packed), len(packed[0]), longest), self._pad)
         labels = torch.full_like(input_ids, NO_LABEL)
         for i, row in enumerate(packed):
             for j, (ids, answer) in enumerate(row):
                 input_ids[i, j, : len(ids)] = torch.tensor(ids)
                 labels[i, j, len(ids) - 1 - len(answer) : len(ids) - 1] = torch.tensor(answer)
         kinds = torch.tensor([[QUESTION_KINDS.index(question.kind) for question in row] for row in asked])
-        return patches, PackedQuestions(self._before, torch.from_numpy(seen), input_ids, labels, kinds)
+        return PackedQuestions(self._before, seen, input_ids, labels, kinds)
 
-    def _pack(self, question: Question) -> tuple[list[int], list[int]]:
+    def _pack(self, asked: Question | Sample) -> tuple[list[int], list[int]]:
         """Ids of a question with its answer, and of the answer."""
-        answer = self._ids(question.answer + END)
-        return self._ids(ASK + question.text + REPLY) + answer, answer
+        text = asked.text if isinstance(asked, Question) else asked.question
+        answer = self._ids(asked.answer + END)
+        return self._ids(ASK + text + REPLY) + answer, answer
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text).ids
         return ids
 
-    def _patches(self, scenes: list[Scene]) -> Patches:
+    def _patches(self, scenes: Sequence[Scene | Sample]) -> Patches:
         made = self._family.images_to_patches([scene.image for scene in scenes], self._settings)
         return Patches(torch.from_numpy(np.asarray(made.pixel_values)), torch.from_numpy(made.grid_thw))
 

@@ -40,6 +40,12 @@ class _RmsNorm(torch.autograd.Function):
         return torch.addcmul(gradient * weight, normed, mean, value=-1).mul_(scale), of_weight, None
 
 
+def normed(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """X at unit mean square along its last dimension, times the weight."""
+    out: Tensor = _RmsNorm.apply(x, weight, epsilon)
+    return out
+
+
 class Network:
     """Runs a model's weights.
 
@@ -67,7 +73,7 @@ class Network:
         for number, block in enumerate(tower.blocks):
             y = self._norm(block.norm1, x)
             qkv = self._linear(block.attn.qkv, y).unflatten(-1, (3, block.attn.num_heads, -1))
-            turned = _rotate(qkv[:, :, :2], cos[:, None, None], sin[:, None, None])
+            turned = rotate(qkv[:, :, :2], cos[:, None, None], sin[:, None, None])
             parts = [*turned.unbind(2), qkv[:, :, 2]]
             whole = number in tower.fullatt_block_indexes
             if not whole:
@@ -108,7 +114,7 @@ class Network:
                 self._linear(part, y).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
                 for part in (attention.q_proj, attention.k_proj, attention.v_proj)
             )
-            out = _packed_attention(_rotate(query, cos, sin), _rotate(key, cos, sin), value, bias, segment)
+            out = packed_attention(rotate(query, cos, sin), rotate(key, cos, sin), value, bias, segment)
             x = x + self._linear(attention.o_proj, out)
             x = x + self._gated(layer.mlp, self._norm(layer.post_attention_layernorm, x))
         wanted = packed.labels != NO_LABEL
@@ -122,8 +128,7 @@ class Network:
         return functional.linear(x, self._half(layer.weight), None if layer.bias is None else self._half(layer.bias))
 
     def _norm(self, layer: Any, x: Tensor) -> Tensor:  # noqa: ANN401 - transformers' RMSNorm
-        normed: Tensor = _RmsNorm.apply(x, self._half(layer.weight), layer.variance_epsilon)
-        return normed
+        return normed(x, self._half(layer.weight), layer.variance_epsilon)
 
     def _gated(self, mlp: Any, x: Tensor) -> Tensor:  # noqa: ANN401 - transformers' MLP
         return self._linear(
@@ -143,13 +148,8 @@ class Network:
         return angles.cos().to(self.dtype), angles.sin().to(self.dtype)
 
     def _token_angles(self, num_before: int, num_visual: int, questions: int, segment: int) -> tuple[Tensor, Tensor]:
-        """Cosine and sine [row, head_dim / 2] of mRoPE, each question as if it were the only one."""
-        side = round(num_visual**0.5)
-        before = torch.arange(num_before).expand(3, -1)
-        rows, columns = torch.arange(side).repeat_interleave(side), torch.arange(side).repeat(side)
-        visual = num_before + torch.stack([torch.zeros_like(rows), rows, columns])
-        behind = (num_before + side + torch.arange(segment)).repeat(questions).expand(3, -1)
-        positions = torch.cat([before, visual, behind], dim=1)
+        """Cosine and sine [row, head_dim / 2] of mRoPE."""
+        positions = self._token_positions(num_before, num_visual, questions, segment)
         rope = self._language.config.rope_parameters
         pairs = self._language.layers[0].self_attn.head_dim // 2
         frequencies = rope["rope_theta"] ** -(torch.arange(pairs) / pairs)
@@ -157,14 +157,23 @@ class Network:
         angles = positions[axis].T * frequencies
         return angles.cos().to(self.dtype), angles.sin().to(self.dtype)
 
+    def _token_positions(self, num_before: int, num_visual: int, questions: int, segment: int) -> Tensor:
+        """Time, row and column [3, row], each question as if it were the only one."""
+        side = round(num_visual**0.5)
+        before = torch.arange(num_before).expand(3, -1)
+        rows, columns = torch.arange(side).repeat_interleave(side), torch.arange(side).repeat(side)
+        visual = num_before + torch.stack([torch.zeros_like(rows), rows, columns])
+        behind = (num_before + side + torch.arange(segment)).repeat(questions).expand(3, -1)
+        return torch.cat([before, visual, behind], dim=1)
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the pairs (i, i + half) of the last dimension."""
     left, right = x.chunk(2, dim=-1)
     return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)
 
 
-def _packed_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, segment: int) -> Tensor:
+def packed_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, segment: int) -> Tensor:
     """Causal attention within what all questions see, and of each question to that and to itself.
 
     Args:
@@ -183,7 +192,7 @@ def _packed_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, s
     first, rest = query[:, :, :, :shared], query[:, :, :, shared:]
     key_shared, value_shared = key[:, :, :shared].transpose(-1, -2), value[:, :, :shared]
 
-    scores = (first.flatten(2, 3) @ key_shared).unflatten(2, (groups, shared)) + (_causal(shared, query.dtype) + bias)
+    scores = (first.flatten(2, 3) @ key_shared).unflatten(2, (groups, shared)) + (causal(shared, query.dtype) + bias)
     out_shared = (scores.softmax(-1).flatten(2, 3) @ value_shared).unflatten(2, (groups, shared))
 
     questions = (row - shared) // segment
@@ -192,7 +201,7 @@ def _packed_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, s
         for part in (key, value)
     )
     to_shared = (rest.flatten(2, 3) @ key_shared).unflatten(2, (groups, questions, segment)) + bias[:, :, :, None]
-    to_own = rest.unflatten(3, (questions, segment)) @ own_key.transpose(-1, -2) + _causal(segment, query.dtype)
+    to_own = rest.unflatten(3, (questions, segment)) @ own_key.transpose(-1, -2) + causal(segment, query.dtype)
     weights = torch.cat([to_shared, to_own], dim=-1).softmax(-1)
     on_shared, on_own = weights.split([shared, segment], dim=-1)
     out = (on_shared.flatten(2, 4) @ value_shared).unflatten(2, (groups, row - shared))
@@ -200,6 +209,6 @@ def _packed_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, s
     return torch.cat([out_shared, out], dim=3).flatten(1, 2).transpose(1, 2).flatten(2)
 
 
-def _causal(length: int, dtype: torch.dtype) -> Tensor:
+def causal(length: int, dtype: torch.dtype) -> Tensor:
     """0 where a token sees another, else minus infinity: [length, length]."""
     return torch.full((length, length), float("-inf"), dtype=dtype).triu(1)

@@ -4,10 +4,12 @@ A step depends on the seed, the stage and its number alone, never on how often t
 """
 
 import io
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,10 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW, Muon, Optimizer
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration, Qwen3_5ForConditionalGeneration
 
 from examples.tiny_task import QUESTION_KINDS
 from examples.tiny_training.cell_heads import CellHeads
+from examples.tiny_training.hybrid import HybridNetwork
 from examples.tiny_training.lessons import Teacher
 from examples.tiny_training.network import Network
 from examples.tiny_training.recipe import LARGEST_GRADIENT, LAST_SHARE, WARM_UP, WEIGHT_DECAY, Pictures, Stage
@@ -27,6 +30,11 @@ from hawk_trt.files import write_atomically
 
 _LOG_EVERY, _SAVE_EVERY, _ASK_EVERY = 50, 100, 400
 _HELD_OUT = 1_000_000  # a step that no stage reaches: its pictures are for the log alone
+ARCHITECTURES: dict[str, tuple[Any, type[Network]]] = {
+    "qwen2_5_vl": (Qwen2_5_VLForConditionalGeneration, Network),
+    "qwen3_5": (Qwen3_5ForConditionalGeneration, HybridNetwork),
+}
+_STEP_SIZES = (0.001, 0.1)  # of a gated delta net's first step sizes, the shortest and the longest
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +66,11 @@ class Trainer:
             InvalidInput: the folder holds a run of another seed or recipe.
         """
         torch.manual_seed(seed)
-        config = Qwen2_5_VLConfig.from_pretrained(like, dtype="float32")
-        self.model = Qwen2_5_VLForConditionalGeneration(config)
-        self._network = Network(self.model)
+        config = AutoConfig.from_pretrained(like, dtype="float32")
+        architecture, network = ARCHITECTURES[config.model_type]
+        self.model = architecture(config)
+        _spread_memories(self.model)
+        self._network = network(self.model)
         self._heads = CellHeads(self._network.hidden)
         self._teacher = Teacher(like)
         self._stages = tuple(stages)
@@ -158,7 +168,7 @@ class Trainer:
         muon, decayed, plain = list[nn.Parameter](), list[nn.Parameter](), list[nn.Parameter]()
         for part in parts:
             for name, parameter in part.named_parameters():
-                if parameter.dim() < 2 or name.startswith("embed_tokens"):
+                if parameter.dim() < 2 or name.startswith(("embed_tokens", "pos_embed")) or "conv1d" in name:
                     plain.append(parameter)
                 elif stage.trains == "language":
                     muon.append(parameter)
@@ -196,6 +206,18 @@ class Trainer:
         for optimizer, held in zip(self._optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(held)
         self._say(f"{self._path}: going on after step {self._place.step} of {stage.name}")
+
+
+def _spread_memories(model: nn.Module) -> None:
+    """Let each gated delta net begin with heads that forget at once and heads that keep hundreds of tokens.
+
+    transformers begins with all step sizes alike, as a checkpoint overwrites them; most heads would keep two tokens.
+    """
+    shortest, longest = (math.log(size) for size in _STEP_SIZES)
+    for name, parameter in model.named_parameters():
+        if name.endswith("dt_bias"):
+            sizes = torch.empty_like(parameter).uniform_(shortest, longest).exp()
+            parameter.data = sizes.expm1().log()  # whose softplus the sizes are
 
 
 def _share(step: int, stage: Stage) -> float:

@@ -3,6 +3,7 @@
 import hashlib
 import re
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,15 +16,17 @@ from hawk_trt.errors import InvalidInput
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from examples.tiny_task import QUESTION_KINDS  # noqa: E402 - what follows needs torch
+from examples.tiny_task import QUESTION_KINDS, generate  # noqa: E402 - what follows needs torch
 from examples.tiny_task.scene import draw_scene  # noqa: E402
-from examples.tiny_training import accuracy  # noqa: E402
+from examples.tiny_training import accuracy, evidence  # noqa: E402
 from examples.tiny_training.checkpoint import WEIGHTS, write_checkpoint  # noqa: E402
+from examples.tiny_training.hybrid import HybridNetwork  # noqa: E402
 from examples.tiny_training.lessons import NO_LABEL, Teacher, hide  # noqa: E402
 from examples.tiny_training.network import Network  # noqa: E402
 from examples.tiny_training.recipe import STAGES, Pictures, Stage  # noqa: E402
 from examples.tiny_training.trainer import Trainer  # noqa: E402
 
+HYBRID = Path(__file__).parents[2] / "examples" / "tiny-hybrid"
 FEW = (Pictures(112, 2, (2, 3)), Pictures(224, 1, (3, 4)))
 SHORT = (
     Stage("tokens", "vision", 2, FEW, 0.5, 0.0, 1e-3, 0.5),
@@ -97,6 +100,113 @@ def test_what_is_hidden_is_as_if_it_were_pruned(teacher, model):
         kept[ids[0] == image] = packed.seen[picture]
         expected = model(inputs_embeds=embeds[:, kept], position_ids=positions[:, :, kept]).logits[0, -len(segment) :]
         torch.testing.assert_close(rows[picture, 0][asked], expected[asked], rtol=0, atol=2e-4)
+
+
+@pytest.fixture(scope="module")
+def hybrid():
+    """A hybrid of random weights, larger than those that a training begins with."""
+    torch.manual_seed(0)
+    config = transformers.Qwen3_5Config.from_pretrained(HYBRID, dtype="float32")
+    made = transformers.Qwen3_5ForConditionalGeneration(config).eval().requires_grad_(False)
+    for name, parameter in made.named_parameters():
+        if name.endswith("A_log"):
+            parameter.uniform_(-4, 0)
+        else:
+            parameter.add_(torch.randn_like(parameter) * 0.08)
+    return made
+
+
+@pytest.mark.parametrize(("size", "hiding"), [(112, 0.0), (224, 1.0)])
+@torch.no_grad()
+def test_the_hybrid_computes_what_transformers_does_with_tokens_dropped_before_softmax_attention(
+    teacher, hybrid, size, hiding
+):
+    patches, packed = teacher.questions(np.random.default_rng(size), Pictures(size, 2, (4, 9)), 0.5, hiding)
+    network = HybridNetwork(hybrid, torch.float32)
+    visual = network.visual_tokens(patches)
+    logits, wanted = network.answer_logits(visual, packed)
+    rows = torch.zeros(*wanted.shape, logits.shape[-1])
+    rows[wanted] = logits
+    image, language = hybrid.config.image_token_id, hybrid.model.language_model
+    seen_by_tower = hybrid.model.visual(patches.pixel_values, patches.grid_thw).pooler_output.view_as(visual)
+    torch.testing.assert_close(visual, seen_by_tower, rtol=0, atol=2e-4)
+    for picture, question in ((0, 0), (1, 7)):
+        segment, asked = packed.input_ids[picture, question], wanted[picture, question]
+        ids = torch.cat([packed.before, torch.full((visual.shape[1],), image), segment])[None]
+        positions, _ = hybrid.model.get_rope_index(
+            ids, mm_token_type_ids=(ids == image).int(), image_grid_thw=patches.grid_thw[picture : picture + 1]
+        )
+        x = hybrid.get_input_embeddings()(ids)
+        x[ids == image] = visual[picture]
+        kept = torch.ones_like(ids[0], dtype=torch.bool)
+        kept[ids[0] == image] = packed.seen[picture]
+        turns = language.rotary_emb(x, positions)
+        for number, layer in enumerate(language.layers):
+            if number == network.first_full:
+                x, turns = x[:, kept], tuple(part[:, kept] for part in turns)
+                mask = torch.full((x.shape[1], x.shape[1]), float("-inf")).triu(1)[None, None]
+            x = layer(x, turns, attention_mask=mask if layer.block_type == "full_attention" else None)
+        expected = hybrid.lm_head(language.norm(x))[0, -len(segment) :]
+        torch.testing.assert_close(rows[picture, question][asked], expected[asked], rtol=0, atol=2e-4)
+
+
+@torch.no_grad()
+def test_tokens_that_are_dropped_before_layer_0_of_a_hybrid_are_as_if_they_were_not_there(teacher, hybrid):
+    patches, packed = teacher.questions(np.random.default_rng(2), Pictures(112, 1, (3, 4)), 0.0, hiding=1.0)
+    network = HybridNetwork(hybrid, torch.float32)
+    visual = network.visual_tokens(patches)
+    at_softmax, at_0 = (network.answer_logits(visual, packed, first)[0] for first in (None, 0))
+    other = torch.where(packed.seen[..., None], visual, torch.randn_like(visual))
+    torch.testing.assert_close(network.answer_logits(other, packed, 0)[0], at_0, rtol=0, atol=1e-5)
+    assert (network.answer_logits(other, packed)[0] - at_softmax).abs().max() > 1e-2
+
+
+@torch.no_grad()
+def test_the_hybrids_scores_are_those_of_its_first_softmax_attention_without_rope(teacher, hybrid):
+    samples = list(generate(4, 2, size=112, objects=(2, 4)))
+    patches, packed = teacher.alone(samples)
+    network = HybridNetwork(hybrid, torch.float32)
+    visual = network.visual_tokens(patches)
+    layer = hybrid.model.language_model.layers[3]
+    attention, taken = layer.self_attn, []
+    hook = layer.register_forward_pre_hook(lambda _, args: taken.append(args[0]))
+    for picture, sample in enumerate(samples):
+        segment = packed.input_ids[picture, 0]
+        ids = torch.cat([packed.before, torch.full((16,), hybrid.config.image_token_id), segment])[None]
+        x = hybrid.get_input_embeddings()(ids)
+        x[0, len(packed.before) : len(packed.before) + 16] = visual[picture]
+        hybrid.model.language_model(inputs_embeds=x)
+        h = layer.input_layernorm(taken[-1][0])
+        put = teacher.alone([sample])[1].input_ids[0, 0].tolist()
+        behind = len(packed.before) + 16
+        asking = range(behind + 1, behind + put.index(hybrid.config.text_config.eos_token_id))
+        by_head = []
+        for head in range(8):
+            query = attention.q_norm(attention.q_proj(h)[:, head * 64 : head * 64 + 32])
+            key = attention.k_norm(attention.k_proj(h)[:, head // 4 * 32 : head // 4 * 32 + 32])
+            by_head.append((query[list(asking)] @ key[len(packed.before) : behind].T).mean(0))
+        expected = sum(scores / scores.norm() for scores in by_head) / 8
+        torch.testing.assert_close(network.token_scores(visual, packed)[picture], expected, rtol=0, atol=1e-5)
+    hook.remove()
+
+
+def test_the_evidence_says_what_was_kept_and_what_was_right(teacher, hybrid, model):
+    samples = list(generate(1, 10, size=112, objects=(2, 4)))
+    softmax = evidence.answers(Network(model, torch.float32), teacher, samples, 1)
+    assert softmax["nothing dropped"].right.sum() >= 9
+    assert softmax["nothing dropped"].kept.all()
+    assert not softmax["nothing dropped"].dropped.any()
+    nothing, chance = softmax["no visual token"], softmax["random, 20 %"]
+    there = np.array([bool(sample.targets) for sample in samples])
+    assert (nothing.dropped == there).all()
+    assert (nothing.kept == ~there).all()
+    assert not (chance.kept & chance.dropped).any()
+    found = evidence.answers(HybridNetwork(hybrid, torch.float32), teacher, samples, 1)
+    assert set(softmax) < set(found)
+    assert (found["random, 20 %"].kept == chance.kept).all()
+    own, other = found["HAWK, 20 %"], found["HAWK by another question, 20 %"]
+    assert (own.kept != other.kept).any() or (own.dropped != other.dropped).any()
+    assert evidence.table(samples, softmax).count("\n") == 1 + len(softmax)
 
 
 def test_questions_are_about_what_is_seen():
