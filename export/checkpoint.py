@@ -19,7 +19,7 @@ import numpy as np
 from hawk_trt.errors import CheckpointError
 
 from .checkpoint_files import CONFIG, GENERATION_CONFIG, read_json
-from .formats import MODELOPT, PLAIN, Quantisation, method_of, quantisation_settings, read_matrices
+from .formats import MODELOPT, PLAIN, Quantisation, checked_method, method_of, quantisation_settings, read_matrices
 from .tensor_file import CheckpointTensor, TensorFile, read_tensor_file
 from .tensors import tensor_names
 
@@ -70,7 +70,12 @@ class Checkpoint:
         config = read_json(folder / CONFIG)
         generation = read_json(folder / GENERATION_CONFIG) if (folder / GENERATION_CONFIG).is_file() else {}
         settings = quantisation_settings(folder, config)
-        files = _weight_files(folder)
+        try:
+            files = _weight_files(folder)
+        except CheckpointError:
+            if settings:  # pickled, or of dtypes that nothing here knows: the format says what to do
+                checked_method(settings)
+            raise
         tensors, quantisation = read_matrices(_canonical_tensors(files, tensor_names(config)), settings)
         if settings and quantisation is None:
             raise CheckpointError(

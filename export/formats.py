@@ -13,7 +13,7 @@ import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,28 +30,29 @@ from .tensor_file import CheckpointTensor
 
 MODELOPT = "hf_quant_config.json"
 _KEYS = ("quantization_config", "compression_config")
+_LANGUAGE_CONFIGS = ("text_config", "llm_config")
 READ = "awq, gptq, compressed-tensors (int4, int8, FP8), fp8 or modelopt FP8"
 _INSTEAD = f"Take the checkpoint that it was made from, or one of {READ}"
 # What writers call the parts of a matrix; the rest of the name is the matrix's.
 _INTEGER_PARTS = ("qweight", "qzeros", "scales", "g_idx")
 _PACKED_PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
-_FLOAT8_PARTS = ("weight_scale_inv", "input_scale")
+_FLOAT8_PARTS = ("weight_scale_inv", "input_scale", "activation_scale")
 _PART = re.compile(rf"(.+)\.({'|'.join((*_INTEGER_PARTS, *_PACKED_PARTS, *_FLOAT8_PARTS))})")
-# Scales of an FP8 KV cache and of outputs, which nothing here reads.
-_LEFT_OUT = re.compile(r"\.(k_scale|v_scale|q_scale|prob_scale|output_scale|kv_scale|k_proj\.output_scale)$")
+# Of a quantised KV cache, of outputs, and of activations of integers: nothing here reads them.
+_LEFT_OUT = re.compile(r"\.((k|v|q|kv)_(scale|zero_point)|prob_scale|(input|output)_zero_point|output_scale)$")
 # Parts of formats that are not read: bitsandbytes', NVFP4's.
 _FOREIGN = re.compile(r"\.(absmax|quant_map|nested_absmax|SCB|quant_state\.\w+|weight_global_scale|weight_scale_2)$")
 PLAIN = ("float64", "float32", "float16", "bfloat16")
 # Settings of each method: the value that can be read, by its key.
 _EXPECTED: dict[str, tuple[tuple[str, tuple[object, ...]], ...]] = {
     "awq": (("version", ("gemm", None)), ("bits", (4, None)), ("w_bit", (4, None))),
-    "gptq": (("bits", (4, 8)), ("checkpoint_format", ("gptq", "gptq_v2", None)), ("dynamic", (None,))),
+    "gptq": (("bits", (4, 8)), ("checkpoint_format", ("gptq", "gptq_v2", None)), ("format", ("gptq", "gptq_v2", None))),
     "compressed-tensors": (
         ("format", ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision")),
         ("transform_config", (None,)),
     ),
     "fp8": (("fmt", ("e4m3", None)),),
-    "modelopt": (("quant_algo", ("fp8",)),),
+    "modelopt": (("quant_algo", ("fp8", "fp8_pb_wo", "fp8_per_channel_per_token")),),
 }
 
 
@@ -92,8 +93,7 @@ class Quantisation:
 
 def quantisation_settings(folder: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
     """What a checkpoint says of its quantisation, None where it says nothing."""
-    text = config.get("text_config")
-    places = [source for source in (config, text) if isinstance(source, Mapping)]
+    places = [source for source in (config, *map(config.get, _LANGUAGE_CONFIGS)) if isinstance(source, Mapping)]
     for settings in (source.get(key) for key in _KEYS for source in places):
         if settings:
             return dict(settings) if isinstance(settings, Mapping) else {"quant_method": str(settings)}
@@ -145,7 +145,7 @@ def read_matrices(
             f"{tensor.file}: tensor {tensor.name}: part of quantised weights ({tensor.dtype}), yet neither {CONFIG} "
             f"nor {MODELOPT} says how they were quantised. {_INSTEAD}"
         )
-    method = _checked_method(settings)
+    method = checked_method(settings)
     if odd:
         raise CheckpointError(
             f"{odd[0].file}: tensor {odd[0].name}: {odd[0].dtype}, no part of a matrix of {method}. {_INSTEAD}"
@@ -165,7 +165,8 @@ def read_matrices(
     return plain | matrices, _found(method, matrices, plain)
 
 
-def _checked_method(settings: Mapping[str, Any]) -> str:
+def checked_method(settings: Mapping[str, Any]) -> str:
+    """The method, if it and its settings can be read; else a CheckpointError."""
     method = method_of(settings)
     if method not in _EXPECTED:
         raise CheckpointError(f"{CONFIG}: weights quantised with {method} cannot be exported. {_INSTEAD}")
@@ -190,9 +191,13 @@ def _matrix(
             cls: type[IntegerMatrix] = AwqMatrix
             bits, columns, rows = 4, words.shape[0], words.shape[1] * 8
         else:
-            cls = GptqV2Matrix if settings.get("checkpoint_format") == "gptq_v2" else GptqMatrix
-            bits = int(settings["bits"])
-            columns, rows = words.shape[0] * 32 // bits, words.shape[1]
+            second = "gptq_v2" in (settings.get("checkpoint_format"), settings.get("format"))
+            cls = GptqV2Matrix if second else GptqMatrix
+            rows, zeros = words.shape[1], parts["qzeros"]
+            bits = zeros.shape[-1] * 32 // rows  # settings of single matrices (dynamic) may differ
+            if bits not in (4, 8):
+                raise CheckpointError(f"{words.file}: {name}: {bits} bits in qzeros, expected 4 or 8. {_INSTEAD}")
+            columns = words.shape[0] * 32 // bits
         groups = scales.shape[0] if len(scales.shape) == 2 else 0
         _expect(scales, (groups, rows))
         _expect(parts["qzeros"], (groups, rows * bits // 32))
@@ -244,19 +249,20 @@ def _float8(name: str, parts: dict[str, CheckpointTensor]) -> Float8Matrix:
     values = parts["weight"]
     _expect_dims(values, "float8_e4m3fn", 2)
     scale = parts["weight_scale_inv"] if "weight_scale_inv" in parts else parts["weight_scale"]
+    if len(scale.shape) == 4:  # ModelOpt's blocks: [rows, 1, columns, 1]
+        scale = replace(scale, shape=scale.shape[::2])
     rows, columns = values.shape
     block = (0, 0)
     if len(scale.shape) == 2 and scale.shape != (rows, 1) and scale.shape != (1, 1):
-        # so many rows and columns share a scale; the last of them may be fewer
         block = (_block(rows, scale.shape[0]), _block(columns, scale.shape[1]))
-        if not all(block) or columns % block[1]:
+        if not all(block):
             raise CheckpointError(
                 f"{scale.file}: {name}: scales {list(scale.shape)} for a matrix of {rows} x {columns}, "
                 "expected one for each block of 128 x 128, each row, or all"
             )
     elif math.prod(scale.shape) not in (1, rows):
         raise CheckpointError(f"{scale.file}: {name}: scales {list(scale.shape)} for a matrix of {rows} x {columns}")
-    static = parts.get("input_scale")
+    static = parts.get("input_scale") or parts.get("activation_scale")
     if static is not None and math.prod(static.shape) != 1:
         raise CheckpointError(f"{static.file}: {name}: input_scale: got {list(static.shape)}, expected one number")
     return Float8Matrix(name, values.file, 0, rows * columns * 4, "float32", values.shape, values, scale, static, block)

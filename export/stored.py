@@ -244,7 +244,8 @@ class Float8Matrix(CheckpointTensor):
         values: the float8 tensor.
         scale: [], [1], [out, 1] or [out / block, in / block] rounded up.
         input_scale: of the activations, where they were calibrated.
-        block: rows and columns that share a scale; (0, 0) where a scale is of the tensor or of a row.
+        block: rows and columns that share a scale, the last of them maybe fewer; (0, 0) where a scale is of the tensor
+            or of a row.
     """
 
     values: CheckpointTensor
@@ -252,11 +253,17 @@ class Float8Matrix(CheckpointTensor):
     input_scale: CheckpointTensor | None
     block: tuple[int, int]
 
+    @property
+    def block_size(self) -> int:
+        """Columns that share a scale in graphs, where all blocks are equal; 0 without blocks."""
+        return math.gcd(self.shape[1], self.block[1]) if self.block[1] else 0
+
     def scales(self) -> npt.NDArray[Any]:
-        """[], [out], or with blocks [out, in / block], in the file's dtype."""
+        """[], [out], or with blocks [out, in / block_size], in the file's dtype."""
         scales = self.scale.array()
         if self.block[1]:
-            return np.repeat(scales, self.block[0], axis=0)[: self.shape[0]]
+            by_row = np.repeat(scales, self.block[0], axis=0)[: self.shape[0]]
+            return np.repeat(by_row, self.block[1] // self.block_size, axis=1)[:, : self.shape[1] // self.block_size]
         return scales.reshape(()) if scales.size == 1 else scales.reshape(-1)
 
     def blocks(self) -> Iterator[npt.NDArray[Any]]:
@@ -266,7 +273,7 @@ class Float8Matrix(CheckpointTensor):
         step = max(1, _CHUNK_ELEMENTS // columns)
         for first in range(0, rows, step):
             scale = scales[first : first + step] if scales.ndim else scales
-            scale = np.repeat(scale, self.block[1], axis=1)[:, :columns] if self.block[1] else scale[..., None]
+            scale = np.repeat(scale, self.block_size, axis=1) if self.block_size else scale[..., None]
             with np.errstate(over="ignore", invalid="ignore"):
                 floats = values[first : first + step].astype(np.float32) * scale
             yield floats.reshape(-1)

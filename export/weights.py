@@ -151,7 +151,7 @@ class WeightStore:
             return QuantisedMatrix(**parts, scales_dtype=dtype, block_size=tensor.format.block_size)
         if isinstance(tensor, Float8Matrix) and target == TENSORRT:
             parts = self._parts(stage_file, name, tensor.parts_in_graph(dtype))
-            return QuantisedMatrix(**parts, scales_dtype=tensor.scales_dtype(dtype), block_size=tensor.block[1])
+            return QuantisedMatrix(**parts, scales_dtype=tensor.scales_dtype(dtype), block_size=tensor.block_size)
         if weights is None or not fits_blocks(shape, weights):
             return None
         columns = shape[1]

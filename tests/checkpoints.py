@@ -17,6 +17,8 @@ import numpy.typing as npt
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F64": np.float64}
 FORMAT_DTYPES = {np.dtype(dtype): name for name, dtype in DTYPES.items()} | {
     np.dtype(np.int8): "I8",
+    np.dtype(np.uint8): "U8",
+    np.dtype(ml_dtypes.float8_e8m0fnu): "F8_E8M0",
     np.dtype(np.int32): "I32",
     np.dtype(np.int64): "I64",
     np.dtype(ml_dtypes.float8_e4m3fn): "F8_E4M3",

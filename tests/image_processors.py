@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import PIL
 from PIL import Image
 
@@ -11,12 +12,11 @@ from hawk_trt.inputs.images import resize
 from hawk_trt.models.family import Family
 
 
-def check_patches(family: Family, preprocessor: Mapping[str, Any], size: tuple[int, int]) -> None:
-    """Compare the patches of a noise image of (height, width), with the settings of a preprocessor_config.json."""
+def check_patches(family: Family, preprocessor: Mapping[str, Any], image: npt.NDArray[np.uint8]) -> None:
+    """Compare the patches of an RGB image, with the settings of a preprocessor_config.json."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     processor = Qwen2VLImageProcessorPil(**preprocessor)
-    image = np.random.default_rng(sum(size)).integers(0, 256, (*size, 3), dtype=np.uint8)
     settings = family.image_settings(preprocessor)
     ours = family.images_to_patches([image], settings)
     theirs = processor([Image.fromarray(image)], return_tensors="np")

@@ -3,10 +3,13 @@
 import io
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+# Two photographs and a page of text: tests/data/pictures/README.md says whose.
+NATURAL = sorted(path for path in (Path(__file__).parent / "data" / "pictures").iterdir() if path.suffix != ".md")
 NOISE = np.random.default_rng(0).integers(0, 256, (31, 47, 3), dtype=np.uint8)
 ALPHA = np.random.default_rng(1).integers(0, 256, (31, 47), dtype=np.uint8)
 

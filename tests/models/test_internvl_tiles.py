@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from hawk_trt.errors import CheckpointError, InvalidInput
-from hawk_trt.inputs.images import resize
+from hawk_trt.inputs.images import load_image, resize
 from hawk_trt.models.internvl import InternVL, tile_grid
+from pictures import NATURAL
 from vision_configs import INTERNVL
 
 FAMILY = InternVL(INTERNVL)
@@ -58,9 +59,13 @@ def height_first(image, height, width):
     return not np.array_equal(direct, resize(image, height, width, Image.Resampling.BICUBIC))
 
 
-@pytest.mark.parametrize(("height", "width"), SIZES)
-def test_tiles_are_those_of_transformers_bit_for_bit(theirs, height, width):
-    image = noise(height, width, height + width)
+@pytest.mark.parametrize(
+    "image",
+    [*(noise(*size, sum(size)) for size in SIZES), *map(load_image, NATURAL)],
+    ids=[*map(str, SIZES), *(path.name for path in NATURAL)],
+)
+def test_tiles_are_those_of_transformers_bit_for_bit(theirs, image):
+    height, width, _ = image.shape
     ours = FAMILY.images_to_patches([image], FAMILY.image_settings(PREPROCESSOR))
     columns, rows = tile_grid(height, width, 448, 1, 12)
     expected = tiles_of(theirs, image)

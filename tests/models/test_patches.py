@@ -1,5 +1,6 @@
 """Patches against the image processor of transformers, bit for bit."""
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -18,6 +19,7 @@ from hawk_trt.errors import CheckpointError, InvalidInput
 from hawk_trt.inputs.images import load_image, resize
 from hawk_trt.models.qwen2_5_vl import Qwen25VL
 from hawk_trt.models.qwen_patches import smart_resize
+from pictures import NATURAL
 from vision_configs import QWEN2_5_VL
 
 FAMILY = Qwen25VL(QWEN2_5_VL)
@@ -47,9 +49,12 @@ def theirs(images, **arguments):
     return features["pixel_values"], features["image_grid_thw"]
 
 
-@pytest.mark.parametrize(("height", "width"), SIZES)
-def test_patches_equal_transformers_bit_for_bit(height, width):
-    image = noise(height, width)
+@pytest.mark.parametrize(
+    "image",
+    [*itertools.starmap(noise, SIZES), *map(load_image, NATURAL)],
+    ids=[*map(str, SIZES), *(path.name for path in NATURAL)],
+)
+def test_patches_equal_transformers_bit_for_bit(image):
     ours = FAMILY.images_to_patches([image], settings_of())
     grid = ours.grid_thw[0].tolist()
     resized = resize(image, grid[1] * 14, grid[2] * 14, BICUBIC)

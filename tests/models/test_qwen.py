@@ -11,9 +11,11 @@ from export.architectures import read_config
 from export.graphs import inventory
 from hawk_trt import Pipeline, PruningConfig
 from hawk_trt.apps.cli.main import main as hawk_trt
+from hawk_trt.inputs.images import load_image
 from hawk_trt.models.registry import load_family
 from hawk_trt.stages import DTYPES
 from image_processors import check_patches
+from pictures import NATURAL
 from qwen import LONG_VIDEO, QWENS, STEPS, TOKENS, run
 from random_models import IM_END_OPTION, generate, prompt, released_shapes
 from targets import ON_CPU
@@ -107,4 +109,16 @@ def test_the_released_sizes_have_the_tensors_that_the_exporter_expects(family, c
 @pytest.mark.parametrize("family", QWENS.values(), ids=QWENS)
 def test_patches_equal_those_of_transformers(family, size):
     config = list(family.released.values())[-1]
-    check_patches(load_family(read_config(config).vision), family.preprocessor, size)
+    image = np.random.default_rng(sum(size)).integers(0, 256, (*size, 3), dtype=np.uint8)
+    check_patches(load_family(read_config(config).vision), family.preprocessor, image)
+
+
+@pytest.mark.parametrize("path", NATURAL, ids=lambda path: path.name)
+@pytest.mark.parametrize("family", QWENS.values(), ids=QWENS)
+def test_patches_of_photographs_and_of_a_page_equal_those_of_transformers(family, path):
+    config = list(family.released.values())[-1]
+    from transformers import image_utils
+
+    image = load_image(path)
+    np.testing.assert_array_equal(image, np.asarray(image_utils.load_image(str(path))))
+    check_patches(load_family(read_config(config).vision), family.preprocessor, image)

@@ -9,9 +9,11 @@ from hawk_trt.apps.explain.panels import colours, heat_panel, kept_panel
 from hawk_trt.apps.explain.picture import MAX_FRAMES, render, save
 from hawk_trt.bundle import SpecialTokens
 from hawk_trt.errors import InvalidInput
+from hawk_trt.inputs.images import load_image
 from hawk_trt.inputs.layout import prompt_layout
 from hawk_trt.models.qwen2_vl import Qwen2VL
 from hawk_trt.request import ModelInputs, Result
+from pictures import NATURAL
 from vision_configs import QWEN2_5_VL
 
 IMAGE, VIDEO, TEXT = 7, 8, 1
@@ -113,6 +115,32 @@ def test_kept_tokens_keep_their_colours_and_dropped_ones_lose_them():
     assert pixels[10, 5].tolist() == [255, 0, 0]
     red, green, blue = pixels[10, 35].astype(int)
     assert red - green < 20 and blue > 100
+
+
+@pytest.mark.parametrize("path", NATURAL, ids=lambda path: path.name)
+def test_of_a_photograph_or_page_kept_tokens_stay_as_they_are_and_dropped_ones_do_not(path, tmp_path):
+    image = Image.fromarray(load_image(path))
+    kept = np.random.default_rng(0).random((image.height // 28, image.width // 28)) < 0.3
+    panel = np.asarray(kept_panel(image, kept))
+    own = np.asarray(image)
+    for row, column in np.ndindex(*kept.shape):
+        y, x = (
+            int((at + 0.5) * size / count)
+            for at, size, count in zip((row, column), own.shape, kept.shape, strict=False)
+        )
+        middle = np.s_[y - 4 : y + 4, x - 4 : x + 4]
+        assert np.array_equal(panel[middle], own[middle]) == kept[row, column]
+    scores = kept.astype(np.float32)[None]
+    explained = Explanation(
+        "What is it?",
+        "hawk",
+        kept.size,
+        (VisualItem("image", (1, *kept.shape), scores),),
+        (Selection(0.3, int(kept.sum()), "answer", (kept[None],)),),
+    )
+    save(render(explained, [[image]]), tmp_path / "kept.png")
+    with Image.open(tmp_path / "kept.png") as drawn:
+        assert drawn.format == "PNG" and drawn.width > 450
 
 
 @pytest.mark.parametrize("grey", [0, 255])
