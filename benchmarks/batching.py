@@ -24,7 +24,8 @@ import numpy as np
 from benchmarks.random_model import cut_config, make_model
 from benchmarks.timing import load
 from hawk_trt import Pipeline, PruningConfig
-from hawk_trt.apps.serve.batcher import Batcher, Event, Failed, Finished
+from hawk_trt.apps.serve.batcher import Batcher, Event
+from hawk_trt.errors import HawkError
 from hawk_trt.request import Request, Result
 from hawk_trt.runtime.reference import random_inputs
 
@@ -60,15 +61,16 @@ def answer_batched(batcher: Batcher) -> Answer:
         last: list[Event] = []
 
         def hear(event: Event) -> None:
-            if isinstance(event, Finished | Failed):
+            if isinstance(event, Result | HawkError):
                 last.append(event)
                 ended.set()
 
         batcher.submit(job, hear)
         ended.wait()
-        if isinstance(last[0], Failed):
-            raise last[0].error
-        return last[0].result
+        if isinstance(last[0], HawkError):
+            raise last[0]
+        assert isinstance(last[0], Result)
+        return last[0]
 
     return answer
 

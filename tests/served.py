@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from hawk_trt import Request
-from hawk_trt.apps.serve.batcher import Failed, Finished, Piece
+from hawk_trt.apps.serve.batcher import Piece
+from hawk_trt.errors import HawkError
+from hawk_trt.request import Result
 
 
 @dataclass
@@ -26,7 +28,7 @@ class Heard:
         self.begun.set()
         if self.gate is not None:
             assert self.gate.wait(60)
-        if isinstance(event, Finished | Failed):
+        if isinstance(event, Result | HawkError):
             self.ended.set()
 
     @property
@@ -35,11 +37,11 @@ class Heard:
 
     def result(self):
         assert self.ended.wait(60)
-        assert not any(isinstance(event, Finished | Failed) for event in self.events[:-1])
+        assert not any(isinstance(event, Result | HawkError) for event in self.events[:-1])
         last = self.events[-1]
-        if isinstance(last, Failed):
-            raise last.error
-        return last.result
+        if isinstance(last, HawkError):
+            raise last
+        return last
 
 
 def ask(inputs, pruning, max_new_tokens=128, sampling=None, stop=(), **options):

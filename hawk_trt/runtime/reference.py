@@ -217,9 +217,13 @@ def tensor_prompts(manifest: Manifest, seed: int = _SEED) -> dict[str, ModelInpu
 
 
 def random_inputs(
-    manifest: Manifest, rng: np.random.Generator, sizes: Sequence[tuple[int, int]], num_frames: int
+    manifest: Manifest,
+    rng: np.random.Generator,
+    sizes: Sequence[tuple[int, int]],
+    num_frames: int,
+    text_tokens: int | None = None,
 ) -> ModelInputs:
-    """A prompt with images of these widths and heights, or with a video of so many frames."""
+    """A prompt with images of these widths and heights, or with a video of so many frames, amid so many text tokens."""
     family, tokens = load_family(manifest.vision), manifest.special_tokens
     known = (tokens.image, tokens.video, tokens.vision_start, tokens.vision_end, tokens.im_start, tokens.im_end)
     special = [token for token in (*known, tokens.pad, *tokens.eos) if token is not None]
@@ -239,14 +243,17 @@ def random_inputs(
     if frames:
         times = [frame / 2 for frame in range(num_frames)]
         items.append(ItemPatches("video", family.video_to_patches(frames, settings), times))
-    ids: list[int] = [*([] if tokens.im_start is None else [tokens.im_start]), *text(_TEXT_TOKENS)]
+    opening, closing = ([] if token is None else [token] for token in (tokens.im_start, tokens.im_end))
+    others = len(opening) + len(closing) + _TEXT_TOKENS + 3
+    ids: list[int] = [*opening, *text(_TEXT_TOKENS)]
     for item in items:
         parts = family.placeholder(item, filled)
         if TokenRun(end) not in parts:  # then the templates have the tokens around an image
             parts = (TokenRun(start), *parts, TokenRun(end))
         for part in parts:
             ids += text(2) if isinstance(part, str) else [part.token_id] * part.count
-    ids += [*text(_TEXT_TOKENS), *([] if tokens.im_end is None else [tokens.im_end]), *text(3)]
+    ids += text(_TEXT_TOKENS if text_tokens is None else max(text_tokens - others, 1))
+    ids += [*closing, *text(3)]
     return family.model_inputs(np.array(ids, dtype=np.int64), items)
 
 

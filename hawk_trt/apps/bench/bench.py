@@ -6,9 +6,9 @@ Runs are interleaved, so that a machine that slows down slows all rows alike; un
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
@@ -78,14 +78,8 @@ class BenchRow:
     peak_bytes: int | None
 
 
-@dataclass(slots=True)
-class _Samples:
-    """What the repeats of one pair gave; times in milliseconds."""
-
-    results: list[Result] = field(default_factory=list)
-    preprocess: list[float] = field(default_factory=list)
-    score: list[float] = field(default_factory=list)
-    peaks_bytes: list[int] = field(default_factory=list)
+# An answer, the milliseconds of preprocess and score, and the peak in bytes where the system tells.
+_Run: TypeAlias = tuple[Result, float, float, int | None]
 
 
 def bench(
@@ -117,14 +111,15 @@ def bench(
             f"max_new_tokens, repeats, warmup: got {max_new_tokens}, {repeats}, {warmup}, expected at least 2, 1, 0"
         )
     pairs = [(prompt, pruning) for prompt in prompts for pruning in prunings]
-    samples = [_Samples() for _ in pairs]
-    for number in range(warmup + repeats):
-        for (prompt, pruning), found in zip(pairs, samples, strict=True):
-            _measure(pipe, prompt, pruning, max_new_tokens, found if number >= warmup else _Samples())
+    found: list[list[_Run]] = [[] for _ in pairs]
+    for _ in range(warmup + repeats):
+        for (prompt, pruning), runs in zip(pairs, found, strict=True):
+            runs.append(_measure(pipe, prompt, pruning, max_new_tokens))
             step()
     manifest = pipe.bundle.manifest
     return [
-        _row(prompt.name, pruning, found, manifest) for (prompt, pruning), found in zip(pairs, samples, strict=True)
+        _row(prompt.name, pruning, runs[warmup:], manifest)
+        for (prompt, pruning), runs in zip(pairs, found, strict=True)
     ]
 
 
@@ -154,22 +149,21 @@ def score_seconds(pipe: "Pipeline", inputs: ModelInputs, pruning: PruningConfig)
     return time.perf_counter() - begun
 
 
-def _measure(
-    pipe: "Pipeline", prompt: BenchPrompt, pruning: PruningConfig, max_new_tokens: int, found: _Samples
-) -> None:
+def _measure(pipe: "Pipeline", prompt: BenchPrompt, pruning: PruningConfig, max_new_tokens: int) -> _Run:
     _reset_peak()
     begun = time.perf_counter()
     inputs = prompt.prepare()
-    found.preprocess.append(1e3 * (time.perf_counter() - begun))
-    found.results.append(pipe.generate(inputs, pruning=pruning, max_new_tokens=max_new_tokens, ignore_eos=True))
-    found.peaks_bytes += _peak_bytes()
-    found.score.append(1e3 * score_seconds(pipe, inputs, pruning))
+    preprocess = time.perf_counter() - begun
+    result = pipe.generate(inputs, pruning=pruning, max_new_tokens=max_new_tokens, ignore_eos=True)
+    peak_bytes = _peak_bytes()
+    return result, 1e3 * preprocess, 1e3 * score_seconds(pipe, inputs, pruning), peak_bytes
 
 
-def _row(prompt: str, pruning: PruningConfig, found: _Samples, manifest: "Manifest") -> BenchRow:
-    first = found.results[0]
-    timings = [result.timings for result in found.results]
-    steps = [1e3 * r.timings.decode / max(len(r.token_ids) - 1, 1) for r in found.results]
+def _row(prompt: str, pruning: PruningConfig, runs: Sequence[_Run], manifest: "Manifest") -> BenchRow:
+    results, preprocess, score, peaks = zip(*runs, strict=True)
+    first: Result = results[0]
+    timings = [result.timings for result in results]
+    steps = [1e3 * r.timings.decode / max(len(r.token_ids) - 1, 1) for r in results]
     prefills = [1e3 * (t.preprocess + t.vision + t.select + t.first_layer + t.decoder) for t in timings]
     return BenchRow(
         prompt=prompt,
@@ -179,18 +173,18 @@ def _row(prompt: str, pruning: PruningConfig, found: _Samples, manifest: "Manife
         num_visual=first.num_visual,
         num_kept=first.num_kept,
         stages={
-            "preprocess": _spread(found.preprocess),
+            "preprocess": _spread(preprocess),
             "vision": _spread([1e3 * t.vision for t in timings]),
             "select": _spread([1e3 * t.select for t in timings]),
-            "score": _spread(found.score),
+            "score": _spread(score),
             "first_layer": _spread([1e3 * t.first_layer for t in timings]),
             "decoder": _spread([1e3 * t.decoder for t in timings]),
             "decode_step": _spread(steps),
         },
-        first_token=_spread(np.add(found.preprocess, prefills)),
-        total=_spread(np.add(found.preprocess, [1e3 * t.total for t in timings])),
+        first_token=_spread(np.add(preprocess, prefills)),
+        total=_spread(np.add(preprocess, [1e3 * t.total for t in timings])),
         kv_bytes=manifest.cache_bytes(len(first.kept_indices)),
-        peak_bytes=max(found.peaks_bytes, default=None),
+        peak_bytes=max((peak for peak in peaks if peak is not None), default=None),
     )
 
 
@@ -206,10 +200,9 @@ def _reset_peak() -> None:
         return  # not Linux, or not allowed: the peak then is that of the process so far
 
 
-def _peak_bytes() -> list[int]:
-    """The peak, where the system tells."""
+def _peak_bytes() -> int | None:
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
-        return []
-    return [int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")]
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), None)

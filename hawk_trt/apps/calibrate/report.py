@@ -40,16 +40,6 @@ class DatasetReport:
 
 
 @dataclass(frozen=True, slots=True)
-class ModelReport:
-    """The model that was measured; fingerprint: see checkpoint.py."""
-
-    name: str
-    architecture: str
-    fingerprint: str
-    dtype: str
-
-
-@dataclass(frozen=True, slots=True)
 class CalibrationReport:
     """The weights file.
 
@@ -60,6 +50,7 @@ class CalibrationReport:
         uniform_p_value: how often heads that are all alike would differ as much.
         differs_from_uniform: whether that is below 5 %.
         scope, keep_ratio, max_new_tokens, max_pixels: see work.Plan.
+        model: its name, architecture, fingerprint (see checkpoint.py) and dtype.
         versions: of what measured.
     """
 
@@ -73,7 +64,7 @@ class CalibrationReport:
     keep_ratio: float
     max_new_tokens: int
     max_pixels: int | None
-    model: ModelReport
+    model: dict[str, str]
     datasets: tuple[DatasetReport, ...]
     versions: dict[str, str]
 
@@ -109,7 +100,7 @@ def make_report(
         keep_ratio=plan.keep_ratio,
         max_new_tokens=plan.max_new_tokens,
         max_pixels=plan.max_pixels,
-        model=ModelReport(model.name, model.architecture, model.fingerprint, plan.dtype),
+        model={name: getattr(model, name) for name in ("name", "architecture", "fingerprint")} | {"dtype": plan.dtype},
         datasets=reports,
         versions={"hawk_trt": __version__, **versions},
     )

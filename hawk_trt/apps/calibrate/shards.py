@@ -1,6 +1,6 @@
-"""Units of work done here one after another, or by several workers on a Ray cluster.
+"""Units of work done by several workers on a Ray cluster.
 
-On a cluster each worker is a Ray actor with a model of its own, on a GPU of its own where the plan names one; Ray
+Each worker is a Ray actor with a model of its own, on a GPU of its own where the plan names one; Ray
 hands out the units, and starts a worker anew and its unit again when a machine is lost. Results come back here, so
 that one process writes them. The checkpoint and the pictures must lie at the same paths on every machine.
 """
@@ -11,13 +11,6 @@ from collections.abc import Iterator, Sequence
 from hawk_trt.apps.calibrate.work import Plan, Scores, Unit
 from hawk_trt.apps.calibrate.worker import Worker
 from hawk_trt.errors import BackendError, HawkError, InvalidInput
-
-
-def do_here(plan: Plan, units: Sequence[Unit]) -> Iterator[tuple[Unit, Scores]]:
-    """Do all units in this process."""
-    worker = Worker(plan)
-    for unit in units:
-        yield worker.do(unit)
 
 
 def do_on_ray(plan: Plan, units: Sequence[Unit], shards: int, address: str | None) -> Iterator[tuple[Unit, Scores]]:

@@ -8,6 +8,7 @@ prompt and the choice of tokens are made once for all rows. In a calibration onl
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -118,16 +119,13 @@ def without_heads(model: Model, scope: str, heads: Sequence[int]) -> Iterator[No
             for row, head in enumerate(heads):
                 if head != BASELINE:
                     dropped[row, :, head] = True
-            hook = _zeroing(dropped.flatten(2).to(projection.weight.device))
-            hooks.append(projection.register_forward_pre_hook(hook))
+            mask = dropped.flatten(2).to(projection.weight.device)
+            hooks.append(projection.register_forward_pre_hook(partial(_zero, mask)))
         yield
     finally:
         for hook in hooks:
             hook.remove()
 
 
-def _zeroing(dropped: Tensor) -> Any:  # noqa: ANN401 - a hook of torch
-    def hook(_module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (inputs[0].masked_fill(dropped, 0.0), *inputs[1:])
-
-    return hook
+def _zero(mask: Tensor, _: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (inputs[0].masked_fill(mask, 0.0), *inputs[1:])

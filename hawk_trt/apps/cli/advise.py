@@ -1,6 +1,6 @@
 """`hawk-trt advise`: what pruning would gain on this machine, from a short measurement of its stages."""
 
-from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
@@ -9,7 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from hawk_trt.apps.bench.advice import Prediction, Recommendation, Size, StageTimes, TimeModel, WholeShare
+from hawk_trt.apps.bench.advice import Prediction, TimeModel
 from hawk_trt.apps.bench.measurement import measure, prompt_size
 from hawk_trt.apps.cli.options import PROMPT, Json, KeepRatios, Model, Numbers, Pixels, Where
 from hawk_trt.apps.cli.output import note, print_json
@@ -21,29 +21,6 @@ if TYPE_CHECKING:
     from hawk_trt.request import ModelInputs
 
 _PROMPT = "Describe what is shown in this image."
-
-
-@dataclass(frozen=True, slots=True)
-class Advice:
-    """What the command says.
-
-    Attributes:
-        bundle: that was measured.
-        runtime: backend, device and target.
-        size: of the prompt.
-        measured: seconds of the stages.
-        predictions: seconds by keep ratio and answer length.
-        recommendations: one an answer length.
-        whole_shares: of a hybrid model, what its layers over all tokens take of each keep ratio's prefill.
-    """
-
-    bundle: str
-    runtime: str
-    size: Size
-    measured: tuple[StageTimes, ...]
-    predictions: tuple[Prediction, ...]
-    recommendations: tuple[Recommendation, ...]
-    whole_shares: tuple[WholeShare, ...]
 
 
 def advise(
@@ -99,19 +76,33 @@ def advise(
         times = measure(ask, seconds)
         backend, language = pipe.backend, pipe.bundle.manifest.language
     predictor = TimeModel(size, times)
-    advice = Advice(
-        bundle=str(model),
-        runtime=f"{backend.name}, {backend.device}, {backend.target}",
-        size=size,
-        measured=tuple(times),
-        predictions=tuple(predictor.predict(ratio, length) for ratio in ratios for length in lengths),
-        recommendations=tuple(predictor.recommend([r for r in ratios if r < 1.0], length) for length in lengths),
-        whole_shares=tuple(predictor.whole_share(language, ratio) for ratio in ratios if language.scoring_layer),
-    )
+    runtime = f"{backend.name}, {backend.device}, {backend.target}"
+    predicted = [[predictor.predict(ratio, length) for length in lengths] for ratio in ratios]
+    recommended = [predictor.recommend([r for r in ratios if r < 1.0], length) for length in lengths]
+    shares = [predictor.whole_share(language, ratio) for ratio in ratios if language.scoring_layer]
     if json:
-        print_json(advice)
-    else:
-        _print(advice, lengths, Console())
+        told = {"predictions": list(chain(*predicted)), "recommendations": recommended, "whole_shares": shares}
+        print_json({"bundle": str(model), "runtime": runtime, "size": size, "measured": times, **told})
+        return 0
+    full = times[0]
+    console = Console()
+    console.print(
+        f"{runtime}: {size.num_text} text and {size.num_visual} visual tokens. Unpruned, in ms: "
+        f"image {1000 * full.image:.1f}, first_layer {1000 * full.first_layer:.1f}, "
+        f"decoder {1000 * full.decoder:.1f}, rest {1000 * full.rest:.1f}, a token {1000 * full.step:.2f}"
+    )
+    console.print("Predicted, in ms (and how many times as fast as unpruned):")
+    console.print(_table(predicted))
+    if shares:
+        parts = [f"{100 * one.measured:.0f} % ({100 * one.by_products:.0f} %) at {one.keep_ratio:g}" for one in shares]
+        console.print(
+            f"The first {shares[0].layers} layers are linear attention and run over all tokens. Their "
+            f"share of the prefill, measured (and of its multiplications): {', '.join(parts)}."
+        )
+    for one in recommended:
+        choice = "do not prune here" if one.keep_ratio is None else f"keep ratio {one.keep_ratio:g}"
+        console.print(f"{one.new_tokens} token{'s' * (one.new_tokens > 1)}: {choice}: {one.reason}.")
+    console.print("This is time alone; how right the answers stay: hawk-trt eval.")
     return 0
 
 
@@ -128,44 +119,21 @@ def _noise(side: int) -> "np.ndarray[tuple[int, ...], np.dtype[np.uint8]]":
     return np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
 
 
-def _print(advice: Advice, lengths: list[int], console: Console) -> None:
-    size, full = advice.size, advice.measured[0]
-    console.print(
-        f"{advice.runtime}: {size.num_text} text and {size.num_visual} visual tokens. Unpruned, in ms: "
-        f"image {1000 * full.image:.1f}, first_layer {1000 * full.first_layer:.1f}, "
-        f"decoder {1000 * full.decoder:.1f}, rest {1000 * full.rest:.1f}, a token {1000 * full.step:.2f}"
-    )
+def _table(predicted: list[list[Prediction]]) -> Table:
+    """A row for each keep ratio, the unpruned one first; a column for each length of the answer."""
+    whole = predicted[0]
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0))
-    for name in ("keep", "kept", "first token", *(f"{length} tokens" for length in lengths if length > 1)):
+    lengths = [f"{one.new_tokens} tokens" for one in whole if one.new_tokens > 1]
+    for name in ("keep", "kept", "first token", *lengths):
         table.add_column(name, justify="right", no_wrap=True)
-    rows: dict[float, list[Prediction]] = {}
-    for prediction in advice.predictions:
-        rows.setdefault(prediction.keep_ratio, []).append(prediction)
-    for ratio, predictions in rows.items():
+    for row in predicted:
         totals = [
-            f"{_ms(one.total)} ({whole.total / one.total:.2f}x)"
-            for one, whole in zip(predictions, rows[1.0], strict=True)
+            f"{_ms(one.total)} ({full.total / one.total:.2f}x)"
+            for one, full in zip(row, whole, strict=True)
             if one.new_tokens > 1
         ]
-        table.add_row(f"{ratio:g}", str(predictions[0].num_kept), _ms(predictions[0].first_token), *totals)
-    console.print("Predicted, in ms (and how many times as fast as unpruned):")
-    console.print(table)
-    if advice.whole_shares:
-        shares = ", ".join(
-            f"{100 * share.measured:.0f} % ({100 * share.by_products:.0f} %) at {share.keep_ratio:g}"
-            for share in advice.whole_shares
-        )
-        console.print(
-            f"The first {advice.whole_shares[0].layers} layers are linear attention and run over all tokens. Their "
-            f"share of the prefill, measured (and of its multiplications): {shares}."
-        )
-    for recommendation in advice.recommendations:
-        answer = f"{recommendation.new_tokens} token{'s' * (recommendation.new_tokens > 1)}"
-        if recommendation.keep_ratio is None:
-            console.print(f"{answer}: do not prune here: {recommendation.reason}.")
-        else:
-            console.print(f"{answer}: keep ratio {recommendation.keep_ratio:g}: {recommendation.reason}.")
-    console.print("This is time alone; how right the answers stay: hawk-trt eval.")
+        table.add_row(f"{row[0].keep_ratio:g}", str(row[0].num_kept), _ms(row[0].first_token), *totals)
+    return table
 
 
 def _ms(seconds: float) -> str:

@@ -29,7 +29,8 @@ from hawk_trt.apps.cli.options import (
 from hawk_trt.apps.cli.output import counted, note, print_json
 from hawk_trt.errors import InvalidInput
 from hawk_trt.files import write_atomically
-from hawk_trt.request import SELECTORS, ModelInputs, PruningConfig
+from hawk_trt.request import SELECTORS, PruningConfig
+from hawk_trt.runtime.reference import random_inputs
 
 if TYPE_CHECKING:
     from hawk_trt import Pipeline
@@ -55,11 +56,7 @@ class BenchPrompts:
     text_tokens: int = 32
 
     def prepared_by(self, pipe: "Pipeline") -> list[BenchPrompt]:
-        """The prompts.
-
-        Raises:
-            InvalidInput: a side that is too small, or noise that a bundle without a tokenizer cannot take.
-        """
+        """The prompts."""
         sides = [int(side) for side in self.sides or ([] if self.image else [448])]
         prompts = [BenchPrompt(Path(image).name, partial(pipe.prepare, self.prompt, [image])) for image in self.image]
         for side in sides:
@@ -76,7 +73,7 @@ class BenchPrompts:
             image = rng.integers(0, 256, (side, side, 3), dtype=np.uint8)
             area = side * side
             return BenchPrompt(name, partial(pipe.prepare, self.prompt, [image], min_pixels=area, max_pixels=area))
-        inputs = _tensors(pipe, rng, side, self.text_tokens)
+        inputs = random_inputs(pipe.bundle.manifest, rng, [(side, side)], 0, self.text_tokens)
         return BenchPrompt(name, lambda: inputs)
 
 
@@ -138,7 +135,9 @@ def bench(
                 "versions": {
                     "python": platform.python_version(),
                     "hawk_trt": __version__,
-                    backend.name: _runtime(backend.name),
+                    backend.name: installed_version(backend.name)
+                    or installed_version(f"{backend.name}-gpu")
+                    or "unknown",
                 },
                 "repeats": repeats,
                 "warmup": warmup,
@@ -163,26 +162,6 @@ def bench(
         write_atomically(plot, plot_rows(rows, title))
         note(f"plot           {plot}")
     return 0
-
-
-def _tensors(pipe: "Pipeline", rng: np.random.Generator, side: int, text_tokens: int) -> ModelInputs:
-    manifest = pipe.bundle.manifest
-    vision, special = manifest.vision, manifest.special_tokens
-    rows = max(side // vision.token_side, 1) * vision.spatial_merge_size
-    text = rng.integers(0, min(special.image or 100, 100), text_tokens)
-    around = [token for token in (special.vision_start,) if token is not None]
-    image = [special.image] * ((rows // vision.spatial_merge_size) ** 2)
-    ids = [*text[:4], *around, *image, *([special.vision_end] if special.vision_end is not None else []), *text[4:]]
-    return ModelInputs(
-        input_ids=np.array(ids, np.int64),
-        pixel_values=rng.standard_normal((rows * rows, vision.patch_dim), dtype=np.float32),
-        image_grid_thw=np.array([[1, rows, rows]]),
-    )
-
-
-def _runtime(name: str) -> str:
-    """The version of what runs the stages."""
-    return installed_version(name) or installed_version(f"{name}-gpu") or "unknown"
 
 
 def _cpu_name() -> str:

@@ -48,11 +48,7 @@ class Questions:
     max_pixels: int | None = None
 
     def sources(self) -> tuple[Source, ...]:
-        """The data sets with their metrics.
-
-        Raises:
-            InvalidInput: a data set that cannot be read, or another number of metrics than of data sets.
-        """
+        """The data sets with their metrics."""
         names = [name if name == TINY else str(Path(name).resolve()) for name in self.dataset or (TINY,)]
         metrics: tuple[str | None, ...] = self.metric or (None,)
         if len(metrics) not in (1, len(names)):
@@ -107,7 +103,8 @@ def calibrate(
     from hawk_trt.apps.cli.torch_model import load_reference  # isort: skip
     from hawk_trt.apps.calibrate.importance import importance
     from hawk_trt.apps.calibrate.report import make_report, tell, verdict, write_report
-    from hawk_trt.apps.calibrate.shards import do_here, do_on_ray
+    from hawk_trt.apps.calibrate.shards import do_on_ray
+    from hawk_trt.apps.calibrate.worker import Worker
 
     for name, value in (("--heads-at-once", heads_at_once), ("--shards", shards)):
         if value is not None and value < 1:
@@ -154,7 +151,7 @@ def calibrate(
         total, to_go = asked * (1 + num_heads), sum(len(unit.heads) for unit in left)
         note(f"{total} answers: {num_heads} heads and the whole model; {total - to_go} known in {work}")
         if left:
-            done = do_on_ray(plan, left, shards, ray_address) if shards else do_here(plan, left)
+            done = do_on_ray(plan, left, shards, ray_address) if shards else map(Worker(plan).do, left)
             for unit, scores in counted(done, len(left), f"units of up to {heads_at_once} answers"):
                 logs[unit.source].append(scores)
         tables = [score_table(source, log.records, num_heads) for source, log in zip(plan.sources, logs, strict=True)]

@@ -192,7 +192,13 @@ class Conversation:
         shown = replace(self.shown, image=self.shown.image + images, video=self.shown.video + videos)
         begun = time.perf_counter()
         first, answer = 0.0, ""
-        stream = shown.stream(self.pipe, messages, self.pruning.config(self.keep_ratio), self.sampling)
+        stream = self.pipe.stream(
+            messages,
+            pruning=self.pruning.config(self.keep_ratio),
+            max_new_tokens=shown.max_new_tokens,
+            sampling=self.sampling,
+            **shown.media,
+        )
         try:
             for piece in stream:
                 first = first or time.perf_counter() - begun
@@ -231,7 +237,7 @@ class Conversation:
 
         messages, keep_ratio, result = self.last
         question = messages[-1]["content"][-1]["text"]
-        inputs = self.shown.prepare(self.pipe, messages)
+        inputs = self.pipe.prepare(messages, **self.shown.media)
         explained = lay_out(self.pipe, question, inputs, [(keep_ratio, result)], self.pruning)
         draw(path, explained, self.shown, self.pruning, self.pipe)
         note(f"picture: {path}")

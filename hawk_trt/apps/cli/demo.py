@@ -45,7 +45,7 @@ def demo(
             print(f"{image.name:<14}{question:<34}{result.text or '':<12}{result.num_kept} of {result.num_visual}")
             if drawn is None:
                 prompt = Prompt(prompt=question, image=(str(image),))
-                inputs, chosen = prompt.prepare(pipe, prompt.messages(question)), [(config.keep_ratio, result)]
+                inputs, chosen = pipe.prepare(question, **prompt.media), [(config.keep_ratio, result)]
                 drawn = lay_out(pipe, question, inputs, chosen, pruning)
                 draw(out, drawn, prompt, pruning, pipe)
     note(f"picture        {out}: the tokens that the first answer was made from")

@@ -1,6 +1,5 @@
 """`hawk-trt doctor`: what works on this machine, and whether a bundle is whole."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -14,15 +13,6 @@ from hawk_trt.bundle import Manifest
 from hawk_trt.errors import BackendError, BundleError
 
 NEEDS = ("cpu", "cuda", "tensorrt", *EXTRAS)
-
-
-@dataclass(frozen=True, slots=True)
-class BundleReport:
-    """One bundle: its manifest where that can be read, and what is wrong with it, None if nothing is."""
-
-    folder: str
-    manifest: Manifest | None
-    problem: str | None
 
 
 def doctor(
@@ -52,27 +42,27 @@ def doctor(
                 command = f": {capability.command}" if capability.command else ". All that works here: hawk-trt doctor"
                 raise BackendError(f"{capability.name}: {capability.detail}{command}")
         return 0
-    bundle = None if model is None else _check(model)
+    manifest, problem = None, None
+    if model is not None:
+        try:
+            manifest = manifest_of(model)
+            verify(model)
+        except BundleError as error:
+            problem = str(error)
     if json:
-        print_json(report, {} if bundle is None else {"bundle": bundle})
+        bundle = {"folder": str(model), "manifest": manifest, "problem": problem}
+        print_json(report, {} if model is None else {"bundle": bundle})
     else:
         _print_machine(report)
-        if bundle is not None:
-            _print_bundle(bundle)
-    if bundle is not None and bundle.problem is not None:
-        note(f"error: {bundle.problem}")
+        if model is not None:
+            print(f"\n{model}: {'not usable' if problem else 'whole, every file as exported'}")
+        if manifest is not None:
+            _print_manifest(manifest)
+    if problem is not None:
+        note(f"error: {problem}")
         return 1
-    return 0 if report.works("run on CPU") or report.works("run on CUDA") else 1
-
-
-def _check(folder: Path) -> BundleReport:
-    manifest: Manifest | None = None
-    try:
-        manifest = manifest_of(folder)
-        verify(folder)
-    except BundleError as error:
-        return BundleReport(str(folder), manifest, str(error))
-    return BundleReport(str(folder), manifest, None)
+    runs = any(one.works for one in report.capabilities if one.name in ("run on CPU", "run on CUDA"))
+    return 0 if runs else 1
 
 
 def _print_machine(report: Report) -> None:
@@ -97,11 +87,7 @@ def _print_machine(report: Report) -> None:
             print(f"{'':<7}  {'':<{width}}  {capability.command}")
 
 
-def _print_bundle(bundle: BundleReport) -> None:
-    print(f"\n{bundle.folder}: {'whole, every file as exported' if bundle.problem is None else 'not usable'}")
-    if bundle.manifest is None:
-        return
-    manifest = bundle.manifest
+def _print_manifest(manifest: Manifest) -> None:
     language = manifest.language
     total_bytes = sum(entry.size_bytes for entry in manifest.files.values())
     lines = {

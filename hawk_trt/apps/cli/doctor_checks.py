@@ -83,10 +83,6 @@ class Report:
     memory_available_bytes: int | None = field(default_factory=available_memory_bytes)
     disk_free_bytes: int = field(default_factory=lambda: shutil.disk_usage(Path.cwd()).free)
 
-    def works(self, name: str) -> bool:
-        """Whether a capability works."""
-        return any(capability.works for capability in self.capabilities if capability.name == name)
-
 
 def examine() -> Report:
     """Look at the machine."""

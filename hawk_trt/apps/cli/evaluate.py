@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,7 +12,7 @@ from rich.console import Console
 
 from hawk_trt.apps.cli.options import OUTPUT, PRUNING, Choosing, Json, KeepRatios, MaxNewTokens, Model, Where, names
 from hawk_trt.apps.cli.output import counted, note, print_json
-from hawk_trt.apps.evaluate.datasets import TINY, Dataset, Sample, load_dataset
+from hawk_trt.apps.evaluate.datasets import TINY, Dataset, load_dataset
 from hawk_trt.apps.evaluate.metrics import METRICS, Metric, metric_for
 from hawk_trt.apps.evaluate.report import write_report
 from hawk_trt.apps.evaluate.result_log import ResultLog
@@ -20,7 +21,6 @@ from hawk_trt.apps.evaluate.trials import (
     UNPRUNED,
     Answerer,
     Cell,
-    PreparedSample,
     Trial,
     missing,
     pipeline_answerer,
@@ -92,7 +92,7 @@ def evaluate(
         raise InvalidInput(f"--max-new-tokens: got {questions.max_new_tokens}, expected at least 1")
     if FASTV in selectors and checkpoint is None:
         raise InvalidInput(f"--selectors {FASTV}: it answers in PyTorch, so it needs --checkpoint")
-    cells = make_cells(selectors, keep_ratios, choosing)
+    cells = _cells(selectors, keep_ratios, choosing)
     dataset = load_dataset(questions.dataset, questions.count, questions.seed)
     metric = metric_for(questions.metric, dataset)
     if dataset.unknown_keys:
@@ -111,7 +111,10 @@ def evaluate(
     finally:
         log.close()
     rows = summarise(log.records, cells, [sample.id for sample in dataset])
-    no_plots = write_report(out, rows, subject, _title(pipe, dataset))
+    manifest = pipe.bundle.manifest
+    runs = f"{Path(manifest.source.name).name}, {manifest.precision}, {pipe.backend.name} on {pipe.backend.device}"
+    title = f"{Path(dataset.name).name}, {dataset.count} samples: {runs}"
+    no_plots = write_report(out, rows, subject, title)
     if json:
         told = {"dataset": questions.dataset, "samples": dataset.count, "metric": metric, "out": str(out)}
         print_json(told, {"rows": rows})
@@ -125,36 +128,27 @@ def evaluate(
     return 0
 
 
-def make_cells(selectors: Sequence[str], keep_ratios: Sequence[float], choosing: Choosing) -> list[Cell]:
-    """Every selector at every keep ratio, and all of keep ratio 1 as one.
-
-    Raises:
-        InvalidInput: a value out of its range.
-    """
+def _cells(selectors: Sequence[str], keep_ratios: Sequence[float], choosing: Choosing) -> list[Cell]:
+    """Every selector at every keep ratio, and all of keep ratio 1 as one."""
     cells: dict[tuple[str, float], Cell] = {}
-    for keep_ratio in keep_ratios:
-        for selector in selectors:
-            cell = _cell(selector, choosing, keep_ratio)
-            cells.setdefault(cell.key, cell)
+    for keep_ratio, selector in product(keep_ratios, selectors):
+        name, own = selector, choosing
+        if selector in SCORED:
+            name += "" if choosing.keep_mass is None else f", mass {choosing.keep_mass:g}"
+            name += "" if not choosing.diversity else f", diversity {choosing.diversity:g}"
+        else:
+            own = replace(choosing, keep_mass=None, diversity=0.0)
+        pruning = own.config(keep_ratio)
+        pruning = replace(
+            pruning,
+            selector=pruning.selector if selector == FASTV else selector,
+            head_weights=None if selector in (*EQUAL_HEADS, FASTV) else pruning.head_weights,
+        )
+        if pruning.keep_ratio == 1.0 and pruning.keep_mass is None:
+            name, pruning = UNPRUNED, PruningConfig(keep_ratio=1.0)
+        cell = Cell(name, pruning)
+        cells.setdefault(cell.key, cell)
     return list(cells.values())
-
-
-def _cell(selector: str, choosing: Choosing, keep_ratio: float) -> Cell:
-    name = selector
-    if selector in SCORED:
-        name += "" if choosing.keep_mass is None else f", mass {choosing.keep_mass:g}"
-        name += "" if not choosing.diversity else f", diversity {choosing.diversity:g}"
-    else:
-        choosing = replace(choosing, keep_mass=None, diversity=0.0)
-    pruning = choosing.config(keep_ratio)
-    pruning = replace(
-        pruning,
-        selector=pruning.selector if selector == FASTV else selector,
-        head_weights=None if selector in (*EQUAL_HEADS, FASTV) else pruning.head_weights,
-    )
-    if pruning.keep_ratio == 1.0 and pruning.keep_mass is None:
-        return Cell(UNPRUNED, PruningConfig(keep_ratio=1.0))
-    return Cell(name, pruning)
 
 
 def _trials(
@@ -180,12 +174,7 @@ def _trials(
     def answerer(cell: Cell) -> Answerer:
         return fastv() if cell.selector == FASTV else own
 
-    def prepared(sample: Sample) -> PreparedSample:
-        try:
-            return prepare(pipe, sample, max_pixels=questions.max_pixels)
-        except InvalidInput as error:
-            raise InvalidInput(f"sample {sample.id}: {error}") from error
-
+    prepared = partial(prepare, pipe, max_pixels=questions.max_pixels)
     return run_trials(dataset, cells, log, prepared, answerer, questions.seed)
 
 
@@ -206,9 +195,3 @@ def _subject(
         "min_visual_tokens": str(choosing.min_visual_tokens),
         "head_weights": "the bundle's" if weights is None else ", ".join(f"{weight:g}" for weight in weights),
     }
-
-
-def _title(pipe: "Pipeline", dataset: Dataset) -> str:
-    manifest = pipe.bundle.manifest
-    model = f"{Path(manifest.source.name).name}, {manifest.precision}, {pipe.backend.name} on {pipe.backend.device}"
-    return f"{Path(dataset.name).name}, {dataset.count} samples: {model}"

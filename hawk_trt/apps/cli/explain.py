@@ -42,7 +42,7 @@ def explain(
     configs = [pruning.config(keep_ratio) for keep_ratio in keep_ratios]
     text = prompt.text()
     pipe = where.open(model)
-    inputs = prompt.prepare(pipe, prompt.messages(text))
+    inputs = pipe.prepare(prompt.messages(text), **prompt.media)
     results = []
     for config in configs:
         note(f"keep ratio {config.keep_ratio:g}")
@@ -70,11 +70,7 @@ def lay_out(
 
 
 def draw(path: Path, explained: Explanation, prompt: Prompt, pruning: Pruning, pipe: "Pipeline") -> None:
-    """Write the picture of an explanation.
-
-    Raises:
-        InvalidInput: an image cannot be read, or the picture not be written.
-    """
+    """Write the picture of an explanation."""
     manifest = pipe.bundle.manifest
     frames = load_frames(explained, pipe, prompt.image, prompt.video, prompt.fps, prompt.max_frames)
     share = {"global": "", "per-image": " Each image keeps its share.", "per-frame": " Each frame keeps its share."}

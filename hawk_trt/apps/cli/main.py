@@ -26,7 +26,6 @@ from cyclopts.exceptions import UnusedCliTokensError
 from hawk_trt import __version__
 from hawk_trt.apps.cli.mistakes import SYNONYMS, to_try
 from hawk_trt.errors import HawkError, InvalidInput
-from hawk_trt.runtime.versions import extras
 
 # Name: (function, what it does).
 COMMANDS = {
@@ -199,6 +198,8 @@ def _missing(error: ImportError) -> str:
     if not isinstance(cause, ModuleNotFoundError) or package == "hawk_trt":
         raise error
     package = {"PIL": "pillow", "yaml": "pyyaml"}.get(package, package)
+    from hawk_trt.runtime.versions import extras  # numpy comes with it, and half the start of --help
+
     names = {package, package.replace("_", "-")}
     brought = next((f"'hawk-trt[{extra}]'" for extra, packages in extras().items() if names & set(packages)), package)
     return f"this command needs {package}: pip install {brought}"

@@ -42,9 +42,6 @@ def ready(model: Path, dtype: str | None = None) -> Path:
     Args:
         model: as it was named.
         dtype: that a checkpoint is exported in, None for float32; that of a bundle must be it.
-
-    Raises:
-        HawkError: there is no model, it cannot be exported, or it is of another dtype.
     """
     if str(model) == TINY and not model.exists():
         model = tiny_checkpoint()
@@ -94,9 +91,6 @@ def expect_checkpoint(name: str, *, compared: bool = False) -> None:
     Args:
         name: as it was given.
         compared: whether the checkpoint of a bundle is asked for, and not one to export.
-
-    Raises:
-        WrongModel: it is something else.
     """
     kind = kind_of(name)
     if compared and kind in ("bundle", "engines"):
@@ -117,11 +111,7 @@ def expect_checkpoint(name: str, *, compared: bool = False) -> None:
 
 
 def expect_bundle(name: Path) -> None:
-    """Refuse all but a bundle.
-
-    Raises:
-        WrongModel: it is something else.
-    """
+    """Refuse all but a bundle."""
     if kind_of(name) == "engines":
         message = f"{name}: engines, which are built already"
         raise WrongModel(message, command=f"hawk-trt run {name} --prompt TEXT")
@@ -129,11 +119,7 @@ def expect_bundle(name: Path) -> None:
 
 
 def expect_exported(name: Path) -> None:
-    """Refuse all but a bundle and engines.
-
-    Raises:
-        WrongModel: it is something else.
-    """
+    """Refuse all but a bundle and engines."""
     kind = kind_of(name)
     if kind in ("checkpoint", "hub id"):
         command = f"hawk-trt export {name} --out {name.name}-bundle"
@@ -143,30 +129,18 @@ def expect_exported(name: Path) -> None:
 
 
 def load_bundle(model: Path) -> Bundle:
-    """The bundle of a folder, or the one inside an engine folder, whose graphs are plans.
-
-    Raises:
-        BundleError: neither is there, or it is damaged.
-    """
+    """The bundle of a folder, or the one inside an engine folder, whose graphs are plans."""
     folder = ready(model)
     return EngineFolder.load(folder).bundle if holds_engines(folder) else Bundle.load(folder)
 
 
 def manifest_of(folder: Path) -> Manifest:
-    """The manifest of a bundle, or of the one that engines were built from.
-
-    Raises:
-        BundleError: neither is there, or it is damaged.
-    """
+    """The manifest of a bundle, or of the one that engines were built from."""
     return read_engine_manifest(folder).bundle if holds_engines(folder) else read_manifest(folder)
 
 
 def verify(folder: Path) -> None:
-    """Read every file of a bundle or engine folder and compare its sha256 with the manifest.
-
-    Raises:
-        BundleError: nothing to load there, or a file is missing or differs.
-    """
+    """Read every file of a bundle or engine folder and compare its sha256 with the manifest."""
     files = dict(manifest_of(folder).files)
     if holds_engines(folder):
         files |= read_engine_manifest(folder).files

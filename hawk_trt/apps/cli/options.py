@@ -15,12 +15,11 @@ from hawk_trt.apps.cli.mistakes import IMAGES, VIDEOS, WrongModel
 from hawk_trt.apps.cli.models import INTEGERS, TINY, ready, verify
 from hawk_trt.errors import InvalidInput
 from hawk_trt.pruning.head_weights import read_head_weights
-from hawk_trt.request import QUERIES, QUOTAS, SELECTORS, ModelInputs, PruningConfig, SamplingConfig
+from hawk_trt.request import QUERIES, QUOTAS, SELECTORS, PruningConfig
 from hawk_trt.stages import DTYPES, TARGETS
 
 if TYPE_CHECKING:
     from hawk_trt import Pipeline
-    from hawk_trt.pipeline import TextStream
     from hawk_trt.request import Message
 
 # The names that others give the dtypes.
@@ -116,9 +115,6 @@ class Where:
         Args:
             model: their folder, or a checkpoint, which is exported first.
             vision_cache_mb: for a command that may be asked twice about an image, unlike most.
-
-        Raises:
-            HawkError: it cannot be loaded as asked for.
         """
         from hawk_trt import Pipeline  # loading graphs and a tokenizer is only for those who run them
 
@@ -177,11 +173,7 @@ class Prompt(Pixels):
                     raise WrongModel(f"{flag} {path}: {other[2:]}, expected {flag[2:]}", flag, other)
 
     def text(self) -> str:
-        """The question, from the option or from stdin.
-
-        Raises:
-            InvalidInput: it is empty, or not UTF-8.
-        """
+        """The question, from the option or from stdin."""
         try:
             text = sys.stdin.read().strip() if self.prompt == "-" else self.prompt
         except UnicodeDecodeError as error:
@@ -191,11 +183,7 @@ class Prompt(Pixels):
         return text
 
     def messages(self, text: str) -> "str | Sequence[Message]":
-        """The prompt as the pipeline takes it: the text alone, or chat messages where it has to say more.
-
-        Raises:
-            InvalidInput: sampling of a video that is out of its range, or without a video.
-        """
+        """The prompt as the pipeline takes it: the text alone, or chat messages where it has to say more."""
         for name, value, least in (("--fps", self.fps, 0), ("--max-frames", self.max_frames, 1)):
             if value is not None and not value > least:
                 raise InvalidInput(f"{name}: got {value:g}, expected {'above 0' if not least else 'at least 2'}")
@@ -208,41 +196,11 @@ class Prompt(Pixels):
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
         return [*system, {"role": "user", "content": [*content, {"type": "text", "text": text}]}]
 
-    def prepare(self, pipe: "Pipeline", messages: "str | Sequence[Message]") -> ModelInputs:
-        """The prompt as tensors.
-
-        Raises:
-            HawkError: an image or video that cannot be used.
-        """
-        return pipe.prepare(messages, self.image, self.video, min_pixels=self.min_pixels, max_pixels=self.max_pixels)
-
-    def stream(
-        self,
-        pipe: "Pipeline",
-        messages: "str | Sequence[Message]",
-        pruning: PruningConfig,
-        sampling: SamplingConfig,
-        stop: Sequence[str] = (),
-        *,
-        skip_special_tokens: bool = True,
-    ) -> "TextStream":
-        """The answer in pieces.
-
-        Raises:
-            HawkError: an image or video that cannot be used.
-        """
-        return pipe.stream(
-            messages,
-            self.image,
-            self.video,
-            pruning,
-            self.max_new_tokens,
-            sampling,
-            stop,
-            skip_special_tokens=skip_special_tokens,
-            min_pixels=self.min_pixels,
-            max_pixels=self.max_pixels,
-        )
+    @property
+    def media(self) -> dict[str, Any]:
+        """What Pipeline's methods take besides the messages."""
+        sizes = {"min_pixels": self.min_pixels, "max_pixels": self.max_pixels}
+        return {"images": self.image, "videos": self.video, **sizes}
 
 
 @Parameter(name="*", group=PRUNING)
@@ -263,11 +221,7 @@ class Scoring:
     head_weights: Path | None = None
 
     def config(self, keep_ratio: float) -> PruningConfig:
-        """The pruning that the options ask for, at a keep ratio.
-
-        Raises:
-            InvalidInput: a value out of its range, or one that does not go with the selector.
-        """
+        """The pruning that the options ask for, at a keep ratio."""
         if 1.0 < keep_ratio <= 100.0:
             raise InvalidInput(
                 f"keep_ratio: got {keep_ratio:g}, expected a number in (0, 1]. "

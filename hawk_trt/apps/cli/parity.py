@@ -47,11 +47,7 @@ class Compared:
     seed: int = 0
 
     def cases(self, pipe: "Pipeline", bundle: Bundle, query: str | None) -> list[ParityCase]:
-        """The prompts as tensors.
-
-        Raises:
-            HawkError: the bundle cannot take them.
-        """
+        """The prompts as tensors."""
         prompts: Sequence[str] = self.prompt or [DEFAULT_PROMPT]
         has_tokenizer = "tokenizer.json" in bundle.manifest.files
         if not has_tokenizer and (self.prompt or self.images or self.videos):

@@ -44,11 +44,7 @@ class Sampling:
     frequency_penalty: float | None = None
 
     def config(self, bundle: Bundle | None = None) -> SamplingConfig:
-        """The options that were given; for the rest greedy, or what the bundle's model says where that is asked for.
-
-        Raises:
-            InvalidInput: a value out of its range.
-        """
+        """The options that were given; for the rest greedy, or what the bundle's model says where that is asked for."""
         base = checkpoint_sampling(bundle) if bundle and self.sampling == "model" else SamplingConfig()
         given = {name: value for name, value in asdict(self).items() if name != "sampling" and value is not None}
         return replace(base, **given)
@@ -88,8 +84,15 @@ def run(
     if keep_ratio is None:
         config = replace(config, keep_ratio=pipe.bundle.manifest.keep_ratio)
     messages = prompt.messages(text)
-    drawn_by = sampling.config(pipe.bundle)
-    stream = prompt.stream(pipe, messages, config, drawn_by, stop, skip_special_tokens=skip_special_tokens)
+    stream = pipe.stream(
+        messages,
+        pruning=config,
+        max_new_tokens=prompt.max_new_tokens,
+        sampling=sampling.config(pipe.bundle),
+        stop=stop,
+        skip_special_tokens=skip_special_tokens,
+        **prompt.media,
+    )
     live = sys.stdout.isatty() and not (no_stream or json)
     line_begun = False
     try:
@@ -110,7 +113,8 @@ def run(
     if drawn is not None:  # after the answer, which a picture that cannot be written must not cost
         from hawk_trt.apps.cli.explain import draw, lay_out  # a tenth of a start is for those who draw
 
-        explained = lay_out(pipe, text, prompt.prepare(pipe, messages), [(config.keep_ratio, result)], pruning)
+        inputs = pipe.prepare(messages, **prompt.media)
+        explained = lay_out(pipe, text, inputs, [(config.keep_ratio, result)], pruning)
         draw(drawn, explained, prompt, pruning, pipe)
     _summarise(result)
     if picture is not None:

@@ -52,11 +52,7 @@ class Served:
     limits: Annotated[ServeLimits, Parameter(name="*", group=_LIMITS)] = ServeLimits()
 
     def settings(self, model: Path) -> ServeSettings:
-        """The server's settings.
-
-        Raises:
-            InvalidInput: a value out of its range, or a key file without a key.
-        """
+        """The server's settings."""
         return ServeSettings(
             model_name=self.model_name or (str(model) if kind_of(model) == "hub id" else model.resolve().name),
             pruning=self.pruning.config(1.0 if self.keep_ratio is None else self.keep_ratio),
@@ -69,11 +65,7 @@ class Served:
         )
 
     def open(self, model: Path, settings: ServeSettings) -> "tuple[Pipeline, ServeSettings]":
-        """The loaded model, and the settings with the keep ratio of its bundle where the options name none.
-
-        Raises:
-            HawkError: it cannot be loaded as asked for.
-        """
+        """The loaded model, and the settings with the keep ratio of its bundle where the options name none."""
         pipe = self.where.open(model, self.vision_cache_mb)
         if self.keep_ratio is None:
             pruning = replace(settings.pruning, keep_ratio=pipe.bundle.manifest.keep_ratio)
@@ -99,7 +91,7 @@ def serve(
         config: YAML file of options, one a line as keep_ratio: 0.2; the command line wins
     """
     from hawk_trt.apps.serve.app import create_app
-    from hawk_trt.apps.serve.server import Server, configure_logging, listen
+    from hawk_trt.apps.serve.server import configure_logging, listen, make_server
 
     del config  # main.options_of_file has read it
     settings = served.settings(model)
@@ -115,7 +107,7 @@ def serve(
     with pipe, listen(host, port) as opened:
         name, number = opened.getsockname()[:2]
         note(f"serving {settings.model_name} at http://{f'[{name}]' if ':' in name else name}:{number}/v1")
-        server = Server(create_app(pipe, settings))
+        server = make_server(create_app(pipe, settings))
         server.run(sockets=[opened])
     return 0 if server.started else 1
 

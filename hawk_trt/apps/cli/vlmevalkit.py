@@ -57,9 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         """
         made = model_class(vlmevalkit)
         with replace(where, device=device_of_rank(where.device, model)).open(model) as pipe:
-            answering = Answering(pipe, pruning.config(keep_ratio), pixels.min_pixels, pixels.max_pixels, trace)
+            sizes = (pixels.min_pixels, pixels.max_pixels)
+            answering = Answering(pipe, pruning.config(keep_ratio), *sizes, trace, system)
             of_videos = {"max_frames": max_frames, "total_pixels": total_pixels, **asdict(pixels)}
-            harness = made(answering, max_new_tokens, system, fps=fps, **of_videos)
+            harness = made(answering, max_new_tokens, fps=fps, **of_videos)
             run_harness(vlmevalkit, name, harness, given[own + 1 :])
             note(answering.summary())
         return 0

@@ -10,6 +10,7 @@ import numpy as np
 from hawk_trt.apps.evaluate.datasets import Dataset, Sample
 from hawk_trt.apps.evaluate.metrics import Metric
 from hawk_trt.apps.evaluate.result_log import ResultLog
+from hawk_trt.errors import InvalidInput
 from hawk_trt.request import ModelInputs, PruningConfig, Timings
 
 if TYPE_CHECKING:
@@ -94,13 +95,12 @@ def pipeline_answerer(pipe: "Pipeline", metric: Metric, max_new_tokens: int) -> 
 
 
 def prepare(pipe: "Pipeline", sample: Sample, *, max_pixels: int | None = None) -> PreparedSample:
-    """Turn a sample into tensors.
-
-    Raises:
-        InvalidInput: an image or video that cannot be used.
-    """
+    """Turn a sample into tensors; InvalidInput names the sample where that cannot be done."""
     begun = time.perf_counter()
-    inputs = pipe.prepare(sample.prompt, images=sample.images, videos=sample.videos, max_pixels=max_pixels)
+    try:
+        inputs = pipe.prepare(sample.prompt, images=sample.images, videos=sample.videos, max_pixels=max_pixels)
+    except InvalidInput as error:
+        raise InvalidInput(f"sample {sample.id}: {error}") from error
     return PreparedSample(sample, inputs, time.perf_counter() - begun)
 
 

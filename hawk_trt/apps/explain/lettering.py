@@ -1,6 +1,8 @@
 """Text in a picture: fonts by size, line heights, and wrapping by measured width."""
 
+from bisect import bisect_right
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from PIL import ImageDraw, ImageFont
@@ -30,10 +32,11 @@ class Lettering:
     @classmethod
     def of_size(cls, size_px: int, sample: str = "") -> "Lettering":
         """Pillow's own font, or one of the system's where the sample goes beyond Latin."""
-        font: Font | None = None
-        if not _is_latin(sample):
-            font = _system_font(size_px)
-        font = font or ImageFont.load_default(size_px)
+        font: Font = ImageFont.load_default(size_px)
+        for name in () if all(ord(one) < 0x250 or 0x2000 <= ord(one) < 0x2100 for one in sample) else _WIDE_FONTS:
+            with suppress(OSError):  # not on this machine
+                font = ImageFont.truetype(name, size_px)
+                break
         return cls(font, round(font.getbbox("Ag|")[3] * 1.3))
 
     def width_px(self, text: str) -> int:
@@ -54,7 +57,7 @@ class Lettering:
                     lines.append(line)
                 line = word
                 while self.width_px(line) > width_px and len(line) > 1:  # a long word, or a script without spaces
-                    fits = self._fitting(line, width_px)
+                    fits = max(bisect_right(range(len(line)), width_px, key=lambda n: self.width_px(line[:n])) - 1, 1)
                     lines.append(line[:fits])
                     line = line[fits:]
             lines.append(line)
@@ -74,25 +77,3 @@ class Lettering:
             draw.text((x, y), line, colour, self.font)
             y += self.line_px
         return y
-
-    def _fitting(self, text: str, width_px: int) -> int:
-        """How many leading characters fit, at least one."""
-        count = 1
-        while count < len(text) and self.width_px(text[: count + 1]) <= width_px:
-            count += 1
-        return count
-
-
-def _is_latin(text: str) -> bool:
-    return all(ord(character) < 0x250 or 0x2000 <= ord(character) < 0x2100 for character in text)
-
-
-def _system_font(size_px: int) -> Font | None:
-    return next((font for name in _WIDE_FONTS if (font := _named_font(name, size_px))), None)
-
-
-def _named_font(name: str, size_px: int) -> Font | None:
-    try:
-        return ImageFont.truetype(name, size_px)
-    except OSError:  # not on this machine
-        return None

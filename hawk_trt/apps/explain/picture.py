@@ -112,14 +112,18 @@ def render(explanation: Explanation, frames: Sequence[Sequence[Image.Image]], *,
     Raises:
         InvalidInput: frames do not fit the explanation.
     """
-    side_px = _side_px(explanation.items)
+    # enough for each token to be seen, within what a screen and a file can take
+    longest = max(max(item.grid[1:]) for item in explanation.items)
+    side_px = min(max(_CELL_PX * longest, _MIN_PANEL_PX), _MAX_PANEL_PX)
     rows = _rows(explanation, frames, side_px)
     column_px = max(side_px * 2 // 3, *(row.image.width for row in rows))
     texts = explanation.prompt + "".join(selection.answer or "" for selection in explanation.selections)
     size_px = min(max(column_px // 18, 14), 32)
     large, normal, small = (Lettering.of_size(px, texts) for px in (size_px * 6 // 5, size_px, size_px * 5 // 6))
     gap = size_px * 5 // 4
-    score_range = _score_range(explanation.items)
+    # all but the extreme hundredths, so that one outlier leaves colour to the rest
+    low, high = np.percentile(np.concatenate([item.scores.ravel() for item in explanation.items]), (1, 99)).tolist()
+    score_range = low, high
     views = _views(explanation, score_range)
     columns = math.ceil(len(views) / math.ceil(len(views) / _MOST_COLUMNS))
     bands = [views[start : start + columns] for start in range(0, len(views), columns)]
@@ -203,12 +207,6 @@ def _rows(explanation: Explanation, frames: Sequence[Sequence[Image.Image]], sid
     return rows
 
 
-def _side_px(items: Sequence[VisualItem]) -> int:
-    """Longest side of a panel: enough for each token to be seen, within what a screen and a file can take."""
-    longest = max(max(item.grid[1:]) for item in items)
-    return min(max(_CELL_PX * longest, _MIN_PANEL_PX), _MAX_PANEL_PX)
-
-
 def _scaled(picture: Image.Image, side_px: int) -> Image.Image:
     """Shrunk to a longest side, or enlarged to it and beyond by a whole number, each pixel to a square."""
     longest = max(picture.size)
@@ -217,12 +215,6 @@ def _scaled(picture: Image.Image, side_px: int) -> Image.Image:
         return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
     width, height = (max(1, round(edge * side_px / longest)) for edge in picture.size)
     return picture.resize((width, height), Image.Resampling.LANCZOS)
-
-
-def _score_range(items: Sequence[VisualItem]) -> tuple[float, float]:
-    """The scores that the ramp spans: all but the extreme hundredths, so that one outlier leaves colour to the rest."""
-    low, high = np.percentile(np.concatenate([item.scores.ravel() for item in items]), (1, 99))
-    return float(low), float(high)
 
 
 def _views(explanation: Explanation, score_range: tuple[float, float]) -> list[_View]:

@@ -7,7 +7,8 @@ visual tokens of its prompt and those kept, the tokens generated, and the answer
 import hashlib
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,10 @@ _FAILURES_IN_A_ROW = 5
 
 
 class Answering:
-    """A pipeline with the settings of one run of a benchmark; min_pixels and max_pixels: see Pipeline.prepare."""
+    """A pipeline with the settings of one run of a benchmark.
+
+    min_pixels and max_pixels: see Pipeline.prepare. system: a system message where a conversation brings none.
+    """
 
     def __init__(
         self,
@@ -34,8 +38,10 @@ class Answering:
         min_pixels: int | None = None,
         max_pixels: int | None = None,
         trace: Path | None = None,
+        system: str | None = None,
     ) -> None:
         self._pipe = pipe
+        self._system = system
         self._options: dict[str, Any] = {"pruning": pruning, "min_pixels": min_pixels, "max_pixels": max_pixels}
         rank = int(os.environ.get("RANK", "0"))
         self._trace = trace.with_stem(f"{trace.stem}.rank{rank}") if trace is not None and rank else trace
@@ -54,7 +60,7 @@ class Answering:
         """
         request: Request | None = None
         try:
-            requests = [question() for question in questions]
+            requests = [self._with_system(question()) for question in questions]
             request = requests[0]
             results = self._pipe.generate_batch(requests, **self._options)
         except HawkError as error:
@@ -89,10 +95,18 @@ class Answering:
             f"({100 * self.kept_share():.1f} %), {self._seconds / max(self._answers, 1):.3f} s an answer"
         )
 
+    def _with_system(self, request: Request) -> Request:
+        messages: Any = request.prompt
+        if self._system is None or messages[0]["role"] == "system":
+            return request
+        system = {"role": "system", "content": [{"type": "text", "text": self._system}]}
+        return replace(request, prompt=[system, *messages])
+
     def _note(self, source: str, request: Request | None, **more: object) -> None:
         if self._trace is None:
             return
-        texts = [] if request is None else list(_texts(request.prompt))
+        turns: Any = () if request is None else request.prompt
+        texts = [item["text"] for turn in turns for item in turn["content"] if item["type"] == "text"]
         question = hashlib.sha256("\n".join(texts).encode(errors="surrogatepass")).hexdigest()
         with self._trace.open("ab") as file:
             file.write(msgspec.json.encode({"source": source, "question": question, **more}) + b"\n")
@@ -105,8 +119,3 @@ def device_of_rank(device: str | None, folder: Path) -> str | None:
         return device
     visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     return f"cuda:{int(rank) % len(visible) if visible else rank}"
-
-
-def _texts(messages: Any) -> Iterator[str]:  # noqa: ANN401 - the messages of a request
-    for turn in messages:
-        yield from (item["text"] for item in turn["content"] if item["type"] == "text")

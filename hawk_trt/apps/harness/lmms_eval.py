@@ -87,9 +87,9 @@ class HawkTrt(lmms):
             keep_ratio=float(keep_ratio), head_weights=weights, selector=selector, query=query, quota=quota
         )
         pipe = Pipeline.load(bundle, device=device_of_rank(device, Path(bundle)), target=target)
-        self._answering = Answering(pipe, pruning, min_pixels, max_pixels, None if trace is None else Path(trace))
+        trace_file = None if trace is None else Path(trace)
+        self._answering = Answering(pipe, pruning, min_pixels, max_pixels, trace_file, system_prompt)
         self._video = {"fps": fps, "nframes": nframes, "max_frames": max_frames}
-        self._system = system_prompt
         self._batch_size = int(batch_size) if str(batch_size).isdecimal() else 1
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             from accelerate import Accelerator  # lmms-eval gathers the processes' results through it
@@ -141,8 +141,6 @@ class HawkTrt(lmms):
         messages: list[Message] = [
             {"role": turn["role"], "content": list(_items(turn["content"], self._video))} for turn in given
         ]
-        if self._system is not None and messages[0]["role"] != "system":
-            messages.insert(0, {"role": "system", "content": [{"type": "text", "text": self._system}]})
         return Request(
             messages,
             max_new_tokens=int(settings.get("max_new_tokens") or _MAX_NEW_TOKENS),

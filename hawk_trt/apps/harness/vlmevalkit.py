@@ -65,7 +65,6 @@ def model_class(clone: Path | None = None) -> type[Any]:
             self,
             answering: Answering,
             max_new_tokens: int = 2048,
-            system: str | None = None,
             *,
             fps: float | None = None,
             **of_videos: Any,  # noqa: ANN401 - numbers, each of its kind
@@ -73,7 +72,6 @@ def model_class(clone: Path | None = None) -> type[Any]:
             super().__init__()
             self._answering = answering
             self._max_new_tokens = max_new_tokens
-            self._system = system
             self._of_videos = of_videos
             self.fps: float | None = fps or 2
             self.nframe: int | None = 128
@@ -94,8 +92,6 @@ def model_class(clone: Path | None = None) -> type[Any]:
         def _request(self, turns: Sequence[Mapping[str, Any]], dataset: str | None) -> Request:
             sampled = {"fps": self.fps} if self.fps else {"nframes": self.nframe}
             messages = to_messages(turns, dataset, self._of_videos | sampled)
-            if self._system is not None and messages[0]["role"] != "system":
-                messages.insert(0, {"role": "system", "content": [{"type": "text", "text": self._system}]})
             return Request(messages, max_new_tokens=self._max_new_tokens)
 
     return HawkTrt

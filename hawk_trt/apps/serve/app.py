@@ -63,9 +63,6 @@ def create_app(pipe: "Pipeline", settings: ServeSettings) -> FastAPI:
     """Make the application; `app.state.service` is what its requests share.
 
     Its lifespan warms the pipeline up and, at the end, finishes what runs. The caller closes the pipeline.
-
-    Raises:
-        InvalidInput: a bundle without a tokenizer.
     """
     service = Service(pipe, settings)
 

@@ -30,24 +30,9 @@ class Piece:
     logprobs: tuple[TokenLogprobs, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """An answer is complete: its last event. All pieces together are result.text."""
-
-    result: Result
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """A request ended without an answer: its last event.
-
-    error is DeadlinePassed, Stopping, InvalidInput (a selector's choice that cannot be used) or BackendError.
-    """
-
-    error: HawkError
-
-
-Event: TypeAlias = Piece | Finished | Failed
+# The last is a result, whose text is all pieces together, or the reason why there is none: DeadlinePassed, Stopping,
+# InvalidInput (a selector's choice that cannot be used) or BackendError.
+Event: TypeAlias = Piece | Result | HawkError
 
 
 @dataclass(eq=False, slots=True)
@@ -92,11 +77,7 @@ class Batcher:
         max_queue: int = DEFAULT_MAX_QUEUE,
         max_cache_mb: float | None = None,
     ) -> None:
-        """Start the thread. Bounds: rows of a decode step, requests that wait, megabytes of the KV caches of all rows.
-
-        Raises:
-            InvalidInput: a bound that makes no sense.
-        """
+        """Start the thread. Bounds: rows of a step, requests that wait, megabytes of the KV caches of all rows."""
         for name, value in (("max_batch", max_batch), ("max_queue", max_queue)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise InvalidInput(f"{name}: got {value!r}, expected an integer of at least 1")
@@ -151,7 +132,7 @@ class Batcher:
 
         Args:
             request: what to answer.
-            on_event: hears of Pieces, then of Finished or Failed, in the batcher's thread: it must not block.
+            on_event: hears of Pieces, then of a Result or an error, in the batcher's thread: it must not block.
             deadline: on the clock of time.monotonic(), in seconds; None waits as long as it takes.
 
         Raises:
@@ -231,7 +212,7 @@ class Batcher:
             self._deliver(sequence, Piece(sequence.piece, tuple(sequence.piece_logprobs)))
         if sequence.finish_reason is not None:
             self._finished += 1
-            self._deliver(sequence, Finished(sequence.result()), last=True)
+            self._deliver(sequence, sequence.result(), last=True)
 
     def _end_late(self) -> None:
         """End the requests whose deadline has passed."""
@@ -250,7 +231,7 @@ class Batcher:
             error = BackendError(f"failed: {type(error).__name__}, which is in the server's log")
         for sequence in sequences:
             self._failed += 1
-            self._deliver(sequence, Failed(error), last=True)
+            self._deliver(sequence, error, last=True)
 
     def _deliver(self, sequence: Sequence, event: Event, *, last: bool = False) -> None:
         with self._changed:

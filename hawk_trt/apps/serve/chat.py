@@ -24,7 +24,7 @@ from hawk_trt.apps.serve.answers import (
     TopLogprob,
     Usage,
 )
-from hawk_trt.apps.serve.batcher import Finished, Piece
+from hawk_trt.apps.serve.batcher import Piece
 from hawk_trt.apps.serve.details import details_of
 from hawk_trt.apps.serve.errors import ApiError, api_error
 from hawk_trt.apps.serve.prompt import Prepared
@@ -48,12 +48,7 @@ async def open_request(request: Request) -> AsyncIterator[OpenRequest]:
 
 
 async def prepared_request(request: Request, opened: Annotated[OpenRequest, Depends(open_request)]) -> Prepared:
-    """Read, check and prepare the request.
-
-    Raises:
-        ApiError: it is wrong, or too large.
-        TimeoutError: its time is over.
-    """
+    """Read, check and prepare the request, within its time."""
     service: Service = request.app.state.service
     with anyio.fail_after(opened.deadline - time.monotonic()):
         prepared = await service.prepare(await _body(request, opened, service), opened)
@@ -69,12 +64,7 @@ async def chat_completions(
     opened: Annotated[OpenRequest, Depends(open_request)],
     prepared: Annotated[Prepared, Depends(prepared_request)],
 ) -> Completion | StreamingResponse:
-    """Answer a chat, whole or streamed.
-
-    Raises:
-        HawkError: there is no answer.
-        TimeoutError: its time is over.
-    """
+    """Answer a chat, whole or streamed."""
     service: Service = request.app.state.service
     await service.in_thread(partial(opened.submit, prepared.requests()))
     seconds = service.settings.first_token_seconds
@@ -87,7 +77,7 @@ async def chat_completions(
     head: dict[str, Any] = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time())}
     head["model"] = service.settings.model_name
     ignored = _ignored_header(prepared)
-    if prepared.stream:
+    if prepared.chat.stream:
         events = _events(service, opened, prepared, first, head)
         return StreamingResponse(events, headers=_STREAM_HEADERS | ignored, media_type="text/event-stream")
     response.headers.update(ignored)
@@ -97,7 +87,7 @@ async def chat_completions(
         if isinstance(event, Piece):
             shown[index] += event.logprobs
         else:
-            results[index] = event.result
+            results[index] = event
     usage, details = await _finish(service, opened, prepared, results)
     choices = [
         Choice(
@@ -142,14 +132,14 @@ async def _body(request: Request, opened: OpenRequest, service: Service) -> byte
 
 
 async def _all_events(
-    opened: OpenRequest, first: tuple[int, Piece | Finished]
-) -> AsyncIterator[tuple[int, Piece | Finished]]:
+    opened: OpenRequest, first: tuple[int, Piece | Result]
+) -> AsyncIterator[tuple[int, Piece | Result]]:
     """The events of all choices, after their first one."""
     yield first
-    running = opened.num_choices - isinstance(first[1], Finished)
+    running = opened.num_choices - isinstance(first[1], Result)
     while running:
         event = await opened.next_event()
-        running -= isinstance(event[1], Finished)
+        running -= isinstance(event[1], Result)
         yield event
 
 
@@ -157,7 +147,7 @@ async def _events(
     service: Service,
     opened: OpenRequest,
     prepared: Prepared,
-    first: tuple[int, Piece | Finished],
+    first: tuple[int, Piece | Result],
     head: dict[str, Any],
 ) -> AsyncIterator[bytes]:
     """The answers as server-sent events. An error is an event too, since the status has been sent by then."""
@@ -172,12 +162,13 @@ async def _events(
                 logprobs = _logprobs(service, prepared, event.logprobs)
                 choice = ChunkChoice(index=index, delta={"content": event.text}, logprobs=logprobs)
             else:
-                results[index] = event.result
-                choice = ChunkChoice(index=index, delta={}, finish_reason=_reason(event.result))
+                results[index] = event
+                choice = ChunkChoice(index=index, delta={}, finish_reason=_reason(event))
                 if len(results) == opened.num_choices:
                     usage, details = await _finish(service, opened, prepared, results)
             yield _sse(Chunk(**head, choices=[choice], hawk=details))
-        if prepared.include_usage:
+        options = prepared.chat.stream_options
+        if options is not None and options.include_usage:
             yield _sse(Chunk(**head, choices=[], usage=usage))
         yield b"data: [DONE]\n\n"
     except Exception as error:  # whatever it is, the client waits for an end
@@ -202,7 +193,7 @@ async def _finish(
         query=first.query,
         prompt_tokens_details=PromptTokensDetails(cached_tokens=0, image_tokens=first.num_visual),
     )
-    if not prepared.details:
+    if not (prepared.chat.hawk and prepared.chat.hawk.details):
         return usage, None
     return usage, await service.in_thread(partial(details_of, service.pipe, prepared, first))
 

@@ -60,23 +60,20 @@ class Prepared:
 
     Attributes:
         request: for the batcher, its prompt as ModelInputs.
-        choices: answers that it asks for.
-        seed: of the first one; None has none.
         sizes: width and height of its images.
-        stream: whether the answer is sent while it grows.
-        include_usage: whether a streamed answer ends with its usage.
-        details: whether the answer tells of its making.
         ignored: places of keys that the server does not know.
+        chat: what the client sent, but for the messages.
     """
 
     request: Request
-    choices: int
-    seed: int | None
     sizes: tuple[tuple[int, int], ...]
-    stream: bool
-    include_usage: bool
-    details: bool
     ignored: tuple[str, ...]
+    chat: ChatRequest
+
+    @property
+    def choices(self) -> int:
+        """Answers that it asks for."""
+        return self.chat.n or 1
 
     @property
     def inputs(self) -> ModelInputs:
@@ -91,7 +88,8 @@ class Prepared:
 
     def requests(self) -> list[Request]:
         """One for each choice: the first has the seed of the request, and every other one its own."""
-        seeds = [None if self.seed is None else (self.seed + choice) % _SEEDS for choice in range(self.choices)]
+        first = self.chat.seed
+        seeds = [None if first is None else (first + choice) % _SEEDS for choice in range(self.choices)]
         sampling = self.request.sampling or SamplingConfig()
         return [replace(self.request, sampling=replace(sampling, seed=seed)) for seed in seeds]
 
@@ -128,9 +126,6 @@ class Preparation:
         Returns:
             The request; or the addresses of its remote images by their places, where they have not been fetched; or
             None where it was given up.
-
-        Raises:
-            ApiError: the body, an image, the prompt or an option cannot be used.
         """
         if small and (len(body) > _SMALL_BODY_BYTES or body.count(b",") > _SMALL_BODY_COMMAS):
             return None
@@ -138,13 +133,17 @@ class Preparation:
         chat = read_request(body)
         check_model(chat.model, settings.model_name)
         images = _images_of(chat, settings)
-        missing = {place: image.url for place, image in images.items() if is_remote(image.url)}
+        missing = {
+            place: image.url
+            for place, image in images.items()
+            if image.url[:5].lower() != "data:" and not image.url.startswith(BASE64_STARTS)
+        }
         if missing.keys() - fetched.keys():
             return missing
         contents = fetched | {
             place: _content(place, image.url) for place, image in images.items() if place not in missing
         }
-        if small and not (_is_small_text(chat) and _are_small_images(list(contents.values()))):
+        if small and not _is_small(chat, list(contents.values())):
             return None
         limit = min(chat.max_completion_tokens or chat.max_tokens or settings.max_tokens, settings.max_tokens)
         pruning = _pruning(settings.pruning, chat.pruning)
@@ -165,13 +164,9 @@ class Preparation:
                 logprobs=chat.top_logprobs or 0 if chat.logprobs else None,
                 skip_special_tokens=chat.skip_special_tokens is not False,
             ),
-            choices=chat.n or 1,
-            seed=chat.seed,
             sizes=tuple((picture.shape[1], picture.shape[0]) for picture in pictures),
-            stream=bool(chat.stream),
-            include_usage=chat.stream_options is not None and bool(chat.stream_options.include_usage),
-            details=chat.hawk is not None and bool(chat.hawk.details),
             ignored=tuple(ignored_keys(chat)),
+            chat=chat.model_copy(update={"messages": []}),
         )
         length, most = prepared.prompt_tokens, settings.max_prompt_tokens
         if settings.max_model_len is not None:
@@ -183,11 +178,7 @@ class Preparation:
         return replace(prepared, request=replace(prepared.request, max_new_tokens=limit))
 
     def in_worker(self, body: bytes, fetched: dict[str, bytes], pixels: str) -> Prepared | dict[str, str]:
-        """The same in a worker process, within limits; it writes the pixel values, which may be many, to a file.
-
-        Raises:
-            ApiError: as prepare, or more memory than a request may take.
-        """
+        """The same in a worker process, within limits; it writes the pixel values, which may be many, to a file."""
         _limit(self.settings.prepare_seconds, self.settings.prepare_mb)
         try:
             if not _PROCESSORS:
@@ -220,11 +211,6 @@ def _limit(seconds: float, megabytes: float) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def is_remote(url: str) -> bool:
-    """Whether an image has to be fetched."""
-    return url[:5].lower() != "data:" and not url.startswith(BASE64_STARTS)
-
-
 def _content(place: str, url: str) -> bytes:
     """The file that a data URL, or base64 without its head, holds."""
     try:
@@ -237,13 +223,11 @@ def _of_image(place: str, error: InvalidInput) -> Exception:
     return invalid(f"{place}: {str(error).partition(': ')[2]}", place, "invalid_image")
 
 
-def _is_small_text(chat: ChatRequest) -> bool:
+def _is_small(chat: ChatRequest, contents: list[bytes]) -> bool:
+    """Whether the text is short and the headers of files say that they are soon decoded; unusual files are not."""
     parts = [part for message in chat.messages for part in message.parts]
-    return sum(len(part.text) for part in parts if isinstance(part, TextPart)) <= _SMALL_TEXT_CHARACTERS
-
-
-def _are_small_images(contents: list[bytes]) -> bool:
-    """Whether the headers of files say that they are soon decoded; what is no usual file is none."""
+    if sum(len(part.text) for part in parts if isinstance(part, TextPart)) > _SMALL_TEXT_CHARACTERS:
+        return False
     pixels = scanned = 0
     try:
         for content in contents:

@@ -280,11 +280,7 @@ def read_request(body: bytes) -> ChatRequest:
 
 
 def check_model(got: str, served: str) -> None:
-    """Refuse another model than the one that is served.
-
-    Raises:
-        ApiError: another.
-    """
+    """Refuse another model than the one that is served."""
     if got != served:
         message = f"model: got {got[:100]!r}, expected {served!r}, the one that is served"
         raise ApiError(404, message, param="model", code="model_not_found")

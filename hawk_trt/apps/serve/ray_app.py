@@ -20,6 +20,7 @@ from hawk_trt.apps.serve.ray_options import ReplicaOptions
 from hawk_trt.apps.serve.server import configure_logging
 from hawk_trt.apps.serve.service import Service
 from hawk_trt.errors import BackendError
+from hawk_trt.pipeline import Pipeline
 
 NAME = "hawk"
 _POLL_SECONDS = 0.05
@@ -112,5 +113,12 @@ def _replica_app(options: ReplicaOptions) -> FastAPI:
     """Load the model in a replica's process, which holds it until it ends."""
     configure_logging(options.log_level)
     cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
-    pipe = options.open(threads=max(1, int(cpus)))
+    pipe = Pipeline.load(
+        options.path,
+        options.device,
+        options.target,
+        verify=options.verify,
+        vision_cache_mb=options.vision_cache_mb,
+        threads=options.threads or max(1, int(cpus)),
+    )
     return create_app(pipe, options.settings(pipe.bundle.manifest.keep_ratio))

@@ -13,12 +13,12 @@ from hawk_trt.apps.serve.settings import ServeLimits, ServeSettings, read_api_ke
 from hawk_trt.bundle import holds_engines
 from hawk_trt.engine_folder import read_engine_manifest
 from hawk_trt.errors import InvalidInput
-from hawk_trt.pipeline import Pipeline
 from hawk_trt.pruning.head_weights import read_head_weights
 from hawk_trt.request import PruningConfig
 from hawk_trt.runtime.vision_cache import DEFAULT_VISION_CACHE_MB
 from hawk_trt.stages import in_place
 
+_PRUNING = ("selector", "min_visual_tokens", "query", "quota", "keep_mass", "diversity")
 _LISTS = ("api_key", "cors_origin", "allowed_hosts", "remote_host")
 
 
@@ -30,9 +30,6 @@ class ReplicaOptions(ServeLimits):
         path: a bundle or engines, on every machine.
         num_gpus: of a replica; None is 1 for engines and device cuda, else 0.
         num_cpus: of a replica; None is as many as threads, else 1.
-
-    Raises:
-        InvalidInput: a value out of its range.
     """
 
     path: Path
@@ -74,11 +71,7 @@ class ReplicaOptions(ServeLimits):
 
     @classmethod
     def read(cls, arguments: Mapping[str, object]) -> "ReplicaOptions":
-        """The options that Ray gives; a name may have hyphens in place of underscores.
-
-        Raises:
-            InvalidInput: an unknown one, one that is Ray's own, or a value of the wrong kind.
-        """
+        """The options that Ray gives; a name may have hyphens in place of underscores."""
         given = {name.replace("-", "_"): value for name, value in arguments.items()}
         for name in given:
             if name in ("host", "port"):
@@ -123,23 +116,14 @@ class ReplicaOptions(ServeLimits):
         }
 
     def settings(self, keep_ratio: float) -> ServeSettings:
-        """The settings of a replica; keep_ratio is of the bundle, for where the options name none.
-
-        Raises:
-            InvalidInput: a value out of its range, or a file that cannot be used.
-        """
+        """The settings of a replica; keep_ratio is of the bundle, for where the options name none."""
         return ServeSettings(
             model_name=self.model_name or self.path.resolve().name,
             pruning=PruningConfig(
                 keep_ratio=keep_ratio if self.keep_ratio is None else self.keep_ratio,
                 head_weights=None if self.head_weights is None else read_head_weights(self.head_weights).values,
-                selector=self.selector,
-                min_visual_tokens=self.min_visual_tokens,
-                query=self.query,
-                quota=self.quota,
-                keep_mass=self.keep_mass,
-                diversity=self.diversity,
                 seed=self.selector_seed,
+                **{name: getattr(self, name) for name in _PRUNING},
             ),
             remote_hosts=self.remote_host,
             cors_origins=self.cors_origin,
@@ -147,19 +131,4 @@ class ReplicaOptions(ServeLimits):
             api_keys=read_api_keys(self.api_key_file, self.api_key),
             page=not self.no_page,
             **{entry.name: getattr(self, entry.name) for entry in fields(ServeLimits)},
-        )
-
-    def open(self, threads: int) -> Pipeline:
-        """Load the model; threads is for where the options name none.
-
-        Raises:
-            HawkError: it cannot be loaded as asked for.
-        """
-        return Pipeline.load(
-            self.path,
-            device=self.device,
-            target=self.target,
-            verify=self.verify,
-            vision_cache_mb=self.vision_cache_mb,
-            threads=self.threads or threads,
         )

@@ -4,13 +4,14 @@ import asyncio
 import logging
 import signal
 import socket
-import time
-from types import FrameType
+import threading
 from typing import Any
 from weakref import ref
 
+import anyio
 import uvicorn
 from fastapi import FastAPI
+from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from hawk_trt.apps.serve.middleware import CONNECTION, Connection
@@ -22,6 +23,7 @@ _MAX_HEADER_BYTES = 32_768
 _LAST_SECONDS = 3.0  # of a drain: uvicorn waits for what is still being sent, and as long again may all else take
 _BACKLOG = 1024
 _UNREAD_SECONDS = 15.0
+_POLL_SECONDS = 0.1
 
 
 def _timed_connection(app_state: dict[str, Any], **options: Any) -> H11Protocol:  # noqa: ANN401 - uvicorn's own
@@ -44,43 +46,50 @@ def _timed_connection(app_state: dict[str, Any], **options: Any) -> H11Protocol:
     return connection
 
 
-class Server(uvicorn.Server):
-    """Serves until SIGTERM or SIGINT; then takes nothing new, finishes what runs, and ends. A second one ends it."""
+def make_server(app: FastAPI) -> uvicorn.Server:
+    """A server that runs until SIGTERM or SIGINT; then it takes nothing new, finishes what runs, and ends.
 
-    def __init__(self, app: FastAPI) -> None:
-        self._service: Service = app.state.service
-        self._drained_at = float("inf")  # on the clock of time.monotonic()
-        self._last_seconds = min(_LAST_SECONDS, self._service.settings.drain_seconds / 4)
-        super().__init__(
-            uvicorn.Config(
-                app,
-                http=_timed_connection,  # type: ignore[arg-type]  # uvicorn calls it, and asks for no class
-                ws="none",
-                limit_concurrency=self._service.settings.max_connections,
-                h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
-                timeout_graceful_shutdown=self._last_seconds,
-                server_header=False,
-                log_config=None,
-                lifespan="on",
-            )
-        )
+    The port stays open meanwhile, to say that the server is not ready. A second signal ends it at once.
+    """
+    service: Service = app.state.service
+    last_seconds = min(_LAST_SECONDS, service.settings.drain_seconds / 4)
+    draining: list[asyncio.Task[None]] = []
 
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - of signal.signal
-        """Drain at the first signal, end at the second. The port stays open, to say that the server is not ready."""
-        service = self._service
-        if self._drained_at < float("inf"):
-            self.force_exit = self.should_exit = True
+    async def drain() -> None:
+        with anyio.move_on_after(service.settings.drain_seconds - 2 * last_seconds):
+            while service.open_requests:
+                await anyio.sleep(_POLL_SECONDS)
+        server.should_exit = True
+
+    def stop(sig: signal.Signals) -> None:
+        if draining:
+            server.force_exit = server.should_exit = True
             return
-        log.info("%s: finishing %d requests", signal.Signals(sig).name, service.open_requests)
+        log.info("%s: finishing %d requests", sig.name, service.open_requests)
         service.state = "draining"
-        self._drained_at = time.monotonic() + service.settings.drain_seconds - 2 * self._last_seconds
+        draining.append(asyncio.get_running_loop().create_task(drain()))
 
-    async def on_tick(self, counter: int) -> bool:
-        """Ten times a second: whether to end."""
-        draining = self._drained_at < float("inf")
-        if draining and (not self._service.open_requests or time.monotonic() > self._drained_at):
-            self.should_exit = True
-        return await super().on_tick(counter)
+    async def with_signals(scope: Scope, receive: Receive, send: Send) -> None:
+        """The application; when it begins, signals come here, and no more to uvicorn, which would close the port."""
+        if scope["type"] == "lifespan" and threading.current_thread() is threading.main_thread():
+            for sig in (signal.SIGINT, signal.SIGTERM):
+                asyncio.get_running_loop().add_signal_handler(sig, stop, sig)
+        await app(scope, receive, send)
+
+    server = uvicorn.Server(
+        uvicorn.Config(
+            with_signals,
+            http=_timed_connection,  # type: ignore[arg-type]  # uvicorn calls it, and asks for no class
+            ws="none",
+            limit_concurrency=service.settings.max_connections,
+            h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
+            timeout_graceful_shutdown=last_seconds,  # type: ignore[arg-type]  # asyncio, which gets it, takes parts
+            server_header=False,
+            log_config=None,
+            lifespan="on",
+        )
+    )
+    return server
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -16,7 +16,7 @@ import anyio.to_thread
 import numpy as np
 import numpy.typing as npt
 
-from hawk_trt.apps.serve.batcher import Batcher, Event, Failed, Finished, Piece, Ticket
+from hawk_trt.apps.serve.batcher import Batcher, Event, Piece, Ticket
 from hawk_trt.apps.serve.errors import ApiError
 from hawk_trt.apps.serve.metrics import Metrics
 from hawk_trt.apps.serve.prompt import Preparation, Prepared, too_much
@@ -24,7 +24,7 @@ from hawk_trt.apps.serve.remote_images import RemoteImages
 from hawk_trt.apps.serve.settings import ServeSettings
 from hawk_trt.apps.serve.worker import WorkerEndedError, Workers
 from hawk_trt.errors import HawkError, InvalidInput
-from hawk_trt.request import Request
+from hawk_trt.request import Request, Result
 
 if TYPE_CHECKING:
     from hawk_trt.pipeline import Pipeline
@@ -51,12 +51,7 @@ class Service:
     """
 
     def __init__(self, pipe: "Pipeline", settings: ServeSettings) -> None:
-        """Start a batcher on a pipeline; close() ends the batcher, not the pipeline.
-
-        Raises:
-            InvalidInput: a bundle without a tokenizer.
-            BundleError: its generation_config.json cannot be used.
-        """
+        """Start a batcher on a pipeline; close() ends the batcher, not the pipeline."""
         if pipe.processor.chat is None:
             raise InvalidInput(
                 "serve: this bundle has no tokenizer, so it cannot chat. Export a checkpoint folder with a "
@@ -89,11 +84,7 @@ class Service:
         return await anyio.to_thread.run_sync(work, limiter=self._threads)
 
     async def prepare(self, body: bytes, opened: "OpenRequest") -> Prepared:
-        """Make a request of a body, and fetch its remote images.
-
-        Raises:
-            ApiError: something in it cannot be used, or it would take more time or memory than it may.
-        """
+        """Make a request of a body, and fetch its remote images."""
         fetched: dict[str, bytes] = {}
         while True:
             prepare = partial(self._preparation.prepare, self.pipe.processor, body, fetched, small=True)
@@ -124,7 +115,7 @@ class Service:
             for images in ([], [grey]):
                 request = OpenRequest(self)
                 await self.in_thread(partial(self._warm_up, images, request))
-                while not isinstance((await request.next_event())[1], Finished):
+                while not isinstance((await request.next_event())[1], Result):
                     pass
         except (HawkError, TimeoutError):
             self.state = "failed"
@@ -142,11 +133,7 @@ class Service:
 
     @contextmanager
     def open(self) -> "Iterator[OpenRequest]":
-        """Take a request on, until the context ends.
-
-        Raises:
-            ApiError: the server is not ready, or has as many as it takes.
-        """
+        """Take a request on, until the context ends."""
         if self.state != "ready":
             message = {"starting": "The server is warming up.", "draining": "The server is stopping."}
             text = message.get(self.state, "The server could not start.")
@@ -194,11 +181,7 @@ class OpenRequest:
         self._closed = False
 
     def hold(self, num_bytes: int) -> None:
-        """Count so many bytes for this request, in place of those that it held before.
-
-        Raises:
-            ApiError: all requests together would bring more than the server holds.
-        """
+        """Count so many bytes for this request, in place of those that it held before."""
         service, more = self._service, num_bytes - self.held_bytes
         most = service.settings.max_waiting_mb * 1_000_000
         # one alone is bounded by its own limits
@@ -209,11 +192,7 @@ class OpenRequest:
         self.held_bytes = num_bytes
 
     def hold_choices(self, count: int) -> None:
-        """Count so many answers for this request, in place of those that it held before.
-
-        Raises:
-            ApiError: all requests together would ask for more than the server takes.
-        """
+        """Count so many answers for this request, in place of those that it held before."""
         service, more = self._service, count - self.num_choices
         if more > 0 and service.open_choices + more > service.settings.max_open:
             message = "The server has as many requests as it takes. Try again later."
@@ -232,17 +211,12 @@ class OpenRequest:
                 self._tickets.clear()
                 return
 
-    async def next_event(self) -> tuple[int, Piece | Finished]:
-        """More text of a choice, or its result.
-
-        Raises:
-            HawkError: the answer failed.
-            TimeoutError: the deadline passed.
-        """
+    async def next_event(self) -> tuple[int, Piece | Result]:
+        """More text of a choice, or its result; raises why there is none, or TimeoutError at the deadline."""
         with anyio.fail_after(self.deadline - time.monotonic()):
             choice, event = await self._events.get()
-        if isinstance(event, Failed):
-            raise event.error
+        if isinstance(event, HawkError):
+            raise event
         return choice, event
 
     def close(self) -> None:

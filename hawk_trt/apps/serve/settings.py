@@ -15,11 +15,6 @@ LogLevel: TypeAlias = Literal["debug", "info", "warning", "error", "critical"]
 LOOPBACK_HOSTS = ("localhost", "*.localhost", "127.0.0.1", "[::1]")
 
 
-def _quarter_of_memory_mb() -> float:
-    """Of this machine, in megabytes: what running requests may take where nobody said otherwise."""
-    return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4_000_000)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeLimits:
     """Every limit is an option of `hawk-trt serve`, and this text its help.
@@ -50,16 +45,13 @@ class ServeLimits:
         drain_seconds: time to finish answers after SIGTERM
         preprocess_threads: threads that prepare small requests, and as many processes for others
         log_level: least severe messages that are logged
-
-    Raises:
-        InvalidInput: a limit below what any server could work with.
     """
 
     temperature: float | None = None
     generation_config: Literal["model", "none"] = "model"
     max_batch: int = 8
     max_queue: int = 64
-    max_cache_mb: float = _quarter_of_memory_mb()
+    max_cache_mb: float = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4e6
     max_waiting_mb: float = 1024
     max_body_mb: float = 20
     max_messages: int = 256
@@ -121,7 +113,7 @@ class ServeLimits:
 
 @dataclass(frozen=True, slots=True)
 class ServeSettings(ServeLimits):
-    """The settings of one server.
+    """The settings of one server; InvalidInput where one is below what any server could work with.
 
     Attributes:
         model_name: what clients call the model.
@@ -133,9 +125,6 @@ class ServeSettings(ServeLimits):
             of pages of others are then refused too. None checks neither.
         api_keys: any of these opens the server; none leaves it open.
         page: whether / is a page to ask from.
-
-    Raises:
-        InvalidInput: a limit below what any server could work with, or an empty name.
     """
 
     model_name: str

@@ -265,7 +265,7 @@ def supported(monkeypatch):
 
 @pytest.mark.usefixtures("supported")
 def test_vlmevalkits_conversations_are_answered_turn_by_turn(pipe, samples):
-    model = vlmevalkit.model_class()(Answering(pipe, PRUNING), 8, "Answer.")
+    model = vlmevalkit.model_class()(Answering(pipe, PRUNING, system="Answer."), 8)
     first, second = samples[:2]
     turns = [
         {"role": "user", "content": [{"type": "text", "value": first.question}]},
