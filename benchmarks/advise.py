@@ -15,8 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from hawk_trt import Pipeline, PruningConfig
-from hawk_trt.apps.bench.advice import TimeModel
-from hawk_trt.apps.bench.measurement import MEASURED_RATIOS, measure_once, medians, prompt_size
+from hawk_trt.apps.bench.advice import MEASURED_RATIOS, TimeModel, measure_once, medians, prompt_size
 from hawk_trt.request import ModelInputs, Result
 from hawk_trt.runtime.reference import random_inputs
 

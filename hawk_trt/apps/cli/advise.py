@@ -9,8 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from hawk_trt.apps.bench.advice import Prediction, TimeModel
-from hawk_trt.apps.bench.measurement import measure, prompt_size
+from hawk_trt.apps.bench.advice import Prediction, TimeModel, measure, prompt_size
 from hawk_trt.apps.cli.options import PROMPT, Json, KeepRatios, Model, Numbers, Pixels, Where
 from hawk_trt.apps.cli.output import note, print_json
 from hawk_trt.errors import InvalidInput

@@ -14,18 +14,8 @@ from rich.console import Console
 from hawk_trt import __version__
 from hawk_trt.apps.bench.bench import MEMORY_METRIC, BenchPrompt, unsteady
 from hawk_trt.apps.bench.bench import bench as measure_rows
-from hawk_trt.apps.cli.doctor_checks import installed_version
-from hawk_trt.apps.cli.options import (
-    OUTPUT,
-    PRUNING,
-    Json,
-    KeepRatios,
-    MaxNewTokens,
-    Model,
-    Numbers,
-    Where,
-    names,
-)
+from hawk_trt.apps.cli.doctor import installed_version
+from hawk_trt.apps.cli.options import OUTPUT, PRUNING, Json, KeepRatios, MaxNewTokens, Model, Numbers, Where, names
 from hawk_trt.apps.cli.output import counted, note, print_json
 from hawk_trt.errors import InvalidInput
 from hawk_trt.files import write_atomically

@@ -17,17 +17,7 @@ from urllib.parse import unquote
 from cyclopts import Parameter
 
 from hawk_trt.apps.cli.mistakes import IMAGES, VIDEOS
-from hawk_trt.apps.cli.options import (
-    PROMPT,
-    KeepRatio,
-    MaxNewTokens,
-    Model,
-    Pixels,
-    Prompt,
-    Pruning,
-    Where,
-    ratio_of,
-)
+from hawk_trt.apps.cli.options import PROMPT, KeepRatio, MaxNewTokens, Model, Pixels, Prompt, Pruning, Where, ratio_of
 from hawk_trt.apps.cli.output import note
 from hawk_trt.apps.cli.run import Sampling
 from hawk_trt.errors import BundleError, HawkError, InvalidInput

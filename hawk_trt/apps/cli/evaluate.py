@@ -12,21 +12,12 @@ from rich.console import Console
 
 from hawk_trt.apps.cli.options import OUTPUT, PRUNING, Choosing, Json, KeepRatios, MaxNewTokens, Model, Where, names
 from hawk_trt.apps.cli.output import counted, note, print_json
+from hawk_trt.apps.evaluate import trials
 from hawk_trt.apps.evaluate.datasets import TINY, Dataset, load_dataset
 from hawk_trt.apps.evaluate.metrics import METRICS, Metric, metric_for
 from hawk_trt.apps.evaluate.report import write_report
 from hawk_trt.apps.evaluate.result_log import ResultLog
 from hawk_trt.apps.evaluate.summary import summarise, tell, unsteady
-from hawk_trt.apps.evaluate.trials import (
-    UNPRUNED,
-    Answerer,
-    Cell,
-    Trial,
-    missing,
-    pipeline_answerer,
-    prepare,
-    run_trials,
-)
 from hawk_trt.bundle import manifest_digest
 from hawk_trt.errors import BundleError, InvalidInput
 from hawk_trt.request import EQUAL_HEADS, SCORED, SELECTORS, PruningConfig
@@ -101,9 +92,9 @@ def evaluate(
     if pipe.processor.chat is None:
         raise BundleError(f"{model}: it has no tokenizer, so it cannot answer questions")
     subject = _subject(questions, metric, choosing, pipe, dataset)
-    log = ResultLog(out / RESULTS, subject, Trial)
+    log = ResultLog(out / RESULTS, subject, trials.Trial)
     try:
-        left = missing(dataset, cells, log)
+        left = trials.missing(dataset, cells, log)
         if left < dataset.count * len(cells):
             note(f"{out / RESULTS}: {dataset.count * len(cells) - left} answers known, {left} to go")
         for _ in counted(_trials(questions, METRICS[metric], checkpoint, pipe, dataset, cells, log), left, "answers"):
@@ -128,9 +119,9 @@ def evaluate(
     return 0
 
 
-def _cells(selectors: Sequence[str], keep_ratios: Sequence[float], choosing: Choosing) -> list[Cell]:
+def _cells(selectors: Sequence[str], keep_ratios: Sequence[float], choosing: Choosing) -> list[trials.Cell]:
     """Every selector at every keep ratio, and all of keep ratio 1 as one."""
-    cells: dict[tuple[str, float], Cell] = {}
+    cells: dict[tuple[str, float], trials.Cell] = {}
     for keep_ratio, selector in product(keep_ratios, selectors):
         name, own = selector, choosing
         if selector in SCORED:
@@ -145,8 +136,8 @@ def _cells(selectors: Sequence[str], keep_ratios: Sequence[float], choosing: Cho
             head_weights=None if selector in (*EQUAL_HEADS, FASTV) else pruning.head_weights,
         )
         if pruning.keep_ratio == 1.0 and pruning.keep_mass is None:
-            name, pruning = UNPRUNED, PruningConfig(keep_ratio=1.0)
-        cell = Cell(name, pruning)
+            name, pruning = trials.UNPRUNED, PruningConfig(keep_ratio=1.0)
+        cell = trials.Cell(name, pruning)
         cells.setdefault(cell.key, cell)
     return list(cells.values())
 
@@ -157,13 +148,13 @@ def _trials(
     checkpoint: str | None,
     pipe: "Pipeline",
     dataset: Dataset,
-    cells: Sequence[Cell],
-    log: ResultLog[Trial],
-) -> Iterator[Trial]:
-    own = pipeline_answerer(pipe, metric, questions.max_new_tokens)
+    cells: Sequence[trials.Cell],
+    log: ResultLog[trials.Trial],
+) -> Iterator[trials.Trial]:
+    own = trials.pipeline_answerer(pipe, metric, questions.max_new_tokens)
 
     @cache
-    def fastv() -> Answerer:
+    def fastv() -> trials.Answerer:
         from hawk_trt.apps.evaluate.fastv import FastV, check_layers, fastv_answerer  # torch, only if asked for
 
         assert checkpoint is not None  # evaluate has asked for it
@@ -171,11 +162,11 @@ def _trials(
         note(f"loading {checkpoint} in PyTorch (float32, cpu)")
         return fastv_answerer(FastV.load(checkpoint), pipe, metric, questions.max_new_tokens)
 
-    def answerer(cell: Cell) -> Answerer:
+    def answerer(cell: trials.Cell) -> trials.Answerer:
         return fastv() if cell.selector == FASTV else own
 
-    prepared = partial(prepare, pipe, max_pixels=questions.max_pixels)
-    return run_trials(dataset, cells, log, prepared, answerer, questions.seed)
+    prepared = partial(trials.prepare, pipe, max_pixels=questions.max_pixels)
+    return trials.run_trials(dataset, cells, log, prepared, answerer, questions.seed)
 
 
 def _subject(

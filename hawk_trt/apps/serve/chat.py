@@ -4,39 +4,36 @@ import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterable, Mapping
+from dataclasses import fields, replace
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import anyio
+import numpy as np
 from fastapi import Depends, Request, Response
 from pydantic import BaseModel
 from starlette.responses import StreamingResponse
 
-from hawk_trt.apps.serve.answers import (
-    AnswerMessage,
-    Choice,
-    Chunk,
-    ChunkChoice,
-    Completion,
-    Logprobs,
-    PromptTokensDetails,
-    TokenLogprob,
-    TopLogprob,
-    Usage,
-)
+from hawk_trt.apps.serve import answers
 from hawk_trt.apps.serve.batcher import Piece
-from hawk_trt.apps.serve.details import details_of
 from hawk_trt.apps.serve.errors import ApiError, api_error
 from hawk_trt.apps.serve.prompt import Prepared
 from hawk_trt.apps.serve.service import OpenRequest, Service
 from hawk_trt.inputs.tokenizer import token_bytes
-from hawk_trt.request import Result, TokenLogprobs
+from hawk_trt.models.internvl import tile_grid
+from hawk_trt.models.vision_config import InternVLVision
+from hawk_trt.request import PruningConfig, Result, Timings, TokenLogprobs
+
+if TYPE_CHECKING:
+    from hawk_trt.pipeline import Pipeline
+
 
 # the last keeps nginx from gathering the events
 _STREAM_HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}
 IGNORED = "x-hawk-ignored"
 _MAX_NAMES = 16
 _MAX_NAME_CHARS = 80
+_PRUNING = ("keep_ratio", "min_visual_tokens", "selector", "query", "quota", "keep_mass", "diversity")
 _LEAST_LOGPROB = -9999.0  # JSON has no infinity
 
 
@@ -63,7 +60,7 @@ async def chat_completions(
     response: Response,
     opened: Annotated[OpenRequest, Depends(open_request)],
     prepared: Annotated[Prepared, Depends(prepared_request)],
-) -> Completion | StreamingResponse:
+) -> answers.Completion | StreamingResponse:
     """Answer a chat, whole or streamed."""
     service: Service = request.app.state.service
     await service.in_thread(partial(opened.submit, prepared.requests()))
@@ -90,15 +87,15 @@ async def chat_completions(
             results[index] = event
     usage, details = await _finish(service, opened, prepared, results)
     choices = [
-        Choice(
+        answers.Choice(
             index=index,
-            message=AnswerMessage(content=result.text or ""),
+            message=answers.AnswerMessage(content=result.text or ""),
             finish_reason=_reason(result),
             logprobs=_logprobs(service, prepared, shown[index]),
         )
         for index, result in sorted(results.items())
     ]
-    return Completion(**head, choices=choices, usage=usage, hawk=details)
+    return answers.Completion(**head, choices=choices, usage=usage, hawk=details)
 
 
 def _ignored_header(prepared: Prepared) -> dict[str, str]:
@@ -153,23 +150,23 @@ async def _events(
     """The answers as server-sent events. An error is an event too, since the status has been sent by then."""
     try:
         for index in range(opened.num_choices):
-            begun = ChunkChoice(index=index, delta={"role": "assistant", "content": ""})
-            yield _sse(Chunk(**head, choices=[begun]))
+            begun = answers.ChunkChoice(index=index, delta={"role": "assistant", "content": ""})
+            yield _sse(answers.Chunk(**head, choices=[begun]))
         results: dict[int, Result] = {}
         usage, details = None, None
         async for index, event in _all_events(opened, first):
             if isinstance(event, Piece):
                 logprobs = _logprobs(service, prepared, event.logprobs)
-                choice = ChunkChoice(index=index, delta={"content": event.text}, logprobs=logprobs)
+                choice = answers.ChunkChoice(index=index, delta={"content": event.text}, logprobs=logprobs)
             else:
                 results[index] = event
-                choice = ChunkChoice(index=index, delta={}, finish_reason=_reason(event))
+                choice = answers.ChunkChoice(index=index, delta={}, finish_reason=_reason(event))
                 if len(results) == opened.num_choices:
                     usage, details = await _finish(service, opened, prepared, results)
-            yield _sse(Chunk(**head, choices=[choice], hawk=details))
+            yield _sse(answers.Chunk(**head, choices=[choice], hawk=details))
         options = prepared.chat.stream_options
         if options is not None and options.include_usage:
-            yield _sse(Chunk(**head, choices=[], usage=usage))
+            yield _sse(answers.Chunk(**head, choices=[], usage=usage))
         yield b"data: [DONE]\n\n"
     except Exception as error:  # whatever it is, the client waits for an end
         service.metrics.broken_streams.inc()
@@ -178,27 +175,27 @@ async def _events(
 
 async def _finish(
     service: Service, opened: OpenRequest, prepared: Prepared, results: Mapping[int, Result]
-) -> tuple[Usage, dict[str, Any] | None]:
+) -> tuple[answers.Usage, dict[str, Any] | None]:
     """Count the complete answers; their usage, and the details of the first where the request asks for them."""
     for result in results.values():
         service.metrics.answered(result, prepared.prompt_tokens)
     generated, first = sum(len(result.token_ids) for result in results.values()), results[0]
     service.metrics.request_seconds.observe(time.monotonic() - opened.begun)
-    usage = Usage(
+    usage = answers.Usage(
         prompt_tokens=prepared.prompt_tokens,
         completion_tokens=generated,
         total_tokens=prepared.prompt_tokens + generated,
         visual_tokens=first.num_visual,
         kept_visual_tokens=first.num_kept,
         query=first.query,
-        prompt_tokens_details=PromptTokensDetails(cached_tokens=0, image_tokens=first.num_visual),
+        prompt_tokens_details=answers.PromptTokensDetails(cached_tokens=0, image_tokens=first.num_visual),
     )
     if not (prepared.chat.hawk and prepared.chat.hawk.details):
         return usage, None
     return usage, await service.in_thread(partial(details_of, service.pipe, prepared, first))
 
 
-def _logprobs(service: Service, prepared: Prepared, tokens: Iterable[TokenLogprobs]) -> Logprobs | None:
+def _logprobs(service: Service, prepared: Prepared, tokens: Iterable[TokenLogprobs]) -> answers.Logprobs | None:
     """Tokens as the protocol has them, None where the request does not ask for them."""
     if prepared.request.logprobs is None:
         return None
@@ -211,10 +208,11 @@ def _logprobs(service: Service, prepared: Prepared, tokens: Iterable[TokenLogpro
         text = content.decode("utf-8", "replace")
         return {"token": text, "logprob": max(logprob, _LEAST_LOGPROB), "bytes": list(content)}
 
-    return Logprobs(
+    return answers.Logprobs(
         content=[
-            TokenLogprob(
-                **named(token.token_id, token.logprob), top_logprobs=[TopLogprob(**named(*top)) for top in token.top]
+            answers.TokenLogprob(
+                **named(token.token_id, token.logprob),
+                top_logprobs=[answers.TopLogprob(**named(*top)) for top in token.top],
             )
             for token in tokens
         ]
@@ -228,3 +226,47 @@ def _reason(result: Result) -> Literal["stop", "length"]:
 def _sse(content: BaseModel) -> bytes:
     """A server-sent event."""
     return b"data: " + content.model_dump_json().encode() + b"\n\n"
+
+
+def details_of(pipe: "Pipeline", prepared: Prepared, result: Result) -> dict[str, Any]:
+    """The details of one answer, as plain JSON values.
+
+    Returns:
+        "keep_ratio" and the others of _PRUNING: of the request. "seconds": by stage. "images", one an image:
+        "grid", its visual tokens in time, height and width (a tile is a step in time); "size", its width and height;
+        "tiles", columns and rows, where it was cut into tiles: what is over in time is the whole image once more;
+        "scores", one a visual token, row by row; "kept", the indices of the kept ones among these.
+    """
+    pruning = prepared.request.pruning or PruningConfig()
+    details: dict[str, Any] = {name: getattr(pruning, name) for name in _PRUNING}
+    details["query"] = result.query
+    details["seconds"] = {stage.name: getattr(result.timings, stage.name) for stage in fields(Timings)}
+    details["images"] = []
+    if not result.num_visual:
+        return details
+    layout = pipe.processor.layout(replace(prepared.inputs, pixel_values=None))  # the places alone are read
+    visual = layout.visual_rows >= 0
+    items, is_kept = layout.items[visual], np.isin(layout.source_index[visual], result.kept_indices)
+    merge = pipe.family.vision.spatial_merge_size
+    for number, ((frames, rows, columns), (width, height)) in enumerate(
+        zip(layout.image_grid_thw, prepared.sizes, strict=True)
+    ):
+        own = items == number
+        details["images"].append(
+            {
+                "grid": [int(frames), int(rows) // merge, int(columns) // merge],
+                "size": [width, height],
+                "tiles": _tiles(pipe, int(frames), width, height),
+                "scores": result.scores[own].tolist(),
+                "kept": np.flatnonzero(is_kept[own]).tolist(),
+            }
+        )
+    return details
+
+
+def _tiles(pipe: "Pipeline", count: int, width: int, height: int) -> list[int] | None:
+    vision = pipe.family.vision
+    if count == 1 or not isinstance(vision, InternVLVision):
+        return None
+    count -= vision.use_thumbnail
+    return list(tile_grid(height, width, vision.image_size, count, count))

@@ -18,18 +18,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from hawk_trt.apps.serve import protocol
 from hawk_trt.apps.serve.errors import invalid
-from hawk_trt.apps.serve.protocol import (
-    ChatMessage,
-    ChatRequest,
-    ImagePart,
-    ImageUrl,
-    Pruning,
-    TextPart,
-    check_model,
-    ignored_keys,
-    read_request,
-)
 from hawk_trt.apps.serve.settings import ServeSettings
 from hawk_trt.bundle import Bundle
 from hawk_trt.errors import InvalidInput
@@ -68,7 +58,7 @@ class Prepared:
     request: Request
     sizes: tuple[tuple[int, int], ...]
     ignored: tuple[str, ...]
-    chat: ChatRequest
+    chat: protocol.ChatRequest
 
     @property
     def choices(self) -> int:
@@ -130,8 +120,8 @@ class Preparation:
         if small and (len(body) > _SMALL_BODY_BYTES or body.count(b",") > _SMALL_BODY_COMMAS):
             return None
         settings = self.settings
-        chat = read_request(body)
-        check_model(chat.model, settings.model_name)
+        chat = protocol.read_request(body)
+        protocol.check_model(chat.model, settings.model_name)
         images = _images_of(chat, settings)
         missing = {
             place: image.url
@@ -165,7 +155,7 @@ class Preparation:
                 skip_special_tokens=chat.skip_special_tokens is not False,
             ),
             sizes=tuple((picture.shape[1], picture.shape[0]) for picture in pictures),
-            ignored=tuple(ignored_keys(chat)),
+            ignored=tuple(protocol.ignored_keys(chat)),
             chat=chat.model_copy(update={"messages": []}),
         )
         length, most = prepared.prompt_tokens, settings.max_prompt_tokens
@@ -223,10 +213,10 @@ def _of_image(place: str, error: InvalidInput) -> Exception:
     return invalid(f"{place}: {str(error).partition(': ')[2]}", place, "invalid_image")
 
 
-def _is_small(chat: ChatRequest, contents: list[bytes]) -> bool:
+def _is_small(chat: protocol.ChatRequest, contents: list[bytes]) -> bool:
     """Whether the text is short and the headers of files say that they are soon decoded; unusual files are not."""
     parts = [part for message in chat.messages for part in message.parts]
-    if sum(len(part.text) for part in parts if isinstance(part, TextPart)) > _SMALL_TEXT_CHARACTERS:
+    if sum(len(part.text) for part in parts if isinstance(part, protocol.TextPart)) > _SMALL_TEXT_CHARACTERS:
         return False
     pixels = scanned = 0
     try:
@@ -240,7 +230,7 @@ def _is_small(chat: ChatRequest, contents: list[bytes]) -> bool:
     return sum(map(len, contents)) <= _SMALL_BODY_BYTES and pixels <= _SMALL_PIXELS and scanned <= _SMALL_SCANNED_PIXELS
 
 
-def _images_of(chat: ChatRequest, settings: ServeSettings) -> dict[str, ImageUrl]:
+def _images_of(chat: protocol.ChatRequest, settings: ServeSettings) -> dict[str, protocol.ImageUrl]:
     """The images of a chat in order, by their places in it: messages[0].content[1].image_url.
 
     Raises:
@@ -250,7 +240,7 @@ def _images_of(chat: ChatRequest, settings: ServeSettings) -> dict[str, ImageUrl
         raise invalid("max_tokens: differs from max_completion_tokens; give one of them", "max_tokens")
     if chat.top_logprobs and not chat.logprobs:
         raise invalid('top_logprobs: only with "logprobs": true', "top_logprobs")
-    for name in (chat.model_extra or {}).keys() & Pruning.model_fields.keys():
+    for name in (chat.model_extra or {}).keys() & protocol.Pruning.model_fields.keys():
         raise invalid(f'{name}: it belongs into pruning, as {{"pruning": {{"{name}": ...}}}}', name)
     most = min(settings.max_choices, settings.max_open)
     if chat.n is not None and chat.n > most:
@@ -261,7 +251,7 @@ def _images_of(chat: ChatRequest, settings: ServeSettings) -> dict[str, ImageUrl
     images = {}
     for index, message in enumerate(chat.messages):
         for number, part in enumerate(message.parts):
-            if isinstance(part, ImagePart):
+            if isinstance(part, protocol.ImagePart):
                 place = f"messages[{index}].content[{number}].image_url"
                 if message.role != "user":
                     raise invalid(f"{place}: only a user's message has images, this one is {message.role}'s", place)
@@ -272,7 +262,7 @@ def _images_of(chat: ChatRequest, settings: ServeSettings) -> dict[str, ImageUrl
     return images
 
 
-def _decoded(images: Mapping[str, ImageUrl], contents: Mapping[str, bytes], max_pixels: int) -> list[Picture]:
+def _decoded(images: Mapping[str, protocol.ImageUrl], contents: Mapping[str, bytes], max_pixels: int) -> list[Picture]:
     """All images, uint8 [height, width, 3] each; one of more than its share of max_pixels is shrunk."""
     share = max_pixels // max(len(images), 1)
     decoded = []
@@ -292,14 +282,14 @@ def _decoded(images: Mapping[str, ImageUrl], contents: Mapping[str, bytes], max_
     return decoded
 
 
-def _message(message: ChatMessage, pictures: Iterator[Picture]) -> dict[str, Any]:
+def _message(message: protocol.ChatMessage, pictures: Iterator[Picture]) -> dict[str, Any]:
     """A message as the processor takes it, with the next decoded images in their places."""
     content: str | list[dict[str, Any]] = (
         message.content
         if isinstance(message.content, str)  # which a template may treat unlike a list of one text
         else [
             {"type": "text", "text": part.text}
-            if isinstance(part, TextPart)
+            if isinstance(part, protocol.TextPart)
             else {"type": "image", "image": next(pictures)}
             for part in message.content
         ]
@@ -307,7 +297,7 @@ def _message(message: ChatMessage, pictures: Iterator[Picture]) -> dict[str, Any
     return {"role": "system" if message.role == "developer" else message.role, "content": content}
 
 
-def _sampling(default: SamplingConfig, chat: ChatRequest, vocab_size: int) -> SamplingConfig:
+def _sampling(default: SamplingConfig, chat: protocol.ChatRequest, vocab_size: int) -> SamplingConfig:
     """How the request says that tokens are drawn; the server's default for the rest."""
     names = ("temperature", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias")
     given: dict[str, Any] = {name: value for name in names if (value := getattr(chat, name)) is not None}
@@ -321,7 +311,7 @@ def _sampling(default: SamplingConfig, chat: ChatRequest, vocab_size: int) -> Sa
     return replace(default, **given)
 
 
-def _pruning(default: PruningConfig, asked: Pruning | None) -> PruningConfig:
+def _pruning(default: PruningConfig, asked: protocol.Pruning | None) -> PruningConfig:
     """What the request asks for; the server's own setting for the rest."""
     if asked is None:
         return default

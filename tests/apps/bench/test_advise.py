@@ -8,8 +8,7 @@ import pytest
 from checkpoints import make_checkpoint
 from export.__main__ import main as export
 from hawk_trt import Pipeline, PruningConfig
-from hawk_trt.apps.bench.advice import Size, StageTimes, TimeModel
-from hawk_trt.apps.bench.measurement import MEASURED_RATIOS, measure, prompt_size
+from hawk_trt.apps.bench.advice import MEASURED_RATIOS, Size, StageTimes, TimeModel, measure, prompt_size
 from hawk_trt.apps.cli.main import main
 from hawk_trt.errors import InvalidInput
 from hawk_trt.request import Result, Timings

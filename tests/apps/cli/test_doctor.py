@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from hawk_trt.apps.cli import doctor_checks as doctor
-from hawk_trt.apps.cli.doctor_checks import Gpu, examine, parse_gpus, provider_problem
+from hawk_trt.apps.cli import doctor
+from hawk_trt.apps.cli.doctor import Gpu, examine, parse_gpus, provider_problem
 from hawk_trt.runtime import versions
 from hawk_trt.runtime.versions import at_least, extras
 
