@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hawk_trt.apps.cli.main import INTERRUPTED, make_app, run_app
-from hawk_trt.apps.cli.models import expect_bundle
+from hawk_trt.apps.cli.models import expect_exported
 from hawk_trt.apps.cli.options import Json
 from hawk_trt.apps.cli.output import note, print_json, progress, size
 from hawk_trt.bundle import Bundle
@@ -75,7 +75,7 @@ def build(
         json: print the result as JSON
     """
     started = time.perf_counter()
-    expect_bundle(bundle)
+    expect_exported(bundle, built=False)
     loaded = Bundle.load(bundle)
     named = None if plugin in (None, "none") else existing_plugin(Path(plugin))
     expected = named is not None or (plugin is None and may_find())

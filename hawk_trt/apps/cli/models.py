@@ -110,17 +110,12 @@ def expect_checkpoint(name: str, *, compared: bool = False) -> None:
         raise _no_model(name, _CHECKPOINT)
 
 
-def expect_bundle(name: Path) -> None:
-    """Refuse all but a bundle."""
-    if kind_of(name) == "engines":
+def expect_exported(name: Path, *, built: bool = True) -> None:
+    """Refuse all but a bundle and, where they may be built already, engines."""
+    kind = kind_of(name)
+    if kind == "engines" and not built:
         message = f"{name}: engines, which are built already"
         raise WrongModel(message, command=f"hawk-trt run {name} --prompt TEXT")
-    expect_exported(name)
-
-
-def expect_exported(name: Path) -> None:
-    """Refuse all but a bundle and engines."""
-    kind = kind_of(name)
     if kind in ("checkpoint", "hub id"):
         command = f"hawk-trt export {name} --out {name.name}-bundle"
         raise WrongModel(f"{name}: a checkpoint, expected a bundle or engines", command=command)

@@ -140,12 +140,8 @@ def to_messages(
                 if "nframes" in part or "fps" in part:  # one of them says how a video is sampled
                     item |= {key: part.get(key) for key in ("fps", "nframes")}
                 if item["nframes"]:
-                    item |= {"nframes": _frames_there(value, item["nframes"]), "max_frames": None}
+                    there = min(index_file(Path(value)).total, item["nframes"])  # down to an even number
+                    item |= {"nframes": max(there // 2 * 2, 2), "max_frames": None}
             items.append({key: setting for key, setting in item.items() if setting is not None})
         messages.append({"role": turn["role"], "content": items})
     return messages
-
-
-def _frames_there(video: str, wished: int) -> int:
-    """As many frames as wished, or as the file has, down to an even number."""
-    return max(min(index_file(Path(video)).total, wished) // 2 * 2, 2)

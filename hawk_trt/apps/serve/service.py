@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar
 import anyio
 import anyio.to_thread
 import numpy as np
-import numpy.typing as npt
 
 from hawk_trt.apps.serve.batcher import Batcher, Event, Piece, Ticket
 from hawk_trt.apps.serve.errors import ApiError
@@ -113,8 +112,16 @@ class Service:
         grey = np.full((_WARM_UP_PX, _WARM_UP_PX, 3), 128, np.uint8)
         try:
             for images in ([], [grey]):
+                warm_up = Request(
+                    "Hello.",
+                    images,
+                    pruning=self.settings.pruning,
+                    max_new_tokens=_WARM_UP_TOKENS,
+                    ignore_eos=True,
+                    max_pixels=self.settings.max_pixels,
+                )
                 request = OpenRequest(self)
-                await self.in_thread(partial(self._warm_up, images, request))
+                await self.in_thread(partial(request.submit, [warm_up]))
                 while not isinstance((await request.next_event())[1], Result):
                     pass
         except (HawkError, TimeoutError):
@@ -146,17 +153,6 @@ class Service:
         finally:
             self.open_requests -= 1
             request.close()
-
-    def _warm_up(self, images: list[npt.NDArray[np.uint8]], request: "OpenRequest") -> None:
-        warm_up = Request(
-            "Hello.",
-            images,
-            pruning=self.settings.pruning,
-            max_new_tokens=_WARM_UP_TOKENS,
-            ignore_eos=True,
-            max_pixels=self.settings.max_pixels,
-        )
-        request.submit([warm_up])
 
 
 class OpenRequest:

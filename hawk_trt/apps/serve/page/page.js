@@ -15,6 +15,7 @@ const STAGES = [
 ];
 
 const element = (id) => document.getElementById(id);
+const made = (tag, properties = {}) => Object.assign(document.createElement(tag), properties);
 const decimal = new Intl.NumberFormat("en-GB", { maximumFractionDigits: 1 });
 const whole = new Intl.NumberFormat("en-GB");
 
@@ -45,7 +46,7 @@ async function start() {
 // The images
 
 async function takeImages(files, added = false) {
-  hideError();
+  showMessage();
   const wrong = files.find((file) => !KINDS.includes(file.type));
   if (wrong) {
     const got = `${wrong.name || "The file"}: got ${wrong.type || "an unknown kind"}`;
@@ -66,16 +67,14 @@ async function takeImages(files, added = false) {
 
 function dataUrl(file) {
   return new Promise((done, fail) => {
-    const reader = new FileReader();
-    reader.onerror = fail;
-    reader.onload = () => done(reader.result);
+    const reader = Object.assign(new FileReader(), { onerror: fail, onload: () => done(reader.result) });
     reader.readAsDataURL(file);
   });
 }
 
 /** Begin anew with these images. */
 function askAbout(chosen, shown) {
-  stop();
+  running?.abort();
   [images, details, turns] = [chosen, null, []];
   element("follow").checked = false;
   element("follow-up").hidden = true;
@@ -91,10 +90,8 @@ function askAbout(chosen, shown) {
 }
 
 function thumb(shown, index) {
-  const [button, picture] = [document.createElement("button"), document.createElement("img")];
-  Object.assign(button, { type: "button", className: "plain thumb", onclick: () => choose(index) });
-  Object.assign(picture, { src: shown, alt: "Image" }); // and its number is read with it
-  button.append(picture, ` ${index + 1}`);
+  const button = made("button", { type: "button", className: "plain thumb", onclick: () => choose(index) });
+  button.append(made("img", { src: shown, alt: "Image" }), ` ${index + 1}`); // the number is read with the image
   return button;
 }
 
@@ -179,19 +176,15 @@ element("question").addEventListener("keydown", (event) => {
     element("form").requestSubmit();
   }
 });
-element("stop").addEventListener("click", stop);
+element("stop").addEventListener("click", () => running?.abort());
 element("compare").addEventListener("click", () => {
   element("ratio").value = 100;
   show();
   element("form").requestSubmit();
 });
 
-function stop() {
-  running?.abort();
-}
-
 async function question() {
-  hideError();
+  showMessage();
   if (!model) await start();
   if (!model || running) return;
   const text = element("question").value.trim();
@@ -202,12 +195,10 @@ async function question() {
   }
   const mine = (running = new AbortController());
   const answer = element("answer");
-  element("result").hidden = false;
-  element("times").hidden = true;
-  element("usage").textContent = "";
-  answer.textContent = "";
+  element("result").hidden = element("stop").hidden = false;
+  element("times").hidden = element("ask").disabled = true;
+  element("usage").textContent = answer.textContent = "";
   answer.classList.add("growing");
-  busy(true);
   answer.scrollIntoView({ block: "nearest" }); // on a phone it is below the image
   try {
     const most = (0.95 * model.hawk.max_body_bytes) / images.length;
@@ -236,13 +227,9 @@ async function question() {
   } finally {
     answer.classList.remove("growing");
     running = null;
-    busy(false);
+    element("stop").hidden = true;
+    element("ask").disabled = false;
   }
-}
-
-function busy(is) {
-  element("ask").disabled = is;
-  element("stop").hidden = !is;
 }
 
 // What came back
@@ -262,14 +249,9 @@ function showTimes(seconds) {
 }
 
 function stageRow(label, seconds, share) {
-  const row = document.createElement("tr");
-  const heading = document.createElement("th");
-  heading.scope = "row";
-  heading.textContent = label;
-  const bar = document.createElement("div");
-  bar.className = "bar";
+  const [row, bar] = [made("tr"), made("div", { className: "bar" })];
   bar.style.width = `${Math.min(share, 1) * 100}%`;
-  row.append(heading);
+  row.append(made("th", { scope: "row", textContent: label }));
   row.insertCell().append(bar);
   row.insertCell().textContent = duration(seconds);
   return row;
@@ -356,18 +338,15 @@ function showError(error, again) {
   showMessage(error instanceof ServerError ? message : `The page failed: ${message}`);
 }
 
-function showMessage(text) {
+/** Show what went wrong, or nothing any more. */
+function showMessage(text = "") {
   element("alert").textContent = text;
-  element("alert").hidden = false;
-}
-
-function hideError() {
-  element("alert").hidden = true;
+  element("alert").hidden = !text;
 }
 
 element("key-form").addEventListener("submit", async (event) => {
   event.preventDefault();
-  hideError();
+  showMessage();
   useKey(element("key").value);
   keyGiven = true;
   element("key").value = "";
