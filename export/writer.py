@@ -11,8 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
-
-import onnx_ir as ir
+from typing import TYPE_CHECKING
 
 from hawk_trt import __version__
 from hawk_trt.bundle import (
@@ -40,12 +39,13 @@ from hawk_trt.stages import CPU, CUDA, DTYPES, NORMALIZATIONS, TARGETS, Language
 from .architectures import read_config
 from .checkpoint import Checkpoint
 from .checkpoint_files import SMALL_FILES, added_tokens, read_small_files, stop_tokens
-from .graphs import build_graphs, inventory
 from .head_weights import default_head_weights
 from .prompts import try_prompts
 from .quantisation import BLOCK_SIZES, WEIGHT_BITS
 from .tensors import EMBEDDINGS, LM_HEAD
-from .weights import WeightStore
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 _BUNDLE_SUFFIXES = (".onnx", ".data", ".safetensors")
 # For graphs and small files, beside the weights.
@@ -146,6 +146,12 @@ def export(
     current = None if options.force else up_to_date(opened, out, options, name)
     if current is not None:
         return current
+    # they take a second to load, which no run of a bundle that is up to date has to wait for
+    import onnx_ir as ir
+
+    from .graphs import build_graphs, inventory
+    from .weights import WeightStore
+
     plan = _plan(opened, options, name)
     family = load_family(plan.vision)
     template = read_config(opened.config).chat_template
@@ -291,15 +297,15 @@ def _check_replaceable(out: Path, checkpoint: Path) -> None:
     )
 
 
-def _graph_entry(graph: ir.Model, stage: str, target: str) -> GraphEntry:
+def _graph_entry(graph: "ir.Model", stage: str, target: str) -> GraphEntry:
     inputs = tuple(_tensor_entry(value) for value in graph.graph.inputs)
     outputs = tuple(_tensor_entry(value) for value in graph.graph.outputs)
     return GraphEntry(stage, target, f"{stage}.{target}.onnx", inputs, outputs)
 
 
-def _tensor_entry(value: ir.Value) -> TensorEntry:
+def _tensor_entry(value: "ir.Value") -> TensorEntry:
     assert value.name is not None and value.dtype is not None and value.shape is not None  # the builder declares all
-    dtype = "float32" if value.dtype == ir.DataType.FLOAT else value.dtype.name.lower()
+    dtype = "float32" if value.dtype.name == "FLOAT" else value.dtype.name.lower()
     shape = tuple(size if isinstance(size, int) else str(size) for size in value.shape)
     return TensorEntry(value.name, dtype, shape)
 
