@@ -59,8 +59,6 @@ class BenchRow:
         num_tokens, num_visual, num_kept: in the prompt, and kept of the visual ones.
         stages: by name. select is a selector's own time, outside the graphs; score (scores, top-k, gather) is measured
             on its own and is also a part of first_layer; decode_step is one generated token.
-        first_token: from the prompt to the first token.
-        total: of the whole request.
         kv_bytes: of the prompt's keys and values, and of the states of linear layers.
         peak_bytes: see MEMORY_METRIC; None where the system does not tell.
     """

@@ -50,7 +50,7 @@ class CalibrationReport:
         uniform_p_value: how often heads that are all alike would differ as much.
         differs_from_uniform: whether that is below 5 %.
         scope, keep_ratio, max_new_tokens, max_pixels: see work.Plan.
-        model: its name, architecture, fingerprint (see checkpoint.py) and dtype.
+        model: its name, architecture, fingerprint (of its files) and dtype.
         versions: of what measured.
     """
 

@@ -16,15 +16,8 @@ from hawk_trt.errors import BackendError, HawkError, InvalidInput
 def do_on_ray(plan: Plan, units: Sequence[Unit], shards: int, address: str | None) -> Iterator[tuple[Unit, Scores]]:
     """Do all units on a Ray cluster, in whatever order they end.
 
-    Args:
-        plan: of the work.
-        units: the work.
-        shards: workers side by side.
-        address: None is RAY_ADDRESS, else a cluster that runs on this machine, else one that is started here.
-
-    Raises:
-        InvalidInput: Ray is not installed.
-        BackendError: the cluster cannot be reached, is too small, or lost its workers.
+    shards: workers side by side. address: None is RAY_ADDRESS, else a cluster that runs on this machine, else one that
+    is started here.
     """
     try:
         import ray  # only those who ask for shards need it

@@ -76,8 +76,6 @@ class Plan:
     """All that the scores depend on.
 
     Attributes:
-        checkpoint: its folder.
-        sources: data sets.
         scope: where heads are left out, one of SCOPES.
         open: makes of the folder, and of its hub id if it has one, a bundle without graphs.
         load: makes a Model of the checkpoint; takes head_weights, normalization, device and dtype too.
@@ -85,8 +83,6 @@ class Plan:
         keep_ratio: of visual tokens, chosen with equal heads; 1.0 measures the unpruned model, as the paper does.
         max_new_tokens: longest answer.
         max_pixels: larger images are shrunk to this area; None takes the checkpoint's.
-        dtype: of the model.
-        device: of torch.
     """
 
     checkpoint: Path

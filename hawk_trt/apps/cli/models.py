@@ -39,9 +39,7 @@ def kind_of(name: str | Path) -> Kind:
 def ready(model: Path, dtype: str | None = None) -> Path:
     """The folder to load: the one that is named, or that of a checkpoint's bundle in the user's cache.
 
-    Args:
-        model: as it was named.
-        dtype: that a checkpoint is exported in, None for float32; that of a bundle must be it.
+    dtype: that a checkpoint is exported in, None for float32; that of a bundle must be it.
     """
     if str(model) == TINY and not model.exists():
         model = tiny_checkpoint()
@@ -86,12 +84,7 @@ def tiny_checkpoint() -> Path:
 
 
 def expect_checkpoint(name: str, *, compared: bool = False) -> None:
-    """Refuse all but a checkpoint's folder and a hub id.
-
-    Args:
-        name: as it was given.
-        compared: whether the checkpoint of a bundle is asked for, and not one to export.
-    """
+    """Refuse all but a checkpoint's folder and a hub id; compared: the one of a bundle is asked for, none to export."""
     kind = kind_of(name)
     if compared and kind in ("bundle", "engines"):
         source = manifest_of(Path(name)).source.name

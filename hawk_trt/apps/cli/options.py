@@ -110,11 +110,9 @@ class Where:
     verify: bool = False
 
     def open(self, model: Path, vision_cache_mb: float = 0) -> "Pipeline":
-        """Load a bundle or engines.
+        """Load a bundle or engines, or a checkpoint, which is exported first.
 
-        Args:
-            model: their folder, or a checkpoint, which is exported first.
-            vision_cache_mb: for a command that may be asked twice about an image, unlike most.
+        vision_cache_mb: for a command that may be asked twice about an image, unlike most.
         """
         from hawk_trt import Pipeline  # loading graphs and a tokenizer is only for those who run them
 

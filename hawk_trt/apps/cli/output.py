@@ -41,12 +41,7 @@ def size(size_bytes: float) -> str:
 def progress(what: str, *, in_bytes: bool = False) -> Iterator[Callable[[float, float], None]]:
     """Show how far something is: a bar with the time left on a terminal, a line now and then elsewhere.
 
-    Args:
-        what: its name, in the plural.
-        in_bytes: whether it is counted in bytes.
-
-    Yields:
-        A function to call with how many are done and how many there are in all.
+    Yields a function to call with how many are done and how many there are in all. what: their name, in the plural.
     """
     if not sys.stderr.isatty():
         yield _lines(what, in_bytes=in_bytes)

@@ -24,11 +24,7 @@ _LABEL_PLACES = ((7, 6), (7, -13), (-24, 6), (-24, -13), (7, 17), (7, -24), (-24
 def write_report(folder: Path, rows: Sequence[Row], subject: Mapping[str, str], title: str) -> str | None:
     """Write all of them, each whole or not at all; returns why there are no plots, None where there are.
 
-    Args:
-        folder: where the results are.
-        rows: their summary.
-        subject: what the results are of.
-        title: of the plots.
+    subject: what the results are of.
     """
     summary = msgspec.json.encode({"subject": dict(subject), "rows": msgspec.to_builtins(rows)})
     files = {"summary.json": msgspec.json.format(summary, indent=1) + b"\n", "summary.csv": to_csv(rows).encode()}
@@ -43,11 +39,7 @@ def write_report(folder: Path, rows: Sequence[Row], subject: Mapping[str, str], 
 
 
 def plot_rows(rows: Sequence[Row], title: str) -> dict[str, bytes]:
-    """Draw both plots of one evaluation: PNGs by file name.
-
-    Raises:
-        InvalidInput: matplotlib is not installed.
-    """
+    """Draw both plots of one evaluation: PNGs by file name."""
     try:
         from matplotlib import rc_context  # an extra that only plots need
         from matplotlib.figure import Figure

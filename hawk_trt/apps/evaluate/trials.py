@@ -120,15 +120,8 @@ def run_trials(
 ) -> Iterator[Trial]:
     """Answer what the log does not hold yet, sample by sample, and give each trial once it is on disk.
 
-    Before the first, every cell answers once without being counted, so that no trial pays for a runtime's start.
-
-    Args:
-        dataset: the samples.
-        cells: the ways to answer each.
-        log: of earlier trials; it grows.
-        make_inputs: prepares a sample.
-        answerers: who answers in a cell.
-        seed: of random choices, which differ from sample to sample.
+    Before the first, every cell answers once without being counted, so that no trial pays for a runtime's start. Random
+    choices differ from sample to sample.
     """
     known = {trial.key for trial in log.records}
     warm: set[tuple[str, float]] = set()

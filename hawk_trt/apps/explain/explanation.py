@@ -22,7 +22,6 @@ class VisualItem:
     """One image or video of the prompt.
 
     Attributes:
-        kind: "image" or "video".
         grid: visual tokens in time, height and width; an image has one step in time, or one for each of its tiles.
         scores: float32 [time, height, width], HAWK's score of each token.
     """
@@ -37,8 +36,6 @@ class Selection:
     """What one keep ratio kept.
 
     Attributes:
-        keep_ratio: share of visual tokens asked for.
-        num_kept: visual tokens kept.
         answer: text generated from the kept tokens, None without a tokenizer.
         kept: bool [time, height, width] for each item.
     """

@@ -22,24 +22,16 @@ def colours(values: npt.NDArray[np.floating]) -> npt.NDArray[np.uint8]:
 
 
 def heat_panel(image: Image.Image, scores: npt.NDArray[np.float32], score_range: tuple[float, float]) -> Image.Image:
-    """The image in grey under its scores in colour.
-
-    Args:
-        image: RGB.
-        scores: float32 [height, width] of the token grid.
-        score_range: the scores at the ends of the ramp.
-    """
+    """An RGB image in grey under its scores [height, width]; score_range: those at the ends of the ramp."""
     low, high = score_range
     share = (scores - low) / (high - low) if high > low else np.full(scores.shape, 0.5)
     return Image.blend(_grey(image), _over(image, colours(share)), _HEAT_SHARE)
 
 
 def kept_panel(image: Image.Image, kept: npt.NDArray[np.bool_]) -> Image.Image:
-    """The image with its dropped tokens grey and pale, and a line around the kept ones where cells are large enough.
+    """An RGB image with its dropped tokens grey and pale; around the kept ones goes a line where cells are large.
 
-    Args:
-        image: RGB.
-        kept: bool [height, width] of the token grid.
+    kept: bool [height, width].
     """
     mask = _over(image, kept.astype(np.uint8) * 255)
     dimmed = Image.blend(_grey(image), Image.new("RGB", image.size, _DIM), _DIM_SHARE)

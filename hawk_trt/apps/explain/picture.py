@@ -76,11 +76,7 @@ def load_frames(
     fps: float | None = None,
     max_frames: int | None = None,
 ) -> list[list[Image.Image]]:
-    """The frames that render takes, from the images and videos of the prompt.
-
-    Raises:
-        InvalidInput: one of them cannot be read.
-    """
+    """The frames that render takes, from the images and videos of the prompt."""
     items = iter(explanation.items)
     frames: list[list[Image.Image]] = []
     for image in images:
@@ -99,18 +95,10 @@ def load_frames(
 
 
 def render(explanation: Explanation, frames: Sequence[Sequence[Image.Image]], *, note: str = "") -> Image.Image:
-    """Draw an explanation.
+    """Draw an explanation in RGB.
 
-    Args:
-        explanation: scores and kept tokens.
-        frames: pictures of each item in the explanation's order, one for each of its shown_steps.
-        note: what else to say, small at the foot, such as the model's name.
-
-    Returns:
-        An RGB image.
-
-    Raises:
-        InvalidInput: frames do not fit the explanation.
+    frames: pictures of each item in the explanation's order, one for each of its shown_steps; InvalidInput where they
+    do not fit. note: what else to say, small at the foot, such as the model's name.
     """
     # enough for each token to be seen, within what a screen and a file can take
     longest = max(max(item.grid[1:]) for item in explanation.items)
@@ -177,11 +165,7 @@ def shown_steps(item: VisualItem) -> list[int]:
 
 
 def save(picture: Image.Image, path: Path) -> None:
-    """Write a picture as PNG, whole or not at all.
-
-    Raises:
-        InvalidInput: the path cannot be written.
-    """
+    """Write a picture as PNG, whole or not at all."""
     png = io.BytesIO()
     picture.save(png, format="PNG")
     write_atomically(path, png.getvalue())

@@ -130,10 +130,8 @@ class Batcher:
     def submit(self, request: Request, on_event: Callable[[Event], None], deadline: float | None = None) -> Ticket:
         """Take on a request. The prompt is laid out here, in the caller's thread: milliseconds for a long one.
 
-        Args:
-            request: what to answer.
-            on_event: hears of Pieces, then of a Result or an error, in the batcher's thread: it must not block.
-            deadline: on the clock of time.monotonic(), in seconds; None waits as long as it takes.
+        on_event hears of Pieces, then of a Result or an error, in the batcher's thread: it must not block. deadline is
+        on the clock of time.monotonic(), in seconds; None waits as long as it takes.
 
         Raises:
             InvalidInput: something that cannot be used as given, or more cache than there may ever be.
@@ -164,11 +162,9 @@ class Batcher:
                 self._changed.notify()
 
     def close(self, drain: bool = True, timeout: float | None = None) -> None:
-        """Take no more requests and end.
+        """Take no more requests and end; drain answers all that was taken on before.
 
-        Args:
-            drain: answer all that was taken on before; else those requests fail with Stopping.
-            timeout: seconds for that, after which the requests left fail with Stopping; None is as long as it takes.
+        Without drain, and after so many seconds (timeout), the requests that are left fail with Stopping.
         """
         with self._changed:
             self._closing = True

@@ -33,24 +33,13 @@ class ErrorBody(BaseModel):
 
 
 class ApiError(HawkError):
-    """A request that gets no answer.
+    """A request that gets no answer: status, body and headers of the response.
 
-    Attributes:
-        status: of HTTP.
-        body: names no path of the server and holds no traceback.
-        headers: of the response.
+    The body names no path of the server and holds no traceback.
     """
 
     def __init__(self, status: int, message: str, *, code: str, param: str | None = None, retry: bool = False) -> None:
-        """Make an error.
-
-        Args:
-            status: of HTTP.
-            message: for people.
-            code: for programs.
-            param: the part of the request that is at fault, None where it is none in particular.
-            retry: whether the same request may succeed a little later.
-        """
+        """Make an error; param is the part of the request that is at fault, retry whether it may succeed later."""
         message, param = _cut(message, _MAX_CHARS), None if param is None else _cut(param, _MAX_PARAM_CHARS)
         super().__init__(message)
         self.status = status

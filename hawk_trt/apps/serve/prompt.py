@@ -90,13 +90,7 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True)
 class Preparation:
-    """How bodies become requests.
-
-    Attributes:
-        bundle: that answers.
-        settings: of the server.
-        sampling: how tokens are drawn where a request does not say.
-    """
+    """How bodies become requests; sampling is for those that say nothing of it."""
 
     bundle: Bundle
     settings: ServeSettings
@@ -105,17 +99,10 @@ class Preparation:
     def prepare(
         self, processor: Processor, body: bytes, fetched: dict[str, bytes], *, small: bool
     ) -> Prepared | dict[str, str] | None:
-        """Make the request of a body.
+        """Make the request of a body; None where it shall be small, and this would take long.
 
-        Args:
-            processor: of the bundle.
-            body: as it came.
-            fetched: the bytes of remote images, by their places in the body.
-            small: give up where this would take long.
-
-        Returns:
-            The request; or the addresses of its remote images by their places, where they have not been fetched; or
-            None where it was given up.
+        Where images are not among the fetched ones, their addresses are returned in its place, by their places in the
+        body, as in fetched.
         """
         if small and (len(body) > _SMALL_BODY_BYTES or body.count(b",") > _SMALL_BODY_COMMAS):
             return None

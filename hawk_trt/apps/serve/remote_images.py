@@ -35,11 +35,7 @@ class RemoteImages:
         self._tls = ssl.create_default_context() if hosts else None  # reading the authorities takes its time
 
     async def fetch(self, url: str, where: str) -> bytes:
-        """The bytes at an address.
-
-        Args:
-            url: http or https.
-            where: the part of the request that names it.
+        """The bytes at an address, which a part of the request (where) names.
 
         Raises:
             ApiError: a host that is not allowed, an address that is not public, or an answer that is no success, too

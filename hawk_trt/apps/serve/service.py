@@ -161,7 +161,6 @@ class OpenRequest:
     Attributes:
         begun: when it came, on the clock of time.monotonic().
         deadline: when its answers must be complete, on the same clock.
-        num_choices: answers that it asks for.
         held_bytes: of its body, and of the tensors that come in its place.
     """
 
