@@ -19,7 +19,7 @@ from export.architectures import read_config
 from export.checkpoint import Checkpoint
 from export.graphs import build_graphs
 from export.weights import WeightStore
-from hawk_trt.models.registry import load_family
+from hawk_trt.models import load_family
 from hawk_trt.stages import TARGETS
 from tests.checkpoints import make_sparse_checkpoint
 

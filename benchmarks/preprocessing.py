@@ -23,8 +23,8 @@ from PIL import Image
 
 from hawk_trt.inputs.messages import VisualItem
 from hawk_trt.inputs.video import load_video
+from hawk_trt.models import load_family
 from hawk_trt.models.family import Family
-from hawk_trt.models.registry import load_family
 from hawk_trt.models.vision_config import AnyVision
 
 Frame = npt.NDArray[np.uint8]

@@ -15,7 +15,7 @@ import numpy as np
 from hawk_trt.bundle import ENGINES_MANIFEST, Bundle, FileEntry, file_entry, manifest_bytes, numpy_dtype
 from hawk_trt.engine_folder import EngineFolder, PlanEntry, read_engine_manifest
 from hawk_trt.errors import BackendError, BundleError, HawkError
-from hawk_trt.files import check_free_space, check_replaceable, clean_up_after_killed, staged
+from hawk_trt.files.staging import check_free_space, check_replaceable, clean_up_after_killed, staged
 from hawk_trt.runtime.versions import available_memory_bytes
 from hawk_trt.stages import DECODER, FIRST_LAYER, VISION
 

@@ -30,8 +30,8 @@ from hawk_trt.bundle import (
     manifest_digest,
 )
 from hawk_trt.errors import BundleError, CheckpointError, InvalidInput
-from hawk_trt.files import check_free_space, check_replaceable, clean_up_after_killed, staged
-from hawk_trt.models.registry import load_family
+from hawk_trt.files.staging import check_free_space, check_replaceable, clean_up_after_killed, staged
+from hawk_trt.models import load_family
 from hawk_trt.request import PruningConfig, check_head_weights
 from hawk_trt.runtime.reference import REFERENCE
 from hawk_trt.stages import CPU, CUDA, DTYPES, NORMALIZATIONS, TARGETS, LanguageConfig

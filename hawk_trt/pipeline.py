@@ -21,7 +21,7 @@ from hawk_trt.bundle import Bundle
 from hawk_trt.errors import InvalidInput
 from hawk_trt.inputs.layout import PromptLayout
 from hawk_trt.inputs.processor import Processor
-from hawk_trt.models.registry import load_family
+from hawk_trt.models import load_family
 from hawk_trt.request import ModelInputs, PruningConfig, Request, Result, SamplingConfig
 from hawk_trt.runtime import load_backend
 from hawk_trt.runtime.protocol import Backend

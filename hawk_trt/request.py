@@ -15,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 
 from hawk_trt.errors import InvalidInput
-from hawk_trt.inputs.streamed_rows import StreamedRows
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PillowImage
@@ -249,7 +248,7 @@ class ModelInputs:
     attention_mask: npt.ArrayLike | None = None
     pixel_values: npt.NDArray[Any] | None = None
     image_grid_thw: npt.ArrayLike | None = None
-    pixel_values_videos: npt.NDArray[Any] | StreamedRows | None = None
+    pixel_values_videos: npt.ArrayLike | None = None
     video_grid_thw: npt.ArrayLike | None = None
     second_per_grid_ts: npt.ArrayLike | None = None
 

@@ -31,7 +31,7 @@ from hawk_trt.bundle import ENGINES_MANIFEST, MANIFEST, Bundle, file_entry
 from hawk_trt.engine_folder import EngineFolder
 from hawk_trt.errors import HawkError
 from hawk_trt.inputs.processor import Processor
-from hawk_trt.models.registry import load_family
+from hawk_trt.models import load_family
 from trt_machine import engine_folder
 
 TINY = Path(__file__).parent.parent / "examples" / "tiny-vlm"

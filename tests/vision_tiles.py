@@ -9,8 +9,8 @@ import onnxruntime as ort
 from export.__main__ import main as export
 from export.vision import tiles
 from hawk_trt.bundle import Bundle
+from hawk_trt.models import load_family
 from hawk_trt.models.family import Patches
-from hawk_trt.models.registry import load_family
 from hawk_trt.request import ModelInputs
 from hawk_trt.stages import CPU, CUDA, PORTABLE, TENSORRT
 

@@ -14,7 +14,7 @@ from hawk_trt import Request
 from hawk_trt.apps.parity.prompt_rules import prompt_tokens
 from hawk_trt.bundle import Bundle
 from hawk_trt.inputs.processor import Processor
-from hawk_trt.models.registry import load_family
+from hawk_trt.models import load_family
 
 
 def main() -> None:

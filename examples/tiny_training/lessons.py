@@ -23,7 +23,7 @@ from examples.tiny_task.questions import ask
 from examples.tiny_task.scene import CELL, draw_scene
 from examples.tiny_training.recipe import QUESTIONS, Pictures
 from export.architectures import read_config
-from hawk_trt.models.registry import load_family
+from hawk_trt.models import load_family
 
 BEFORE = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>"
 ASK, REPLY, END = "<|vision_end|>", "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>"

@@ -4,8 +4,9 @@ A family turns images into patches, and patches into the feeds of the vision sta
 is the same for all. A family is one file here, a reader of its config.json, and one vision graph in export/.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, ClassVar, Literal, Protocol, TypeAlias, TypeGuard
 
 import numpy as np
@@ -13,13 +14,13 @@ import numpy.typing as npt
 
 from hawk_trt.bundle import SpecialTokens
 from hawk_trt.errors import CheckpointError, InvalidInput
-from hawk_trt.inputs.streamed_rows import StreamedRows
 from hawk_trt.models.vision_config import VisionConfig
 from hawk_trt.request import ModelInputs
 from hawk_trt.stages import StageSpec
 
 Image: TypeAlias = npt.NDArray[np.uint8]
 IntArray: TypeAlias = npt.NDArray[np.int64]
+Floats: TypeAlias = npt.NDArray[np.float32]
 Channels: TypeAlias = tuple[float, float, float]
 PixelBounds: TypeAlias = Literal["frame", "video", "nothing"]
 
@@ -92,6 +93,55 @@ class ImageSettings:
         return table
 
 
+class StreamedRows:
+    """float32 [rows, columns]. Slices in ascending order cost nothing more; going back begins again.
+
+    `numpy.asarray` makes the whole array. It has the shape, dtype and ndim of one.
+    """
+
+    ndim = 2
+    dtype: np.dtype[np.float32] = np.dtype(np.float32)
+
+    def __init__(self, rows: int, columns: int, parts: Callable[[], Iterator[Floats]]) -> None:
+        """Describe the rows; parts begins to make them, in order: float32 [some rows, columns] each."""
+        self.shape = (rows, columns)
+        self.parts = parts
+        self._begin()
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice) -> Floats:
+        start, stop, _ = rows.indices(len(self))
+        if start < self._position:
+            self._begin()
+        while self._position < start:
+            self._take(start - self._position)
+        out = np.empty((max(stop - start, 0), self.shape[1]), np.float32)
+        filled = 0
+        while filled < len(out):
+            part = self._take(len(out) - filled)
+            out[filled : filled + len(part)] = part
+            filled += len(part)
+        return out
+
+    def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> npt.NDArray[Any]:
+        return self[:].astype(self.dtype if dtype is None else dtype, copy=False)
+
+    def _begin(self) -> None:
+        self._source = self.parts()
+        self._rest = np.empty((0, self.shape[1]), np.float32)
+        self._position = 0
+
+    def _take(self, most: int) -> Floats:
+        """The next rows, up to so many."""
+        if not len(self._rest):
+            self._rest = next(self._source)
+        taken, self._rest = self._rest[:most], self._rest[most:]
+        self._position += len(taken)
+        return taken
+
+
 @dataclass(frozen=True, slots=True)
 class Patches:
     """Images or videos as the vision stage takes them.
@@ -102,7 +152,7 @@ class Patches:
         grid_thw: int64 [items, 3], patches in time, height and width of each image or video.
     """
 
-    pixel_values: npt.NDArray[np.float32] | StreamedRows
+    pixel_values: Floats | StreamedRows
     grid_thw: IntArray
 
 
@@ -207,6 +257,19 @@ class Family(Protocol):
 
     def position_ids(self, visual_kind: npt.NDArray[np.int8], grids: ItemGrids) -> IntArray:
         """Positions of a prompt without padding: int64 [axes, seq_len]. visual_kind: as in item_grids."""
+
+
+def joined_rows(parts: "Sequence[Floats | StreamedRows]") -> "Floats | StreamedRows":
+    """Arrays below each other; streamed where one of them is."""
+    if len(parts) == 1:
+        return parts[0]
+    if not any(isinstance(part, StreamedRows) for part in parts):
+        return np.concatenate([np.asarray(part) for part in parts])
+
+    def pieces() -> Iterator[Floats]:
+        return chain.from_iterable(part.parts() if isinstance(part, StreamedRows) else iter((part,)) for part in parts)
+
+    return StreamedRows(sum(len(part) for part in parts), parts[0].shape[1], pieces)
 
 
 def object_of(preprocessor: Mapping[str, Any], key: str) -> Mapping[str, Any]:

@@ -18,7 +18,6 @@ import numpy.typing as npt
 from hawk_trt.bundle import SpecialTokens
 from hawk_trt.errors import InvalidInput
 from hawk_trt.inputs.images import resize
-from hawk_trt.inputs.streamed_rows import joined_rows
 from hawk_trt.models.family import (
     BICUBIC,
     IMAGE,
@@ -32,6 +31,7 @@ from hawk_trt.models.family import (
     PixelBounds,
     TokenRun,
     check_rgb,
+    joined_rows,
     whole_number,
     wrong,
 )

@@ -14,7 +14,6 @@ import numpy.typing as npt
 from hawk_trt.bundle import SpecialTokens
 from hawk_trt.errors import InvalidInput
 from hawk_trt.inputs.images import resize
-from hawk_trt.inputs.streamed_rows import StreamedRows, joined_rows
 from hawk_trt.models.family import (
     Image,
     ImageSettings,
@@ -23,8 +22,10 @@ from hawk_trt.models.family import (
     ItemPatches,
     Patches,
     PixelBounds,
+    StreamedRows,
     TokenRun,
     check_rgb,
+    joined_rows,
     object_of,
     whole_number,
     wrong,
@@ -120,7 +121,7 @@ class Qwen2VL:
         """Resize, normalise and cut the frames of one video.
 
         temporal_patch_size successive frames make one temporal patch; the last frame is repeated to fill its own.
-        Frames of a long video are decoded, resized and cut while the vision stage asks for them: see streamed_rows.py.
+        Frames of a long video are decoded, resized and cut while the vision stage asks for them.
         """
         if not len(frames):
             raise InvalidInput("video: got no frame, expected at least one")

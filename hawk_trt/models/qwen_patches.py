@@ -21,8 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hawk_trt.errors import InvalidInput
-from hawk_trt.inputs.streamed_rows import StreamedRows
-from hawk_trt.models.family import IMAGE, TEXT, VIDEO, ImageSettings, IntArray, ItemGrids, Patches
+from hawk_trt.models.family import IMAGE, TEXT, VIDEO, ImageSettings, IntArray, ItemGrids, Patches, StreamedRows
 from hawk_trt.models.vision_config import Qwen2Vision
 
 _MAX_ASPECT_RATIO = 200

@@ -24,8 +24,8 @@ import numpy.typing as npt
 from hawk_trt.bundle import MANIFEST, Manifest, file_entry, manifest_bytes, read_manifest
 from hawk_trt.errors import BundleError
 from hawk_trt.files import write_atomically
+from hawk_trt.models import load_family
 from hawk_trt.models.family import ItemPatches, TokenRun
-from hawk_trt.models.registry import load_family
 from hawk_trt.pipeline import Pipeline
 from hawk_trt.request import ModelInputs, PruningConfig
 

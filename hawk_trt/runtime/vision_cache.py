@@ -16,8 +16,7 @@ import numpy.typing as npt
 
 from hawk_trt.errors import InvalidInput
 from hawk_trt.inputs.layout import PromptLayout
-from hawk_trt.inputs.streamed_rows import StreamedRows
-from hawk_trt.models.family import Family, Patches
+from hawk_trt.models.family import Family, Patches, StreamedRows
 from hawk_trt.request import ModelInputs
 from hawk_trt.runtime.protocol import Backend, Visual
 

@@ -11,8 +11,8 @@ from transformers import Qwen2_5_VLConfig
 import golden
 from export.architectures import family_name, read_config
 from hawk_trt.errors import CheckpointError
+from hawk_trt.models import load_family
 from hawk_trt.models.qwen2_5_vl import Qwen25VL
-from hawk_trt.models.registry import load_family
 from hawk_trt.models.vision_config import AnyVision
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny-vlm"

@@ -176,7 +176,7 @@ def test_what_killed_exports_left_is_removed_and_what_they_moved_aside_put_back(
 
 
 def test_a_file_system_that_cannot_swap_folders_still_gets_the_new_bundle(tmp_path, checkpoint, monkeypatch):
-    monkeypatch.setattr("hawk_trt.files._exchange", lambda *folders: not folders)
+    monkeypatch.setattr("hawk_trt.files.staging._exchange", lambda *folders: not folders)
     for dtype in ("float32", "float16"):
         export(checkpoint, tmp_path / "out", ExportOptions(dtype=dtype))
     assert Bundle.load(tmp_path / "out", verify=True).manifest.dtype == "float16"

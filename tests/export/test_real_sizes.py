@@ -16,7 +16,7 @@ from export.head_weights import UNIFORM, default_head_weights
 from export.real_shapes import shape_config
 from export.weights import WeightStore
 from hawk_trt.bundle import read_manifest
-from hawk_trt.models.registry import load_family
+from hawk_trt.models import load_family
 from hawk_trt.stages import CUDA, DECODER, FIRST_LAYER, PORTABLE, TENSORRT, VISION, decoder_spec, first_layer_spec
 
 # config.json of Qwen2.5-VL-3B-Instruct; those of the others differ in sizes alone.

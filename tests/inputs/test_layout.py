@@ -9,7 +9,7 @@ from hawk_trt import ModelInputs
 from hawk_trt.bundle import SpecialTokens
 from hawk_trt.errors import InvalidInput
 from hawk_trt.inputs.layout import collate, paper_query_mask, prompt_layout
-from hawk_trt.models.registry import load_family
+from hawk_trt.models import load_family
 from hawk_trt.stages import BIAS_DROP, BIAS_KEEP
 from vision_configs import QWEN2_5_VL
 

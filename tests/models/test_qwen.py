@@ -12,7 +12,7 @@ from export.graphs import inventory
 from hawk_trt import Pipeline, PruningConfig
 from hawk_trt.apps.cli.main import main as hawk_trt
 from hawk_trt.inputs.images import load_image
-from hawk_trt.models.registry import load_family
+from hawk_trt.models import load_family
 from hawk_trt.stages import DTYPES
 from image_processors import check_patches
 from pictures import NATURAL

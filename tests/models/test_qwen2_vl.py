@@ -15,8 +15,8 @@ from export.architectures import family_name, read_config
 from hawk_trt import Pipeline
 from hawk_trt.bundle import Bundle
 from hawk_trt.errors import CheckpointError
+from hawk_trt.models import load_family
 from hawk_trt.models.family import Patches
-from hawk_trt.models.registry import load_family
 from hawk_trt.models.vision_config import Qwen2Vision
 from qwen import PROMPTS, QWEN2_VL_2B, QWEN2_VL_7B, run
 from random_models import (

@@ -10,8 +10,8 @@ from hawk_trt.bundle import Bundle, SpecialTokens
 from hawk_trt.errors import InvalidInput
 from hawk_trt.inputs.images import resize
 from hawk_trt.inputs.tokenizer import ChatTokenizer
+from hawk_trt.models import load_family
 from hawk_trt.models.family import ItemPatches, Patches, TokenRun
-from hawk_trt.models.registry import load_family
 from random_models import IM_END, IMAGE, VIDEO, VISION_END, VISION_START
 from vision_configs import QWEN3_VL
 

@@ -12,7 +12,7 @@ from export.quantisation import fits_blocks, layout, may_be_quantised
 from export.random_checkpoint import random_checkpoint
 from export.weights import WeightStore
 from hawk_trt.bundle import WeightFormat
-from hawk_trt.models.registry import load_family
+from hawk_trt.models import load_family
 from hawk_trt.stages import CUDA, PORTABLE, STAGES, TENSORRT, VISION
 from released import MODELS, with_few_layers
 

@@ -15,8 +15,8 @@ from hawk_trt import Pipeline, PruningConfig
 from hawk_trt.apps.cli.main import main as hawk_trt
 from hawk_trt.apps.parity.prompt_rules import prompt_tokens
 from hawk_trt.errors import InvalidInput
-from hawk_trt.inputs.streamed_rows import StreamedRows, joined_rows
 from hawk_trt.models import qwen2_vl
+from hawk_trt.models.family import StreamedRows, joined_rows
 from hawk_trt.models.qwen2_5_vl import Qwen25VL
 from hawk_trt.models.qwen_patches import max_frame_pixels
 from vision_configs import QWEN2_5_VL

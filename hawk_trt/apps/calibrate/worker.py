@@ -17,7 +17,7 @@ from torch import Tensor
 from hawk_trt.apps.calibrate.work import BASELINE, FIRST_LAYER, Model, Plan, Question, Scores, Unit
 from hawk_trt.errors import InvalidInput
 from hawk_trt.inputs.processor import Processor
-from hawk_trt.models.registry import load_family
+from hawk_trt.models import load_family
 from hawk_trt.request import PruningConfig, Request
 
 
