@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from hawk_trt.inputs.messages import VisualItem
+from hawk_trt.inputs.turns import VisualItem
 from hawk_trt.inputs.video import load_video
 from hawk_trt.models import load_family
 from hawk_trt.models.family import Family

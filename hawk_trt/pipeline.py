@@ -33,7 +33,7 @@ from hawk_trt.sequence import Sequence as Answer
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from hawk_trt.inputs.messages import JsonObject
+    from hawk_trt.inputs.turns import JsonObject
     from hawk_trt.request import ImageInput, Message, VideoInput
 
 

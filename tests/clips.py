@@ -6,7 +6,7 @@ import av
 import numpy as np
 
 from hawk_trt.inputs import video as videos
-from hawk_trt.inputs.messages import VisualItem
+from hawk_trt.inputs.turns import VisualItem
 
 BITS = 10
 

@@ -20,7 +20,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, NoReturn
 
 from hawk_trt.errors import InvalidInput
-from hawk_trt.inputs.messages import JsonObject, Turn, strings, with_strings
+from hawk_trt.inputs.turns import JsonObject, Turn, strings, with_strings
 
 if TYPE_CHECKING:
     import jinja2

@@ -6,8 +6,8 @@ from hawk_trt.bundle import Bundle
 from hawk_trt.errors import InvalidInput
 from hawk_trt.inputs.images import load_image
 from hawk_trt.inputs.layout import PromptLayout, prompt_layout
-from hawk_trt.inputs.messages import VisualItem, as_list
 from hawk_trt.inputs.tokenizer import ChatTokenizer, read_settings
+from hawk_trt.inputs.turns import VisualItem, as_list
 from hawk_trt.models.family import Family, ImageSettings, ItemPatches, TokenRun
 from hawk_trt.request import ModelInputs, Request
 

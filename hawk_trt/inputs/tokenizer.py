@@ -17,7 +17,7 @@ from hawk_trt.bundle import Bundle, SpecialTokens
 from hawk_trt.errors import BundleError, InvalidInput
 from hawk_trt.files import parse_json
 from hawk_trt.inputs.chat_template import ChatTemplate
-from hawk_trt.inputs.messages import JsonObject, VisualItem, checked_objects, read_prompt, strings
+from hawk_trt.inputs.turns import JsonObject, Sources, Turn, VisualItem, as_list, checked_objects, strings, user_turn
 from hawk_trt.models.family import TokenRun
 
 if TYPE_CHECKING:
@@ -105,12 +105,25 @@ class ChatTokenizer:
         videos: "VideoInput | Sequence[VideoInput]" = (),
         tools: Sequence[JsonObject] = (),
     ) -> EncodedPrompt:
-        """Turn a string or chat messages, as messages.read_prompt takes them, into texts and special tokens.
+        """Turn a string or chat messages into texts and special tokens.
+
+        Args:
+            prompt: a string, or chat messages as docs/prompts.md says.
+            images: sources of a string's images, or of the image items without one, in order; one alone needs no list.
+            videos: the same for videos.
+            tools: as Request has them.
 
         Raises:
             InvalidInput: a prompt that cannot be read, no chat template, or one that refuses this prompt.
         """
-        turns = read_prompt(prompt, images, videos)
+        sources: Sources = {"image": as_list(images, "image"), "video": as_list(videos, "video")}
+        turns: tuple[Turn, ...]
+        if isinstance(prompt, str):
+            turns = (user_turn(prompt, sources),)
+        else:
+            from hawk_trt.inputs.messages import read_messages
+
+            turns = read_messages(prompt, sources)
         tools = checked_objects(tools, "tools")
         if self._template is None:
             raise InvalidInput(

@@ -22,7 +22,7 @@ from hawk_trt.apps.explain.lettering import Lettering
 from hawk_trt.apps.explain.panels import colours, heat_panel, kept_panel
 from hawk_trt.errors import InvalidInput
 from hawk_trt.files import write_atomically
-from hawk_trt.inputs import messages
+from hawk_trt.inputs import turns
 from hawk_trt.inputs.images import load_image
 from hawk_trt.inputs.video import load_video
 from hawk_trt.request import EQUAL_HEADS, SCORED
@@ -84,7 +84,7 @@ def load_frames(
         parts = pipe.family.image_parts(load_image(image), item.grid[0])
         frames.append([Image.fromarray(parts[step]) for step in shown_steps(item)])
     for source in videos:
-        shown = messages.VisualItem("video", source, fps=fps, max_frames=max_frames)
+        shown = turns.VisualItem("video", source, fps=fps, max_frames=max_frames)
         video = load_video(shown, pipe.family.frame_numbers).frames
         numbers = list(range(0, len(video), pipe.family.vision.temporal_patch_size))
         while numbers:  # one item for the video, or one for each of its frames
