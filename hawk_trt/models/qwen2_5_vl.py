@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hawk_trt.models.family import IntArray, ItemGrids
+from hawk_trt.models.family import Floats, IntArray, ItemGrids
 from hawk_trt.models.qwen2_vl import Qwen2VL
-from hawk_trt.models.qwen_patches import PLANS_KEPT, FrameBatch, position_ids
+from hawk_trt.models.qwen_patches import PLANS_KEPT, position_ids
 from hawk_trt.models.vision_config import Qwen25Vision
 from hawk_trt.stages import StageSpec, TensorSpec
 
@@ -35,10 +35,10 @@ class Qwen25VL(Qwen2VL):
         )
         return replace(spec, inputs=(*spec.inputs, *windows))
 
-    def _feed(self, batch: FrameBatch) -> dict[str, npt.NDArray[Any]]:
-        order, plan = window_plan(batch.height, batch.width, self.vision.spatial_merge_size, self.vision.window_side)
-        by_block = batch.pixel_values.reshape(len(batch.pixel_values), len(order), -1)[:, order]
-        return {"pixel_values": by_block.reshape(batch.pixel_values.shape), **plan}
+    def _feed(self, pixels: Floats, height: int, width: int) -> dict[str, npt.NDArray[Any]]:
+        order, plan = window_plan(height, width, self.vision.spatial_merge_size, self.vision.window_side)
+        by_block = pixels.reshape(len(pixels), len(order), -1)[:, order]
+        return {"pixel_values": by_block.reshape(pixels.shape), **plan}
 
     def position_ids(self, visual_kind: npt.NDArray[np.int8], grids: ItemGrids) -> IntArray:
         """Positions whose time axis counts seconds."""

@@ -14,13 +14,12 @@ import numpy.typing as npt
 
 from hawk_trt.bundle import SpecialTokens
 from hawk_trt.errors import InvalidInput
-from hawk_trt.models.family import ImageSettings, IntArray, ItemGrids, ItemPatches, PixelBounds, TokenRun
+from hawk_trt.models.family import Floats, ImageSettings, IntArray, ItemGrids, ItemPatches, PixelBounds, TokenRun
 from hawk_trt.models.qwen2_vl import Qwen2VL
 from hawk_trt.models.qwen_patches import (
     DEFAULT_FPS,
     MIN_FRAMES,
     PLANS_KEPT,
-    FrameBatch,
     patch_positions,
     smart_resize,
 )
@@ -45,10 +44,10 @@ class Qwen3VL(Qwen2VL):
         features = deepstack_embeds_spec(levels, self.vision.out_hidden_size)
         return StageSpec((*spec.inputs, *places), (*spec.outputs, *features))
 
-    def _feed(self, batch: FrameBatch) -> dict[str, npt.NDArray[Any]]:
+    def _feed(self, pixels: Floats, height: int, width: int) -> dict[str, npt.NDArray[Any]]:
         merge, side = self.vision.spatial_merge_size, math.isqrt(self.vision.num_position_embeddings)
-        index, weight = interpolation(batch.height, batch.width, merge, side)
-        return super()._feed(batch) | {"place_index": index, "place_weight": weight}
+        index, weight = interpolation(height, width, merge, side)
+        return super()._feed(pixels, height, width) | {"place_index": index, "place_weight": weight}
 
     def frame_size(self, num_frames: int, height: int, width: int, settings: ImageSettings) -> tuple[int, int]:
         """The pixel bounds are of all frames together, so longer videos get smaller frames."""

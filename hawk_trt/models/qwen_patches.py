@@ -13,15 +13,14 @@ and what follows it starts at its largest position on any axis + 1.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 import numpy as np
 import numpy.typing as npt
 
 from hawk_trt.errors import InvalidInput
-from hawk_trt.models.family import IMAGE, TEXT, VIDEO, ImageSettings, IntArray, ItemGrids, Patches, StreamedRows
+from hawk_trt.models.family import IMAGE, TEXT, VIDEO, Floats, IntArray, ItemGrids, Patches
 from hawk_trt.models.vision_config import Qwen2Vision
 
 _MAX_ASPECT_RATIO = 200
@@ -31,10 +30,6 @@ MIN_FRAMES = 4
 MAX_FRAMES = 768
 FRAME_MULTIPLE = 2
 PLANS_KEPT = 16  # of the last frame sizes
-
-# What Qwen's processors leave of the context for text, and by how much frames may always pass their least area.
-_SHARE_OF_CONTEXT = 0.9
-_OVER_LEAST = 1.05
 
 
 def smart_resize(
@@ -72,21 +67,6 @@ def sample_indices(total: int, video_fps: float, fps: float | None, max_frames: 
     return (np.arange(count) * (total / count)).astype(np.float32).astype(np.int64)
 
 
-def max_frame_pixels(num_frames: int, settings: ImageSettings, vision: Qwen2Vision) -> int:
-    """The largest area of a resized frame: the settings', or less where many frames share the context.
-
-        share = floor(0.9 * max_video_tokens * (patch_size * merge)^2) * temporal_patch_size / num_frames
-
-    It is the rule of the Qwen2-VL video processor's cap_pixels_per_frame.
-    """
-    if settings.max_video_tokens is None:
-        return settings.max_pixels
-    total = int(settings.max_video_tokens * vision.token_side**2 * _SHARE_OF_CONTEXT)
-    total = min(total, settings.total_pixels or total)
-    share = max(total * vision.temporal_patch_size // num_frames, int(settings.min_pixels * _OVER_LEAST))
-    return min(settings.max_pixels, share)
-
-
 def cut(
     image: npt.NDArray[np.uint8],
     tables: npt.NDArray[np.float32],
@@ -120,17 +100,12 @@ def patch_positions(height: int, width: int, merge: int) -> IntArray:
     return flat
 
 
-@dataclass(frozen=True, slots=True)
-class FrameBatch:
-    """Successive frames of one size: float32 [num_frames, num_patches, patch_dim]; height and width in patches."""
+def frame_batches(patches: Patches, vision: Qwen2Vision, max_patches: int) -> Iterator[tuple[Floats, int, int]]:
+    """Cut images and videos into batches of frames of one size, in order; a single frame may exceed max_patches.
 
-    pixel_values: npt.NDArray[np.float32]
-    height: int
-    width: int
-
-
-def frame_batches(patches: Patches, vision: Qwen2Vision, max_patches: int) -> Iterator[FrameBatch]:
-    """Cut images and videos into batches of frames of one size, in order; a single frame may exceed max_patches."""
+    Yields:
+        float32 [num_frames, num_patches, patch_dim], and the height and width of its frames in patches.
+    """
     grid = check_grid("grid_thw", patches.grid_thw, vision.spatial_merge_size)
     pixels, dim, num_rows = patches.pixel_values, vision.patch_dim, int(grid.prod(axis=1).sum())
     got = f"pixel_values: got {pixels.dtype}{list(pixels.shape)}, expected"
@@ -138,24 +113,14 @@ def frame_batches(patches: Patches, vision: Qwen2Vision, max_patches: int) -> It
         raise InvalidInput(f"{got} float32[num_patches, {dim}]")
     if len(pixels) != num_rows:
         raise InvalidInput(f"{got} {num_rows} rows for grid_thw {grid.tolist()}")
-    return _batches(pixels, grid, max_patches)  # a generator of its own: errors come at the call
-
-
-def _batches(pixels: npt.NDArray[np.float32] | StreamedRows, grid: IntArray, max_patches: int) -> Iterator[FrameBatch]:
-    runs: list[tuple[int, int, int]] = []  # frames, height, width; items of equal size that follow each other joined
-    for frames, height, width in grid.tolist():
-        if runs and runs[-1][1:] == (height, width):
-            frames += runs.pop()[0]
-        runs.append((frames, height, width))
     start = 0
-    for frames, height, width in runs:
-        num_patches = height * width
+    for (height, width), items in groupby(grid.tolist(), key=lambda item: (item[1], item[2])):
+        num_frames, num_patches = sum(item[0] for item in items), height * width
         frames_a_batch = max(1, max_patches // num_patches)
-        for first in range(0, frames, frames_a_batch):
-            count = min(frames_a_batch, frames - first)
-            rows = pixels[start : start + count * num_patches].astype(np.float32, copy=False)
-            start += count * num_patches
-            yield FrameBatch(rows.reshape(count, num_patches, -1), height, width)
+        for first in range(0, num_frames, frames_a_batch):
+            end = start + min(frames_a_batch, num_frames - first) * num_patches
+            yield pixels[start:end].astype(np.float32, copy=False).reshape(-1, num_patches, dim), height, width
+            start = end
 
 
 def position_ids(visual_kind: npt.NDArray[np.int8], grids: ItemGrids, merge: int, tokens_per_second: float) -> IntArray:

@@ -189,5 +189,5 @@ def test_shared_plans_cannot_be_changed_by_a_caller():
 )
 def test_pixels_that_do_not_fit_their_grid_are_refused_before_any_call(pixels, grid, words):
     with pytest.raises(InvalidInput) as error:
-        FAMILY.vision_feeds(Patches(pixels, np.array(grid, np.int64)), 100)
+        next(FAMILY.vision_feeds(Patches(pixels, np.array(grid, np.int64)), 100))
     assert all(word in str(error.value) for word in words), str(error.value)
