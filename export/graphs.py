@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 import onnx_ir as ir
 
-from hawk_trt.models.family import Family
 from hawk_trt.models.vision_config import VisionConfig
 from hawk_trt.stages import (
     DECODER,
@@ -29,12 +28,12 @@ from .weights import WeightStore
 
 
 def build_graphs(
-    family: Family, language: LanguageConfig, weights: WeightStore, dtype: str, target: str, normalization: str
+    vision: VisionConfig, language: LanguageConfig, weights: WeightStore, dtype: str, target: str, normalization: str
 ) -> dict[str, ir.Model]:
     """Build the three graphs for a target.
 
     Args:
-        family: of the model, with its vision sizes.
+        vision: sizes of the vision tower.
         language: sizes of the language model.
         weights: places each tensor as it is asked for.
         dtype: "float32", "float16" or "bfloat16".
@@ -44,7 +43,7 @@ def build_graphs(
     Returns:
         The models by stage name.
     """
-    vision = GRAPHS[family.vision.family].build
+    family = GRAPHS[vision.family]
 
     def model(
         stage: str, spec: StageSpec, build: Callable[[GraphBuilder, dict[str, ir.Value]], dict[str, ir.Value]]
@@ -54,7 +53,7 @@ def build_graphs(
         return g.model()
 
     return {
-        VISION: model(VISION, family.vision_spec(), lambda g, inputs: vision(g, family.vision, inputs)),
+        VISION: model(VISION, family.spec(vision), lambda g, inputs: family.build(g, vision, inputs)),
         FIRST_LAYER: model(
             FIRST_LAYER,
             first_layer_spec(language, target),

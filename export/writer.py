@@ -153,7 +153,6 @@ def export(
     from .weights import WeightStore
 
     plan = _plan(opened, options, name)
-    family = load_family(plan.vision)
     template = read_config(opened.config).chat_template
     for tensor_name, shape in inventory(plan.language, plan.vision).items():
         opened.expect(tensor_name, shape)
@@ -162,7 +161,7 @@ def export(
         (target, stage): graph
         for target in plan.targets
         for stage, graph in build_graphs(
-            family, plan.language, weights, options.dtype, target, options.normalization
+            plan.vision, plan.language, weights, options.dtype, target, options.normalization
         ).items()
     }
     table = weights.table()
@@ -177,7 +176,7 @@ def export(
         for file_name, content in small.contents.items():
             (folder / file_name).write_bytes(content)
             files[file_name] = file_entry(folder / file_name)
-        tried = try_prompts(Bundle(folder, replace(plan, files=files)), family)
+        tried = try_prompts(Bundle(folder, replace(plan, files=files)), load_family(plan.vision))
         for sentence in (*notes, *small.notes, *tried):
             if note is not None:
                 note(sentence)

@@ -7,13 +7,14 @@ from typing import Any, Generic, TypeVar
 import onnx_ir as ir
 
 from hawk_trt.models.vision_config import VisionConfig
+from hawk_trt.stages import StageSpec
 
 from ..graph import GraphBuilder
 from ..tensors import Shapes
-from .internvl import internvl_shapes, internvl_vision
-from .qwen2_5_vl import qwen2_5_vl_shapes, qwen2_5_vl_vision
-from .qwen2_vl import qwen2_vl_shapes, qwen2_vl_vision
-from .qwen3_vl import qwen3_vl_shapes, qwen3_vl_vision
+from .internvl import internvl_shapes, internvl_spec, internvl_vision
+from .qwen2_5_vl import qwen2_5_vl_shapes, qwen2_5_vl_spec, qwen2_5_vl_vision
+from .qwen2_vl import qwen2_vl_shapes, qwen2_vl_spec, qwen2_vl_vision
+from .qwen3_vl import qwen3_vl_shapes, qwen3_vl_spec, qwen3_vl_vision
 
 Vision = TypeVar("Vision", bound=VisionConfig)
 
@@ -25,15 +26,17 @@ class VisionGraph(Generic[Vision]):
     Attributes:
         build: adds the nodes of its vision graph and returns the outputs, from its sizes and the inputs.
         shapes: names and shapes of all tensors of its vision tower, from its sizes.
+        spec: inputs and outputs of its vision graph, from its sizes.
     """
 
     build: Callable[[GraphBuilder, Vision, dict[str, ir.Value]], dict[str, ir.Value]]
     shapes: Callable[[Vision], Shapes]
+    spec: Callable[[Vision], StageSpec]
 
 
 GRAPHS: dict[str, VisionGraph[Any]] = {
-    "internvl": VisionGraph(internvl_vision, internvl_shapes),
-    "qwen2_5_vl": VisionGraph(qwen2_5_vl_vision, qwen2_5_vl_shapes),
-    "qwen2_vl": VisionGraph(qwen2_vl_vision, qwen2_vl_shapes),
-    "qwen3_vl": VisionGraph(qwen3_vl_vision, qwen3_vl_shapes),
+    "internvl": VisionGraph(internvl_vision, internvl_shapes, internvl_spec),
+    "qwen2_5_vl": VisionGraph(qwen2_5_vl_vision, qwen2_5_vl_shapes, qwen2_5_vl_spec),
+    "qwen2_vl": VisionGraph(qwen2_vl_vision, qwen2_vl_shapes, qwen2_vl_spec),
+    "qwen3_vl": VisionGraph(qwen3_vl_vision, qwen3_vl_shapes, qwen3_vl_spec),
 }

@@ -8,6 +8,7 @@ model's width. Token-wise ops run on [num_tiles * (1 + patches), dim].
 import onnx_ir as ir
 
 from hawk_trt.models.vision_config import InternVLVision
+from hawk_trt.stages import StageSpec, TensorSpec
 
 from .. import tensors
 from ..graph import GraphBuilder
@@ -18,6 +19,15 @@ from .activations import gelu
 # Neither is in config.json: of the norms of queries and keys, and of the projector.
 _QK_EPSILON = 1e-6
 _PROJECTOR_EPSILON = 1e-5
+
+
+def internvl_spec(vision: InternVLVision) -> StageSpec:
+    """Inputs and outputs of the graph; num_visual counts the tokens of all tiles, tile after tile."""
+    side = vision.image_size
+    return StageSpec(
+        inputs=(TensorSpec("pixel_values", "float32", ("num_tiles", 3, side, side)),),
+        outputs=(TensorSpec("visual_embeds", "model", ("num_visual", vision.out_hidden_size)),),
+    )
 
 
 def internvl_shapes(vision: InternVLVision) -> Shapes:

@@ -3,17 +3,33 @@
 Most blocks attend inside windows, the full-attention ones over whole frames. Patches come in window order.
 """
 
+from dataclasses import replace
+
 import onnx_ir as ir
 
 from hawk_trt.models.vision_config import Qwen25Vision
+from hawk_trt.stages import StageSpec, TensorSpec
 
 from .. import tensors
 from ..graph import GraphBuilder
 from ..layers import gated_mlp, mask_bias, rms_norm
 from ..tensors import Shapes
+from .qwen2_vl import qwen2_vl_spec
 from .tower import NORM_EPSILON, Segments, Style, Tower, merger, tower_shapes
 
 _STYLE = Style(rms_norm, gated_mlp, ("gate_proj", "up_proj", "down_proj"))
+
+
+def qwen2_5_vl_spec(vision: Qwen25Vision) -> StageSpec:
+    """Inputs and outputs of the graph: Qwen2-VL's, and the plan of the windows."""
+    spec = qwen2_vl_spec(vision)
+    windows = (
+        TensorSpec("window_index", "int64", ("num_windows", "window_len")),
+        TensorSpec("window_mask", "bool", ("num_windows", "window_len")),
+        TensorSpec("window_slot", "int64", ("num_patches",)),
+        TensorSpec("merge_order", "int64", ("num_merged",)),
+    )
+    return replace(spec, inputs=(*spec.inputs, *windows))
 
 
 def qwen2_5_vl_shapes(vision: Qwen25Vision) -> Shapes:

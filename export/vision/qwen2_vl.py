@@ -3,6 +3,7 @@
 import onnx_ir as ir
 
 from hawk_trt.models.vision_config import Qwen2Vision
+from hawk_trt.stages import StageSpec, TensorSpec
 
 from .. import tensors
 from ..graph import GraphBuilder
@@ -12,6 +13,18 @@ from .activations import quick_gelu
 from .tower import NORM_EPSILON, Tower, merger, plain_style, tower_shapes
 
 _STYLE = plain_style("fc1", "fc2", quick_gelu)
+
+
+def qwen2_vl_spec(vision: Qwen2Vision) -> StageSpec:
+    """Inputs and outputs of the graph.
+
+    num_visual = num_frames * num_patches / merge^2, frames in order, merge blocks of a frame in raster order.
+    """
+    inputs = (
+        TensorSpec("pixel_values", "float32", ("num_frames", "num_patches", vision.patch_dim)),
+        TensorSpec("patch_positions", "int64", ("num_patches", 2)),
+    )
+    return StageSpec(inputs, (TensorSpec("visual_embeds", "model", ("num_visual", vision.out_hidden_size)),))
 
 
 def qwen2_vl_shapes(vision: Qwen2Vision) -> Shapes:

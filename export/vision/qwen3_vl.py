@@ -7,15 +7,27 @@ some blocks a merger of its own makes features that the language model's first l
 import onnx_ir as ir
 
 from hawk_trt.models.vision_config import Qwen3Vision
+from hawk_trt.stages import StageSpec, TensorSpec, deepstack_embeds_spec
 
 from .. import tensors
 from ..graph import GraphBuilder
 from ..layers import layer_norm
 from ..tensors import Shapes
 from .activations import gelu_tanh
+from .qwen2_vl import qwen2_vl_spec
 from .tower import NORM_EPSILON, Tower, merger, plain_style, tower_shapes
 
 _STYLE = plain_style("linear_fc1", "linear_fc2", gelu_tanh)
+
+
+def qwen3_vl_spec(vision: Qwen3Vision) -> StageSpec:
+    """Inputs and outputs of the graph: Qwen2-VL's, the places in the table of positions, and DeepStack's features."""
+    spec, levels = qwen2_vl_spec(vision), len(vision.deepstack_visual_indexes)
+    places = (
+        TensorSpec("place_index", "int64", ("num_patches", 4)),
+        TensorSpec("place_weight", "float32", ("num_patches", 4)),
+    )
+    return StageSpec((*spec.inputs, *places), (*spec.outputs, *deepstack_embeds_spec(levels, vision.out_hidden_size)))
 
 
 def qwen3_vl_shapes(vision: Qwen3Vision) -> Shapes:

@@ -16,7 +16,6 @@ from hawk_trt.bundle import SpecialTokens
 from hawk_trt.errors import CheckpointError, InvalidInput
 from hawk_trt.models.vision_config import VisionConfig
 from hawk_trt.request import ModelInputs
-from hawk_trt.stages import StageSpec
 
 Image: TypeAlias = npt.NDArray[np.uint8]
 IntArray: TypeAlias = npt.NDArray[np.int64]
@@ -211,9 +210,6 @@ class Family(Protocol):
     @property
     def vision(self) -> VisionConfig:
         """Sizes of the vision tower."""
-
-    def vision_spec(self) -> StageSpec:
-        """Inputs and outputs of the vision graph."""
 
     def vision_feeds(self, patches: Patches, max_patches: int) -> Iterator[dict[str, npt.NDArray[Any]]]:
         """Feeds of the vision stage, one call after another, together in prompt order.

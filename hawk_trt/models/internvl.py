@@ -37,7 +37,6 @@ from hawk_trt.models.family import (
 )
 from hawk_trt.models.vision_config import InternVLVision
 from hawk_trt.request import ModelInputs
-from hawk_trt.stages import StageSpec, TensorSpec
 
 # Of a video file, where no rate is asked for: what the model's own examples take.
 _DEFAULT_FRAMES = 8
@@ -55,14 +54,6 @@ class InternVL:
 
     def __init__(self, vision: InternVLVision) -> None:
         self.vision = vision
-
-    def vision_spec(self) -> StageSpec:
-        """Inputs and outputs of the vision graph; num_visual counts the tokens of all tiles, tile after tile."""
-        side = self.vision.image_size
-        return StageSpec(
-            inputs=(TensorSpec("pixel_values", "float32", ("num_tiles", 3, side, side)),),
-            outputs=(TensorSpec("visual_embeds", "model", ("num_visual", self.vision.out_hidden_size)),),
-        )
 
     def vision_feeds(self, patches: Patches, max_patches: int) -> Iterator[dict[str, npt.NDArray[Any]]]:
         """Feeds of the vision stage, some tiles a call, in prompt order."""

@@ -5,7 +5,6 @@ where it costs one copy; window_index then batches the windows. Every frame of a
 attend over whole frames need no gather and no mask, and there never is an N x N mask.
 """
 
-from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -16,24 +15,12 @@ from hawk_trt.models.family import Floats, IntArray, ItemGrids
 from hawk_trt.models.qwen2_vl import Qwen2VL
 from hawk_trt.models.qwen_patches import PLANS_KEPT, position_ids
 from hawk_trt.models.vision_config import Qwen25Vision
-from hawk_trt.stages import StageSpec, TensorSpec
 
 
 class Qwen25VL(Qwen2VL):
     """The Family of Qwen2.5-VL checkpoints of any size."""
 
     vision: Qwen25Vision
-
-    def vision_spec(self) -> StageSpec:
-        """Qwen2-VL's, and the plan of the windows."""
-        spec = super().vision_spec()
-        windows = (
-            TensorSpec("window_index", "int64", ("num_windows", "window_len")),
-            TensorSpec("window_mask", "bool", ("num_windows", "window_len")),
-            TensorSpec("window_slot", "int64", ("num_patches",)),
-            TensorSpec("merge_order", "int64", ("num_merged",)),
-        )
-        return replace(spec, inputs=(*spec.inputs, *windows))
 
     def _feed(self, pixels: Floats, height: int, width: int) -> dict[str, npt.NDArray[Any]]:
         order, plan = window_plan(height, width, self.vision.spatial_merge_size, self.vision.window_side)

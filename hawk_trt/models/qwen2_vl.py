@@ -42,7 +42,6 @@ from hawk_trt.models.qwen_patches import (
 )
 from hawk_trt.models.vision_config import Qwen2Vision
 from hawk_trt.request import ModelInputs
-from hawk_trt.stages import StageSpec, TensorSpec
 
 # Videos of fewer patches (77 MB of Qwen2.5-VL's) become a plain array.
 STREAMED_FROM_PATCHES = 16_385
@@ -65,17 +64,6 @@ class Qwen2VL:
 
     def __init__(self, vision: Qwen2Vision) -> None:
         self.vision = vision
-
-    def vision_spec(self) -> StageSpec:
-        """Inputs and outputs of the vision graph.
-
-        num_visual = num_frames * num_patches / merge^2, frames in order, merge blocks of a frame in raster order.
-        """
-        inputs = (
-            TensorSpec("pixel_values", "float32", ("num_frames", "num_patches", self.vision.patch_dim)),
-            TensorSpec("patch_positions", "int64", ("num_patches", 2)),
-        )
-        return StageSpec(inputs, (TensorSpec("visual_embeds", "model", ("num_visual", self.vision.out_hidden_size)),))
 
     def vision_feeds(self, patches: Patches, max_patches: int) -> Iterator[dict[str, npt.NDArray[Any]]]:
         """Feeds of the vision stage in prompt order; consecutive frames of one size share a call."""

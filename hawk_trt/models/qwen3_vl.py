@@ -24,7 +24,6 @@ from hawk_trt.models.qwen_patches import (
     smart_resize,
 )
 from hawk_trt.models.vision_config import Qwen3Vision
-from hawk_trt.stages import StageSpec, TensorSpec, deepstack_embeds_spec
 
 
 class Qwen3VL(Qwen2VL):
@@ -33,16 +32,6 @@ class Qwen3VL(Qwen2VL):
     max_frame_pixels: ClassVar[int | None] = None
     pixel_bounds: ClassVar[PixelBounds] = "video"
     vision: Qwen3Vision
-
-    def vision_spec(self) -> StageSpec:
-        """Qwen2-VL's, the places in the table of positions, and DeepStack's features."""
-        spec, levels = super().vision_spec(), len(self.vision.deepstack_visual_indexes)
-        places = (
-            TensorSpec("place_index", "int64", ("num_patches", 4)),
-            TensorSpec("place_weight", "float32", ("num_patches", 4)),
-        )
-        features = deepstack_embeds_spec(levels, self.vision.out_hidden_size)
-        return StageSpec((*spec.inputs, *places), (*spec.outputs, *features))
 
     def _feed(self, pixels: Floats, height: int, width: int) -> dict[str, npt.NDArray[Any]]:
         merge, side = self.vision.spatial_merge_size, math.isqrt(self.vision.num_position_embeddings)

@@ -14,9 +14,9 @@ from export.checkpoint import Checkpoint
 from export.graphs import build_graphs, inventory
 from export.head_weights import UNIFORM, default_head_weights
 from export.real_shapes import shape_config
+from export.vision import GRAPHS
 from export.weights import WeightStore
 from hawk_trt.bundle import read_manifest
-from hawk_trt.models import load_family
 from hawk_trt.stages import CUDA, DECODER, FIRST_LAYER, PORTABLE, TENSORRT, VISION, decoder_spec, first_layer_spec
 
 # config.json of Qwen2.5-VL-3B-Instruct; those of the others differ in sizes alone.
@@ -121,14 +121,14 @@ def test_every_weight_has_its_place_and_every_graph_its_contract(checkpoint, tar
     for tensor, shape in inventory(language, vision).items():
         opened.expect(tensor, shape)
     store = WeightStore(opened, "bfloat16", link=True)
-    graphs = build_graphs(load_family(vision), language, store, "bfloat16", target, "l2")
+    graphs = build_graphs(vision, language, store, "bfloat16", target, "l2")
     table = store.table()
     assert opened.unused() == []
     assert (table.dtype, table.shape) == ("bfloat16", (language.vocab_size, language.hidden_size))
     assert store.disk_bytes == 0
     assert store.total_bytes == sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
     specs = {
-        VISION: load_family(vision).vision_spec(),
+        VISION: GRAPHS[vision.family].spec(vision),
         FIRST_LAYER: first_layer_spec(language, target),
         DECODER: decoder_spec(language, target),
     }
@@ -149,7 +149,7 @@ def test_shapes_are_inferred_through_every_graph(checkpoint):
     opened = Checkpoint.open(checkpoint)
     model = read_config(opened.config)
     language, vision = model.language, model.vision
-    graphs = build_graphs(load_family(vision), language, WeightStore(opened, "float32"), "float32", "cpu", "l2")
+    graphs = build_graphs(vision, language, WeightStore(opened, "float32"), "float32", "cpu", "l2")
     for graph in graphs.values():
         onnx.shape_inference.infer_shapes(ir.to_proto(graph), check_type=True, strict_mode=True, data_prop=True)
 

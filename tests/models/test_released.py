@@ -10,9 +10,9 @@ from export.architectures import read_config
 from export.graphs import build_graphs, inventory
 from export.quantisation import fits_blocks, layout, may_be_quantised
 from export.random_checkpoint import random_checkpoint
+from export.vision import GRAPHS
 from export.weights import WeightStore
 from hawk_trt.bundle import WeightFormat
-from hawk_trt.models import load_family
 from hawk_trt.stages import CUDA, PORTABLE, STAGES, TENSORRT, VISION
 from released import MODELS, with_few_layers
 
@@ -51,13 +51,13 @@ def test_the_graphs_of_every_model_can_be_built(name, tmp_path):
     config = with_few_layers(MODELS[name]) | {"eos_token_id": 151645}
     model = read_config(config)
     checkpoint = random_checkpoint(tmp_path, config)
-    family, store = load_family(model.vision), WeightStore(checkpoint, "bfloat16")
+    store = WeightStore(checkpoint, "bfloat16")
     store.table()
     for target in (CUDA, TENSORRT, PORTABLE):
-        graphs = build_graphs(family, model.language, store, "bfloat16", target, "l2")
+        graphs = build_graphs(model.vision, model.language, store, "bfloat16", target, "l2")
         assert tuple(graphs) == STAGES
         assert [value.name for value in graphs[VISION].graph.inputs] == [
-            one.name for one in family.vision_spec().inputs
+            one.name for one in GRAPHS[model.vision.family].spec(model.vision).inputs
         ]
     assert not checkpoint.unused()
 

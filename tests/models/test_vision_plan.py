@@ -9,6 +9,7 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVi
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
+from export.vision.qwen2_5_vl import qwen2_5_vl_spec
 from hawk_trt.errors import InvalidInput
 from hawk_trt.models.family import Patches
 from hawk_trt.models.qwen2_5_vl import Qwen25VL, window_plan
@@ -130,7 +131,7 @@ def test_a_patch_finds_its_way_into_its_window_and_back(high, wide):
 
 
 def test_feeds_have_the_names_dtypes_and_shapes_of_the_spec():
-    spec = FAMILY.vision_spec()
+    spec = qwen2_5_vl_spec(FAMILY.vision)
     for feeds in FAMILY.vision_feeds(random_patches(GRIDS[6]), 10_000):
         assert list(feeds) == [tensor.name for tensor in spec.inputs]
         sizes: dict[str, int] = {}
