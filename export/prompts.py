@@ -7,7 +7,7 @@ from hawk_trt.errors import BundleError, CheckpointError, InvalidInput
 from hawk_trt.inputs.processor import Processor
 from hawk_trt.models.family import Family, TokenRun
 from hawk_trt.request import Request
-from hawk_trt.runtime.sampling import checkpoint_sampling
+from hawk_trt.runtime.generation_config import checkpoint_sampling
 
 _QUESTION = "What is this?"
 _ANSWER = "A picture."

@@ -11,7 +11,7 @@ from hawk_trt.apps.cli.options import OUTPUT, Json, KeepRatio, Model, Prompt, Pr
 from hawk_trt.apps.cli.output import note, print_json
 from hawk_trt.bundle import Bundle
 from hawk_trt.request import Result, SamplingConfig, Timings
-from hawk_trt.runtime.sampling import checkpoint_sampling
+from hawk_trt.runtime.generation_config import checkpoint_sampling
 
 _SAMPLING = Group("Sampling", sort_key=3)
 

@@ -27,7 +27,7 @@ from hawk_trt.inputs.images import BASE64_STARTS, base64_bytes, data_url_bytes, 
 from hawk_trt.inputs.processor import Processor
 from hawk_trt.models import load_family
 from hawk_trt.request import EQUAL_HEADS, SCORED, ModelInputs, PruningConfig, Request, SamplingConfig
-from hawk_trt.runtime.sampling import SMALLEST_TOP_P
+from hawk_trt.runtime.generation_config import SMALLEST_TOP_P
 
 _LOW_DETAIL_PX = 512
 _SEEDS = 2**64  # the protocol allows negative ones

@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias, get_args
 from hawk_trt.bundle import Bundle
 from hawk_trt.errors import InvalidInput
 from hawk_trt.request import PruningConfig, SamplingConfig
-from hawk_trt.runtime.sampling import checkpoint_sampling
+from hawk_trt.runtime.generation_config import checkpoint_sampling
 
 KEY_VARIABLE = "HAWK_API_KEY"
 LogLevel: TypeAlias = Literal["debug", "info", "warning", "error", "critical"]
