@@ -8,14 +8,10 @@ decode    one token a row at a time   -> until a stop token, a stop string or ma
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
-
-import numpy as np
-import numpy.typing as npt
 
 from hawk_trt.bundle import Bundle
 from hawk_trt.errors import InvalidInput
@@ -25,7 +21,6 @@ from hawk_trt.models import load_family
 from hawk_trt.request import ModelInputs, PruningConfig, Request, Result, SamplingConfig
 from hawk_trt.runtime import load_backend
 from hawk_trt.runtime.protocol import Backend
-from hawk_trt.runtime.sampling import ForcedSampler
 from hawk_trt.runtime.vision_cache import DEFAULT_VISION_CACHE_MB, VisionCache
 from hawk_trt.scheduler import DEFAULT_MAX_NEW_TOKENS, Scheduler
 from hawk_trt.sequence import Sequence as Answer
@@ -35,28 +30,7 @@ if TYPE_CHECKING:
 
     from hawk_trt.inputs.turns import JsonObject
     from hawk_trt.request import ImageInput, Message, VideoInput
-
-
-@dataclass(frozen=True, slots=True)
-class Trace:
-    """Every stage's output for one prompt and given tokens, for comparison with a reference.
-
-    Attributes:
-        visual_embeds: [num_visual, hidden], in prompt order.
-        scores: [num_visual].
-        kept_indices: [kept], in the prompt as given.
-        hidden_states: [kept, hidden], first_layer's output.
-        kv_norms: [layers, 2, columns], lengths of the keys and the values of each column; of a linear layer the lengths
-            of its two states, the same in all columns.
-        logits: [steps, vocab]; row 0 after the prompt, row i after token i.
-    """
-
-    visual_embeds: npt.NDArray[np.float32]
-    scores: npt.NDArray[np.float32]
-    kept_indices: npt.NDArray[np.int64]
-    hidden_states: npt.NDArray[np.float32]
-    kv_norms: npt.NDArray[np.float32]
-    logits: npt.NDArray[np.float32]
+    from hawk_trt.runtime.trace import Trace
 
 
 class Pipeline:
@@ -258,35 +232,16 @@ class Pipeline:
 
     def trace(
         self, inputs: ModelInputs, pruning: PruningConfig, forced_tokens: Sequence[int] = (), steps: int | None = None
-    ) -> Trace:
+    ) -> "Trace":
         """Run one prompt and keep what every stage made.
 
         The tokens decoded are forced_tokens; where they end, the most probable ones. steps: rows of logits; None is
         one more than there are forced tokens.
         """
-        steps = len(forced_tokens) + 1 if steps is None else steps
-        scheduler = self._scheduler()
-        request = Request(inputs, pruning=pruning, max_new_tokens=steps + 1, ignore_eos=True, return_logits=True)
-        sequence = scheduler.add(request)
-        sequence.sampler = ForcedSampler(forced_tokens)
-        rows = sequence.layout.visual_rows
-        embeds = self.vision_cache.encode([(inputs, sequence.layout)])[0].numpy().astype(np.float32)[rows[rows >= 0]]
-        _check(scheduler.step())
-        generation = sequence.generation
-        assert generation is not None  # there is a token more to come
-        hidden = generation.hidden_states()[0]
-        for _ in range(steps - 1):
-            _check(scheduler.step())
-        language, norms = self.bundle.manifest.language, []
-        for layer in range(language.num_hidden_layers):
-            parts = [part[0].astype(np.float32) for part in generation.cache(layer)]
-            if language.is_linear(layer):
-                norms.append([np.full(sequence.columns, np.linalg.norm(part), np.float32) for part in parts])
-            else:
-                norms.append([np.sqrt(np.einsum("hcd,hcd->c", part, part)) for part in parts])
-        result = sequence.result()
-        assert result.logits is not None
-        return Trace(embeds, result.scores, result.kept_indices, hidden, np.array(norms), result.logits)
+        from hawk_trt.runtime.trace import trace
+
+        num_layers = self.bundle.manifest.language.num_hidden_layers
+        return trace(self._scheduler(), self.vision_cache, num_layers, inputs, pruning, forced_tokens, steps)
 
 
 class TextStream:

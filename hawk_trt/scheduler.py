@@ -20,7 +20,7 @@ from hawk_trt.errors import BackendError, InvalidInput
 from hawk_trt.inputs.processor import Processor
 from hawk_trt.pruning.selection import asked_by, head_weights, kept_count, select
 from hawk_trt.request import PruningConfig, Request, Timings
-from hawk_trt.runtime.protocol import Backend, DecodeInputs, Generation, StepOutputs, Visual, first_not_finite
+from hawk_trt.runtime.protocol import Backend, DecodeInputs, Generation, StepOutputs, Visual
 from hawk_trt.runtime.vision_cache import VisionCache
 from hawk_trt.sequence import Sequence
 from hawk_trt.stages import CUDA, in_place
@@ -286,6 +286,8 @@ class Scheduler:
         try:
             sequence.step(int(outputs.next_token[row]), None if outputs.logits is None else outputs.logits[row])
         except BackendError as error:
+            from hawk_trt.runtime.not_finite import first_not_finite
+
             assert sequence.generation is not None
             where = first_not_finite(visual, sequence.generation, self._bundle.manifest.language, row)
             sequence.error = BackendError(f"{error}. {where}")

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from hawk_trt.pipeline import Trace
 from hawk_trt.runtime.comparison import Tolerance, at_most
+from hawk_trt.runtime.trace import Trace
 
 _NAN = float("nan")
 _Floats = npt.NDArray[np.float32]

@@ -11,8 +11,8 @@ from rich.console import Console
 from hawk_trt.apps.cli.output import print_json
 from hawk_trt.apps.parity.compare import ReferenceTrace, compare_selection, compare_tokens, rank_correlation
 from hawk_trt.apps.parity.report import CaseReport, ParityReport, tell
-from hawk_trt.pipeline import Trace
 from hawk_trt.runtime.comparison import TOLERANCES, StageTolerance, compare_stage
+from hawk_trt.runtime.trace import Trace
 
 LOOSE = StageTolerance(cosine=0.99, norm_ratio=0.02, max_error=0.05)
 FLOAT32 = TOLERANCES["float32"]
