@@ -41,17 +41,19 @@ def try_prompts(bundle: Bundle, family: Family) -> list[str]:
         raise CheckpointError(str(error)) from error
     if processor.chat is None:
         return ["no tokenizer.json there, so the bundle takes tensors (ModelInputs) alone"]
-    if not processor.chat.has_template:
+    template = processor.chat.template
+    if template is None:
         return ["no chat template there, so the bundle takes tensors (ModelInputs) alone"]
     image = np.full((_IMAGE_SIDE, _IMAGE_SIDE, 3), 128, np.uint8)
-    notes = [] if processor.takes_images else ["no preprocessor_config.json there, so the bundle takes no image files"]
+    takes_images = processor.settings["image"] is not None
+    notes = [] if takes_images else ["no preprocessor_config.json there, so the bundle takes no image files"]
     try:
         processor(Request(_QUESTION))
-        if processor.takes_images:
+        if takes_images:
             processor(Request(_QUESTION, images=[image]))
     except InvalidInput as error:
         raise CheckpointError(f"no prompt can be made of a question and an image: {error}") from error
-    if processor.chat.takes_tools:
+    if "tools" in template.source:
         try:
             processor(Request(_QUESTION, tools=[_TOOL]))
         except InvalidInput as error:

@@ -22,6 +22,7 @@ class Processor:
 
     Attributes:
         chat: the tokenizer and chat template, None where the bundle has none: then only ModelInputs work.
+        settings: of "image" and "video", None where the bundle does not say how they are resized and normalised.
     """
 
     def __init__(self, bundle: Bundle, family: Family) -> None:
@@ -41,12 +42,7 @@ class Processor:
             if own["video"] is None and most is not None:
                 of_videos = replace(of_videos, max_pixels=max(min(of_videos.max_pixels, most), of_videos.min_pixels))
             of_videos = replace(of_videos, max_video_tokens=min(self._context, _MAX_VIDEO_TOKENS))
-        self._settings = {"image": own["image"], "video": of_videos}
-
-    @property
-    def takes_images(self) -> bool:
-        """Whether the bundle says how images are resized and normalised."""
-        return self._settings["image"] is not None
+        self.settings = {"image": own["image"], "video": of_videos}
 
     def __call__(self, request: Request) -> ModelInputs:
         """Turn a request's prompt into tensors.
@@ -114,7 +110,7 @@ class Processor:
 
     def _bounded(self, item: VisualItem, request: Request, num_frames: int = 1) -> ImageSettings:
         """The settings of one image or video: the checkpoint's, then the prompt's, then its own."""
-        settings, bounds = self._settings[item.kind], self._family.pixel_bounds
+        settings, bounds = self.settings[item.kind], self._family.pixel_bounds
         if settings is None:
             raise InvalidInput(f"images: this bundle has no {_PREPROCESSOR}, so it takes ModelInputs alone")
         own_bounds = (item.min_pixels or item.max_pixels) and item.kind == "video"

@@ -44,7 +44,11 @@ class EncodedPrompt:
 
 
 class ChatTokenizer:
-    """The tokenizer and chat template of one checkpoint; `tokenizer` decodes."""
+    """The tokenizer and chat template of one checkpoint; `tokenizer` decodes.
+
+    Attributes:
+        template: None where the checkpoint has none: then tokens can be decoded, and no prompt be made.
+    """
 
     def __init__(
         self,
@@ -74,7 +78,7 @@ class ChatTokenizer:
         self._special_tokens = special_tokens
         kinds = {special_tokens.image: "image", special_tokens.video: "video"}
         self._placeholders = {token: kind for token, kind in kinds.items() if token is not None}
-        self._template = None if template is None else ChatTemplate(template, variables, self._special_ids)
+        self.template = None if template is None else ChatTemplate(template, variables, self._special_ids)
         self._max_characters = _CHARACTERS_A_TOKEN * context
 
     @classmethod
@@ -87,16 +91,6 @@ class ChatTokenizer:
         context = bundle.manifest.language.max_position_embeddings
         template = bundle.read_text("chat_template.jinja")
         return cls(tokenizer_json, config, template, bundle.manifest.special_tokens, context)
-
-    @property
-    def has_template(self) -> bool:
-        """Whether prompts can be made, and not only tokens decoded."""
-        return self._template is not None
-
-    @property
-    def takes_tools(self) -> bool:
-        """Whether the chat template has a place for tools."""
-        return self._template is not None and "tools" in self._template.source
 
     def encode(
         self,
@@ -125,7 +119,7 @@ class ChatTokenizer:
 
             turns = read_messages(prompt, sources)
         tools = checked_objects(tools, "tools")
-        if self._template is None:
+        if self.template is None:
             raise InvalidInput(
                 "prompt: this bundle has no chat template, expected ModelInputs. Or put a chat_template.jinja "
                 "into the checkpoint folder and export again: hawk-trt export CHECKPOINT --out FOLDER"
@@ -137,7 +131,7 @@ class ChatTokenizer:
                 "already is more than the model's context holds. Shorten the text"
             )
         parts: list[str | TokenRun] = []
-        for piece, special in self._template.pieces(turns, tools):
+        for piece, special in self.template.pieces(turns, tools):
             parts += [piece] if special is None else [piece, TokenRun(self._special_ids[special])]
         visual = tuple(item for turn in turns for item in turn.visual())
         given = [item.kind for item in visual]
