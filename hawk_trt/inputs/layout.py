@@ -113,7 +113,7 @@ def prompt_layout(
     of_images, of_videos = np.split(present, [len(images)])
     shown = ItemGrids(images[of_images], videos[of_videos], seconds[of_videos])
     positions = family.position_ids(kind[placed], shown)[:, real[placed]]
-    asked, query = _query_mask(ids[real], rows[real] >= 0, special, query, chat)
+    asked, query = query_mask(ids[real], rows[real] >= 0, special, query, chat)
     weights = np.where(asked, np.float32(1.0 / max(int(asked.sum()), 1)), np.float32(0.0)).astype(np.float32)
     return PromptLayout(
         input_ids=ids[real],
@@ -130,21 +130,33 @@ def prompt_layout(
     )
 
 
-def _query_mask(
+def query_mask(
     ids: IntArray,
     visual: npt.NDArray[np.bool_],
     special: SpecialTokens,
     query: str | None,
     chat: "ChatTokenizer | None",
 ) -> tuple[npt.NDArray[np.bool_], str]:
-    """The tokens that score the visual ones, and the rule that chose them."""
+    """The tokens that score the visual ones, bool [n], and whose rule chose them: "paper" or "turn".
+
+    "turn" is the text of the last user turn. Unasked it counts where the authors' range holds no text of a turn; then
+    of the last user turn that has text.
+    """
     if query == "turn":
         if chat is None:
             raise InvalidInput('query: "turn" needs a tokenizer, and this bundle has none; use query="paper"')
-        return chat.turn_query_mask(ids), "turn"
+        users = [text for role, text in chat.turns(ids) if role == "user"]
+        if not users:
+            raise InvalidInput('query: "turn" needs a user turn and this prompt has none. Use query="paper"')
+        if not len(users[-1]):
+            raise InvalidInput('query: "turn" needs text in the last user turn and there is none. Use query="paper"')
+        return np.isin(np.arange(len(ids)), users[-1]), "turn"
     paper = paper_query_mask(ids, visual, special)
-    turn = chat.asking_turn_mask(ids, paper) if chat is not None and visual.any() else None
-    if turn is None:
+    if chat is None or not visual.any():
+        return paper, "paper"
+    turns = chat.turns(ids)
+    asked = [text for role, text in turns if role == "user" and chat.says_something(ids[text])]
+    if not asked or any(chat.says_something(ids[text[paper[text]]]) for _, text in turns):
         return paper, "paper"
     if query == "paper":
         warnings.warn(
@@ -153,7 +165,7 @@ def _query_mask(
             stacklevel=2,
         )
         return paper, "paper"
-    return turn, "turn"
+    return np.isin(np.arange(len(ids)), asked[-1]), "turn"
 
 
 def paper_query_mask(ids: IntArray, visual: npt.NDArray[np.bool_], special: SpecialTokens) -> npt.NDArray[np.bool_]:

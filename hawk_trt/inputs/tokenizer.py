@@ -192,37 +192,12 @@ class ChatTokenizer:
             token_ids += [run.token_id] * run.count + text.ids
         return np.array(token_ids, dtype=np.int64)
 
-    def turn_query_mask(self, input_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-        """The text of the last user turn, for query="turn": bool [seq_len].
+    def turns(self, input_ids: npt.NDArray[np.int64]) -> list[tuple[str, npt.NDArray[np.int64]]]:
+        """Role of each turn, and where its text is: neither header, nor visual and special tokens.
 
-        It lies between the last "<|im_start|>user", newline, and its <|im_end|>, without visual and special tokens. A
-        token that joins the newline to the text after it counts as the newline.
-
-        Raises:
-            InvalidInput: no such turn, or one without text.
+        It lies between "<|im_start|>", role, newline, and its <|im_end|>. A token that joins the newline to the text
+        after it counts as the newline.
         """
-        users = [text for role, text in self._turns(input_ids) if role == "user"]
-        if not users:
-            raise InvalidInput('query: "turn" needs a user turn and this prompt has none. Use query="paper"')
-        if not len(users[-1]):
-            raise InvalidInput('query: "turn" needs text in the last user turn and there is none. Use query="paper"')
-        return np.isin(np.arange(input_ids.size), users[-1])
-
-    def asking_turn_mask(
-        self, input_ids: npt.NDArray[np.int64], paper: npt.NDArray[np.bool_]
-    ) -> npt.NDArray[np.bool_] | None:
-        """The text of the last user turn that has any, where the authors' query range (paper) has none: bool [seq_len].
-
-        None where the authors' range holds text of a turn, or no turn of a user does.
-        """
-        turns = self._turns(input_ids)
-        if any(self._says_something(input_ids, text[paper[text]]) for _, text in turns):
-            return None
-        asked = [text for role, text in turns if role == "user" and self._says_something(input_ids, text)]
-        return np.isin(np.arange(input_ids.size), asked[-1]) if asked else None
-
-    def _turns(self, input_ids: npt.NDArray[np.int64]) -> list[tuple[str, npt.NDArray[np.int64]]]:
-        """Role of each turn, and where its text is: neither header, nor visual and special tokens."""
         no_text = np.isin(input_ids, [*self._placeholders, *self._special_ids.values()])
         turns = []
         for start in np.flatnonzero(input_ids == self._special_tokens.im_start).tolist():
@@ -237,8 +212,9 @@ class ChatTokenizer:
                 turns.append((role, begin + np.flatnonzero(~no_text[begin:end])))
         return turns
 
-    def _says_something(self, input_ids: npt.NDArray[np.int64], places: npt.NDArray[np.int64]) -> bool:
-        return bool(self.tokenizer.decode(input_ids[places].tolist()).strip())
+    def says_something(self, token_ids: npt.NDArray[np.int64]) -> bool:
+        """Whether tokens spell more than white space."""
+        return bool(self.tokenizer.decode(token_ids.tolist()).strip())
 
 
 def read_settings(bundle: Bundle, name: str) -> dict[str, Any] | None:

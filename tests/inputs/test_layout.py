@@ -94,7 +94,8 @@ def test_a_prompt_without_images_asks_nothing():
 
 
 def test_the_turn_query_takes_what_the_tokenizer_marks():
-    marked = layout([1, *IMAGE, 2, 5], query="turn", chat=SimpleNamespace(turn_query_mask=lambda ids: ids == 1))
+    chat = SimpleNamespace(turns=lambda ids: [("user", np.flatnonzero(ids == 1))])
+    marked = layout([1, *IMAGE, 2, 5], query="turn", chat=chat)
     assert np.flatnonzero(marked.query_weights).tolist() == [0]
     with pytest.raises(InvalidInput, match='"turn" needs a tokenizer'):
         layout([1, *IMAGE, 2, 5], query="turn")

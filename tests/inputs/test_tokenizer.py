@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 
 from hawk_trt.bundle import Bundle
 from hawk_trt.errors import BundleError, InvalidInput
+from hawk_trt.inputs.layout import query_mask
 from hawk_trt.inputs.tokenizer import ChatTokenizer
 from hawk_trt.models.family import TokenRun
 from prompts import (
@@ -154,6 +155,11 @@ def test_text_that_a_placeholder_becomes_is_read_with_the_text_around_it():
     assert ids[at + 2 : at + 2 + len(after)].tolist() == after
 
 
+def turn_query(tokenizer, ids):
+    special, nothing = special_tokens(TOKENIZERS["tiny"]), np.zeros(ids.size, np.bool_)
+    return query_mask(ids, nothing, special, "turn", tokenizer)[0]
+
+
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_the_turn_query_is_the_text_of_the_last_user_turn(name):
     tokenizer = chat_tokenizer(TOKENIZERS[name])
@@ -164,7 +170,7 @@ def test_the_turn_query_is_the_text_of_the_last_user_turn(name):
     ]
     image = TokenRun(tokenizer.tokenizer.token_to_id("<|image_pad|>"), 4)
     ids = tokenizer.expand(tokenizer.encode(messages), [[image], [image]])
-    mask = tokenizer.turn_query_mask(ids)
+    mask = turn_query(tokenizer, ids)
     assert mask.dtype == np.bool_
     assert mask.shape == ids.shape
     chosen = tokenizer.tokenizer.decode(ids[mask].tolist(), skip_special_tokens=False)
@@ -177,7 +183,7 @@ def test_a_newline_joined_to_the_header_does_not_hide_the_turn():
     joined = tokenizer.tokenizer.encode("\n\n", add_special_tokens=False).ids
     assert len(joined) == 1
     assert joined[0] in ids  # otherwise this tests nothing
-    assert tokenizer.tokenizer.decode(ids[tokenizer.turn_query_mask(ids)].tolist()) == "What?"
+    assert tokenizer.tokenizer.decode(ids[turn_query(tokenizer, ids)].tolist()) == "What?"
 
 
 @pytest.mark.parametrize(
@@ -186,7 +192,7 @@ def test_a_newline_joined_to_the_header_does_not_hide_the_turn():
 def test_a_turn_query_needs_text_of_the_user(messages):
     tokenizer = chat_tokenizer(template=TINY_TEMPLATE)
     with pytest.raises(InvalidInput, match=r'query: "turn" needs .* Use query="paper"'):
-        tokenizer.turn_query_mask(ids_of(tokenizer, messages))
+        turn_query(tokenizer, ids_of(tokenizer, messages))
 
 
 def test_text_that_no_context_holds_is_refused_before_it_is_tokenised(monkeypatch):
