@@ -12,8 +12,9 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from hawk_trt.bundle import numpy_dtype
-from hawk_trt.stages import PORTABLE, StageSpec, TensorSpec, residual_dtype
+from hawk_trt.stages import PORTABLE
 
+from .contract import StageSpec, TensorSpec, residual_dtype
 from .quantisation import QUANTISED_OPSET
 from .weights import QuantisedMatrix, WeightStore
 

@@ -9,16 +9,9 @@ from collections.abc import Callable
 import onnx_ir as ir
 
 from hawk_trt.models.vision_config import VisionConfig
-from hawk_trt.stages import (
-    DECODER,
-    FIRST_LAYER,
-    VISION,
-    LanguageConfig,
-    StageSpec,
-    decoder_spec,
-    first_layer_spec,
-)
+from hawk_trt.stages import DECODER, FIRST_LAYER, VISION, LanguageConfig
 
+from .contract import StageSpec, decoder_spec, first_layer_spec
 from .decoder import decoder
 from .first_layer import first_layer
 from .graph import GraphBuilder

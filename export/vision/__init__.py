@@ -7,8 +7,8 @@ from typing import Any, Generic, TypeVar
 import onnx_ir as ir
 
 from hawk_trt.models.vision_config import VisionConfig
-from hawk_trt.stages import StageSpec
 
+from ..contract import StageSpec
 from ..graph import GraphBuilder
 from ..tensors import Shapes
 from .internvl import internvl_shapes, internvl_spec, internvl_vision

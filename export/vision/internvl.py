@@ -8,9 +8,9 @@ model's width. Token-wise ops run on [num_tiles * (1 + patches), dim].
 import onnx_ir as ir
 
 from hawk_trt.models.vision_config import InternVLVision
-from hawk_trt.stages import StageSpec, TensorSpec
 
 from .. import tensors
+from ..contract import StageSpec, TensorSpec
 from ..graph import GraphBuilder
 from ..layers import add_residual, attention, layer_norm, linear, rms_norm
 from ..tensors import Shapes

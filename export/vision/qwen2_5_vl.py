@@ -8,9 +8,9 @@ from dataclasses import replace
 import onnx_ir as ir
 
 from hawk_trt.models.vision_config import Qwen25Vision
-from hawk_trt.stages import StageSpec, TensorSpec
 
 from .. import tensors
+from ..contract import StageSpec, TensorSpec
 from ..graph import GraphBuilder
 from ..layers import gated_mlp, mask_bias, rms_norm
 from ..tensors import Shapes

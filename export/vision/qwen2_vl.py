@@ -3,9 +3,9 @@
 import onnx_ir as ir
 
 from hawk_trt.models.vision_config import Qwen2Vision
-from hawk_trt.stages import StageSpec, TensorSpec
 
 from .. import tensors
+from ..contract import StageSpec, TensorSpec
 from ..graph import GraphBuilder
 from ..layers import layer_norm
 from ..tensors import Shapes

@@ -7,9 +7,9 @@ some blocks a merger of its own makes features that the language model's first l
 import onnx_ir as ir
 
 from hawk_trt.models.vision_config import Qwen3Vision
-from hawk_trt.stages import StageSpec, TensorSpec, deepstack_embeds_spec
 
 from .. import tensors
+from ..contract import StageSpec, TensorSpec, deepstack_embeds_spec
 from ..graph import GraphBuilder
 from ..layers import layer_norm
 from ..tensors import Shapes

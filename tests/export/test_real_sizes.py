@@ -11,13 +11,14 @@ from checkpoints import QWEN_MODELS, Sizes, make_checkpoint, make_sparse_checkpo
 from export.__main__ import main as export
 from export.architectures import read_config
 from export.checkpoint import Checkpoint
+from export.contract import decoder_spec, first_layer_spec
 from export.graphs import build_graphs, inventory
 from export.head_weights import UNIFORM, default_head_weights
 from export.real_shapes import shape_config
 from export.vision import GRAPHS
 from export.weights import WeightStore
 from hawk_trt.bundle import read_manifest
-from hawk_trt.stages import CUDA, DECODER, FIRST_LAYER, PORTABLE, TENSORRT, VISION, decoder_spec, first_layer_spec
+from hawk_trt.stages import CUDA, DECODER, FIRST_LAYER, PORTABLE, TENSORRT, VISION
 
 # config.json of Qwen2.5-VL-3B-Instruct; those of the others differ in sizes alone.
 RELEASED_3B = {

@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from export.contract import StageSpec, TensorSpec
 from export.graph import GraphBuilder
 from export.weighted_topk import weighted_topk
 from hawk_trt.pruning import hawk
-from hawk_trt.stages import BIAS_DROP, BIAS_KEEP, NORMALIZATIONS, StageSpec, TensorSpec
+from hawk_trt.stages import BIAS_DROP, BIAS_KEEP, NORMALIZATIONS
 from targets import ON_CPU
 
 SPEC = StageSpec(

@@ -2,7 +2,8 @@
 
 import pytest
 
-from hawk_trt.stages import CPU, CUDA, PORTABLE, TARGETS, TENSORRT, decoder_spec, first_layer_spec
+from export.contract import decoder_spec, first_layer_spec
+from hawk_trt.stages import CPU, CUDA, PORTABLE, TARGETS, TENSORRT
 from hybrid import HYBRID, PLAIN
 
 PROMPT = ["text_embeds", "visual_embeds", "source_rows", "position_ids", "query_weights", "select_bias"]
