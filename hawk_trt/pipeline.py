@@ -240,8 +240,8 @@ class Pipeline:
         """
         from hawk_trt.runtime.trace import trace
 
-        num_layers = self.bundle.manifest.language.num_hidden_layers
-        return trace(self._scheduler(), self.vision_cache, num_layers, inputs, pruning, forced_tokens, steps)
+        language = self.bundle.manifest.language
+        return trace(self._scheduler(), self.vision_cache, language, inputs, pruning, forced_tokens, steps)
 
 
 class TextStream:

@@ -11,6 +11,7 @@ from hawk_trt.runtime.protocol import Generation
 from hawk_trt.runtime.sampling import ForcedSampler
 from hawk_trt.runtime.vision_cache import VisionCache
 from hawk_trt.scheduler import Scheduler
+from hawk_trt.stages import LanguageConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +23,8 @@ class Trace:
         scores: [num_visual].
         kept_indices: [kept], in the prompt as given.
         hidden_states: [kept, hidden], first_layer's output.
-        kv_norms: [layers, 2, columns], lengths of the keys and the values of each column.
+        kv_norms: [layers, 2, columns], lengths of the keys and the values of each column; of a linear layer the lengths
+            of its two states, the same in all columns.
         logits: [steps, vocab]; row 0 after the prompt, row i after token i.
     """
 
@@ -37,7 +39,7 @@ class Trace:
 def trace(
     scheduler: Scheduler,
     vision: VisionCache,
-    num_layers: int,
+    language: LanguageConfig,
     inputs: ModelInputs,
     pruning: PruningConfig,
     forced_tokens: Sequence[int],
@@ -62,8 +64,13 @@ def trace(
     hidden = generation.hidden_states()[0]
     for _ in range(steps - 1):
         generation = step()
-    caches = ([part[0].astype(np.float32) for part in generation.cache(layer)] for layer in range(num_layers))
-    norms = np.stack([[np.sqrt(np.einsum("hcd,hcd->c", part, part)) for part in pair] for pair in caches])
+    norms = []
+    for layer in range(language.num_hidden_layers):
+        parts = [part[0].astype(np.float32) for part in generation.cache(layer)]
+        if language.is_linear(layer):
+            norms.append([np.full(sequence.columns, np.linalg.norm(part), np.float32) for part in parts])
+        else:
+            norms.append([np.sqrt(np.einsum("hcd,hcd->c", part, part)) for part in parts])
     result = sequence.result()
     assert result.logits is not None
-    return Trace(embeds, result.scores, result.kept_indices, hidden, norms, result.logits)
+    return Trace(embeds, result.scores, result.kept_indices, hidden, np.array(norms), result.logits)
