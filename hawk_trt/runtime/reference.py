@@ -52,7 +52,7 @@ class StageTrace:
         scores: float32 [num_visual].
         kept: bool [num_visual].
         hidden_states: float32 [kept, hidden], first_layer's output.
-        kv_norms: float32 [layers, 2, columns], as in pipeline.Trace.
+        kv_norms: float32 [layers, 2, columns], as in trace.Trace.
         tokens: int64 [steps], the most probable of each step.
         logits: float32 [steps, ids].
         logit_ids: int64 [ids], the tokens that the logits are of.
