@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from hawk_trt.bundle import SpecialTokens
 from hawk_trt.errors import InvalidInput
-from hawk_trt.models.family import IMAGE, VIDEO, Family, IntArray, ItemGrids
+from hawk_trt.models.family import IMAGE, VIDEO, Family, IntArray
 from hawk_trt.models.vision_config import VisionConfig
 from hawk_trt.request import ModelInputs
 from hawk_trt.stages import BIAS_DROP, BIAS_KEEP
@@ -111,8 +111,8 @@ def prompt_layout(
     present = np.isin(np.arange(len(images) + len(videos)), items[real & (items >= 0)])
     placed = real | np.append(present, False)[items]  # items of text are -1: the False
     of_images, of_videos = np.split(present, [len(images)])
-    shown = ItemGrids(images[of_images], videos[of_videos], seconds[of_videos])
-    positions = family.position_ids(kind[placed], shown)[:, real[placed]]
+    shown = images[of_images], videos[of_videos], seconds[of_videos]
+    positions = family.position_ids(kind[placed], *shown)[:, real[placed]]
     asked, query = query_mask(ids[real], rows[real] >= 0, special, query, chat)
     weights = np.where(asked, np.float32(1.0 / max(int(asked.sum()), 1)), np.float32(0.0)).astype(np.float32)
     return PromptLayout(

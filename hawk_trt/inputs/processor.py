@@ -8,7 +8,7 @@ from hawk_trt.inputs.images import load_image
 from hawk_trt.inputs.layout import PromptLayout, prompt_layout
 from hawk_trt.inputs.tokenizer import ChatTokenizer, read_settings
 from hawk_trt.inputs.turns import VisualItem, as_list
-from hawk_trt.models.family import Family, ImageSettings, ItemPatches, TokenRun
+from hawk_trt.models.family import Family, ImageSettings, Patches, TokenRun
 from hawk_trt.request import ModelInputs, Request
 
 _PREPROCESSOR = "preprocessor_config.json"
@@ -96,17 +96,17 @@ class Processor:
             )
         return layout
 
-    def _patches(self, item: VisualItem, request: Request) -> ItemPatches:
+    def _patches(self, item: VisualItem, request: Request) -> Patches:
         """Open an image or video and make patches of it."""
         if item.kind == "image":
             image = load_image(item.source)
-            return ItemPatches("image", self._family.images_to_patches([image], self._bounded(item, request)))
+            return self._family.images_to_patches([image], self._bounded(item, request))
         from hawk_trt.inputs.video import load_video  # most prompts have none
 
         video = load_video(item, self._family.frame_numbers)
         patches = self._family.video_to_patches(video.frames, self._bounded(item, request, len(video.frames)))
         seconds = video.seconds_per_frame * self._family.vision.temporal_patch_size
-        return ItemPatches("video", patches, video.times, seconds)
+        return replace(patches, kind="video", times=video.times, seconds_per_patch=seconds)
 
     def _bounded(self, item: VisualItem, request: Request, num_frames: int = 1) -> ImageSettings:
         """The settings of one image or video: the checkpoint's, then the prompt's, then its own."""

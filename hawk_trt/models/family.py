@@ -20,10 +20,10 @@ from hawk_trt.request import ModelInputs
 Image: TypeAlias = npt.NDArray[np.uint8]
 IntArray: TypeAlias = npt.NDArray[np.int64]
 Floats: TypeAlias = npt.NDArray[np.float32]
+Kinds: TypeAlias = npt.NDArray[np.int8]  # of each token of a prompt: TEXT, IMAGE or VIDEO
 Channels: TypeAlias = tuple[float, float, float]
 PixelBounds: TypeAlias = Literal["frame", "video", "nothing"]
 
-# What visual_kind says of a token.
 TEXT, IMAGE, VIDEO = 0, 1, 2
 BICUBIC = 3  # of Pillow's filters
 # Normalised values are float32: what lies beyond these is no setting of pixels.
@@ -143,47 +143,28 @@ class StreamedRows:
 
 @dataclass(frozen=True, slots=True)
 class Patches:
-    """Images or videos as the vision stage takes them.
+    """Images or videos as the vision stage takes them, or one of them as a prompt has it.
 
     Attributes:
         pixel_values: float32 [num_patches, patch_dim], in the order of the checkpoint's own processor; of a long
             video made while it is read.
         grid_thw: int64 [items, 3], patches in time, height and width of each image or video.
+        kind: of the one image or video.
+        times: seconds of each frame of the one video from its start.
+        seconds_per_patch: that one temporal patch of it spans.
     """
 
     pixel_values: Floats | StreamedRows
     grid_thw: IntArray
-
-
-@dataclass(frozen=True, slots=True)
-class ItemPatches:
-    """One image or video of a prompt, made into patches.
-
-    times: seconds of each frame of a video from its start. seconds_per_patch: that one temporal patch spans.
-    """
-
-    kind: Literal["image", "video"]
-    patches: Patches
+    kind: Literal["image", "video"] = "image"
     times: Sequence[float] = ()
     seconds_per_patch: float = 1.0
 
     @property
     def grid(self) -> tuple[int, int, int]:
-        """Patches in time, height and width."""
-        time, height, width = self.patches.grid_thw[0].tolist()
+        """Patches in time, height and width of the one image or video."""
+        time, height, width = self.grid_thw[0].tolist()
         return time, height, width
-
-
-@dataclass(frozen=True, slots=True)
-class ItemGrids:
-    """The grid_thw of a prompt's images and of its videos: int64 [items, 3] each.
-
-    seconds: float32 [videos], that one temporal patch spans.
-    """
-
-    images: IntArray
-    videos: IntArray
-    seconds: npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,23 +217,26 @@ class Family(Protocol):
         total: frames of the file.  video_fps: its rate.  fps: asked for, None for the family's own rule.
         """
 
-    def placeholder(self, item: ItemPatches, special: SpecialTokens) -> tuple[str | TokenRun, ...]:
+    def placeholder(self, item: Patches, special: SpecialTokens) -> tuple[str | TokenRun, ...]:
         """What the chat template's one placeholder of an image or video becomes: texts and runs of tokens.
 
         What brings tokens around it of its own takes the place of those that the template has around it.
         """
 
-    def model_inputs(self, input_ids: IntArray, items: Sequence[ItemPatches]) -> ModelInputs:
+    def model_inputs(self, input_ids: IntArray, items: Sequence[Patches]) -> ModelInputs:
         """The tensors of a prompt in the layout of the checkpoint's own processor; items in the prompt's order."""
 
-    def item_grids(self, inputs: ModelInputs, visual_kind: npt.NDArray[np.int8]) -> tuple[IntArray, IntArray]:
+    def item_grids(self, inputs: ModelInputs, visual_kind: Kinds) -> tuple[IntArray, IntArray]:
         """The grid_thw of a prompt's images and of its videos, wherever the family's processor says them.
 
-        visual_kind: [seq_len], padding included, 0 text, 1 image placeholder, 2 video placeholder.
+        visual_kind: [seq_len], padding included.
         """
 
-    def position_ids(self, visual_kind: npt.NDArray[np.int8], grids: ItemGrids) -> IntArray:
-        """Positions of a prompt without padding: int64 [axes, seq_len]. visual_kind: as in item_grids."""
+    def position_ids(self, visual_kind: Kinds, images: IntArray, videos: IntArray, seconds: Floats) -> IntArray:
+        """Positions of a prompt without padding: int64 [axes, seq_len].
+
+        images, videos: their grid_thw, int64 [items, 3].  seconds: that one temporal patch of each video spans.
+        """
 
 
 def joined_rows(parts: "Sequence[Floats | StreamedRows]") -> "Floats | StreamedRows":

@@ -22,11 +22,11 @@ from hawk_trt.models.family import (
     BICUBIC,
     IMAGE,
     VIDEO,
+    Floats,
     Image,
     ImageSettings,
     IntArray,
-    ItemGrids,
-    ItemPatches,
+    Kinds,
     Patches,
     PixelBounds,
     TokenRun,
@@ -121,7 +121,7 @@ class InternVL:
         numbers: IntArray = (step / 2 + np.arange(count) * step).astype(np.float32).astype(np.int64)
         return numbers
 
-    def placeholder(self, item: ItemPatches, special: SpecialTokens) -> tuple[str | TokenRun, ...]:
+    def placeholder(self, item: Patches, special: SpecialTokens) -> tuple[str | TokenRun, ...]:
         """An image's tiles between <img> and </img>; a video's frames so, each a line that its number begins."""
         if special.image is None or special.vision_start is None or special.vision_end is None:
             raise InvalidInput(
@@ -137,12 +137,12 @@ class InternVL:
             parts += [f"{line}Frame{number}: ", start, TokenRun(special.image, self.vision.tile_tokens), end]
         return tuple(parts)
 
-    def model_inputs(self, input_ids: IntArray, items: Sequence[ItemPatches]) -> ModelInputs:
+    def model_inputs(self, input_ids: IntArray, items: Sequence[Patches]) -> ModelInputs:
         """All tiles in pixel_values, in the order of the prompt."""
-        tiles = joined_rows([item.patches.pixel_values for item in items]) if items else None
+        tiles = joined_rows([item.pixel_values for item in items]) if items else None
         return ModelInputs(input_ids, pixel_values=None if tiles is None else np.asarray(tiles))
 
-    def item_grids(self, inputs: ModelInputs, visual_kind: npt.NDArray[np.int8]) -> tuple[IntArray, IntArray]:
+    def item_grids(self, inputs: ModelInputs, visual_kind: Kinds) -> tuple[IntArray, IntArray]:
         """The grids that the runs of placeholders say, and no videos, whose frames are images here."""
         for name in ("image_grid_thw", "pixel_values_videos", "video_grid_thw"):
             if getattr(inputs, name) is not None:
@@ -173,7 +173,7 @@ class InternVL:
             )
         return self._grids(tiles.tolist()), self._grids([])
 
-    def position_ids(self, visual_kind: npt.NDArray[np.int8], grids: ItemGrids) -> IntArray:
+    def position_ids(self, visual_kind: Kinds, images: IntArray, videos: IntArray, seconds: Floats) -> IntArray:
         """One position after another, text and visual tokens alike: int64 [1, seq_len]."""
         return np.arange(len(visual_kind), dtype=np.int64)[None]
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hawk_trt.models.family import Floats, IntArray, ItemGrids
+from hawk_trt.models.family import Floats, IntArray, Kinds
 from hawk_trt.models.qwen2_vl import Qwen2VL
 from hawk_trt.models.qwen_patches import PLANS_KEPT, position_ids
 from hawk_trt.models.vision_config import Qwen25Vision
@@ -27,9 +27,10 @@ class Qwen25VL(Qwen2VL):
         by_block = pixels.reshape(len(pixels), len(order), -1)[:, order]
         return {"pixel_values": by_block.reshape(pixels.shape), **plan}
 
-    def position_ids(self, visual_kind: npt.NDArray[np.int8], grids: ItemGrids) -> IntArray:
+    def position_ids(self, visual_kind: Kinds, images: IntArray, videos: IntArray, seconds: Floats) -> IntArray:
         """Positions whose time axis counts seconds."""
-        return position_ids(visual_kind, grids, self.vision.spatial_merge_size, self.vision.tokens_per_second)
+        vision = self.vision
+        return position_ids(visual_kind, images, videos, seconds, vision.spatial_merge_size, vision.tokens_per_second)
 
 
 @lru_cache(maxsize=PLANS_KEPT)

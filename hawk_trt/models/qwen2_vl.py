@@ -5,7 +5,6 @@ sees frames of one size at a time, as [num_frames, num_patches, patch_dim]; each
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -19,8 +18,7 @@ from hawk_trt.models.family import (
     Image,
     ImageSettings,
     IntArray,
-    ItemGrids,
-    ItemPatches,
+    Kinds,
     Patches,
     PixelBounds,
     StreamedRows,
@@ -165,36 +163,35 @@ class Qwen2VL:
         """Which frames of a video file are taken; see qwen_patches.sample_indices."""
         return sample_indices(total, video_fps, fps, max_frames)
 
-    def placeholder(self, item: ItemPatches, special: SpecialTokens) -> tuple[str | TokenRun, ...]:
+    def placeholder(self, item: Patches, special: SpecialTokens) -> tuple[str | TokenRun, ...]:
         """The placeholder once for each visual token."""
         token_id = special.image if item.kind == "image" else special.video
         assert token_id is not None  # the template has made one of it
         return (TokenRun(token_id, int(np.prod(item.grid)) // self.vision.spatial_merge_size**2),)
 
-    def model_inputs(self, input_ids: IntArray, items: Sequence[ItemPatches]) -> ModelInputs:
+    def model_inputs(self, input_ids: IntArray, items: Sequence[Patches]) -> ModelInputs:
         """Images and videos apart, each with its grids."""
-        images = [item.patches for item in items if item.kind == "image"]
-        videos = [item.patches for item in items if item.kind == "video"]
-        seconds = [item.seconds_per_patch for item in items if item.kind == "video"]
+        images = [item for item in items if item.kind == "image"]
+        videos = [item for item in items if item.kind == "video"]
         return ModelInputs(
             input_ids=input_ids,
             pixel_values=np.asarray(joined_rows([own.pixel_values for own in images])) if images else None,
             image_grid_thw=np.concatenate([own.grid_thw for own in images]) if images else None,
             pixel_values_videos=joined_rows([own.pixel_values for own in videos]) if videos else None,
             video_grid_thw=np.concatenate([own.grid_thw for own in videos]) if videos else None,
-            second_per_grid_ts=np.array(seconds, np.float32) if videos else None,
+            second_per_grid_ts=np.array([own.seconds_per_patch for own in videos], np.float32) if videos else None,
         )
 
-    def item_grids(self, inputs: ModelInputs, visual_kind: npt.NDArray[np.int8]) -> tuple[IntArray, IntArray]:
+    def item_grids(self, inputs: ModelInputs, visual_kind: Kinds) -> tuple[IntArray, IntArray]:
         """The grid_thw that the inputs hold."""
         merge = self.vision.spatial_merge_size
         images = check_grid("image_grid_thw", inputs.image_grid_thw, merge)
         return images, check_grid("video_grid_thw", inputs.video_grid_thw, merge)
 
-    def position_ids(self, visual_kind: npt.NDArray[np.int8], grids: ItemGrids) -> IntArray:
+    def position_ids(self, visual_kind: Kinds, images: IntArray, videos: IntArray, seconds: Floats) -> IntArray:
         """Positions whose time axis counts temporal patches: how long a frame is makes no difference."""
-        steps = replace(grids, seconds=np.ones(len(grids.videos), np.float32))
-        return position_ids(visual_kind, steps, self.vision.spatial_merge_size, 1.0)
+        steps = np.ones(len(videos), np.float32)
+        return position_ids(visual_kind, images, videos, steps, self.vision.spatial_merge_size, 1.0)
 
 
 def _size(image: Image, settings: ImageSettings) -> tuple[int, int]:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from hawk_trt.bundle import SpecialTokens
 from hawk_trt.errors import InvalidInput
-from hawk_trt.models.family import Floats, ImageSettings, IntArray, ItemGrids, ItemPatches, PixelBounds, TokenRun
+from hawk_trt.models.family import Floats, ImageSettings, IntArray, Kinds, Patches, PixelBounds, TokenRun
 from hawk_trt.models.qwen2_vl import Qwen2VL
 from hawk_trt.models.qwen_patches import (
     DEFAULT_FPS,
@@ -55,7 +55,7 @@ class Qwen3VL(Qwen2VL):
         numbers: IntArray = np.linspace(0, total - 1, count).round().astype(np.int64)
         return numbers
 
-    def placeholder(self, item: ItemPatches, special: SpecialTokens) -> tuple[str | TokenRun, ...]:
+    def placeholder(self, item: Patches, special: SpecialTokens) -> tuple[str | TokenRun, ...]:
         """An image's placeholder once for each visual token; of a video each temporal patch's time and tokens.
 
         The time is the mean of the patch's first and last frame; the last frame is repeated where one is missing. The
@@ -79,11 +79,11 @@ class Qwen3VL(Qwen2VL):
             parts += [f"<{(times[first] + times[last]) / 2:.1f} seconds>", *frame]
         return tuple(parts)
 
-    def position_ids(self, visual_kind: npt.NDArray[np.int8], grids: ItemGrids) -> IntArray:
+    def position_ids(self, visual_kind: Kinds, images: IntArray, videos: IntArray, seconds: Floats) -> IntArray:
         """Each frame of a video counts as an image."""
-        frames = np.repeat(grids.videos, grids.videos[:, 0], axis=0)
+        frames = np.repeat(videos, videos[:, 0], axis=0)
         frames[:, 0] = 1
-        return super().position_ids(visual_kind, ItemGrids(grids.images, frames, grids.seconds))
+        return super().position_ids(visual_kind, images, frames, seconds)
 
 
 @lru_cache(maxsize=PLANS_KEPT)

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hawk_trt.errors import InvalidInput
-from hawk_trt.models.family import IMAGE, TEXT, VIDEO, Floats, IntArray, ItemGrids, Patches
+from hawk_trt.models.family import IMAGE, TEXT, VIDEO, Floats, IntArray, Kinds, Patches
 from hawk_trt.models.vision_config import Qwen2Vision
 
 _MAX_ASPECT_RATIO = 200
@@ -123,22 +123,31 @@ def frame_batches(patches: Patches, vision: Qwen2Vision, max_patches: int) -> It
             start = end
 
 
-def position_ids(visual_kind: npt.NDArray[np.int8], grids: ItemGrids, merge: int, tokens_per_second: float) -> IntArray:
+def position_ids(
+    visual_kind: Kinds,
+    images: IntArray,
+    videos: IntArray,
+    seconds: Floats,
+    merge: int,
+    tokens_per_second: float,
+) -> IntArray:
     """Positions of a prompt without padding, whose grids make as many tokens as it has placeholders.
 
     Args:
-        visual_kind: [seq_len], 0 text, 1 image placeholder, 2 video placeholder.
-        grids: of its images and videos.
+        visual_kind: [seq_len].
+        images: their grid_thw, int64 [images, 3].
+        videos: theirs.
+        seconds: that one temporal patch of each video spans.
         merge: patches on a side of a visual token.
         tokens_per_second: of the time axis.
 
     Returns:
         int64 [3, seq_len]: time, height, width.
     """
-    rate, still = np.float32(tokens_per_second), np.zeros(len(grids.images), np.float32)
+    rate, still = np.float32(tokens_per_second), np.zeros(len(images), np.float32)
     items = {
-        IMAGE: enumerate(zip(grids.images.tolist(), still, strict=True)),
-        VIDEO: enumerate(zip(grids.videos.tolist(), grids.seconds, strict=True)),
+        IMAGE: enumerate(zip(images.tolist(), still, strict=True)),
+        VIDEO: enumerate(zip(videos.tolist(), seconds, strict=True)),
     }
     positions = np.empty((3, len(visual_kind)), dtype=np.int64)
     start = 0  # on the axes
@@ -150,7 +159,7 @@ def position_ids(visual_kind: npt.NDArray[np.int8], grids: ItemGrids, merge: int
             start += end - index
             continue
         while index < end:
-            item, (grid, seconds) = next(items[kind])
+            item, (grid, step) = next(items[kind])
             frames, high, wide = grid[0], grid[1] // merge, grid[2] // merge
             tokens = frames * high * wide
             if end - index < tokens:
@@ -159,7 +168,7 @@ def position_ids(visual_kind: npt.NDArray[np.int8], grids: ItemGrids, merge: int
                     f"{name} {item}: got {end - index} placeholders in a row, expected {tokens} for its grid {grid}"
                 )
             # In float32 as transformers does: the floor of a product differs from that in float64.
-            time = np.floor(np.arange(frames, dtype=np.float32) * seconds * rate).astype(np.int64)
+            time = np.floor(np.arange(frames, dtype=np.float32) * step * rate).astype(np.int64)
             axes = np.broadcast_arrays(time[:, None, None], np.arange(high)[:, None], np.arange(wide))
             block = start + np.stack(axes).reshape(3, -1)
             positions[:, index : index + tokens] = block

@@ -25,7 +25,7 @@ from hawk_trt.bundle import MANIFEST, Manifest, file_entry, manifest_bytes, read
 from hawk_trt.errors import BundleError
 from hawk_trt.files import write_atomically
 from hawk_trt.models import load_family
-from hawk_trt.models.family import ItemPatches, TokenRun
+from hawk_trt.models.family import TokenRun
 from hawk_trt.pipeline import Pipeline
 from hawk_trt.request import ModelInputs, PruningConfig
 
@@ -239,10 +239,10 @@ def random_inputs(
     settings = family.image_settings({})
     images = [rng.integers(0, 256, (height, width, 3), dtype=np.uint8) for width, height in sizes]
     frames = [rng.integers(0, 256, (112, 112, 3), dtype=np.uint8) for _ in range(num_frames)]
-    items = [ItemPatches("image", family.images_to_patches([image], settings)) for image in images]
+    items = [family.images_to_patches([image], settings) for image in images]
     if frames:
         times = [frame / 2 for frame in range(num_frames)]
-        items.append(ItemPatches("video", family.video_to_patches(frames, settings), times))
+        items.append(replace(family.video_to_patches(frames, settings), kind="video", times=times))
     opening, closing = ([] if token is None else [token] for token in (tokens.im_start, tokens.im_end))
     others = len(opening) + len(closing) + _TEXT_TOKENS + 3
     ids: list[int] = [*opening, *text(_TEXT_TOKENS)]

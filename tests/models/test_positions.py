@@ -13,7 +13,6 @@ from transformers import Qwen2_5_VLModel
 import golden
 from export.architectures import read_config
 from hawk_trt.errors import InvalidInput
-from hawk_trt.models.family import ItemGrids
 from hawk_trt.models.qwen2_5_vl import Qwen25VL
 from vision_configs import QWEN2_5_VL
 
@@ -24,7 +23,7 @@ NO_SECONDS = np.empty(0, np.float32)
 
 def positions(kind, images=NO_GRID, videos=NO_GRID, seconds=NO_SECONDS, family=FAMILY):
     images, videos = np.array(images, np.int64), np.array(videos, np.int64)
-    return family.position_ids(np.array(kind, np.int8), ItemGrids(images, videos, np.array(seconds, np.float32)))
+    return family.position_ids(np.array(kind, np.int8), images, videos, np.array(seconds, np.float32))
 
 
 @pytest.mark.parametrize("name", golden.CASES)

@@ -11,7 +11,7 @@ from hawk_trt.errors import InvalidInput
 from hawk_trt.inputs.images import resize
 from hawk_trt.inputs.tokenizer import ChatTokenizer
 from hawk_trt.models import load_family
-from hawk_trt.models.family import ItemPatches, Patches, TokenRun
+from hawk_trt.models.family import Patches, TokenRun
 from random_models import IM_END, IMAGE, VIDEO, VISION_END, VISION_START
 from vision_configs import QWEN3_VL
 
@@ -59,7 +59,7 @@ def test_a_video_of_frames_is_cut_by_the_volume_of_all_of_them():
 
 
 def video_of(grid, times):
-    return ItemPatches("video", Patches(np.empty((0, 0), np.float32), np.array([grid])), times)
+    return Patches(np.empty((0, 0), np.float32), np.array([grid]), "video", times)
 
 
 @pytest.mark.parametrize("frames", [1, 2, 5, 6])
