@@ -81,8 +81,7 @@ def select(
             kept[pool[choose(Candidates(pool, rng, source, row), _limit(pool, pruning), pruning)]] = True
         chosen.append(kept)
     inputs = collate(layouts, [int(kept.sum()) for kept in chosen], chosen, weights)
-    scored = source.score_seconds is not None
-    scores = [source.scores(row) for row in range(len(prompts))] if scored else None
+    scores = None if source.score_seconds is None else source.scores
     return Selection(inputs, scores, time.perf_counter() - begun - (source.score_seconds or 0.0))
 
 

@@ -19,7 +19,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -39,48 +39,35 @@ _NUM_PIVOTS = 4  # of dart, visual and text ones each
 _SMALLEST_NORM = np.float32(1e-12)
 
 
+@dataclass
 class Source:
     """What a selector may read of the prompts of a batch; each is made once, when first read.
 
     Attributes:
+        inputs: of the first layer.
         score_seconds: spent in first_layer for the scores; None where nobody read them.
     """
 
-    def __init__(
-        self, bundle: Bundle, backend: Backend, prompts: Sequence[PromptLayout], inputs: PrefillInputs, visual: Visual
-    ) -> None:
-        self.score_seconds: float | None = None
-        self._bundle, self._backend, self._visual = bundle, backend, visual
-        self._prompts, self._inputs = prompts, inputs
-
-    def scores(self, row: int) -> Float32Array:
-        """HAWK's scores of a prompt's visual tokens: float32 [num_visual]."""
-        scores: Float32Array = self._scores[row][self._inputs.source_rows[row] >= 0]
-        return scores
-
-    def visual_embeds(self, row: int) -> Float32Array:
-        """Embeddings of a prompt's visual tokens: float32 [num_visual, hidden]."""
-        rows = self._inputs.source_rows[row]
-        embeds: Float32Array = self._embeds[rows[rows >= 0]].astype(np.float32)
-        return embeds
-
-    def text_embeds(self, row: int) -> Float32Array:
-        """Input embeddings of a prompt's query tokens: float32 [num_text, hidden]."""
-        prompt = self._prompts[row]
-        asked = (prompt.query_weights > 0) & (prompt.visual_rows < 0)
-        embeds: Float32Array = self._bundle.embedding_table()[prompt.input_ids[asked]].astype(np.float32)
-        return embeds
+    bundle: Bundle
+    backend: Backend
+    prompts: Sequence[PromptLayout]
+    inputs: PrefillInputs
+    visual: Visual
+    score_seconds: float | None = None
 
     @cached_property
-    def _scores(self) -> Float32Array:
+    def scores(self) -> list[Float32Array]:
+        """HAWK's scores of each prompt's visual tokens: float32 [num_visual]."""
         begun = time.perf_counter()
-        scores = self._backend.score(self._inputs, self._visual)
+        scores = self.backend.score(self.inputs, self.visual)
         self.score_seconds = time.perf_counter() - begun
-        return scores
+        return [own[rows >= 0] for own, rows in zip(scores, self.inputs.source_rows, strict=True)]
 
     @cached_property
-    def _embeds(self) -> npt.NDArray[Any]:
-        return self._visual.numpy()
+    def visual_embeds(self) -> list[Float32Array]:
+        """Embeddings of each prompt's visual tokens: float32 [num_visual, hidden]."""
+        embeds = self.visual.numpy()
+        return [embeds[rows[rows >= 0]].astype(np.float32) for rows in self.inputs.source_rows]
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,17 +94,20 @@ class Candidates:
     @property
     def scores(self) -> Float32Array:
         """HAWK's scores, float32 [n]. The first read runs the first layer once more, over one kept token."""
-        return self.source.scores(self.row)[self.members]
+        return self.source.scores[self.row][self.members]
 
     @property
     def visual_embeds(self) -> Float32Array:
         """The vision stage's output, float32 [n, hidden]. The first read copies it from the device."""
-        return self.source.visual_embeds(self.row)[self.members]
+        return self.source.visual_embeds[self.row][self.members]
 
     @property
     def text_embeds(self) -> Float32Array:
         """Input embeddings of the query tokens: float32 [num_text, hidden]."""
-        return self.source.text_embeds(self.row)
+        prompt = self.source.prompts[self.row]
+        asked = (prompt.query_weights > 0) & (prompt.visual_rows < 0)
+        embeds: Float32Array = self.source.bundle.embedding_table()[prompt.input_ids[asked]].astype(np.float32)
+        return embeds
 
 
 def choose(candidates: Candidates, k: int, pruning: PruningConfig) -> IntArray:
