@@ -7,19 +7,18 @@ prefill   first_layer, decoder        -> kept indices, scores, the first token
 decode    one token a row at a time   -> until a stop token, a stop string or max_new_tokens
 """
 
+import os
 from collections.abc import Iterator, Sequence
-from os import PathLike
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from hawk_trt.bundle import Bundle
-from hawk_trt.errors import InvalidInput
+from hawk_trt.bundle import Bundle, holds_engines
+from hawk_trt.errors import BackendError, InvalidInput
 from hawk_trt.inputs.layout import PromptLayout
 from hawk_trt.inputs.processor import Processor
 from hawk_trt.models import load_family
 from hawk_trt.request import ModelInputs, PruningConfig, Request, Result, SamplingConfig
-from hawk_trt.runtime import load_backend
 from hawk_trt.runtime.protocol import Backend
 from hawk_trt.runtime.vision_cache import DEFAULT_VISION_CACHE_MB, VisionCache
 from hawk_trt.scheduler import DEFAULT_MAX_NEW_TOKENS, Scheduler
@@ -31,6 +30,8 @@ if TYPE_CHECKING:
     from hawk_trt.inputs.turns import JsonObject
     from hawk_trt.request import ImageInput, Message, VideoInput
     from hawk_trt.runtime.trace import Trace
+
+_THREADS = 256  # of more, ONNX Runtime makes them all before it notices, for minutes
 
 
 class Pipeline:
@@ -80,10 +81,36 @@ class Pipeline:
             BundleError: nothing to load there, damaged files, or none of the target or for this machine.
             BackendError: a device that cannot be used here, or a runtime that is not installed.
         """
-        if not isinstance(path, str | PathLike):
+        if not isinstance(path, str | os.PathLike):
             raise InvalidInput(f"path: got {type(path).__name__}, expected the folder of a bundle or of engines")
-        bundle, backend = load_backend(Path(path), device, target, threads, verify=verify)
-        return cls(bundle, backend, vision_cache_mb)
+        folder, most = Path(path), max(_THREADS, os.cpu_count() or 1)
+        if threads is not None and (
+            isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= most
+        ):
+            raise InvalidInput(f"threads: got {threads!r}, expected an integer from 1 to {most}, at best one a core")
+        if holds_engines(folder):
+            from hawk_trt.engine_folder import EngineFolder
+
+            engines = EngineFolder.load(folder, verify=verify)
+            if threads is not None:
+                raise InvalidInput(f"threads: got {threads}, which are ONNX Runtime's; leave them out with engines")
+            try:
+                from hawk_trt.runtime.tensorrt.backend import TensorRtBackend
+            except ImportError as error:
+                from hawk_trt.runtime.versions import missing_for_tensorrt
+
+                raise BackendError(missing_for_tensorrt(error)) from error
+            return cls(engines.bundle, TensorRtBackend.load(engines, device or "cuda", target), vision_cache_mb)
+        bundle = Bundle.load(folder, verify=verify)
+        try:
+            from hawk_trt.runtime.onnxruntime import OnnxRuntimeBackend
+        except ModuleNotFoundError as error:
+            if error.name != "onnxruntime":
+                raise
+            raise BackendError(
+                "onnxruntime: not installed. pip install onnxruntime, or onnxruntime-gpu for a GPU"
+            ) from error
+        return cls(bundle, OnnxRuntimeBackend.load(bundle, device or "cpu", target, threads), vision_cache_mb)
 
     def close(self) -> None:
         """Release the model."""
