@@ -33,6 +33,7 @@ from hawk_trt.models.qwen_patches import (
     check_grid,
     cut,
     frame_batches,
+    max_frame_pixels,
     patch_positions,
     position_ids,
     sample_indices,
@@ -43,9 +44,6 @@ from hawk_trt.request import ModelInputs
 
 # Videos of fewer patches (77 MB of Qwen2.5-VL's) become a plain array.
 STREAMED_FROM_PATCHES = 16_385
-# What Qwen's processors leave of the context for text, and by how much frames may always pass their least area.
-_SHARE_OF_CONTEXT = 0.9
-_OVER_LEAST = 1.05
 # What the processor takes where preprocessor_config.json does not say.
 _MIN_PIXELS = 56 * 56
 _MAX_PIXELS = 28 * 28 * 1280
@@ -140,18 +138,8 @@ class Qwen2VL:
         return Patches(pixels, np.array([(steps, tall // patch, wide // patch)], dtype=np.int64))
 
     def frame_size(self, num_frames: int, height: int, width: int, settings: ImageSettings) -> tuple[int, int]:
-        """Height and width of the resized frames: an image's rule, where many frames share the context with less area.
-
-            share = floor(0.9 * max_video_tokens * (patch_size * merge)^2) * temporal_patch_size / num_frames
-
-        It is the rule of the Qwen2-VL video processor's cap_pixels_per_frame.
-        """
-        most = settings.max_pixels
-        if settings.max_video_tokens is not None:
-            total = int(settings.max_video_tokens * self.vision.token_side**2 * _SHARE_OF_CONTEXT)
-            total = min(total, settings.total_pixels or total)
-            share = total * self.vision.temporal_patch_size // num_frames
-            most = min(most, max(share, int(settings.min_pixels * _OVER_LEAST)))
+        """Height and width of the resized frames: an image's rule, within the video's share of the context."""
+        most = max_frame_pixels(num_frames, settings, self.vision)
         return smart_resize(height, width, self.vision.token_side, settings.min_pixels, most)
 
     def image_parts(self, image: Image, count: int) -> Sequence[Image]:
