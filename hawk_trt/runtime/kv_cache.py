@@ -206,7 +206,6 @@ class KVCache:
             for slot in taken:
                 row = self._rows(self._made, present, slot, 1)
                 self._rows(self._tensors, present, slot, 1).update_inplace(row)
-        self._used.update(range(self.slots))  # free ones too: the run may have gone over them
 
     def names(self, stage: str) -> list[str]:
         """Outputs of a stage that are caches."""
