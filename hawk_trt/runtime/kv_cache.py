@@ -173,7 +173,7 @@ class KVCache:
         for present in self._specs if taken & self._used else ():
             zeros = self._zeros(present, 1)
             for slot in taken & self._used:
-                self._rows(self._tensors, present, slot, 1).update_inplace(zeros)
+                write(self._rows(self._tensors, present, slot, 1), zeros)
         self._used |= taken
 
     def give_back(self, slots: Iterable[int]) -> None:
@@ -201,11 +201,11 @@ class KVCache:
         others = set(range(self.slots)) - self.free - taken
         for present, made in self._made.items():
             if not others:
-                self._tensors[present].update_inplace(made)
+                write(self._tensors[present], made)
                 continue
             for slot in taken:
                 row = self._rows(self._made, present, slot, 1)
-                self._rows(self._tensors, present, slot, 1).update_inplace(row)
+                write(self._rows(self._tensors, present, slot, 1), row)
 
     def names(self, stage: str) -> list[str]:
         """Outputs of a stage that are caches."""
@@ -268,7 +268,7 @@ class KVCache:
             for (source, row), slot, length in zip(parts, slots, lengths, strict=True):
                 if self._is_state(present):
                     state = source._rows(source._tensors, present, row, 1)
-                    self._rows(self._tensors, present, slot, 1).update_inplace(state)
+                    write(self._rows(self._tensors, present, slot, 1), state)
                 else:
                     self._copy(present, source, row, slot, length)
             for source in spent:
@@ -284,7 +284,7 @@ class KVCache:
         for head in range(heads if length else 0):
             at = ((slot * heads + head) * columns + int(self.starts[slot])) * dim
             there = ((row * heads + head) * width + int(source.starts[row])) * dim
-            view(own, at, (length, dim)).update_inplace(view(others, there, (length, dim)))
+            write(view(own, at, (length, dim)), view(others, there, (length, dim)))
 
     def _rows(self, tensors: Mapping[str, ort.OrtValue], present: str, first: int, count: int) -> ort.OrtValue:
         if count == self.slots:

@@ -14,7 +14,7 @@ from hawk_trt.errors import BackendError
 from hawk_trt.inputs.layout import PrefillInputs
 from hawk_trt.runtime.kv_cache import CachePool, KVCache
 from hawk_trt.runtime.protocol import DecodeInputs, Generation, PrefillOutputs, StepOutputs, Visual
-from hawk_trt.runtime.session import Device, Stage, download
+from hawk_trt.runtime.session import Device, Stage, download, write
 from hawk_trt.runtime.versions import OPSET_24_ONNX_RUNTIME, QUANTISED_ONNX_RUNTIME, at_least
 from hawk_trt.stages import CUDA, DECODER, FIRST_LAYER, PORTABLE, STAGES, TENSORRT, VISION, in_place
 
@@ -83,6 +83,12 @@ class OnnxRuntimeBackend:
                 "Export again with --dtype float32 or float16, or load it with device='cuda'"
             )
         _check_weights(manifest)
+        oldest = OPSET_24_ONNX_RUNTIME[place.kind]
+        if manifest.language.linear is not None and not at_least(ort.__version__, oldest):
+            raise BackendError(
+                f"layers: got linear attention, which ONNX Runtime {ort.__version__} lacks on this device, expected "
+                f"{oldest} or newer. pip install -U {'onnxruntime-gpu' if place.kind == 'cuda' else 'onnxruntime'}"
+            )
         if target == TENSORRT:
             raise BackendError(
                 "target: got tensorrt, whose graphs the engine builder takes, expected cpu, cuda or portable"
@@ -127,7 +133,7 @@ class OnnxRuntimeBackend:
             start = 0
             for part in own:
                 view = self.stages[VISION].view(joined[name], start, tuple(part[name].shape()))
-                view.update_inplace(part[name])
+                write(view, part[name])
                 start += int(np.prod(part[name].shape()))
         return OrtVisual(joined)
 

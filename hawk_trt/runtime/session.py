@@ -92,12 +92,12 @@ class Device:
         return value
 
 
-def write(value: ort.OrtValue, array: npt.NDArray[Any]) -> None:
-    """Copy a host array of the tensor's shape and dtype into the memory that the tensor has."""
-    if value.device_name() == "cpu":
-        value.numpy()[...] = array
+def write(value: ort.OrtValue, data: "npt.NDArray[Any] | ort.OrtValue") -> None:
+    """Copy a host array, or a tensor on the same device, of the tensor's shape and dtype into the tensor's memory."""
+    if value.device_name() == "cpu":  # ONNX Runtime below 1.26 takes arrays alone
+        value.numpy()[...] = data if isinstance(data, np.ndarray) else data.numpy()
     else:
-        value.update_inplace(_host_value(np.ascontiguousarray(array)))
+        value.update_inplace(_host_value(np.ascontiguousarray(data)) if isinstance(data, np.ndarray) else data)
 
 
 def download(value: ort.OrtValue) -> npt.NDArray[Any]:
