@@ -12,6 +12,7 @@ _ARCHITECTURES = {
     "Qwen2_5_VLForConditionalGeneration": "qwen2_5_vl",
     "Qwen2VLForConditionalGeneration": "qwen2_vl",
     "Qwen3VLForConditionalGeneration": "qwen3_vl",
+    "Qwen3_5ForConditionalGeneration": "qwen3_5",
     # the reasoner of Cosmos 3 is a Qwen3-VL
     "Cosmos3ForConditionalGeneration": "qwen3_vl",
     "Cosmos3OmniForConditionalGeneration": "qwen3_vl",
@@ -21,6 +22,8 @@ _ARCHITECTURES = {
 # Close relatives of what is supported, and why they are not.
 _REFUSED = {
     "Qwen3VLMoeForConditionalGeneration": "Its layers are mixtures of experts; take a dense Qwen3-VL, such as the 8B",
+    "Qwen3_5MoeForConditionalGeneration": "Its layers are mixtures of experts; take a dense Qwen3.5, such as the 9B",
+    "Qwen3_5ForCausalLM": "It has no vision tower; take the whole checkpoint, Qwen3_5ForConditionalGeneration",
     "Cosmos3EdgeForConditionalGeneration": "Its tower is SigLIP2's; take Cosmos-Reason2 or Cosmos3-Nano",
 }
 

@@ -30,7 +30,7 @@ class AttentionContext:
         mask: bool [batch, 1, seq, total], True where a row may look; portable: the bias that is added, alike in shape;
             None for cuda.
         written: int64 [batch], columns of a row's cache that hold tokens after this call; None where there is a mask.
-        cos, sin: [batch, seq, dim / 2].
+        cos, sin: [batch, seq, rotary_dim / 2].
         write_index: int64 [batch], None in portable graphs.
         context_len: int64 [1], columns of the cache that attention reads; None where it reads all.
         caches: past keys and values by input name.
@@ -53,9 +53,9 @@ def attention_context(
     inputs: dict[str, ir.Value],
     position_ids: ir.Value,
     hidden: ir.Value,
-    first_layer: int,
+    full_layer: int,
 ) -> AttentionContext:
-    """Build the shared values once a graph. hidden: [batch, seq, hidden]; first_layer: index of the graph's first."""
+    """Build the shared values once a graph. hidden: [batch, seq, hidden]; full_layer: one of the graph's."""
     with g.scope("attention_shape"):
         batch_seq = g.op("Shape", hidden, start=0, end=2, name="batch_seq")
         query_shape = g.op(
@@ -66,7 +66,7 @@ def attention_context(
     cos, sin = _rotary_tables(g, config, position_ids)
     write_index, slots = inputs.get("write_index"), inputs.get(CONTEXT_SLOTS)
     context_len = None if slots is None else g.op("Shape", slots, name="context_len")
-    past_len = g.op("Shape", inputs[key_name(first_layer, past=True)], start=2, end=3, name="past_len")
+    past_len = g.op("Shape", inputs[key_name(full_layer, past=True)], start=2, end=3, name="past_len")
     mask = written = None
     if g.target == CUDA:
         # seq_len lies on the host, and a sum with it would too: the last of a Range is seq_len - 1 on the GPU
@@ -102,39 +102,74 @@ def decoder_layer(
     Returns:
         [batch * seq, hidden] (or [batch, hidden] with last_only) and the new caches by output name.
     """
-    weight = f"language_model.layers.{layer}"
+    weight, offset = f"language_model.layers.{layer}", config.unit_offset_norms
     with g.scope(f"layers.{layer}"):
-        h = rms_norm(g, x, f"{weight}.input_layernorm", config.rms_norm_eps, "input_layernorm")
+        h = rms_norm(g, x, f"{weight}.input_layernorm", config.rms_norm_eps, "input_layernorm", unit_offset=offset)
         with g.scope("self_attn"):
             key, value = (
                 _heads(g, linear(g, h, f"{weight}.self_attn.{n}_proj", f"{n}_proj"), context.key_shape, n) for n in "kv"
             )
             if config.qk_norm:
-                key = rms_norm(g, key, f"{weight}.self_attn.k_norm", config.rms_norm_eps, "k_norm", g.dtype)
-            key = rotary(g, key, context.cos, context.sin, "rotary_k")
+                norm = f"{weight}.self_attn.k_norm"
+                key = rms_norm(g, key, norm, config.rms_norm_eps, "k_norm", g.dtype, unit_offset=offset)
+            key = rotary(g, key, context.cos, context.sin, "rotary_k", config.rotary_dim)
             cos, sin, mask, query_shape = context.cos, context.sin, context.mask, context.query_shape
             if last_only:
                 h, x = (
-                    _last_rows(g, t, query_shape, config.hidden_size, n) for t, n in ((h, "normed"), (x, "residual"))
+                    last_rows(g, t, query_shape, config.hidden_size, n) for t, n in ((h, "normed"), (x, "residual"))
                 )
                 # the reshapes say that one position is left, which TensorRT does not see in a Slice
-                half = config.head_dim // 2
+                half = (config.rotary_dim or config.head_dim) // 2
                 cos, sin = (
                     g.reshape(_last(g, t, 1, n), -1, 1, half, name=f"{n}_one") for t, n in ((cos, "cos"), (sin, "sin"))
                 )
                 if mask is not None:
                     mask = g.reshape(_last(g, mask, 2, "mask"), 0, 1, 1, -1, name="mask_one")
                 query_shape = g.ints(-1, 1, config.num_attention_heads, config.head_dim)
-            query = _heads(g, linear(g, h, f"{weight}.self_attn.q_proj", "q_proj"), query_shape, "q")
+            query, gate = linear(g, h, f"{weight}.self_attn.q_proj", "q_proj"), None
+            if config.attention_gate:
+                query, gate = _query_and_gate(g, config, query)
+            query = _heads(g, query, query_shape, "q")
             if config.qk_norm:
-                query = rms_norm(g, query, f"{weight}.self_attn.q_norm", config.rms_norm_eps, "q_norm", g.dtype)
-            query = rotary(g, query, cos, sin, "rotary_q")
+                norm = f"{weight}.self_attn.q_norm"
+                query = rms_norm(g, query, norm, config.rms_norm_eps, "q_norm", g.dtype, unit_offset=offset)
+            query = rotary(g, query, cos, sin, "rotary_q", config.rotary_dim)
             attended, present = _attend(g, config, context, query, key, value, mask, layer)
+            if gate is not None:
+                attended = g.op("Mul", attended, g.op("Sigmoid", gate, name="gate"), name="gated")
             attended = linear(g, attended, f"{weight}.self_attn.o_proj", "o_proj")
-        x = add_residual(g, x, attended, "add_attention")
-        h = rms_norm(g, x, f"{weight}.post_attention_layernorm", config.rms_norm_eps, "post_attention_layernorm")
-        x = g.op("Add", x, gated_mlp(g, h, f"{weight}.mlp"), name="add_mlp")
-    return x, present
+        return add_and_mlp(g, config, x, attended, weight), present
+
+
+def add_and_mlp(g: GraphBuilder, config: LanguageConfig, x: ir.Value, attended: ir.Value, weight: str) -> ir.Value:
+    """The second half of a layer: what the attention gave is added to the residual stream x, then the MLP's output."""
+    x = add_residual(g, x, attended, "add_attention")
+    norm, offset = f"{weight}.post_attention_layernorm", config.unit_offset_norms
+    h = rms_norm(g, x, norm, config.rms_norm_eps, "post_attention_layernorm", unit_offset=offset)
+    return g.op("Add", x, gated_mlp(g, h, f"{weight}.mlp"), name="add_mlp")
+
+
+def last_rows(g: GraphBuilder, x: ir.Value, shape: ir.Value, hidden: int, name: str) -> ir.Value:
+    """[batch * seq, hidden] -> the last position of each row of the batch, [batch, hidden]; shape: (batch, seq, ..)."""
+    batch_seq = g.op("Slice", shape, g.ints(0), g.ints(2), g.ints(0), name=f"{name}_batch_seq")
+    full_shape = g.op("Concat", batch_seq, g.ints(hidden), axis=0, name=f"{name}_shape")
+    rows = _last(g, g.op("Reshape", x, full_shape, name=f"{name}_rows"), 1, name)
+    return g.reshape(rows, -1, hidden, name=f"{name}_flat")
+
+
+def _query_and_gate(g: GraphBuilder, config: LanguageConfig, x: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """[tokens, heads * 2 * dim], a query and a gate of each head -> both as [tokens, heads * dim]."""
+    heads, dim = config.num_attention_heads, config.head_dim
+    split = g.ops(
+        "Split",
+        g.reshape(x, -1, heads, 2 * dim, name="by_head"),
+        axis=-1,
+        num_outputs=2,
+        count=2,
+        name="query_and_gate",
+    )
+    query, gate = (g.reshape(part, -1, heads * dim, name=name) for part, name in zip(split, ("q", "gate"), strict=True))
+    return query, gate
 
 
 def _heads(g: GraphBuilder, x: ir.Value, shape: ir.Value, name: str) -> ir.Value:
@@ -146,14 +181,6 @@ def _last(g: GraphBuilder, x: ir.Value, axis: int, name: str) -> ir.Value:
     """The last index of an axis, kept as size 1."""
     end = np.iinfo(np.int64).max
     return g.op("Slice", x, g.ints(-1), g.ints(end), g.ints(axis), name=f"last_{name}")
-
-
-def _last_rows(g: GraphBuilder, x: ir.Value, query_shape: ir.Value, hidden: int, name: str) -> ir.Value:
-    """[batch * seq, hidden] -> the last position of each row of the batch, [batch, hidden]."""
-    batch_seq = g.op("Slice", query_shape, g.ints(0), g.ints(2), g.ints(0), name=f"{name}_batch_seq")
-    shape = g.op("Concat", batch_seq, g.ints(hidden), axis=0, name=f"{name}_shape")
-    rows = _last(g, g.op("Reshape", x, shape, name=f"{name}_rows"), 1, name)
-    return g.reshape(rows, -1, hidden, name=f"{name}_flat")
 
 
 def _attend(
@@ -207,9 +234,10 @@ def _repeated(g: GraphBuilder, config: LanguageConfig, x: ir.Value, name: str) -
 
 
 def _rotary_tables(g: GraphBuilder, config: LanguageConfig, position_ids: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """Cos and sin [batch, seq, dim / 2] in the model's dtype, angles in float32. position_ids: [axes, batch, seq]."""
+    """Cos and sin [batch, seq, rotary / 2], model dtype, angles in float32. position_ids: [axes, batch, seq]."""
     axis_of = _axis_of_frequency(config)
-    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    rotary_dim = config.rotary_dim or config.head_dim
+    exponents = np.arange(0, rotary_dim, 2, dtype=np.float32) / np.float32(rotary_dim)
     inv_freq = (1.0 / np.float32(config.rope_theta) ** exponents).astype(np.float32)
     with g.scope("rotary_tables"):
         picked = g.op("Gather", position_ids, g.const(axis_of, "int64"), axis=0, name="axis_of_dim")
@@ -227,7 +255,7 @@ def _rotary_tables(g: GraphBuilder, config: LanguageConfig, position_ids: ir.Val
 
 def _axis_of_frequency(config: LanguageConfig) -> npt.NDArray[np.int64]:
     """Which row of position_ids turns each frequency: int64 [dim / 2]."""
-    half = config.head_dim // 2
+    half = (config.rotary_dim or config.head_dim) // 2
     sections = config.mrope_section or (half,)
     if not config.mrope_interleaved:
         return np.repeat(np.arange(len(sections)), sections)

@@ -19,6 +19,8 @@ _MOST_LAYERS = 1000
 _MOST = 2**40
 # A number is used as float32.
 _LARGEST = 1e30
+# Share of a hybrid model's heads that is rotated, where config.json does not say.
+_ROTARY_FACTOR = 0.25
 # Characters of a value in an error.
 _SHOWN = 200
 _IM_TOKENS = {"im_start": "<|im_start|>", "im_end": "<|im_end|>"}
@@ -44,7 +46,7 @@ class Section:
         if not isinstance(values, Mapping):
             raise CheckpointError(f"{file}: {name}: got {repr(values)[:_SHOWN]}, expected a JSON object")
         self.values: Mapping[str, Any] = values
-        self._where = f"{file}: {name}." if name else f"{file}: "
+        self.name, self._where = name, f"{file}: {name}." if name else f"{file}: "
 
     def get(self, key: str, default: object = None) -> Any:  # noqa: ANN401 - JSON
         """The unchecked value under a key."""
@@ -96,15 +98,18 @@ def text_section(config: Mapping[str, Any]) -> Section:
     return Section({**config, **{key: value for key, value in text.items() if value is not None}})
 
 
-def language_config(config: Mapping[str, Any], *, mrope: bool = True, qk_norm: bool = False) -> LanguageConfig:
+def language_config(
+    config: Mapping[str, Any], *, mrope: bool = True, qk_norm: bool = False, hybrid: bool = False
+) -> LanguageConfig:
     """Sizes of the language model from config.json.
 
     mrope: whether positions have time, height and width; else plain 1-D ones.  qk_norm: whether it is Qwen3's, with
     queries and keys normed per head, no biases, and head_dim in config.json; else it is Qwen2's, whose head_dim is
-    hidden_size / num_attention_heads.
+    hidden_size / num_attention_heads.  hybrid: whether it may have linear layers, and rotate a part of each head.
     """
     text = text_section(config)
-    _refuse_sliding_window(text)
+    if not hybrid:
+        _refuse_sliding_window(text)
     text.expect("hidden_act", "silu")
     if qk_norm:
         text.expect("attention_bias", False, False)
@@ -117,7 +122,8 @@ def language_config(config: Mapping[str, Any], *, mrope: bool = True, qk_norm: b
     head_dim = text.integer("head_dim") if qk_norm else hidden_size // heads
     if text.get("head_dim") not in (None, head_dim):
         raise text.wrong("head_dim", f"hidden_size / num_attention_heads = {head_dim}")
-    rope_theta, mrope_section = _rope(text, head_dim, mrope=mrope)
+    rotary_dim = _rotary_dim(text, head_dim) if hybrid else head_dim
+    rope_theta, mrope_section = _rope(text, rotary_dim, mrope=mrope)
     return LanguageConfig(
         hidden_size=hidden_size,
         intermediate_size=text.integer("intermediate_size"),
@@ -133,6 +139,7 @@ def language_config(config: Mapping[str, Any], *, mrope: bool = True, qk_norm: b
         # Either place counts: 4.x wrote it at the top or in text_config, 5 at the top.
         tie_word_embeddings=bool(config.get("tie_word_embeddings")) or bool(text.get("tie_word_embeddings")),
         qk_norm=qk_norm,
+        rotary_dim=rotary_dim if rotary_dim < head_dim else 0,
     )
 
 
@@ -177,25 +184,41 @@ def special_tokens(
     return SpecialTokens(**named, pad=pad, eos=tuple(dict.fromkeys(ends)))
 
 
-def _rope(text: Section, head_dim: int, *, mrope: bool) -> tuple[float, tuple[int, ...]]:
+def rope_section(text: Section) -> Section:
+    """The section of rotary embeddings: rope_parameters (5.x) or rope_scaling (before)."""
+    key = "rope_parameters" if text.get("rope_parameters") else "rope_scaling"
+    return Section(text.get(key) or {}, key)
+
+
+def _rotary_dim(text: Section, head_dim: int) -> int:
+    """Numbers of a head that are rotated; partial_rotary_factor says which share, in either of two places."""
+    rope = rope_section(text)
+    place = rope if "partial_rotary_factor" in rope.values else text
+    factor = place.number("partial_rotary_factor") if "partial_rotary_factor" in place.values else _ROTARY_FACTOR
+    rotary_dim = int(head_dim * factor)
+    if not 2 <= rotary_dim <= head_dim or rotary_dim % 2:
+        raise place.wrong("partial_rotary_factor", f"a share of head_dim {head_dim} that is an even number")
+    return rotary_dim
+
+
+def _rope(text: Section, rotary_dim: int, *, mrope: bool) -> tuple[float, tuple[int, ...]]:
     """rope_theta and mrope_section, from rope_parameters (5.x) or rope_scaling (before).
 
     Dynamic scaling of 1-D positions begins beyond max_position_embeddings, where no prompt gets.
     """
-    key = "rope_parameters" if text.get("rope_parameters") else "rope_scaling"
-    rope = Section(text.get(key) or {}, key)
+    rope = rope_section(text)
     known = "mrope" if mrope else "dynamic"
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in ("default", known):
         advice = f"default or {known} (remove the scaling to use the trained context)"
-        raise Section({"rope_type": rope_type}, key).wrong("rope_type", advice)
+        raise Section({"rope_type": rope_type}, rope.name).wrong("rope_type", advice)
     theta = (rope if "rope_theta" in rope.values else text).number("rope_theta")
     if not mrope:
         return theta, ()
     section = rope.get("mrope_section")
     shares = isinstance(section, list | tuple) and all(is_integer(share) and share >= 0 for share in section)
-    if not shares or len(section) != 3 or 2 * sum(section) != head_dim:
-        expected = f"three numbers of frequencies that add up to head_dim / 2 = {head_dim / 2:g}"
+    if not shares or len(section) != 3 or 2 * sum(section) != rotary_dim:
+        expected = f"three numbers of frequencies that add up to head_dim / 2 = {rotary_dim / 2:g}"
         raise rope.wrong("mrope_section", expected)
     return theta, tuple(section)
 

@@ -1,28 +1,37 @@
-"""The decoder graph: layers 1 and up, norm, lm_head on the last position, greedy token."""
+"""The decoder graph: the layers behind the scoring layer, norm, lm_head on the last position, greedy token."""
 
 import onnx_ir as ir
 
 from hawk_trt.stages import LanguageConfig
 
-from .attention import attention_context, decoder_layer
+from .attention import attention_context, decoder_layer, last_rows
 from .graph import GraphBuilder
 from .layers import add_residual, linear, rms_norm
+from .linear_attention import linear_layer
 
 
 def decoder(g: GraphBuilder, config: LanguageConfig, inputs: dict[str, ir.Value]) -> dict[str, ir.Value]:
     """Add the nodes of the decoder graph."""
     hidden = inputs["hidden_states"]
-    context = attention_context(g, config, inputs, inputs["kept_position_ids"], hidden, first_layer=1)
+    layers = config.decoder_layers
+    full_layer = next(layer for layer in layers if not config.is_linear(layer))
+    context = attention_context(g, config, inputs, inputs["kept_position_ids"], hidden, full_layer)
+    batch_seq = None if config.linear is None else g.op("Shape", hidden, start=0, end=2, name="batch_seq")
     x = g.reshape(hidden, -1, config.hidden_size, name="flat_hidden_states")
     outputs: dict[str, ir.Value] = {}
     last = config.num_hidden_layers - 1
-    for layer in range(1, config.num_hidden_layers):
-        x, present = decoder_layer(g, config, context, x, layer, last_only=layer == last)
+    for layer in layers:
+        if batch_seq is not None and config.is_linear(layer):
+            x, present = linear_layer(g, config, inputs, batch_seq, x, layer)
+            if layer == last:
+                x = last_rows(g, x, batch_seq, config.hidden_size, "last")
+        else:
+            x, present = decoder_layer(g, config, context, x, layer, last_only=layer == last)
         outputs |= present
         if layer < config.deepstack_levels:
             level = g.op("Gather", inputs["deepstack_states"], g.const(layer - 1, "int64"), axis=2, name="level")
             x = add_residual(g, x, g.reshape(level, -1, config.hidden_size, name="flat_level"), "add_deepstack")
-    x = rms_norm(g, x, "language_model.norm", config.rms_norm_eps, "norm")
+    x = rms_norm(g, x, "language_model.norm", config.rms_norm_eps, "norm", unit_offset=config.unit_offset_norms)
     logits = linear(g, x, "language_model.embed_tokens" if config.tie_word_embeddings else "lm_head", "lm_head")
     logits = g.cast(logits, g.dtype, "float32", "logits_float32")
     return outputs | {"logits": logits, "next_token": g.op("ArgMax", logits, axis=-1, keepdims=0, name="next_token")}

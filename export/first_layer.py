@@ -1,5 +1,8 @@
 """The first_layer graph: merge, HAWK scores, top-k, gather, layer 0 on the kept tokens.
 
+A hybrid model has linear layers before its first layer L of full attention. They run over all tokens, and L takes the
+place of layer 0 in what follows.
+
 Scores are float32 whatever the model's dtype, in absorbed form. With r(n) = 1 / rms(x_n), the norm's weight
 g and the query weights a_t (1/T at the T query tokens, so that sum_t is a mean):
 
@@ -20,10 +23,9 @@ from hawk_trt.stages import LanguageConfig
 
 from .attention import attention_context, decoder_layer
 from .graph import GraphBuilder
-from .layers import add_residual, inverse_rms
+from .layers import add_residual, inverse_rms, offset_scale
+from .linear_attention import linear_layer
 from .weighted_topk import weighted_topk
-
-_LAYER = "language_model.layers.0"
 
 
 def first_layer(
@@ -31,6 +33,9 @@ def first_layer(
 ) -> dict[str, ir.Value]:
     """Add the nodes of the first_layer graph."""
     embeds = _merge(g, inputs["text_embeds"], inputs["visual_embeds"], inputs["source_rows"])
+    before: dict[str, ir.Value] = {}
+    if config.scoring_layer:
+        embeds, before = _linear_layers(g, config, inputs, embeds)
     with g.scope("hawk"):
         score = _normed_head_scores if config.qk_norm else _head_scores
         head_scores = score(g, config, embeds, inputs["query_weights"])
@@ -50,10 +55,11 @@ def first_layer(
         by_token = g.transpose(inputs["position_ids"], 1, 2, 0, name="positions_by_token")
         positions = g.op("GatherND", by_token, index_vectors, batch_dims=1, name="kept_positions")
         positions = g.transpose(positions, 2, 0, 1, name="kept_position_ids")
-        hidden = g.cast(hidden, g.dtype, g.residual, "to_residual")
-    context = attention_context(g, config, inputs, positions, hidden, first_layer=0)
+        if not config.scoring_layer:
+            hidden = g.cast(hidden, g.dtype, g.residual, "to_residual")
+    context = attention_context(g, config, inputs, positions, hidden, config.scoring_layer)
     x = g.reshape(hidden, -1, config.hidden_size, name="flat_embeds")
-    x, present = decoder_layer(g, config, context, x, 0)
+    x, present = decoder_layer(g, config, context, x, config.scoring_layer)
     outputs: dict[str, ir.Value] = {}
     if config.deepstack_levels:
         with g.scope("deepstack"):
@@ -65,6 +71,7 @@ def first_layer(
         "kept_indices": indices,
         "kept_position_ids": positions,
         "scores": scores,
+        **before,
         **present,
         **outputs,
     }
@@ -80,6 +87,20 @@ def _merge(g: GraphBuilder, text_embeds: ir.Value, visual_embeds: ir.Value, sour
         visual = g.op("Gather", visual_embeds, visual_row, axis=0, name="visual_by_token")
         text = g.op("Gather", text_embeds, text_row, axis=0, name="text_by_token")
         return g.op("Where", g.unsqueeze(is_visual, 2, name="is_visual_row"), visual, text, name="inputs_embeds")
+
+
+def _linear_layers(
+    g: GraphBuilder, config: LanguageConfig, inputs: dict[str, ir.Value], embeds: ir.Value
+) -> tuple[ir.Value, dict[str, ir.Value]]:
+    """The layers before the scoring layer, over all tokens: [batch, seq_len, hidden], residual dtype; and states."""
+    batch_seq = g.op("Shape", embeds, start=0, end=2, name="all_batch_seq")
+    x = g.reshape(g.cast(embeds, g.dtype, g.residual, "to_residual"), -1, config.hidden_size, name="all_embeds")
+    states: dict[str, ir.Value] = {}
+    for layer in range(config.scoring_layer):
+        x, present = linear_layer(g, config, inputs, batch_seq, x, layer)
+        states |= present
+    shape = g.op("Concat", batch_seq, g.ints(config.hidden_size), axis=0, name="all_hidden_shape")
+    return g.op("Reshape", x, shape, name="all_hidden_states"), states
 
 
 def _kept_levels(
@@ -105,21 +126,32 @@ def _kept_levels(
 def _normed_head_scores(g: GraphBuilder, config: LanguageConfig, embeds: ir.Value, query_weights: ir.Value) -> ir.Value:
     """Raw scores of every position where queries and keys are normed per head: (batch, heads, seq_len) float32."""
     heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    hidden, layer = config.hidden_size, _scoring_layer(config)
     batch_seq = g.op("Shape", embeds, start=0, end=2, name="batch_seq")
+
+    def float32(name: str, label: str) -> ir.Value:
+        return g.cast(g.weight(f"{layer}.{name}.weight"), g.dtype, "float32", label)
+
+    def norm_scale(name: str, label: str) -> ir.Value:
+        return offset_scale(g, g.weight(f"{layer}.{name}.weight")) if config.unit_offset_norms else float32(name, label)
 
     def normed(x: ir.Value, letter: str, count: int) -> ir.Value:
         """Projected and normed per head: [batch, seq_len, count, dim]."""
-        flat = g.reshape(x, -1, config.hidden_size, name=f"{letter}_rows")
-        weight = g.cast(g.weight(f"{_LAYER}.self_attn.{letter}_proj.weight"), g.dtype, "float32", f"{letter}_float32")
-        scale = g.cast(g.weight(f"{_LAYER}.self_attn.{letter}_norm.weight"), g.dtype, "float32", f"{letter}_scale")
+        flat = g.reshape(x, -1, hidden, name=f"{letter}_rows")
+        weight = float32(f"self_attn.{letter}_proj", f"{letter}_float32")
+        if letter == "q" and config.attention_gate:
+            halves = g.reshape(weight, count, 2, dim, hidden, name="query_and_gate_rows")
+            weight = g.op("Gather", halves, g.const(0, "int64"), axis=1, name="query_rows_by_head")
+            weight = g.reshape(weight, count * dim, hidden, name="query_proj")
+        scale = norm_scale(f"self_attn.{letter}_norm", f"{letter}_scale")
         shape = g.op("Concat", batch_seq, g.ints(count, dim), axis=0, name=f"{letter}_shape")
         with g.scope(f"{letter}_norm"):
             split = g.op("Reshape", g.op("Gemm", flat, weight, transB=1, name="project"), shape, name="heads")
             normal = g.op("Mul", split, inverse_rms(g, split, config.rms_norm_eps), name="normalize")
             return g.op("Mul", normal, scale, name="scale")
 
-    x = g.cast(embeds, g.dtype, "float32", "embeds_float32")
-    scale = g.cast(g.weight(f"{_LAYER}.input_layernorm.weight"), g.dtype, "float32", "norm_float32")
+    x = g.cast(embeds, g.residual if config.scoring_layer else g.dtype, "float32", "embeds_float32")
+    scale = norm_scale("input_layernorm", "norm_float32")
     with g.scope("input_layernorm"):
         h = g.op("Mul", g.op("Mul", x, inverse_rms(g, x, config.rms_norm_eps), name="normalize"), scale, name="scale")
     # Where, since 0 x NaN of one bad visual token would otherwise poison the query
@@ -139,10 +171,10 @@ def _normed_head_scores(g: GraphBuilder, config: LanguageConfig, embeds: ir.Valu
 def _head_scores(g: GraphBuilder, config: LanguageConfig, embeds: ir.Value, query_weights: ir.Value) -> ir.Value:
     """Raw scores of every position: (batch, heads, seq_len) float32."""
     heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    hidden = config.hidden_size
+    hidden, layer = config.hidden_size, _scoring_layer(config)
 
     def float32(name: str) -> ir.Value:
-        return g.cast(g.weight(f"{_LAYER}.{name}"), g.dtype, "float32", f"{name}_float32")
+        return g.cast(g.weight(f"{layer}.{name}"), g.dtype, "float32", f"{name}_float32")
 
     x = g.cast(embeds, g.dtype, "float32", "embeds_float32")
     inverse = inverse_rms(g, x, config.rms_norm_eps)  # [batch, seq_len, 1]
@@ -157,7 +189,7 @@ def _head_scores(g: GraphBuilder, config: LanguageConfig, embeds: ir.Value, quer
     factor = g.transpose(factor, 0, 2, 1, name="a_r_row")
     mean = g.op("Mul", g.op("MatMul", factor, queried, name="weighted_mean"), scale, name="query_mean")
     mean = g.reshape(mean, -1, hidden, name="query_mean_rows")  # [batch, hidden]
-    query = _projected_query(g, mean, float32)
+    query = _projected_query(g, mean, layer, float32)
     grouped = g.reshape(query, -1, kv_heads, heads // kv_heads, dim, name="query_groups")
     key = g.reshape(float32("self_attn.k_proj.weight"), kv_heads, dim, hidden, name="k_proj_groups")
     absorbed = g.op("MatMul", grouped, key, name="absorb_k_proj")  # [batch, kv_heads, group, hidden]
@@ -166,7 +198,7 @@ def _head_scores(g: GraphBuilder, config: LanguageConfig, embeds: ir.Value, quer
     absorbed = g.transpose(absorbed, 0, 2, 1, name="absorbed_columns")  # [batch, hidden, heads]
     products = g.op("MatMul", x, absorbed, name="token_scores")  # [batch, seq_len, heads]
     scores = g.op("Mul", products, inverse, name="normed_scores")
-    if g.has_weight(f"{_LAYER}.self_attn.k_proj.bias"):
+    if g.has_weight(f"{layer}.self_attn.k_proj.bias"):
         bias = g.reshape(float32("self_attn.k_proj.bias"), kv_heads, dim, 1, name="k_bias_groups")
         constant = g.op("MatMul", grouped, bias, name="query_dot_k_bias")
         scores = g.op("Add", scores, g.reshape(constant, -1, 1, heads, name="k_bias_scores"), name="add_k_bias")
@@ -174,9 +206,14 @@ def _head_scores(g: GraphBuilder, config: LanguageConfig, embeds: ir.Value, quer
     return g.transpose(scores, 0, 2, 1, name="head_scores")
 
 
-def _projected_query(g: GraphBuilder, mean: ir.Value, float32: Callable[[str], ir.Value]) -> ir.Value:
+def _projected_query(g: GraphBuilder, mean: ir.Value, layer: str, float32: Callable[[str], ir.Value]) -> ir.Value:
     """Wq m + bq in float32: [batch, heads * dim]."""
     operands = [mean, float32("self_attn.q_proj.weight")]
-    if g.has_weight(f"{_LAYER}.self_attn.q_proj.bias"):
+    if g.has_weight(f"{layer}.self_attn.q_proj.bias"):
         operands.append(float32("self_attn.q_proj.bias"))
     return g.op("Gemm", *operands, transB=1, name="query_projection")
+
+
+def _scoring_layer(config: LanguageConfig) -> str:
+    """What the names of its tensors begin with."""
+    return f"language_model.layers.{config.scoring_layer}"

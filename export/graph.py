@@ -111,6 +111,8 @@ class GraphBuilder:
         **attributes: Any,  # noqa: ANN401 - ONNX attributes are of many types
     ) -> Sequence[ir.Value]:
         """Add a node with several outputs."""
+        if domain:
+            self._graph.opset_imports[domain] = 1
         full = self._unique("/".join([*self._scopes, name]))
         suffixes = [""] if count == 1 else [f"/{i}" for i in range(count)]
         outputs = [ir.Value(name=f"{full}{suffix}") for suffix in suffixes]
@@ -197,7 +199,6 @@ class GraphBuilder:
     def model(self) -> ir.Model:
         """The finished model."""
         for function in self.functions:
-            self._graph.opset_imports[function.domain] = 1
             function.opset_imports[""] = self._graph.opset_imports[""]
         version = _IR_VERSION if self.opset24 else _PORTABLE_IR_VERSION
         return ir.Model(self._graph, ir_version=version, producer_name="hawk_trt", functions=self.functions)

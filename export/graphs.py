@@ -15,6 +15,7 @@ from .contract import StageSpec, decoder_spec, first_layer_spec
 from .decoder import decoder
 from .first_layer import first_layer
 from .graph import GraphBuilder
+from .linear_attention import linear_attention_shapes
 from .tensors import EMBEDDINGS, LM_HEAD, Shapes, linear, norm
 from .vision import GRAPHS
 from .weights import WeightStore
@@ -63,7 +64,8 @@ def inventory(language: LanguageConfig, vision: VisionConfig) -> Shapes:
 
 def _language_shapes(language: LanguageConfig) -> Shapes:
     hidden, inner = language.hidden_size, language.intermediate_size
-    query, kv = language.num_attention_heads * language.head_dim, language.num_key_value_heads * language.head_dim
+    attended, kv = language.num_attention_heads * language.head_dim, language.num_key_value_heads * language.head_dim
+    query = 2 * attended if language.attention_gate else attended
     table = (language.vocab_size, hidden)
     shapes: Shapes = {EMBEDDINGS: table, "language_model.norm.weight": (hidden,)}
     if not language.tie_word_embeddings:
@@ -74,13 +76,18 @@ def _language_shapes(language: LanguageConfig) -> Shapes:
         shapes |= {
             **norm(f"{layer}.input_layernorm", hidden, bias=False),
             **norm(f"{layer}.post_attention_layernorm", hidden, bias=False),
-            **linear(f"{attention}.q_proj", query, hidden, bias=not language.qk_norm),
-            **linear(f"{attention}.k_proj", kv, hidden, bias=not language.qk_norm),
-            **linear(f"{attention}.v_proj", kv, hidden, bias=not language.qk_norm),
-            **linear(f"{attention}.o_proj", hidden, query, bias=False),
             **linear(f"{mlp}.gate_proj", inner, hidden, bias=False),
             **linear(f"{mlp}.up_proj", inner, hidden, bias=False),
             **linear(f"{mlp}.down_proj", hidden, inner, bias=False),
+        }
+        if language.linear is not None and language.is_linear(index):
+            shapes |= linear_attention_shapes(f"{layer}.linear_attn", hidden, language.linear)
+            continue
+        shapes |= {
+            **linear(f"{attention}.q_proj", query, hidden, bias=not language.qk_norm),
+            **linear(f"{attention}.k_proj", kv, hidden, bias=not language.qk_norm),
+            **linear(f"{attention}.v_proj", kv, hidden, bias=not language.qk_norm),
+            **linear(f"{attention}.o_proj", hidden, attended, bias=False),
         }
         if language.qk_norm:
             for letter in "qk":

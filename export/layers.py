@@ -5,6 +5,8 @@ Activations are 2-D [tokens, features] between the parts, so that every weight k
 checkpoint's own files.
 """
 
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
 
@@ -66,14 +68,26 @@ def _float8_product(g: GraphBuilder, x: ir.Value, found: QuantisedMatrix, name: 
 
 
 def rms_norm(
-    g: GraphBuilder, x: ir.Value, weight: str, epsilon: float, name: str, source: str | None = None
+    g: GraphBuilder,
+    x: ir.Value,
+    weight: str,
+    epsilon: float,
+    name: str,
+    source: str | None = None,
+    *,
+    unit_offset: bool = False,
 ) -> ir.Value:
     """RMS norm over the last axis, computed in float32; out in the model's dtype.
 
-    source: dtype of x, that of the residual stream where None.
+    source: dtype of x, that of the residual stream where None.  unit_offset: it multiplies by 1 + weight.
     """
     scale, source = g.weight(f"{weight}.weight"), source or g.residual
     with g.scope(name):
+        if unit_offset:
+            x = g.cast(x, source, "float32", "to_float32")
+            scale = offset_scale(g, scale)
+            y = g.op("RMSNormalization", x, scale, axis=-1, epsilon=epsilon, stash_type=1, name="RMSNormalization")
+            return g.cast(y, "float32", g.dtype, "to_model")
         if g.opset24:
             scale = g.cast(scale, g.dtype, source, "scale_residual")
             y = g.op("RMSNormalization", x, scale, axis=-1, epsilon=epsilon, stash_type=1, name="RMSNormalization")
@@ -81,6 +95,11 @@ def rms_norm(
         h = g.cast(x, source, "float32", "to_float32")
         h = g.op("Mul", h, inverse_rms(g, h, epsilon), name="normalize")
         return g.op("Mul", g.cast(h, "float32", g.dtype, "to_model"), scale, name="scale")
+
+
+def offset_scale(g: GraphBuilder, weight: ir.Value) -> ir.Value:
+    """1 + weight in float32, where the model's dtype may have no number between 1 and the next."""
+    return g.op("Add", g.cast(weight, g.dtype, "float32", "offset"), g.const(1.0, "float32"), name="scale")
 
 
 def layer_norm(g: GraphBuilder, x: ir.Value, weight: str, epsilon: float, name: str) -> ir.Value:
@@ -102,11 +121,15 @@ def inverse_rms(g: GraphBuilder, x: ir.Value, epsilon: float) -> ir.Value:
     return g.op("Reciprocal", root, name="inverse_rms")
 
 
-def rotary(g: GraphBuilder, x: ir.Value, cos: ir.Value, sin: ir.Value, name: str) -> ir.Value:
-    """Rotate the halves of the last axis. x: [batch, heads, seq, dim]; cos, sin: [batch, seq, dim / 2]."""
+def rotary(g: GraphBuilder, x: ir.Value, cos: ir.Value, sin: ir.Value, name: str, rotary_dim: int = 0) -> ir.Value:
+    """Rotate the halves of the last axis, with opset 24 of its first rotary_dim numbers alone where that is not 0.
+
+    x: [batch, heads, seq, dim]; cos, sin: [batch, seq, dim / 2], or half of rotary_dim.
+    """
     with g.scope(name):
         if g.opset24:
-            return g.op("RotaryEmbedding", x, cos, sin, name="RotaryEmbedding")
+            partial: dict[str, Any] = {"rotary_embedding_dim": rotary_dim} if rotary_dim else {}
+            return g.op("RotaryEmbedding", x, cos, sin, name="RotaryEmbedding", **partial)
         cos, sin = (g.unsqueeze(t, 1, name=f"{word}_heads") for t, word in ((cos, "cos"), (sin, "sin")))
         low, high = g.ops("Split", x, axis=-1, num_outputs=2, count=2, name="halves")
         new_low = g.op(

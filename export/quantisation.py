@@ -7,8 +7,9 @@ as a blocked DequantizeLinear on axis 0 reads them:
 
 Symmetric, without zero points, since TensorRT takes no others. ONNX Runtime multiplies by the integers themselves only
 where the blocks run along axis 0, hence the turned layout.
-What stays in floating point: norms, biases, the embedding table, the vision tower, and layer 0's query and key
-projections, which make the scores. So a bundle of quantised weights keeps the same tokens as one of floats.
+What stays in floating point: norms, biases, convolutions, the embedding table, the vision tower, what makes a linear
+layer's decay, and the scoring layer's query and key projections, which make the scores. So a bundle of quantised
+weights keeps the same tokens as one of floats, but for a hybrid model, whose layers before that one are quantised.
 """
 
 import math
@@ -27,7 +28,8 @@ BLOCK_SIZES = (32, 64, 128)
 # DequantizeLinear takes blocks and 4-bit integers from here on.
 QUANTISED_OPSET = 21
 _LANGUAGE = ("language_model.", "lm_head.")
-_SCORING = tuple(f"language_model.layers.0.self_attn.{letter}_proj." for letter in "qk")
+# A row for each head of a linear layer: what it forgets and what it takes in.
+_DECAY = (".linear_attn.in_proj_a.weight", ".linear_attn.in_proj_b.weight")
 # Scales that are tried: the largest magnitude of a block becomes so many steps. Eight suits a normal distribution best,
 # though its positive end is then clipped; the others win where a block has an outlier or none.
 _STEPS = {4: (7.0, 8.0, 9.0), 8: (127.0,)}
@@ -36,9 +38,11 @@ _CHUNK_ELEMENTS = 1 << 16
 _ALIGNMENT = 64
 
 
-def may_be_quantised(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether a matrix [out, in] can be other than floats: the language model's, but for those that make the scores."""
-    return len(shape) == 2 and name.startswith(_LANGUAGE) and not name.startswith(_SCORING)
+def may_be_quantised(name: str, shape: tuple[int, ...], scoring_layer: int = 0) -> bool:
+    """Whether a matrix [out, in] can be other than floats: the language model's, but for those of scores and decay."""
+    scoring = tuple(f"language_model.layers.{scoring_layer}.self_attn.{letter}_proj." for letter in "qk")
+    floats = name.startswith(scoring) or name.endswith(_DECAY)
+    return len(shape) == 2 and name.startswith(_LANGUAGE) and not floats
 
 
 def fits_blocks(shape: tuple[int, ...], weights: WeightFormat) -> bool:

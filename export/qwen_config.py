@@ -1,18 +1,19 @@
-"""The config.json of the Qwen line: Qwen2-VL, Qwen2.5-VL and the dense Qwen3-VL of any size."""
+"""The config.json of the Qwen line: Qwen2-VL, Qwen2.5-VL, and the dense Qwen3-VL and Qwen3.5, of any size."""
 
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, TypeAlias
 
-from hawk_trt.models.vision_config import AnyVision, Qwen2Vision, Qwen3Vision, Qwen25Vision
-from hawk_trt.stages import LanguageConfig
+from hawk_trt.models.vision_config import AnyVision, Qwen2Vision, Qwen3Vision, Qwen25Vision, Qwen35Vision
+from hawk_trt.stages import FULL_ATTENTION, LINEAR_ATTENTION, LanguageConfig, LinearAttentionConfig
 
 from .config import (
     ModelConfig,
     Section,
     is_integer,
     language_config,
+    rope_section,
     special_tokens,
     text_section,
     vision_section,
@@ -59,6 +60,8 @@ _SIZES = (
     *("patch_size", "temporal_patch_size", "spatial_merge_size"),
 )
 _VISION_ROPE_THETA = 10000.0
+# Of LinearAttentionConfig, as config.json calls them behind linear_.
+_LINEAR_SIZES = ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim", "conv_kernel_dim")
 
 
 def _qwen2_vision(config: Config) -> Qwen2Vision:
@@ -86,7 +89,7 @@ def _qwen2_5_vision(config: Config) -> Qwen25Vision:
     return sizes
 
 
-def _qwen3_vision(config: Config) -> Qwen3Vision:
+def _qwen3_vision(config: Config, kind: type[Qwen3Vision] = Qwen3Vision) -> Qwen3Vision:
     vision = vision_section(config)
     blocks, places = _block_numbers(vision, "deepstack_visual_indexes"), vision.integer("num_position_embeddings")
     if list(blocks) != sorted(set(blocks)):
@@ -94,14 +97,13 @@ def _qwen3_vision(config: Config) -> Qwen3Vision:
     if math.isqrt(places) ** 2 != places:
         raise vision.wrong("num_position_embeddings", "the square of an integer")
     sizes = _vision_sizes(config, vision, "gelu_pytorch_tanh")
-    return Qwen3Vision(**sizes, num_position_embeddings=places, deepstack_visual_indexes=blocks)
+    return kind(**sizes, num_position_embeddings=places, deepstack_visual_indexes=blocks)
 
 
 def _qwen3_language(config: Config) -> LanguageConfig:
     """Queries and keys are normed, mRoPE's axes take turns, DeepStack adds."""
     text = text_section(config)
-    rope = Section(text.get("rope_parameters") or text.get("rope_scaling") or {})
-    rope.expect("mrope_interleaved", True, True)
+    rope_section(text).expect("mrope_interleaved", True, True)
     language = language_config(config, qk_norm=True)
     levels = len(_block_numbers(vision_section(config), "deepstack_visual_indexes"))
     if levels >= language.num_hidden_layers:
@@ -109,10 +111,53 @@ def _qwen3_language(config: Config) -> LanguageConfig:
     return replace(language, mrope_interleaved=True, deepstack_levels=levels)
 
 
+def _qwen3_5_vision(config: Config) -> Qwen3Vision:
+    """Qwen3-VL's tower, without DeepStack."""
+    vision = vision_section(config, {"deepstack_visual_indexes": []})
+    vision.expect("deepstack_visual_indexes", [])
+    return _qwen3_vision({**config, "vision_config": vision.values}, Qwen35Vision)
+
+
+def _qwen3_5_language(config: Config) -> LanguageConfig:
+    """Linear layers, and full ones with a gate, of whose heads a part is rotated."""
+    text = text_section(config)
+    rope_section(text).expect("mrope_interleaved", True, True)
+    text.expect("attn_output_gate", True, True)
+    language = language_config(config, qk_norm=True, hybrid=True)
+    sizes = LinearAttentionConfig(*(text.integer(f"linear_{name}") for name in _LINEAR_SIZES))
+    if sizes.num_value_heads % sizes.num_key_heads:
+        raise text.wrong("linear_num_value_heads", f"a multiple of linear_num_key_heads {sizes.num_key_heads}")
+    if sizes.conv_kernel < 2:
+        raise text.wrong("linear_conv_kernel_dim", "at least 2")
+    return replace(
+        language,
+        mrope_interleaved=True,
+        layer_types=_layer_types(text, language.num_hidden_layers),
+        linear=sizes,
+        attention_gate=True,
+        unit_offset_norms=True,
+    )
+
+
+def _layer_types(text: Section, layers: int) -> tuple[str, ...]:
+    """The kind of each layer: two at least of full attention, the first to score with and one behind it."""
+    kinds, every = text.get("layer_types"), text.get("full_attention_interval", 4)
+    if kinds is None and is_integer(every) and every > 0:
+        kinds = [LINEAR_ATTENTION if (layer + 1) % every else FULL_ATTENTION for layer in range(layers)]
+    known = isinstance(kinds, list | tuple) and all(kind in (FULL_ATTENTION, LINEAR_ATTENTION) for kind in kinds)
+    if not known or len(kinds) != layers or list(kinds).count(FULL_ATTENTION) < 2:
+        expected = (
+            f"{FULL_ATTENTION} or {LINEAR_ATTENTION} for each of {layers} layers, two of {FULL_ATTENTION} at least"
+        )
+        raise text.wrong("layer_types", expected)
+    return tuple(kinds)
+
+
 _SIDES: dict[str, tuple[Callable[[Config], LanguageConfig], Callable[[Config], AnyVision]]] = {
     "qwen2_vl": (language_config, _qwen2_vision),
     "qwen2_5_vl": (language_config, _qwen2_5_vision),
     "qwen3_vl": (_qwen3_language, _qwen3_vision),
+    "qwen3_5": (_qwen3_5_language, _qwen3_5_vision),
 }
 
 

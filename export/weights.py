@@ -97,12 +97,14 @@ class WeightStore:
         dtype: they get: float32, float16 or bfloat16.
         link: use the checkpoint's own files, hard-linked, instead of copies.
         weights: how the language model's matrices are to be quantised, None where they stay as they are.
+        scoring_layer: whose query and key projections stay floats, since they make the scores.
     """
 
     checkpoint: Checkpoint
     dtype: str
     link: bool = False
     weights: WeightFormat | None = None
+    scoring_layer: int = 0
     _placements: dict[str, Placement] = field(default_factory=dict, repr=False)
     _sizes: dict[str, int] = field(default_factory=dict, repr=False)
 
@@ -144,7 +146,7 @@ class WeightStore:
         """
         tensor = self.checkpoint.tensor(name)
         shape, weights, dtype = tensor.shape, self.weights, self.dtype
-        if not may_be_quantised(name, shape):
+        if not may_be_quantised(name, shape, self.scoring_layer):
             return None
         if isinstance(tensor, IntegerMatrix):
             parts = self._parts(stage_file, name, tensor.parts_in_graph(dtype, target))

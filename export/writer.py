@@ -48,11 +48,20 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 _BUNDLE_SUFFIXES = (".onnx", ".data", ".safetensors")
+# Of a hybrid model.
+_NO_LINEAR_LAYERS = (
+    "The model has layers of linear attention. TensorRT has none, and needs a plugin for them; other runtimes need the "
+    "standard operators LinearAttention and CausalConvWithState, of opset 27"
+)
 # For graphs and small files, beside the weights.
 _SPARE_BYTES = 64 << 20
 _NAMES_SHOWN = 8
-# Of reward and value models, beside a language model that is whole.
+# Beside a language model that is whole: heads of reward and value models, and layers that draft the tokens to come.
 _TRAINING_HEADS = ("v_head.", "value_head.", "score.", "reward_head.", "rm_head.", "regression_layer.")
+_LEFT_OUT = {
+    _TRAINING_HEADS: "a head of training (reward or value), which is",
+    ("mtp.",): "layers that draft later tokens, which are",
+}
 # ONNX Runtime's CPU provider has no bfloat16 kernels, and its CUDA provider none that makes bfloat16 of integers.
 _CANNOT_RUN = {(CPU, "bfloat16", False), (CPU, "bfloat16", True), (CUDA, "bfloat16", True)}
 
@@ -156,7 +165,7 @@ def export(
     template = read_config(opened.config).chat_template
     for tensor_name, shape in inventory(plan.language, plan.vision).items():
         opened.expect(tensor_name, shape)
-    weights = WeightStore(opened, options.dtype, options.link, options.weights)
+    weights = WeightStore(opened, options.dtype, options.link, options.weights, plan.language.scoring_layer)
     graphs = {
         (target, stage): graph
         for target in plan.targets
@@ -166,6 +175,8 @@ def export(
     }
     table = weights.table()
     notes = _account_for_all(opened, plan.language)
+    if left := [target for target in options.targets if target not in plan.targets]:
+        notes.append(f"no graphs for {', '.join(left)}. {_NO_LINEAR_LAYERS}")
     if opened.quantisation is not None:
         notes += opened.quantisation.notes(options.dtype, plan.targets)
     advice = "Free space, choose another disk with --out, or use --link where dtypes match"
@@ -244,7 +255,7 @@ def _plan(checkpoint: Checkpoint, options: ExportOptions, name: str | None) -> M
         ),
         dtype=options.dtype,
         normalization=options.normalization,
-        targets=options.targets,
+        targets=_targets(options, language),
         language=language,
         vision=model.vision,
         graphs=(),
@@ -258,11 +269,21 @@ def _plan(checkpoint: Checkpoint, options: ExportOptions, name: str | None) -> M
     )
 
 
+def _targets(options: ExportOptions, language: LanguageConfig) -> tuple[str, ...]:
+    """The targets asked for that have operators for the model's layers; InvalidInput where none has."""
+    targets = tuple(target for target in options.targets if target in language.targets)
+    if not targets:
+        raise InvalidInput(
+            f"targets: got {', '.join(options.targets)}, expected of {', '.join(language.targets)}. {_NO_LINEAR_LAYERS}"
+        )
+    return targets
+
+
 def _account_for_all(checkpoint: Checkpoint, language: LanguageConfig) -> list[str]:
     """Refuse tensors that no graph reads; a tied checkpoint may repeat its embeddings as lm_head.weight.
 
     Returns:
-        A note where heads that answers do not need, of a reward or value, are left out.
+        Notes on the parts that answers do not need, and that are left out.
     """
     unused = checkpoint.unused()
     if language.tie_word_embeddings and LM_HEAD in unused:
@@ -272,14 +293,18 @@ def _account_for_all(checkpoint: Checkpoint, language: LanguageConfig) -> list[s
                 "(tie_word_embeddings). Set it to false if the head was trained on its own, else delete the tensor"
             )
         unused.remove(LM_HEAD)
-    heads = [name for name in unused if name.startswith(_TRAINING_HEADS)]
-    unused = [name for name in unused if name not in heads]
+    notes = []
+    for prefixes, what in _LEFT_OUT.items():
+        if found := [name for name in unused if name.startswith(prefixes)]:
+            notes.append(f"{_shown(found)}: {what} left out")
+            unused = [name for name in unused if name not in found]
     if unused:
-        shown = ", ".join(unused[:_NAMES_SHOWN]) + (", ..." if len(unused) > _NAMES_SHOWN else "")
-        raise CheckpointError(f"{checkpoint.folder}: {len(unused)} tensors that no graph reads: {shown}")
-    return (
-        [f"{', '.join(heads[:_NAMES_SHOWN])}: a head of training (reward or value), which is left out"] if heads else []
-    )
+        raise CheckpointError(f"{checkpoint.folder}: {len(unused)} tensors that no graph reads: {_shown(unused)}")
+    return notes
+
+
+def _shown(names: list[str]) -> str:
+    return ", ".join(names[:_NAMES_SHOWN]) + (", ..." if len(names) > _NAMES_SHOWN else "")
 
 
 def _check_replaceable(out: Path, checkpoint: Path) -> None:

@@ -1,4 +1,4 @@
-"""Small random checkpoints of Qwen2-VL and Qwen3-VL, the prompts that fit them, and the released config.json files."""
+"""Small random checkpoints of the Qwen line, the prompts that fit them, and the released config.json files."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +9,9 @@ from typing import Any
 from export.__main__ import main as export
 from hawk_trt import PruningConfig
 from hawk_trt.apps.parity.prompt_rules import PromptTokens
+from hawk_trt.stages import CPU, CUDA
 from random_models import EOS, IM_END, IM_END_OPTION, IMAGE, TOKEN_IDS, VIDEO, VISION_END, VOCAB, save_random
+from targets import ON_CPU
 
 TOKENS = PromptTokens(image=IMAGE, video=VIDEO, vision_end=VISION_END, im_start=None, im_end=IM_END)
 STEPS = 5
@@ -127,6 +129,80 @@ QWEN3_VL_4B = QWEN3_VL_8B | {
         "out_hidden_size": 2560,
     },
 }
+# config.json of Qwen3.5-0.8B and Qwen3.5-27B, without what no graph depends on.
+QWEN3_5_08B = {
+    "architectures": ["Qwen3_5ForConditionalGeneration"],
+    "image_token_id": 248056,
+    "model_type": "qwen3_5",
+    "text_config": {
+        "attention_bias": False,
+        "attn_output_gate": True,
+        "dtype": "bfloat16",
+        "eos_token_id": 248044,
+        "full_attention_interval": 4,
+        "head_dim": 256,
+        "hidden_act": "silu",
+        "hidden_size": 1024,
+        "intermediate_size": 3584,
+        "layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 6,
+        "linear_conv_kernel_dim": 4,
+        "linear_key_head_dim": 128,
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": 16,
+        "linear_value_head_dim": 128,
+        "max_position_embeddings": 262144,
+        "model_type": "qwen3_5_text",
+        "mtp_num_hidden_layers": 1,
+        "num_attention_heads": 8,
+        "num_hidden_layers": 24,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-06,
+        "rope_parameters": {
+            "mrope_interleaved": True,
+            "mrope_section": [11, 11, 10],
+            "partial_rotary_factor": 0.25,
+            "rope_theta": 10000000,
+            "rope_type": "default",
+        },
+        "tie_word_embeddings": True,
+        "vocab_size": 248320,
+    },
+    "tie_word_embeddings": True,
+    "video_token_id": 248057,
+    "vision_config": {
+        "deepstack_visual_indexes": [],
+        "depth": 12,
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_size": 768,
+        "in_channels": 3,
+        "intermediate_size": 3072,
+        "model_type": "qwen3_5",
+        "num_heads": 12,
+        "num_position_embeddings": 2304,
+        "out_hidden_size": 1024,
+        "patch_size": 16,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+    },
+    "vision_end_token_id": 248054,
+    "vision_start_token_id": 248053,
+}
+QWEN3_5_27B = QWEN3_5_08B | {
+    "text_config": QWEN3_5_08B["text_config"]
+    | {
+        "hidden_size": 5120,
+        "intermediate_size": 17408,
+        "layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 16,
+        "linear_num_value_heads": 48,
+        "num_attention_heads": 24,
+        "num_hidden_layers": 64,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": False,
+    },
+    "tie_word_embeddings": False,
+    "vision_config": QWEN3_5_08B["vision_config"]
+    | {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "num_heads": 16, "out_hidden_size": 5120},
+}
 PREPROCESSOR = {
     "size": {"longest_edge": 16777216, "shortest_edge": 65536},
     "patch_size": 16,
@@ -171,12 +247,36 @@ def random_qwen3_vl():
     return transformers.Qwen3VLForConditionalGeneration(config).eval()
 
 
+def random_qwen3_5():
+    """A model of transformers, its weights not yet set: layers 3 and 7 have full attention."""
+    import transformers
+
+    rope = {"rope_type": "default", "rope_theta": 1e7, "mrope_section": [2, 1, 1], "mrope_interleaved": True}
+    linear = {"num_key_heads": 2, "num_value_heads": 4, "key_head_dim": 8, "value_head_dim": 16, "conv_kernel_dim": 4}
+    rope["partial_rotary_factor"] = 0.5
+    sizes = {"hidden_size": 64, "num_hidden_layers": 8, "head_dim": 16, "rope_parameters": rope}
+    config = transformers.Qwen3_5Config(
+        text_config=TEXT | sizes | {f"linear_{name}": size for name, size in linear.items()},
+        vision_config={
+            "depth": 2,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_heads": 2,
+            "out_hidden_size": 64,
+            "num_position_embeddings": 36,
+        },
+        **TOKEN_IDS,
+    )
+    return transformers.Qwen3_5ForConditionalGeneration(config).eval()
+
+
 @dataclass(frozen=True)
 class Qwen:
     """What the tests of a family need.
 
     released: config.json of released checkpoints, without what no graph depends on. preprocessor: of the patches that
-    are held against transformers'. prompts: those that transformers' own generate takes too.
+    are held against transformers'. prompts: those that transformers' own generate takes too. targets: two that the
+    tests run.
     """
 
     make: Callable[[], Any]
@@ -184,10 +284,15 @@ class Qwen:
     prompts: dict[str, dict[str, Any]]
     released: dict[str, dict[str, Any]]
     preprocessor: dict[str, Any]
+    targets: tuple[str, ...] = ON_CPU
 
 
-# Of Qwen3-VL each frame of a video stands apart. Of Qwen2-VL a video of more frames than tokens on a side is for HAWK's
-# reference alone: there transformers 5 leaves the documented rule, whose positions the reference is given.
+# Of Qwen3-VL and Qwen3.5 each frame of a video stands apart. Of Qwen2-VL a video of more frames than tokens on a side
+# is for HAWK's reference alone: there transformers 5 leaves the documented rule, whose positions the it is given.
+_FRAME_SPANS = {
+    name: shown | ({"frame_spans": True} if "videos" in shown else {})
+    for name, shown in (PROMPTS | {"long video": LONG_VIDEO}).items()
+}
 QWENS = {
     "qwen2_vl": Qwen(
         random_qwen2_vl,
@@ -196,15 +301,9 @@ QWENS = {
         {"2B": QWEN2_VL_2B, "7B": QWEN2_VL_7B},
         {"min_pixels": 3136, "max_pixels": 602112},
     ),
-    "qwen3_vl": Qwen(
-        random_qwen3_vl,
-        1536,
-        {
-            name: shown | ({"frame_spans": True} if "videos" in shown else {})
-            for name, shown in (PROMPTS | {"long video": LONG_VIDEO}).items()
-        },
-        {"4B": QWEN3_VL_4B, "8B": QWEN3_VL_8B},
-        PREPROCESSOR,
+    "qwen3_vl": Qwen(random_qwen3_vl, 1536, _FRAME_SPANS, {"4B": QWEN3_VL_4B, "8B": QWEN3_VL_8B}, PREPROCESSOR),
+    "qwen3_5": Qwen(
+        random_qwen3_5, 1536, _FRAME_SPANS, {"0.8B": QWEN3_5_08B, "27B": QWEN3_5_27B}, PREPROCESSOR, (CPU, CUDA)
     ),
 }
 

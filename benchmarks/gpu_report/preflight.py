@@ -259,6 +259,10 @@ def _configs() -> dict[str, dict[str, Any]]:
     qwen = text | {"rope_parameters": mrope}
     tower = {"depth": 2, "num_heads": 2, "hidden_size": 128, "intermediate_size": 256, "out_hidden_size": 256}
     qwen3 = qwen | {"head_dim": 64, "rope_parameters": mrope | {"mrope_interleaved": True}}
+    partial = {"mrope_section": [3, 3, 2], "partial_rotary_factor": 0.25, "mrope_interleaved": True}
+    linear = {"num_key_heads": 2, "num_value_heads": 4, "key_head_dim": 64, "value_head_dim": 64}
+    hybrid = text | {"head_dim": 64, "num_hidden_layers": 8, "rope_parameters": mrope | partial}
+    hybrid |= {f"linear_{name}": size for name, size in linear.items()}
     tile = {
         "hidden_size": 128,
         "num_hidden_layers": 2,
@@ -279,6 +283,9 @@ def _configs() -> dict[str, dict[str, Any]]:
             text_config=qwen3,
             vision_config=tower | {"num_position_embeddings": 36, "deepstack_visual_indexes": [0, 1]},
             **ids,
+        ),
+        "Qwen3_5": transformers.Qwen3_5Config(
+            text_config=hybrid, vision_config=tower | {"num_position_embeddings": 36}, **ids
         ),
         "InternVL": transformers.InternVLConfig(text_config=transformers.Qwen2Config(**text), **tiles),
         "InternVL3_5": transformers.InternVLConfig(text_config=transformers.Qwen3Config(**text, head_dim=32), **tiles),

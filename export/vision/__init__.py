@@ -39,4 +39,5 @@ GRAPHS: dict[str, VisionGraph[Any]] = {
     "qwen2_5_vl": VisionGraph(qwen2_5_vl_vision, qwen2_5_vl_shapes, qwen2_5_vl_spec),
     "qwen2_vl": VisionGraph(qwen2_vl_vision, qwen2_vl_shapes, qwen2_vl_spec),
     "qwen3_vl": VisionGraph(qwen3_vl_vision, qwen3_vl_shapes, qwen3_vl_spec),
+    "qwen3_5": VisionGraph(qwen3_vl_vision, qwen3_vl_shapes, qwen3_vl_spec),  # without DeepStack
 }

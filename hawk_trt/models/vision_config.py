@@ -82,6 +82,10 @@ class Qwen3Vision(Qwen2Vision, frozen=True, kw_only=True, tag="qwen3_vl"):
     deepstack_visual_indexes: tuple[int, ...]
 
 
+class Qwen35Vision(Qwen3Vision, frozen=True, kw_only=True, tag="qwen3_5"):
+    """Qwen3.5: Qwen3-VL's tower without DeepStack."""
+
+
 class InternVLVision(VisionConfig, frozen=True, kw_only=True, tag="internvl"):
     """InternVL3 and 3.5: the tower, and how an image is cut into tiles.
 
@@ -109,4 +113,4 @@ class InternVLVision(VisionConfig, frozen=True, kw_only=True, tag="internvl"):
         return (self.image_size // self.token_side) ** 2
 
 
-AnyVision: TypeAlias = Qwen2Vision | Qwen25Vision | Qwen3Vision | InternVLVision
+AnyVision: TypeAlias = Qwen2Vision | Qwen25Vision | Qwen3Vision | Qwen35Vision | InternVLVision

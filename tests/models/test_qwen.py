@@ -1,4 +1,4 @@
-"""Qwen2-VL and Qwen3-VL: against transformers' own models, unpruned and with HAWK inserted, and its processors."""
+"""The Qwen line against transformers: its own models, unpruned and with HAWK inserted, and its processors."""
 
 import json
 
@@ -31,9 +31,9 @@ def qwen(request, random_qwen):
     return random_qwen(request.param)
 
 
-@pytest.fixture(scope="module", params=ON_CPU)
+@pytest.fixture(scope="module", params=(0, 1))
 def pipe(request, qwen):
-    with Pipeline.load(qwen.bundle, target=request.param) as pipe:
+    with Pipeline.load(qwen.bundle, target=qwen.family.targets[request.param]) as pipe:
         yield pipe
 
 
@@ -77,6 +77,7 @@ def test_the_vision_stage_in_tiles_of_tokens_computes_the_same(qwen, tmp_path, m
 
 def test_the_parity_command_agrees(qwen, capsys):
     command = ["parity", str(qwen.bundle), "--checkpoint", str(qwen.checkpoint), "--keep-ratio", "0.3", "--steps", "2"]
+    capsys.readouterr()  # of the export
     assert hawk_trt([*command, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["passed"]
 
@@ -85,11 +86,14 @@ def test_every_graph_passes_the_checker_and_strict_shape_inference(qwen, tmp_pat
     for dtype in DTYPES:
         assert export([str(qwen.checkpoint), "--out", str(tmp_path / dtype), "--dtype", dtype, *IM_END_OPTION]) == 0
     files = sorted(tmp_path.glob("*/*.onnx"))
-    assert len(files) == 2 * 12 + 9  # bfloat16 without cpu
+    hybrid = qwen.family.targets != ON_CPU
+    assert len(files) == (2 * 6 + 3 if hybrid else 2 * 12 + 9)  # bfloat16 without cpu
     for file in files:
         onnx.checker.check_model(file, full_check=True)
+        # onnx does not know the shapes that ONNX Runtime's own operators give
+        strict = not hybrid or file.name.startswith("vision")
         onnx.shape_inference.infer_shapes_path(
-            file, tmp_path / "inferred.onnx", check_type=True, strict_mode=True, data_prop=True
+            file, tmp_path / "inferred.onnx", check_type=True, strict_mode=strict, data_prop=True
         )
     with Pipeline.load(tmp_path / "float16") as half, Pipeline.load(tmp_path / "float32") as full:
         inputs = prompt(qwen.family.patch_dim, **qwen.family.prompts["several images"])

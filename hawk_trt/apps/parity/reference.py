@@ -7,6 +7,9 @@ computed for every token and the whole decoder runs on the kept ones, straight f
     s_i(n) = mean_t q_i(t) . k_g(n) / sqrt(head_dim), no RoPE, NaN and infinities -> 0, normalised over n
     score(n) = sum_i w_i s_i(n)
 
+In a hybrid model the first layer L of full attention takes the place of layer 0. The layers before it run on every
+token, so h is L's input norm of what they give, and the rest of the decoder runs on what they give of the kept tokens.
+
 Only this file and reference_models.py, which knows the families, import torch and transformers.
 """
 
@@ -202,7 +205,8 @@ class Reference:
             ordinals = [n for n, position in enumerate(prompt.visual) if position in wanted]
         kept = _positions(prompt, ordinals)
         entered: list[Tensor] = []
-        hook = self.language.layers[1].register_forward_pre_hook(lambda _module, args: entered.append(args[0]))
+        behind = self.language.layers[self._model.scoring_layer + 1]
+        hook = behind.register_forward_pre_hook(lambda _module, args: entered.append(args[0]))
         try:
             decoding = self.decode(prompt, kept)
             logits = [next(decoding)[0]]
@@ -243,6 +247,9 @@ class Reference:
         Yields:
             Logits [rows, vocab] float32; send the tokens [rows] that the rows go on with.
         """
+        if self._model.scoring_layer:
+            yield from self._decode_hybrid(prompt, kept, rows)
+            return
         language = self.language
         embeds, positions = prompt.embeds[kept].expand(rows, -1, -1), prompt.position_ids[:, kept]
         cache = DynamicCache(config=language.config)
@@ -269,28 +276,44 @@ class Reference:
             positions = torch.full((len(positions), 1), following, device=embeds.device)
             following += 1
 
+    def _decode_hybrid(self, prompt: EmbeddedPrompt, kept: Sequence[int], rows: int) -> Generator[Tensor, Tensor, None]:
+        """The same where the layers before the scoring layer see every token."""
+        model, language = self._model, self.language
+        cache, first, count = DynamicCache(config=language.config), model.scoring_layer, len(language.layers)
+        x = model.layers(prompt.embeds.expand(rows, -1, -1), prompt.position_ids, range(first), cache)
+        x = model.layers(x[:, kept], prompt.position_ids[:, kept], range(first, count), cache)
+        following = int(prompt.position_ids.max()) + 1
+        while True:
+            tokens = yield model.lm_head(language.norm(x[:, -1])).float()
+            positions = torch.full((len(prompt.position_ids), 1), following, device=x.device)
+            x = model.layers(language.embed_tokens(tokens)[:, None], positions, range(count), cache)
+            following += 1
+
     def _scores(self, prompt: EmbeddedPrompt, pruning: PruningConfig) -> tuple[list[int], Tensor, Tensor]:
         """Positions of the query, scores of each head [heads, num_visual] and what ranks the visual tokens."""
         query = query_range(prompt.ids, prompt.visual, prompt.tokens, pruning.query or "paper") if prompt.visual else []
-        raw = self._head_scores(prompt.embeds, query, prompt.visual)
+        before = range(self._model.scoring_layer)
+        x = self._model.layers(prompt.embeds[None], prompt.position_ids, before, None)[0] if before else prompt.embeds
+        raw = self._head_scores(x, query, prompt.visual)
         weights = torch.tensor(pruning.head_weights or self._head_weights, dtype=raw.dtype, device=raw.device)
         return query, raw, (weights[:, None] * _normalize(raw, self._normalization)).sum(0)
 
     def _head_scores(self, embeds: Tensor, query: list[int], visual: list[int]) -> Tensor:
         # float32 throughout, as the method asks: bfloat16 scores lose up to a fifth of the kept set.
-        layer = self._model.language.layers[0]
+        layer = self._model.language.layers[self._model.scoring_layer]
         attention = layer.self_attn
         head_dim = int(attention.head_dim)
         hidden = layer.input_layernorm(embeds.float())
 
-        def heads_of(name: str) -> Tensor:
+        def heads_of(name: str, count: int) -> Tensor:
             projection, norm = getattr(attention, f"{name}_proj"), getattr(attention, f"{name}_norm", None)
             bias = None if projection.bias is None else projection.bias.float()
-            projected = linear(hidden, projection.weight.float(), bias).view(len(embeds), -1, head_dim)
+            projected = linear(hidden, projection.weight.float(), bias).view(len(embeds), count, -1)
+            projected = projected[..., :head_dim]  # behind a query there may be its gate
             return projected if norm is None else norm(projected)
 
-        q, k = heads_of("q"), heads_of("k")
-        heads, group = q.shape[1], q.shape[1] // k.shape[1]
+        heads, kv_heads = (p // head_dim for p in (attention.o_proj.in_features, attention.k_proj.out_features))
+        q, k, group = heads_of("q", heads), heads_of("k", kv_heads), heads // kv_heads
         scores = [(q[query, head] @ k[visual, head // group].T / math.sqrt(head_dim)).mean(0) for head in range(heads)]
         return torch.nan_to_num(torch.stack(scores), nan=0.0, posinf=0.0, neginf=0.0)
 

@@ -12,9 +12,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 from transformers import (
+    Cache,
     InternVLForConditionalGeneration,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLForConditionalGeneration,
+    Qwen3_5ForConditionalGeneration,
     Qwen3VLForConditionalGeneration,
 )
 
@@ -28,12 +30,14 @@ class Qwen25VL:
     Attributes:
         language: the language model, with layers, embed_tokens and config.
         lm_head: from hidden states to logits.
+        scoring_layer: index of the first layer of full attention.
     """
 
     model_class: ClassVar[Any] = Qwen2_5_VLForConditionalGeneration
 
     def __init__(self, model: Any) -> None:  # noqa: ANN401 - the model classes share no base with these attributes
         self.language: Any = model.model.language_model
+        self.scoring_layer = next(n for n, layer in enumerate(self.language.layers) if hasattr(layer, "self_attn"))
         self.lm_head: Any = model.lm_head
         self._vision = model.model
         self._config: Any = model.config
@@ -63,6 +67,18 @@ class Qwen25VL:
     def positions(self, kinds: Sequence[int], items: Sequence[VisualItem]) -> list[list[int]]:
         """Positions of each token on each axis; kinds: the item of each token, -1 for text."""
         return mrope_positions(kinds, items, float(self._config.vision_config.tokens_per_second))
+
+    def layers(self, x: Tensor, positions: Tensor, layers: range, cache: Cache | None) -> Tensor:
+        """The output of some layers, causal from an empty cache or of one token a row.
+
+        x: [rows, n, hidden].  positions: int64 [axes, n].
+        """
+        rotary = self.language.rotary_emb(x, positions[:, None])
+        for number in layers:
+            x = self.language.layers[number](
+                x, position_embeddings=rotary, attention_mask=None, past_key_values=cache, use_cache=cache is not None
+            )
+        return x
 
     def _parts(self, features: Any) -> list[Tensor]:  # noqa: ANN401 - an output class of transformers
         return list(features.pooler_output)
@@ -111,6 +127,15 @@ class Qwen3VL(Qwen25VL):
         return [torch.cat(parts, 1) for parts in zip(features.pooler_output, *features.deepstack_features, strict=True)]
 
 
+class Qwen35VL(Qwen3VL):
+    """Qwen3.5: Qwen3-VL's positions and tower, without DeepStack."""
+
+    model_class: ClassVar[Any] = Qwen3_5ForConditionalGeneration
+
+    def _parts(self, features: Any) -> list[Tensor]:  # noqa: ANN401 - an output class of transformers
+        return list(features.pooler_output)
+
+
 class InternVL(Qwen25VL):
     """InternVL: a run of placeholders is an image or a frame, its length says of how many tiles; positions are 1-D."""
 
@@ -147,6 +172,7 @@ FAMILIES: dict[str, type[Qwen25VL]] = {
     "qwen2_vl": Qwen2VL,
     "qwen2_5_vl": Qwen25VL,
     "qwen3_vl": Qwen3VL,
+    "qwen3_5": Qwen35VL,
 }
 
 

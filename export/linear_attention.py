@@ -1,0 +1,155 @@
+"""Linear attention as Qwen3.5 has it: a causal convolution, then the gated delta rule over a state a head.
+
+For one head, with the state S [key_head_dim, value_head_dim], zeros before the prompt, and q, k of norm 1:
+
+    q, k, v = silu(conv(W_qkv h))          causal and depthwise; the last inputs are the state past_conv
+    g = -exp(A_log) softplus(W_a h + dt_bias)                        beta = sigmoid(W_b h)
+    S <- exp(g) S + beta k (v - exp(g) S^T k)^T                      o = S^T q / sqrt(key_head_dim)
+    out = W_out (rms_norm(o) * silu(W_z h))
+
+Each key head serves num_value_heads / num_key_heads value heads in a row. Operators are com.microsoft's, of ONNX
+Runtime; everything between the projections is float32, since its CUDA provider has no bfloat16 kernels for them.
+There is no bias, so a token of zeros stays zeros and leaves states of zeros as they are: prompts are padded with such.
+"""
+
+import numpy as np
+import onnx_ir as ir
+
+from hawk_trt.stages import LanguageConfig, LinearAttentionConfig, conv_name, state_name
+
+from . import tensors
+from .attention import add_and_mlp
+from .graph import GraphBuilder
+from .layers import linear, rms_norm
+from .tensors import Shapes
+
+_DOMAIN = "com.microsoft"
+# Added to the squares of a query or key before they are normed.
+_NORM_EPSILON = 1e-6
+
+
+def linear_attention_shapes(name: str, hidden: int, sizes: LinearAttentionConfig) -> Shapes:
+    """Names and shapes of the tensors of a layer's linear attention."""
+    heads = sizes.num_value_heads
+    return {
+        **tensors.linear(f"{name}.in_proj_qkv", sizes.conv_dim, hidden, bias=False),
+        **tensors.linear(f"{name}.in_proj_z", heads * sizes.value_head_dim, hidden, bias=False),
+        **tensors.linear(f"{name}.in_proj_b", heads, hidden, bias=False),
+        **tensors.linear(f"{name}.in_proj_a", heads, hidden, bias=False),
+        **tensors.linear(f"{name}.out_proj", hidden, heads * sizes.value_head_dim, bias=False),
+        **tensors.norm(f"{name}.norm", sizes.value_head_dim, bias=False),
+        f"{name}.conv1d.weight": (sizes.conv_dim, 1, sizes.conv_kernel),
+        f"{name}.dt_bias": (heads,),
+        f"{name}.A_log": (heads,),
+    }
+
+
+def linear_layer(
+    g: GraphBuilder, config: LanguageConfig, inputs: dict[str, ir.Value], batch_seq: ir.Value, x: ir.Value, layer: int
+) -> tuple[ir.Value, dict[str, ir.Value]]:
+    """One linear layer.
+
+    Args:
+        g: the graph.
+        config: sizes.
+        inputs: of the graph, past states among them.
+        batch_seq: int64 [2], (batch, seq).
+        x: the residual stream, [batch * seq, hidden].
+        layer: its index in the checkpoint.
+
+    Returns:
+        [batch * seq, hidden] and the new states by output name.
+    """
+    weight, sizes = f"language_model.layers.{layer}", config.linear
+    assert sizes is not None  # config.is_linear(layer)
+    with g.scope(f"layers.{layer}"):
+        norm, offset = f"{weight}.input_layernorm", config.unit_offset_norms
+        h = rms_norm(g, x, norm, config.rms_norm_eps, "input_layernorm", unit_offset=offset)
+        with g.scope("linear_attn"):
+            gated, present = _gated_delta_rule(g, config, sizes, inputs, batch_seq, h, layer)
+            attended = linear(
+                g, g.cast(gated, "float32", g.dtype, "to_model"), f"{weight}.linear_attn.out_proj", "out_proj"
+            )
+        return add_and_mlp(g, config, x, attended, weight), present
+
+
+def _gated_delta_rule(
+    g: GraphBuilder,
+    config: LanguageConfig,
+    sizes: LinearAttentionConfig,
+    states: dict[str, ir.Value],
+    batch_seq: ir.Value,
+    h: ir.Value,
+    layer: int,
+) -> tuple[ir.Value, dict[str, ir.Value]]:
+    """What out_proj takes of the normed residual stream h: [batch * seq, value heads * dim] float32; and new states."""
+    weight = f"language_model.layers.{layer}.linear_attn"
+    key_dim, value_dim = sizes.num_key_heads * sizes.key_head_dim, sizes.num_value_heads * sizes.value_head_dim
+
+    def float32(name: str) -> ir.Value:
+        return g.cast(g.weight(f"{weight}.{name}"), g.dtype, "float32", f"{name}_float32")
+
+    def by_token(x: ir.Value, width: int, name: str) -> ir.Value:
+        """[batch * seq, width] -> [batch, seq, width] float32."""
+        shape = g.op("Concat", batch_seq, g.ints(width), axis=0, name=f"{name}_shape")
+        return g.op("Reshape", g.cast(x, g.dtype, "float32", f"{name}_float32"), shape, name=f"{name}_by_token")
+
+    mixed = by_token(linear(g, h, f"{weight}.in_proj_qkv", "in_proj_qkv"), sizes.conv_dim, "qkv")
+    mixed, conv_state = g.ops(
+        "CausalConvWithState",
+        g.transpose(mixed, 0, 2, 1, name="channels_first"),
+        float32("conv1d.weight"),
+        None,
+        states[conv_name(layer, past=True)],
+        activation="silu",
+        domain=_DOMAIN,
+        name="conv",
+        count=2,
+    )
+    mixed = g.transpose(mixed, 0, 2, 1, name="channels_last")
+    pairs, value = g.ops("Split", mixed, g.ints(2 * key_dim, value_dim), axis=-1, name="split_value", count=2)
+    query, key = g.ops("Split", _normed(g, sizes, pairs), num_outputs=2, axis=-1, name="split_key", count=2)
+    steps = {
+        name: by_token(linear(g, h, f"{weight}.in_proj_{name}", f"in_proj_{name}"), sizes.num_value_heads, name)
+        for name in "ab"
+    }
+    rate = g.op("Softplus", g.op("Add", steps["a"], float32("dt_bias"), name="add_dt_bias"), name="rate")
+    decay = g.op("Mul", g.op("Neg", g.op("Exp", float32("A_log"), name="A"), name="minus_A"), rate, name="decay")
+    out, state = g.ops(
+        "LinearAttention",
+        query,
+        key,
+        value,
+        states[state_name(layer, past=True)],
+        decay,
+        g.op("Sigmoid", steps["b"], name="beta"),
+        q_num_heads=sizes.num_key_heads,
+        kv_num_heads=sizes.num_value_heads,
+        update_rule="gated_delta",
+        domain=_DOMAIN,
+        name="LinearAttention",
+        count=2,
+    )
+    heads = g.reshape(out, -1, sizes.value_head_dim, name="by_head")
+    heads = g.op(
+        "RMSNormalization",
+        heads,
+        float32("norm.weight"),
+        axis=-1,
+        epsilon=config.rms_norm_eps,
+        stash_type=1,
+        name="norm",
+    )
+    gate = g.cast(linear(g, h, f"{weight}.in_proj_z", "in_proj_z"), g.dtype, "float32", "z_float32")
+    gate = g.op("Mul", gate, g.op("Sigmoid", gate, name="sigmoid"), name="silu_z")
+    gated = g.op("Mul", g.reshape(heads, -1, value_dim, name="normed"), gate, name="gated")
+    return gated, {conv_name(layer, past=False): conv_state, state_name(layer, past=False): state}
+
+
+def _normed(g: GraphBuilder, sizes: LinearAttentionConfig, pairs: ir.Value) -> ir.Value:
+    """Queries and keys of norm 1, x / sqrt(sum x^2 + epsilon), side by side: an RMS norm but for a factor."""
+    dim = sizes.key_head_dim
+    heads = g.reshape(pairs, 0, 0, 2 * sizes.num_key_heads, dim, name="key_heads")
+    scale = g.const(np.full(dim, dim**-0.5), "float32")
+    heads = g.op("RMSNormalization", heads, scale, axis=-1, epsilon=_NORM_EPSILON / dim, stash_type=1, name="unit_norm")
+    return g.reshape(heads, 0, 0, 2 * sizes.num_key_heads * dim, name="unit_vectors")

@@ -1,0 +1,155 @@
+"""What Qwen3.5 has of its own: linear layers, targets that can run them, layers that draft, norms of 1 + weight."""
+
+import json
+
+import numpy as np
+import pytest
+
+from export.__main__ import main as export
+from export.architectures import family_name, read_config
+from hawk_trt import Pipeline
+from hawk_trt.bundle import Bundle
+from hawk_trt.errors import CheckpointError
+from hawk_trt.models.vision_config import Qwen35Vision
+from hawk_trt.stages import CPU, CUDA, FULL_ATTENTION, LINEAR_ATTENTION, LinearAttentionConfig
+from qwen import QWEN3_5_08B, QWEN3_5_27B, QWENS, run
+from random_models import IM_END_OPTION, prompt
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+IMAGE = {"patch_dim": QWENS["qwen3_5"].patch_dim, "images": [(1, 8, 12)]}
+
+
+@pytest.fixture(scope="module")
+def qwen(random_qwen):
+    return random_qwen("qwen3_5")
+
+
+@pytest.fixture(scope="module")
+def answer(qwen):
+    """Of the float32 bundle, with 30 % of an image kept."""
+    with Pipeline.load(qwen.bundle) as pipe:
+        return run(pipe, prompt(**IMAGE), 0.3)
+
+
+@pytest.mark.parametrize(
+    ("config", "layers", "value_heads", "tower"), [(QWEN3_5_08B, 24, 16, 768), (QWEN3_5_27B, 64, 48, 1152)]
+)
+def test_the_released_configs_are_read(config, layers, value_heads, tower):
+    model = read_config(config)
+    language, vision = model.language, model.vision
+    assert language.layer_types == ((LINEAR_ATTENTION,) * 3 + (FULL_ATTENTION,)) * (layers // 4)
+    assert (language.scoring_layer, language.first_layers, language.targets) == (3, range(4), (CPU, CUDA))
+    assert language.linear == LinearAttentionConfig(16, value_heads, 128, 128, 4)
+    assert (language.head_dim, language.rotary_dim, language.mrope_section) == (256, 64, (11, 11, 10))
+    assert language.mrope_interleaved and language.attention_gate and language.qk_norm and language.unit_offset_norms
+    assert type(vision) is Qwen35Vision and vision.deepstack_visual_indexes == ()
+    assert (vision.family, vision.hidden_size) == ("qwen3_5", tower)
+
+
+def test_the_kinds_of_layers_follow_from_the_interval_where_they_are_not_listed():
+    text = {name: value for name, value in QWEN3_5_08B["text_config"].items() if name != "layer_types"}
+    assert read_config(QWEN3_5_08B | {"text_config": text}) == read_config(QWEN3_5_08B)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("Qwen3_5MoeForConditionalGeneration", "mixtures of experts"), ("Qwen3_5ForCausalLM", "tower")]
+)
+def test_relatives_are_refused_by_name(name, words):
+    with pytest.raises(CheckpointError, match=f"{name}.*{words}"):
+        family_name(QWEN3_5_08B | {"architectures": [name]})
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "words"),
+    [
+        ("text_config", {"layer_types": ["linear_attention"] * 23 + ["full_attention"]}, "two of full_attention"),
+        ("text_config", {"layer_types": ["sliding_attention"] * 24}, "layer_types"),
+        ("text_config", {"layer_types": ["full_attention"] * 23}, "each of 24 layers"),
+        ("text_config", {"attn_output_gate": False}, "attn_output_gate"),
+        ("text_config", {"attention_bias": True}, "attention_bias"),
+        ("text_config", {"linear_num_value_heads": 24}, "a multiple of linear_num_key_heads 16"),
+        ("text_config", {"linear_key_head_dim": 0}, "linear_key_head_dim"),
+        ("text_config", {"linear_conv_kernel_dim": 1}, "at least 2"),
+        (
+            "text_config",
+            {"rope_parameters": QWEN3_5_08B["text_config"]["rope_parameters"] | {"partial_rotary_factor": 0.5}},
+            "add up to head_dim / 2 = 64",
+        ),
+        (
+            "text_config",
+            {"rope_parameters": QWEN3_5_08B["text_config"]["rope_parameters"] | {"partial_rotary_factor": 1.5}},
+            "partial_rotary_factor",
+        ),
+        ("vision_config", {"deepstack_visual_indexes": [5]}, "deepstack_visual_indexes"),
+    ],
+)
+def test_a_setting_that_cannot_be_used_is_named(section, changes, words):
+    config = QWEN3_5_08B | {section: QWEN3_5_08B[section] | changes}
+    with pytest.raises(CheckpointError, match=words):
+        read_config(config)
+
+
+def test_targets_without_operators_for_linear_layers_are_refused_by_name(qwen, tmp_path, capsys):
+    command = [str(qwen.checkpoint), "--out", str(tmp_path / "bundle"), "--no-reference", *IM_END_OPTION]
+    assert export([*command, "--target", "tensorrt,portable"]) == 1
+    told = capsys.readouterr().err
+    assert "got tensorrt, portable, expected of cpu, cuda" in told and "plugin" in told and "opset 27" in told
+    assert export(command) == 0
+    assert "no graphs for tensorrt, portable" in capsys.readouterr().err
+    assert Bundle.load(tmp_path / "bundle").manifest.targets == (CPU, CUDA)
+
+
+def test_layers_that_draft_tokens_are_left_out_and_said(qwen, tmp_path, capsys):
+    from safetensors.numpy import load_file, save_file
+
+    source = tmp_path / "checkpoint"
+    source.mkdir()
+    (source / "config.json").write_bytes((qwen.checkpoint / "config.json").read_bytes())
+    tensors = load_file(qwen.checkpoint / "model.safetensors")
+    save_file(tensors | {"mtp.fc.weight": np.ones((64, 128), np.float32)}, source / "model.safetensors")
+    assert export([str(source), "--out", str(tmp_path / "bundle"), "--no-reference", *IM_END_OPTION]) == 0
+    assert "mtp.fc.weight: layers that draft later tokens, which are left out" in capsys.readouterr().err
+
+
+def test_linked_weights_give_the_same_answer(qwen, answer, tmp_path):
+    """The 1 of 1 + weight is a node, so the norms' weights are the checkpoint's own."""
+    out = tmp_path / "linked"
+    assert export([str(qwen.checkpoint), "--out", str(out), "--link", "--no-reference", *IM_END_OPTION]) == 0
+    with Pipeline.load(out) as pipe:
+        got = run(pipe, prompt(**IMAGE), 0.3)
+    assert got.token_ids == answer.token_ids
+    np.testing.assert_array_equal(got.logits, answer.logits)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantised_weights_keep_the_decay_in_floats(qwen, answer, tmp_path, bits):
+    """Layers before the scoring layer are quantised too, so other tokens may be kept, but few."""
+    import onnx
+
+    out = tmp_path / "quantised"
+    options = ["--dtype", f"int{bits}", "--block-size", "32", "--target", "cpu", *IM_END_OPTION]
+    assert export([str(qwen.checkpoint), "--out", str(out), *options]) == 0
+    graphs = [
+        onnx.load(out / f"{stage}.cpu.onnx", load_external_data=False).graph for stage in ("first_layer", "decoder")
+    ]
+    names = {value.name for graph in graphs for value in graph.initializer}
+    for layer in (0, 4):
+        linear = f"language_model.layers.{layer}.linear_attn"
+        assert {f"{linear}.{name}.weight" for name in ("in_proj_a", "in_proj_b", "conv1d")} <= names
+        assert {f"{linear}.{name}.weight/integers" for name in ("in_proj_qkv", "in_proj_z", "out_proj")} <= names
+    scoring = "language_model.layers.3.self_attn"
+    assert {f"{scoring}.q_proj.weight", f"{scoring}.k_proj.weight", f"{scoring}.v_proj.weight/integers"} <= names
+    with Pipeline.load(out) as pipe:
+        got = run(pipe, prompt(**IMAGE), 0.3)
+    assert np.isfinite(got.logits).all()
+    if bits == 8:
+        assert np.isin(got.kept_indices, answer.kept_indices).mean() > 0.9
+        assert np.corrcoef(got.logits[0], answer.logits[0])[0, 1] > 0.95  # 0.98 seen
+
+
+def test_the_manifest_holds_the_sizes_of_linear_layers(qwen):
+    manifest = json.loads((qwen.bundle / "bundle.json").read_text(encoding="utf-8"))
+    assert manifest["language"]["linear"]["num_value_heads"] == 4
+    assert Bundle.load(qwen.bundle).manifest.language.linear == LinearAttentionConfig(2, 4, 8, 16, 4)
