@@ -1,7 +1,8 @@
 """Causal attention over a KV cache, and the decoder layer around it, for every target.
 
     portable   Concat the new keys and values to the past, and MatMul - Add - Softmax - MatMul over them, the key and
-               value heads repeated for each query head: so written TensorRT fuses it and keeps no score tensor
+               value heads repeated for each query head: so written TensorRT fuses it and keeps no score tensor. The
+               new ones alone are outputs, which the runtime puts into the cache
     others     TensorScatter them into the cache, then the Attention op with an explicit mask; tensorrt lets it end at
                the length of context_slots; cuda tells how far a row is written, and needs no mask
 
@@ -100,7 +101,7 @@ def decoder_layer(
             logits need after the last layer).
 
     Returns:
-        [batch * seq, hidden] (or [batch, hidden] with last_only) and the new caches by output name.
+        [batch * seq, hidden] (or [batch, hidden] with last_only) and the outputs for the cache by name.
     """
     weight, offset = f"language_model.layers.{layer}", config.unit_offset_norms
     with g.scope(f"layers.{layer}"):
@@ -205,11 +206,11 @@ def _attend(
         # the outputs of TensorScatter are the graph's: TensorRT takes nothing in between
         read = (_used_columns(g, context, key, "k"), _used_columns(g, context, value, "v"))
     else:
-        key, value = (
+        whole_key, whole_value = (
             g.op("Concat", cache, new, axis=2, name=f"cache_{n}")
             for cache, new, n in ((past[0], key, "k"), (past[1], value, "v"))
         )
-        read = (_repeated(g, config, key, "k"), _repeated(g, config, value, "v"))
+        read = (_repeated(g, config, whole_key, "k"), _repeated(g, config, whole_value, "v"))
     attended = attention(g, query, *read, scale, mask, context.written)
     joined = g.transpose(attended, 0, 2, 1, 3, name="join_heads")
     present = {key_name(layer, past=False): key, value_name(layer, past=False): value}

@@ -130,7 +130,7 @@ def _cache_inputs(config: LanguageConfig, target: str, layers: range) -> tuple[T
 
 
 def _cache_outputs(config: LanguageConfig, target: str, layers: range) -> tuple[TensorSpec, ...]:
-    return _caches(config, layers, CACHE_LEN if in_place(target) else "total_len", past=False)
+    return _caches(config, layers, CACHE_LEN if in_place(target) else "num_kept_total", past=False)
 
 
 def _caches(config: LanguageConfig, layers: range, length: str, *, past: bool) -> tuple[TensorSpec, ...]:

@@ -30,7 +30,7 @@ from hawk_trt.stages import DTYPES, LanguageConfig
 
 MANIFEST = "bundle.json"
 ENGINES_MANIFEST = "engines.json"
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 _AGAIN = "Export again: hawk-trt export CHECKPOINT --out FOLDER"
 _Versioned = TypeVar("_Versioned")
 _TokenId: TypeAlias = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]

@@ -23,7 +23,7 @@ from hawk_trt.request import PruningConfig, Request, Timings
 from hawk_trt.runtime.protocol import Backend, DecodeInputs, Generation, StepOutputs, Visual
 from hawk_trt.runtime.vision_cache import VisionCache
 from hawk_trt.sequence import Sequence
-from hawk_trt.stages import CUDA, in_place
+from hawk_trt.stages import CUDA
 
 DEFAULT_MAX_NEW_TOKENS = 128
 # Measured on two CPU cores (make bench-batching): up to 8 rows each answer takes less time, 16 brought nothing more.
@@ -72,9 +72,7 @@ class Scheduler:
         self._bundle, self._processor, self._vision, self._backend = bundle, processor, vision, backend
         self._max_batch = min(max_batch, backend.max_batch or max_batch)
         self._room = room if backend.can_gather else None
-        # a portable step writes a new cache beside the old
-        copies = 1 if in_place(backend.target) else 2
-        self._column_bytes = copies * bundle.manifest.kv_bytes_per_token
+        self._column_bytes = bundle.manifest.kv_bytes_per_token
         # a step on a GPU writes new states beside the old
         self._state_bytes = (2 if backend.target == CUDA else 1) * bundle.manifest.state_bytes
         self._decode_next = False

@@ -128,7 +128,7 @@ class LanguageConfig:
 
 
 def in_place(target: str) -> bool:
-    """Whether a step writes the KV cache in place; a portable step returns a longer one."""
+    """Whether a step writes the KV cache in place; a portable step returns its new columns alone."""
     return target != PORTABLE
 
 

@@ -205,8 +205,6 @@ class Context(Owned):
             for source, shape in self.shapes.items()
             for word, size in zip(self.engine.tensors[source][1], shape, strict=True)
         }
-        if "past_len" in words and "num_kept_total" in words:
-            words["total_len"] = words["past_len"] + words["num_kept_total"]
         if "num_tiles" in words:
             words["num_visual"] = words["num_tiles"] * internvl.TILE_TOKENS
         elif self.engine.told["stage"] == "vision":

@@ -1,14 +1,13 @@
 """KV caches in ONNX Runtime: slots for rows, which generations take and leave, and the decode steps over them.
 
-in place   a tensor [slots, kv_heads, columns, head_dim] a layer, key and value; each is input and output of its stage
-           at one address, and write_index says where a step writes
-portable   every step returns a longer cache, which is the next step's input: a cache has the rows of one generation
-states     of linear layers: [slots, ...] a tensor, without columns; a step replaces a row's states by new ones
+A cache is a tensor [slots, kv_heads, columns, head_dim] a layer, key and value.
 
-On a GPU caches are shared: a prompt takes free slots beside those that run, a cache outlives its generations, and its
-columns are whole steps of _COLUMN_STEP. So tensors stay at their addresses, which a captured decode step needs, and
-rows come and go without a copy. On the CPU every column costs time: a cache has the rows and columns that were asked
-for, and is gone with them.
+in place   each is input and output of its stage at one address, and write_index says where a step writes
+portable   each is an input, and a step returns its new columns, which are copied into place here. Attention does not
+           care for the order of columns, and kv_start hides those before it: the tokens of a slot end at the last
+           column, the prompt's in order, then each new one before all others. A prompt's columns are made at the start
+           of its slots' own memory, so that they exist once
+states     of linear layers: [slots, ...] a tensor, without columns; a step replaces a row's states by new ones
 
 On the CPU a step writes states over those that it read. In a shared cache it writes them beside, and they are copied
 for the rows that were asked for alone: a step also runs over slots of others, and the run in which ONNX Runtime
@@ -18,7 +17,7 @@ captures a CUDA graph computes the step more than once, which changes no key and
 import math
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -26,19 +25,17 @@ import onnxruntime as ort
 
 from hawk_trt.bundle import TensorEntry
 from hawk_trt.errors import BackendError
-from hawk_trt.runtime.session import Binding, Stage, write
+from hawk_trt.runtime.session import Binding, Stage, download, write
 from hawk_trt.stages import BIAS_KEEP, DECODER, FIRST_LAYER, in_place
 
-# Memory-efficient attention of ONNX Runtime asks for multiples of 4 or 8; captured steps are few where sizes are few.
-_COLUMN_STEP = 256
-# An idle cache serves a generation unless it has so many times the columns, all of which attention would read.
-_MOST_EXCESS = 4
+# Tensors by name.
+Values: TypeAlias = Mapping[str, ort.OrtValue]
 
 
 class DecodeStep:
     """One token of each of the first rows of a cache.
 
-    All but a portable cache stands still in memory, so a GPU captures the second run as a CUDA graph and replays it.
+    All of it stands still in memory, so a GPU captures the second run in place as a CUDA graph and replays it.
 
     Attributes:
         tensors: inputs and outputs of both stages by name, but for the cache.
@@ -49,13 +46,14 @@ class DecodeStep:
         self._count = count
         self._place = stages[FIRST_LAYER].device
         first, decoder = (stage.entry for stage in self._stages.values())
+        own_columns = () if in_place(first.target) else ("present_key", "present_value")
         dims = {"batch": count, "num_text": count, "num_visual": 1, "seq_len": 1, "num_kept_total": 1}
         self.tensors = {
             spec.name: self._place.zeros(
                 tuple(dims[size] if isinstance(size, str) else size for size in spec.shape), spec.dtype
             )
             for spec in (*first.inputs, *first.outputs, *decoder.outputs)
-            if "." not in spec.name
+            if "." not in spec.name or spec.name.startswith(own_columns)
         }
         write(self.tensors["source_rows"], -1 - np.arange(count, dtype=np.int64)[:, None])
         write(self.tensors["select_bias"], np.full((count, 1), BIAS_KEEP, np.float32))
@@ -93,11 +91,7 @@ class DecodeStep:
                 inputs_of = self.tensors | cache.inputs(name, 0, self._count)
                 outputs_of = self.tensors | cache.outputs(name, 0, self._count)
                 self._bindings[name] = Binding(stage, inputs_of, outputs_of)
-            elif not cache.in_place:
-                self._bindings[name].rebind(cache.inputs(name, 0, self._count), cache.names(name))
             self._bindings[name].run()
-            if not cache.in_place:
-                cache.keep(name, self._bindings[name].results())
 
     def forget_graphs(self) -> None:
         """Give the memory of captured graphs back."""
@@ -111,8 +105,8 @@ class KVCache:
     Attributes:
         slots: rows that it holds.
         columns: that a row can hold.
-        starts: int64 [slots], the first column of each row that holds a token.
-        ends: int64 [slots], where each row writes next; the same for all when portable.
+        starts: int64 [slots], columns of padding before each row's tokens, of the columns of a prefill.
+        ends: int64 [slots], padding and tokens of each row; in place it writes there next.
         free: slots that no generation has.
         steps: decode steps bound to this cache, by their rows.
     """
@@ -120,13 +114,13 @@ class KVCache:
     def __init__(self, stages: Mapping[str, Stage], slots: int, columns: int, *, shared: bool) -> None:
         """Make a cache without tensors: `fill` makes them, or `carry` one by one."""
         self.slots, self.columns = slots, columns
-        self.starts, self.ends = np.zeros(slots, np.int64), np.zeros(slots, np.int64)
+        self.starts, self.ends, self._prompt_ends = np.zeros((3, slots), np.int64)
         self.free = set(range(slots))
         self.steps: dict[int, DecodeStep] = {}
         self._stages, self._shared = stages, shared
         self.in_place = in_place(stages[FIRST_LAYER].entry.target)
         # a step also writes to slots that it is not asked for; in a shared cache that is behind all that counts
-        self._width = columns + shared if self.in_place else 0
+        self._width = columns + (shared and self.in_place)
         self._names: dict[str, list[tuple[str, str]]] = {}  # by stage, the input and output of each tensor
         self._specs: dict[str, TensorEntry] = {}  # by the name of the output
         for stage in (FIRST_LAYER, DECODER):
@@ -182,14 +176,20 @@ class KVCache:
             self.starts[slot] = self.ends[slot] = 0
             self.free.add(slot)
 
-    def inputs(self, stage: str, first: int, count: int) -> dict[str, ort.OrtValue]:
-        """Some neighbouring slots as inputs of a stage."""
+    def inputs(self, stage: str, first: int, count: int, *, empty: bool = False) -> dict[str, ort.OrtValue]:
+        """Some neighbouring slots as inputs of a stage; empty: for a prompt, whose portable past is nothing."""
+        if empty and not self.in_place:
+            return {past: self._zeros(present, count, 0) for past, present in self._names[stage]}
         return {past: self._rows(self._tensors, present, first, count) for past, present in self._names[stage]}
 
-    def outputs(self, stage: str, first: int, count: int) -> dict[str, ort.OrtValue]:
-        """The same memory as outputs of a stage in place; nothing, which is new memory, when portable."""
+    def outputs(self, stage: str, first: int, count: int, columns: int | None = None) -> dict[str, ort.OrtValue]:
+        """The same memory as outputs of a stage: of a prompt of so many columns, or None of a step.
+
+        A portable step has none: it writes to memory of its own.
+        """
         if not self.in_place:
-            return {}
+            names = [] if columns is None else [present for _, present in self._names[stage]]
+            return {present: self._rows(self._tensors, present, first, count, columns) for present in names}
         written = self._tensors | self._made
         return {present: self._rows(written, present, first, count) for _, present in self._names[stage]}
 
@@ -207,14 +207,46 @@ class KVCache:
                 row = self._rows(self._made, present, slot, 1)
                 write(self._rows(self._tensors, present, slot, 1), row)
 
-    def names(self, stage: str) -> list[str]:
-        """Outputs of a stage that are caches."""
-        return [present for _, present in self._names[stage]]
+    def first_columns(self) -> npt.NDArray[np.int64]:
+        """The first column of each slot that holds a token."""
+        return self.starts if self.in_place else self.columns - (self.ends - self.starts)
 
-    def keep(self, stage: str, outputs: Mapping[str, ort.OrtValue]) -> None:
-        """Keep the caches that a portable stage returned."""
-        if not self.in_place:
-            self._tensors |= {present: outputs[present] for present in self.names(stage)}
+    def add_prompt(self, slots: list[int], starts: npt.NDArray[np.int64], end: int, made: Values) -> None:
+        """Count what a prefill wrote, or copy it into place; starts: columns of padding before each row's tokens."""
+        self.starts[slots], self.ends[slots], self._prompt_ends[slots] = starts, end, end
+        for present, own in {} if self.in_place else self._tensors.items():
+            place = self._stages[FIRST_LAYER].device
+            packed = place.empty(tuple(made[present].shape()), self._specs[present].dtype)
+            write(packed, made[present])  # whose memory is the slots'
+            for row, (slot, start) in enumerate(zip(slots, starts.tolist(), strict=True)):
+                self._write(own, slot, packed, row, start, end - start)
+
+    def add_tokens(self, slots: list[int], made: Values) -> None:
+        """Count a column that a decode step wrote in each of some slots, or copy it into place."""
+        self.ends[slots] += 1
+        for present, own in {} if self.in_place else self._tensors.items():
+            for slot in slots:
+                self._write(own, slot, made[present], slot, 0, 1)
+
+    def read(self, layer: int, slots: list[int]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """Host copies of a layer's keys and values, [slots, kv_heads, length, head_dim] to the longest one's end.
+
+        Of a linear layer, of its two states.
+        """
+        first, second = (name for name in self._specs if name.endswith(f".{layer}"))
+        one, other = (download(self._tensors[name])[slots] for name in (first, second))
+        if self._is_state(first):
+            return one, other
+        length = int(self.ends[slots].max())
+        if self.in_place:
+            return one[:, :, :length], other[:, :, :length]
+        columns = np.zeros((len(slots), length), np.int64)
+        for row, slot in enumerate(slots):
+            start, end, prompt_end = (int(ends[slot]) for ends in (self.starts, self.ends, self._prompt_ends))
+            prompt = np.arange(self.columns - (prompt_end - start), self.columns)
+            columns[row, start:end] = [*prompt, *range(prompt[0] - 1, prompt[0] - 1 - (end - prompt_end), -1)]
+        picked = columns[:, None, :, None]
+        return np.take_along_axis(one, picked, 2), np.take_along_axis(other, picked, 2)
 
     def tensors(self, layer: int) -> tuple[ort.OrtValue, ort.OrtValue]:
         """A layer's keys and values, or its two states, of all slots."""
@@ -254,125 +286,61 @@ class KVCache:
             slots: to copy to.
             spent: caches of which nothing else is in use: they give each tensor up as soon as it was copied.
         """
-        lengths = [int(source.ends[row] - source.starts[row]) for source, row in parts]
-        # a portable step appends one column to all rows, so they end together
-        end = 0 if self.in_place else max(lengths)
-        self._width = self._width or end
-        for slot, length in zip(slots, lengths, strict=True):
-            self.starts[slot], self.ends[slot] = (0, length) if self.in_place else (end - length, end)
+        for slot, (source, row) in zip(slots, parts, strict=True):
+            padding = source.starts[row]
+            self.starts[slot] = 0
+            self.ends[slot], self._prompt_ends[slot] = source.ends[row] - padding, source._prompt_ends[row] - padding
         for source in spent:
             source.forget_steps()
         for present in self._specs:
             if present not in self._tensors:
                 self._make(present)
-            for (source, row), slot, length in zip(parts, slots, lengths, strict=True):
+            for (source, row), slot in zip(parts, slots, strict=True):
                 if self._is_state(present):
                     state = source._rows(source._tensors, present, row, 1)
                     write(self._rows(self._tensors, present, slot, 1), state)
                 else:
-                    self._copy(present, source, row, slot, length)
+                    start, length = int(source.first_columns()[row]), int(self.ends[slot])
+                    self._write(self._tensors[present], slot, source._tensors[present], row, start, length)
             for source in spent:
                 del source._tensors[present]
                 source._made.pop(present, None)
 
-    def _copy(self, present: str, source: "KVCache", row: int, slot: int, length: int) -> None:
-        """The used columns of one row, head by head: they lie side by side."""
-        heads, columns, dim = self._row_shape(present)
-        own, others = self._tensors[present], source._tensors[present]
-        width = others.shape()[2]
-        view = self._stages[FIRST_LAYER].view
+    def _write(self, own: ort.OrtValue, slot: int, source: ort.OrtValue, row: int, start: int, length: int) -> None:
+        """Copy columns of a row to the first columns of a slot."""
+        if self._stages[FIRST_LAYER].device.kind == "cpu":
+            first = int(self.first_columns()[slot])
+            own.numpy()[slot, :, first : first + length] = source.numpy()[row, :, start : start + length]
+        else:
+            self._copy_by_heads(own, slot, source, row, start, length)
+
+    def _copy_by_heads(
+        self, own: ort.OrtValue, slot: int, source: ort.OrtValue, row: int, start: int, length: int
+    ) -> None:
+        """The same on the device, where the columns of a head lie side by side."""
+        first, view = int(self.first_columns()[slot]), self._stages[FIRST_LAYER].view
+        _, heads, columns, dim = own.shape()
+        width = source.shape()[2]
         for head in range(heads if length else 0):
-            at = ((slot * heads + head) * columns + int(self.starts[slot])) * dim
-            there = ((row * heads + head) * width + int(source.starts[row])) * dim
-            write(view(own, at, (length, dim)), view(others, there, (length, dim)))
+            at = ((slot * heads + head) * columns + first) * dim
+            there = ((row * heads + head) * width + start) * dim
+            write(view(own, at, (length, dim)), view(source, there, (length, dim)))
 
-    def _rows(self, tensors: Mapping[str, ort.OrtValue], present: str, first: int, count: int) -> ort.OrtValue:
-        if count == self.slots:
+    def _rows(self, tensors: Values, present: str, first: int, count: int, columns: int | None = None) -> ort.OrtValue:
+        """Neighbouring slots; columns: instead of theirs, so many of each from the start of the memory on."""
+        if count == self.slots and columns is None:
             return tensors[present]
-        shape = self._row_shape(present)
-        return self._stages[FIRST_LAYER].view(tensors[present], first * math.prod(shape), (count, *shape))
+        start, shape = first * math.prod(self._row_shape(present)), self._row_shape(present, columns)
+        return self._stages[FIRST_LAYER].view(tensors[present], start, (count, *shape))
 
-    def _zeros(self, present: str, count: int) -> ort.OrtValue:
-        return self._stages[FIRST_LAYER].device.zeros((count, *self._row_shape(present)), self._specs[present].dtype)
+    def _zeros(self, present: str, count: int, width: int | None = None) -> ort.OrtValue:
+        shape = (count, *self._row_shape(present, width))
+        return self._stages[FIRST_LAYER].device.zeros(shape, self._specs[present].dtype)
 
-    def _row_shape(self, present: str) -> tuple[int, ...]:
-        return tuple(self._width if isinstance(size, str) else size for size in self._specs[present].shape[1:])
+    def _row_shape(self, present: str, width: int | None = None) -> tuple[int, ...]:
+        """Of so many columns, None for the cache's own."""
+        width = self._width if width is None else width
+        return tuple(width if isinstance(size, str) else size for size in self._specs[present].shape[1:])
 
     def _is_state(self, present: str) -> bool:
         return not any(isinstance(size, str) for size in self._specs[present].shape[1:])
-
-
-class CachePool:
-    """The caches of a backend.
-
-    Attributes:
-        shared: whether generations share caches.
-    """
-
-    def __init__(self, stages: Mapping[str, Stage], *, shared: bool) -> None:
-        self.shared = shared
-        self._stages = stages
-        self._caches: list[KVCache] = []  # shared ones, in use or idle
-
-    def take(self, count: int, columns: int) -> tuple[KVCache, list[int]]:
-        """Empty slots side by side."""
-        for cache in self._caches:
-            excess = cache.is_idle and cache.columns > max(_MOST_EXCESS * columns, _COLUMN_STEP)
-            slots = None if cache.columns < columns or excess else cache.find(count)
-            if slots is not None:
-                cache.take(slots)
-                return cache, list(slots)
-        cache = self._new(count, columns)
-        cache.fill()
-        cache.take(range(count))
-        return cache, list(range(count))
-
-    def gather(self, parts: list[tuple[KVCache, int]], columns: int) -> tuple[KVCache, list[int]]:
-        """Rows of several caches in one: the largest of theirs where the others fit in beside its own, else a new one.
-
-        Returns:
-            The cache, and the slot of each row.
-        """
-        for cache in sorted({id(cache): cache for cache, _ in parts}.values(), key=lambda cache: -cache.slots):
-            guests = [number for number, (home, _) in enumerate(parts) if home is not cache]
-            if self.shared and cache.columns >= columns and len(guests) <= len(cache.free):
-                slots = [row for _, row in parts]
-                break
-        else:
-            guests, slots = list(range(len(parts))), list(range(len(parts)))
-            cache = self._new(len(parts), columns)
-        moved, places = [parts[number] for number in guests], sorted(cache.free)[: len(guests)]
-        for number, place in zip(guests, places, strict=True):
-            slots[number] = place
-        cache.take(places)
-        homes = {id(home): home for home, _ in moved}.values()
-        spent = [home for home in homes if home.slots - len(home.free) == sum(other is home for other, _ in moved)]
-        self._caches = [home for home in self._caches if home not in spent]
-        cache.carry(moved, places, spent)
-        for home, row in moved:
-            home.give_back([row])
-        return cache, slots
-
-    def give_back(self, cache: KVCache, slots: Mapping[int, int]) -> None:
-        """Free the slots of some rows. Of the caches that nobody uses only the largest stays."""
-        cache.give_back(slots.values())
-        idle = sorted((c for c in self._caches if c.is_idle), key=lambda c: c.slots * c.columns)
-        self._drop(idle[:-1])
-
-    def close(self) -> None:
-        """Let go of all caches."""
-        self._drop(list(self._caches))
-
-    def _new(self, slots: int, columns: int) -> KVCache:
-        if not self.shared:
-            return KVCache(self._stages, slots, columns, shared=False)
-        self._drop([cache for cache in self._caches if cache.is_idle])
-        columns = -(-(columns + 1) // _COLUMN_STEP) * _COLUMN_STEP - 1
-        cache = KVCache(self._stages, slots, columns, shared=True)
-        self._caches.append(cache)
-        return cache
-
-    def _drop(self, caches: list[KVCache]) -> None:
-        for cache in caches:
-            cache.forget_steps()
-            self._caches.remove(cache)

@@ -12,7 +12,8 @@ import onnxruntime as ort
 from hawk_trt.bundle import Bundle, Manifest
 from hawk_trt.errors import BackendError
 from hawk_trt.inputs.layout import PrefillInputs
-from hawk_trt.runtime.kv_cache import CachePool, KVCache
+from hawk_trt.runtime.cache_pool import CachePool
+from hawk_trt.runtime.kv_cache import KVCache
 from hawk_trt.runtime.protocol import DecodeInputs, Generation, PrefillOutputs, StepOutputs, Visual
 from hawk_trt.runtime.session import Device, Stage, download, write
 from hawk_trt.runtime.versions import OPSET_24_ONNX_RUNTIME, QUANTISED_ONNX_RUNTIME, at_least
@@ -64,7 +65,7 @@ class OnnxRuntimeBackend:
         self.max_start = 1 if target == CUDA else None
         self.stages = {entry.stage: Stage(bundle.folder / entry.file, entry, place) for entry in entries}
         self.place = place
-        self.caches = CachePool(self.stages, shared=place.kind == "cuda" and in_place(target))
+        self.caches = CachePool(self.stages, shared=place.kind == "cuda")
         self.embedding_table = bundle.embedding_table()
 
     @classmethod
@@ -245,14 +246,11 @@ class OrtGeneration:
         tensors = self._backend.prompt_feeds(inputs, visual, inputs.num_kept_total)
         seconds = []
         for name in (FIRST_LAYER, DECODER):
-            stage = self._backend.stages[name]
-            made = stage.run(tensors | cache.inputs(name, *rows), cache.outputs(name, *rows))
-            cache.keep(name, made)
-            tensors |= made
+            past, present = cache.inputs(name, *rows, empty=True), cache.outputs(name, *rows, inputs.num_kept_total)
+            tensors |= self._backend.stages[name].run(tensors | past, present)
             seconds.append(time.perf_counter() - started)
         cache.settle(slots)
-        cache.starts[slots] = inputs.kv_start
-        cache.ends[slots] = inputs.num_kept_total
+        cache.add_prompt(slots, inputs.kv_start, inputs.num_kept_total, tensors)
         self._hidden_states = (tensors["hidden_states"], list(range(self.batch)))
         step = StepOutputs(download(tensors["next_token"]), download(tensors["logits"]) if logits else None)
         return PrefillOutputs(
@@ -281,12 +279,12 @@ class OrtGeneration:
             {
                 "text_embeds": self._backend.embedding_table[tokens],
                 "position_ids": np.tile(positions[:, None], (axes, 1, 1)),
-                "kv_start": cache.starts[:count],
+                "kv_start": cache.first_columns()[:count],
                 "write_index": cache.ends[:count],
             },
         )
         cache.settle(slots)
-        cache.ends[slots] += 1
+        cache.add_tokens(slots, step.tensors)
         self._hidden_states = (step.tensors["hidden_states"], slots)
         next_token = download(step.tensors["next_token"])[slots]
         return StepOutputs(next_token, download(step.tensors["logits"])[slots] if logits else None)
@@ -309,12 +307,7 @@ class OrtGeneration:
 
     def cache(self, layer: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         """Host copies of a layer's keys and values, as far as written, or of its two states."""
-        slots = self._rows()
-        first, second = (download(tensor)[slots] for tensor in self._cache.tensors(layer))
-        if self._backend.bundle.manifest.language.is_linear(layer):
-            return first, second
-        length = int(self._cache.ends[slots].max())
-        return first[:, :, :length], second[:, :, :length]
+        return self._cache.read(layer, self._rows())
 
     def _rows(self) -> list[int]:
         """The slot of each row."""

@@ -6,7 +6,7 @@ wrote without a copy. On the CPU an OrtValue shares the memory of its numpy arra
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from functools import cache
 from io import StringIO
@@ -185,14 +185,6 @@ class Binding:
             # Images differ in size: else the arena holds on to what the largest took, gigabytes at native resolution.
             self._options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         self._captured = self._options
-
-    def rebind(self, inputs: Mapping[str, ort.OrtValue], outputs: Iterable[str]) -> None:
-        """Bind some inputs anew, and outputs to new memory of ONNX Runtime's own."""
-        self._inputs.update(inputs)
-        for name, value in inputs.items():
-            self._binding.bind_ortvalue_input(name, value)
-        for name in outputs:
-            self._binding.bind_output(name, self._stage.device.kind, self._stage.device.index)
 
     def run(self) -> None:
         """Run the stage.

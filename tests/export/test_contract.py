@@ -12,7 +12,7 @@ AROUND = {
     CPU: (["write_index", "kv_start"], [], "cache_len", "cache_len"),
     CUDA: (["write_index"], [], "cache_len", "cache_len"),
     TENSORRT: (["write_index", "kv_start"], ["context_slots"], "cache_len", "cache_len"),
-    PORTABLE: (["kv_start"], [], "past_len", "total_len"),
+    PORTABLE: (["kv_start"], [], "past_len", "num_kept_total"),
 }
 
 

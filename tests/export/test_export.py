@@ -109,16 +109,16 @@ def test_a_changed_byte_is_refused(tmp_path, checkpoint):
         Bundle.load(out)
 
 
-@pytest.mark.parametrize(("version", "advice"), [(99, "Update hawk_trt, or with this version: Export"), (2, "Export")])
+@pytest.mark.parametrize(("version", "advice"), [(99, "Update hawk_trt, or with this version: Export"), (3, "Export")])
 def test_a_bundle_of_another_schema_is_refused_and_may_be_replaced(tmp_path, checkpoint, version, advice):
     out = export(checkpoint, tmp_path / "out").folder
     other = json.loads(manifest_bytes(read_manifest(out))) | {"schema_version": version}
     write_json(out / MANIFEST, other)
     with pytest.raises(
-        BundleError, match=rf"version {version}, this hawk_trt reads 3\. {advice} again: hawk-trt export "
+        BundleError, match=rf"version {version}, this hawk_trt reads 4\. {advice} again: hawk-trt export "
     ):
         Bundle.load(out)
-    assert export(checkpoint, out).manifest.schema_version == 3
+    assert export(checkpoint, out).manifest.schema_version == 4
 
 
 def test_a_bundle_holds_the_targets_that_run_its_dtype_or_those_asked_for(tmp_path, checkpoint):

@@ -1,4 +1,4 @@
-"""A cache in place: a decode step moves and copies no key or value, by addresses and by memory that is written."""
+"""Caches that stand still: a decode step copies no key or value but the new ones, by addresses and memory written."""
 
 from pathlib import Path
 
@@ -6,14 +6,15 @@ import pytest
 
 from generations import start
 from hawk_trt import Pipeline
-from hawk_trt.stages import STAGES, VISION, key_name, value_name
+from hawk_trt.stages import PORTABLE, STAGES, VISION, key_name, value_name
+from targets import ON_CPU
 
 STEPS = 4
 
 
-@pytest.fixture(scope="module")
-def pipe(tiny_bundle):
-    with Pipeline.load(tiny_bundle, target="cpu", threads=1) as pipe:
+@pytest.fixture(scope="module", params=ON_CPU)
+def pipe(tiny_bundle, request):
+    with Pipeline.load(tiny_bundle, target=request.param, threads=1) as pipe:
         yield pipe
 
 
@@ -43,9 +44,14 @@ def test_a_decode_step_leaves_keys_and_values_at_their_addresses(pipe):
         for stage in STAGES:
             if stage != VISION:
                 outputs |= generation._cache.steps[1]._bindings[stage].results()
-        assert {name: outputs[name].data_ptr() for name in before} == before  # where ONNX Runtime says that it wrote
+        # where ONNX Runtime says that it wrote
+        if pipe.backend.target == PORTABLE:
+            assert all(outputs[name].shape()[2] == 1 for name in before)
+        else:
+            assert {name: outputs[name].data_ptr() for name in before} == before
 
 
+@pytest.mark.parametrize("pipe", ["cpu"], indirect=True)  # a portable step joins the past of a layer and its column
 def test_steps_write_no_more_of_a_large_cache_than_their_own_columns(pipe):
     columns = 150_000
     language = pipe.bundle.manifest.language

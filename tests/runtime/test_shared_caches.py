@@ -24,10 +24,13 @@ def plain(tiny_bundle):
 
 
 @pytest.fixture
-def shared(tiny_bundle):
-    with Pipeline.load(tiny_bundle, target="cuda", threads=1) as pipe:
+def shared(tiny_bundle, request):
+    with Pipeline.load(tiny_bundle, target=getattr(request, "param", "cuda"), threads=1) as pipe:
         pipe.backend.caches.shared = True
         yield pipe
+
+
+both = pytest.mark.parametrize("shared", ["cuda", "portable"], indirect=True)
 
 
 def ask(number, new_tokens=6):
@@ -53,6 +56,7 @@ def addresses(pipe):
     return [tensor.data_ptr() for layer in range(4) for tensor in cache.tensors(layer)], cache.steps
 
 
+@both
 def test_tensors_and_steps_stand_still_from_one_generation_to_the_next(shared, plain):
     assert_alone(plain, answer(shared, ask(0)), ask(0))
     before, steps = addresses(shared)
@@ -74,6 +78,7 @@ def test_columns_are_whole_steps_and_a_cache_that_is_far_too_large_goes(shared):
     assert short.columns == 255 and len(caches._caches) == 1
 
 
+@both
 def test_what_a_generation_left_spoils_no_later_one(shared, plain):
     answer(shared, ask(0))
     (cache,) = shared.backend.caches._caches
@@ -83,10 +88,16 @@ def test_what_a_generation_left_spoils_no_later_one(shared, plain):
     assert_alone(plain, answer(shared, ask(1)), ask(1))
 
 
+@both
 def test_rows_come_and_go_without_a_copy_where_slots_are_free(shared, plain, monkeypatch):
     shared.generate_batch([ask(0), ask(1), ask(2)])  # a cache of three
-    copies = []
-    monkeypatch.setattr(KVCache, "_copy", lambda *_: copies.append(1))
+    copies, carry = [], KVCache.carry
+
+    def carried(cache, parts, slots, spent):
+        copies.extend(parts)
+        carry(cache, parts, slots, spent)
+
+    monkeypatch.setattr(KVCache, "carry", carried)
     scheduler = Scheduler(shared.bundle, shared.processor, shared.vision_cache, shared.backend, room=64)
     lengths = (3, 12, 5)
     sequences = [scheduler.add(ask(number, length)) for number, length in enumerate(lengths)]
@@ -100,7 +111,11 @@ def test_rows_come_and_go_without_a_copy_where_slots_are_free(shared, plain, mon
         assert_alone(plain, sequence.result(), ask(number, length))
 
 
-def test_rows_move_to_a_larger_cache_and_answer_as_alone(shared, plain):
+@pytest.mark.parametrize("on_host", [True, False])
+@both
+def test_rows_move_to_a_larger_cache_and_answer_as_alone(shared, plain, on_host, monkeypatch):
+    if not on_host:
+        monkeypatch.setattr(KVCache, "_copy", KVCache._copy_by_heads)  # as on a GPU
     scheduler = Scheduler(shared.bundle, shared.processor, shared.vision_cache, shared.backend, room=64)
     sequences = []
     for number in range(3):

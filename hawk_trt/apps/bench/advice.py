@@ -22,7 +22,7 @@ import numpy.typing as npt
 from hawk_trt.errors import InvalidInput
 from hawk_trt.pruning.hawk import num_kept
 from hawk_trt.request import PruningConfig, Result, Timings
-from hawk_trt.stages import LanguageConfig, in_place
+from hawk_trt.stages import LanguageConfig
 
 if TYPE_CHECKING:
     from hawk_trt.pipeline import Pipeline
@@ -47,8 +47,8 @@ class Size:
     """A prompt, and how the KV cache grows with an answer.
 
     Attributes:
-        allocated: whether attention runs over all columns that a request will need from its start (in place in ONNX
-            Runtime), or over those written so far.
+        allocated: whether attention runs over all columns that a request will need from its start (ONNX Runtime), or
+            over those written so far.
     """
 
     num_text: int
@@ -263,7 +263,7 @@ def prompt_size(pipe: "Pipeline", result: Result) -> Size:
     return Size(
         num_text=len(result.kept_indices) - result.num_kept,
         num_visual=result.num_visual,
-        allocated=pipe.backend.name == "onnxruntime" and in_place(pipe.backend.target),
+        allocated=pipe.backend.name == "onnxruntime",
     )
 
 

@@ -16,7 +16,6 @@ from hawk_trt.errors import InvalidInput
 from hawk_trt.pruning.head_weights import read_head_weights
 from hawk_trt.request import PruningConfig
 from hawk_trt.runtime.vision_cache import DEFAULT_VISION_CACHE_MB
-from hawk_trt.stages import in_place
 
 _PRUNING = ("selector", "min_visual_tokens", "query", "quota", "keep_mass", "diversity")
 _LISTS = ("api_key", "cors_origin", "allowed_hosts", "remote_host")
@@ -103,8 +102,7 @@ class ReplicaOptions(ServeLimits):
         """Requests that share the decode steps of a replica."""
         if not self.runs_engines:
             return self.max_batch
-        engines = read_engine_manifest(self.path)
-        return min(self.max_batch, engines.limits.batch) if in_place(engines.target) else 1
+        return min(self.max_batch, read_engine_manifest(self.path).limits.batch)
 
     @property
     def resources(self) -> dict[str, float]:

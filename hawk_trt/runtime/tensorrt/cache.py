@@ -3,11 +3,12 @@
 tensorrt   one tensor [batch, kv_heads, context, head_dim] a layer, key and value; each is input and output of its
            stage at one address, write_index says where a step writes each row, and attention reads the first
            len(context_slots) columns. Its rows are slots: a generation has some of them, others have the rest
-portable   the past [batch, kv_heads, columns, head_dim] is an input, and the output is as long with the new columns
-           behind. Attention does not care for the order of columns, and kv_start hides those before it; so the tokens
-           of a slot end at the past's last column: the prompt's in order, then each new one before all others. The
-           past keeps its length and place, and the new column alone is copied into it. With one slot it is as long as
-           the answer under way needs; several are as long as they can be, and shared as above
+portable   the past [batch, kv_heads, columns, head_dim] is an input, and the output is the new columns alone, which are
+           copied into it. Attention does not care for the order of columns, and kv_start hides those before it; so the
+           tokens of a slot end at the past's last column: the prompt's in order, then each new one before all others.
+           A prompt's output lies in its slots' own memory at first, and is spread there through room for one tensor.
+           With one slot the past is as long as the answer under way needs; several are as long as they can be, and
+           shared as above
 
 A slot is taken for a prompt, stays with whoever has it while others come and go, and is free again when it is
 released or nobody refers to its generation any more. What is masked still counts with weight 0, and 0 x NaN is NaN:
@@ -63,21 +64,21 @@ class KVCache:
         self._names = _names(manifest)
         self.columns = self.context
         self.row_bytes = row_bytes(manifest)
-        self._column_bytes = column_bytes(manifest)
+        self._column_bytes, self._heads = column_bytes(manifest), manifest.bundle.language.num_key_value_heads
         # a prefill binds the cache from its first slot on, and TensorRT takes aligned addresses alone
-        self.shared = self.row_bytes % ALIGNMENT == 0 if self.inplace else self.batch > 1
+        self.shared = self.row_bytes % ALIGNMENT == 0 and (self.inplace or self.batch > 1)
         self.nbytes = self.size_bytes(manifest)
-        self._past, self._present = address, address
-        if not self.inplace:
-            self._present += len(self._names) * tensor_bytes(manifest, self.context)
+        self._past = address
+        self._new = address + len(self._names) * tensor_bytes(manifest, self.context)  # a portable step's columns
+        self._room = self._new + len(self._names) * tensor_bytes(manifest, 1)  # for a portable prompt's, of a tensor
 
     @staticmethod
     def size_bytes(manifest: EngineManifest) -> int:
         """Of device memory."""
-        columns = [manifest.limits.context]
-        if not in_place(manifest.target):
-            columns.append(columns[0] + 1)
-        return len(_names(manifest)) * sum(tensor_bytes(manifest, count) for count in columns)
+        tensors, whole = len(_names(manifest)), tensor_bytes(manifest, manifest.limits.context)
+        if in_place(manifest.target):
+            return tensors * whole
+        return tensors * (whole + tensor_bytes(manifest, 1)) + whole
 
     # -- whose a slot is
 
@@ -151,56 +152,66 @@ class KVCache:
         self.finite[slots] = False
         return self.num_steps
 
-    def addresses(self, first: int = 0, total: int | None = None) -> dict[str, int]:
-        """Address of every cache tensor, as input and as output, from a slot on.
-
-        total: columns of a portable stage's output, None for a decode step's.
-        """
-        offset, past = first * self.row_bytes * self.inplace, tensor_bytes(self._manifest, self.columns)
-        present = past if self.inplace else tensor_bytes(self._manifest, total or self.columns + 1)
-        starts = ((self._past + offset, past), (self._present + offset, present))
+    def addresses(self, first: int | None = None) -> dict[str, int]:
+        """Address of every cache tensor, as input and output: of a prefill from a slot on; None: of a decode step."""
+        past = (self._past + (first or 0) * self.row_bytes, tensor_bytes(self._manifest, self.columns))
+        present = past if self.inplace else (self._new, tensor_bytes(self._manifest, 1))
+        if first is not None:  # whose portable past is empty
+            past, present = present, past
         return {
             name: start + index * size
             for index, names in enumerate(self._names)
-            for name, (start, size) in zip(names, starts, strict=True)
+            for name, (start, size) in zip(names, (past, present), strict=True)
         }
 
     def dims(self, columns: int, length: int) -> dict[str, int]:
         """Sizes of the cache's dimensions in a step that writes so many columns behind the longest slot's length."""
         if not self.inplace:
-            past = self.columns if length else 0
-            return {"past_len": past, "total_len": past + columns}
+            return {"past_len": self.columns if length else 0}
         return {CONTEXT_LEN: min(-(-(length + columns) // CONTEXT_STEP) * CONTEXT_STEP, self.context)}
 
-    def kv_start(self, slots: Slots) -> npt.NDArray[np.int64]:
+    def kv_start(self, slots: "Slots | int") -> npt.NDArray[np.int64]:
         """The first column of each slot that a decode step sees."""
         return self.starts[slots] if self.inplace else self.columns - (self.ends - self.starts)[slots]
 
-    def store(self, cuda: CudaDevice, slots: Slots, columns: int) -> None:
-        """Copy a step's columns from where a portable stage has put them to the past; before they are counted."""
+    def store_prompt(self, cuda: CudaDevice, slots: Slots, columns: int) -> None:
+        """Bring the columns of a portable prompt from the start of its slots' memory to their place; before they count.
+
+        Old and new place overlap, so each tensor goes through a copy.
+        """
         if self.inplace:
             return
-        heads = self._manifest.bundle.language.num_key_value_heads
-        for number, slot in enumerate(slots.tolist()):
-            length = int(self.ends[slot] - self.starts[slot]) if self.ends[slot] else 0
-            # a prompt's columns begin behind its padding, a token's is the last
-            skipped, total = (self.columns, self.columns + 1) if length else (int(self.starts[slot]), columns)
-            count = total - skipped
-            if not length:
-                self._prefilled[slot] = count
-            place = self._place(self._past, slot, self.columns, self.columns - length - count)
+        self._prefilled[slots] = columns - self.starts[slots]
+        heads, size = self._heads, tensor_bytes(self._manifest, self.columns)
+        for tensor in range(len(self._names)):
+            start = self._past + tensor * size
+            made = start + int(slots[0]) * heads * self.columns * self._column_bytes
+            cuda.copy(self._room, made, len(slots) * heads * columns * self._column_bytes)
+            for number, slot in enumerate(slots.tolist()):
+                count = int(self._prefilled[slot])
+                cuda.copy_rows(
+                    self._place(start, slot, self.columns, self.columns - count),
+                    self._place(self._room, number, columns, columns - count),
+                    count * self._column_bytes,
+                    heads,
+                    1,
+                )
+
+    def store_token(self, cuda: CudaDevice, slots: Slots) -> None:
+        """Copy the column that a portable decode step made of each slot before all others of it; before it counts."""
+        for slot in [] if self.inplace else slots.tolist():
             cuda.copy_rows(
-                place,
-                self._place(self._present, slot if length else number, total, skipped),
-                count * self._column_bytes,
-                heads,
+                self._place(self._past, slot, self.columns, int(self.kv_start(slot)) - 1),
+                self._place(self._new, slot, 1, 0),
+                self._column_bytes,
+                self._heads,
                 len(self._names),
             )
 
     def _place(self, start: int, slot: int, columns: int, column: int) -> Rows:
         """The heads of a slot, from a column on, in all tensors."""
-        heads, pitch = self._manifest.bundle.language.num_key_value_heads, columns * self._column_bytes
-        address = start + slot * heads * pitch + column * self._column_bytes
+        pitch = columns * self._column_bytes
+        address = start + slot * self._heads * pitch + column * self._column_bytes
         return Rows(address, pitch, tensor_bytes(self._manifest, columns) // pitch)
 
     def length_of(self, slots: Slots) -> int:

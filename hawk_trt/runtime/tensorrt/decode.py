@@ -91,7 +91,7 @@ class DecodeStep:
         self._give(rows, inputs, slots)
         dims = self._cache.dims(1, self._cache.length_of(slots))
         self._run_bound(rows, dims)
-        self._cache.store(self._memory.cuda, slots, 1)
+        self._cache.store_token(self._memory.cuda, slots)
         self._memory.cuda.synchronize()
         return self._token.array((rows,), np.dtype(np.int64))[slots], rows
 

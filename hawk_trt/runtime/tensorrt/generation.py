@@ -62,7 +62,7 @@ class Prefill:
         memory, cuda = self.memory, self.memory.cuda
         started = time.perf_counter()
         dims = self._dims(inputs, num_visual, inputs.num_kept_total)
-        addresses = {**memory.addresses, **self.cache.addresses(first, inputs.num_kept_total)}
+        addresses = {**memory.addresses, **self.cache.addresses(first)}
         self._first_layer.bind(dims, addresses)
         self._decoder.bind(dims, addresses)
         self._upload(inputs)
@@ -139,7 +139,7 @@ class TensorRtGeneration:
             self._cache.check_room(inputs.num_kept_total, self._slots)
             outputs = self._prefill.run(inputs, num_visual, int(self._slots[0]), logits=logits)
             self._cache.starts[self._slots] = inputs.kv_start
-            self._cache.store(self._memory.cuda, self._slots, inputs.num_kept_total)
+            self._cache.store_prompt(self._memory.cuda, self._slots, inputs.num_kept_total)
             self._advance(inputs.num_kept_total, np.arange(self.batch), outputs.step.logits)
         return outputs
 

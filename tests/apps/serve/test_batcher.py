@@ -13,7 +13,6 @@ from hawk_trt.errors import InvalidInput
 from hawk_trt.runtime.kv_cache import KVCache
 from hawk_trt.scheduler import Scheduler
 from hawk_trt.sequence import Sequence
-from hawk_trt.stages import in_place
 from served import Heard, alone, ask, assert_same, assert_served_as_alone
 from trt_machine import Machines, engine_folder
 
@@ -114,7 +113,7 @@ def test_the_cache_stays_within_its_bound_and_no_job_overtakes_another(pipe, mon
     jobs = [text_job(pipe, length) for length in lengths]
     rows, length = fit
     columns = len(jobs[0].prompt.input_ids) + length - 1
-    column_bytes = pipe.bundle.manifest.kv_bytes_per_token * (1 if in_place(pipe.backend.target) else 2)
+    column_bytes = pipe.bundle.manifest.kv_bytes_per_token
     bound_mb = (rows * columns + 0.5) * column_bytes / 1e6
     seen, order = [], []
     step, run_prompts = Scheduler.step, Scheduler._run_prompts

@@ -42,7 +42,7 @@ def test_engines_answer_as_many_requests_together_as_they_have_slots(tiny_bundle
     inplace, portable = (engine_folder(tiny_bundle, tmp_path / target, target) for target in ("tensorrt", "portable"))
     assert (rows(tiny_bundle), rows(tiny_bundle, max_batch=3)) == (8, 3)
     assert (rows(inplace), rows(inplace, max_batch=3)) == (4, 3)
-    assert rows(portable) == 1
+    assert (rows(portable), rows(portable, max_batch=3)) == (4, 3)
 
 
 @pytest.mark.parametrize(

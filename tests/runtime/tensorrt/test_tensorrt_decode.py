@@ -124,7 +124,7 @@ def test_a_portable_answer_replays_one_graph_and_copies_each_new_column_in_place
         assert pipe.backend.decode_step.captures == 2  # over 256 columns, and over 320 for the long answer
         assert machines.driver.enqueued["decoder 1"] == 2
         generation = pipe.backend.start(1, 64)
-        before = Counter(machines.driver.calls), len(machines.trt.calls)
+        before, moved = (Counter(machines.driver.calls), len(machines.trt.calls)), Counter(machines.driver.moved)
         assert (generation.columns, pipe.backend.can_gather) == (256, False)
         pipe.backend.cache.ends[0] = 9
         for number in range(8):
@@ -136,6 +136,8 @@ def test_a_portable_answer_replays_one_graph_and_copies_each_new_column_in_place
             "cuStreamSynchronize": 8,
         }
         assert len(machines.trt.calls) == before[1]
+        column = 2 * 4 * 2 * 32 * 4  # keys and values, layers, heads, head_dim, bytes
+        assert machines.driver.moved["copy rows"] - moved["copy rows"] == 8 * column
 
 
 def test_a_portable_generation_after_one_that_was_not_finite_is_clean(tiny_bundle, tmp_path, machines):

@@ -58,14 +58,14 @@ def test_what_one_stage_writes_the_next_reads_at_one_address(folders):
     assert {context.scratch for context in contexts.values()} == {vision.scratch}
 
 
-def test_the_cache_of_a_tensorrt_plan_is_one_tensor_and_of_a_portable_plan_two(folders):
+def test_a_portable_plan_needs_room_for_new_columns_and_for_one_tensor_beside_the_cache(folders):
     from hawk_trt.runtime.tensorrt.cache import KVCache
 
     inplace, portable = (EngineFolder.load(folders[p]).manifest for p in ("tensorrt", "portable"))
     layers, heads, context, dim, batch = 4, 2, 320, 32, 4
     size = 2 * layers * batch * heads * context * dim * 4
     assert KVCache.size_bytes(inplace) == size
-    assert KVCache.size_bytes(portable) == size + size // 320 * 321  # what a step puts out is one column longer
+    assert KVCache.size_bytes(portable) == size + size // context + size // (2 * layers)
     cache, slots = KVCache(inplace, 1 << 20), np.array([0])
     assert cache.addresses()["past_key.2"] == cache.addresses()["present_key.2"]
     cache.ends[slots] += 3
@@ -75,10 +75,13 @@ def test_the_cache_of_a_tensorrt_plan_is_one_tensor_and_of_a_portable_plan_two(f
     assert cache.dims(1, cache.length_of(slots)) == {"context_len": 320}  # the end, which is no multiple of 256
     cache = KVCache(portable, 1 << 20)
     before = cache.addresses()
-    assert cache.dims(3, 0) == {"past_len": 0, "total_len": 3}
+    assert cache.dims(3, 0) == {"past_len": 0}
+    prompt = cache.addresses(1)
+    assert prompt["present_key.2"] == before["past_key.2"] + size // (2 * layers) // batch  # its own slot's memory
+    assert prompt["past_key.2"] == before["present_key.2"]
     cache.ends[slots] += 3
     assert cache.addresses() == before and before["past_key.2"] < before["past_key.3"] < before["present_key.0"]
-    assert cache.dims(1, cache.length_of(slots)) == {"past_len": 320, "total_len": 321}
+    assert cache.dims(1, cache.length_of(slots)) == {"past_len": 320}
     assert cache.kv_start(slots).tolist() == [317]
 
 

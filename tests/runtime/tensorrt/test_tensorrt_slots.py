@@ -246,6 +246,8 @@ def test_numbers_that_are_not_finite_end_their_row_alone_and_its_slot_is_clean_a
         for number, sequence in ((0, sequences[0]), (2, sequences[2]), (3, sequences[3]), (5, follower)):
             assert_answers(sequence, alone(bundle, job(pipe, number, 24)))
         for name, address in cache.addresses().items():
+            if not name.startswith("past"):
+                continue
             row = machines.driver.block(address + slot * cache.row_bytes, cache.row_bytes)
             values = row.view(address + slot * cache.row_bytes, cache.row_bytes).view(np.float32)
             assert np.isfinite(values).all(), name
