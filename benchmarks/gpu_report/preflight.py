@@ -3,8 +3,9 @@
 In: bundles, or nothing for a small random model of every family in every dtype and quantisation; versions of
 onnxruntime-gpu, the oldest and the newest supported unless told otherwise. Out: a row for each graph of the target cuda
 and exit 1 where a session cannot be made, a copy between CPU and GPU was added, a node that computes is on the CPU, or
-attention in half precision over a KV cache takes another kernel than FlashAttention. The provider is the real one, over
-the stub libraries of stub_cuda.py: it proves loading, placement and the choice of kernels, neither values nor speed.
+attention in half precision takes another kernel than it should: FlashAttention in language stages, and in vision
+stages, whose windows have masks, any that keeps no scores. The provider is the real one, over the stub libraries of
+stub_cuda.py: it proves loading, placement and the choice of kernels, neither values nor speed.
 Wheels are fetched when first needed, 250 MB each, into build/onnxruntime-gpu.
 """
 
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,8 +39,13 @@ _SHAPE_OPERATORS = {
     *("Neg", "Range", "Reshape", "Shape", "Slice", "Split", "Squeeze", "Sub", "Unsqueeze", "Where"),
 }
 _GRAPHED = ("first_layer", "decoder")  # decode steps, which a CUDA graph may hold
-# Of a prefill of 64 tokens, for the words of dynamic dimensions.
+# For the words of dynamic dimensions: a prefill of 64 tokens, a frame of 1,008 x 1,008 pixels, 13 tiles.
 _SIZES = {"batch": 1, "num_visual": 1, "num_text": 64, "seq_len": 64, "num_kept_total": 64, "cache_len": 256}
+_SIZES |= {"num_frames": 1, "num_patches": 72**2, "num_merged": 36**2, "num_windows": 9**2, "window_len": 8**2}
+_SIZES |= {"num_tiles": 13}
+# How the provider's log calls the kernels of attention that keep no scores.
+_FLASH = "Flash Attention"
+_FUSED = (_FLASH, "Memory Efficient Attention")
 _TYPES = {"tensor(float)": 1, "tensor(int64)": 7, "tensor(bool)": 9, "tensor(float16)": 10, "tensor(bfloat16)": 16}
 _CPU_PROVIDER = "CPUExecutionProvider"
 _FAILED = 1
@@ -54,14 +60,14 @@ class Placement:
         refusal: why there is no session, None where there is one.
         copies: Memcpy nodes that were added.
         on_cpu: nodes on the CPU provider by operator.
-        slow_attention: layers in half precision that a prefill runs without FlashAttention, of all with a KV cache.
+        attention: how often each kernel of attention ran in half precision, "unfused" for all that are not known.
     """
 
     graph: str
     refusal: str | None
     copies: int
     on_cpu: dict[str, int]
-    slow_attention: int = 0
+    attention: dict[str, int] = field(default_factory=dict)
 
     @property
     def problem(self) -> str | None:
@@ -71,9 +77,9 @@ class Placement:
         computing = {name: count for name, count in self.on_cpu.items() if name not in _SHAPE_OPERATORS}
         if self.copies or computing:
             return f"{self.copies} copies, computing on the CPU: {computing or 'nothing'}"
-        if self.slow_attention:
-            return f"{self.slow_attention} layers without FlashAttention"
-        return None
+        good = _FUSED if "vision" in self.graph else (_FLASH,)
+        slow = {name: count for name, count in self.attention.items() if name not in good}
+        return f"attention: {slow}, expected {' or '.join(good)}" if slow else None
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -93,9 +99,13 @@ def main(arguments: list[str] | None = None) -> int:
                     print(f"onnxruntime-gpu {version}: {placement.graph}: {placement.problem}")
                 shapes = max(sum(placement.on_cpu.values()) for placement in placements)
                 good = len(placements) - len(wrong)
+                kernels = collections.Counter[str]()
+                for placement in placements:
+                    kernels.update(placement.attention)
+                attention = ", ".join(f"{count} {name}" for name, count in sorted(kernels.items()))
                 print(
                     f"onnxruntime-gpu {version}: {good} of {len(placements)} graphs placed well, "
-                    f"at most {shapes} shape nodes on the CPU"
+                    f"at most {shapes} shape nodes on the CPU; attention in half precision: {attention}"
                 )
                 failed += len(wrong)
     except (HawkError, OSError) as error:
@@ -158,7 +168,7 @@ def _placement(path: Path) -> Placement:
     settings = {"device_id": "0", "use_tf32": "0"}
     if path.name.startswith(_GRAPHED):
         settings["enable_cuda_graph"] = "1"
-    refusal, cached = None, 0
+    refusal, half = None, 0
     ort.set_default_logger_severity(0)  # which tells the kernel that attention takes
     with tempfile.TemporaryFile() as log:
         stderr = os.dup(2)
@@ -168,8 +178,8 @@ def _placement(path: Path) -> Placement:
             session = ort.InferenceSession(str(path), options, providers=providers)
             if session.get_providers()[0] == _CPU_PROVIDER:
                 refusal = "the CUDA provider did not start"
-            elif path.name.startswith(_GRAPHED):
-                cached = _prefill(session)
+            elif path.name.startswith(STAGES):
+                half = _run(session, path)
         except Exception as error:  # ONNX Runtime's errors have no common class, and each is the answer here
             refusal = " ".join(str(error).split())[:300]
         finally:
@@ -178,26 +188,29 @@ def _placement(path: Path) -> Placement:
             ort.set_default_logger_severity(2)
         log.seek(0)
         said = log.read().decode(errors="replace")
-    slow = cached - said.count("ONNX Attention: using Flash Attention")
-    return Placement("/".join(path.parts[-2:]), refusal, *_placed(said), slow)
+    attention = {name: said.count(f"ONNX Attention: using {name}") if half else 0 for name in _FUSED}
+    attention["unfused"] = half - sum(attention.values())
+    return Placement("/".join(path.parts[-2:]), refusal, *_placed(said), {k: n for k, n in attention.items() if n})
 
 
-def _prefill(session: "ort.InferenceSession") -> int:
-    """Run a language stage over a prompt; layers with a KV cache in half precision."""
+def _run(session: "ort.InferenceSession", path: Path) -> int:
+    """Run a stage; its nodes of attention in half precision."""
+    import onnx
     import onnxruntime as ort
 
-    binding, half = session.io_binding(), 0
+    binding, tensors = session.io_binding(), [*session.get_inputs(), *session.get_outputs()]
+    half = any("float16" in entry.type for entry in tensors)
     for entry in session.get_inputs():
         shape = [_SIZES[size] if isinstance(size, str) else size for size in entry.shape]
         value = ort.OrtValue.ortvalue_from_shape_and_type(shape, _TYPES[entry.type], "cuda", 0)
         binding.bind_ortvalue_input(entry.name, value)
-        half += entry.name.startswith("past_key") and entry.type != "tensor(float)"
     for entry in session.get_outputs():
         binding.bind_output(entry.name, "cuda", 0)
     options = ort.RunOptions()
     options.add_run_config_entry("gpu_graph_id", "-1")
     session.run_with_iobinding(binding, options)
-    return half
+    nodes = onnx.load(path, load_external_data=False).graph.node
+    return sum(node.op_type == "Attention" for node in nodes) if half else 0
 
 
 def _placed(log: str) -> tuple[int, dict[str, int]]:
@@ -257,7 +270,8 @@ def _configs() -> dict[str, dict[str, Any]]:
     ids = {"image_token_id": 310, "video_token_id": 311, "vision_start_token_id": 312, "vision_end_token_id": 301}
     mrope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 12, 12]}
     qwen = text | {"rope_parameters": mrope}
-    tower = {"depth": 2, "num_heads": 2, "hidden_size": 128, "intermediate_size": 256, "out_hidden_size": 256}
+    # heads of the released sizes: 80, 72 and 64
+    tower = {"depth": 2, "num_heads": 2, "intermediate_size": 256, "out_hidden_size": 256}
     qwen3 = qwen | {"head_dim": 64, "rope_parameters": mrope | {"mrope_interleaved": True}}
     partial = {"mrope_section": [3, 3, 2], "partial_rotary_factor": 0.25, "mrope_interleaved": True}
     linear = {"num_key_heads": 2, "num_value_heads": 4, "key_head_dim": 64, "value_head_dim": 64}
@@ -268,20 +282,21 @@ def _configs() -> dict[str, dict[str, Any]]:
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
         "intermediate_size": 256,
-        "image_size": [56, 56],
+        "image_size": [448, 448],
         "patch_size": [14, 14],
     }
-    tiles = {"vision_config": tile, "image_token_id": 310, "image_seq_length": 4}
+    tiles = {"vision_config": tile, "image_token_id": 310, "image_seq_length": 256}
     configs = {
         "Qwen2VL": transformers.Qwen2VLConfig(
-            text_config=qwen, vision_config={"depth": 2, "embed_dim": 128, "hidden_size": 256, "num_heads": 2}, **ids
+            text_config=qwen, vision_config={"depth": 2, "embed_dim": 160, "hidden_size": 256, "num_heads": 2}, **ids
         ),
         "Qwen2_5_VL": transformers.Qwen2_5_VLConfig(
-            text_config=qwen, vision_config=tower | {"fullatt_block_indexes": [1]}, **ids
+            text_config=qwen, vision_config=tower | {"hidden_size": 160, "fullatt_block_indexes": [1]}, **ids
         ),
         "Qwen3VL": transformers.Qwen3VLConfig(
             text_config=qwen3,
-            vision_config=tower | {"num_position_embeddings": 36, "deepstack_visual_indexes": [0, 1]},
+            vision_config=tower
+            | {"hidden_size": 144, "num_position_embeddings": 36, "deepstack_visual_indexes": [0, 1]},
             **ids,
         ),
         "Qwen3_5": transformers.Qwen3_5Config(

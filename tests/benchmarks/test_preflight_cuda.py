@@ -30,13 +30,13 @@ def save(path, *operators):
     return path
 
 
-def save_attention(path, *, masked):
-    """Attention over a KV cache in float16: with a mask, or causal over the columns that are written."""
+def save_attention(path, *, masked, columns="cache_len"):
+    """Attention in float16: with a mask, or causal over the columns of a KV cache that are written."""
     half, count = TensorProto.FLOAT16, "seq_len"
     shapes = {
         "query": (half, ["batch", 4, count, 64]),
-        "past_key.1": (half, ["batch", 2, "cache_len", 64]),
-        "mask": (TensorProto.BOOL, ["batch", 1, count, "cache_len"]),
+        "past_key.1": (half, ["batch", 2, columns, 64]),
+        "mask": (TensorProto.BOOL, ["batch", 1, count, columns]),
         "written": (TensorProto.INT64, ["batch"]),
         "out": (half, ["batch", 4, count, 64]),
     }
@@ -65,6 +65,7 @@ def placements(tiny_checkpoint, tiny_bundle, tmp_path_factory):
     graphs += [
         save_attention(folder / f"decoder.{name}.onnx", masked=name == "masked") for name in ("masked", "causal")
     ]
+    graphs += [save_attention(folder / f"vision.{columns}.onnx", masked=True, columns=columns) for columns in (64, 63)]
     return {placement.graph: placement for placement in place(graphs, NEWEST)}
 
 
@@ -72,6 +73,9 @@ def test_every_graph_of_the_tiny_model_stays_on_the_gpu(placements):
     tiny = {name: placement.problem for name, placement in placements.items() if "tiny" in name}
     assert len(tiny) == 9
     assert not any(tiny.values()), tiny
+    kernels = {name.split("/")[1]: p.attention for name, p in placements.items() if "bfloat16" in name}
+    assert kernels["vision.cuda.onnx"] == {"Flash Attention": 2, "Memory Efficient Attention": 2}
+    assert kernels["decoder.cuda.onnx"] == {"Flash Attention": 3}
 
 
 def test_an_operator_without_a_kernel_is_seen(placements):
@@ -82,9 +86,15 @@ def test_an_operator_without_a_kernel_is_seen(placements):
 
 
 def test_attention_over_a_cache_that_is_not_flash_attention_is_seen(placements):
-    *_, masked, causal = placements.values()
-    assert masked.problem == "1 layers without FlashAttention"
+    *_, masked, causal, _, _ = placements.values()
+    assert masked.problem == "attention: {'Memory Efficient Attention': 1}, expected Flash Attention"
     assert causal.problem is None
+
+
+def test_attention_of_a_vision_graph_that_keeps_its_scores_is_seen(placements):
+    *_, windows, unfused = placements.values()
+    assert windows.problem is None
+    assert unfused.problem == "attention: {'unfused': 1}, expected Flash Attention or Memory Efficient Attention"
 
 
 def test_a_provider_that_does_not_start_is_no_pass(tmp_path, monkeypatch):
@@ -99,7 +109,6 @@ def test_a_copy_or_an_operator_that_computes_on_the_cpu_is_a_problem():
     assert Placement("graph", None, 1, {"Shape": 3}).problem == "1 copies, computing on the CPU: nothing"
     assert Placement("graph", None, 0, {"MatMul": 1}).problem == "0 copies, computing on the CPU: {'MatMul': 1}"
     assert Placement("graph", "no kernel", 0, {}).problem == "no session: no kernel"
-    assert Placement("graph", None, 0, {}, 2).problem == "2 layers without FlashAttention"
 
 
 def test_a_version_that_is_not_there_is_an_error(tiny_bundle, capsys, monkeypatch):
