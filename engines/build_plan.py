@@ -12,14 +12,16 @@ from pathlib import Path
 from hawk_trt import __version__
 from hawk_trt.bundle import MANIFEST, Bundle
 from hawk_trt.engine_folder import ENGINES_SCHEMA_VERSION, EngineFolder, EngineManifest, Limits, Machine, PlanEntry
-from hawk_trt.errors import BundleError
+from hawk_trt.errors import BundleError, InvalidInput
 from hawk_trt.files import sha256_file
-from hawk_trt.stages import STAGES
+from hawk_trt.runtime.versions import at_least
+from hawk_trt.stages import PORTABLE, STAGES
 
 from .prepare import PreparedGraph, prepare
 from .profiles import plan_profiles
 from .workarounds import Workaround
 
+_FLOAT8_CAPABILITY = "8.9"
 # The code that decides what a plan is: another version of it makes plans stale.
 _DECIDES = ("builder.py", "prepare.py", "profiles.py", "workarounds.py")
 
@@ -79,13 +81,20 @@ def plan_build(
 
     Raises:
         BundleError: the bundle does not hold the target.
-        InvalidInput: engines cannot be built for its family yet.
+        InvalidInput: engines cannot be built for its family yet, or its weights are not for this GPU.
     """
     plugin = settings.plugin
     graphs = tuple(
         prepare(bundle, stage, target, max_context=limits.context, plugin=plugin is not None, tensorrt=machine.tensorrt)
         for stage in STAGES
     )
+    if any(graph.has_float8 for graph in graphs) and not at_least(machine.compute_capability, _FLOAT8_CAPABILITY):
+        first = "" if PORTABLE in bundle.manifest.targets else "export again with --target portable and "
+        raise InvalidInput(
+            f"weights: got FP8, which begins with compute capability {_FLOAT8_CAPABILITY}; {machine.gpu} has "
+            f"{machine.compute_capability}. Target portable holds the same weights in {bundle.manifest.dtype}: "
+            f"{first}build with --target portable. Smaller: export a checkpoint of int4 weights (AWQ, GPTQ)"
+        )
     plans = tuple(
         PlanEntry(
             stage=graph.stage,

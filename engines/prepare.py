@@ -36,6 +36,7 @@ class PreparedGraph:
         content: the serialized model, its weights external.
         inputs, outputs: dynamic dimensions by their word.
         has_topk: whether it holds hawk::WeightedTopK, which the plugin is for.
+        has_float8: whether some of its weights are FP8.
     """
 
     stage: str
@@ -46,6 +47,7 @@ class PreparedGraph:
     outputs: tuple[TensorEntry, ...]
     weight_bytes: int
     has_topk: bool
+    has_float8: bool
 
 
 def prepare(
@@ -84,6 +86,7 @@ def prepare(
             int(entry.value) for tensor in graph.initializer for entry in tensor.external_data if entry.key == "length"
         ),
         has_topk=any(node.op_type == PLUGIN_OP for node in graph.node),
+        has_float8=any(tensor.data_type == onnx.TensorProto.FLOAT8E4M3FN for tensor in graph.initializer),
     )
 
 

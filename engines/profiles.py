@@ -148,10 +148,10 @@ def choose_target(manifest: Manifest, version: str, asked: str | None = None) ->
     """
     check_layers(manifest, version)
     weights = manifest.weights
-    if weights is not None and weights.bits == 8:
+    if weights is not None and weights.bits == 8 and weights.block_size:
         raise InvalidInput(
             f"weights: got int8 in blocks of {weights.block_size}, for which TensorRT documents 4-bit integers alone. "
-            "Export again with --dtype int4, or with float weights"
+            "Export again with --dtype int8 --block-size 0 (a scale a row), with --dtype int4, or with float weights"
         )
     too_old = not at_least(version, OPSET_24_TENSORRT)
     target = asked or (PORTABLE if too_old or TENSORRT not in manifest.targets else TENSORRT)

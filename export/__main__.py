@@ -25,7 +25,7 @@ from hawk_trt.stages import CUDA, NORMALIZATIONS, TARGETS
 
 from .checkpoint import Checkpoint
 from .head_weights import UNIFORM
-from .quantisation import BLOCK_SIZES, WEIGHT_BITS
+from .quantisation import BLOCK_SIZES, WEIGHT_BITS, WHOLE_ROW
 from .random_checkpoint import random_checkpoint
 from .real_shapes import SHAPES, shape_config
 from .writer import ExportOptions, export, up_to_date
@@ -52,7 +52,7 @@ def export_checkpoint(
     out: Path,
     dtype: Annotated[str, dtypes(*_INTEGERS)] = "float32",
     activations: Annotated[str | None, dtypes()] = None,
-    block_size: Annotated[int | None, Parameter(choices=tuple(map(str, BLOCK_SIZES)))] = None,
+    block_size: Annotated[int | None, Parameter(choices=tuple(map(str, (*BLOCK_SIZES, WHOLE_ROW))))] = None,
     target: Annotated[tuple[str, ...], names(TARGETS)] = (),
     normalization: Annotated[str, Parameter(choices=NORMALIZATIONS)] = "l2",
     link: bool = False,
@@ -76,7 +76,7 @@ def export_checkpoint(
         out: the bundle's folder
         dtype: dtype of weights and activations; int8 and int4 quantise the language model (docs/quantised.md)
         activations: dtype of all else beside int8 and int4 weights (default: float32; float16 for target cuda alone)
-        block_size: int8 and int4 weights that share a scale (default: 64)
+        block_size: int8 and int4 weights that share a scale (default: 64); 0 for a whole row of int8, as TensorRT wants
         target: what the graphs are for: cpu, cuda, tensorrt, portable, with commas between them (default: all that can)
         normalization: how the scores of a head are normalised
         link: hard-link the checkpoint's files instead of copying their weights
@@ -103,7 +103,7 @@ def export_checkpoint(
             "--layers, --vision-layers: only with --shape; a checkpoint has its own",
         ),
         (
-            dtype not in _INTEGERS and (activations or block_size),
+            dtype not in _INTEGERS and (activations is not None or block_size is not None),
             f"--activations, --block-size: only with --dtype {' or '.join(_INTEGERS)}, got {dtype}",
         ),
         (
@@ -116,7 +116,7 @@ def export_checkpoint(
     bits = _INTEGERS.get(dtype)
     options = ExportOptions(
         dtype=dtype if bits is None else activations or ("float16" if target == (CUDA,) else "float32"),
-        weights=None if bits is None else WeightFormat(bits, block_size or _BLOCK_SIZE),
+        weights=None if bits is None else WeightFormat(bits, _BLOCK_SIZE if block_size is None else block_size),
         targets=target,
         normalization=normalization,
         link=link,

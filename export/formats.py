@@ -25,6 +25,7 @@ from hawk_trt.errors import CheckpointError
 from hawk_trt.stages import TENSORRT
 
 from .checkpoint_files import CONFIG, read_json
+from .quantisation import WHOLE_ROW
 from .stored import AwqMatrix, Float8Matrix, GptqMatrix, GptqV2Matrix, IntegerMatrix, PackedMatrix, check_groups
 from .tensor_file import CheckpointTensor
 
@@ -292,7 +293,11 @@ def _found(
     method: str, matrices: Mapping[str, CheckpointTensor], plain: Mapping[str, CheckpointTensor]
 ) -> Quantisation:
     kinds = Counter(_kind(matrix) for matrix in matrices.values())
-    formats = Counter(matrix.format for matrix in matrices.values() if isinstance(matrix, IntegerMatrix))
+    integers = [matrix for matrix in matrices.values() if isinstance(matrix, IntegerMatrix)]
+    formats = Counter(WeightFormat(8, WHOLE_ROW) if matrix.by_row else matrix.format for matrix in integers)
+    # TensorRT takes no blocks of 8-bit integers: where there are any, they count
+    blocks = [found for found in formats if found.bits == 8 and found.block_size]
+    counted = [*blocks, *(found for found, _ in formats.most_common(1))]
     told = ", ".join(f"{count} matrices {kind}" for kind, count in kinds.most_common())
     left = Counter(
         "the vision tower" if name.startswith("visual.") else re.sub(r"\.\d+\.", ".*.", name.removesuffix(".weight"))
@@ -309,7 +314,7 @@ def _found(
     }
     return Quantisation(
         method,
-        formats.most_common(1)[0][0] if formats else None,
+        counted[0] if counted else None,
         f"{method}, {told}{rest}",
         frozenset(scales),
         any(isinstance(matrix, Float8Matrix) for matrix in matrices.values()),

@@ -15,7 +15,7 @@ from hawk_trt.bundle import numpy_dtype
 from hawk_trt.stages import PORTABLE
 
 from .contract import StageSpec, TensorSpec, residual_dtype
-from .quantisation import QUANTISED_OPSET
+from .quantisation import QUANTISED_OPSET, ROW_SCALES_OPSET
 from .weights import QuantisedMatrix, WeightStore
 
 # TensorRT 10.3 parses the ops of opset 18; opset 24 has Attention, TensorScatter, RMSNormalization and RotaryEmbedding.
@@ -149,7 +149,8 @@ class GraphBuilder:
         for value in parts:
             if value is not None:
                 self._graph.register_initializer(value)
-        self._graph.opset_imports[""] = max(self._graph.opset_imports[""] or 0, QUANTISED_OPSET)
+        needed = ROW_SCALES_OPSET if found.by_row else QUANTISED_OPSET
+        self._graph.opset_imports[""] = max(self._graph.opset_imports[""] or 0, needed)
         return found
 
     def has_weight(self, name: str) -> bool:

@@ -35,15 +35,8 @@ def _product(g: GraphBuilder, x: ir.Value, weight: str, name: str, *bias: ir.Val
     if found.order is not None:
         x = g.op("Gather", x, found.order, axis=1, name=f"{name}/inputs_by_group")
     zeros = [] if found.zero_points is None else [found.zero_points]
-    matrix = g.op(
-        "DequantizeLinear",
-        found.values,
-        found.scales,
-        *zeros,
-        axis=0,
-        block_size=found.block_size,
-        name=f"{name}/dequantised",
-    )
+    scaled: dict[str, Any] = {"axis": 1} if found.by_row else {"axis": 0, "block_size": found.block_size}
+    matrix = g.op("DequantizeLinear", found.values, found.scales, *zeros, name=f"{name}/dequantised", **scaled)
     y = g.op("MatMul", x, matrix, name=name)
     if found.shift is not None:
         # sum_i x_i (q_i - z) s = sum_i x_i q_i s - z s sum_i x_i; the mean stays in float16's range where a sum may not

@@ -25,8 +25,13 @@ from .tensor_file import CheckpointTensor
 
 WEIGHT_BITS = (4, 8)
 BLOCK_SIZES = (32, 64, 128)
+# In place of a block size: a row of 8-bit integers shares a scale, which is what TensorRT documents of them. ONNX
+# Runtime multiplies by blocks alone, and gets that scale once for each of so many integers at most.
+WHOLE_ROW, _MOST_IN_BLOCK, _LEAST_IN_BLOCK = 0, 128, 16
 # DequantizeLinear takes blocks and 4-bit integers from here on.
 QUANTISED_OPSET = 21
+# Scales in half precision from here on.
+ROW_SCALES_OPSET = 19
 _LANGUAGE = ("language_model.", "lm_head.")
 # A row for each head of a linear layer: what it forgets and what it takes in.
 _DECAY = (".linear_attn.in_proj_a.weight", ".linear_attn.in_proj_b.weight")
@@ -47,13 +52,19 @@ def may_be_quantised(name: str, shape: tuple[int, ...], scoring_layer: int = 0) 
 
 def fits_blocks(shape: tuple[int, ...], weights: WeightFormat) -> bool:
     """Whether whole blocks fill a matrix [out, in]."""
-    return shape[1] % weights.block_size == 0 and shape[0] % 2 == 0
+    block = block_size(shape[1], weights)
+    return block >= _LEAST_IN_BLOCK and shape[1] % block == 0 and shape[0] % 2 == 0
+
+
+def block_size(columns: int, weights: WeightFormat) -> int:
+    """Integers of a row that share a scale in ONNX Runtime."""
+    return weights.block_size or math.gcd(columns, _MOST_IN_BLOCK)
 
 
 def layout(shape: tuple[int, int], weights: WeightFormat, dtype: str) -> tuple[int, int, int]:
     """Bytes of the integers, offset of the scales behind their start, and bytes of the scales."""
     integers = math.prod(shape) * weights.bits // 8
-    scales = math.prod(shape) // weights.block_size * numpy_dtype(dtype).itemsize
+    scales = math.prod(shape) // block_size(shape[1], weights) * numpy_dtype(dtype).itemsize
     return integers, -(-integers // _ALIGNMENT) * _ALIGNMENT, scales
 
 
@@ -76,7 +87,7 @@ def quantise(
     """
     rows, columns = tensor.shape
     packed = np.empty((columns, rows * weights.bits // 8), np.uint8)
-    scales = np.empty((columns // weights.block_size, rows), numpy_dtype(dtype))
+    scales = np.empty((columns // block_size(columns, weights), rows), numpy_dtype(dtype))
     first = 0
     for chunk in _row_chunks(tensor):
         last = first + len(chunk)
@@ -114,7 +125,7 @@ def _quantised(
     rows: npt.NDArray[np.float32], weights: WeightFormat, dtype: str
 ) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.floating]]:
     """Integers [rows, in], and of the scales tried [rows, in / block_size] those with the least squared error."""
-    blocks = rows.reshape(len(rows), -1, weights.block_size)
+    blocks = rows.reshape(len(rows), -1, weights.block_size or rows.shape[1])
     largest = np.abs(blocks).max(axis=-1, keepdims=True)
     with np.errstate(over="ignore", invalid="ignore"):  # the caller looks for what is not finite
         tried = np.stack([(largest / np.float32(steps)).astype(numpy_dtype(dtype)) for steps in _STEPS[weights.bits]])

@@ -10,7 +10,7 @@ Writers count integers from 0; here 8, or 128, is subtracted of both q and z, wh
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -34,11 +34,15 @@ Bytes = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A tensor of a quantised matrix as graphs hold it: dtype, shape, and what makes its bytes when it is written."""
+    """A tensor of a quantised matrix as graphs hold it: dtype, shape, and what makes its bytes when it is written.
+
+    label: its name in files, where that of the part would be another's.
+    """
 
     dtype: str
     shape: tuple[int, ...]
     make: Callable[[], Iterator[npt.NDArray[Any]]]
+    label: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -67,6 +71,11 @@ class IntegerMatrix(CheckpointTensor):
     def format(self) -> WeightFormat:
         """Bits and block size for DequantizeLinear: a group, or equal parts of it."""
         return WeightFormat(self.bits, math.gcd(self.group, _LARGEST_BLOCK))
+
+    @property
+    def by_row(self) -> bool:
+        """Whether TensorRT gets a scale for each output: it documents blocks of 4-bit integers alone."""
+        return self.bits == 8 and self.group == self.shape[1]
 
     def packed(self) -> Iterator[Bytes]:
         """The integers as bytes [in, out * bits / 8]; with 4 bits the even column is a byte's low half.
@@ -123,6 +132,9 @@ class IntegerMatrix(CheckpointTensor):
             "values": Part(element, (columns, rows), self.packed if order is None else lambda: iter([self.grouped()])),
             "scales": _rounded(self.scales, dtype, blocks, f"{where}: a scale"),
         }
+        if self.by_row and target not in (CPU, CUDA):
+            by_row = _rounded(lambda: self.scales()[0], dtype, (rows,), f"{where}: a scale")
+            parts["scales"] = replace(by_row, label="row_scales")
         if order is not None:
             parts["order"] = Part("int64", (columns,), lambda: iter([order]))
         if zeros is not None and target in (CPU, CUDA):

@@ -23,10 +23,10 @@ import onnx_ir as ir
 
 from hawk_trt.bundle import FileEntry, TableEntry, WeightFormat, file_entry, numpy_dtype
 from hawk_trt.errors import BundleError, CheckpointError
-from hawk_trt.stages import TENSORRT
+from hawk_trt.stages import PORTABLE, TENSORRT
 
 from .checkpoint import Checkpoint
-from .quantisation import fits_blocks, layout, may_be_quantised, quantise
+from .quantisation import WHOLE_ROW, block_size, fits_blocks, layout, may_be_quantised, quantise
 from .stored import Float8Matrix, IntegerMatrix, Part
 from .tensor_file import CheckpointTensor, alternating_buffers
 from .tensors import EMBEDDINGS
@@ -64,7 +64,8 @@ class QuantisedMatrix:
 
     Attributes:
         values: integers [in, out], or float8 [out, in].
-        scales: of blocks of block_size inputs: [in / block_size, out]; of float8 [], [out] or [out, in / block_size].
+        scales: of blocks of block_size inputs: [in / block_size, out], or [out]; of float8 [], [out] or
+            [out, in / block_size].
         scales_dtype: float32 where the model's dtype could not hold them.
         block_size: 0 where a scale is of a whole row or of all.
         zero_points: as the integers, for each scale; None where all are 0, or the target takes none.
@@ -86,6 +87,11 @@ class QuantisedMatrix:
     def is_float8(self) -> bool:
         """Whether the values are float8 [out, in], not integers [in, out]."""
         return self.values.dtype == ir.DataType.FLOAT8E4M3FN
+
+    @property
+    def by_row(self) -> bool:
+        """Whether they are integers with one scale an output, not a block."""
+        return not self.is_float8 and self.scales.shape is not None and len(self.scales.shape) == 1
 
 
 @dataclass(slots=True)
@@ -168,18 +174,24 @@ class WeightStore:
         place = self._place(stage_file, f"{name}/quantised", scales_start + scales_nbytes, content)
         integers_at = replace(place, nbytes=nbytes)
         scales_at = replace(place, offset=place.offset + scales_start, nbytes=scales_nbytes)
+        block = block_size(columns, weights)
+        scales_shape: tuple[int, ...] = (columns // block, shape[0])
+        if weights.block_size == WHOLE_ROW and target in (TENSORRT, PORTABLE):
+            # of all blocks alike, the first
+            scales_at = replace(scales_at, nbytes=scales_nbytes // scales_shape[0])
+            scales_shape = scales_shape[1:]
         return QuantisedMatrix(
             _external(f"{name}/integers", integers_at, f"int{weights.bits}", shape[::-1]),
-            _external(f"{name}/scales", scales_at, dtype, (columns // weights.block_size, shape[0])),
+            _external(f"{name}/scales", scales_at, dtype, scales_shape),
             dtype,
-            weights.block_size,
+            block,
         )
 
     def _parts(self, stage_file: str, name: str, parts: dict[str, Part]) -> dict[str, ir.Value]:
         """New initializers of the parts of a matrix that the checkpoint holds quantised."""
         values = {}
         for word, part in parts.items():
-            label = f"{name}/{'integers' if word == 'values' and part.dtype.startswith('int') else word}"
+            label = f"{name}/{'integers' if word == 'values' and part.dtype.startswith('int') else part.label or word}"
             place = self._place(stage_file, label, part.nbytes, part.make)
             values[word] = _external(label, place, part.dtype, part.shape)
         return values

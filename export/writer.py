@@ -41,7 +41,7 @@ from .checkpoint import Checkpoint
 from .checkpoint_files import SMALL_FILES, added_tokens, read_small_files, stop_tokens
 from .head_weights import default_head_weights
 from .prompts import try_prompts
-from .quantisation import BLOCK_SIZES, WEIGHT_BITS
+from .quantisation import BLOCK_SIZES, WEIGHT_BITS, WHOLE_ROW
 from .tensors import EMBEDDINGS, LM_HEAD
 
 if TYPE_CHECKING:
@@ -113,7 +113,8 @@ class ExportOptions:
 
 
 def _check_weights(weights: WeightFormat, *, link: bool) -> None:
-    for name, got, allowed in (("bits", weights.bits, WEIGHT_BITS), ("block_size", weights.block_size, BLOCK_SIZES)):
+    sizes = (*BLOCK_SIZES, WHOLE_ROW) if weights.bits == 8 else BLOCK_SIZES
+    for name, got, allowed in (("bits", weights.bits, WEIGHT_BITS), ("block_size", weights.block_size, sizes)):
         if got not in allowed:
             raise InvalidInput(f"weights: {name}: got {got}, expected one of {', '.join(map(str, allowed))}")
     if link:

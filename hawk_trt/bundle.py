@@ -120,7 +120,8 @@ class Source:
 class WeightFormat:
     """How the language model's matrices are stored where they are no floats.
 
-    bits: of each integer, 4 or 8. block_size: so many of them along a matrix's input share one scale.
+    bits: of each integer, 4 or 8. block_size: so many of them along a matrix's input share one scale; 0 for all of a
+    row.
     """
 
     bits: int
@@ -161,7 +162,8 @@ class Manifest:
         """The dtype as it is shown: "float32", or "int4 weights in blocks of 64, float32"."""
         if self.weights is None:
             return self.dtype
-        return f"int{self.weights.bits} weights in blocks of {self.weights.block_size}, {self.dtype}"
+        shared = f"in blocks of {self.weights.block_size}" if self.weights.block_size else "with a scale a row"
+        return f"int{self.weights.bits} weights {shared}, {self.dtype}"
 
     @property
     def kv_bytes_per_token(self) -> int:

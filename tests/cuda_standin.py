@@ -63,6 +63,7 @@ class Driver(ModuleType):
         fail: function name -> [calls left before it fails, status].
         capacity: bytes of device memory.
         integrated: whether that is the machine's own.
+        capability: the compute capability, in two numbers.
     """
 
     def __init__(self, gpus=1):
@@ -71,6 +72,7 @@ class Driver(ModuleType):
         self.CUDA_MEMCPY3D, self.CUmemorytype = SimpleNamespace, SimpleNamespace(CU_MEMORYTYPE_DEVICE=2)
         self.CUstream_flags = self.CUevent_flags = self.CUstreamCaptureMode = self.CUdevice_attribute = Flags
         self.gpus, self.capacity, self.integrated = gpus, 1 << 40, False
+        self.capability = (9, 0)
         self.calls, self.enqueued, self.faults, self.fail = Counter(), Counter(), [], {}
         self.moved = Counter()
         self.retained, self.current, self.sticky = 0, [], None
@@ -162,7 +164,8 @@ class Driver(ModuleType):
         return CUresult.CUDA_SUCCESS, b"Stand-in".ljust(size, b"\0")
 
     def cuDeviceGetAttribute(self, attribute, device):
-        return CUresult.CUDA_SUCCESS, {Flags(18): int(self.integrated), Flags(75): 9, Flags(76): 0}[attribute]
+        major, minor = self.capability
+        return CUresult.CUDA_SUCCESS, {Flags(18): int(self.integrated), Flags(75): major, Flags(76): minor}[attribute]
 
     def cuDriverGetVersion(self):
         return CUresult.CUDA_SUCCESS, 13000

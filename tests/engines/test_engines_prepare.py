@@ -8,10 +8,15 @@ import onnx
 import onnxruntime as ort
 import pytest
 
+from engines.build_plan import BuildSettings, plan_build
 from engines.prepare import DECOMPOSABLE, PLUGIN_OP, prepare
-from engines.profiles import TENSORRT_TARGETS
+from engines.profiles import TENSORRT_TARGETS, LargestRequest
+from export.writer import ExportOptions, export
 from hawk_trt.bundle import Bundle
+from hawk_trt.errors import InvalidInput
 from hawk_trt.stages import BIAS_KEEP, DECODER, FIRST_LAYER, PORTABLE, STAGES, TENSORRT
+from quantised_checkpoints import WRITERS, write_quantised
+from trt_machine import Machines
 
 CONTEXT = 48
 NEW = 5
@@ -174,3 +179,29 @@ def test_float16_attention_adds_up_in_float32_where_tensorrt_fuses_that(bundle):
         casts = [made[name] for name in attention.input[:3]]
         assert [cast.input[0] for cast in casts] == list(before.input[:3])
         assert {cast.attribute[0].i for cast in casts} == {onnx.TensorProto.FLOAT}
+
+
+@pytest.mark.parametrize(("targets", "first"), [((TENSORRT, PORTABLE), ""), ((TENSORRT,), "export again .* and ")])
+def test_fp8_weights_are_refused_before_the_build_below_compute_capability_8_9(tmp_path, targets, first):
+    quantised, _ = write_quantised(tmp_path / "checkpoint", WRITERS["float8-rows"])
+    bundle = export(quantised, tmp_path / "bundle", ExportOptions("float16", targets))
+    limits = LargestRequest().limits(bundle.manifest, plugin=False)
+
+    def plan(machine, target):
+        return plan_build(bundle, machine, target, limits, BuildSettings(None, None, None, ()), "")
+
+    with Machines() as machines:
+        from hawk_trt.runtime.tensorrt.cuda import this_machine
+
+        machines.driver.capability = (8, 7)
+        orin = this_machine("10.16.1.11")
+    with pytest.raises(
+        InvalidInput,
+        match=rf"FP8, which begins with compute capability 8\.9; Stand-in has 8\.7\. .* in float16: {first}build with "
+        r"--target portable\. .*AWQ",
+    ):
+        plan(orin, TENSORRT)
+    for capability in ("8.9", "9.0", "12.1"):
+        assert plan(replace(orin, compute_capability=capability), TENSORRT).graphs[1].has_float8
+    if PORTABLE in targets:
+        assert not any(graph.has_float8 for graph in plan(orin, PORTABLE).graphs)

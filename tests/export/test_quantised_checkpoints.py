@@ -11,6 +11,7 @@ import pytest
 import quantised_checkpoints as made
 from checkpoints import HUB, config, named, random_tensors, write_json, write_safetensors
 from engines.prepare import prepare
+from engines.profiles import choose_target
 from export.__main__ import main
 from export.checkpoint import Checkpoint
 from export.writer import ExportOptions, export
@@ -18,8 +19,8 @@ from hawk_trt import ModelInputs, Pipeline, PruningConfig
 from hawk_trt.bundle import WeightFormat
 from hawk_trt.errors import CheckpointError, InvalidInput
 from hawk_trt.runtime import session as ort_session
-from hawk_trt.stages import CPU, DECODER, FIRST_LAYER, TENSORRT, VISION
-from quantised_checkpoints import SMALL, WRITERS, quantisable, write_quantised
+from hawk_trt.stages import CPU, DECODER, FIRST_LAYER, PORTABLE, TENSORRT, VISION
+from quantised_checkpoints import SMALL, WRITERS, Writer, packed, quantisable, write_quantised
 from targets import ON_CPU
 
 INTEGERS = [name for name in WRITERS if not name.startswith("float8")]
@@ -83,15 +84,17 @@ def test_every_matrix_is_read_as_the_floats_it_stands_for(checkpoints, name):
         np.testing.assert_array_equal(quantised.tensor(tensor).array(), plain.tensor(tensor).array(), strict=True)
 
 
+def stored(bundle, tensor):
+    """A tensor of a bundle's files."""
+    raw = (bundle.folder / tensor.location).read_bytes()[tensor.offset : tensor.offset + tensor.length]
+    proto = onnx.TensorProto(data_type=tensor.dtype.value, dims=[*tensor.shape.numpy()], raw_data=raw)
+    return onnx.numpy_helper.to_array(proto)
+
+
 def dequantised(bundle, node):
     """What onnx's reference makes of a DequantizeLinear node, and the checkpoint's name of the matrix."""
     inputs = {value.name: value.const_value for value in node.inputs}
-    stored = {}
-    for name, tensor in inputs.items():
-        raw = (bundle.folder / tensor.location).read_bytes()[tensor.offset : tensor.offset + tensor.length]
-        proto = onnx.TensorProto(data_type=tensor.dtype.value, dims=[*tensor.shape.numpy()], raw_data=raw, name=name)
-        stored[name] = onnx.numpy_helper.to_array(proto)
-    values, scales, *zeros = stored.values()
+    values, scales, *zeros = (stored(bundle, tensor) for tensor in inputs.values())
     axis, block = node.attributes["axis"].value, node.attributes["block_size"].value
     wide = [np.repeat(part.astype(np.float32), block, axis) if block else part[..., None] for part in (scales, *zeros)]
     floats = (values.astype(np.float32) - (wide[1] if zeros else 0)) * wide[0]
@@ -136,7 +139,8 @@ def test_onnx_runtime_multiplies_by_the_integers_themselves(bundles, tmp_path, n
 @pytest.mark.usefixtures("float_activations")
 @pytest.mark.parametrize("target", ON_CPU)
 @pytest.mark.parametrize(
-    "name", ["awq-32", "gptq-symmetric", "gptq-desc-act", "packed-int4-rows", "packed-int8", "float8-blocks"]
+    "name",
+    ["awq-32", "gptq-symmetric", "gptq-desc-act", "packed-int4-rows", "packed-int8", "int8-rows", "float8-blocks"],
 )
 def test_the_answer_is_that_of_the_dequantised_weights(bundles, name, target):
     results = []
@@ -171,6 +175,32 @@ def test_tensorrt_gets_a_second_product_in_place_of_zero_points(bundles, checkpo
         means = x.reshape(5, -1, block).mean(-1)
         exact = x @ plain.tensor(matrix).array().T.astype(np.float64)
         np.testing.assert_allclose(x @ floats.astype(np.float64) + means @ shift.astype(np.float64), exact, atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "target", "opset"), [("packed-int8-rows", TENSORRT, 24), ("int8-rows", PORTABLE, 19)])
+def test_tensorrt_gets_one_scale_for_each_row_of_8_bit_integers(bundles, checkpoints, name, target, opset):
+    bundle = bundles(name, target)
+    plain = Checkpoint.open(checkpoints[name][1])
+    model = ir.load(bundle.folder / bundle.manifest.graph(DECODER, target).file)
+    assert model.opset_imports[""] == opset
+    found = [node for node in model.graph if node.op_type == "DequantizeLinear"]
+    assert len(found) == (SMALL.layers - 1) * 7
+    for node in found:
+        assert node.attributes["axis"].value == 1 and "block_size" not in node.attributes
+        integers, scales = (stored(bundle, value.const_value) for value in node.inputs)
+        expected = plain.tensor(node.inputs[0].name.removesuffix("/integers")).array()
+        np.testing.assert_array_equal((integers * scales).T, expected)
+    assert bundle.manifest.weights == WeightFormat(8, 0)
+    assert choose_target(bundle.manifest, "10.16.1", target) == target
+
+
+def test_8_bit_integers_in_blocks_count_where_a_checkpoint_has_both(checkpoints, tmp_path):
+    rows, plain = (Checkpoint.open(checkpoints[name][0]) for name in ("packed-int8-rows", "packed-int8"))
+    assert (rows.quantisation.weights, plain.quantisation.weights) == (WeightFormat(8, 0), WeightFormat(8, 32))
+    mixed = iter([packed(8, 32, symmetric=True), *[packed(8, None, symmetric=True)] * 100])
+    writer = Writer(lambda matrix: next(mixed).write(matrix), packed(8, None, symmetric=True).settings)
+    folder, _ = write_quantised(tmp_path / "mixed", writer)
+    assert Checkpoint.open(folder).quantisation.weights == WeightFormat(8, 32)
 
 
 @pytest.mark.parametrize("name", FLOAT8)

@@ -21,7 +21,7 @@ from engines.prepare import prepare
 from examples.tiny_task.samples import generate
 from export.__main__ import main
 from export.checkpoint import Checkpoint
-from export.quantisation import layout, quantise
+from export.quantisation import WHOLE_ROW, layout, quantise
 from export.writer import ExportOptions, export
 from hawk_trt import ModelInputs, Pipeline, PruningConfig
 from hawk_trt.apps.cli.main import main as hawk_trt
@@ -30,7 +30,7 @@ from hawk_trt.errors import BackendError, BundleError, CheckpointError, InvalidI
 from hawk_trt.runtime import onnxruntime as ort_backend
 from hawk_trt.runtime import session as ort_session
 from hawk_trt.runtime.comparison import TOLERANCES, tolerance_of
-from hawk_trt.stages import CPU, DECODER, FIRST_LAYER, PORTABLE, VISION
+from hawk_trt.stages import CPU, DECODER, FIRST_LAYER, PORTABLE, TENSORRT, VISION
 from targets import ON_CPU
 
 NUMPY = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
@@ -91,6 +91,39 @@ def test_integers_and_scales_give_the_matrix_back_to_half_a_step(tmp_path, bits,
     assert not found.T[3, :block_size].any()
     relative = np.linalg.norm(found - matrix.T) / np.linalg.norm(matrix)
     assert relative < {4: 0.11, 8: 0.008}[bits]  # a normal distribution: 0.090 and 0.098, 0.0053 and 0.0062
+
+
+def test_a_row_of_8_bit_integers_can_share_a_scale(tmp_path):
+    matrix = np.random.default_rng(0).standard_normal((64, 192)).astype(np.float32)
+    by_row = WeightFormat(8, WHOLE_ROW)
+    packed, scales = quantise(one_matrix(tmp_path, matrix), by_row, "float32")
+    assert scales.shape == (3, 64)  # ONNX Runtime gets it once for every 64
+    np.testing.assert_array_equal(scales, np.broadcast_to(np.abs(matrix).max(1) / np.float32(127), scales.shape))
+    assert np.abs(read_back(packed, scales, WeightFormat(8, 64)) - matrix.T).max() <= 0.5001 * scales.max()
+
+
+@runs_integers
+def test_tensorrt_and_onnx_runtime_share_the_integers_of_rows_and_answer_alike(tmp_path):
+    folder = make_checkpoint(tmp_path / "model", sizes=SMALL)
+    options = ExportOptions(weights=WeightFormat(8, WHOLE_ROW), targets=(CPU, TENSORRT, PORTABLE))
+    bundle = export(folder, tmp_path / "out", options)
+    found = {}
+    for target in options.targets:
+        graph = ir.load(bundle.folder / bundle.manifest.graph(DECODER, target).file).graph
+        node = next(node for node in graph if node.op_type == "DequantizeLinear")
+        integers, scales = (value.const_value for value in node.inputs)
+        found[target] = (integers.offset, scales.offset, list(scales.shape), node.attributes["axis"].value)
+    blocks = found[CPU][2]
+    assert found[TENSORRT] == found[PORTABLE] == (*found[CPU][:2], blocks[1:], 1)
+    assert found[CPU][3] == 0 and len(blocks) == 2
+    assert bundle.manifest.precision == "int8 weights with a scale a row, float32"
+    ids = ModelInputs(np.arange(12))
+    cpu, portable = (
+        Pipeline.load(bundle.folder, target=target).generate(ids, max_new_tokens=4, ignore_eos=True, return_logits=True)
+        for target in (CPU, PORTABLE)
+    )
+    # the target cpu rounds activations to 8 bits
+    np.testing.assert_allclose(cpu.logits, portable.logits, rtol=0, atol=0.03 * np.abs(portable.logits).max())
 
 
 def test_the_scale_that_loses_least_is_taken(tmp_path):
