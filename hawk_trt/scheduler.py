@@ -18,7 +18,7 @@ import numpy as np
 from hawk_trt.bundle import Bundle
 from hawk_trt.errors import BackendError, InvalidInput
 from hawk_trt.inputs.processor import Processor
-from hawk_trt.pruning.selection import asked_by, head_weights, kept_count, select
+from hawk_trt.pruning import asked_by, kept_count, select, weights_for
 from hawk_trt.request import PruningConfig, Request, Timings
 from hawk_trt.runtime.protocol import Backend, DecodeInputs, Generation, StepOutputs, Visual
 from hawk_trt.runtime.vision_cache import VisionCache
@@ -120,7 +120,7 @@ class Scheduler:
             inputs=inputs,
             pruning=pruning,
             layout=layout,
-            head_weights=head_weights(self._bundle, pruning),
+            head_weights=weights_for(self._bundle, pruning),
             max_kept=max_kept,
             limit=limit,
             tokenizer=None if chat is None else chat.tokenizer,

@@ -17,7 +17,7 @@ from hawk_trt.bundle import Bundle
 from hawk_trt.engine_folder import EngineFolder
 from hawk_trt.errors import BackendError, InvalidInput
 from hawk_trt.pipeline import Pipeline
-from hawk_trt.pruning.selection import kept_count
+from hawk_trt.pruning import kept_count
 from hawk_trt.request import ModelInputs, PruningConfig
 from hawk_trt.runtime.comparison import TOLERANCES, Tolerance, compare_stage, tolerance_of
 from hawk_trt.runtime.reference import (

@@ -8,9 +8,9 @@ import numpy.typing as npt
 
 from hawk_trt.request import ModelInputs, PruningConfig, Request
 from hawk_trt.runtime.protocol import Generation
-from hawk_trt.runtime.sampling import ForcedSampler
 from hawk_trt.runtime.vision_cache import VisionCache
 from hawk_trt.scheduler import Scheduler
+from hawk_trt.sequence import Sampler
 from hawk_trt.stages import LanguageConfig
 
 
@@ -34,6 +34,19 @@ class Trace:
     hidden_states: npt.NDArray[np.float32]
     kv_norms: npt.NDArray[np.float32]
     logits: npt.NDArray[np.float32]
+
+
+class ForcedSampler(Sampler):
+    """Gives tokens that are known already, then the most probable ones."""
+
+    def __init__(self, tokens: Sequence[int]) -> None:
+        super().__init__()
+        self._tokens = iter(tokens)
+
+    def next_token(self, logits: npt.NDArray[np.float32]) -> int:
+        """The next of the tokens."""
+        token = next(self._tokens, None)
+        return int(np.argmax(logits)) if token is None else token
 
 
 def trace(

@@ -14,7 +14,7 @@ import numpy as np
 
 from hawk_trt.errors import InvalidInput
 from hawk_trt.inputs.layout import collate
-from hawk_trt.pruning.selection import head_weights, kept_count
+from hawk_trt.pruning import kept_count, weights_for
 from hawk_trt.request import ModelInputs, PruningConfig, Result
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def score_seconds(pipe: "Pipeline", inputs: ModelInputs, pruning: PruningConfig)
     """Time of first_layer with one token kept: merge, scores, top-k, gather, and next to no layer 0."""
     layout = pipe.processor.layout(inputs)
     visual = pipe.vision_cache.encode([(inputs, layout)])[0]
-    weights = head_weights(pipe.bundle, pruning)
+    weights = weights_for(pipe.bundle, pruning)
     prefill = collate([layout], [kept_count(layout, pruning)], [None], weights)
     begun = time.perf_counter()
     pipe.backend.score(prefill, visual)

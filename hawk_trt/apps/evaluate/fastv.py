@@ -21,7 +21,7 @@ from hawk_trt.apps.evaluate.trials import Answerer, Cell, PreparedSample, Trial
 from hawk_trt.bundle import Manifest
 from hawk_trt.errors import CheckpointError, InvalidInput
 from hawk_trt.inputs.layout import PromptLayout
-from hawk_trt.pruning.selection import kept_count
+from hawk_trt.pruning import kept_count
 from hawk_trt.pruning.selectors import best
 from hawk_trt.request import PruningConfig
 
