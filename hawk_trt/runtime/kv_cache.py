@@ -219,14 +219,14 @@ class KVCache:
             packed = place.empty(tuple(made[present].shape()), self._specs[present].dtype)
             write(packed, made[present])  # whose memory is the slots'
             for row, (slot, start) in enumerate(zip(slots, starts.tolist(), strict=True)):
-                self._write(own, slot, packed, row, start, end - start)
+                self._copy(own, slot, packed, row, start, end - start)
 
     def add_tokens(self, slots: list[int], made: Values) -> None:
         """Count a column that a decode step wrote in each of some slots, or copy it into place."""
         self.ends[slots] += 1
         for present, own in {} if self.in_place else self._tensors.items():
             for slot in slots:
-                self._write(own, slot, made[present], slot, 0, 1)
+                self._copy(own, slot, made[present], slot, 0, 1)
 
     def read(self, layer: int, slots: list[int]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         """Host copies of a layer's keys and values, [slots, kv_heads, length, head_dim] to the longest one's end.
@@ -301,12 +301,12 @@ class KVCache:
                     write(self._rows(self._tensors, present, slot, 1), state)
                 else:
                     start, length = int(source.first_columns()[row]), int(self.ends[slot])
-                    self._write(self._tensors[present], slot, source._tensors[present], row, start, length)
+                    self._copy(self._tensors[present], slot, source._tensors[present], row, start, length)
             for source in spent:
                 del source._tensors[present]
                 source._made.pop(present, None)
 
-    def _write(self, own: ort.OrtValue, slot: int, source: ort.OrtValue, row: int, start: int, length: int) -> None:
+    def _copy(self, own: ort.OrtValue, slot: int, source: ort.OrtValue, row: int, start: int, length: int) -> None:
         """Copy columns of a row to the first columns of a slot."""
         if self._stages[FIRST_LAYER].device.kind == "cpu":
             first = int(self.first_columns()[slot])
