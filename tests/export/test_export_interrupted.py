@@ -76,7 +76,8 @@ def test_a_full_disk_leaves_the_older_bundle_and_nothing_else(tmp_path, checkpoi
         assert status == 1
         error = capsys.readouterr().err
         assert os.strerror(errno.EFBIG) in error
-        assert len(error.splitlines()) <= 2
+        told = [line for line in error.splitlines() if "of weights" not in line]  # a busy machine tells of progress
+        assert len(told) <= 2
         assert contents(out) == before
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

@@ -1,52 +1,15 @@
-"""A benchmark's rows as tables and as a plot of stacked stage times."""
+"""A benchmark's rows by prompt, against the unpruned ones, and as a plot of stacked stage times."""
 
 import io
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
-from rich import filesize
-from rich.box import SIMPLE_HEAD
-from rich.console import Group
-from rich.table import Table
-
 import hawk_trt
-from hawk_trt.apps.bench.bench import STAGES, UNPRUNED, BenchRow, Spread
+from hawk_trt.apps.bench.bench import UNPRUNED, BenchRow, Spread
 
 _STYLE = Path(hawk_trt.__file__).parent / "data" / "plots.mplstyle"
 _PREFILL = ("preprocess", "vision", "select", "first_layer", "decoder")
-
-
-def tell(rows: Sequence[BenchRow]) -> Group:
-    """A table for each prompt: milliseconds, and how many times faster than unpruned."""
-    with_selector = not {row.selector for row in rows} <= {UNPRUNED, "hawk"}
-    tables = []
-    for prompt, own in _by_prompt(rows):
-        whole = _unpruned(own)
-        title = f"{prompt}: {own[0].num_tokens} tokens, {own[0].num_visual} of them visual"
-        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-        stages = [stage.replace("_", " ") for stage in STAGES]
-        names = ("keep", "kept", *stages, "first token", "total", "p90", "KV", "peak")
-        for name in ("selector", *names) if with_selector else names:
-            table.add_column(name, justify="left" if name == "selector" else "right", no_wrap=True)
-        for row in own:
-            table.add_row(
-                *([row.selector] if with_selector else []),
-                f"{row.keep_ratio:g}",
-                str(row.num_kept),
-                *(f"{row.stages[stage].median:.2f}" for stage in STAGES),
-                f"{row.first_token.median:.1f}{_against(row.first_token, whole.first_token if whole else None)}",
-                f"{row.total.median:.1f}{_against(row.total, whole.total if whole else None)}",
-                f"{row.total.p90:.1f}",
-                filesize.decimal(row.kv_bytes),
-                "-" if row.peak_bytes is None else filesize.decimal(row.peak_bytes),
-            )
-        tables.append(table)
-    legend = (
-        "ms, medians, and of the total the 90th percentile; score is part of first layer; "
-        "a ratio is how many times faster than keep 1"
-    )
-    return Group(*tables, legend)
 
 
 def plot_rows(rows: Sequence[BenchRow], title: str) -> bytes:
@@ -54,7 +17,7 @@ def plot_rows(rows: Sequence[BenchRow], title: str) -> bytes:
     from matplotlib import rc_context  # an extra that only plots need
     from matplotlib.figure import Figure
 
-    groups = _by_prompt(rows)
+    groups = by_prompt(rows)
     bars = max(len(own) for _, own in groups)
     stages = [stage for stage in _PREFILL if any(row.stages[stage].median > 0 for row in rows)]
     with_selector = not {row.selector for row in rows} <= {UNPRUNED, "hawk"}
@@ -69,12 +32,12 @@ def plot_rows(rows: Sequence[BenchRow], title: str) -> bytes:
                 heights = [row.stages[stage].median for row in own]
                 axes.bar(places, heights, 0.7, bottom, label=stage.replace("_", " "))
                 bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
-            whole = _unpruned(own)
+            whole = unpruned(own)
             names = []
             for place, top, row in zip(places, bottom, own, strict=True):
                 first = row.first_token
                 axes.vlines(place, first.low, first.high, color="0.2", linewidth=1)
-                text = f"{first.median:.3g} ms\n{_against(first, whole.first_token if whole else None).strip()}"
+                text = f"{first.median:.3g} ms\n{against(first, whole.first_token if whole else None).strip()}"
                 at = (place, max(top, first.high))
                 axes.annotate(text, at, (0, 3), textcoords="offset points", ha="center", fontsize="x-small")
                 names.append(
@@ -93,13 +56,16 @@ def plot_rows(rows: Sequence[BenchRow], title: str) -> bytes:
     return png.getvalue()
 
 
-def _by_prompt(rows: Sequence[BenchRow]) -> list[tuple[str, list[BenchRow]]]:
+def by_prompt(rows: Sequence[BenchRow]) -> list[tuple[str, list[BenchRow]]]:
+    """The rows of each prompt."""
     return [(prompt, list(group)) for prompt, group in groupby(rows, key=lambda row: row.prompt)]
 
 
-def _unpruned(rows: Sequence[BenchRow]) -> BenchRow | None:
+def unpruned(rows: Sequence[BenchRow]) -> BenchRow | None:
+    """The row that keeps all tokens, where there is one."""
     return next((row for row in rows if row.keep_ratio == 1.0), None)
 
 
-def _against(spread: Spread, whole: Spread | None) -> str:
+def against(spread: Spread, whole: Spread | None) -> str:
+    """How many times as fast as the unpruned one."""
     return "" if whole is None else f" ({whole.median / spread.median:.2f}x)"

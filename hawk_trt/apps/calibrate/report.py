@@ -6,9 +6,6 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-from rich.box import SIMPLE_HEAD
-from rich.console import Group
-from rich.table import Table
 
 from hawk_trt import __version__
 from hawk_trt.apps.calibrate.importance import FloatArray, Importance
@@ -109,31 +106,3 @@ def make_report(
 def write_report(report: CalibrationReport, path: Path) -> None:
     """Write the weights file, whole or not at all."""
     write_atomically(path, msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")
-
-
-def tell(report: CalibrationReport) -> Group:
-    """The weights, and what they are worth, for a terminal."""
-    heads = len(report.values)
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0))
-    for name in ("head", "weight", "95 %", "x uniform", *(f"drop on {dataset.name}" for dataset in report.datasets)):
-        table.add_column(name, justify="right", no_wrap=True)
-    for head, (weight, (low, high)) in enumerate(zip(report.values, report.intervals, strict=True)):
-        drops = [f"{100 * dataset.drops[head]:+.2f}" for dataset in report.datasets]
-        table.add_row(str(head), f"{weight:.4f}", f"[{low:.4f}, {high:.4f}]", f"{weight * heads:.2f}", *drops)
-    lines = []
-    for dataset in report.datasets:
-        told = "" if dataset.weights is not None else "; no head matters more than another: it has no say"
-        whole = f"{dataset.metric} {100 * dataset.baseline:.2f} % whole"
-        lines.append(f"{dataset.name}: {dataset.samples} questions, {whole}{told}")
-    return Group(table, *lines, verdict(report))
-
-
-def verdict(report: CalibrationReport) -> str:
-    """Whether the weights mean anything, in a sentence."""
-    p_value = f"p = {report.uniform_p_value:.4f}"
-    if report.differs_from_uniform:
-        return f"The heads differ: heads that all matter alike would seldom look so ({p_value}, permutation test)."
-    return (
-        f"These weights cannot be told from uniform ones: heads that all matter alike often look so ({p_value}, "
-        "permutation test). Prune with uniform weights, or calibrate with more questions: a larger --count goes on."
-    )

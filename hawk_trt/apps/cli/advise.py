@@ -5,13 +5,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 from cyclopts import Parameter
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from hawk_trt.apps.bench.advice import Prediction, TimeModel, measure, prompt_size
 from hawk_trt.apps.cli.options import PROMPT, Json, KeepRatios, Model, Numbers, Pixels, Where
-from hawk_trt.apps.cli.output import note, print_json
+from hawk_trt.apps.cli.output import note, print_json, table
 from hawk_trt.errors import InvalidInput
 from hawk_trt.request import PruningConfig, Result
 
@@ -121,18 +120,16 @@ def _noise(side: int) -> "np.ndarray[tuple[int, ...], np.dtype[np.uint8]]":
 def _table(predicted: list[list[Prediction]]) -> Table:
     """A row for each keep ratio, the unpruned one first; a column for each length of the answer."""
     whole = predicted[0]
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0))
     lengths = [f"{one.new_tokens} tokens" for one in whole if one.new_tokens > 1]
-    for name in ("keep", "kept", "first token", *lengths):
-        table.add_column(name, justify="right", no_wrap=True)
+    shown = table("keep", "kept", "first token", *lengths)
     for row in predicted:
         totals = [
             f"{_ms(one.total)} ({full.total / one.total:.2f}x)"
             for one, full in zip(row, whole, strict=True)
             if one.new_tokens > 1
         ]
-        table.add_row(f"{row[0].keep_ratio:g}", str(row[0].num_kept), _ms(row[0].first_token), *totals)
-    return table
+        shown.add_row(f"{row[0].keep_ratio:g}", str(row[0].num_kept), _ms(row[0].first_token), *totals)
+    return shown
 
 
 def _ms(seconds: float) -> str:

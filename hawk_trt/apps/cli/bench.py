@@ -2,6 +2,7 @@
 
 import platform
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -9,14 +10,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 from cyclopts import Group, Parameter
-from rich.console import Console
+from rich import filesize
+from rich.console import Console, RenderableType
 
 from hawk_trt import __version__
-from hawk_trt.apps.bench.bench import MEMORY_METRIC, BenchPrompt, unsteady
+from hawk_trt.apps.bench.bench import MEMORY_METRIC, STAGES, UNPRUNED, BenchPrompt, BenchRow, unsteady
 from hawk_trt.apps.bench.bench import bench as measure_rows
+from hawk_trt.apps.bench.report import against, by_prompt, plot_rows, unpruned
 from hawk_trt.apps.cli.doctor import installed_version
 from hawk_trt.apps.cli.options import OUTPUT, PRUNING, Json, KeepRatios, MaxNewTokens, Model, Numbers, Where, names
-from hawk_trt.apps.cli.output import counted, note, print_json
+from hawk_trt.apps.cli.output import counted, note, print_json, table
 from hawk_trt.errors import InvalidInput
 from hawk_trt.files import write_atomically
 from hawk_trt.request import SELECTORS, PruningConfig
@@ -138,20 +141,47 @@ def bench(
             }
         )
     else:
-        from hawk_trt.apps.bench.report import tell
-
         console = Console(width=None if sys.stdout.isatty() else 160)
-        console.print(tell(rows))
+        for part in _told(rows):
+            console.print(part)
         console.print(f"{manifest.precision}, {backend.target}, {runtime}; peak: {MEMORY_METRIC}")
     for warning in warnings:
         note(f"warning: {warning}")
     if plot is not None:
-        from hawk_trt.apps.bench.report import plot_rows
-
         title = f"{Path(manifest.source.name).name}: {manifest.precision}, {runtime}"
         write_atomically(plot, plot_rows(rows, title))
         note(f"plot           {plot}")
     return 0
+
+
+def _told(rows: Sequence[BenchRow]) -> tuple[RenderableType, ...]:
+    """A table for each prompt: milliseconds, and how many times faster than unpruned."""
+    with_selector = not {row.selector for row in rows} <= {UNPRUNED, "hawk"}
+    tables = []
+    for prompt, own in by_prompt(rows):
+        whole = unpruned(own)
+        title = f"{prompt}: {own[0].num_tokens} tokens, {own[0].num_visual} of them visual"
+        selector, stages = ["selector"] * with_selector, [stage.replace("_", " ") for stage in STAGES]
+        columns = (*selector, "keep", "kept", *stages, "first token", "total", "p90", "KV", "peak")
+        shown = table(*columns, left=len(selector), gap=1, title=title)
+        for row in own:
+            shown.add_row(
+                *([row.selector] if with_selector else []),
+                f"{row.keep_ratio:g}",
+                str(row.num_kept),
+                *(f"{row.stages[stage].median:.2f}" for stage in STAGES),
+                f"{row.first_token.median:.1f}{against(row.first_token, whole.first_token if whole else None)}",
+                f"{row.total.median:.1f}{against(row.total, whole.total if whole else None)}",
+                f"{row.total.p90:.1f}",
+                filesize.decimal(row.kv_bytes),
+                "-" if row.peak_bytes is None else filesize.decimal(row.peak_bytes),
+            )
+        tables.append(shown)
+    legend = (
+        "ms, medians, and of the total the 90th percentile; score is part of first layer; "
+        "a ratio is how many times faster than keep 1"
+    )
+    return (*tables, legend)
 
 
 def _cpu_name() -> str:

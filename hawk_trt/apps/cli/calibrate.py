@@ -4,22 +4,25 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from importlib import import_module, metadata
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Group, Parameter
-from rich.console import Console
+from rich.console import Console, RenderableType
 
 from hawk_trt.apps.calibrate.work import FIRST_LAYER, SCOPES, Plan, Scores, Source, score_table, units_left
 from hawk_trt.apps.cli.hub import download, is_hub_id
 from hawk_trt.apps.cli.main import where_it_lies
 from hawk_trt.apps.cli.models import expect_checkpoint
 from hawk_trt.apps.cli.options import OUTPUT, WHERE, Dtype, Json, MaxNewTokens
-from hawk_trt.apps.cli.output import counted, note, print_json
+from hawk_trt.apps.cli.output import counted, note, print_json, table
 from hawk_trt.apps.evaluate.datasets import TINY, load_dataset
 from hawk_trt.apps.evaluate.metrics import METRICS, metric_for
 from hawk_trt.apps.evaluate.result_log import ResultLog
 from hawk_trt.apps.parity.prompt_rules import prompt_tokens
 from hawk_trt.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from hawk_trt.apps.calibrate.report import CalibrationReport
 
 _LEFT_OUT = Group("What is left out", sort_key=2)
 
@@ -102,7 +105,7 @@ def calibrate(
     # torch, when missing, is said before anything is read
     from hawk_trt.apps.cli.torch_model import load_reference  # isort: skip
     from hawk_trt.apps.calibrate.importance import importance
-    from hawk_trt.apps.calibrate.report import make_report, tell, verdict, write_report
+    from hawk_trt.apps.calibrate.report import make_report, write_report
     from hawk_trt.apps.calibrate.shards import do_on_ray
     from hawk_trt.apps.calibrate.worker import Worker
 
@@ -161,10 +164,11 @@ def calibrate(
     if json:
         print_json(report)
     else:
-        Console().print(tell(report), highlight=False)
+        for part in _told(report):
+            Console().print(part, highlight=False)
     note(f"weights: {out}. Use them: --head-weights {out}, here or in python -m export")
     if not report.differs_from_uniform and json:
-        note(verdict(report))
+        note(_verdict(report))
     return 0
 
 
@@ -180,3 +184,30 @@ def _subject(plan: Plan, model: str, source: Source) -> dict[str, str]:
         "max_new_tokens": str(plan.max_new_tokens),
         "max_pixels": str(plan.max_pixels),
     }
+
+
+def _told(report: "CalibrationReport") -> tuple[RenderableType, ...]:
+    """The weights, and what they are worth, for a terminal."""
+    heads = len(report.values)
+    drops_on = [f"drop on {dataset.name}" for dataset in report.datasets]
+    shown = table("head", "weight", "95 %", "x uniform", *drops_on)
+    for head, (weight, (low, high)) in enumerate(zip(report.values, report.intervals, strict=True)):
+        drops = [f"{100 * dataset.drops[head]:+.2f}" for dataset in report.datasets]
+        shown.add_row(str(head), f"{weight:.4f}", f"[{low:.4f}, {high:.4f}]", f"{weight * heads:.2f}", *drops)
+    lines = []
+    for dataset in report.datasets:
+        told = "" if dataset.weights is not None else "; no head matters more than another: it has no say"
+        whole = f"{dataset.metric} {100 * dataset.baseline:.2f} % whole"
+        lines.append(f"{dataset.name}: {dataset.samples} questions, {whole}{told}")
+    return (shown, *lines, _verdict(report))
+
+
+def _verdict(report: "CalibrationReport") -> str:
+    """Whether the weights mean anything, in a sentence."""
+    p_value = f"p = {report.uniform_p_value:.4f}"
+    if report.differs_from_uniform:
+        return f"The heads differ: heads that all matter alike would seldom look so ({p_value}, permutation test)."
+    return (
+        f"These weights cannot be told from uniform ones: heads that all matter alike often look so ({p_value}, "
+        "permutation test). Prune with uniform weights, or calibrate with more questions: a larger --count goes on."
+    )

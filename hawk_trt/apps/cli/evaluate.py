@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Group, Parameter
-from rich.console import Console
+from rich.console import Console, RenderableType
 
 from hawk_trt.apps.cli.options import OUTPUT, PRUNING, Choosing, Json, KeepRatios, MaxNewTokens, Model, Where, names
-from hawk_trt.apps.cli.output import counted, note, print_json
+from hawk_trt.apps.cli.output import counted, note, print_json, table
 from hawk_trt.apps.evaluate import trials
 from hawk_trt.apps.evaluate.datasets import TINY, Dataset, load_dataset
 from hawk_trt.apps.evaluate.metrics import METRICS, Metric, metric_for
 from hawk_trt.apps.evaluate.report import write_report
 from hawk_trt.apps.evaluate.result_log import ResultLog
-from hawk_trt.apps.evaluate.summary import summarise, tell, unsteady
+from hawk_trt.apps.evaluate.summary import STAGES, Row, summarise, unsteady
 from hawk_trt.bundle import manifest_digest
 from hawk_trt.errors import BundleError, InvalidInput
 from hawk_trt.request import EQUAL_HEADS, SCORED, SELECTORS, PruningConfig
@@ -110,7 +110,8 @@ def evaluate(
         told = {"dataset": questions.dataset, "samples": dataset.count, "metric": metric, "out": str(out)}
         print_json(told, {"rows": rows})
     else:
-        Console().print(tell(rows))
+        for part in _told(rows):
+            Console().print(part)
     for warning in unsteady(rows):
         note(f"warning: {warning}")
     note(f"results and summary{'' if no_plots else ' and plots'}: {out}")
@@ -186,3 +187,23 @@ def _subject(
         "min_visual_tokens": str(choosing.min_visual_tokens),
         "head_weights": "the bundle's" if weights is None else ", ".join(f"{weight:g}" for weight in weights),
     }
+
+
+def _told(rows: Sequence[Row]) -> tuple[RenderableType, ...]:
+    """The rows as two tables, each of which fits a terminal of 80 columns."""
+    answers = table("selector", "keep", "kept", "accuracy [95 %]", "total, ms", "KV, kB", left=1, gap=1)
+    times = table("median ms", "keep", *STAGES[:-1], left=1, gap=1)
+    for row in rows:
+        accuracy = row.accuracy
+        latencies = ["-" if row.latency_ms is None else f"{row.latency_ms[stage]:.2f}" for stage in STAGES]
+        answers.add_row(
+            f"{row.selector}{' *' if row.on_front else ''}",
+            f"{row.keep_ratio:g}",
+            f"{row.num_kept:.1f} of {row.num_visual:.1f}",
+            f"{100 * accuracy.mean:.1f} % [{100 * accuracy.low:.1f}, {100 * accuracy.high:.1f}]",
+            latencies[-1],
+            f"{row.kv_bytes / 1000:.1f}",
+        )
+        times.add_row(row.selector, f"{row.keep_ratio:g}", *latencies[:-1])
+    count = max(row.samples for row in rows)
+    return answers, times, f"{count} samples. * is on the Pareto front: nothing is as accurate in less time."

@@ -4,10 +4,13 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 import numpy as np
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 # Lines that tell of progress where no bar can be drawn: at most one in so many seconds.
 _SECONDS_BETWEEN_LINES = 2.0
@@ -26,6 +29,17 @@ def print_json(*parts: object) -> None:
 def note(text: str) -> None:
     """Print a line on stderr."""
     print(text, file=sys.stderr, flush=True)
+
+
+def table(*columns: str, left: int = 0, gap: int = 2, title: str | None = None) -> "Table":
+    """An empty table for the terminal; its first columns stand to the left, the others to the right."""
+    from rich.box import SIMPLE_HEAD  # for those who print one
+    from rich.table import Table
+
+    made = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, gap, 0, 0))
+    for place, name in enumerate(columns):
+        made.add_column(name, justify="left" if place < left else "right", no_wrap=True)
+    return made
 
 
 def size(size_bytes: float) -> str:

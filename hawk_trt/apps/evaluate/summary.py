@@ -1,4 +1,4 @@
-"""What a series of trials says: one row for each selector and keep ratio, as tables or CSV.
+"""What a series of trials says: one row for each selector and keep ratio, also as CSV.
 
 Confidence intervals are of 95 %: of a mean score, and of the difference between two over the same samples.
 """
@@ -10,9 +10,6 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import numpy.typing as npt
-from rich.box import SIMPLE_HEAD
-from rich.console import Group
-from rich.table import Table
 from scipy import stats
 
 from hawk_trt.apps.evaluate.trials import Cell, Trial
@@ -20,7 +17,7 @@ from hawk_trt.request import Timings
 
 # Medians over the same samples that differ by more are no chance.
 _UNSTEADY = 1.25
-_STAGES = [field.name for field in fields(Timings)]  # the total comes last
+STAGES = [field.name for field in fields(Timings)]  # the total comes last
 _MEANS = ("num_visual", "num_kept", "num_tokens", "kv_bytes")
 
 
@@ -131,47 +128,20 @@ def to_csv(rows: Sequence[Row]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     accuracy = ("accuracy", "accuracy_low", "accuracy_high")
-    times = [f"{stage}_ms" for stage in _STAGES]
+    times = [f"{stage}_ms" for stage in STAGES]
     writer.writerow(("selector", "keep_ratio", "samples", *accuracy, *_MEANS, *times, "on_front"))
     for row in rows:
         scores = [f"{value:.4f}" for value in (row.accuracy.mean, row.accuracy.low, row.accuracy.high)]
         means = [f"{getattr(row, name):.1f}" for name in _MEANS]
-        times = ["" if row.latency_ms is None else f"{row.latency_ms[stage]:.3f}" for stage in _STAGES]
+        times = ["" if row.latency_ms is None else f"{row.latency_ms[stage]:.3f}" for stage in STAGES]
         writer.writerow([row.selector, row.keep_ratio, row.samples, *scores, *means, *times, int(row.on_front)])
     return text.getvalue()
-
-
-def tell(rows: Sequence[Row]) -> Group:
-    """The rows as two tables, each of which fits a terminal of 80 columns."""
-    answers = _table("selector", "keep", "kept", "accuracy [95 %]", "total, ms", "KV, kB")
-    times = _table("median ms", "keep", *_STAGES[:-1])
-    for row in rows:
-        accuracy = row.accuracy
-        latencies = ["-" if row.latency_ms is None else f"{row.latency_ms[stage]:.2f}" for stage in _STAGES]
-        answers.add_row(
-            f"{row.selector}{' *' if row.on_front else ''}",
-            f"{row.keep_ratio:g}",
-            f"{row.num_kept:.1f} of {row.num_visual:.1f}",
-            f"{100 * accuracy.mean:.1f} % [{100 * accuracy.low:.1f}, {100 * accuracy.high:.1f}]",
-            latencies[-1],
-            f"{row.kv_bytes / 1000:.1f}",
-        )
-        times.add_row(row.selector, f"{row.keep_ratio:g}", *latencies[:-1])
-    count = max(row.samples for row in rows)
-    return Group(answers, times, f"{count} samples. * is on the Pareto front: nothing is as accurate in less time.")
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for place, name in enumerate(columns):
-        table.add_column(name, justify="right" if place else "left", no_wrap=True)
-    return table
 
 
 def _row(key: tuple[str, float], trials: Sequence[Trial]) -> Row:
     timings = [trial.timings for trial in trials if trial.timings is not None]
     latency_ms = {
-        stage: 1e3 * float(np.median([getattr(one, stage) for one in timings])) for stage in _STAGES if timings
+        stage: 1e3 * float(np.median([getattr(one, stage) for one in timings])) for stage in STAGES if timings
     }
     accuracy = mean_interval([trial.score for trial in trials])
     num_visual, num_kept, num_tokens, kv_bytes = (
