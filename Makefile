@@ -179,7 +179,7 @@ real: parity ## A released checkpoint: export, parity, an answer about IMAGE; MO
 	$(BIN)/hawk-trt run "$(OUT)" --image "$(IMAGE)" --prompt "$(PROMPT)" --keep-ratio $(KEEP_RATIO) --max-new-tokens 32
 
 bench-export: $(FULL) ## Time and memory of an export of 7B shapes against copying the files: 18 GB of disk, 3 minutes
-	$(BIN)/python -m benchmarks.export_7b
+	$(BIN)/python -m benchmarks.export_7b $(FLAGS)
 
 bench-claims: $(FULL) ## What pruning must bring at the 7B's width, beside transformers: ten minutes, 8 GB of memory
 	$(BIN)/python -m benchmarks.claims $(FLAGS)

@@ -209,7 +209,7 @@ def make_sparse_checkpoint(
     weight_map: dict[str, str] = {}
     for number, group in enumerate(groups):
         file = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
-        header, size_bytes = _header({name: (dtype, shape, itemsize) for name, shape in group.items()})
+        header, size_bytes = safetensors_header({name: (dtype, shape, itemsize) for name, shape in group.items()})
         with (folder / file).open("wb") as out:
             out.write(header)
             out.truncate(len(header) + size_bytes)
@@ -220,7 +220,7 @@ def make_sparse_checkpoint(
 
 def write_safetensors(path: Path, tensors: Mapping[str, npt.NDArray[Any]]) -> None:
     """Write a safetensors file."""
-    header, _ = _header(
+    header, _ = safetensors_header(
         {name: (FORMAT_DTYPES[array.dtype], array.shape, array.dtype.itemsize) for name, array in tensors.items()}
     )
     path.write_bytes(header + b"".join(array.tobytes() for array in tensors.values()))
@@ -241,7 +241,7 @@ def _write_index(folder: Path, weight_map: Mapping[str, str]) -> None:
     write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
 
 
-def _header(entries: Mapping[str, tuple[str, tuple[int, ...], int]]) -> tuple[bytes, int]:
+def safetensors_header(entries: Mapping[str, tuple[str, tuple[int, ...], int]]) -> tuple[bytes, int]:
     """The length and JSON of a header, and the bytes of the data after it."""
     described: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
