@@ -172,6 +172,7 @@ def test_tensorrt_gets_a_second_product_in_place_of_zero_points(bundles, checkpo
         raw = (bundle.folder / tensor.location).read_bytes()[tensor.offset : tensor.offset + tensor.length]
         shift = np.frombuffer(raw, np.float32).reshape(tensor.shape.numpy())
         x = np.random.default_rng(0).standard_normal((5, len(floats)))
+        assert shift.size * block == floats.size  # multiply-adds of either product
         means = x.reshape(5, -1, block).mean(-1)
         exact = x @ plain.tensor(matrix).array().T.astype(np.float64)
         np.testing.assert_allclose(x @ floats.astype(np.float64) + means @ shift.astype(np.float64), exact, atol=1e-6)
