@@ -97,6 +97,16 @@ _OTHERS = {
 _LISTS = ("--keep-ratio", "--keep-ratios", "--selectors", "--selector", "--target", "--sides")
 # What there is nothing of here, with a value.
 _OF_OTHERS = ("--tensor-parallel-size", "-tp", "--gpu-memory-utilization", "--max-num-batched-tokens", "--swap-space")
+# A value that works for an option, where the one that was given does not; any other option is left out.
+_WORKING = {
+    **{"--keep-ratio": "0.2", "--keep-ratios": "1,0.2", "--sides": "448", "--selectors": "hawk,random"},
+    **{"--max-new-tokens": "128", "--temperature": "0.7", "--top-p": "0.9", "--top-k": "50", "--seed": "0"},
+    **{"--device": "cpu", "--target": "cpu", "--dtype": "fp16", "--normalization": "l2", "--block-size": "64"},
+    **{"--port": "8000", "--host": "127.0.0.1", "--max-batch": "8", "--api-key": "KEY", "--dataset": "tiny"},
+    **{"--image": "IMAGE.png", "--video": "VIDEO.mp4", "--picture": "kept.png", "--prompt": "What is shown here?"},
+    **{"--checkpoint": "CHECKPOINT-OR-HUB-ID"},
+}
+_ALIASES = {"-i": "--image", "--images": "--image", "-p": "--prompt", "--max-tokens": "--max-new-tokens"}
 # What needs no option here: it is so anyway.
 _NEEDLESS = ("--stream", "--trust-remote-code", "--verbose", "--yes", "-y")
 
@@ -132,34 +142,95 @@ def to_try(error: Exception, program: str, words: Sequence[str]) -> str | None:
             return f"{program} {shlex.join(swap.get(word, word) for word in words)}"
         if error.command:
             return error.command
-        meant = _replaced(words, error.named, error.instead) if error.instead else None
+        meant = _replaced(words, error.named, [error.instead]) if error.instead else None
         if meant and meant[1:2] == [error.instead] and error.instead in meant[2:]:  # a model and its checkpoint
             meant = [*words[:2], *meant[2:]]
     elif isinstance(error, CycloptsError):
         meant = _meant(error, words)
+        if meant is None and "expected a CHECKPOINT" in str(error):
+            meant = [words[0], "CHECKPOINT-OR-HUB-ID", *words[1:]]
+        meant = meant or _with_working_value(str(error), words)
         if meant is None and error.target:
             example = re.search(r"^\s*Example: (.+)$", error.target.__doc__ or "", re.MULTILINE)
             return example[1] if example else None
+    elif address := next((word for word in words if f"{word}: URLs are not downloaded" in str(error)), None):
+        file = Path(address.partition("?")[0]).name
+        return f"curl -LO {shlex.quote(address)} && {program} {shlex.join(_replaced(words, address, [file]))}"
     else:
         meant = _with_other_value(str(error), words)
-    if meant:
-        return f"{program} {shlex.join(meant)}"
-    return None if re.search(r"hawk-trt \w|pip install|make \w", str(error)) else f"{command} --help"
+        names_a_command = re.search(r"hawk-trt \w|pip install|make \w|hf \w", str(error))
+        if meant is None and names_a_command:
+            return None
+        meant = meant or _with_working_value(str(error), words)
+    if not meant:
+        return f"{command} --help"
+    text_file = next((word for word in meant if word.startswith("< ")), None)
+    line = f"{program} {shlex.join(word for word in meant if word != text_file)}"
+    return line if text_file is None else f"{line} < {shlex.quote(text_file[2:])}"
 
 
 def _with_other_value(message: str, words: Sequence[str]) -> Sequence[str] | None:
-    """The words with the one that a message complains of replaced by the file or the value that was probably meant."""
-    for word in (*words, *(word.partition("=")[2] for word in words)):
-        if not word or word not in message:
-            continue
-        if word in VALUES:
-            return _replaced(words, word, VALUES[word])
-        path = Path(word)
-        if not path.exists() and path.parent.is_dir():
-            close = get_close_matches(path.name, [other.name for other in path.parent.iterdir()], n=1, cutoff=0.7)
-            if close:
-                return _replaced(words, word, str(path.parent / close[0]))
+    """The words with the one that a message complains of replaced by what was probably meant: a value, or files."""
+    for place, word in enumerate(words):
+        flag, joined, value = word.partition("=")
+        value, flag = (value, flag) if joined else (word, words[place - 1])
+        spellings = {value, str(Path(value).expanduser()), value.removeprefix("file://")}
+        if place and value and (joined or not word.startswith("-")) and any(one in message for one in spellings):
+            if value in VALUES:
+                return _replaced(words, value, [VALUES[value]])
+            files = _files_meant(value, is_image=_ALIASES.get(flag, flag) == "--image")
+            if files:
+                return _replaced(words, value, [files[0], *(part for file in files[1:] for part in (flag, file))])
     return None
+
+
+def _files_meant(word: str, *, is_image: bool) -> list[str]:
+    """The file that a path was probably meant for, or several that were written as one."""
+    path = Path(word)
+    listed = [part.strip("'\" ") for part in word.split(",")]
+    if listed != [word] and all(Path(part).is_file() for part in listed):  # with quotes in quotes, or commas
+        return listed
+    if "\\" in word and Path(word.replace("\\", "/")).exists():
+        return [word.replace("\\", "/")]
+    if not path.exists() and path.parent.is_dir():
+        names = [other.name for other in path.parent.iterdir()]
+        if close := get_close_matches(path.name, names, n=1, cutoff=0.7):
+            return [str(path.parent / close[0])]
+    if not is_image or path.suffix.lower() in VIDEOS:
+        return []
+    folder = next(place for place in (path, path.parent, Path()) if place.is_dir())
+    return sorted(str(file) for file in folder.iterdir() if file.suffix.lower() in IMAGES)[:1]
+
+
+def _with_working_value(message: str, words: Sequence[str]) -> Sequence[str] | None:
+    """The words with a value that works for the option that a message names, or whose value it names."""
+    if "Add --image" in message:
+        return [*words, "--image", *(_files_meant("IMAGE.png", is_image=True) or ["IMAGE.png"])]
+    head = re.match(r"(\w+):", message)
+    named = {*re.findall(r"--[a-z][\w-]*", message), *([f"--{head[1].replace('_', '-')}"] if head else ())}
+    for place, word in enumerate(words):
+        flag, joined, value = word.partition("=")
+        option = _ALIASES.get(flag, flag).replace("_", "-")
+        follows = not joined and place + 1 < len(words) and not re.match(r"-\D", words[place + 1])
+        value = words[place + 1] if follows else value
+        if not flag.startswith("-") or not ({flag, option} & named or (value and f"{value}:" in message)):
+            continue
+        if follows and "requires an argument" in message:  # the same option again, without one
+            continue
+        working = "" if "eave it out" in message else _working_value(option, value)
+        return [*words[:place], *([flag, working] if working else ()), *words[place + 1 + follows :]]
+    return None
+
+
+def _working_value(option: str, value: str) -> str:
+    """A value of an option that is near to the one that was given; nothing for options that need not be given."""
+    if option == "--keep-ratio" and re.fullmatch(r"\d+(\.\d+)?", value) and 1 < float(value) <= 100:
+        return f"{float(value) / 100:g}"
+    if option == "--device" and value.isdigit():
+        return f"cuda:{value}"
+    if option == "--out":
+        return f"{Path(value).stem}-bundle"
+    return _WORKING.get(option, "")
 
 
 def _meant(error: CycloptsError, words: Sequence[str]) -> Sequence[str] | None:
@@ -174,7 +245,7 @@ def _meant(error: CycloptsError, words: Sequence[str]) -> Sequence[str] | None:
         if named:  # after options, which follow it
             return [named, *(word for word in words if word != named)]
         if suggested:
-            return _replaced(words, unused[0], suggested)
+            return _replaced(words, unused[0], [suggested])
         first = unused[0]
         if close := get_close_matches(first, ("--help", "--version", "--install-completion"), n=1):
             return close
@@ -186,7 +257,7 @@ def _meant(error: CycloptsError, words: Sequence[str]) -> Sequence[str] | None:
         value = error.token.value
         decimal = re.fullmatch(r"(\d*),(\d+)", value)  # as some languages write it, unless it is a list
         right = VALUES.get(value) or suggested or (f"{decimal[1]}.{decimal[2]}" if decimal else None)
-        return _replaced(words, value, right) if right else None
+        return _replaced(words, value, [right]) if right else None
     if isinstance(error, MissingArgumentError | UnusedCliTokensError):
         assert error.app is not None
         if isinstance(error, MissingArgumentError) and error.argument and words[-1] in error.argument.names:
@@ -197,7 +268,8 @@ def _meant(error: CycloptsError, words: Sequence[str]) -> Sequence[str] | None:
                 return _with_flag(words, word.partition("=")[0], known, None)
         loose = [word for word in unused if not word.startswith("-")]
         if loose:
-            return _with_names(words, loose, known)
+            missing = error.argument.names[0] if isinstance(error, MissingArgumentError) and error.argument else ""
+            return _with_names(words, loose, known, missing)
         if isinstance(error, MissingArgumentError) and error.argument and not error.argument.tokens:
             return _with_value(words, error.argument.names[0])
     return None
@@ -215,6 +287,11 @@ def _with_flag(words: Sequence[str], wrong: str, known: Sequence[str], suggested
     if wrong in _OF_OTHERS:
         place = next(place for place, word in enumerate(words) if word.partition("=")[0] == wrong)
         return [*words[:place], *words[place + (1 if "=" in words[place] else 2) :]]
+    if wrong in ("--prompt-file", "--question-file", "--text-file") and "--prompt" in known:
+        place = next(place for place, word in enumerate(words) if word.partition("=")[0] == wrong)
+        _, joined, file = words[place].partition("=")
+        rest = words[place + 1 :] if joined else words[place + 2 :]
+        return [*words[:place], "--prompt", "-", *rest, f"< {file or ''.join(words[place + 1 : place + 2]) or 'FILE'}"]
     if words[0] == "chat" and wrong in ("--prompt", "-p"):
         return ["run", *words[1:]]
     lower = wrong.lower() if wrong.lower() in known else suggested
@@ -222,7 +299,13 @@ def _with_flag(words: Sequence[str], wrong: str, known: Sequence[str], suggested
     if right is None:
         close = get_close_matches(wrong, known, n=1)
         right = close[0] if close else None
-    return _replaced(words, wrong, right) if right else None
+    if right:
+        return _replaced(words, wrong, right.split())
+    place = next((place for place, word in enumerate(words) if word.partition("=")[0] == wrong), None)
+    if place is None:
+        return None
+    follows = "=" not in words[place] and not "".join(words[place + 1 : place + 2]).startswith("-")
+    return [*words[:place], *words[place + 1 + follows :]]  # there is no such option, and nothing like it
 
 
 def _with_pruning_ratio(words: Sequence[str], wrong: str) -> Sequence[str]:
@@ -234,9 +317,15 @@ def _with_pruning_ratio(words: Sequence[str], wrong: str) -> Sequence[str]:
     return [*words[:place], "--keep-ratio", f"{share:.3g}", *rest]
 
 
-def _with_names(words: Sequence[str], loose: Sequence[str], known: Sequence[str]) -> Sequence[str] | None:
+def _with_names(words: Sequence[str], loose: Sequence[str], known: Sequence[str], missing: str) -> Sequence[str]:
     """The words with a flag before each value that stands alone: --image before an image, --prompt before a text."""
+    for place, word in enumerate(words):
+        if word in loose and Path(f"{words[place - 1]} {word}").is_file():  # a path with spaces
+            return [*words[: place - 1], f"{words[place - 1]} {word}", *words[place + 1 :]]
     meant = list(words)
+    texts = [word for word in loose if not Path(word).exists() and not Path(word).suffix and not word.isdigit()]
+    if len(texts) > 1 and texts == loose and "--prompt" in known and meant[-len(texts) :] == texts:  # without quotes
+        meant[-len(texts) :] = loose = [" ".join(texts)]
     is_model = any((Path(loose[0]) / file).is_file() for file in MANIFESTS)
     if is_model and len(words) > 1 and "--image" in known and Path(words[1]).suffix.lower() in IMAGES:  # swapped
         at = words.index(loose[0])
@@ -256,7 +345,7 @@ def _with_names(words: Sequence[str], loose: Sequence[str], known: Sequence[str]
             meant[place - 1 : place + 1] = [f"{before},{word}"]
             continue
         if place >= 2 and before in known:  # a flag was taken for the value of the one before it
-            meant.insert(place - 1, "What is shown here?")
+            meant.insert(place - 1, _WORKING["--prompt"])
             continue
         flag = "--image" if suffix in IMAGES else "--video" if suffix in VIDEOS else "--prompt"
         if words[0] in ("export", "build"):
@@ -265,10 +354,17 @@ def _with_names(words: Sequence[str], loose: Sequence[str], known: Sequence[str]
             flag = "--port"
         if any((Path(word) / file).is_file() for file in MANIFESTS) and (words.count(word) > 1 or "--model" in words):
             meant.pop(place)  # the model is named twice
+            if words[0] in ("export", "build"):
+                meant += ["--out", f"{Path(word).name}-{'engines' if words[0] == 'build' else 'bundle'}"]
             continue
-        if flag not in known or (flag in ("--prompt", "--out") and {flag, flag[1:3]} & set(meant)):
-            return None
-        meant.insert(place, flag)
+        if meant[place - 2] in ("-p", "--prompt") and flag == "--prompt":  # a text without quotes
+            meant[place - 1 : place + 1] = [f"{before} {word}"]
+        elif flag not in known or (flag in ("--prompt", "--out") and {flag, flag[1:3]} & set(meant)):
+            meant.pop(place)
+        else:
+            meant.insert(place, flag)
+    if missing == "--prompt" and not {"-p", "--prompt"} & set(meant):
+        meant += ["--prompt", _WORKING["--prompt"]]
     return meant
 
 
@@ -278,29 +374,29 @@ def _with_value(words: Sequence[str], name: str) -> Sequence[str] | None:
     model = given or "model"
     kinds = [file for file in MANIFESTS if (Path(model) / file).is_file()]
     if name == "--out" and words[0] == "export" and kinds and kinds[0] != "config.json":
-        return ["run", model, "--prompt", "What is shown here?"]
+        return ["run", model, "--prompt", _WORKING["--prompt"]]
     if name == "--out" and words[0] == "build" and (kinds == ["config.json"] or not Path(model).exists()):
         return ["export", given or "CHECKPOINT-OR-HUB-ID", "--out", f"{Path(model).name}-bundle"]
     if name == "--out" and given is None:
         words = [*words, "CHECKPOINT-OR-HUB-ID"]
     made = f"{Path(model).name}-{'engines' if words[:1] == ['build'] else 'bundle'}"
-    values = {"--prompt": "What is shown here?", "--out": made, "--checkpoint": "CHECKPOINT-OR-HUB-ID"}
+    values = _WORKING | {"--out": made}
     if name == "--model":
         return [*words[:1], "CHECKPOINT-OR-HUB-ID", *words[1:]]
     return [*words, name, values[name]] if name in values else None
 
 
-def _replaced(words: Sequence[str], wrong: str, right: str) -> Sequence[str]:
+def _replaced(words: Sequence[str], wrong: str, right: Sequence[str]) -> Sequence[str]:
     """The words with one of them replaced, also where it is the part before or after an equals sign."""
     meant: list[str] = []
     for word in words:
         name, joined, value = word.partition("=")
-        if word == wrong or Path(word) == Path(wrong):
-            meant += right.split()
+        if word == wrong or (wrong and Path(word) == Path(wrong)):
+            meant += right
         elif joined and name == wrong:
-            meant += [*right.split(), value] if " " not in right else right.split()
+            meant += [*right, value] if len(right) == 1 else right
         elif joined and value == wrong:
-            meant.append(f"{name}={right}")
+            meant += [f"{name}={right[0]}", *right[1:]]
         else:
             meant.append(word)
     return meant

@@ -148,6 +148,7 @@ def verify(folder: Path) -> None:
 def _no_model(name: str, expected: str) -> WrongModel:
     """What lies in the place of a model, and what was meant, as far as that can be seen."""
     path, address = Path(name), _ADDRESS.match(name)
+    instead = "BUNDLE" if expected == "a bundle or engines" else "CHECKPOINT-OR-HUB-ID"
     if address:
         return WrongModel(f"{name}: a web address, expected {expected}", name, address[1])
     if path.is_file():
@@ -157,7 +158,6 @@ def _no_model(name: str, expected: str) -> WrongModel:
         if kind_of(path.parent) != "nothing":
             return WrongModel(f"{name}: a file, expected the folder that it lies in", name, str(path.parent))
         why = "GGUF holds no checkpoint that is read here" if path.suffix == ".gguf" else "a file"
-        instead = "BUNDLE" if expected == "a bundle or engines" else "CHECKPOINT-OR-HUB-ID"
         return WrongModel(f"{name}: {why}, expected {expected}", name, instead)
     if path.is_dir():
         inside = [place for below in ("*", "snapshots/*") for file in _KINDS for place in path.glob(f"{below}/{file}")]
@@ -180,7 +180,7 @@ def _no_model(name: str, expected: str) -> WrongModel:
     message = f"{name}: no such folder, expected {expected}"
     if re.fullmatch(r"Qwen[\w.]*-[\w.-]+", name):  # a hub id has an owner
         return WrongModel(f"{message} such as Qwen/{name}", name, f"Qwen/{name}")
-    return WrongModel(message, name)
+    return WrongModel(message, name, instead)
 
 
 def _close_to(path: Path) -> Path | None:

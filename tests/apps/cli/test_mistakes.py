@@ -29,11 +29,11 @@ MISTAKES = [
     # what is missing
     ("run", "--model requires", "hawk-trt run CHECKPOINT-OR-HUB-ID"),
     ("run bundle", "--prompt requires", "hawk-trt run bundle --prompt 'What is shown here?'"),
-    ("run bundle --prompt", "--prompt requires", "hawk-trt run "),
+    ("run bundle --prompt", "--prompt requires", "hawk-trt run bundle --prompt 'What is shown here?'"),
     ("export model", "--out requires", "hawk-trt export model --out model-bundle"),
     ("build bundle", "--out requires", "hawk-trt build bundle --out bundle-engines"),
     ("parity bundle", "--checkpoint requires", "hawk-trt parity bundle --checkpoint CHECKPOINT"),
-    ("explain bundle -p hi", "no image or video", "hawk-trt explain --help"),
+    ("explain bundle -p hi", "no image or video", "hawk-trt explain bundle -p hi --image photo.png"),
     # values without their flag, and flags without their value
     ("run bundle hi", "--prompt requires", "hawk-trt run bundle --prompt hi"),
     ("run bundle photo.png -p hi", "without an option", "hawk-trt run bundle --image photo.png -p hi"),
@@ -70,18 +70,22 @@ MISTAKES = [
     ("run bundle -p hi --no-prune", "--no-prune", "--keep-ratio 1"),
     ("eval bundle --limit 3", "--limit", "--count 3"),
     # values
-    ("run bundle -p hi --top-k 0.5", "--top-k: got 0.5, expected an integer", "hawk-trt run --help"),
-    ("run bundle -p hi --threads 1.5", "--threads: got 1.5, expected an integer", "hawk-trt run --help"),
-    ("run bundle -p hi --threads 1000000", "expected an integer from 1 to", "hawk-trt run --help"),
+    ("run bundle -p hi --top-k 0.5", "--top-k: got 0.5, expected an integer", "hawk-trt run bundle -p hi --top-k 50"),
+    ("run bundle -p hi --threads 1.5", "--threads: got 1.5, expected an integer", "hawk-trt run bundle -p hi"),
+    ("run bundle -p hi --threads 1000000", "expected an integer from 1 to", "hawk-trt run bundle -p hi"),
     ("run bundle -p hi --keep-ratio 0,2", "got '0,2'", "--keep-ratio 0.2"),
-    ("run bundle -p hi --keep-ratio 20", "To keep 20 %: --keep-ratio 0.2", "hawk-trt run --help"),
-    ("run bundle -p hi --max-new-tokens 1.5", "expected an integer", "hawk-trt run "),
+    (
+        "run bundle -p hi --keep-ratio 20",
+        "To keep 20 %: --keep-ratio 0.2",
+        "hawk-trt run bundle -p hi --keep-ratio 0.2",
+    ),
+    ("run bundle -p hi --max-new-tokens 1.5", "expected an integer", "hawk-trt run bundle -p hi --max-new-tokens 128"),
     ("run bundle -p hi --device gpu", "got 'gpu'", "hawk-trt run bundle -p hi --device cuda"),
     ("run bundle -p hi --dtype fp16", "bundle is float32", None),
     ("run bundle -p hi --selector hawks", '"hawks"', "--selector hawk"),
     ("export model --out x --dtype fp8", '"fp8"', "--dtype fp16"),
-    ("serve bundle --port 99999", "expected 0", "hawk-trt serve --help"),
-    ("serve bundle --config nothing.yaml", "nothing.yaml is no file", "hawk-trt serve --help"),
+    ("serve bundle --port 99999", "expected 0", "hawk-trt serve bundle --port 8000"),
+    ("serve bundle --config nothing.yaml", "nothing.yaml is no file", "hawk-trt serve bundle"),
     # paths
     ("run bundel -p hi", "Did you mean bundle?", "hawk-trt run bundle -p hi"),
     ("run bundle/bundle.json -p hi", "expected the folder", "hawk-trt run bundle -p hi"),
@@ -91,7 +95,43 @@ MISTAKES = [
     ("run empty -p hi", "no bundle there", "hawk-trt export CHECKPOINT-OR-HUB-ID --out empty"),
     ("run bundle -p hi -i phto.png", "no such file", "-i photo.png"),
     ("run bundle -p hi --video photo.png", "image, expected video", "--image photo.png"),
-    ("eval bundle --dataset nothing", "got 'nothing'", "hawk-trt eval --help"),
+    ("eval bundle --dataset nothing", "got 'nothing'", "hawk-trt eval bundle --dataset tiny"),
+    # the user's own line, mended
+    ("run bundle --prompt-file notes.txt", "--prompt requires", "hawk-trt run bundle --prompt - < notes.txt"),
+    ("run bundle --prompt-file='my notes.txt'", "--prompt requires", "run bundle --prompt - < 'my notes.txt'"),
+    ("run bundle -p hi there you", "without an option", "hawk-trt run bundle -p 'hi there you'"),
+    ("run bundle hi there", "--prompt requires", "hawk-trt run bundle --prompt 'hi there'"),
+    ("run bundle photo.png", "--prompt requires", "run bundle --image photo.png --prompt 'What is shown here?'"),
+    ("run bundle -p hi -i my photo.png", "without an option", "hawk-trt run bundle -p hi -i 'my photo.png'"),
+    ("run bundle -p hi -i 'photo.png,my photo.png'", "no such file", "-i photo.png -i 'my photo.png'"),
+    ("run bundle -p hi -i \"'photo.png'\"", "no such file", "hawk-trt run bundle -p hi -i photo.png"),
+    ("run bundle -p hi -i 'sub\\\\x.png'", "no such file", "hawk-trt run bundle -p hi -i sub/x.png"),
+    ("run bundle -p hi -i 'C:\\\\me\\\\x.png'", "no such file", "hawk-trt run bundle -p hi -i 'my photo.png'"),
+    ("run bundle -p hi -i sub", "not a file", "hawk-trt run bundle -p hi -i sub/x.png"),
+    ("run bundle -p hi --image=notes.txt", "not an image", "hawk-trt run bundle -p hi --image='my photo.png'"),
+    ("run bundle -p hi -i https://a.b/cat.jpg?x=1", "not downloaded", "&& hawk-trt run bundle -p hi -i cat.jpg"),
+    ("run bundle -p hi --video notes.txt", "not a video", "hawk-trt run bundle -p hi --video VIDEO.mp4"),
+    ("run bundle -p hi --fps 2", "leave it out", "hawk-trt run bundle -p hi"),
+    ("run bundle -p ''", "empty text", "hawk-trt run bundle -p 'What is shown here?'"),
+    ("run bundle -p hi --keep-ratio", "requires an argument", "hawk-trt run bundle -p hi --keep-ratio 0.2"),
+    ("run bundle -p hi --keep_ratio -0.2", "got -0.2", "hawk-trt run bundle -p hi --keep_ratio 0.2"),
+    ("run bundle -p hi --keep-ratio=1.5", "got 1.5", "hawk-trt run bundle -p hi --keep-ratio 0.015"),
+    ("run bundle -p hi --max-tokens 0 --json", "got 0", "hawk-trt run bundle -p hi --max-tokens 128 --json"),
+    ("run bundle -p hi --temperature hot", "unable to convert", "hawk-trt run bundle -p hi --temperature 0.7"),
+    ("run bundle -p hi --device 1", "got '1'", "hawk-trt run bundle -p hi --device cuda:1"),
+    ("run bundle -p hi --target onnx", '"onnx"', "hawk-trt run bundle -p hi --target cpu"),
+    ("run bundle -p hi --head-weights no.json", "cannot be read", "hawk-trt run bundle -p hi"),
+    ("run bundle -p hi -i photo.png --picture sub", "cannot be written", "-i photo.png --picture kept.png"),
+    ("run nothing -p hi", "no such folder", "hawk-trt run CHECKPOINT-OR-HUB-ID -p hi"),
+    ("export model x y", "--out requires", "hawk-trt export model --out x"),
+    ("export --out x", "expected a CHECKPOINT", "hawk-trt export CHECKPOINT-OR-HUB-ID --out x"),
+    ("export model --out model", "another folder", "hawk-trt export model --out model-bundle"),
+    ("build bundle bundle", "--out requires", "hawk-trt build bundle --out bundle-engines"),
+    ("serve bundle --port abc", "unable to convert", "hawk-trt serve bundle --port 8000"),
+    ("serve bundle --workers 4", "--workers", "hawk-trt serve bundle"),
+    ("bench bundle --sides 0", "--sides: got 0", "hawk-trt bench bundle --sides 448"),
+    ("doctor bundle extra", "without an option", "hawk-trt doctor bundle"),
+    ("demo tiny", "without an option", "hawk-trt demo"),
     # models in each other's place
     ("run photo.png --image bundle -p hi", "an image", "hawk-trt run bundle --image photo.png -p hi"),
     (f"run https://huggingface.co/{HUB} -p hi", "a web address", f"hawk-trt run {HUB} -p hi"),
@@ -101,7 +141,7 @@ MISTAKES = [
     ("build model --out x", "expected a bundle", "hawk-trt export model --out model-bundle"),
     (f"build {HUB} --out x", "expected a bundle", f"hawk-trt export {HUB} --out Qwen2.5-VL-3B-Instruct-bundle"),
     ("parity bundle --checkpoint bundle", "expected a checkpoint", "parity bundle --checkpoint CHECKPOINT-OR-HUB-ID"),
-    ("doctor nothing", "no such folder", "hawk-trt doctor --help"),
+    ("doctor nothing", "no such folder", "hawk-trt doctor BUNDLE"),
     ("doctor model", "expected a bundle or engines", "hawk-trt export model --out model-bundle"),
 ]
 
@@ -116,7 +156,10 @@ def place(tmp_path_factory, tiny_bundle, tiny_checkpoint):
     (folder / "damaged").mkdir()
     (folder / "damaged" / "bundle.json").write_text('{"dtype": ')
     (folder / "graph.onnx").write_text("graph")
-    shutil.copy(tiny_checkpoint / "samples" / "0-colour.png", folder / "photo.png")
+    (folder / "notes.txt").write_text("What is shown here?")
+    (folder / "sub").mkdir()
+    for copy in ("photo.png", "my photo.png", "sub/x.png"):
+        shutil.copy(tiny_checkpoint / "samples" / "0-colour.png", folder / copy)
     return folder
 
 
@@ -132,7 +175,7 @@ def test_a_mistake_is_answered_with_a_command_that_works(words, said, command, p
     assert code in (1, 2)
     assert lines[0].startswith("error: ") and said in lines[0]
     assert len(lines) == (1 if command is None else 2)
-    assert command is None or (lines[1].startswith("  try: hawk-trt ") and command in lines[1])
+    assert command is None or (lines[1].startswith(("  try: hawk-trt ", "  try: curl -LO ")) and command in lines[1])
 
 
 @pytest.mark.parametrize(
