@@ -7,6 +7,7 @@ Tokenizer, chat template and preprocessor are those of the shipped tiny model, w
 import json
 import math
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,11 @@ from export.real_shapes import shape_config
 from export.writer import ExportOptions, export
 
 _ALIGNMENT = 4096
-# What newer saves call the tensors, after their canonical prefixes.
-_PREFIXES = {"visual.": "model.visual.", "language_model.": "model.language_model."}
+# What the released checkpoints call the tensors, after their canonical prefixes.
+_PREFIXES = {
+    "qwen2_5_vl": {"visual.": "visual.", "language_model.": "model."},
+    "qwen3_vl": {"visual.": "model.visual.", "language_model.": "model.language_model."},
+}
 _IDS = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id")
 _TINY = Path(__file__).parent.parent / "examples" / "tiny-vlm"
 _SMALL_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -48,7 +52,8 @@ def make_model(folder: Path, config: dict[str, Any]) -> tuple[Path, Path]:
     checkpoint, bundle = folder / "checkpoint", folder / "bundle"
     if not (checkpoint / _PREPROCESSOR).is_file():  # the last that is written
         checkpoint.mkdir(parents=True, exist_ok=True)
-        _write_tensors(checkpoint / "model.safetensors", random_checkpoint(checkpoint, config))
+        made = random_checkpoint(checkpoint, config)
+        _write_tensors(checkpoint / "model.safetensors", made, _PREFIXES[config["model_type"]])
         for name in _SMALL_FILES:
             shutil.copyfile(_TINY / name, checkpoint / name)
         preprocessor = json.loads((_TINY / _PREPROCESSOR).read_text())
@@ -60,14 +65,14 @@ def make_model(folder: Path, config: dict[str, Any]) -> tuple[Path, Path]:
     return checkpoint, bundle
 
 
-def _write_tensors(path: Path, checkpoint: Checkpoint) -> None:
+def _write_tensors(path: Path, checkpoint: Checkpoint, prefixes: Mapping[str, str]) -> None:
     """Stream all tensors into a safetensors file, whose data begins on a page."""
     described: dict[str, Any] = {}
     position = 0
     names = checkpoint.unused()  # nothing was asked for yet: all of them
     for name in names:
         shape = checkpoint.tensor(name).shape
-        written = next((new + name.removeprefix(old) for old, new in _PREFIXES.items() if name.startswith(old)), name)
+        written = next((new + name.removeprefix(old) for old, new in prefixes.items() if name.startswith(old)), name)
         end = position + 4 * math.prod(shape)
         described[written] = {"dtype": "F32", "shape": shape, "data_offsets": [position, end]}
         position = end
