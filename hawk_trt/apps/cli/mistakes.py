@@ -301,9 +301,9 @@ def _with_flag(words: Sequence[str], wrong: str, known: Sequence[str], suggested
         right = close[0] if close else None
     if right:
         return _replaced(words, wrong, right.split())
-    place = next((place for place, word in enumerate(words) if word.partition("=")[0] == wrong), None)
-    if place is None:
+    if wrong not in (names := [word.partition("=")[0] for word in words]):
         return None
+    place = names.index(wrong)
     follows = "=" not in words[place] and not "".join(words[place + 1 : place + 2]).startswith("-")
     return [*words[:place], *words[place + 1 + follows :]]  # there is no such option, and nothing like it
 

@@ -1,7 +1,11 @@
 """The chat in the terminal, from piped lines, and the demo."""
 
 import io
+import os
+import select
+import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +13,15 @@ from PIL import Image
 
 from hawk_trt.apps.cli.chat import paths_in
 from hawk_trt.apps.cli.main import main
+from hawk_trt.bundle import manifest_bytes, read_manifest
+
+ROOT = Path(__file__).parents[3]
+IN_A_TERMINAL = """
+import fcntl, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+from hawk_trt.apps.cli.main import main
+sys.exit(main())
+"""
 
 
 @pytest.fixture
@@ -127,3 +140,45 @@ def test_demo_answers_draws_and_says_what_is_next(tiny_checkpoint, tmp_path, mon
     )
     out, err = capsys.readouterr()
     assert out == "5\n" and "Exporting" not in err  # the demo has exported it
+
+
+def test_ctrl_c_in_a_terminal_stops_the_answer_and_not_the_chat(tiny_bundle, tmp_path):
+    for file in tiny_bundle.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    manifest = read_manifest(tiny_bundle)
+    endless = replace(manifest, special_tokens=replace(manifest.special_tokens, eos=()))  # fills the context
+    (tmp_path / "bundle.json").unlink()
+    (tmp_path / "bundle.json").write_bytes(manifest_bytes(endless))
+    command = [sys.executable, "-c", IN_A_TERMINAL, "chat", str(tmp_path), "--max-new-tokens", "4000"]
+    ours, theirs = os.openpty()
+    chat = subprocess.Popen(
+        command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True, cwd=ROOT,
+        env=os.environ | {"TERM": "dumb", "XDG_CACHE_HOME": str(tmp_path)},
+    )  # fmt: skip
+    os.close(theirs)
+    shown = ""
+
+    def until(text):
+        nonlocal shown
+        while text not in shown:
+            assert select.select([ours], [], [], 120)[0], f"waited for {text!r}: {shown!r}"
+            try:
+                shown += os.read(ours, 4096).decode(errors="replace")
+            except OSError:
+                raise AssertionError(f"ended before {text!r}: {shown!r}") from None
+        shown = shown.partition(text)[2]
+
+    try:
+        until("> ")
+        os.write(ours, b"Why?\n")
+        until("Why?")
+        until("0")
+        os.write(ours, b"\x03")  # which the terminal turns into SIGINT
+        until("stopped")
+        until("> ")
+        os.write(ours, b"/quit\n")
+        assert chat.wait(120) == 0
+    finally:
+        chat.kill()
+        chat.wait()
+        os.close(ours)
