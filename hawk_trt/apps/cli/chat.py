@@ -16,10 +16,10 @@ from urllib.parse import unquote
 
 from cyclopts import Parameter
 
-from hawk_trt.apps.cli.mistakes import IMAGES, VIDEOS
 from hawk_trt.apps.cli.options import PROMPT, KeepRatio, MaxNewTokens, Model, Pixels, Prompt, Pruning, Where, ratio_of
 from hawk_trt.apps.cli.output import note
 from hawk_trt.apps.cli.run import Sampling
+from hawk_trt.apps.cli.vocabulary import IMAGES, VIDEOS
 from hawk_trt.errors import BundleError, HawkError, InvalidInput
 from hawk_trt.files import cache_folder
 from hawk_trt.runtime.vision_cache import DEFAULT_VISION_CACHE_MB

@@ -24,7 +24,8 @@ from cyclopts.argument import ArgumentCollection
 from cyclopts.exceptions import UnusedCliTokensError
 
 from hawk_trt import __version__
-from hawk_trt.apps.cli.mistakes import SYNONYMS, to_try
+from hawk_trt.apps.cli.mistakes import to_try
+from hawk_trt.apps.cli.vocabulary import SYNONYMS
 from hawk_trt.errors import HawkError, InvalidInput
 
 # Name: (function, what it does).

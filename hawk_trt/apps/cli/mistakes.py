@@ -18,97 +18,22 @@ from cyclopts.exceptions import (
     UnusedCliTokensError,
 )
 
+from hawk_trt.apps.cli.vocabulary import (
+    ALIASES,
+    FOREIGN,
+    IMAGES,
+    LISTS,
+    NEEDLESS,
+    OPTIONS,
+    SYNONYMS,
+    VALUES,
+    VIDEOS,
+    WORKING,
+)
 from hawk_trt.errors import HawkError
 
-IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".heic", ".avif")
 MANIFESTS = ("bundle.json", "engines.json", "config.json")
-VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
 _SUGGESTED = re.compile(r'Did you mean "?([^\s"?]+)"?\?')
-# What others call values of ours.
-VALUES = {
-    "gpu": "cuda",
-    "cuda:all": "cuda",
-    "cpu:0": "cpu",
-    "onnxruntime": "cpu",
-    "trt": "tensorrt",
-    "f16": "fp16",
-    "f32": "fp32",
-    "fp8": "fp16",
-    "float8": "float16",
-    "q4": "int4",
-    "q8": "int8",
-    "4bit": "int4",
-    "8bit": "int8",
-    "auto": "fp16",
-}
-# What others call our commands and options.
-SYNONYMS = {
-    "run": "ask answer generate infer inference predict query",
-    "chat": "talk repl interactive shell prompt",
-    "demo": "example examples try quickstart tour",
-    "serve": "server start api launch up web",
-    "export": "convert onnx import download pull quantize",
-    "build": "compile engine engines trt tensorrt trtexec",
-    "explain": "visualize visualise show draw picture plot",
-    "parity": "compare diff validate verify",
-    "eval": "evaluate evaluation accuracy score test",
-    "bench": "benchmark perf profile speed measure",
-    "calibrate": "calibration heads head-weights",
-    "advise": "advice recommend tune suggest",
-    "doctor": "check info env status diagnose list gpus",
-}
-_OTHERS = {
-    "--max-new-tokens": ("--max-length", "--max-output-tokens", "--num-predict", "--n-predict", "--num-tokens", "-n"),
-    "--max-tokens": ("--max-new-tokens", "--max-length"),
-    "--prompt": ("--question", "--text", "--message", "--instruction", "--query", "-q", "-t"),
-    "--image": ("--img", "--images", "--picture", "--photo", "--image-path", "--input", "--file", "-f"),
-    "--keep-ratio": ("--keep", "--ratio", "--retention-ratio", "--keep-rate", "--token-ratio", "-k", "-r"),
-    "--out": ("--output", "--output-dir", "--out-dir", "--save-dir", "--save", "--dest", "--target-dir", "-d", "-o"),
-    "--model": (
-        "--model-path",
-        "--model-id",
-        "--bundle",
-        "--engine",
-        "--engines",
-        "--path",
-        "--input",
-        "--checkpoint",
-        "-m",
-    ),
-    "--checkpoint": ("--ckpt", "--model-path", "--reference", "--hf-model"),
-    "--dtype": ("--precision", "--torch-dtype", "--quantization", "--quantize", "--type"),
-    "--picture": ("--out", "--output", "-o"),
-    "--device": ("--backend", "--provider", "--accelerator"),
-    "--temperature": ("--temp",),
-    "--repeats": ("--runs", "--iterations", "--iters", "--num-iters", "--repeat", "--num-runs"),
-    "--host": ("--listen", "--bind", "--address", "--ip"),
-    "--api-key": ("--key", "--token", "--auth"),
-    "--max-batch": ("--batch-size", "--max-num-seqs", "--batch"),
-    "--target": ("--provider", "--runtime", "--format"),
-    "--keep-ratio 1": ("--no-prune", "--no-pruning"),
-    "--count": ("--limit", "--num-samples", "--max-samples", "--n-samples"),
-    "--device cuda": ("--gpu", "--cuda", "--use-gpu"),
-    "--device cpu": ("--cpu", "--no-gpu"),
-    "--dtype fp16": ("--fp16", "--half"),
-    "--dtype bf16": ("--bf16",),
-    "--dtype int8": ("--int8", "--load-in-8bit"),
-    "--dtype int4": ("--int4", "--load-in-4bit"),
-}
-_LISTS = ("--keep-ratio", "--keep-ratios", "--selectors", "--selector", "--target", "--sides")
-# What there is nothing of here, with a value.
-_OF_OTHERS = ("--tensor-parallel-size", "-tp", "--gpu-memory-utilization", "--max-num-batched-tokens", "--swap-space")
-# A value that works for an option, where the one that was given does not; any other option is left out.
-_WORKING = {
-    **{"--keep-ratio": "0.2", "--keep-ratios": "1,0.2", "--sides": "448", "--selectors": "hawk,random"},
-    **{"--max-new-tokens": "128", "--temperature": "0.7", "--top-p": "0.9", "--top-k": "50", "--seed": "0"},
-    **{"--device": "cpu", "--target": "cpu", "--dtype": "fp16", "--normalization": "l2", "--block-size": "64"},
-    **{"--port": "8000", "--host": "127.0.0.1", "--max-batch": "8", "--api-key": "KEY", "--dataset": "tiny"},
-    **{"--image": "IMAGE.png", "--video": "VIDEO.mp4", "--picture": "kept.png", "--prompt": "What is shown here?"},
-    **{"--checkpoint": "CHECKPOINT-OR-HUB-ID"},
-}
-_ALIASES = {"-i": "--image", "--images": "--image", "-p": "--prompt", "--max-tokens": "--max-new-tokens"}
-# What needs no option here: it is so anyway.
-_NEEDLESS = ("--stream", "--trust-remote-code", "--verbose", "--yes", "-y")
 
 
 class WrongModel(HawkError):
@@ -178,7 +103,7 @@ def _with_other_value(message: str, words: Sequence[str]) -> Sequence[str] | Non
         if place and value and (joined or not word.startswith("-")) and any(one in message for one in spellings):
             if value in VALUES:
                 return _replaced(words, value, [VALUES[value]])
-            files = _files_meant(value, is_image=_ALIASES.get(flag, flag) == "--image")
+            files = _files_meant(value, is_image=ALIASES.get(flag, flag) == "--image")
             if files:
                 return _replaced(words, value, [files[0], *(part for file in files[1:] for part in (flag, file))])
     return None
@@ -210,7 +135,7 @@ def _with_working_value(message: str, words: Sequence[str]) -> Sequence[str] | N
     named = {*re.findall(r"--[a-z][\w-]*", message), *([f"--{head[1].replace('_', '-')}"] if head else ())}
     for place, word in enumerate(words):
         flag, joined, value = word.partition("=")
-        option = _ALIASES.get(flag, flag).replace("_", "-")
+        option = ALIASES.get(flag, flag).replace("_", "-")
         follows = not joined and place + 1 < len(words) and not re.match(r"-\D", words[place + 1])
         value = words[place + 1] if follows else value
         if not flag.startswith("-") or not ({flag, option} & named or (value and f"{value}:" in message)):
@@ -230,7 +155,7 @@ def _working_value(option: str, value: str) -> str:
         return f"cuda:{value}"
     if option == "--out":
         return f"{Path(value).stem}-bundle"
-    return _WORKING.get(option, "")
+    return WORKING.get(option, "")
 
 
 def _meant(error: CycloptsError, words: Sequence[str]) -> Sequence[str] | None:
@@ -282,9 +207,9 @@ def _with_flag(words: Sequence[str], wrong: str, known: Sequence[str], suggested
             return _with_pruning_ratio(words, wrong)
         except (ValueError, IndexError):
             return None
-    if wrong in _NEEDLESS:
+    if wrong in NEEDLESS:
         return [word for word in words if word != wrong]
-    if wrong in _OF_OTHERS:
+    if wrong in FOREIGN:
         place = next(place for place, word in enumerate(words) if word.partition("=")[0] == wrong)
         return [*words[:place], *words[place + (1 if "=" in words[place] else 2) :]]
     if wrong in ("--prompt-file", "--question-file", "--text-file") and "--prompt" in known:
@@ -295,7 +220,7 @@ def _with_flag(words: Sequence[str], wrong: str, known: Sequence[str], suggested
     if words[0] == "chat" and wrong in ("--prompt", "-p"):
         return ["run", *words[1:]]
     lower = wrong.lower() if wrong.lower() in known else suggested
-    right = next((flag for flag, others in _OTHERS.items() if wrong in others and flag.split()[0] in known), lower)
+    right = next((flag for flag, others in OPTIONS.items() if wrong in others and flag.split()[0] in known), lower)
     if right is None:
         close = get_close_matches(wrong, known, n=1)
         right = close[0] if close else None
@@ -341,11 +266,11 @@ def _with_names(words: Sequence[str], loose: Sequence[str], known: Sequence[str]
         if f"-{before}" in known:  # an option with one dash
             meant[place - 1] = f"-{before}"
             continue
-        if meant[place - 2] in _LISTS and words[0] != "run":
+        if meant[place - 2] in LISTS and words[0] != "run":
             meant[place - 1 : place + 1] = [f"{before},{word}"]
             continue
         if place >= 2 and before in known:  # a flag was taken for the value of the one before it
-            meant.insert(place - 1, _WORKING["--prompt"])
+            meant.insert(place - 1, WORKING["--prompt"])
             continue
         flag = "--image" if suffix in IMAGES else "--video" if suffix in VIDEOS else "--prompt"
         if words[0] in ("export", "build"):
@@ -364,7 +289,7 @@ def _with_names(words: Sequence[str], loose: Sequence[str], known: Sequence[str]
         else:
             meant.insert(place, flag)
     if missing == "--prompt" and not {"-p", "--prompt"} & set(meant):
-        meant += ["--prompt", _WORKING["--prompt"]]
+        meant += ["--prompt", WORKING["--prompt"]]
     return meant
 
 
@@ -374,13 +299,13 @@ def _with_value(words: Sequence[str], name: str) -> Sequence[str] | None:
     model = given or "model"
     kinds = [file for file in MANIFESTS if (Path(model) / file).is_file()]
     if name == "--out" and words[0] == "export" and kinds and kinds[0] != "config.json":
-        return ["run", model, "--prompt", _WORKING["--prompt"]]
+        return ["run", model, "--prompt", WORKING["--prompt"]]
     if name == "--out" and words[0] == "build" and (kinds == ["config.json"] or not Path(model).exists()):
         return ["export", given or "CHECKPOINT-OR-HUB-ID", "--out", f"{Path(model).name}-bundle"]
     if name == "--out" and given is None:
         words = [*words, "CHECKPOINT-OR-HUB-ID"]
     made = f"{Path(model).name}-{'engines' if words[:1] == ['build'] else 'bundle'}"
-    values = _WORKING | {"--out": made}
+    values = WORKING | {"--out": made}
     if name == "--model":
         return [*words[:1], "CHECKPOINT-OR-HUB-ID", *words[1:]]
     return [*words, name, values[name]] if name in values else None

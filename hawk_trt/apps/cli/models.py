@@ -10,8 +10,9 @@ from typing import Literal
 import hawk_trt
 from hawk_trt.apps.cli.hub import download, is_hub_id
 from hawk_trt.apps.cli.main import where_it_lies
-from hawk_trt.apps.cli.mistakes import IMAGES, WrongModel
+from hawk_trt.apps.cli.mistakes import WrongModel
 from hawk_trt.apps.cli.output import note, progress, size
+from hawk_trt.apps.cli.vocabulary import IMAGES
 from hawk_trt.bundle import ENGINES_MANIFEST, MANIFEST, Bundle, Manifest, WeightFormat, holds_engines, read_manifest
 from hawk_trt.engine_folder import EngineFolder, read_engine_manifest
 from hawk_trt.errors import InvalidInput

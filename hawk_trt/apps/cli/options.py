@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Group, Parameter, Token
 
-from hawk_trt.apps.cli.mistakes import IMAGES, VIDEOS, WrongModel
+from hawk_trt.apps.cli.mistakes import WrongModel
 from hawk_trt.apps.cli.models import INTEGERS, TINY, ready, verify
+from hawk_trt.apps.cli.vocabulary import IMAGES, VIDEOS
 from hawk_trt.errors import InvalidInput
 from hawk_trt.pruning.head_weights import read_head_weights
 from hawk_trt.request import QUERIES, QUOTAS, SELECTORS, PruningConfig
