@@ -58,6 +58,13 @@ def to_try(error: Exception, program: str, words: Sequence[str]) -> str | None:
         program: hawk-trt, or python -m and a module.
         words: of the command line, after the program.
     """
+    try:
+        return _to_try(error, program, words)
+    except (OSError, ValueError):  # a word that no path can have, or a folder that cannot be read
+        return f"{program} --help"
+
+
+def _to_try(error: Exception, program: str, words: Sequence[str]) -> str | None:
     known = words and words[0] in SYNONYMS and " " not in program
     command = f"{program} {words[0]}" if known else program
     if isinstance(error, WrongModel):
@@ -89,7 +96,7 @@ def to_try(error: Exception, program: str, words: Sequence[str]) -> str | None:
         meant = meant or _with_working_value(str(error), words)
     if not meant:
         return f"{command} --help"
-    text_file = next((word for word in meant if word.startswith("< ")), None)
+    text_file = next((word for word in meant if word.startswith("< ") and word not in words), None)
     line = f"{program} {shlex.join(word for word in meant if word != text_file)}"
     return line if text_file is None else f"{line} < {shlex.quote(text_file[2:])}"
 

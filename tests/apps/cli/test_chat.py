@@ -17,8 +17,9 @@ from hawk_trt.bundle import manifest_bytes, read_manifest
 
 ROOT = Path(__file__).parents[3]
 IN_A_TERMINAL = """
-import fcntl, sys, termios
+import fcntl, signal, sys, termios
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 from hawk_trt.apps.cli.main import main
 sys.exit(main())
 """
@@ -161,7 +162,7 @@ def test_ctrl_c_in_a_terminal_stops_the_answer_and_not_the_chat(tiny_bundle, tmp
     def until(text):
         nonlocal shown
         while text not in shown:
-            assert select.select([ours], [], [], 120)[0], f"waited for {text!r}: {shown!r}"
+            assert select.select([ours], [], [], 120)[0], f"waited for {text!r}: {shown[-200:]!r}"
             try:
                 shown += os.read(ours, 4096).decode(errors="replace")
             except OSError:

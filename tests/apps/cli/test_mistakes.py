@@ -128,6 +128,7 @@ MISTAKES = [
     ("export model --out model", "another folder", "hawk-trt export model --out model-bundle"),
     ("build bundle bundle", "--out requires", "hawk-trt build bundle --out bundle-engines"),
     ("serve bundle --port abc", "unable to convert", "hawk-trt serve bundle --port 8000"),
+    (f"run {'x' * 5000} -p hi", "File name too long", "hawk-trt --help"),
     ("serve bundle --workers 4", "--workers", "hawk-trt serve bundle"),
     ("bench bundle --sides 0", "--sides: got 0", "hawk-trt bench bundle --sides 448"),
     ("doctor bundle extra", "without an option", "hawk-trt doctor bundle"),
