@@ -9,9 +9,10 @@ portable   each is an input, and a step returns its new columns, which are copie
            of its slots' own memory, so that they exist once
 states     of linear layers: [slots, ...] a tensor, without columns; a step replaces a row's states by new ones
 
-On the CPU a step writes states over those that it read. In a shared cache it writes them beside, and they are copied
-for the rows that were asked for alone: a step also runs over slots of others, and the run in which ONNX Runtime
-captures a CUDA graph computes the step more than once, which changes no key and no value, but would change states.
+On the CPU a step writes states over those that it read. In a shared cache it writes them beside: a step also runs over
+slots of others, and the run in which ONNX Runtime captures a CUDA graph computes the step more than once, which changes
+no key and no value, but would change states. Then the two memories change places, each with decode steps of its own;
+where others have slots in the cache, the states of the rows that were asked for are copied instead.
 """
 
 import math
@@ -108,7 +109,7 @@ class KVCache:
         starts: int64 [slots], columns of padding before each row's tokens, of the columns of a prefill.
         ends: int64 [slots], padding and tokens of each row; in place it writes there next.
         free: slots that no generation has.
-        steps: decode steps bound to this cache, by their rows.
+        steps: decode steps bound to this cache, by their rows; of states that change places, those of now.
     """
 
     def __init__(self, stages: Mapping[str, Stage], slots: int, columns: int, *, shared: bool) -> None:
@@ -117,6 +118,7 @@ class KVCache:
         self.starts, self.ends, self._prompt_ends = np.zeros((3, slots), np.int64)
         self.free = set(range(slots))
         self.steps: dict[int, DecodeStep] = {}
+        self._other_steps: dict[int, DecodeStep] = {}  # for when the states have changed places
         self._stages, self._shared = stages, shared
         self.in_place = in_place(stages[FIRST_LAYER].entry.target)
         # a step also writes to slots that it is not asked for; in a shared cache that is behind all that counts
@@ -198,11 +200,13 @@ class KVCache:
         if not self._made:
             return
         taken = set(slots)
-        others = set(range(self.slots)) - self.free - taken
-        for present, made in self._made.items():
-            if not others:
-                write(self._tensors[present], made)
-                continue
+        if not set(range(self.slots)) - self.free - taken:
+            read = {present: self._tensors[present] for present in self._made}
+            self._tensors |= self._made
+            self._made = read
+            self.steps, self._other_steps = self._other_steps, self.steps
+            return
+        for present in self._made:
             for slot in taken:
                 row = self._rows(self._made, present, slot, 1)
                 write(self._rows(self._tensors, present, slot, 1), row)
@@ -261,9 +265,10 @@ class KVCache:
 
     def forget_steps(self) -> None:
         """Let go of all that holds on to its tensors, or replays with their addresses."""
-        for step in self.steps.values():
-            step.forget_graphs()
-        self.steps.clear()
+        for steps in (self.steps, self._other_steps):
+            for step in steps.values():
+                step.forget_graphs()
+            steps.clear()
 
     def check_room(self, slots: list[int]) -> None:
         """Refuse a write beyond the end: TensorRT would drop it silently.

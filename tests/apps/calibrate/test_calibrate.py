@@ -399,3 +399,23 @@ def test_a_ray_cluster_finds_the_same_weights(planted, uninterrupted, tmp_path):
     done = subprocess.run([sys.executable, "-m", "hawk_trt", *argv], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "weights.json").read_bytes() == uninterrupted.read_bytes()
+
+
+def test_of_a_hybrid_model_heads_of_full_attention_are_left_out(tmp_path):
+    import torch
+
+    from qwen import TOKENS, RandomQwen
+    from random_models import prompt
+
+    reference = RandomQwen("qwen3_5", tmp_path).reference
+    embedded = reference.embed(prompt(1536, images=[(1, 4, 8)]), TOKENS)
+    kept = reference.kept(embedded, PruningConfig(keep_ratio=0.5))
+    with torch.inference_mode():
+        whole = next(reference.decode(embedded, kept, 3))
+        changes = []
+        for scope in ("first-layer", "all-layers"):  # layer 3, and layers 3 and 7
+            with without_heads(reference, scope, [BASELINE, 1, 2]):
+                changes.append((next(reference.decode(embedded, kept, 3)) - whole).abs().amax(-1))
+    first, both = changes
+    assert first[0] == both[0] == 0
+    assert (first[1:] > 1e-3).all() and (both[1:] > 1e-3).all() and (first[1:] != both[1:]).all()
