@@ -124,7 +124,7 @@ class LargestRequest:
         return limits
 
 
-def check_layers(manifest: Manifest, version: str) -> None:
+def check_layers(manifest: Manifest) -> None:
     """Refuse linear attention.
 
     Raises:
@@ -132,11 +132,10 @@ def check_layers(manifest: Manifest, version: str) -> None:
     """
     language = manifest.language
     if language.linear is not None:
-        layers = sum(language.is_linear(layer) for layer in range(language.num_hidden_layers))
         raise InvalidInput(
-            f"layers: {layers} of {language.num_hidden_layers} are linear attention, for which this project has no "
-            f"plugin and TensorRT {version} no layer. Wait for a TensorRT whose parser takes LinearAttention and "
-            "CausalConvWithState of ONNX opset 27. Until then ONNX Runtime runs it: hawk-trt run BUNDLE --device cuda"
+            f"layers: {language.num_linear_layers} of {language.num_hidden_layers} are linear attention, for which "
+            "TensorRT has no layer and this project no plugin. Wait for a TensorRT whose parser takes LinearAttention "
+            "and CausalConvWithState of ONNX opset 27. Until then use ONNX Runtime: hawk-trt run BUNDLE --device cuda"
         )
 
 
@@ -144,9 +143,8 @@ def choose_target(manifest: Manifest, version: str, asked: str | None = None) ->
     """The target to build: the one asked for, else tensorrt from TensorRT 10.15 on and portable below.
 
     Raises:
-        InvalidInput: the bundle does not hold it, or TensorRT does not run it, the bundle's weights or its layers.
+        InvalidInput: the bundle does not hold it, or TensorRT does not run it or the bundle's weights.
     """
-    check_layers(manifest, version)
     weights = manifest.weights
     if weights is not None and weights.bits == 8 and weights.block_size:
         raise InvalidInput(

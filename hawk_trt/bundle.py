@@ -169,7 +169,7 @@ class Manifest:
     def kv_bytes_per_token(self) -> int:
         """Bytes of the keys and values of one token in all layers that keep them."""
         language = self.language
-        full = sum(not language.is_linear(layer) for layer in range(language.num_hidden_layers))
+        full = language.num_hidden_layers - language.num_linear_layers
         numbers = 2 * full * language.num_key_value_heads * language.head_dim
         return numbers * numpy_dtype(self.dtype).itemsize
 
@@ -179,8 +179,8 @@ class Manifest:
         linear = self.language.linear
         if linear is None:
             return 0
-        layers = sum(self.language.is_linear(layer) for layer in range(self.language.num_hidden_layers))
-        return layers * sum(math.prod(shape) for shape in linear.state_shapes) * np.dtype(np.float32).itemsize
+        numbers = self.language.num_linear_layers * sum(math.prod(shape) for shape in linear.state_shapes)
+        return numbers * np.dtype(np.float32).itemsize
 
     def cache_bytes(self, columns: int) -> int:
         """Bytes of what a prompt of so many tokens leaves: keys, values and states."""

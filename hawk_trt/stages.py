@@ -118,6 +118,11 @@ class LanguageConfig:
         return range(self.scoring_layer + 1, self.num_hidden_layers)
 
     @property
+    def num_linear_layers(self) -> int:
+        """Layers of linear attention."""
+        return self.layer_types.count(LINEAR_ATTENTION)
+
+    @property
     def targets(self) -> tuple[str, ...]:
         """Targets whose runtime has operators for all layers."""
         return TARGETS if self.linear is None else (CPU, CUDA)

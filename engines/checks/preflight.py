@@ -114,7 +114,7 @@ def _rows(bundle: Bundle, size: Limits, plugin: Path | None, *, scratch: bool) -
 
     manifest, with_plugin = bundle.manifest, plugin is not None
     settings = BuildSettings(plugin, None, None, ())
-    check_layers(manifest, TENSORRT_VERSION)
+    check_layers(manifest)
     for target in (target for target in TENSORRT_TARGETS if target in manifest.targets):
         for stage in STAGES:
             graph = prepare(

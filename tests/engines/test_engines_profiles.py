@@ -13,7 +13,6 @@ from hawk_trt.errors import InvalidInput
 from hawk_trt.models.qwen2_5_vl import window_plan
 from hawk_trt.models.vision_config import InternVLVision
 from hawk_trt.stages import CONTEXT_LEN, DECODER, FIRST_LAYER, PORTABLE, STAGES, TENSORRT, VISION
-from hybrid import HYBRID
 
 INTERNVL = {
     "depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "num_heads": 16, "in_channels": 3, "patch_size": 14,
@@ -215,9 +214,3 @@ def test_integers_of_eight_bits_in_blocks_are_refused_since_tensorrt_documents_f
         choose_target(quantised, "10.16.1")
     for allowed in (WeightFormat(4, 64), WeightFormat(8, 0)):  # a scale a row
         assert choose_target(replace(quantised, weights=allowed), "10.16.1") == TENSORRT
-
-
-def test_linear_layers_are_refused_by_name_with_what_to_wait_for(bundle):
-    hybrid = replace(bundle.manifest, language=HYBRID)
-    with pytest.raises(InvalidInput, match=r"3 of 5 are linear attention.*LinearAttention and CausalConvWithState"):
-        choose_target(hybrid, "11.3.0")

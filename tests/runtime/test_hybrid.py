@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from engines.__main__ import main as build
 from hawk_trt import ModelInputs, Pipeline, PruningConfig, Request
 from hawk_trt.errors import BackendError, InvalidInput
 from hawk_trt.runtime import onnxruntime
@@ -118,6 +119,11 @@ def test_an_onnx_runtime_without_linear_attention_is_refused(bundle, monkeypatch
         BackendError, match=r"layers: got linear attention, which ONNX Runtime 1\.24\.4 lacks.* 1\.25 or"
     ):
         Pipeline.load(bundle)
+
+
+def test_no_engines_are_built_of_linear_layers_and_the_reason_is_told(bundle, tmp_path, capsys):
+    assert build([str(bundle), "--out", str(tmp_path / "engines")]) == 1
+    assert "6 of 8 are linear attention, for which TensorRT has no layer" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -310,12 +310,13 @@ def _print_machine(report: Report) -> None:
 
 def _print_manifest(manifest: Manifest) -> None:
     language = manifest.language
+    linear = f", {language.num_linear_layers} of them linear attention" if language.num_linear_layers else ""
     total_bytes = sum(entry.size_bytes for entry in manifest.files.values())
     lines = {
         "model": f"{manifest.source.name} ({manifest.source.architecture})",
         "graphs": f"{manifest.precision}, targets {', '.join(manifest.targets)}, "
         f"normalization {manifest.normalization}",
-        "sizes": f"{language.num_hidden_layers} layers, hidden size {language.hidden_size}, "
+        "sizes": f"{language.num_hidden_layers} layers{linear}, hidden size {language.hidden_size}, "
         f"{language.num_attention_heads} query and {language.num_key_value_heads} key-value heads, "
         f"up to {language.max_position_embeddings} positions",
         "pruning": f"keep ratio {manifest.keep_ratio:g}, head weights: {manifest.head_weights.source}",
