@@ -166,10 +166,13 @@ class KVCache:
         """Take free slots and empty them: a masked NaN would spoil what attention sums, and states begin as zeros."""
         taken = set(slots)
         self.free -= taken
+        zeros: dict[tuple[str, tuple[int, ...]], ort.OrtValue] = {}  # one of each kind, not one a layer
         for present in self._specs if taken & self._used else ():
-            zeros = self._zeros(present, 1)
+            kind = (self._specs[present].dtype, self._row_shape(present))
+            if kind not in zeros:
+                zeros[kind] = self._zeros(present, 1)
             for slot in taken & self._used:
-                write(self._rows(self._tensors, present, slot, 1), zeros)
+                write(self._rows(self._tensors, present, slot, 1), zeros[kind])
         self._used |= taken
 
     def give_back(self, slots: Iterable[int]) -> None:

@@ -89,6 +89,15 @@ def test_what_a_generation_left_spoils_no_later_one(shared, plain):
 
 
 @both
+def test_a_slot_is_emptied_from_one_row_of_zeros_for_all_layers(shared, monkeypatch):
+    answer(shared, ask(0))
+    made = []
+    zeros = type(shared.backend.place).zeros
+    monkeypatch.setattr(type(shared.backend.place), "zeros", lambda *_: made.append(1) or zeros(*_))
+    shared.backend.start(1, 40)
+    assert len(made) == 1
+
+
 def test_rows_come_and_go_without_a_copy_where_slots_are_free(shared, plain, monkeypatch):
     shared.generate_batch([ask(0), ask(1), ask(2)])  # a cache of three
     copies, carry = [], KVCache.carry
