@@ -141,7 +141,7 @@ bench-load: $(FULL) ## Time to load the 3B's width, the graphs optimised at load
 peers: ## An environment for each peer below artifacts/peers, 4 GB and more: which ones, FLAGS="openvino"
 	$(PYTHON) -m benchmarks.peers.environments $(FLAGS)
 
-bench-peers: $(FULL) ## transformers, OpenVINO GenAI and onnxruntime-genai on our weights, image and prompt; after make peers
+bench-peers: $(FULL) ## transformers, OpenVINO GenAI and onnxruntime-genai on our weights, images and prompt: 12 minutes, 15 GB of memory; after make peers
 	$(BIN)/python -m benchmarks.peers $(FLAGS)
 
 accuracy: $(FULL) export ## Right answers of the tiny model by selector, and what must hold of them: ten minutes

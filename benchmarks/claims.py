@@ -76,10 +76,11 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("artifacts/claims"), help="(default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")
     parser.add_argument("--side", type=int, default=1008, help="of the image, in pixels (default: %(default)s)")
+    parser.add_argument("--shape", default="qwen2.5-vl-7b", help="of the model (default: %(default)s)")
     parser.add_argument("--layers", type=int, default=3, help="of the language model (default: %(default)s)")
     args = parser.parse_args()
     checkpoint, bundle = make_model(
-        args.out / f"{args.layers}-layers", cut_config("qwen2.5-vl-7b", args.layers, vision_layers=1)
+        args.out / f"{args.shape}-{args.layers}-layers", cut_config(args.shape, args.layers, vision_layers=1)
     )
     export(checkpoint, bundle.with_name("bundle-int8"), ExportOptions(weights=WeightFormat(8, 64)))
     threads = torch.get_num_threads()

@@ -40,6 +40,7 @@ def cut_config(shape: str, layers: int, vision_layers: int) -> dict[str, Any]:
     text = config["text_config"]
     text["vocab_size"] = text["vocab_size"] * layers // whole["text_config"]["num_hidden_layers"] // 64 * 64
     tiny = json.loads((_TINY / "config.json").read_text())
+    text |= {name: tiny["text_config"][name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     return config | {name: tiny[name] for name in _IDS} | {"eos_token_id": tiny["text_config"]["eos_token_id"]}
 
 
