@@ -19,13 +19,15 @@ IM_END_OPTION = ["--im-end-token-id", str(IM_END)]
 
 
 def save_random(model: Any, folder: Path, seed: int) -> Path:
-    """Give a model random weights, norms near 1, and save it."""
+    """Give a model random weights, norms near 1 (of Qwen3.5 near 1 + 0), and save it."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            middle = float(name.endswith(".weight") and ("norm" in name or "ln_q" in name))
+            is_norm = name.endswith(".weight") and ("norm" in name or "ln_q" in name)
+            offset = type(model.get_submodule(name.rpartition(".")[0])).__name__ == "Qwen3_5RMSNorm"
+            middle = float(is_norm and not offset)
             weight.copy_(middle + 0.15 * torch.randn(weight.shape, generator=generator))
     model.save_pretrained(folder)
     return folder

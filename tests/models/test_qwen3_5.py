@@ -1,6 +1,7 @@
 """What Qwen3.5 has of its own: linear layers, targets that can run them, layers that draft, norms of 1 + weight."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hawk_trt import Pipeline
 from hawk_trt.bundle import Bundle
 from hawk_trt.errors import CheckpointError
 from hawk_trt.models.vision_config import Qwen35Vision
+from hawk_trt.runtime.comparison import TOLERANCES, StageTolerance, tolerance_of
 from hawk_trt.stages import CPU, CUDA, FULL_ATTENTION, LINEAR_ATTENTION, LinearAttentionConfig
 from qwen import QWEN3_5_08B, QWEN3_5_27B, QWENS, run
 from random_models import IM_END_OPTION, prompt
@@ -147,6 +149,15 @@ def test_quantised_weights_keep_the_decay_in_floats(qwen, answer, tmp_path, bits
     if bits == 8:
         assert np.isin(got.kept_indices, answer.kept_indices).mean() > 0.9
         assert np.corrcoef(got.logits[0], answer.logits[0])[0, 1] > 0.95  # 0.98 seen
+
+
+def test_parity_allows_what_the_layers_before_the_scores_round(qwen):
+    manifest = Bundle.load(qwen.bundle).manifest
+    alike = replace(manifest, language=replace(manifest.language, linear=None, layer_types=()))
+    hybrid, plain = tolerance_of(manifest), tolerance_of(alike)
+    assert plain == TOLERANCES["float32"]
+    assert hybrid.scores == hybrid.first_layer == StageTolerance(1 - 4 * (1 - plain.first_layer.cosine), 2e-4, 2e-4)
+    assert (hybrid.decoder, hybrid.vision, hybrid.score_error) == (plain.decoder, plain.vision, 5e-5)
 
 
 def test_the_manifest_holds_the_sizes_of_linear_layers(qwen):
