@@ -330,13 +330,13 @@ def _mix(named: dict[str, torch.Tensor], inputs: list[str]) -> None:
 
 
 def _write_cache(named: dict[str, torch.Tensor], name: str, total: torch.Tensor) -> None:
-    """New columns of a cache: at write_index in place, else behind the past ones."""
+    """New columns of a cache: at write_index in place, else all of the output."""
     target, past = named[name], named[name.replace("present_", "past_")]
     new = named["hidden_states"].shape[1]
     batch, kv_heads, _, head_dim = target.shape
     values = _pattern(total, (batch, kv_heads, new, head_dim), target.dtype)
     if target.data_ptr() != past.data_ptr():
-        target.copy_(torch.cat([past, values], dim=2))
+        target.copy_(values)
         return
     places = named["write_index"][:, None] + torch.arange(new, device=target.device)
     target.scatter_(2, places[:, None, :, None].expand(batch, kv_heads, new, head_dim), values)

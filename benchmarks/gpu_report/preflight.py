@@ -300,14 +300,17 @@ def _configs() -> dict[str, dict[str, Any]]:
             **ids,
         ),
         "Qwen3_5": transformers.Qwen3_5Config(
-            text_config=hybrid, vision_config=tower | {"num_position_embeddings": 36}, **ids
+            text_config=hybrid, vision_config=tower | {"hidden_size": 144, "num_position_embeddings": 36}, **ids
         ),
         "InternVL": transformers.InternVLConfig(text_config=transformers.Qwen2Config(**text), **tiles),
         "InternVL3_5": transformers.InternVLConfig(text_config=transformers.Qwen3Config(**text, head_dim=32), **tiles),
     }
     return {
         family: json.loads(config.to_json_string(use_diff=False))
-        | {"eos_token_id": 300, "architectures": [f"{family.removesuffix('3_5')}ForConditionalGeneration"]}
+        | {
+            "eos_token_id": 300,
+            "architectures": [f"{family.replace('InternVL3_5', 'InternVL')}ForConditionalGeneration"],
+        }
         for family, config in configs.items()
     }
 
