@@ -4,7 +4,7 @@
 .PHONY: help setup demo check docs lint types tests tests-slow export parity accuracy clean
 .PHONY: wheel check-wheel
 .PHONY: check-files check-harness check-models check-page check-quantisers check-serving bench-native real
-.PHONY: advise calibrate train-tiny
+.PHONY: advise calibrate evidence train-hybrid train-tiny
 .PHONY: plugin plugin-check gpu-report
 .PHONY: engines self-test preflight preflight-cuda preflight-large types-tensorrt
 .PHONY: bench bench-batching bench-shape bench-claims bench-export bench-growth bench-load bench-memory bench-peers bench-quantised bench-start peers
@@ -83,6 +83,12 @@ advise: $(READY) export ## Which keep ratio pays on this machine: MODEL=path-or-
 
 calibrate: $(FULL) ## Head weights of a checkpoint: MODEL=path-or-hub-id FLAGS="--dataset questions.jsonl --device cuda"
 	$(BIN)/hawk-trt calibrate "$(MODEL)" --out "$(OUT)-head-weights.json" --work "$(OUT)-calibration" $(FLAGS)
+
+train-hybrid: $(FULL) ## The shipped hybrid trained anew with the same lessons as the tiny model, on one thread: about an hour
+	$(BIN)/python -m examples.tiny_training --like examples/tiny-hybrid --out artifacts/tiny-hybrid-new --work artifacts/hybrid-training $(FLAGS)
+
+evidence: $(FULL) ## What pruning costs a hybrid, and what its first layers remember of dropped tokens: tables, ten minutes
+	$(BIN)/python -m examples.tiny_training.evidence examples/tiny-hybrid examples/tiny-vlm $(FLAGS)
 
 train-tiny: $(FULL) ## The shipped tiny model trained anew, on one thread: about half an hour
 	$(BIN)/python -m examples.tiny_training --out artifacts/tiny-vlm-new $(FLAGS)

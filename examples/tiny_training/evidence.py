@@ -32,7 +32,7 @@ from hawk_trt.request import num_kept
 
 RATIOS = (0.2, 0.1)
 NOTHING, BELOW = "no visual token", ", dropped before layer 0"
-ALSO_BELOW = ("random", "HAWK", "the score of the embeddings")
+ALSO_BELOW = ("random", "HAWK", "the score of the embeddings", "HAWK by the last token")
 _BATCH = 64
 
 Flags = npt.NDArray[np.bool_]
@@ -99,10 +99,13 @@ def _answers(
         "DivPrune": lambda i, k: divprune(visual[i].numpy(), k),
     }
     if hybrid is not None:
+        _, of_others = teacher.alone(others)
         scores = {
             "HAWK": hybrid.token_scores(visual, packed),
             "the score of the embeddings": hybrid.token_scores(visual, packed, of_embeddings=True),
-            "HAWK by another question": hybrid.token_scores(visual, teacher.alone(others)[1]),
+            "HAWK by another question": hybrid.token_scores(visual, of_others),
+            "HAWK by the last token": hybrid.token_scores(visual, packed, by_last=True),
+            "HAWK by the last token, another question": hybrid.token_scores(visual, of_others, by_last=True),
         }
         choosers |= {name: partial(_best, of_all.numpy()) for name, of_all in scores.items()}
     for name, choose in choosers.items():
@@ -160,8 +163,12 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"\n{args.softmax.name}\n\n{table(samples, softmax)}\n\n| difference | points |\n| --- | --- |")
     for ratio in RATIOS:
         hawk, chance = way("HAWK", ratio), way("random", ratio)
-        for name in ("the score of the embeddings", "DivPrune", "random", "HAWK by another question"):
-            print(_difference(f"{hawk} - {name}", hybrid[hawk], hybrid[way(name, ratio)]))
+        for own, others in (
+            ("HAWK", ("the score of the embeddings", "DivPrune", "random", "HAWK by another question")),
+            ("HAWK by the last token", ("DivPrune", "HAWK", "HAWK by the last token, another question")),
+        ):
+            for name in others:
+                print(_difference(f"{way(own, ratio)} - {name}", hybrid[way(own, ratio)], hybrid[way(name, ratio)]))
         print(
             _difference(
                 f"{hawk}: dropped before softmax attention - before layer 0", hybrid[hawk], hybrid[hawk + BELOW]

@@ -100,11 +100,13 @@ class HybridNetwork(Network):
         table = self._half(self._language.embed_tokens.weight)
         return functional.linear(self._norm(self._language.norm, asked), table).float(), wanted
 
-    def token_scores(self, visual: Tensor, packed: PackedQuestions, *, of_embeddings: bool = False) -> Tensor:
+    def token_scores(
+        self, visual: Tensor, packed: PackedQuestions, *, of_embeddings: bool = False, by_last: bool = False
+    ) -> Tensor:
         """HAWK's scores of the visual tokens by each picture's first question, all heads alike: [pictures, num_visual].
 
         Queries and keys are those of the first layer of softmax attention, of what this layer takes or, as if it were
-        layer 0, of the embeddings.
+        layer 0, of the embeddings. The query is the mean over the question's tokens; by_last, the prompt's last token.
         """
         row = self._row(visual, packed)
         layers = self._language.layers[: self.first_full + 1]
@@ -116,6 +118,8 @@ class HybridNetwork(Network):
         ids = packed.input_ids[:, 0]
         asking = (ids == self._language.config.eos_token_id).cumsum(1) == 0
         asking[:, 0] = False  # the end of the picture
+        if by_last:
+            asking = functional.one_hot((packed.labels[:, 0] != NO_LABEL).long().argmax(1), row.segment).bool()
         query, _ = (
             self._linear(attention.q_proj, y[:, row.shared : row.shared + row.segment])
             .unflatten(-1, (-1, 2 * attention.head_dim))

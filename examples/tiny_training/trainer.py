@@ -77,7 +77,7 @@ class Trainer:
         self._seed = seed
         self._say = say
         self._path = work / "state.pt"
-        self._subject = f"seed {seed}, {self._stages}"
+        self._subject = f"seed {seed}, {config.model_type}, {self._stages}"
         self._place = _Place(0, 0)
         self._optimizers = self._new_optimizers(self._stages[0])
         if self._path.exists():

@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from export.__main__ import main as export
-from hawk_trt import Pipeline
+from hawk_trt import Pipeline, PruningConfig
 from hawk_trt.errors import InvalidInput
 
 torch = pytest.importorskip("torch")
@@ -317,9 +317,22 @@ def test_the_table_of_right_answers_has_a_line_for_each_kind_of_picture(tiny_bun
     assert capsys.readouterr().err.startswith("error: ")
 
 
-def test_the_shipped_weights_are_those_that_their_readme_names(tiny_checkpoint):
-    digest = hashlib.sha256((tiny_checkpoint / WEIGHTS).read_bytes()).hexdigest()
-    assert re.findall(r"\b[0-9a-f]{64}\b", (tiny_checkpoint / "README.md").read_text(encoding="utf-8")) == [digest]
+@pytest.mark.parametrize("name", ["tiny-vlm", "tiny-hybrid"])
+def test_the_shipped_weights_are_those_that_their_readme_names(name):
+    folder = HYBRID.parent / name
+    digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
+    assert re.findall(r"\b[0-9a-f]{64}\b", (folder / "README.md").read_text(encoding="utf-8")) == [digest]
+
+
+def test_the_shipped_hybrid_answers_in_the_pipeline_as_in_training(tmp_path):
+    assert export([str(HYBRID), "--out", str(tmp_path), "--target", "cpu"]) == 0
+    samples = list(generate(1, 10))
+    found = evidence.answers(evidence.load_network(HYBRID), Teacher(HYBRID), samples, 1)
+    with Pipeline.load(tmp_path) as pipe:
+        for way, ratio in (("nothing dropped", 1.0), ("HAWK, 20 %", 0.2), ("HAWK, 10 %", 0.1)):
+            pruning = PruningConfig(keep_ratio=ratio)
+            assert accuracy.right(pipe, samples, pruning) == found[way].right.tolist()
+    assert found["nothing dropped"].right.sum() >= 8
 
 
 def test_the_recipe_has_pictures_that_the_windows_divide():
