@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 
 from export.__main__ import main as export
@@ -12,8 +13,10 @@ from hawk_trt import Pipeline
 from hawk_trt.bundle import Bundle
 from hawk_trt.errors import CheckpointError
 from hawk_trt.models.vision_config import Qwen35Vision
+from hawk_trt.runtime import session as ort_session
 from hawk_trt.runtime.comparison import TOLERANCES, StageTolerance, tolerance_of
 from hawk_trt.stages import CPU, CUDA, FULL_ATTENTION, LINEAR_ATTENTION, LinearAttentionConfig
+from quantised_checkpoints import awq
 from qwen import QWEN3_5_08B, QWEN3_5_27B, QWENS, run
 from random_models import IM_END_OPTION, prompt
 
@@ -149,6 +152,42 @@ def test_quantised_weights_keep_the_decay_in_floats(qwen, answer, tmp_path, bits
     if bits == 8:
         assert np.isin(got.kept_indices, answer.kept_indices).mean() > 0.9
         assert np.corrcoef(got.logits[0], answer.logits[0])[0, 1] > 0.95  # 0.98 seen
+
+
+def test_an_awq_checkpoint_answers_as_the_floats_that_it_stands_for(qwen, tmp_path, monkeypatch):
+    """Its scoring projections become floats; those of the layers before, and of the decoder, stay integers."""
+    from safetensors.numpy import load_file, save_file
+
+    class Options(ort.SessionOptions):
+        """ONNX Runtime without its own rounding of activations to 8 bits."""
+
+        def __init__(self):
+            super().__init__()
+            self.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+
+    monkeypatch.setattr(ort_session.ort, "SessionOptions", Options)
+    writer, parts, floats = awq(32), {}, {}
+    for name, array in load_file(qwen.checkpoint / "model.safetensors").items():
+        parts[name] = floats[name] = array
+        if ".layers." in name and name.endswith(("_proj.weight", "in_proj_qkv.weight", "in_proj_z.weight")):
+            written = writer.write(parts.pop(name))
+            floats[name] = written.floats
+            parts |= {f"{name.removesuffix('weight')}{part}": value for part, value in written.parts.items()}
+    assert sum(name.endswith("linear_attn.in_proj_qkv.qweight") for name in parts) == 6
+    config = json.loads((qwen.checkpoint / "config.json").read_text(encoding="utf-8"))
+    answers = []
+    for kind, tensors, settings in (("awq", parts, {"quantization_config": writer.settings}), ("plain", floats, {})):
+        source, out = tmp_path / kind, tmp_path / f"{kind}-bundle"
+        source.mkdir()
+        save_file(tensors, source / "model.safetensors")
+        (source / "config.json").write_text(json.dumps(config | settings), encoding="utf-8")
+        options = ["--target", "cpu", "--no-reference", *IM_END_OPTION]
+        assert export([str(source), "--out", str(out), *options]) == 0
+        with Pipeline.load(out) as pipe:
+            answers.append(run(pipe, prompt(**IMAGE), 0.3))
+    assert Bundle.load(tmp_path / "awq-bundle").manifest.weights is not None
+    np.testing.assert_array_equal(answers[0].kept_indices, answers[1].kept_indices)
+    np.testing.assert_allclose(answers[0].logits, answers[1].logits, rtol=0, atol=1e-3)
 
 
 def test_parity_allows_what_the_layers_before_the_scores_round(qwen):
