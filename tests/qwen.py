@@ -247,14 +247,15 @@ def random_qwen3_vl():
     return transformers.Qwen3VLForConditionalGeneration(config).eval()
 
 
-def random_qwen3_5():
-    """A model of transformers, its weights not yet set: layers 3 and 7 have full attention."""
+def random_qwen3_5(layer_types=None):
+    """A model of transformers, its weights not yet set: layers 3 and 7 of 8 have full attention unless told."""
     import transformers
 
     rope = {"rope_type": "default", "rope_theta": 1e7, "mrope_section": [2, 1, 1], "mrope_interleaved": True}
     linear = {"num_key_heads": 2, "num_value_heads": 4, "key_head_dim": 8, "value_head_dim": 16, "conv_kernel_dim": 4}
     rope["partial_rotary_factor"] = 0.5
-    sizes = {"hidden_size": 64, "num_hidden_layers": 8, "head_dim": 16, "rope_parameters": rope}
+    sizes = {"hidden_size": 64, "num_hidden_layers": len(layer_types or range(8)), "head_dim": 16}
+    sizes |= {"rope_parameters": rope, "layer_types": layer_types}
     config = transformers.Qwen3_5Config(
         text_config=TEXT | sizes | {f"linear_{name}": size for name, size in linear.items()},
         vision_config={

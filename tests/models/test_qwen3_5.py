@@ -17,8 +17,8 @@ from hawk_trt.runtime import session as ort_session
 from hawk_trt.runtime.comparison import TOLERANCES, StageTolerance, tolerance_of
 from hawk_trt.stages import CPU, CUDA, FULL_ATTENTION, LINEAR_ATTENTION, LinearAttentionConfig
 from quantised_checkpoints import awq
-from qwen import QWEN3_5_08B, QWEN3_5_27B, QWENS, run
-from random_models import IM_END_OPTION, prompt
+from qwen import QWEN3_5_08B, QWEN3_5_27B, QWENS, random_qwen3_5, run
+from random_models import IM_END_OPTION, generate, prompt, save_random
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -188,6 +188,19 @@ def test_an_awq_checkpoint_answers_as_the_floats_that_it_stands_for(qwen, tmp_pa
     assert Bundle.load(tmp_path / "awq-bundle").manifest.weights is not None
     np.testing.assert_array_equal(answers[0].kept_indices, answers[1].kept_indices)
     np.testing.assert_allclose(answers[0].logits, answers[1].logits, rtol=0, atol=1e-3)
+
+
+def test_a_model_may_score_in_layer_1_and_end_with_a_linear_layer(tmp_path):
+    kinds = [LINEAR_ATTENTION, FULL_ATTENTION, FULL_ATTENTION, LINEAR_ATTENTION]
+    model, inputs = random_qwen3_5(kinds), prompt(**IMAGE)
+    checkpoint = save_random(model, tmp_path / "checkpoint", 2)
+    assert export([str(checkpoint), "--out", str(tmp_path / "bundle"), "--no-reference", *IM_END_OPTION]) == 0
+    tokens, logits = generate(model, inputs, 5)
+    for target in (CPU, CUDA):
+        with Pipeline.load(tmp_path / "bundle", target=target) as pipe:
+            got = run(pipe, inputs, 1.0)
+        assert got.token_ids == tokens
+        np.testing.assert_allclose(got.logits, logits, rtol=0, atol=1e-3)
 
 
 def test_parity_allows_what_the_layers_before_the_scores_round(qwen):
