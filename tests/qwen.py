@@ -295,7 +295,7 @@ _FRAME_SPANS = {
     for name, shown in (PROMPTS | {"long video": LONG_VIDEO}).items()
 }
 # transformers is slow without its kernels for linear attention, so fewer prompts have to do.
-_HYBRID = {name: _FRAME_SPANS[name] for name in ("several images", "video", "no image")}
+_HYBRID = {name: _FRAME_SPANS[name] for name in ("one image", "several images", "video", "no image")}
 QWENS = {
     "qwen2_vl": Qwen(
         random_qwen2_vl,
