@@ -20,6 +20,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from hawk_trt.bundle import GraphEntry, numpy_dtype
 from hawk_trt.errors import BackendError
+from hawk_trt.runtime.versions import DEVICE_COPIES_ONNX_RUNTIME, OPSET_24_ONNX_RUNTIME, at_least
 from hawk_trt.stages import VISION, in_place
 
 # ONNX's TensorProto.DataType of the dtypes that the stages use
@@ -56,6 +57,12 @@ class Device:
                 raise BackendError(
                     "device: this onnxruntime has no CUDA provider. "
                     "pip uninstall -y onnxruntime && pip install onnxruntime-gpu"
+                )
+            if not at_least(ort.__version__, DEVICE_COPIES_ONNX_RUNTIME):
+                raise BackendError(
+                    f"onnxruntime-gpu: got {ort.__version__}, which copies nothing on the device; expected "
+                    f"{DEVICE_COPIES_ONNX_RUNTIME} or newer. pip install "
+                    f"'onnxruntime-gpu>={OPSET_24_ONNX_RUNTIME[self.kind]}', or take device=\"cpu\""
                 )
             _preload_libraries()
 

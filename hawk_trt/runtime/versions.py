@@ -12,6 +12,8 @@ QUANTISED_ONNX_RUNTIME = "1.25"
 # attention over a cache that is partly written; older ones run portable graphs.
 OPSET_24_ONNX_RUNTIME = {"cpu": "1.25", "cuda": "1.28"}
 OPSET_24_TENSORRT = "10.15"
+# The first that copies a tensor into another on the device; every KV cache on a GPU needs it.
+DEVICE_COPIES_ONNX_RUNTIME = "1.26"
 _INSTALL_CUDA_BINDINGS = (
     "cuda-bindings: not installed, and TensorRT is driven through it. "
     "pip install 'cuda-bindings==12.*' for CUDA 12 (JetPack 6), 'cuda-bindings==13.*' for CUDA 13"

@@ -1,0 +1,14 @@
+"""Which ONNX Runtime may drive a GPU."""
+
+import onnxruntime as ort
+import pytest
+
+from hawk_trt.errors import BackendError
+from hawk_trt.runtime.session import Device
+
+
+def test_a_runtime_that_copies_nothing_on_the_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    monkeypatch.setattr(ort, "__version__", "1.25.1")
+    with pytest.raises(BackendError, match=r"got 1\.25\.1.*expected 1\.26 or newer\. pip install"):
+        Device("cuda")
