@@ -128,10 +128,14 @@ def index_file(path: Path) -> VideoIndex:
                 if packet.is_keyframe:
                     # Files are indexed by decoding time: seeking by the later showing time may overshoot.
                     keys.append((packet.pts, packet.pts if packet.dts is None else packet.dts))
+        if "mp4" in container.format.name:
+            # a cut between two frames leaves no broken one, but an index in front tells where all would lie
+            entries, size_bytes = getattr(stream, "index_entries", ()), path.stat().st_size  # of a newer PyAV
+            cut_short |= any(entry.pos + entry.size > size_bytes for entry in entries)
     if not total:
         raise InvalidInput(f"{path}: holds no video frame. Get the file again, or give its frames as images")
     if cut_short:
-        raise InvalidInput(f"{path}: cut short, its last frame is incomplete. Get the file again")
+        raise InvalidInput(f"{path}: cut short, frames are missing at its end. Get the file again")
     if not rate:
         raise InvalidInput(f"{path}: has no frame rate. Give its frames as images, with their fps")
     if len(shown) < total:  # frames can only be counted, and reached from the start

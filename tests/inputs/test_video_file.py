@@ -229,6 +229,15 @@ def test_a_truncated_file_is_an_error_that_names_it(tmp_path, clip, name, share)
         list(load_video(path).frames)
 
 
+def test_a_file_cut_between_two_frames_is_an_error(tmp_path, clip):
+    with av.open(str(clip)) as container:
+        ends = sorted(packet.pos + packet.size for packet in container.demux(video=0) if packet.size)
+    path = tmp_path / "cut.mp4"
+    path.write_bytes(clip.read_bytes()[: ends[50]])
+    with pytest.raises(InvalidInput, match=r"cut\.mp4: cut short"):
+        load_video(path)
+
+
 def test_damage_in_the_middle_is_an_error_that_names_the_file(tmp_path, clip):
     content = bytearray(clip.read_bytes())
     middle = content.index(b"mdat") + (len(content) - content.index(b"mdat")) // 2
