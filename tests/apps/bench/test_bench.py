@@ -41,8 +41,9 @@ def test_the_command_measures_every_pair_and_draws_it(tiny_bundle, tmp_path, cap
 def test_the_table_sets_every_ratio_against_unpruned(tiny_bundle, capsys):
     assert main(["bench", str(tiny_bundle), *OPTIONS, "--selector", "uniform"]) == 0
     out = capsys.readouterr().out
-    assert out.count("(1.00x)") == 4
-    assert out.count("uniform") == out.count("unpruned") == 2
+    unpruned = [line for line in out.splitlines() if "unpruned" in line]
+    assert [line.count("(1.00x)") for line in unpruned] == [2, 2]  # a pruned row may happen to take as long
+    assert out.count("uniform") == 2
     assert "VmHWM" in out
 
 
