@@ -41,16 +41,19 @@ class RandomIntegers(IntegerMatrix):
     def _random(self, what: int) -> np.random.Generator:
         return np.random.default_rng([what, *self.name.encode()])
 
-    def packed(self) -> Iterator[npt.NDArray[np.uint8]]:  # noqa: D102
+    def packed(self) -> Iterator[npt.NDArray[np.uint8]]:
+        """Two integers a byte: uint8 [rows * columns / 2]."""
         rows, columns = self.shape
         yield self._random(0).integers(0, 256, rows * columns // 2, dtype=np.uint8)
 
-    def scales(self) -> npt.NDArray[Any]:  # noqa: D102
+    def scales(self) -> npt.NDArray[Any]:
+        """float16 [groups, rows]."""
         rows, columns = self.shape
         sizes = self._random(1).uniform(0.5, 1.5, (columns // self.format.block_size, rows))
         return (sizes / 8 / np.sqrt(columns)).astype(np.float16)
 
-    def zero_points(self) -> npt.NDArray[np.uint8]:  # noqa: D102
+    def zero_points(self) -> npt.NDArray[np.uint8]:
+        """Two a byte: uint8 [groups, rows / 2]."""
         rows, columns = self.shape
         return self._random(2).integers(0, 256, (columns // self.format.block_size, rows // 2), dtype=np.uint8)
 

@@ -275,7 +275,8 @@ def _targets(options: ExportOptions, language: LanguageConfig) -> tuple[str, ...
     targets = tuple(target for target in options.targets if target in language.targets)
     if not targets:
         raise InvalidInput(
-            f"targets: got {', '.join(options.targets)}, expected of {', '.join(language.targets)}. {_NO_LINEAR_LAYERS}"
+            f"targets: got {', '.join(options.targets)}, expected of {', '.join(language.targets)}. "
+            f"{_NO_LINEAR_LAYERS}. Export with --target {','.join(language.targets)}"
         )
     return targets
 

@@ -76,3 +76,19 @@ def tiny_bundle(tiny_checkpoint, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("bundles") / "tiny-vlm"
     assert main([str(tiny_checkpoint), "--out", str(folder)]) == 0
     return folder
+
+
+@pytest.fixture
+def float_activations(monkeypatch):
+    """ONNX Runtime without its own rounding of activations to 8 bits."""
+
+    import onnxruntime as ort
+
+    from hawk_trt.runtime import session as ort_session
+
+    class Options(ort.SessionOptions):
+        def __init__(self):
+            super().__init__()
+            self.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+
+    monkeypatch.setattr(ort_session.ort, "SessionOptions", Options)

@@ -22,3 +22,17 @@ def start(pipe, columns):
         return generation.decode(inputs, logits=False)
 
     return generation, step
+
+
+def answer(pipe, request):
+    """A request that is alone in its batch."""
+    (result,) = pipe.generate_batch([request])
+    return result
+
+
+def assert_alone(plain, result, request, tolerance):
+    """A result is what the request gets alone."""
+    expected = answer(plain, request)
+    assert result.token_ids == expected.token_ids
+    np.testing.assert_array_equal(result.kept_indices, expected.kept_indices)
+    np.testing.assert_allclose(result.logits, expected.logits, rtol=0, atol=tolerance)

@@ -18,7 +18,6 @@ from export.writer import ExportOptions, export
 from hawk_trt import ModelInputs, Pipeline, PruningConfig
 from hawk_trt.bundle import WeightFormat
 from hawk_trt.errors import CheckpointError, InvalidInput
-from hawk_trt.runtime import session as ort_session
 from hawk_trt.stages import CPU, DECODER, FIRST_LAYER, PORTABLE, TENSORRT, VISION
 from quantised_checkpoints import SMALL, WRITERS, Writer, packed, quantisable, write_quantised
 from targets import ON_CPU
@@ -52,18 +51,6 @@ def bundles(checkpoints, tmp_path_factory):
         return found[key]
 
     return of
-
-
-@pytest.fixture
-def float_activations(monkeypatch):
-    """ONNX Runtime without its own rounding of activations to 8 bits."""
-
-    class Options(ort.SessionOptions):
-        def __init__(self):
-            super().__init__()
-            self.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-
-    monkeypatch.setattr(ort_session.ort, "SessionOptions", Options)
 
 
 def prompt():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from examples.tiny_task import generate
-from generations import start
+from generations import answer, assert_alone, start
 from hawk_trt import ModelInputs, Pipeline, PruningConfig, Request
 from hawk_trt.errors import BackendError
 from hawk_trt.inputs.layout import collate
@@ -39,18 +39,6 @@ def ask(number, new_tokens=6):
     return Request(sample.question, [sample.image], pruning=KEPT, **options)
 
 
-def answer(pipe, request):
-    (result,) = pipe.generate_batch([request])
-    return result
-
-
-def assert_alone(plain, result, request):
-    expected = answer(plain, request)
-    assert result.token_ids == expected.token_ids
-    np.testing.assert_array_equal(result.kept_indices, expected.kept_indices)
-    np.testing.assert_allclose(result.logits, expected.logits, rtol=0, atol=1e-4)
-
-
 def addresses(pipe):
     (cache,) = pipe.backend.caches._caches
     return [tensor.data_ptr() for layer in range(4) for tensor in cache.tensors(layer)], cache.steps
@@ -58,11 +46,11 @@ def addresses(pipe):
 
 @both
 def test_tensors_and_steps_stand_still_from_one_generation_to_the_next(shared, plain):
-    assert_alone(plain, answer(shared, ask(0)), ask(0))
+    assert_alone(plain, answer(shared, ask(0)), ask(0), 1e-4)
     before, steps = addresses(shared)
     step = steps[1]
     for number in (1, 2):
-        assert_alone(plain, answer(shared, ask(number)), ask(number))
+        assert_alone(plain, answer(shared, ask(number)), ask(number), 1e-4)
         after, steps = addresses(shared)
         assert after == before and steps == {1: step}
 
@@ -85,7 +73,7 @@ def test_what_a_generation_left_spoils_no_later_one(shared, plain):
     for layer in range(4):
         for tensor in cache.tensors(layer):
             tensor.numpy()[:] = np.nan
-    assert_alone(plain, answer(shared, ask(1)), ask(1))
+    assert_alone(plain, answer(shared, ask(1)), ask(1), 1e-4)
 
 
 @both
@@ -117,7 +105,7 @@ def test_rows_come_and_go_without_a_copy_where_slots_are_free(shared, plain, mon
         scheduler.step()
     assert not copies
     for sequence, number, length in zip((*sequences, late), range(4), (*lengths, 8), strict=True):
-        assert_alone(plain, sequence.result(), ask(number, length))
+        assert_alone(plain, sequence.result(), ask(number, length), 1e-4)
 
 
 @pytest.mark.parametrize("on_host", [True, False])
@@ -134,7 +122,7 @@ def test_rows_move_to_a_larger_cache_and_answer_as_alone(shared, plain, on_host,
     while not scheduler.idle:
         scheduler.step()
     for number, sequence in enumerate(sequences):
-        assert_alone(plain, sequence.result(), ask(number, 8))
+        assert_alone(plain, sequence.result(), ask(number, 8), 1e-4)
     assert len(shared.backend.caches._caches) == 1
 
 
@@ -178,11 +166,11 @@ def captures(shared, monkeypatch):
 
 
 def test_a_decode_step_is_captured_at_its_second_run_and_prefills_never(shared, captures, plain):
-    assert_alone(plain, answer(shared, ask(0, 5)), ask(0, 5))
+    assert_alone(plain, answer(shared, ask(0, 5)), ask(0, 5), 1e-4)
     first, decoder = captures.graphs[4:6]
     assert captures.graphs == [-1, -1, -1, -1, *[first, decoder] * 3] and first != decoder
     captures.graphs.clear()
-    assert_alone(plain, answer(shared, ask(1, 5)), ask(1, 5))
+    assert_alone(plain, answer(shared, ask(1, 5)), ask(1, 5), 1e-4)
     assert captures.graphs == [-1, -1, *[first, decoder] * 4]
     assert shared.backend.place.num_captured == 1
 
@@ -198,7 +186,7 @@ def test_a_capture_that_fails_is_told_once_and_the_answer_goes_on(shared, captur
     captures.fail = True
     with pytest.warns(RuntimeWarning, match="decode runs without a CUDA graph, slower: operation not permitted"):
         result = answer(shared, ask(0, 5))
-    assert_alone(plain, result, ask(0, 5))
+    assert_alone(plain, result, ask(0, 5), 1e-4)
     captures.graphs.clear()
     answer(shared, ask(1, 5))
     assert set(captures.graphs) == {-1}

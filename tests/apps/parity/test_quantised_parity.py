@@ -2,31 +2,17 @@
 
 import json
 
-import onnxruntime as ort
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from export.__main__ import main as export_main
 from hawk_trt.apps.cli.main import main
 from hawk_trt.errors import CheckpointError
-from hawk_trt.runtime import session as ort_session
 from quantised_checkpoints import WRITERS, write_quantised
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 from hawk_trt.apps.cli.torch_model import load_reference  # noqa: E402
-
-
-@pytest.fixture
-def float_activations(monkeypatch):
-    """ONNX Runtime without its own rounding of activations to 8 bits."""
-
-    class Options(ort.SessionOptions):
-        def __init__(self):
-            super().__init__()
-            self.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-
-    monkeypatch.setattr(ort_session.ort, "SessionOptions", Options)
 
 
 def load(folder):
