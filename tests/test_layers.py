@@ -29,6 +29,7 @@ SOURCES = ("hawk_trt", "export", "engines", "plugins")
 MOST_ENTRIES, MOST_LINES = 14, 400
 # Commands that live with what they do, and belong to the command line.
 COMMANDS = {"export.__main__", "engines.__main__", "engines.checks.preflight", "engines.checks.self_test"}
+COMMANDS |= {"hawk_trt.apps.serve.ray_app", "hawk_trt.apps.serve.ray_options"}  # of Ray's own command, serve run
 
 
 def modules():

@@ -49,16 +49,10 @@ INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command.
-
-    Args:
-        argv: the arguments; None takes the process's own.
+    """Run one command; None takes the process's own arguments.
 
     Returns:
-        The exit code.
-
-    Raises:
-        SystemExit: wrong usage, --help or --version.
+        The exit code; SystemExit ends wrong usage, --help and --version.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     if argv[:1] == ["help"]:
@@ -75,14 +69,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             sort_key=place,
             help=None if name == wanted else summary,
             synonym=SYNONYMS.get(name, "").split(),
-            config=(options_of_file, check_integers),
         )
     if wanted is None:
         app.register_install_completion_command(COMPLETION, help="Teach your shell the commands and options.")
     return run_app(app, argv)
 
 
-def make_app(name: str, help: str | None = None, command: Callable[..., int] | None = None) -> App:
+def make_app(name: str, help: str | None = None, command: Callable[..., object] | None = None) -> App:
     """A command line in the manner of this project, with one command or with none yet."""
     app = App(
         name=name,
@@ -91,6 +84,7 @@ def make_app(name: str, help: str | None = None, command: Callable[..., int] | N
         version_flags=("--version", "-V", "-v"),
         help_format="plaintext",
         default_parameter=Parameter(negative=(), show_default=_default_shown, allow_repeating=True),
+        config=(options_of_file, check_integers),
         result_action="return_value",
     )
     if command is not None:
@@ -98,8 +92,9 @@ def make_app(name: str, help: str | None = None, command: Callable[..., int] | N
     return app
 
 
-def run_app(app: App, argv: Sequence[str]) -> int:
-    """Run a command line; returns the exit code, or ends the process as `main` says."""
+def run_app(app: App, argv: Sequence[str] | None = None) -> int:
+    """Run a command line, None for the process's own; returns the exit code, or ends the process as `main` says."""
+    argv = sys.argv[1:] if argv is None else argv
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # an answer may hold what the terminal's encoding has not
             stream.reconfigure(errors="replace")
@@ -189,11 +184,7 @@ def _default_shown(value: object) -> str | None:
 
 
 def _missing(error: ImportError) -> str:
-    """What the command needs and is not installed, with the extra that brings it.
-
-    Raises:
-        ImportError: it is a part of this project.
-    """
+    """What the command needs and is not installed, with the extra that brings it; raises for a part of this project."""
     cause = error.__cause__ if isinstance(error.__cause__, ImportError) else error  # cyclopts wraps those of a command
     package = (cause.name or "").partition(".")[0]
     if not isinstance(cause, ModuleNotFoundError) or package == "hawk_trt":

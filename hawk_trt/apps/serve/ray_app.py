@@ -6,6 +6,7 @@ Ray starts, scales, routes to, watches and replaces the replicas; each is the sa
 """
 
 import asyncio
+from dataclasses import replace
 
 import ray
 from fastapi import FastAPI
@@ -16,11 +17,10 @@ from ray.serve.metrics import Gauge
 
 from hawk_trt.apps.serve.app import create_app
 from hawk_trt.apps.serve.errors import RETRY_SECONDS
-from hawk_trt.apps.serve.ray_options import ReplicaOptions
+from hawk_trt.apps.serve.ray_options import ReplicaOptions, read_options
 from hawk_trt.apps.serve.server import configure_logging
 from hawk_trt.apps.serve.service import Service
 from hawk_trt.errors import BackendError
-from hawk_trt.pipeline import Pipeline
 
 NAME = "hawk"
 _POLL_SECONDS = 0.05
@@ -31,13 +31,9 @@ _LAST_SECONDS = 10.0
 
 
 class Replica:
-    """What Ray asks a replica besides requests.
+    """What Ray asks a replica besides requests."""
 
-    Attributes:
-        app: of this replica, which serve.ingress adds.
-    """
-
-    app: FastAPI
+    app: FastAPI  # of this replica, which serve.ingress adds
 
     def __init__(self) -> None:
         self._gauges: dict[str, Gauge] = {}
@@ -45,8 +41,7 @@ class Replica:
     async def check_health(self) -> None:
         """Return once the model is warm; Ray sends no request before that, and asks again all the time.
 
-        Raises:
-            BackendError: the model cannot answer any more, so Ray starts another replica.
+        BackendError where the model cannot answer any more: Ray then starts another replica.
         """
         service: Service = self.app.state.service
         while service.state == "starting":
@@ -81,8 +76,8 @@ def build(arguments: dict[str, object]) -> serve.Application:
     Raises:
         InvalidInput: an argument that is unknown, missing or out of its range.
     """
-    options = ReplicaOptions.read(arguments)
-    settings = options.settings(keep_ratio=1.0)  # a wrong one is refused before anything starts
+    options = read_options(arguments)
+    settings = options.settings(options.path)  # a wrong one is refused before anything starts
 
     def make_app() -> FastAPI:
         return _replica_app(options)
@@ -111,14 +106,8 @@ def build(arguments: dict[str, object]) -> serve.Application:
 
 def _replica_app(options: ReplicaOptions) -> FastAPI:
     """Load the model in a replica's process, which holds it until it ends."""
-    configure_logging(options.log_level)
+    settings = options.settings(options.path)
+    configure_logging(settings.log_level)
     cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
-    pipe = Pipeline.load(
-        options.path,
-        options.device,
-        options.target,
-        verify=options.verify,
-        vision_cache_mb=options.vision_cache_mb,
-        threads=options.threads or max(1, int(cpus)),
-    )
-    return create_app(pipe, options.settings(pipe.bundle.manifest.keep_ratio))
+    where = replace(options.where, threads=options.where.threads or max(1, int(cpus)))
+    return create_app(*replace(options, where=where).open(options.path, settings))

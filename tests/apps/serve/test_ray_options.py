@@ -2,13 +2,13 @@
 
 import pytest
 
-from hawk_trt.apps.serve.ray_options import ReplicaOptions
+from hawk_trt.apps.serve.ray_options import read_options
 from hawk_trt.errors import InvalidInput
 from trt_machine import engine_folder
 
 
 def options_of(**arguments):
-    return ReplicaOptions.read(arguments)
+    return read_options(arguments)
 
 
 def test_arguments_are_the_options_of_the_command_as_text_or_as_values(tiny_bundle):
@@ -16,10 +16,10 @@ def test_arguments_are_the_options_of_the_command_as_text_or_as_values(tiny_bund
     as_values = {"path": str(tiny_bundle), "keep_ratio": 0.3, "max_batch": 4, "no_page": True, "max_replicas": 3}
     assert options_of(**as_text) == options_of(**as_values)
     options = options_of(**as_text, remote_host=["a.example", "b.example"], model_name="m", verify=False)
-    settings = options.settings(keep_ratio=1.0)
+    settings = options.settings(options.path)
     assert (settings.pruning.keep_ratio, settings.max_batch, settings.page, settings.model_name) == (0.3, 4, False, "m")
     assert settings.remote_hosts == ("a.example", "b.example")
-    assert (options.min_replicas, options.max_replicas, options.verify) == (1, 3, False)
+    assert (options.min_replicas, options.max_replicas, options.where.verify) == (1, 3, False)
 
 
 def test_a_replica_takes_a_gpu_where_it_uses_one_and_else_a_cpu_for_each_thread(tiny_bundle, tmp_path):
@@ -31,7 +31,7 @@ def test_a_replica_takes_a_gpu_where_it_uses_one_and_else_a_cpu_for_each_thread(
     assert resources(threads=4) == (0, 4)
     assert resources(device="cuda") == (1, 1)
     (tmp_path / "engines.json").touch()
-    assert options_of(path=str(tmp_path)).runs_engines
+    assert options_of(path=str(tmp_path)).resources["num_gpus"] == 1
     assert resources(device="cuda", num_gpus=0.5, num_cpus=2) == (0.5, 2)
 
 
@@ -54,6 +54,8 @@ def test_engines_answer_as_many_requests_together_as_they_have_slots(tiny_bundle
         ({"keep_ratio": "much"}, "keep_ratio: got 'much'"),
         ({"keep_rate": 0.2}, "keep_rate: unknown"),
         ({"model_name": True}, "model_name: got True"),
+        ({"max_batch": 0}, "max_batch: got 0"),
+        ({"max_batch": "2.5"}, "max.batch: got 2.5, expected an integer"),
         ({"min_replicas": 3}, "got 3 to 1, expected 0 <= min <= max"),
         ({"max_replicas": 0, "min_replicas": 0}, "got 0 to 0"),
     ],
