@@ -34,6 +34,7 @@ from hawk_trt.apps.evaluate.trials import (
     prepare,
     run_trials,
 )
+from hawk_trt.apps.parity.reference import Reference
 from hawk_trt.bundle import manifest_digest
 from hawk_trt.pruning.selectors import Candidates, IntArray, best
 
@@ -118,9 +119,10 @@ def main() -> int:
     dataset = load_dataset("tiny", args.count, args.seed)
     with Pipeline.load(args.bundle) as pipe:
         own = pipeline_answerer(pipe, exact_match, MAX_NEW_TOKENS)
+        decoder = Reference.load(CHECKPOINT, head_weights=(), normalization="l2").model
         special: dict[str, Answerer] = {
             OTHER_QUESTION: OtherQuestion(pipe, dataset, own),
-            FASTV: fastv_answerer(FastV.load(CHECKPOINT), pipe, exact_match, MAX_NEW_TOKENS),
+            FASTV: fastv_answerer(FastV(decoder), pipe, exact_match, MAX_NEW_TOKENS),
         }
         trials = answer_all(pipe, dataset, cells(), special, own, args.out / "results.jsonl", args.seed)
         print(table(trials, cells(), dataset))

@@ -29,7 +29,7 @@ class TorchStages:
         self._tokens = tokens
         self._marks: dict[str, list[float]] = {}
         self._compiled: list[Any] = []
-        model: Any = self._reference._model
+        model: Any = self._reference.model
         model.language.register_forward_pre_hook(lambda *_: self._mark("first_layer"))
         model.language.layers[1].register_forward_pre_hook(lambda *_: self._mark("decoder"))
         model.lm_head.register_forward_hook(lambda *_: self._mark("end"))
@@ -41,7 +41,7 @@ class TorchStages:
         its forward alone, since the clock is read in hooks around it.
         """
         torch._dynamo.config.recompile_limit = _RECOMPILE_LIMIT
-        model: Any = self._reference._model
+        model: Any = self._reference.model
         model._vision.set_attn_implementation("eager" if variant == "eager" else "sdpa")
         layers = (*model.language.layers, *model._vision.visual.blocks)
         if not self._compiled:

@@ -110,8 +110,7 @@ def evaluate(
         told = {"dataset": questions.dataset, "samples": dataset.count, "metric": metric, "out": str(out)}
         print_json(told, {"rows": rows})
     else:
-        for part in _told(rows):
-            Console().print(part)
+        Console().print(*_told(rows), sep="\n")
     for warning in unsteady(rows):
         note(f"warning: {warning}")
     note(f"results and summary{'' if no_plots else ' and plots'}: {out}")
@@ -156,12 +155,14 @@ def _trials(
 
     @cache
     def fastv() -> trials.Answerer:
-        from hawk_trt.apps.evaluate.fastv import FastV, check_layers, fastv_answerer  # torch, only if asked for
+        from hawk_trt.apps.cli.torch_model import load_reference  # torch, only if asked for
+        from hawk_trt.apps.evaluate.fastv import FastV, check_layers, fastv_answerer
 
         assert checkpoint is not None  # evaluate has asked for it
         check_layers(pipe.bundle.manifest)
         note(f"loading {checkpoint} in PyTorch (float32, cpu)")
-        return fastv_answerer(FastV.load(checkpoint), pipe, metric, questions.max_new_tokens)
+        model = load_reference(checkpoint, head_weights=(), normalization="l2", device="cpu", dtype="float32").model
+        return fastv_answerer(FastV(model), pipe, metric, questions.max_new_tokens)
 
     def answerer(cell: trials.Cell) -> trials.Answerer:
         return fastv() if cell.selector == FASTV else own

@@ -3,14 +3,12 @@
     phi(n)  mean over heads of layer K-1's softmax attention from the last prompt token to visual token n, K = 2
     kept    after layer K-1, all text tokens and the visual tokens of largest phi; layers 0 to K-1 see every token
 
-The vision stage, the embeddings and the positions are the pipeline's, the decoder the checkpoint's own. Only this file
-and the parity reference import torch and transformers.
+The vision stage, the embeddings and the positions are the pipeline's; the decoder is the checkpoint's own, which the
+caller loads.
 """
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +17,7 @@ import numpy.typing as npt
 from hawk_trt.apps.evaluate.metrics import Metric
 from hawk_trt.apps.evaluate.trials import Answerer, Cell, PreparedSample, Trial
 from hawk_trt.bundle import Manifest
-from hawk_trt.errors import CheckpointError, InvalidInput
+from hawk_trt.errors import InvalidInput
 from hawk_trt.inputs.layout import PromptLayout
 from hawk_trt.pruning import kept_count
 from hawk_trt.pruning.selectors import best
@@ -28,8 +26,7 @@ from hawk_trt.request import PruningConfig
 try:
     import torch
     from torch import Tensor
-    from transformers import AutoModelForImageTextToText, DynamicCache
-    from transformers.utils import logging as transformers_logging
+    from transformers import DynamicCache
 except ImportError as error:
     raise InvalidInput(
         f"selector fastv needs torch and transformers ({error}): pip install torch transformers safetensors"
@@ -54,29 +51,9 @@ class FastVAnswer:
 class FastV:
     """A checkpoint's decoder with FastV in it; batches of one."""
 
-    def __init__(self, model: Any) -> None:  # noqa: ANN401 - a class of transformers, by its config
-        self._language = model.model.language_model
-        self._lm_head = model.lm_head
-
-    @classmethod
-    def load(cls, checkpoint: str | Path, *, device: str = "cpu") -> "FastV":
-        """Load a checkpoint folder or hub id in float32.
-
-        Raises:
-            CheckpointError: transformers cannot load it.
-        """
-        verbosity = transformers_logging.get_verbosity()
-        transformers_logging.set_verbosity(logging.ERROR)  # its notes on config keys are of no use here
-        try:
-            # eager attention is the one that gives its weights
-            model: Any = AutoModelForImageTextToText.from_pretrained(
-                str(checkpoint), dtype=torch.float32, attn_implementation="eager"
-            )
-        except (OSError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f"{checkpoint}: transformers cannot load it ({error})") from error
-        finally:
-            transformers_logging.set_verbosity(verbosity)
-        return cls(model.to(device))  # from_pretrained leaves it in eval mode
+    def __init__(self, model: Any) -> None:  # noqa: ANN401 - parity's, of which it takes layers, language and lm_head
+        self._layers, self._language, self._lm_head = model.layers, model.language, model.lm_head
+        self._language.set_attn_implementation("eager")  # which gives its weights
 
     @torch.inference_mode()
     def answer(
@@ -104,7 +81,7 @@ class FastV:
                 break
             embeds = self._language.embed_tokens(torch.tensor(tokens[-1:], device=device))
             position = torch.full((len(positions), 1), prompt.next_position + len(tokens) - 1, device=device)
-            hidden = self._layers(embeds[None], position, None, cache, 0, len(self._language.layers))
+            hidden = self._layers(embeds[None], position, range(len(self._language.layers)), cache)
         return FastVAnswer(tokens, kept, phi, torch.stack(logits).cpu().numpy())
 
     def _prefill(
@@ -115,7 +92,7 @@ class FastV:
         attention = self._language.layers[FULL_LAYERS - 1].self_attn
         hook = attention.register_forward_hook(lambda _module, _inputs, output: seen.append(output[1]))
         try:
-            hidden = self._layers(embeds[None], positions, _causal_mask(embeds), cache, 0, FULL_LAYERS)
+            hidden = self._layers(embeds[None], positions, range(FULL_LAYERS), cache, _causal_mask(embeds))
         finally:
             hook.remove()
         phi = seen[0][0, :, -1].float().mean(dim=0).cpu().numpy()[visual]
@@ -123,26 +100,12 @@ class FastV:
         keep[np.flatnonzero(visual)[best(phi, num_kept)]] = True
         kept = np.flatnonzero(keep)
         hidden, positions = hidden[:, kept], positions[:, kept]
-        layers = len(self._language.layers)
-        return self._layers(hidden, positions, _causal_mask(hidden[0]), cache, FULL_LAYERS, layers), kept, phi
-
-    def _layers(
-        self, hidden: Tensor, positions: Tensor, mask: Tensor | None, cache: DynamicCache, start: int, stop: int
-    ) -> Tensor:
-        rotary = self._language.rotary_emb(hidden, positions[:, None])
-        for layer in self._language.layers[start:stop]:
-            hidden = layer(
-                hidden, attention_mask=mask, position_embeddings=rotary, past_key_values=cache, use_cache=True
-            )
-        return hidden
+        rest = range(FULL_LAYERS, len(self._language.layers))
+        return self._layers(hidden, positions, rest, cache, _causal_mask(hidden[0])), kept, phi
 
 
 def check_layers(manifest: Manifest) -> None:
-    """Refuse a hybrid model whose layer K-1 has no softmax attention.
-
-    Raises:
-        InvalidInput: it has none.
-    """
+    """Refuse a hybrid model whose layer K-1 has no softmax attention."""
     if manifest.language.is_linear(FULL_LAYERS - 1):
         raise InvalidInput(
             f"selector fastv: layer {FULL_LAYERS - 1} of {manifest.source.name} is linear attention, expected full "

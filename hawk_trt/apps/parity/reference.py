@@ -45,26 +45,16 @@ except ImportError as error:
 
 @dataclass(frozen=True, slots=True)
 class EmbeddedPrompt:
-    """A prompt before layer 0, without its masked positions; made once, run with several prunings.
+    """A prompt before layer 0, without its masked positions; made once, run with several prunings."""
 
-    Attributes:
-        ids: [seq_len].
-        places: int64 [seq_len], where each token stood in the prompt as given.
-        visual: positions of the visual tokens among ids.
-        owners, frames: of each visual token its image or video, and its image or frame counted through all of them.
-        embeds: [seq_len, hidden], visual embeddings merged in.
-        deepstack: [num_visual, hidden] of each DeepStack level, nothing where the family has none.
-        position_ids: int64 [axes, seq_len].
-    """
-
-    ids: list[int]
-    places: npt.NDArray[np.int64]
-    visual: list[int]
-    owners: list[int]
-    frames: list[int]
-    embeds: Tensor
-    deepstack: tuple[Tensor, ...]
-    position_ids: Tensor
+    ids: list[int]  # [seq_len]
+    places: npt.NDArray[np.int64]  # [seq_len], where each token stood in the prompt as given
+    visual: list[int]  # positions of the visual tokens among ids
+    owners: list[int]  # of each visual token its image or video
+    frames: list[int]  # and its image or frame, counted through all of them
+    embeds: Tensor  # [seq_len, hidden], visual embeddings merged in
+    deepstack: tuple[Tensor, ...]  # [num_visual, hidden] of each DeepStack level, nothing where the family has none
+    position_ids: Tensor  # int64 [axes, seq_len]
     tokens: PromptTokens
 
 
@@ -72,7 +62,7 @@ class Reference:
     """A checkpoint's PyTorch model, run with HAWK."""
 
     def __init__(self, model: Qwen25VL, head_weights: Sequence[float], normalization: str) -> None:
-        self._model = model
+        self.model = model
         self._head_weights = tuple(head_weights)
         self._normalization = normalization
 
@@ -101,8 +91,7 @@ class Reference:
                 lets transformers read the files, which takes the package that wrote them where they are quantised.
 
         Raises:
-            BackendError: torch lacks the device.
-            CheckpointError: it cannot be read, is incomplete or of another architecture.
+            HawkError: it cannot be read, is incomplete or of another architecture, or torch lacks the device.
         """
         verbosity = transformers_logging.get_verbosity()
         transformers_logging.set_verbosity(logging.ERROR)  # its notes on config keys are of no use here
@@ -138,18 +127,14 @@ class Reference:
     @property
     def language(self) -> Any:  # noqa: ANN401 - the language models share no base
         """The language model, with layers, embed_tokens and config."""
-        return self._model.language
+        return self.model.language
 
     @torch.inference_mode()
     def embed(self, inputs: ModelInputs, tokens: PromptTokens) -> EmbeddedPrompt:
-        """Run the vision tower and merge its embeddings into the prompt's.
-
-        Raises:
-            ParityError: placeholders, grids and pixel values do not fit each other.
-        """
+        """Run the vision tower and merge its embeddings into the prompt's, whose placeholders and grids must fit."""
         all_ids = np.ravel(np.asarray(inputs.input_ids, dtype=np.int64))
         mask = np.ones_like(all_ids) if inputs.attention_mask is None else np.ravel(np.asarray(inputs.attention_mask))
-        images, videos = self._model.items(inputs)
+        images, videos = self.model.items(inputs)
         owner_of, items = _owners(all_ids.tolist(), images, videos, tokens)
         shown = mask != 0
         places = np.flatnonzero(shown)
@@ -159,11 +144,11 @@ class Reference:
         frame_of = frame_numbers(owner_of, items)
         frames = [frame_of[places[position]] for position in visual]
 
-        language = self._model.language
+        language = self.model.language
         embeds = language.embed_tokens(torch.tensor(ids, device=language.embed_tokens.weight.device))
         deepstack: tuple[Tensor, ...] = ()
         if visual:
-            image_embeds, video_embeds = self._model.embed(inputs)
+            image_embeds, video_embeds = self.model.embed(inputs)
             all_rows = torch.cat([(video_embeds if item.is_video else image_embeds).pop(0) for item in items])
             placeholders = [place for place, owner in enumerate(owner_of) if owner >= 0]
             own_rows = all_rows[np.flatnonzero(shown[placeholders])].to(embeds.dtype)
@@ -171,7 +156,7 @@ class Reference:
             deepstack = tuple(levels)
         # A masked token takes no position, but a partly masked image or video keeps its whole grid.
         placed = [place for place, owner in enumerate(owner_of) if shown[place] or owner in owners]
-        positions = self._model.positions([owner_of[place] for place in placed], items)
+        positions = self.model.positions([owner_of[place] for place in placed], items)
         position_ids = torch.tensor(positions, device=embeds.device)[np.flatnonzero(shown[placed])].T
         return EmbeddedPrompt(ids, places, visual, owners, frames, embeds, deepstack, position_ids, tokens)
 
@@ -193,9 +178,6 @@ class Reference:
             steps: tokens to choose greedily.
             forced_tokens: these instead, whatever the logits say (teacher forcing).
             kept_indices: keep these positions of the prompt as given, whatever the scores say.
-
-        Raises:
-            ParityError: query="turn" and no user turn.
         """
         query, raw, scores = self._scores(prompt, pruning)
         groups = _groups(prompt, pruning)
@@ -205,7 +187,7 @@ class Reference:
             ordinals = [n for n, position in enumerate(prompt.visual) if position in wanted]
         kept = _positions(prompt, ordinals)
         entered: list[Tensor] = []
-        behind = self.language.layers[self._model.scoring_layer + 1]
+        behind = self.language.layers[self.model.scoring_layer + 1]
         hook = behind.register_forward_pre_hook(lambda _module, args: entered.append(args[0]))
         try:
             decoding = self.decode(prompt, kept)
@@ -247,7 +229,7 @@ class Reference:
         Yields:
             Logits [rows, vocab] float32; send the tokens [rows] that the rows go on with.
         """
-        if self._model.scoring_layer:
+        if self.model.scoring_layer:
             yield from self._decode_hybrid(prompt, kept, rows)
             return
         language = self.language
@@ -271,14 +253,14 @@ class Reference:
                 **deepstack,
             )
             deepstack = {}  # what is generated is text
-            tokens = yield self._model.lm_head(output.last_hidden_state[:, -1]).float()
+            tokens = yield self.model.lm_head(output.last_hidden_state[:, -1]).float()
             embeds = language.embed_tokens(tokens)[:, None]
             positions = torch.full((len(positions), 1), following, device=embeds.device)
             following += 1
 
     def _decode_hybrid(self, prompt: EmbeddedPrompt, kept: Sequence[int], rows: int) -> Generator[Tensor, Tensor, None]:
         """The same where the layers before the scoring layer see every token."""
-        model, language = self._model, self.language
+        model, language = self.model, self.language
         cache, first, count = DynamicCache(config=language.config), model.scoring_layer, len(language.layers)
         x = model.layers(prompt.embeds.expand(rows, -1, -1), prompt.position_ids, range(first), cache)
         x = model.layers(x[:, kept], prompt.position_ids[:, kept], range(first, count), cache)
@@ -292,15 +274,15 @@ class Reference:
     def _scores(self, prompt: EmbeddedPrompt, pruning: PruningConfig) -> tuple[list[int], Tensor, Tensor]:
         """Positions of the query, scores of each head [heads, num_visual] and what ranks the visual tokens."""
         query = query_range(prompt.ids, prompt.visual, prompt.tokens, pruning.query or "paper") if prompt.visual else []
-        before = range(self._model.scoring_layer)
-        x = self._model.layers(prompt.embeds[None], prompt.position_ids, before, None)[0] if before else prompt.embeds
+        before = range(self.model.scoring_layer)
+        x = self.model.layers(prompt.embeds[None], prompt.position_ids, before, None)[0] if before else prompt.embeds
         raw = self._head_scores(x, query, prompt.visual)
         weights = torch.tensor(pruning.head_weights or self._head_weights, dtype=raw.dtype, device=raw.device)
         return query, raw, (weights[:, None] * _normalize(raw, self._normalization)).sum(0)
 
     def _head_scores(self, embeds: Tensor, query: list[int], visual: list[int]) -> Tensor:
         # float32 throughout, as the method asks: bfloat16 scores lose up to a fifth of the kept set.
-        layer = self._model.language.layers[self._model.scoring_layer]
+        layer = self.model.language.layers[self.model.scoring_layer]
         attention = layer.self_attn
         head_dim = int(attention.head_dim)
         hidden = layer.input_layernorm(embeds.float())

@@ -25,20 +25,15 @@ from hawk_trt.request import ModelInputs
 
 
 class Qwen25VL:
-    """Qwen2.5-VL, and what the other families change.
-
-    Attributes:
-        language: the language model, with layers, embed_tokens and config.
-        lm_head: from hidden states to logits.
-        scoring_layer: index of the first layer of full attention.
-    """
+    """Qwen2.5-VL, and what the other families change."""
 
     model_class: ClassVar[Any] = Qwen2_5_VLForConditionalGeneration
 
     def __init__(self, model: Any) -> None:  # noqa: ANN401 - the model classes share no base with these attributes
-        self.language: Any = model.model.language_model
+        self.language: Any = model.model.language_model  # with layers, embed_tokens and config
+        # the first of full attention
         self.scoring_layer = next(n for n, layer in enumerate(self.language.layers) if hasattr(layer, "self_attn"))
-        self.lm_head: Any = model.lm_head
+        self.lm_head: Any = model.lm_head  # from hidden states to logits
         self._vision = model.model
         self._config: Any = model.config
 
@@ -68,15 +63,17 @@ class Qwen25VL:
         """Positions of each token on each axis; kinds: the item of each token, -1 for text."""
         return mrope_positions(kinds, items, float(self._config.vision_config.tokens_per_second))
 
-    def layers(self, x: Tensor, positions: Tensor, layers: range, cache: Cache | None) -> Tensor:
-        """The output of some layers, causal from an empty cache or of one token a row.
+    def layers(
+        self, x: Tensor, positions: Tensor, layers: range, cache: Cache | None, mask: Tensor | None = None
+    ) -> Tensor:
+        """The output of some layers, causal from an empty cache or of one token a row; eager attention needs the mask.
 
         x: [rows, n, hidden].  positions: int64 [axes, n].
         """
         rotary = self.language.rotary_emb(x, positions[:, None])
         for number in layers:
             x = self.language.layers[number](
-                x, position_embeddings=rotary, attention_mask=None, past_key_values=cache, use_cache=cache is not None
+                x, position_embeddings=rotary, attention_mask=mask, past_key_values=cache, use_cache=cache is not None
             )
         return x
 

@@ -22,8 +22,9 @@ def fastv(tiny_checkpoint):
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
     from hawk_trt.apps.evaluate.fastv import FastV
+    from hawk_trt.apps.parity.reference import Reference
 
-    return FastV.load(tiny_checkpoint)
+    return FastV(Reference.load(tiny_checkpoint, head_weights=(), normalization="l2").model)
 
 
 def ask_fastv(pipe, fastv, num_kept, steps=3):
