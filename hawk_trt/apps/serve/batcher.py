@@ -37,27 +37,20 @@ Event: TypeAlias = Piece | Result | HawkError
 
 @dataclass(eq=False, slots=True)
 class Ticket:
-    """A request that a batcher has taken on.
-
-    deadline: on the clock of time.monotonic(), in seconds.
-    """
+    """A request that a batcher has taken on."""
 
     sequence: Sequence
     on_event: Callable[[Event], None]
-    deadline: float | None
+    deadline: float | None  # on the clock of time.monotonic(), in seconds
 
 
 @dataclass(frozen=True, slots=True)
 class Counters:
-    """What a batcher has done since it began.
+    """What a batcher has done since it began; the last three are requests that ended so."""
 
-    prefills: of a prompt, or of several together.  steps: decode steps.  rows: rows of all decode steps together.
-    finished, failed, cancelled: requests that ended so.
-    """
-
-    prefills: int
-    steps: int
-    rows: int
+    prefills: int  # of a prompt, or of several together
+    steps: int  # decode steps
+    rows: int  # of all decode steps together
     finished: int
     failed: int
     cancelled: int

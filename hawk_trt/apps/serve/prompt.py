@@ -46,19 +46,12 @@ Picture = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A request that the batcher can answer.
+    """A request that the batcher can answer."""
 
-    Attributes:
-        request: for the batcher, its prompt as ModelInputs.
-        sizes: width and height of its images.
-        ignored: places of keys that the server does not know.
-        chat: what the client sent, but for the messages.
-    """
-
-    request: Request
-    sizes: tuple[tuple[int, int], ...]
-    ignored: tuple[str, ...]
-    chat: protocol.ChatRequest
+    request: Request  # for the batcher, its prompt as ModelInputs
+    sizes: tuple[tuple[int, int], ...]  # width and height of its images
+    ignored: tuple[str, ...]  # places of keys that the server does not know
+    chat: protocol.ChatRequest  # what the client sent, but for the messages
 
     @property
     def choices(self) -> int:
@@ -82,10 +75,6 @@ class Prepared:
         seeds = [None if first is None else (first + choice) % _SEEDS for choice in range(self.choices)]
         sampling = self.request.sampling or SamplingConfig()
         return [replace(self.request, sampling=replace(sampling, seed=seed)) for seed in seeds]
-
-    def with_pixels(self, pixels: npt.NDArray[Any] | None) -> "Prepared":
-        """The same with other pixel values."""
-        return replace(self, request=replace(self.request, prompt=replace(self.inputs, pixel_values=pixels)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,8 +143,8 @@ class Preparation:
             raise invalid(message, "messages", "context_length_exceeded")
         return replace(prepared, request=replace(prepared.request, max_new_tokens=limit))
 
-    def in_worker(self, body: bytes, fetched: dict[str, bytes], pixels: str) -> Prepared | dict[str, str]:
-        """The same in a worker process, within limits; it writes the pixel values, which may be many, to a file."""
+    def in_worker(self, body: bytes, fetched: dict[str, bytes]) -> Prepared | dict[str, str]:
+        """The same in a worker process, within limits."""
         _limit(self.settings.prepare_seconds, self.settings.prepare_mb)
         try:
             if not _PROCESSORS:
@@ -163,9 +152,6 @@ class Preparation:
                 _PROCESSORS.append(Processor(self.bundle, family))
             prepared = self.prepare(_PROCESSORS[0], body, fetched, small=False)
             assert prepared is not None
-            if isinstance(prepared, Prepared) and prepared.inputs.pixel_values is not None:
-                np.save(pixels, prepared.inputs.pixel_values)
-                prepared = prepared.with_pixels(None)
             return prepared
         except MemoryError:
             raise too_much() from None
@@ -220,8 +206,7 @@ def _is_small(chat: protocol.ChatRequest, contents: list[bytes]) -> bool:
 def _images_of(chat: protocol.ChatRequest, settings: ServeSettings) -> dict[str, protocol.ImageUrl]:
     """The images of a chat in order, by their places in it: messages[0].content[1].image_url.
 
-    Raises:
-        ApiError: a combination of fields or a number of them that the server does not take.
+    Refuses a combination of fields, or a number of them, that the server does not take.
     """
     if chat.max_tokens is not None and chat.max_completion_tokens not in (None, chat.max_tokens):
         raise invalid("max_tokens: differs from max_completion_tokens; give one of them", "max_tokens")

@@ -268,11 +268,7 @@ class ChatRequest(_Open):
 
 
 def read_request(body: bytes) -> ChatRequest:
-    """Read and check the body of a request, all that can be checked without a model.
-
-    Raises:
-        ApiError: the body is not JSON, not of this shape, or asks for what this server does not do.
-    """
+    """Read and check the body of a request: its JSON and shape, and that it asks for nothing that is not done here."""
     try:
         return ChatRequest.model_validate_json(body.removeprefix(codecs.BOM_UTF8))
     except ValidationError as error:

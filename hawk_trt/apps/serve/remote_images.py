@@ -37,9 +37,7 @@ class RemoteImages:
     async def fetch(self, url: str, where: str) -> bytes:
         """The bytes at an address, which a part of the request (where) names.
 
-        Raises:
-            ApiError: a host that is not allowed, an address that is not public, or an answer that is no success, too
-                large or too late.
+        Refused: a host that is not allowed or not public, and an answer that is no success, too large or too late.
         """
         network = _PublicNetwork()
         try:
@@ -126,11 +124,7 @@ class _PublicNetwork(httpcore.AsyncNetworkBackend):
 
 
 async def resolve(host: str, port: int) -> list[str]:
-    """All addresses of a host, as the system finds them.
-
-    Raises:
-        OSError: it has none.
-    """
+    """All addresses of a host, as the system finds them; OSError where it has none."""
     found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return [str(address[0]) for _, _, _, _, address in found]
 

@@ -93,11 +93,7 @@ def make_server(app: FastAPI) -> uvicorn.Server:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Open the port. The system closes a connection whose client does not take what was sent for _UNREAD_SECONDS.
-
-    Raises:
-        InvalidInput: it cannot be opened.
-    """
+    """Open the port. The system closes a connection whose client does not take what was sent for _UNREAD_SECONDS."""
     if not 0 <= port <= 65535:  # the system would take another one in silence
         raise InvalidInput(f"port: got {port}, expected 0 (any that is free) to 65535")
     try:

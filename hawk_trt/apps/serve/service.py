@@ -2,13 +2,11 @@
 
 import asyncio
 import logging
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar
 
 import anyio
@@ -37,17 +35,7 @@ log = logging.getLogger("hawk_trt.apps.serve")
 
 
 class Service:
-    """What all requests of one server share.
-
-    Attributes:
-        workers: processes that prepare requests.
-        sampling: of a request that says nothing of it.
-        open_requests: requests that are read, prepared, waiting or running.
-        open_choices: their answers.
-        held_bytes: of their bodies and image tensors.
-        state: "starting" until warmed up, then "ready"; "draining" when it accepts nothing more; "failed" where the
-            warm-up failed.
-    """
+    """What all requests of one server share."""
 
     def __init__(self, pipe: "Pipeline", settings: ServeSettings) -> None:
         """Start a batcher on a pipeline; close() ends the batcher, not the pipeline."""
@@ -58,20 +46,20 @@ class Service:
             )
         self.pipe = pipe
         self.settings = settings
-        self.sampling = settings.sampling(pipe.bundle)
+        self.sampling = settings.sampling(pipe.bundle)  # of a request that says nothing of it
         # open() bounds what waits; the batcher itself would refuse a burst that the batch has room for
         self.batcher = Batcher(
             pipe, max_batch=settings.max_batch, max_queue=settings.max_open, max_cache_mb=settings.max_cache_mb
         )
         self.metrics = Metrics(self.batcher)
         self.remote_images = RemoteImages(settings.remote_hosts, settings.max_body_bytes, settings.remote_seconds)
-        self.state: State = "starting"
-        self.open_requests = 0
-        self.open_choices = 0
-        self.held_bytes = 0
+        self.state: State = "starting"  # "ready" once warmed up, or "failed"; "draining" when it accepts nothing more
+        self.open_requests = 0  # that are read, prepared, waiting or running
+        self.open_choices = 0  # their answers
+        self.held_bytes = 0  # of their bodies and image tensors
         self._preparation = Preparation(pipe.bundle, replace(settings, api_keys=()), self.sampling)
         self._threads = anyio.CapacityLimiter(settings.preprocess_threads)
-        self.workers = Workers(settings.preprocess_threads)
+        self.workers = Workers(settings.preprocess_threads)  # prepare large requests
 
     @property
     def ready(self) -> bool:
@@ -87,25 +75,17 @@ class Service:
         fetched: dict[str, bytes] = {}
         while True:
             prepare = partial(self._preparation.prepare, self.pipe.processor, body, fetched, small=True)
-            prepared = await self.in_thread(prepare) or await self._in_worker(body, fetched)
+            prepared = await self.in_thread(prepare)
+            if prepared is None:
+                try:  # in a process, which ends with the request where that is cancelled
+                    prepared = await self.workers.run(partial(self._preparation.in_worker, body, fetched))
+                except WorkerEndedError:  # its time was over, or it broke at what it read
+                    raise too_much() from None
             if isinstance(prepared, Prepared):
                 return prepared
             for place, url in prepared.items():
                 fetched[place] = await self.remote_images.fetch(url, place)
                 opened.hold(opened.held_bytes + len(fetched[place]))
-
-    async def _in_worker(self, body: bytes, fetched: dict[str, bytes]) -> Prepared | dict[str, str]:
-        """The same in a worker process, which ends with the request where that is cancelled."""
-        with tempfile.NamedTemporaryFile(suffix=".npy") as pixels:
-            try:
-                work = partial(self._preparation.in_worker, body, fetched, pixels.name)
-                prepared = await self.workers.run(work)
-            except WorkerEndedError:  # its time was over, or it broke at what it read
-                raise too_much() from None
-            if isinstance(prepared, Prepared) and Path(pixels.name).stat().st_size:
-                values = await self.in_thread(partial(np.load, pixels.name))
-                prepared = prepared.with_pixels(values)
-        return prepared
 
     async def warm_up(self) -> None:
         """Answer a text and an image, so that no client pays for what the first run of each sets up."""
@@ -156,23 +136,17 @@ class Service:
 
 
 class OpenRequest:
-    """One request that the server has accepted: the bytes that it holds, and the events of its answers.
-
-    Attributes:
-        begun: when it came, on the clock of time.monotonic().
-        deadline: when its answers must be complete, on the same clock.
-        held_bytes: of its body, and of the tensors that come in its place.
-    """
+    """One request that the server has accepted: the bytes that it holds, and the events of its answers."""
 
     def __init__(self, service: Service) -> None:
         self.begun = time.monotonic()
-        self.deadline = self.begun + service.settings.request_seconds
+        self.deadline = self.begun + service.settings.request_seconds  # its answers must be complete then
         self._service = service
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._tickets: list[Ticket] = []
         self.num_choices = 0
-        self.held_bytes = 0
+        self.held_bytes = 0  # of its body, and of the tensors that come in its place
         self._closed = False
 
     def hold(self, num_bytes: int) -> None:

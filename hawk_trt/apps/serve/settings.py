@@ -100,11 +100,7 @@ class ServeLimits:
         return self.max_batch + self.max_queue
 
     def sampling(self, bundle: Bundle) -> SamplingConfig:
-        """How the tokens of a request are drawn that says nothing of it.
-
-        Raises:
-            BundleError: the bundle's generation_config.json cannot be used.
-        """
+        """How the tokens of a request are drawn that says nothing of it."""
         sampling = SamplingConfig(temperature=1.0)
         if self.generation_config == "model":
             sampling = checkpoint_sampling(bundle, served=True)
@@ -113,27 +109,17 @@ class ServeLimits:
 
 @dataclass(frozen=True, slots=True)
 class ServeSettings(ServeLimits):
-    """The settings of one server; InvalidInput where one is below what any server could work with.
+    """The settings of one server; InvalidInput where one is below what any server could work with."""
 
-    Attributes:
-        model_name: what clients call the model.
-        pruning: of a request that says nothing of it.
-        remote_hosts: hosts that images may be fetched from: a name, or *.name for all below it, with :port unless
-            it is the scheme's own.
-        cors_origins: web origins whose pages may call the server.
-        allowed_hosts: names that a request's Host may have: a name, *.name for all below it, or * for any; requests
-            of pages of others are then refused too. None checks neither.
-        api_keys: any of these opens the server; none leaves it open.
-        page: whether / is a page to ask from.
-    """
-
-    model_name: str
-    pruning: PruningConfig = field(default_factory=PruningConfig)
-    remote_hosts: tuple[str, ...] = ()
-    cors_origins: tuple[str, ...] = ()
+    model_name: str  # what clients call the model
+    pruning: PruningConfig = field(default_factory=PruningConfig)  # of a request that says nothing of it
+    remote_hosts: tuple[str, ...] = ()  # images may be fetched from NAME, *.NAME, or NAME:PORT if it is unusual
+    cors_origins: tuple[str, ...] = ()  # web origins whose pages may call the server
+    # Names that a request's Host may have: NAME, *.NAME for all below it, or * for any; requests of pages of others are
+    # then refused too. None checks neither.
     allowed_hosts: tuple[str, ...] = ()
-    api_keys: tuple[str, ...] = field(default=(), repr=False)
-    page: bool = True
+    api_keys: tuple[str, ...] = field(default=(), repr=False)  # any of these opens the server; none leaves it open
+    page: bool = True  # whether / is a page to ask from
 
     def __post_init__(self) -> None:
         ServeLimits.__post_init__(self)
@@ -142,11 +128,7 @@ class ServeSettings(ServeLimits):
 
 
 def read_api_keys(file: Path | None, given: tuple[str, ...] = ()) -> tuple[str, ...]:
-    """The keys that were given, and those of a file, one a line; without either the one in HAWK_API_KEY, or none.
-
-    Raises:
-        InvalidInput: an empty key, or the file holds no key, or is not UTF-8.
-    """
+    """The keys that were given, and those of a file, one a line; without either the one in HAWK_API_KEY, or none."""
     if not all(key.strip() for key in given):
         raise InvalidInput("api_key: got an empty key, expected what clients send as Authorization: Bearer KEY")
     if file is None and given:

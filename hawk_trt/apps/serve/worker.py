@@ -49,23 +49,15 @@ class _Worker:
 
 
 class Workers:
-    """Worker processes, each started when it is first needed and kept for more.
-
-    Attributes:
-        limiter: counts those at work.
-    """
+    """Worker processes, each started when it is first needed and kept for more."""
 
     def __init__(self, most: int) -> None:
-        self.limiter = anyio.CapacityLimiter(most)
+        self.limiter = anyio.CapacityLimiter(most)  # counts those at work
         self._threads = anyio.CapacityLimiter(most)
         self._idle: list[_Worker] = []
 
     async def run(self, work: Callable[[], T]) -> T:
-        """Do work in a process. A caller that is cancelled ends the process.
-
-        Raises:
-            WorkerEndedError: the process ended before the work was done.
-        """
+        """Do work in a process; WorkerEndedError where that ended first. A caller that is cancelled ends it."""
         async with self.limiter:
             worker = self._idle.pop() if self._idle else _Worker()
             done = False
