@@ -10,9 +10,8 @@ from typing import Annotated
 
 from cyclopts import CycloptsError, Parameter
 
-from hawk_trt.apps.cli.hub import download, is_hub_id
 from hawk_trt.apps.cli.main import INTERRUPTED, make_app, run_app
-from hawk_trt.apps.cli.models import expect_checkpoint
+from hawk_trt.apps.cli.models import download, expect_checkpoint, is_hub_id
 from hawk_trt.apps.cli.options import Json, dtypes, names
 from hawk_trt.apps.cli.output import note, print_json, progress, size
 from hawk_trt.bundle import Bundle, WeightFormat

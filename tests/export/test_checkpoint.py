@@ -28,7 +28,7 @@ from export.architectures import read_config
 from export.checkpoint import Checkpoint
 from export.graphs import inventory
 from export.tensor_file import read_tensor_file
-from hawk_trt.apps.cli.hub import download, is_hub_id
+from hawk_trt.apps.cli.models import download, is_hub_id
 from hawk_trt.errors import CheckpointError
 
 NORM = "language_model.norm.weight"

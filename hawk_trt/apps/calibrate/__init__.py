@@ -2,8 +2,7 @@
 
 checkpoint   a checkpoint folder                          -> its tokenizer, image settings and fingerprint
 work         questions and heads                          -> the units of work, and which of them are left
-worker       a unit                                       -> its answers without each of its heads, in PyTorch
-shards       units                                        -> their results, from a Ray cluster
+worker       a unit                                       -> its answers without each of its heads, in PyTorch or on Ray
 importance   scores of samples x heads                    -> weights, their intervals, and whether they differ
 report       all of it                                    -> a weights file with where it came from
 

@@ -26,20 +26,13 @@ _NOTHING = 1e-9
 
 @dataclass(frozen=True, slots=True)
 class Importance:
-    """What a calibration found.
-
-    Attributes:
-        intervals: 95 % of each weight, bootstrap over questions.
-        drops: d of each data set and head.
-        by_dataset: each data set's own weights, None where no head matters there.
-        uniform_p_value: how often heads that are all alike would differ as much, by permutation.
-    """
+    """What a calibration found."""
 
     weights: tuple[float, ...]
-    intervals: tuple[tuple[float, float], ...]
-    drops: tuple[tuple[float, ...], ...]
-    by_dataset: tuple[tuple[float, ...] | None, ...]
-    uniform_p_value: float
+    intervals: tuple[tuple[float, float], ...]  # 95 % of each weight, bootstrap over questions
+    drops: tuple[tuple[float, ...], ...]  # d of each data set and head
+    by_dataset: tuple[tuple[float, ...] | None, ...]  # each data set's own weights, None where no head matters there
+    uniform_p_value: float  # how often heads that are all alike would differ as much, by permutation
 
     @property
     def differs_from_uniform(self) -> bool:

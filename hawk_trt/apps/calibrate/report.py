@@ -18,42 +18,25 @@ _SCHEMA_VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class DatasetReport:
-    """One data set's part.
-
-    Attributes:
-        baseline: mean score of the whole model.
-        drops: how much lower the mean score is without each head.
-        weights: that this data set alone gives; None where no head matters, and then it has no say.
-    """
+    """One data set's part."""
 
     name: str
     fingerprint: str
     metric: str
     samples: int
     seed: int
-    baseline: float
-    drops: tuple[float, ...]
-    weights: tuple[float, ...] | None
+    baseline: float  # mean score of the whole model
+    drops: tuple[float, ...]  # how much lower the mean score is without each head
+    weights: tuple[float, ...] | None  # of this data set alone; None where no head matters, and then it has no say
 
 
 @dataclass(frozen=True, slots=True)
 class CalibrationReport:
-    """The weights file.
-
-    Attributes:
-        values: weight of each query head; they sum to 1.
-        source: all of it in one line.
-        intervals: 95 % of each weight, bootstrap over questions.
-        uniform_p_value: how often heads that are all alike would differ as much.
-        differs_from_uniform: whether that is below 5 %.
-        scope, keep_ratio, max_new_tokens, max_pixels: see work.Plan.
-        model: its name, architecture, fingerprint (of its files) and dtype.
-        versions: of what measured.
-    """
+    """The weights file; see Importance for what was found, work.Plan for how."""
 
     schema_version: int
-    values: tuple[float, ...]
-    source: str
+    values: tuple[float, ...]  # weight of each query head; they sum to 1
+    source: str  # all of it in one line
     intervals: tuple[tuple[float, float], ...]
     uniform_p_value: float
     differs_from_uniform: bool
@@ -61,9 +44,9 @@ class CalibrationReport:
     keep_ratio: float
     max_new_tokens: int
     max_pixels: int | None
-    model: dict[str, str]
+    model: dict[str, str]  # its name, architecture, fingerprint (of its files) and dtype
     datasets: tuple[DatasetReport, ...]
-    versions: dict[str, str]
+    versions: dict[str, str]  # of what measured
 
 
 def make_report(

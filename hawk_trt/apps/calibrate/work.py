@@ -3,7 +3,7 @@
 The scores of a unit depend on nothing but the unit and the plan, so units can be done in any order and anywhere.
 """
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from hawk_trt.bundle import Bundle
 from hawk_trt.errors import InvalidInput
-from hawk_trt.request import ModelInputs, PruningConfig
+from hawk_trt.request import PruningConfig
 
 if TYPE_CHECKING:
     from hawk_trt.request import ImageInput, VideoInput
@@ -39,23 +39,6 @@ class Question(Protocol):
     def videos(self) -> "Sequence[VideoInput]": ...  # noqa: D102
 
 
-class Model(Protocol):
-    """A checkpoint's model in PyTorch. A prompt is whatever embed makes of its tensors and the special tokens."""
-
-    @property
-    def language(self) -> Any:  # noqa: ANN401
-        """The language model, with layers and config."""
-
-    def embed(self, inputs: ModelInputs, tokens: Any) -> Any:  # noqa: ANN401
-        """A prompt before layer 0."""
-
-    def kept(self, prompt: Any, pruning: PruningConfig) -> list[int]:  # noqa: ANN401
-        """Positions of the prompt that are kept, ascending."""
-
-    def decode(self, prompt: Any, kept: Sequence[int], rows: int) -> Generator[Any, Any, None]:  # noqa: ANN401
-        """Logits [rows, vocab] of the prompt in so many rows; send the tokens [rows] that they go on with."""
-
-
 @dataclass(frozen=True, slots=True)
 class Source:
     """One data set: its questions in the order of a seed, and the metric that scores an answer in [0, 1].
@@ -73,27 +56,17 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All that the scores depend on.
-
-    Attributes:
-        scope: where heads are left out, one of SCOPES.
-        open: makes of the folder, and of its hub id if it has one, a bundle without graphs.
-        load: makes a Model of the checkpoint; takes head_weights, normalization, device and dtype too.
-        special_tokens: of a bundle, what the model's embed takes beside the tensors.
-        keep_ratio: of visual tokens, chosen with equal heads; 1.0 measures the unpruned model, as the paper does.
-        max_new_tokens: longest answer.
-        max_pixels: larger images are shrunk to this area; None takes the checkpoint's.
-    """
+    """All that the scores depend on."""
 
     checkpoint: Path
     sources: tuple[Source, ...]
-    scope: str
-    open: Callable[..., Bundle]
-    load: Callable[..., Model]
-    special_tokens: Callable[[Bundle], Any]
-    keep_ratio: float = 1.0
+    scope: str  # where heads are left out, one of SCOPES
+    open: Callable[..., Bundle]  # makes of the folder, and of its hub id if it has one, a bundle without graphs
+    load: Callable[..., Any]  # makes parity's Reference; takes head_weights, normalization, device and dtype too
+    special_tokens: Callable[[Bundle], Any]  # what the model's embed takes beside the tensors
+    keep_ratio: float = 1.0  # of visual tokens, chosen with equal heads; 1 measures the unpruned model, as the paper
     max_new_tokens: int = 32
-    max_pixels: int | None = None
+    max_pixels: int | None = None  # larger images are shrunk to this area; None takes the checkpoint's
     dtype: str = "float32"
     device: str = "cpu"
 

@@ -6,6 +6,7 @@ The same prompt lies side by side in several rows, each without another head. A 
 prompt and the choice of tokens are made once for all rows. In a calibration only this file imports torch.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -14,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hawk_trt.apps.calibrate.work import BASELINE, FIRST_LAYER, Model, Plan, Question, Scores, Unit
-from hawk_trt.errors import InvalidInput
+from hawk_trt.apps.calibrate.work import BASELINE, FIRST_LAYER, Plan, Question, Scores, Unit
+from hawk_trt.errors import BackendError, HawkError, InvalidInput
 from hawk_trt.inputs.processor import Processor
 from hawk_trt.models import load_family
 from hawk_trt.request import PruningConfig, Request
@@ -46,11 +47,7 @@ class Worker:
 
     @torch.inference_mode()
     def do(self, unit: Unit) -> tuple[Unit, Scores]:
-        """Answer and score.
-
-        Raises:
-            InvalidInput: an image or video that cannot be used.
-        """
+        """Answer and score; InvalidInput names the question whose image or video cannot be used."""
         source = self._plan.sources[unit.source]
         question = source.questions[unit.number]
         if question is not self._question:
@@ -76,8 +73,46 @@ class Worker:
         self._question = question
 
 
+def do_on_ray(plan: Plan, units: Sequence[Unit], shards: int, address: str | None) -> Iterator[tuple[Unit, Scores]]:
+    """Do all units on a Ray cluster, in whatever order they end; a lost machine's unit is done again by a new worker.
+
+    Results come back here, so that one process writes them. The checkpoint and the pictures must lie at the same paths
+    on every machine. shards: workers side by side, each with a model of its own, on a GPU of its own where the plan
+    names one. address: None is RAY_ADDRESS, else a cluster that runs on this machine, else one that is started here.
+    """
+    try:
+        import ray  # only those who ask for shards need it
+        from ray.exceptions import RayError, RayTaskError
+        from ray.util import ActorPool
+    except ImportError as error:
+        raise InvalidInput(f"--shards needs Ray ({error}): pip install ray") from error
+    gpus = int(plan.device.startswith("cuda"))
+    try:
+        ray.init(address=address, log_to_driver=False)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise BackendError(f"Ray: no cluster at {address or os.environ.get('RAY_ADDRESS')} ({error})") from error
+    try:
+        resources = ray.cluster_resources()
+        for name, needed in (("GPU", gpus * shards), ("CPU", shards)):
+            if resources.get(name, 0) < needed:
+                raise BackendError(
+                    f"--shards {shards}: needs {needed} {name}s, the Ray cluster has {resources.get(name, 0):g}"
+                )
+        remote = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=-1, max_task_retries=-1)(Worker)
+        pool = ActorPool([remote.remote(plan) for _ in range(min(shards, len(units)))])
+        yield from pool.map_unordered(lambda worker, unit: worker.do.remote(unit), units)
+    except RayTaskError as error:
+        if isinstance(error.cause, HawkError):
+            raise error.cause from error
+        raise BackendError(f"Ray: a worker failed ({error.cause!r}). HAWK_DEBUG=1 shows where") from error
+    except RayError as error:
+        raise BackendError(f"Ray: {error}. What was answered is kept; go on with the same command") from error
+    finally:
+        ray.shutdown()
+
+
 def answer(
-    model: Model,
+    model: Any,  # noqa: ANN401 - parity's Reference, as in without_heads
     prompt: Any,  # noqa: ANN401
     kept: Sequence[int],
     rows: int,
@@ -104,7 +139,7 @@ def answer(
 
 
 @contextmanager
-def without_heads(model: Model, scope: str, heads: Sequence[int]) -> Iterator[None]:
+def without_heads(model: Any, scope: str, heads: Sequence[int]) -> Iterator[None]:  # noqa: ANN401
     """Zero what each row's head hands to o_proj; BASELINE leaves out nothing.
 
     The linear layers of a hybrid model have no such heads: its first layer here is its first of full attention.

@@ -10,9 +10,8 @@ from cyclopts import Group, Parameter
 from rich.console import Console, RenderableType
 
 from hawk_trt.apps.calibrate.work import FIRST_LAYER, SCOPES, Plan, Scores, Source, score_table, units_left
-from hawk_trt.apps.cli.hub import download, is_hub_id
 from hawk_trt.apps.cli.main import where_it_lies
-from hawk_trt.apps.cli.models import expect_checkpoint
+from hawk_trt.apps.cli.models import download, expect_checkpoint, is_hub_id
 from hawk_trt.apps.cli.options import OUTPUT, WHERE, Dtype, Json, MaxNewTokens
 from hawk_trt.apps.cli.output import counted, note, print_json, table
 from hawk_trt.apps.evaluate.datasets import TINY, load_dataset
@@ -106,8 +105,7 @@ def calibrate(
     from hawk_trt.apps.cli.torch_model import load_reference  # isort: skip
     from hawk_trt.apps.calibrate.importance import importance
     from hawk_trt.apps.calibrate.report import make_report, write_report
-    from hawk_trt.apps.calibrate.shards import do_on_ray
-    from hawk_trt.apps.calibrate.worker import Worker
+    from hawk_trt.apps.calibrate.worker import Worker, do_on_ray
 
     for name, value in (("--heads-at-once", heads_at_once), ("--shards", shards)):
         if value is not None and value < 1:
@@ -130,7 +128,6 @@ def calibrate(
         device=device,
     )
     if hub_id:  # after all that could be wrong without it
-        note(f"{hub_id}: downloading what is not in the Hugging Face cache of this machine")
         plan = replace(plan, checkpoint=download(hub_id, revision))
     bundle = plan.open(plan.checkpoint, hub_id)
     num_heads = bundle.manifest.language.num_attention_heads
@@ -164,8 +161,7 @@ def calibrate(
     if json:
         print_json(report)
     else:
-        for part in _told(report):
-            Console().print(part, highlight=False)
+        Console().print(*_told(report), sep="\n", highlight=False)
     note(f"weights: {out}. Use them: --head-weights {out}, here or in python -m export")
     if not report.differs_from_uniform and json:
         note(_verdict(report))

@@ -39,10 +39,8 @@ _SUGGESTED = re.compile(r'Did you mean "?([^\s"?]+)"?\?')
 class WrongModel(HawkError):
     """A name stands for something else than a command takes.
 
-    Attributes:
-        named: the word of the command line.
-        instead: the word in its place that would do; empty where that is not known.
-        command: another command that would do.
+    named is the word of the command line, instead the one in its place that would do, where that is known; command is
+    another command that would do.
     """
 
     def __init__(self, message: str, named: str = "", instead: str = "", *, command: str = "") -> None:
@@ -53,13 +51,13 @@ class WrongModel(HawkError):
 def to_try(error: Exception, program: str, words: Sequence[str]) -> str | None:
     """A command line in the place of the one that led to an error; None where the error names one itself.
 
-    Args:
-        error: as it was raised.
-        program: hawk-trt, or python -m and a module.
-        words: of the command line, after the program.
+    program: hawk-trt, or python -m and a module. words: of the command line, after the program.
     """
+    # A flag and its value are two words from here on. What takes none here loses it.
+    alone = {*NEEDLESS, *(name for flag, names in OPTIONS.items() if " " in flag for name in names)}
+    pairs = [word.split("=", 1) if word.startswith("-") else [word] for word in words]
     try:
-        return _to_try(error, program, words)
+        return _to_try(error, program, [part for pair in pairs for part in pair[: 1 if pair[0] in alone else 2]])
     except (OSError, ValueError):  # a word that no path can have, or a folder that cannot be read
         return f"{program} --help"
 
@@ -104,15 +102,14 @@ def _to_try(error: Exception, program: str, words: Sequence[str]) -> str | None:
 def _with_other_value(message: str, words: Sequence[str]) -> Sequence[str] | None:
     """The words with the one that a message complains of replaced by what was probably meant: a value, or files."""
     for place, word in enumerate(words):
-        flag, joined, value = word.partition("=")
-        value, flag = (value, flag) if joined else (word, words[place - 1])
-        spellings = {value, str(Path(value).expanduser()), value.removeprefix("file://")}
-        if place and value and (joined or not word.startswith("-")) and any(one in message for one in spellings):
-            if value in VALUES:
-                return _replaced(words, value, [VALUES[value]])
-            files = _files_meant(value, is_image=ALIASES.get(flag, flag) == "--image")
+        spellings = {word, str(Path(word).expanduser()), word.removeprefix("file://")}
+        if place and word and not word.startswith("-") and any(one in message for one in spellings):
+            if word in VALUES:
+                return _replaced(words, word, [VALUES[word]])
+            flag = words[place - 1]
+            files = _files_meant(word, is_image=ALIASES.get(flag, flag) == "--image")
             if files:
-                return _replaced(words, value, [files[0], *(part for file in files[1:] for part in (flag, file))])
+                return _replaced(words, word, [files[0], *(part for file in files[1:] for part in (flag, file))])
     return None
 
 
@@ -140,11 +137,10 @@ def _with_working_value(message: str, words: Sequence[str]) -> Sequence[str] | N
         return [*words, "--image", *(_files_meant("IMAGE.png", is_image=True) or ["IMAGE.png"])]
     head = re.match(r"(\w+):", message)
     named = {*re.findall(r"--[a-z][\w-]*", message), *([f"--{head[1].replace('_', '-')}"] if head else ())}
-    for place, word in enumerate(words):
-        flag, joined, value = word.partition("=")
+    for place, flag in enumerate(words):
         option = ALIASES.get(flag, flag).replace("_", "-")
-        follows = not joined and place + 1 < len(words) and not re.match(r"-\D", words[place + 1])
-        value = words[place + 1] if follows else value
+        follows = place + 1 < len(words) and not re.match(r"-\D", words[place + 1])
+        value = words[place + 1] if follows else ""
         if not flag.startswith("-") or not ({flag, option} & named or (value and f"{value}:" in message)):
             continue
         if follows and "requires an argument" in message:  # the same option again, without one
@@ -209,21 +205,22 @@ def _meant(error: CycloptsError, words: Sequence[str]) -> Sequence[str] | None:
 
 def _with_flag(words: Sequence[str], wrong: str, known: Sequence[str], suggested: str | None) -> Sequence[str] | None:
     """The words with one flag replaced: by what another program's flag is called here, or by one that looks like it."""
+    if wrong not in words:
+        return None
+    place = words.index(wrong)
+    follows = place + 1 < len(words) and not words[place + 1].startswith("-")
+    before, value, rest = words[:place], words[place + 1] if follows else "", words[place + 1 + follows :]
     if wrong in ("--pruning-ratio", "--prune-ratio", "--drop-ratio", "--sparsity") and "--keep-ratio" in known:
-        try:
-            return _with_pruning_ratio(words, wrong)
-        except (ValueError, IndexError):
+        try:  # the share that others drop is the rest of the one that is kept here
+            return [*before, "--keep-ratio", f"{1 - float(value):.3g}", *rest]
+        except ValueError:
             return None
     if wrong in NEEDLESS:
         return [word for word in words if word != wrong]
     if wrong in FOREIGN:
-        place = next(place for place, word in enumerate(words) if word.partition("=")[0] == wrong)
-        return [*words[:place], *words[place + (1 if "=" in words[place] else 2) :]]
+        return [*before, *rest]
     if wrong in ("--prompt-file", "--question-file", "--text-file") and "--prompt" in known:
-        place = next(place for place, word in enumerate(words) if word.partition("=")[0] == wrong)
-        _, joined, file = words[place].partition("=")
-        rest = words[place + 1 :] if joined else words[place + 2 :]
-        return [*words[:place], "--prompt", "-", *rest, f"< {file or ''.join(words[place + 1 : place + 2]) or 'FILE'}"]
+        return [*before, "--prompt", "-", *rest, f"< {value or 'FILE'}"]
     if words[0] == "chat" and wrong in ("--prompt", "-p"):
         return ["run", *words[1:]]
     lower = wrong.lower() if wrong.lower() in known else suggested
@@ -231,22 +228,8 @@ def _with_flag(words: Sequence[str], wrong: str, known: Sequence[str], suggested
     if right is None:
         close = get_close_matches(wrong, known, n=1)
         right = close[0] if close else None
-    if right:
-        return _replaced(words, wrong, right.split())
-    if wrong not in (names := [word.partition("=")[0] for word in words]):
-        return None
-    place = names.index(wrong)
-    follows = "=" not in words[place] and not "".join(words[place + 1 : place + 2]).startswith("-")
-    return [*words[:place], *words[place + 1 + follows :]]  # there is no such option, and nothing like it
-
-
-def _with_pruning_ratio(words: Sequence[str], wrong: str) -> Sequence[str]:
-    """The share that others drop is the rest of the one that is kept here."""
-    place = next(place for place, word in enumerate(words) if word.partition("=")[0] == wrong)
-    _, joined, value = words[place].partition("=")
-    rest = words[place + 1 :] if joined else words[place + 2 :]
-    share = 1 - float(value if joined else words[place + 1])
-    return [*words[:place], "--keep-ratio", f"{share:.3g}", *rest]
+    # where there is no such option, and nothing like it, it is left out
+    return _replaced(words, wrong, right.split()) if right else [*before, *rest]
 
 
 def _with_names(words: Sequence[str], loose: Sequence[str], known: Sequence[str], missing: str) -> Sequence[str]:
@@ -319,16 +302,8 @@ def _with_value(words: Sequence[str], name: str) -> Sequence[str] | None:
 
 
 def _replaced(words: Sequence[str], wrong: str, right: Sequence[str]) -> Sequence[str]:
-    """The words with one of them replaced, also where it is the part before or after an equals sign."""
+    """The words with one of them replaced, which may be a path in another spelling."""
     meant: list[str] = []
     for word in words:
-        name, joined, value = word.partition("=")
-        if word == wrong or (wrong and Path(word) == Path(wrong)):
-            meant += right
-        elif joined and name == wrong:
-            meant += [*right, value] if len(right) == 1 else right
-        elif joined and value == wrong:
-            meant += [f"{name}={right[0]}", *right[1:]]
-        else:
-            meant.append(word)
+        meant += right if word == wrong or (wrong and Path(word) == Path(wrong)) else [word]
     return meant

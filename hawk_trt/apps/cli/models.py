@@ -8,16 +8,18 @@ from pathlib import Path
 from typing import Literal
 
 import hawk_trt
-from hawk_trt.apps.cli.hub import download, is_hub_id
 from hawk_trt.apps.cli.main import where_it_lies
 from hawk_trt.apps.cli.mistakes import WrongModel
 from hawk_trt.apps.cli.output import note, progress, size
 from hawk_trt.apps.cli.vocabulary import IMAGES
 from hawk_trt.bundle import ENGINES_MANIFEST, MANIFEST, Bundle, Manifest, WeightFormat, holds_engines, read_manifest
 from hawk_trt.engine_folder import EngineFolder, read_engine_manifest
-from hawk_trt.errors import InvalidInput
+from hawk_trt.errors import CheckpointError, InvalidInput
 from hawk_trt.files import cache_folder
 
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# Weights, configs, tokenizer and chat template; not the pickled copies, images and papers that lie beside them.
+_HUB_FILES = ["model*.safetensors", "transformer/*.safetensors", "vision_encoder/*.safetensors", "*.json", "*.jinja"]
 _CONFIG = "config.json"  # of a checkpoint
 Kind = Literal["bundle", "engines", "checkpoint", "hub id", "nothing"]
 _KINDS: dict[str, Kind] = {ENGINES_MANIFEST: "engines", MANIFEST: "bundle", _CONFIG: "checkpoint"}
@@ -27,6 +29,36 @@ BLOCK_SIZE = 64
 _ADDRESS = re.compile(r"(?:https?:/+)?(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)")
 _CHECKPOINT = "the folder of a Hugging Face checkpoint or a hub id"
 _MODELS = "a bundle, engines, a checkpoint or a hub id"
+
+
+def is_hub_id(checkpoint: str) -> bool:
+    """Whether the argument names a hub repository (owner/name) rather than a folder that is there."""
+    return not Path(checkpoint).exists() and _HUB_ID.fullmatch(checkpoint) is not None
+
+
+def download(hub_id: str, revision: str | None = None) -> Path:
+    """The local folder of a hub checkpoint; files already in the cache are not downloaded again."""
+    try:
+        from huggingface_hub import errors, snapshot_download  # only hub ids need it
+    except ImportError as error:
+        raise CheckpointError(
+            f"{hub_id}: no such folder, and a download needs huggingface_hub. Install it: pip install huggingface_hub"
+        ) from error
+    at = f"{hub_id}, revision {revision}" if revision else hub_id
+    try:
+        snapshot_download(hub_id, revision=revision, allow_patterns=_CONFIG)  # who cannot reach it is told that alone
+        note(f"{hub_id}: a hub id. Downloading what is not in the Hugging Face cache of this machine")
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=_HUB_FILES))
+    except errors.GatedRepoError as error:
+        raise CheckpointError(f"{at}: access must be granted on its page first; then log in: hf auth login") from error
+    except errors.LocalEntryNotFoundError as error:
+        raise CheckpointError(
+            f"{at}: no such folder, and the hub cannot be reached. Download it where there is a network "
+            f"(hf download {hub_id} --local-dir DIR) and give the folder"
+        ) from error
+    except (errors.HFValidationError, errors.HfHubHTTPError, OSError) as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{at}: no such folder, and the hub says: {first_line}") from error
 
 
 def kind_of(name: str | Path) -> Kind:
@@ -61,8 +93,6 @@ def ready(model: Path, dtype: str | None = None) -> Path:
     folder = cache_folder() / "bundles" / f"{Path(name).name}-{dtype}-{digest}"
     # imported by name, since they lie inside hawk_trt once installed, and only a checkpoint needs them
     writer = import_module(where_it_lies("export.writer"))
-    if kind == "hub id":
-        note(f"{model}: a hub id. Downloading what is not in the Hugging Face cache of this machine")
     source = download(name) if kind == "hub id" else Path(name)
     opened = import_module(where_it_lies("export.checkpoint")).Checkpoint.open(source)
     weights = WeightFormat(int(dtype.removeprefix("int")), BLOCK_SIZE) if dtype in INTEGERS else None

@@ -99,10 +99,10 @@ def serve(
         settings = replace(settings, allowed_hosts=(*LOOPBACK_HOSTS, host, *settings.allowed_hosts))
     elif settings.allowed_hosts:
         settings = replace(settings, allowed_hosts=(*settings.allowed_hosts, host))
-    if not settings.api_keys and not _is_loopback(host):
-        note(f"warning: {host} is open to others and no key is set. Give one: --api-key-file or {KEY_VARIABLE}")
     configure_logging(settings.log_level)
     listen(host, port).close()  # a port that cannot be opened is said before the model is loaded
+    if not settings.api_keys and not _is_loopback(host):
+        note(f"warning: {host} is open to others and no key is set. Give one: --api-key-file or {KEY_VARIABLE}")
     pipe, settings = served.open(model, settings)
     with pipe, listen(host, port) as opened:
         name, number = opened.getsockname()[:2]

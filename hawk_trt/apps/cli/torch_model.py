@@ -7,19 +7,15 @@ from typing import Any
 
 import numpy.typing as npt
 
-from hawk_trt.apps.cli.hub import download
 from hawk_trt.apps.cli.main import where_it_lies
+from hawk_trt.apps.cli.models import download
 from hawk_trt.apps.parity.reference import Reference
 
 
 def load_reference(
     checkpoint: str | Path, *, head_weights: Sequence[float], normalization: str, device: str, dtype: str
 ) -> Reference:
-    """Load a checkpoint's folder or hub id; quantised weights are dequantised here, as an export reads them.
-
-    Raises:
-        HawkError: it cannot be downloaded or read.
-    """
+    """Load a checkpoint's folder or hub id; quantised weights are dequantised here, as an export reads them."""
     folder = Path(checkpoint) if Path(checkpoint).is_dir() else download(str(checkpoint))
     return Reference.load(
         folder,

@@ -350,7 +350,7 @@ def test_serve_refuses_options_that_cannot_work(tiny_bundle, tmp_path, options, 
 
 
 def test_serve_says_so_when_it_is_open_to_others_without_a_key(tmp_path, capsys):
-    assert main(["serve", str(tmp_path), "--host", "0.0.0.0"]) == 1  # there is no bundle either
+    assert main(["serve", str(tmp_path), "--host", "0.0.0.0", "--port", "0"]) == 1  # there is no bundle either
     assert "no key is set" in capsys.readouterr().err
 
 
