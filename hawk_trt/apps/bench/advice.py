@@ -44,16 +44,11 @@ _HALF = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """A prompt, and how the KV cache grows with an answer.
-
-    Attributes:
-        allocated: whether attention runs over all columns that a request will need from its start (ONNX Runtime), or
-            over those written so far.
-    """
+    """A prompt, and how the KV cache grows with an answer."""
 
     num_text: int
     num_visual: int
-    allocated: bool
+    allocated: bool  # attention runs over all columns that a request will need (ONNX Runtime), else over those written
 
     def kept(self, keep_ratio: float) -> int:
         """K: text tokens and kept visual ones."""
@@ -70,24 +65,16 @@ class Size:
 
 @dataclass(frozen=True, slots=True)
 class StageTimes:
-    """One keep ratio, measured: medians in seconds, of an answer of new_tokens.
-
-    Attributes:
-        image: preprocess and vision.
-        first_layer, decoder: prefill.
-        rest: of the host.
-        begin: what the first decode steps cost more than later ones, all together.
-        step: a decode step, with all that the host does for a token.
-    """
+    """One keep ratio, measured: medians in seconds, of an answer of new_tokens."""
 
     keep_ratio: float
     new_tokens: int
-    image: float
+    image: float  # preprocess and vision
     first_layer: float
-    decoder: float
-    rest: float
-    begin: float
-    step: float
+    decoder: float  # prefill, as first_layer
+    rest: float  # of the host
+    begin: float  # what the first decode steps cost more than later ones, all together
+    step: float  # a decode step, with all that the host does for a token
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,29 +100,19 @@ class Recommendation:
 
 @dataclass(frozen=True, slots=True)
 class WholeShare:
-    """What the layers before the scoring layer, which run over all tokens, take of one keep ratio's prefill.
-
-    Attributes:
-        layers: so many layers.
-        by_products: their share of the multiplications of first_layer and decoder, from the sizes alone.
-        measured: the share of the time of both that first_layer takes whatever is kept: those layers, and the scores.
-    """
+    """What the layers before the scoring layer, which run over all tokens, take of one keep ratio's prefill."""
 
     keep_ratio: float
     layers: int
-    by_products: float
-    measured: float
+    by_products: float  # share of the multiplications of first_layer and decoder, from the sizes alone
+    measured: float  # share of the time of both that first_layer takes whatever is kept: those layers, and the scores
 
 
 class TimeModel:
     """The fitted model of a prompt's size."""
 
     def __init__(self, size: Size, times: Sequence[StageTimes]) -> None:
-        """Fit; three keep ratios or more tell the curve from the line.
-
-        Raises:
-            InvalidInput: fewer than two keep ratios.
-        """
+        """Fit two keep ratios at least; three or more tell the curve from the line."""
         if len({time.keep_ratio for time in times}) < 2:
             raise InvalidInput(f"keep ratios: got {len(times)} measured, expected at least two to see what they change")
         self.size = size

@@ -53,15 +53,7 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class BenchRow:
-    """One prompt with one selector at one keep ratio.
-
-    Attributes:
-        num_tokens, num_visual, num_kept: in the prompt, and kept of the visual ones.
-        stages: by name. select is a selector's own time, outside the graphs; score (scores, top-k, gather) is measured
-            on its own and is also a part of first_layer; decode_step is one generated token.
-        kv_bytes: of the prompt's keys and values, and of the states of linear layers.
-        peak_bytes: see MEMORY_METRIC; None where the system does not tell.
-    """
+    """One prompt with one selector at one keep ratio."""
 
     prompt: str
     selector: str
@@ -69,11 +61,13 @@ class BenchRow:
     num_tokens: int
     num_visual: int
     num_kept: int
+    # By name. select is a selector's own time, outside the graphs; score (scores, top-k, gather) is measured on its own
+    # and is also a part of first_layer; decode_step is one generated token.
     stages: dict[str, Spread]
     first_token: Spread
     total: Spread
-    kv_bytes: int
-    peak_bytes: int | None
+    kv_bytes: int  # of the prompt's keys and values, and of the states of linear layers
+    peak_bytes: int | None  # see MEMORY_METRIC; None where the system does not tell
 
 
 # An answer, the milliseconds of preprocess and score, and the peak in bytes where the system tells.
@@ -100,9 +94,6 @@ def bench(
         repeats: timed runs of a pair.
         warmup: runs of a pair before them.
         step: called after each run, for progress.
-
-    Raises:
-        InvalidInput: too few tokens or repeats, or a prompt that cannot be used.
     """
     if max_new_tokens < 2 or repeats < 1 or warmup < 0:
         raise InvalidInput(
@@ -162,6 +153,7 @@ def _row(prompt: str, pruning: PruningConfig, runs: Sequence[_Run], manifest: "M
     first: Result = results[0]
     timings = [result.timings for result in results]
     steps = [1e3 * r.timings.decode / max(len(r.token_ids) - 1, 1) for r in results]
+    own: dict[str, Sequence[float]] = {"preprocess": preprocess, "score": score, "decode_step": steps}
     prefills = [1e3 * (t.preprocess + t.vision + t.select + t.first_layer + t.decoder) for t in timings]
     return BenchRow(
         prompt=prompt,
@@ -170,15 +162,7 @@ def _row(prompt: str, pruning: PruningConfig, runs: Sequence[_Run], manifest: "M
         num_tokens=len(first.kept_indices) + first.num_visual - first.num_kept,
         num_visual=first.num_visual,
         num_kept=first.num_kept,
-        stages={
-            "preprocess": _spread(preprocess),
-            "vision": _spread([1e3 * t.vision for t in timings]),
-            "select": _spread([1e3 * t.select for t in timings]),
-            "score": _spread(score),
-            "first_layer": _spread([1e3 * t.first_layer for t in timings]),
-            "decoder": _spread([1e3 * t.decoder for t in timings]),
-            "decode_step": _spread(steps),
-        },
+        stages={stage: _spread(own.get(stage) or [1e3 * getattr(t, stage) for t in timings]) for stage in STAGES},
         first_token=_spread(np.add(preprocess, prefills)),
         total=_spread(np.add(preprocess, [1e3 * t.total for t in timings])),
         kv_bytes=manifest.cache_bytes(len(first.kept_indices)),

@@ -55,13 +55,14 @@ def advise(
         raise InvalidInput(f"--image-size: got {image_size}, expected at least 1")
     with where.open(model) as pipe:
         inputs = None if pipe.processor.chat is not None else _tensors(pipe, image, image_size)
+        noise = np.random.default_rng(0).integers(0, 256, (image_size, image_size, 3), dtype=np.uint8)
 
         def ask(pruning: PruningConfig, new_tokens: int) -> Result:
             if inputs is not None:
                 return pipe.generate(inputs, pruning=pruning, max_new_tokens=new_tokens, ignore_eos=True)
             return pipe.generate(
                 prompt,
-                images=image or [_noise(image_size)],
+                images=image or [noise],
                 pruning=pruning,
                 max_new_tokens=new_tokens,
                 ignore_eos=True,
@@ -111,10 +112,6 @@ def _tensors(pipe: "Pipeline", image: tuple[str, ...], side: int) -> "ModelInput
     if image:
         raise InvalidInput("--image: this bundle has no tokenizer, so it is measured with noise; choose --image-size")
     return random_inputs(pipe.bundle.manifest, np.random.default_rng(0), [(side, side)], 0)
-
-
-def _noise(side: int) -> "np.ndarray[tuple[int, ...], np.dtype[np.uint8]]":
-    return np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
 
 
 def _table(predicted: list[list[Prediction]]) -> Table:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 from cyclopts import Group, Parameter
-from rich import filesize
 from rich.console import Console, RenderableType
 
 from hawk_trt import __version__
@@ -19,7 +18,7 @@ from hawk_trt.apps.bench.bench import bench as measure_rows
 from hawk_trt.apps.bench.report import against, by_prompt, plot_rows, unpruned
 from hawk_trt.apps.cli.doctor import installed_version
 from hawk_trt.apps.cli.options import OUTPUT, PRUNING, Json, KeepRatios, MaxNewTokens, Model, Numbers, Where, names
-from hawk_trt.apps.cli.output import counted, note, print_json, table
+from hawk_trt.apps.cli.output import counted, note, print_json, size, table
 from hawk_trt.errors import InvalidInput
 from hawk_trt.files import write_atomically
 from hawk_trt.request import SELECTORS, PruningConfig
@@ -141,10 +140,8 @@ def bench(
             }
         )
     else:
-        console = Console(width=None if sys.stdout.isatty() else 160)
-        for part in _told(rows):
-            console.print(part)
-        console.print(f"{manifest.precision}, {backend.target}, {runtime}; peak: {MEMORY_METRIC}")
+        last = f"{manifest.precision}, {backend.target}, {runtime}; peak: {MEMORY_METRIC}"
+        Console(width=None if sys.stdout.isatty() else 160).print(*_told(rows), last, sep="\n")
     for warning in warnings:
         note(f"warning: {warning}")
     if plot is not None:
@@ -173,8 +170,8 @@ def _told(rows: Sequence[BenchRow]) -> tuple[RenderableType, ...]:
                 f"{row.first_token.median:.1f}{against(row.first_token, whole.first_token if whole else None)}",
                 f"{row.total.median:.1f}{against(row.total, whole.total if whole else None)}",
                 f"{row.total.p90:.1f}",
-                filesize.decimal(row.kv_bytes),
-                "-" if row.peak_bytes is None else filesize.decimal(row.peak_bytes),
+                size(row.kv_bytes),
+                "-" if row.peak_bytes is None else size(row.peak_bytes),
             )
         tables.append(shown)
     legend = (

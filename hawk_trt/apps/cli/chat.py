@@ -98,31 +98,20 @@ def chat(
 
 @dataclass
 class Conversation:
-    """The turns so far, and what the next one is asked with.
-
-    Attributes:
-        messages: the turns.
-        shown: the images and videos of the turns, and what all turns have in common.
-        attached: paths that the next question shows.
-        last: the messages, the keep ratio and the result of the last answer.
-    """
+    """The turns so far, and what the next one is asked with."""
 
     pipe: "Pipeline"
     pruning: Pruning
     keep_ratio: float
     sampling: "SamplingConfig"
     system: str | None
-    shown: Prompt
+    shown: Prompt  # the images and videos of the turns, and what all turns have in common
     messages: list[dict[str, Any]] = field(default_factory=list)
-    attached: list[str] = field(default_factory=list)
-    last: "tuple[list[dict[str, Any]], float, Result] | None" = None
+    attached: list[str] = field(default_factory=list)  # paths that the next question shows
+    last: "tuple[list[dict[str, Any]], float, Result] | None" = None  # messages, keep ratio and result of an answer
 
     def take(self, line: str) -> bool:
-        """Do what a line asks for; returns whether the conversation goes on.
-
-        Raises:
-            HawkError: it cannot be done; the conversation is as before.
-        """
+        """Do what a line asks for; returns whether the conversation goes on. It is as before where that raises."""
         command, _, rest = line.strip().partition(" ")
         if command in ("/quit", "/exit", "/bye", "/q"):
             return False
@@ -152,11 +141,7 @@ class Conversation:
         return True
 
     def attach(self, *paths: str) -> None:
-        """Show images or videos with the next question.
-
-        Raises:
-            InvalidInput: one is not there, or none is named.
-        """
+        """Show images or videos with the next question."""
         if not paths:
             raise InvalidInput("/image: expected a path, such as /image photo.jpg")
         for path in paths:
@@ -167,11 +152,7 @@ class Conversation:
             note(f"{path}: goes with the next question")
 
     def ask(self, question: str) -> None:
-        """Print the answer as it comes; Ctrl-C ends it, and what was said by then counts.
-
-        Raises:
-            HawkError: the question cannot be answered; it is not a part of the conversation then.
-        """
+        """Print the answer as it comes; Ctrl-C ends it, and what was said by then counts."""
         videos = tuple(path for path in self.attached if Path(path).suffix.lower() in VIDEOS)
         images = tuple(path for path in self.attached if path not in videos)
         self.attached = []
@@ -234,11 +215,7 @@ class Conversation:
 
 
 def paths_in(line: str) -> tuple[str, list[str]]:
-    """The text of a line, and the images and videos that it names by path and that are there.
-
-    Raises:
-        InvalidInput: what is written as a path of an image is not there.
-    """
+    """The text of a line, and the images and videos that it names by path; those must be there."""
     paths: list[str] = []
 
     def taken(match: re.Match[str]) -> str:

@@ -55,41 +55,28 @@ class Gpu:
 
 @dataclass(frozen=True, slots=True)
 class Capability:
-    """One thing a user may want to do.
-
-    Attributes:
-        detail: with what it works, or why it does not.
-        command: what adds it; None where it works or nothing that can be installed would help.
-    """
+    """One thing a user may want to do."""
 
     name: str
     works: bool
-    detail: str
-    command: str | None = None
+    detail: str  # with what it works, or why it does not
+    command: str | None = None  # what adds it; None where it works or nothing that can be installed would help
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """All that doctor finds out about the machine.
+    """All that doctor finds out about the machine."""
 
-    Attributes:
-        packages: versions by name, None where not installed.
-        tested: the versions that the tests pass with.
-        providers: ONNX Runtime's execution providers, as it lists them.
-        memory_available_bytes: main memory that a process could take, None where the system does not say.
-        disk_free_bytes: in the current folder.
-    """
-
-    packages: dict[str, str | None]
-    providers: tuple[str, ...]
+    packages: dict[str, str | None]  # versions by name, None where not installed
+    providers: tuple[str, ...]  # ONNX Runtime's execution providers, as it lists them
     gpus: tuple[Gpu, ...]
     capabilities: tuple[Capability, ...]
-    tested: dict[str, str] = field(default_factory=lambda: tested_versions())
+    tested: dict[str, str] = field(default_factory=lambda: tested_versions())  # versions that the tests pass with
     hawk_trt: str = hawk_trt.__version__
     python: str = platform.python_version()
     machine: str = f"{platform.system()} {platform.machine()}"
-    memory_available_bytes: int | None = field(default_factory=available_memory_bytes)
-    disk_free_bytes: int = field(default_factory=lambda: shutil.disk_usage(Path.cwd()).free)
+    memory_available_bytes: int | None = field(default_factory=available_memory_bytes)  # None: the system does not say
+    disk_free_bytes: int = field(default_factory=lambda: shutil.disk_usage(Path.cwd()).free)  # in the current folder
 
 
 def examine() -> Report:

@@ -53,13 +53,10 @@ def _integer(_: type, tokens: Sequence[Token]) -> int:
         raise ValueError(f"got {tokens[0].value!r}, expected an integer, as 128") from None
 
 
-def _dtype(_: type, tokens: Sequence[Token]) -> str:
-    return DTYPE_NAMES.get(tokens[0].value, tokens[0].value)
-
-
 def dtypes(*others: str) -> Parameter:
     """An option that takes a dtype, by any of its names, or one of some others."""
-    return Parameter(choices=(*DTYPES, *DTYPE_NAMES, *others), converter=_dtype)
+    named = {name: name for name in DTYPES} | DTYPE_NAMES | {name: name for name in others}
+    return Parameter(choices=tuple(named), converter=lambda _, tokens: named.get(tokens[0].value, tokens[0].value))
 
 
 def names(known: Sequence[str], *, name: Sequence[str] = ()) -> Parameter:

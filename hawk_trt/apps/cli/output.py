@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 import numpy as np
+from rich.filesize import decimal
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+size = decimal  # of bytes, for people: "6.3 MB"
 # Lines that tell of progress where no bar can be drawn: at most one in so many seconds.
 _SECONDS_BETWEEN_LINES = 2.0
 
@@ -40,15 +42,6 @@ def table(*columns: str, left: int = 0, gap: int = 2, title: str | None = None) 
     for place, name in enumerate(columns):
         made.add_column(name, justify="left" if place < left else "right", no_wrap=True)
     return made
-
-
-def size(size_bytes: float) -> str:
-    """A number of bytes for people: "6.3 MB"."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if size_bytes < 1000:
-            return f"{size_bytes:.0f} bytes" if unit == "bytes" else f"{size_bytes:.1f} {unit}"
-        size_bytes /= 1000
-    return f"{size_bytes:.1f} TB"
 
 
 @contextmanager
@@ -87,7 +80,7 @@ def _lines(what: str, *, in_bytes: bool) -> Callable[[float, float], None]:
         if now - printed_at < _SECONDS_BETWEEN_LINES and done < total:
             return
         printed_at = now
-        told = f"{size(done)} of {size(total)}" if in_bytes else f"{done:g} of {total:g}"
+        told = f"{size(int(done))} of {size(int(total))}" if in_bytes else f"{done:g} of {total:g}"
         seconds_left = (now - begun) / done * (total - done) if done else 0.0
         note(f"{told} {what}" + (f", about {seconds_left:.0f} s left" if seconds_left >= 1 else ""))
 

@@ -1,6 +1,6 @@
 """`hawk-trt parity`: a bundle against its checkpoint in PyTorch, stage by stage; exit 1 out of tolerance."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,7 +13,7 @@ from hawk_trt.apps.cli.options import OUTPUT, PRUNING, Dtype, Json, Model, Numbe
 from hawk_trt.apps.cli.output import note, print_json
 from hawk_trt.apps.parity.cases import DEFAULT_PROMPT, ParityCase, generated_cases, given_cases, tensor_cases
 from hawk_trt.apps.parity.prompt_rules import prompt_tokens
-from hawk_trt.apps.parity.report import ParityReport, compare_case, tell
+from hawk_trt.apps.parity.report import CaseReport, ParityReport, compare_case, tell
 from hawk_trt.bundle import Bundle
 from hawk_trt.errors import BundleError, InvalidInput, ParityError
 from hawk_trt.runtime import reference as stage_reference
@@ -117,12 +117,14 @@ def parity(
         dtype=reference_dtype,
     )
     tolerance = tolerance_of(manifest)
-    reports = tuple(
-        compare_case(pipe, reference, case, embedded, pruning, compared.steps, tolerance)
-        for case in _told(cases)
-        for embedded in [reference.embed(case.inputs, prompt_tokens(bundle))]
-        for pruning in (prunings if embedded.visual else prunings[:1])  # without visual tokens all are one
-    )
+    reports: list[CaseReport] = []
+    for number, case in enumerate(cases, start=1):
+        note(f"case {number} of {len(cases)}: {case.name}")
+        embedded = reference.embed(case.inputs, prompt_tokens(bundle))
+        reports += [
+            compare_case(pipe, reference, case, embedded, pruning, compared.steps, tolerance)
+            for pruning in (prunings if embedded.visual else prunings[:1])  # without visual tokens all are one
+        ]
     failures = tuple(failure for case in reports for failure in case.failures)
     report = ParityReport(
         bundle=str(model),
@@ -131,7 +133,7 @@ def parity(
         dtype=manifest.precision,
         reference_dtype=reference_dtype,
         tolerance=tolerance,
-        cases=reports,
+        cases=tuple(reports),
         failures=failures,
         passed=not failures,
     )
@@ -145,9 +147,3 @@ def parity(
             made.put_into(folder)
             note(f"{folder / stage_reference.REFERENCE}: written")
     return 0 if report.passed else 1
-
-
-def _told(cases: Sequence[ParityCase]) -> Iterator[ParityCase]:
-    for number, case in enumerate(cases, start=1):
-        note(f"case {number} of {len(cases)}: {case.name}")
-        yield case

@@ -20,8 +20,7 @@ def plain(text: str) -> str:
 def key_choice(key: str | int | float, choices: tuple[str, ...]) -> int:
     """Index of the choice that a key means: by its index from 0 (a number), its letter, its text, or "B. text".
 
-    Raises:
-        ValueError: the key means no choice, or more than one.
+    ValueError where it means no choice, or more than one.
     """
     text = plain(str(key))
     found = {index for index, choice in enumerate(choices) if plain(choice) == text}

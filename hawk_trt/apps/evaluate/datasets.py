@@ -39,19 +39,14 @@ _FILES = ("samples.jsonl", "samples.json")
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One question; the images come before it, then the videos.
-
-    Attributes:
-        answers: what counts as right; for multiple choice the letter and the text of the right choice.
-        choices: of multiple choice, A first.
-    """
+    """One question; the images come before it, then the videos."""
 
     id: str
     question: str
-    answers: tuple[str, ...]
+    answers: tuple[str, ...]  # what counts as right; for multiple choice the letter and the text of the right choice
     images: "tuple[ImageInput, ...]" = ()
     videos: "tuple[VideoInput, ...]" = ()
-    choices: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()  # of multiple choice, A first
 
     @property
     def prompt(self) -> str:
@@ -64,19 +59,13 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """Samples in a fixed order; a smaller count takes the first of a larger one.
-
-    Attributes:
-        fingerprint: sha256 of what the samples are, whatever their count.
-        make: gives the samples anew.
-        unknown_keys: of the file's samples, which nothing reads.
-    """
+    """Samples in a fixed order; a smaller count takes the first of a larger one."""
 
     name: str
-    fingerprint: str
+    fingerprint: str  # sha256 of what the samples are, whatever their count
     count: int
-    make: Callable[[], Iterator[Sample]]
-    unknown_keys: tuple[str, ...] = ()
+    make: Callable[[], Iterator[Sample]]  # gives the samples anew
+    unknown_keys: tuple[str, ...] = ()  # of the file's samples, which nothing reads
 
     def __iter__(self) -> Iterator[Sample]:
         return self.make()

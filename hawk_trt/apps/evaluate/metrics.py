@@ -88,8 +88,7 @@ METRICS: dict[str, Metric] = {
 def metric_for(name: str | None, dataset: Dataset) -> str:
     """The metric of a data set; without a name the one that its samples call for.
 
-    Raises:
-        InvalidInput: the metric would score every answer of some sample as wrong, or half of it.
+    Refuses one that would score every answer of some sample as wrong, or half of it.
     """
     if name is None:
         kinds = {"multiple-choice" if sample.choices else "exact-match" for sample in dataset}

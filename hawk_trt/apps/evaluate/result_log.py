@@ -38,14 +38,10 @@ class ResultLog(Generic[Record]):
 
         Args:
             path: the file.
-            subject: what the results are of: model, data set, settings.
+            subject: what the results are of: model, data set, settings; another's file is refused.
             record_type: dataclass of one result.
             option: of the command line that chooses the file's folder, for messages.
             sync: wait for the disk itself after each result, so that it also outlives the machine's own death.
-
-        Raises:
-            InvalidInput: the file holds results of something else, is no log, cannot be written, or another run is
-                writing to it.
         """
         self.path = path
         self._sync = sync
@@ -65,11 +61,7 @@ class ResultLog(Generic[Record]):
             raise self._unwritable(error) from error
 
     def append(self, record: Record) -> None:
-        """Keep a result, on disk before this returns.
-
-        Raises:
-            InvalidInput: the file cannot be written; it holds the results before this one, whole.
-        """
+        """Keep a result, on disk before this returns; where that fails, the file holds those before it, whole."""
         try:
             self._write(msgspec.json.encode(record) + b"\n")
         except OSError as error:
@@ -77,21 +69,14 @@ class ResultLog(Generic[Record]):
         self.records.append(record)
 
     def close(self) -> None:
-        """Close the file.
-
-        Raises:
-            InvalidInput: the disk did not take what was written; a network's file system says so only now.
-        """
+        """Close the file. A network's file system may say only now that the disk did not take what was written."""
         try:
             self._file.close()
         except OSError as error:
             raise self._unwritable(error) from error
 
     def _write(self, line: bytes) -> None:
-        """Write a whole line, or nothing.
-
-        There is no buffer of Python's: what was written stays when the process is killed.
-        """
+        """Write a whole line, or nothing; without a buffer of Python's, so that it stays when the process is killed."""
         file = self._file.fileno()
         before = os.fstat(file).st_size
         left = memoryview(line)

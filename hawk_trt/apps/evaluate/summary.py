@@ -31,11 +31,7 @@ class Interval:
 
 
 def mean_interval(scores: Sequence[float]) -> Interval:
-    """The mean score: Wilson's interval where every score is 0 or 1, else bootstrap percentiles.
-
-    Args:
-        scores: at least one, each in [0, 1].
-    """
+    """The mean of scores in [0, 1]: Wilson's interval where every one is 0 or 1, else bootstrap percentiles."""
     values = np.asarray(scores, np.float64)
     if not np.isin(values, (0.0, 1.0)).all():
         return _bootstrap(values)
@@ -59,14 +55,7 @@ def _bootstrap(values: npt.NDArray[np.float64]) -> Interval:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One selector at one keep ratio.
-
-    Attributes:
-        samples: their number.
-        accuracy: mean score; num_visual to kv_bytes are means too.
-        latency_ms: median by stage; None where another runtime answered.
-        on_front: whether no other row is as accurate in less time.
-    """
+    """One selector at one keep ratio; num_visual to kv_bytes are means."""
 
     selector: str
     keep_ratio: float
@@ -76,8 +65,8 @@ class Row:
     num_kept: float
     num_tokens: float
     kv_bytes: float
-    latency_ms: dict[str, float] | None
-    on_front: bool = False
+    latency_ms: dict[str, float] | None  # median by stage; None where another runtime answered
+    on_front: bool = False  # no other row is as accurate in less time
 
     @property
     def total_ms(self) -> float | None:

@@ -34,25 +34,18 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One answer.
-
-    Attributes:
-        score: in [0, 1].
-        num_tokens: generated.
-        kv_bytes: keys and values of the prompt, all layers.
-        timings: seconds by stage; None where another runtime answered.
-    """
+    """One answer."""
 
     sample: str
     selector: str
     keep_ratio: float
     answer: str
-    score: float
+    score: float  # in [0, 1]
     num_visual: int
     num_kept: int
-    num_tokens: int
-    kv_bytes: int
-    timings: Timings | None
+    num_tokens: int  # generated
+    kv_bytes: int  # keys and values of the prompt, all layers
+    timings: Timings | None  # seconds by stage; None where another runtime answered
 
     @property
     def key(self) -> tuple[str, str, float]:

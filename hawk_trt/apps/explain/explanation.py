@@ -21,9 +21,8 @@ from hawk_trt.request import Result, Selector
 class VisualItem:
     """One image or video of the prompt.
 
-    Attributes:
-        grid: visual tokens in time, height and width; an image has one step in time, or one for each of its tiles.
-        scores: float32 [time, height, width], HAWK's score of each token.
+    grid: visual tokens in time, height and width; an image has one step in time, or one for each of its tiles.
+    scores: [time, height, width], HAWK's score of each token.
     """
 
     kind: Literal["image", "video"]
@@ -33,17 +32,12 @@ class VisualItem:
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """What one keep ratio kept.
-
-    Attributes:
-        answer: text generated from the kept tokens, None without a tokenizer.
-        kept: bool [time, height, width] for each item.
-    """
+    """What one keep ratio kept, and the text generated from it, None without a tokenizer."""
 
     keep_ratio: float
     num_kept: int
     answer: str | None
-    kept: tuple[npt.NDArray[np.bool_], ...]
+    kept: tuple[npt.NDArray[np.bool_], ...]  # [time, height, width] for each item
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +66,6 @@ def explain(
         results: (keep_ratio, result) pairs, at least one.
         spatial_merge_size: patches that one token spans, in height and in width.
         selector: who chose the kept tokens.
-
-    Raises:
-        InvalidInput: the prompt has no visual token, one of its images is masked in part, or a result is of another
-            prompt.
     """
     if not layout.num_visual:
         raise InvalidInput("prompt: it has no image or video, so there is nothing to explain")

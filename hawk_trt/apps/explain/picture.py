@@ -213,13 +213,9 @@ def _views(explanation: Explanation, score_range: tuple[float, float]) -> list[_
     chooser = "" if selector == "hawk" else f" by {selector}"
     for one in explanation.selections:
         detail = f"{one.num_kept} of {total} kept{chooser} ({100.0 * one.num_kept / total:.1f} %)"
-        panel = partial(_kept_panel, one.kept)
+        panel = partial(lambda kept, row: kept_panel(row.image, kept[row.item][row.step]), one.kept)
         views.append(_View(f"Keep ratio {one.keep_ratio:g}", detail, panel, one.answer or "(no text)", one.kept))
     return views
-
-
-def _kept_panel(kept: tuple[npt.NDArray[np.bool_], ...], row: _Row) -> Image.Image:
-    return kept_panel(row.image, kept[row.item][row.step])
 
 
 def _draw_ramp(

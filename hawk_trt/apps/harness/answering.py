@@ -51,9 +51,7 @@ class Answering:
     def answer(self, questions: Sequence[Callable[[], Request]], source: str) -> list[Result | HawkError]:
         """Answer questions side by side: a result for each, or the reason why there is none.
 
-        Args:
-            questions: make the requests; what they raise counts as theirs.
-            source: of the questions, for the trace: a data set, or a task.
+        What a question raises counts as its own. source: a data set, or a task, for the trace.
 
         Raises:
             HawkError: so many failed one after another that no other will be answered.

@@ -77,9 +77,6 @@ class HawkTrt(lmms):
         The names mean what they mean in PruningConfig, Pipeline.load and `hawk-trt run`; head_weights is a file of
         weights, system_prompt comes before every conversation that has none, and trace is a file that gets a line for
         each answer. batch_size: questions answered side by side; "auto" is one.
-
-        Raises:
-            HawkError: it cannot be loaded, or an option cannot be used.
         """
         super().__init__()
         weights = None if head_weights is None else read_head_weights(Path(head_weights)).values

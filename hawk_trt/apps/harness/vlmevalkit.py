@@ -33,11 +33,7 @@ _SETTINGS = {
 
 
 def model_class(clone: Path | None = None) -> type[Any]:
-    """The model class, made with VLMEvalKit's own base: that of the package, or of a clone in a folder.
-
-    Raises:
-        InvalidInput: VLMEvalKit is not there, or cannot be imported.
-    """
+    """The model class, made with VLMEvalKit's own base: that of the package, or of a clone in a folder."""
     if clone is not None:
         script = clone / "run.py"
         if not script.is_file():
@@ -121,9 +117,6 @@ def to_messages(
     """Chat messages from VLMEvalKit's turns, whose content is a list of {"type": ..., "value": ...}.
 
     The settings that a part has go on with it; of_videos are those of a video that does not have them.
-
-    Raises:
-        InvalidInput: a type that is not text, image or video, or a video that cannot be read.
     """
     messages: list[Message] = []
     for turn in turns:

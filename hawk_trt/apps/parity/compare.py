@@ -20,91 +20,53 @@ _Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class ReferenceTrace:
-    """Every stage's output of the PyTorch reference; seq_len and position_ids leave out masked positions.
+    """Every stage's output of the PyTorch reference; seq_len and position_ids leave out masked positions."""
 
-    Attributes:
-        visual_embeds: [num_visual, hidden], in prompt order.
-        inputs_embeds: [seq_len, hidden], text and visual, before layer 0.
-        head_scores: [heads, num_visual], raw, before normalisation.
-        scores: [num_visual], what ranks the visual tokens.
-        visual_indices: [num_visual], their positions in the prompt as given.
-        topk_groups: [num_visual], tokens with the same number competed in one top-k.
-        kept_visual: [num_kept], ordinals of the kept ones among the visual tokens, ascending.
-        kept_indices: [kept], text and visual positions kept, in the prompt as given, ascending.
-        query_indices: [query], in the prompt as given; empty without visual tokens.
-        hidden_states: [kept, hidden], output of layer 0.
-        position_ids: [axes, seq_len].
-        kept_position_ids: [axes, kept].
-        logits: [steps, vocab]; row i is what tokens[i] was chosen from, or forced after.
-        tokens: the greedy choices, or the tokens forced.
-    """
-
-    visual_embeds: _Floats
-    inputs_embeds: _Floats
-    head_scores: _Floats
-    scores: _Floats
-    visual_indices: _Ints
-    topk_groups: _Ints
-    kept_visual: _Ints
-    kept_indices: _Ints
-    query_indices: _Ints
-    hidden_states: _Floats
-    position_ids: _Ints
-    kept_position_ids: _Ints
-    logits: _Floats
-    tokens: tuple[int, ...]
+    visual_embeds: _Floats  # [num_visual, hidden], in prompt order
+    inputs_embeds: _Floats  # [seq_len, hidden], text and visual, before layer 0
+    head_scores: _Floats  # [heads, num_visual], raw, before normalisation
+    scores: _Floats  # [num_visual], what ranks the visual tokens
+    visual_indices: _Ints  # [num_visual], their positions in the prompt as given
+    topk_groups: _Ints  # [num_visual], tokens with the same number competed in one top-k
+    kept_visual: _Ints  # [num_kept], ordinals of the kept ones among the visual tokens, ascending
+    kept_indices: _Ints  # [kept], text and visual positions kept, in the prompt as given, ascending
+    query_indices: _Ints  # [query], in the prompt as given; empty without visual tokens
+    hidden_states: _Floats  # [kept, hidden], output of layer 0
+    position_ids: _Ints  # [axes, seq_len]
+    kept_position_ids: _Ints  # [axes, kept]
+    logits: _Floats  # [steps, vocab]; row i is what tokens[i] was chosen from, or forced after
+    tokens: tuple[int, ...]  # the greedy choices, or the tokens forced
 
 
 @dataclass(frozen=True, slots=True)
 class SelectionRow:
-    """The kept set against the reference's.
-
-    Attributes:
-        num_kept: visual tokens that the reference keeps.
-        overlap: share of them that the bundle keeps too.
-        margin: the reference's last kept score - its first dropped one, the smallest over all top-ks;
-            None where nothing is dropped.
-        swap_distance: how far from the cut a wrongly kept or dropped token lies at most, as a share of
-            the spread of the scores; 0 where the sets are equal.
-        rank_correlation: Spearman's, of the scores.
-        score_error: largest absolute difference of a score.
-        score_error_share: without a shift common to all, as a share of the spread.
-        failures: what is out of tolerance, empty where nothing is.
-    """
+    """The kept set against the reference's."""
 
     num_visual: int
-    num_kept: int
-    overlap: float
+    num_kept: int  # visual tokens that the reference keeps
+    overlap: float  # share of them that the bundle keeps too
+    # The reference's last kept score - its first dropped one, the least over all top-ks; None where nothing is dropped.
     margin: float | None
+    # How far from the cut a wrongly kept or dropped token lies at most, as a share of their spread; 0: equal sets.
     swap_distance: float
-    rank_correlation: float
-    score_error: float
-    score_error_share: float
-    failures: tuple[str, ...]
+    rank_correlation: float  # Spearman's, of the scores
+    score_error: float  # largest absolute difference of a score
+    score_error_share: float  # without a shift common to all, as a share of the spread
+    failures: tuple[str, ...]  # what is out of tolerance
 
 
 @dataclass(frozen=True, slots=True)
 class TokenRow:
-    """Teacher-forced distributions and free-running tokens against the reference's.
+    """Teacher-forced distributions and free-running tokens against the reference's."""
 
-    Attributes:
-        steps: decode steps compared, the prefill's among them.
-        argmax_agreement: share of steps whose most probable token is the same.
-        kl: largest KL(reference || bundle) of a step, in nats.
-        tokens_equal: whether the bundle's own greedy tokens are the reference's.
-        first_difference: the step where they part, None where they do not.
-        margin_there: the reference's best logit - its logit of the bundle's token there, as a share of
-            its largest logit; 0 where the tokens are equal.
-        failures: what is out of tolerance, empty where nothing is.
-    """
-
-    steps: int
-    argmax_agreement: float
-    kl: float
-    tokens_equal: bool
-    first_difference: int | None
+    steps: int  # decode steps compared, the prefill's among them
+    argmax_agreement: float  # share of steps whose most probable token is the same
+    kl: float  # largest KL(reference || bundle) of a step, in nats
+    tokens_equal: bool  # the bundle's own greedy tokens are the reference's
+    first_difference: int | None  # the step where they part
+    # The reference's best logit - its logit of the bundle's token there, as a share of its largest; 0 for equal tokens.
     margin_there: float
-    failures: tuple[str, ...]
+    failures: tuple[str, ...]  # what is out of tolerance
 
 
 def compare_selection(trace: Trace, reference: ReferenceTrace, tolerance: Tolerance) -> SelectionRow:

@@ -63,11 +63,7 @@ def prompt_tokens(bundle: Bundle) -> PromptTokens:
 
 
 def query_range(ids: Sequence[int], visual: Sequence[int], tokens: PromptTokens, query: str) -> list[int]:
-    """Positions of the query tokens; visual: positions of the visual tokens, at least one.
-
-    Raises:
-        ParityError: query="turn" and the prompt holds no user turn with text.
-    """
+    """Positions of the query tokens; visual: positions of the visual tokens, at least one."""
     if query == "turn":
         return _turn_query(ids, tokens)
     # From the last image to the last im_end; an im_end right behind the image does not count.

@@ -21,17 +21,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class CaseReport:
-    """One prompt at one keep ratio.
-
-    Attributes:
-        stages: vision, scores, first_layer and decoder; the first two only where there are visual tokens.
-        selection: None without visual tokens.
-    """
+    """One prompt at one keep ratio."""
 
     name: str
     keep_ratio: float
-    stages: tuple[StageRow, ...]
-    selection: SelectionRow | None
+    stages: tuple[StageRow, ...]  # vision, scores, first_layer, decoder; the first two where there are visual tokens
+    selection: SelectionRow | None  # None without visual tokens
     tokens: TokenRow
 
     @property
