@@ -11,12 +11,11 @@ from typing import Annotated
 
 from cyclopts import Group, Parameter
 from rich.console import Console
-from rich.table import Table
 
 from hawk_trt.apps.cli.main import INTERRUPTED, make_app, run_app
 from hawk_trt.apps.cli.models import expect_exported
 from hawk_trt.apps.cli.options import Json
-from hawk_trt.apps.cli.output import note, print_json, progress, size
+from hawk_trt.apps.cli.output import note, print_json, progress, size, table
 from hawk_trt.bundle import Bundle
 from hawk_trt.engine_folder import EngineFolder, Machine, PlanEntry
 from hawk_trt.errors import BackendError, InvalidInput
@@ -37,8 +36,7 @@ _BUILD, _CHECK = Group("The build", sort_key=3), Group("The check after it", sor
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
-    app = make_app("python -m engines", command=build)
-    return run_app(app, sys.argv[1:] if arguments is None else arguments)
+    return run_app(make_app("python -m engines", command=build), arguments)
 
 
 def build(
@@ -186,13 +184,11 @@ def _report(
 
 def _print_verification(verification: Verification) -> None:
     """Print a row an output, and what was not compared."""
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    for column in ("stage", "output", "prompts", "worst", ""):
-        table.add_column(column, justify="right" if column == "prompts" else "left")
+    shown = table("stage", "output", "prompts", "worst", "", left=2, gap=1)
     for row in verification.rows:
         verdict = "[red]WRONG[/red]" if row.failures else "[green]ok[/green]"
-        table.add_row(row.stage, row.output, str(row.prompts), row.numbers, verdict)
-    Console().print(table)
+        shown.add_row(row.stage, row.output, str(row.prompts), row.numbers, verdict)
+    Console().print(shown)
     print(f"compared with {verification.reference}" if verification.reference else verification.not_compared)
 
 

@@ -28,17 +28,11 @@ _DECIDES = ("builder.py", "prepare.py", "profiles.py", "workarounds.py")
 
 @dataclass(frozen=True, slots=True)
 class BuildSettings:
-    """What all stages of one run share.
+    """What all stages of one run share."""
 
-    Attributes:
-        plugin: the top-k plugin's library, None to build without.
-        workspace_bytes: scratch that a tactic may take, None for all there is.
-        timing_cache: file that keeps measured tactics between builds, None for none.
-    """
-
-    plugin: Path | None
-    workspace_bytes: int | None
-    timing_cache: Path | None
+    plugin: Path | None  # the top-k plugin's library, None to build without
+    workspace_bytes: int | None  # scratch that a tactic may take, None for all there is
+    timing_cache: Path | None  # keeps measured tactics between builds
     workarounds: tuple[Workaround, ...]
     verbose: bool = False
 
@@ -55,23 +49,14 @@ class BuildPlan:
 
 @dataclass(frozen=True, slots=True)
 class BuiltPlan:
-    """One built plan, and what engines.json tells of it.
+    """One built plan, and what engines.json tells of it."""
 
-    Attributes:
-        content: the serialized engine, in TensorRT's own memory: a copy would double it.
-        layers: of the network after parsing.
-        plugin_layers: of these, the top-k plugin's.
-        flags: builder flags that were on, by name.
-        scratch_bytes: device memory that it needs while it runs, as TensorRT's log tells; 0 where it does not.
-        seconds: that parsing and building took.
-    """
-
-    content: memoryview
-    layers: int
-    plugin_layers: int
-    flags: tuple[str, ...]
-    scratch_bytes: int
-    seconds: float
+    content: memoryview  # the serialized engine, in TensorRT's own memory: a copy would double it
+    layers: int  # of the network after parsing
+    plugin_layers: int  # of these, the top-k plugin's
+    flags: tuple[str, ...]  # of the builder, those that were on
+    scratch_bytes: int  # device memory that it needs while it runs, by TensorRT's log; 0 where that says nothing
+    seconds: float  # of parsing and building
 
 
 def plan_build(
@@ -80,8 +65,7 @@ def plan_build(
     """Prepare all graphs and lay out their profiles; rebuild: the command that does this.
 
     Raises:
-        BundleError: the bundle does not hold the target.
-        InvalidInput: engines cannot be built for its family yet, or its weights are not for this GPU.
+        HawkError: the bundle lacks the target, its family has no engines, or this GPU lacks the type of its weights.
     """
     plugin = settings.plugin
     graphs = tuple(

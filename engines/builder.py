@@ -94,7 +94,6 @@ def build_plan(
 
     Raises:
         BackendError: TensorRT cannot parse or build the graph, or left the plugin out.
-        KeyboardInterrupt: the user stopped the build.
     """
     started = time.perf_counter()
     log, monitor = Log(verbose=settings.verbose), Monitor(show)

@@ -39,11 +39,7 @@ def _compilers() -> tuple[str, str] | str:
 
 
 def existing_plugin(path: Path) -> Path:
-    """The absolute path of the file that --plugin names.
-
-    Raises:
-        InvalidInput: it is not there.
-    """
+    """The absolute path of the file that --plugin names."""
     if not path.is_file():
         raise InvalidInput(f"--plugin: {path} is not there")
     return path.resolve()

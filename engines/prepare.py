@@ -28,26 +28,17 @@ _FLOAT32_SUMS_TENSORRT = "11.3"
 
 @dataclass(frozen=True, slots=True)
 class PreparedGraph:
-    """One stage, ready for TensorRT's parser.
-
-    Attributes:
-        file: of the bundle; the parser finds the weights beside it.
-        sha256: of that file.
-        content: the serialized model, its weights external.
-        inputs, outputs: dynamic dimensions by their word.
-        has_topk: whether it holds hawk::WeightedTopK, which the plugin is for.
-        has_float8: whether some of its weights are FP8.
-    """
+    """One stage, ready for TensorRT's parser; dynamic dimensions of inputs and outputs by their word."""
 
     stage: str
-    file: Path
-    sha256: str
-    content: bytes
+    file: Path  # of the bundle; the parser finds the weights beside it
+    sha256: str  # of that file
+    content: bytes  # the serialized model, its weights external
     inputs: tuple[TensorEntry, ...]
     outputs: tuple[TensorEntry, ...]
     weight_bytes: int
-    has_topk: bool
-    has_float8: bool
+    has_topk: bool  # hawk::WeightedTopK, which the plugin is for
+    has_float8: bool  # weights
 
 
 def prepare(
@@ -56,9 +47,6 @@ def prepare(
     """Prepare the graph of a stage for a version of TensorRT, None for what all versions take.
 
     max_context is the length of the static cache (target tensorrt); plugin, whether the top-k plugin is to be used.
-
-    Raises:
-        BundleError: the bundle does not hold the target.
     """
     entry = bundle.manifest.graph(stage, target)
     file = bundle.folder / entry.file

@@ -10,7 +10,7 @@ one profile for both, frames and patches, TensorRT would plan memory for the lar
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 from cyclopts import Group, Parameter
 
@@ -55,43 +55,25 @@ class LargestRequest:
     """What the engines must be able to take: options of a command line.
 
     Attributes:
+        max_visual_tokens: of a prompt, before pruning (default: 4096; 2048 on a GPU that shares the machine's memory)
+        max_prompt_tokens: text and visual, before pruning (default: 1024 more than the visual ones)
+        max_context: tokens kept and generated: the KV cache's length (default: 3840, or the model's if shorter; 2048 on
+            a GPU that shares the machine's memory)
         batch: prompts side by side
+        vision_batch: frames of one size in a vision call, each at most that share of the visual tokens (default: 4), or
+            tiles (default: 13)
     """
 
-    max_visual_tokens: Annotated[
-        int | None,
-        Parameter(
-            help=f"of a prompt, before pruning (default: {DEFAULT_VISUAL_TOKENS}; {DEFAULT_VISUAL_TOKENS_SHARED} on a "
-            "GPU that shares the machine's memory)"
-        ),
-    ] = None
-    max_prompt_tokens: Annotated[
-        int | None,
-        Parameter(help=f"text and visual, before pruning (default: {DEFAULT_TEXT_TOKENS} more than the visual ones)"),
-    ] = None
-    max_context: Annotated[
-        int | None,
-        Parameter(
-            help=f"tokens kept and generated: the KV cache's length (default: {TOPK_LIMIT}, or the model's if shorter; "
-            f"{DEFAULT_CONTEXT_SHARED} on a GPU that shares the machine's memory)"
-        ),
-    ] = None
+    max_visual_tokens: int | None = None
+    max_prompt_tokens: int | None = None
+    max_context: int | None = None
     batch: int = 1
-    vision_batch: Annotated[
-        int | None,
-        Parameter(
-            help=f"frames of one size in a vision call, each at most that share of the visual tokens (default: "
-            f"{DEFAULT_FRAMES}), or tiles (default: {DEFAULT_TILES})"
-        ),
-    ] = None
+    vision_batch: int | None = None
 
     def limits(self, manifest: Manifest, *, plugin: bool, shared_memory: bool = False) -> Limits:
         """Fill in what was not asked for, and refuse what cannot be; plugin: whether the top-k one is used.
 
         The defaults are smaller with shared_memory, where the GPU shares the machine's.
-
-        Raises:
-            InvalidInput: limits that contradict each other, the model or TensorRT.
         """
         longest = manifest.language.max_position_embeddings
         default_visual = DEFAULT_VISUAL_TOKENS_SHARED if shared_memory else DEFAULT_VISUAL_TOKENS
@@ -125,11 +107,7 @@ class LargestRequest:
 
 
 def check_layers(manifest: Manifest) -> None:
-    """Refuse linear attention.
-
-    Raises:
-        InvalidInput: the model has such layers.
-    """
+    """Refuse a model with layers of linear attention."""
     language = manifest.language
     if language.linear is not None:
         raise InvalidInput(
@@ -142,8 +120,7 @@ def check_layers(manifest: Manifest) -> None:
 def choose_target(manifest: Manifest, version: str, asked: str | None = None) -> str:
     """The target to build: the one asked for, else tensorrt from TensorRT 10.15 on and portable below.
 
-    Raises:
-        InvalidInput: the bundle does not hold it, or TensorRT does not run it or the bundle's weights.
+    Refuses one that the bundle does not hold, or that TensorRT does not run.
     """
     weights = manifest.weights
     if weights is not None and weights.bits == 8 and weights.block_size:
@@ -169,11 +146,7 @@ def choose_target(manifest: Manifest, version: str, asked: str | None = None) ->
 def plan_profiles(
     manifest: Manifest, stage: str, inputs: Sequence[TensorEntry], limits: Limits
 ) -> tuple[tuple[InputRange, ...], ...]:
-    """The optimization profiles of a prepared graph: prefill and decode, or vision's for one frame and for several.
-
-    Raises:
-        InvalidInput: a dimension that this version knows nothing of.
-    """
+    """The optimization profiles of a prepared graph: prefill and decode, or vision's for one frame and for several."""
     if stage == VISION:
         ranges = vision_ranges(manifest.vision, limits.visual_tokens, limits.vision_batch)
     else:

@@ -48,9 +48,8 @@ def write_engines(
     out; warn is called with what the user should know before the first build; gpu_bytes is the memory of the GPU.
 
     Raises:
-        BackendError: a stage cannot be built or needs more memory than there is, or the plans are wrong; wrong ones
-            are kept in OUT.failed.
-        BundleError: out cannot be replaced or written, or the disk is full.
+        HawkError: a stage cannot be built or needs more memory than there is, out cannot be replaced or written, the
+            disk is full, or the plans are wrong; wrong ones are kept in OUT.failed.
     """
     out = out.resolve()
     _check_replaceable(out)

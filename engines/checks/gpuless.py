@@ -69,11 +69,7 @@ int initLibNvInferPlugins(void* log, char const* space) { (void)log; (void)space
 
 
 def environment() -> dict[str, str]:
-    """Variables of a process in which `import tensorrt` gets these; the loader reads them at its start only.
-
-    Raises:
-        BackendError: the wheels cannot be had, or no C compiler is there.
-    """
+    """Variables of a process in which `import tensorrt` gets these; the loader reads them at its start only."""
     folder = _prepared()
     libraries = str(folder / _PACKAGE)
     paths = {"LD_LIBRARY_PATH": libraries, "PYTHONPATH": str(folder)}

@@ -46,11 +46,7 @@ def attention_fusion(information: str) -> Fusion:
 
 
 def inspect(engines: EngineFolder) -> dict[str, Fusion]:
-    """Of each stage; the plans are loaded for it.
-
-    Raises:
-        BackendError: TensorRT cannot load or inspect one of them.
-    """
+    """Of each stage; the plans are loaded for it."""
     from hawk_trt.runtime.tensorrt.engine import load_plans  # needs tensorrt
 
     plans = load_plans(engines)

@@ -15,11 +15,10 @@ from typing import Annotated
 
 from cyclopts import Parameter
 from rich.console import Console
-from rich.table import Table
 
 from hawk_trt.apps.cli.main import make_app, run_app
 from hawk_trt.apps.cli.options import Json
-from hawk_trt.apps.cli.output import note, print_json
+from hawk_trt.apps.cli.output import note, print_json, table
 from hawk_trt.bundle import Bundle
 from hawk_trt.engine_folder import Limits
 from hawk_trt.errors import BackendError
@@ -42,29 +41,22 @@ _MOST_GROWTH = 1.3
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One graph, built with the plugin or without; counts and sizes are 0 where it was refused.
-
-    Attributes:
-        scratch_bytes: at each of _SHARES of the limits; without --scratch at the limits alone.
-        growth: the power of the length that scratch grows with, None where it is not measured.
-        refusal: why it was refused, None where it was built.
-    """
+    """One graph, built with the plugin or without; counts and sizes are 0 where it was refused."""
 
     graph: str
     plugin: bool
     layers: int = 0
     plugin_layers: int = 0
     plan_bytes: int = 0
-    scratch_bytes: tuple[int, ...] = ()
-    growth: float | None = None
+    scratch_bytes: tuple[int, ...] = ()  # at each of _SHARES of the limits; without --scratch at the limits alone
+    growth: float | None = None  # the power of the length that scratch grows with, where that is measured
     seconds: float = 0.0
-    refusal: str | None = None
+    refusal: str | None = None  # why it was refused
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit status: 0 all graphs built, 1 one was refused, 2 wrong usage."""
-    app = make_app("python -m engines.checks.preflight", command=preflight)
-    return run_app(app, sys.argv[1:] if arguments is None else arguments)
+    return run_app(make_app("python -m engines.checks.preflight", command=preflight), arguments)
 
 
 def preflight(
@@ -169,20 +161,16 @@ def scratch_refusal(file: str, scratch_bytes: int, growth: float | None, size: L
 
 
 def _print(library: str, rows: Sequence[Row], console: Console) -> None:
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    for column in ("graph", "plugin"):
-        table.add_column(column, no_wrap=True)
-    for column in ("layers", "plugin's", "plan MB", "scratch MB", "grows", "seconds"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True)
+    columns = ("graph", "plugin", "layers", "plugin's", "plan MB", "scratch MB", "grows", "seconds", "")
+    shown = table(*columns, left=2, gap=1)
     for row in rows:
         verdict = "[green]built[/green]" if row.refusal is None else "[red]REFUSED[/red]"
         scratch = " / ".join(f"{size / 1e6:.0f}" for size in row.scratch_bytes)
         growth = "" if row.growth is None else f"^{row.growth:.2f}"
         counts = (str(row.layers), str(row.plugin_layers), f"{row.plan_bytes / 1e6:.1f}")
         numbers = (*counts, scratch, growth, f"{row.seconds:.1f}")
-        table.add_row(row.graph, "with" if row.plugin else "without", *numbers, verdict)
-    console.print(table)
+        shown.add_row(row.graph, "with" if row.plugin else "without", *numbers, verdict)
+    console.print(shown)
     refused = [row.refusal for row in rows if row.refusal is not None]
     for refusal in refused:
         console.print(f"REFUSED {refusal}", style="red", markup=False, soft_wrap=True)

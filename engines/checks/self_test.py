@@ -56,8 +56,7 @@ class EngineResult:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns 0 where everything passed, 1 where anything failed, 2 on wrong usage."""
-    app = make_app("python -m engines.checks.self_test", command=self_test)
-    return run_app(app, sys.argv[1:] if arguments is None else arguments)
+    return run_app(make_app("python -m engines.checks.self_test", command=self_test), arguments)
 
 
 def self_test(*, checkpoint: Path = _CHECKPOINT, out: Path = Path("artifacts/self-test")) -> int:

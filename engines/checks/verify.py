@@ -40,20 +40,13 @@ _LEAST_SPREAD = 1e-30
 
 @dataclass(frozen=True, slots=True)
 class OutputRow:
-    """One output over all prompts.
-
-    Attributes:
-        output: visual_embeds, scores, kept set, hidden_states, KV norms of a layer, logits, tokens; or "finite".
-        prompts: how many it was looked at on.
-        numbers: of the worst prompt in words; empty where only finiteness was looked at.
-        failures: what is wrong, each with its prompt.
-    """
+    """One output over all prompts."""
 
     stage: str
-    output: str
-    prompts: int
-    numbers: str
-    failures: tuple[str, ...]
+    output: str  # visual_embeds, scores, kept set, hidden_states, KV norms of a layer, logits, tokens; or "finite"
+    prompts: int  # how many it was looked at on
+    numbers: str  # of the worst prompt in words; empty where only finiteness was looked at
+    failures: tuple[str, ...]  # what is wrong, each with its prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +82,7 @@ def load_reference(bundle: Bundle, given: Path | None = None) -> Reference | Non
     It is a float32 export of the same checkpoint where one is given, else the bundle's own reference, or the bundle.
 
     Raises:
-        BackendError: it has to be made, and there is no ONNX Runtime.
-        BundleError: no bundle at `given`, or its reference is of another model.
-        InvalidInput: `given` is not float32, or of another model.
+        HawkError: `given` is no such export, or the reference has to be made and there is no ONNX Runtime.
     """
     source = bundle if given is None else Bundle.load(given)
     manifest = source.manifest
@@ -119,9 +110,6 @@ def verify(engines: Path, reference: Reference | None) -> Verification:
     """Run the plans of a folder, and compare them; prompts larger than their limits are left out.
 
     Without a reference it looks only whether all is finite.
-
-    Raises:
-        HawkError: the plans cannot be loaded or run.
     """
     limits = EngineFolder.load(engines).manifest.limits
     most = (limits.visual_tokens, limits.prompt_tokens, limits.context)

@@ -1,10 +1,12 @@
 """What the engines must take, planned from the manifest and the flags."""
 
+import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from engines import profiles
 from engines.prepare import prepare
 from engines.profiles import TENSORRT_TARGETS, TOPK_LIMIT, LargestRequest, choose_target, plan_profiles, vision_ranges
 from hawk_trt.bundle import Bundle, TensorEntry, WeightFormat
@@ -214,3 +216,11 @@ def test_integers_of_eight_bits_in_blocks_are_refused_since_tensorrt_documents_f
         choose_target(quantised, "10.16.1")
     for allowed in (WeightFormat(4, 64), WeightFormat(8, 0)):  # a scale a row
         assert choose_target(replace(quantised, weights=allowed), "10.16.1") == TENSORRT
+
+
+def test_the_help_names_the_defaults_that_hold():
+    told = [int(number) for number in re.findall(r"(?:default: |; )(\d+)", LargestRequest.__doc__)]
+    visual, context = (profiles.DEFAULT_VISUAL_TOKENS, profiles.DEFAULT_VISUAL_TOKENS_SHARED), (TOPK_LIMIT, 2048)
+    of_vision = (profiles.DEFAULT_FRAMES, profiles.DEFAULT_TILES)
+    assert told == [*visual, profiles.DEFAULT_TEXT_TOKENS, *context, *of_vision]
+    assert profiles.DEFAULT_CONTEXT_SHARED == 2048
