@@ -16,10 +16,10 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-import numpy as np
 import onnxruntime as ort
 import torch
 
+from benchmarks.gpu_report.stages import noise_prompt
 from benchmarks.random_model import cut_config, make_model
 from benchmarks.timing import STAGES, interleave, load, median, processor_name, ratio, run_ours
 from benchmarks.torch_stages import TorchStages
@@ -37,17 +37,6 @@ MAX_KV_SHARE = 0.25
 MAX_KNOWN_VISION_SHARE = 0.01
 # The selector: scores, top-k and gather, by the names of their nodes.
 _SELECTOR_NODES = ("hawk/", "_inlfunc_WeightedTopK", "gather/")
-
-
-def noise_prompt(pipe: Pipeline, side: int, text_tokens: int = 32) -> ModelInputs:
-    """A square noise image between random words."""
-    special = pipe.bundle.manifest.special_tokens
-    blocks = side // 28
-    rng = np.random.default_rng(0)
-    words = rng.integers(0, 1000, text_tokens)
-    ids = [*words[:8], special.vision_start, *[special.image] * blocks**2, special.vision_end, *words[8:]]
-    pixels = rng.standard_normal((4 * blocks**2, 1176), dtype=np.float32)
-    return ModelInputs(np.array(ids), None, pixels, np.array([[1, 2 * blocks, 2 * blocks]]))
 
 
 def selector_ms(pipe: Pipeline, inputs: ModelInputs, folder: Path) -> float:
@@ -89,7 +78,7 @@ def main() -> int:
         Pipeline.load(bundle, vision_cache_mb=0, threads=threads) as pipe,
         Pipeline.load(bundle.with_name("bundle-int8"), vision_cache_mb=0, threads=threads) as int8,
     ):
-        inputs = noise_prompt(pipe, args.side)
+        inputs = noise_prompt(pipe, args.side, 32)
         heads = pipe.bundle.manifest.head_weights.values
         theirs = TorchStages(checkpoint, heads, prompt_tokens(pipe.bundle))
         found = interleave(

@@ -29,6 +29,7 @@ from benchmarks.timing import load
 from hawk_trt import ModelInputs, Pipeline, PruningConfig
 from hawk_trt.inputs.layout import collate
 from hawk_trt.runtime.protocol import DecodeInputs
+from hawk_trt.runtime.versions import available_memory_bytes
 from hawk_trt.stages import CPU, PORTABLE, TARGETS
 
 Image = npt.NDArray[np.uint8]
@@ -52,21 +53,13 @@ _SMALL_MB = 3000.0  # below it nobody looks whether so much is free
 
 @dataclass(frozen=True)
 class Point:
-    """One measurement.
+    """One measurement."""
 
-    Attributes:
-        axis: what grows.
-        series: share of the visual tokens kept, or target.
-        size: how far it has grown.
-        cpu_ms: of one request; of one decode step where the cache grows.
-        peak_mb: resident in its process, at most.
-    """
-
-    axis: str
-    series: str
-    size: int
-    cpu_ms: float
-    peak_mb: float
+    axis: str  # what grows
+    series: str  # share of the visual tokens kept, or target
+    size: int  # how far it has grown
+    cpu_ms: float  # of one request; of one decode step where the cache grows
+    peak_mb: float  # resident in its process, at most
 
 
 def make_bundle(folder: Path) -> Path:
@@ -130,20 +123,15 @@ def measure_all(model: Path) -> dict[tuple[str, str], list[Point]]:
         row = found[axis, series] = []
         for size in sizes:
             # the scores of all tokens against each other grow with the square of their number
-            if row and row[-1].peak_mb * (size / row[-1].size) ** 2 > max(free_mb(), _SMALL_MB):
-                print(f"{axis}, {series}, {size}: left out, {free_mb():,.0f} MB are free", file=sys.stderr)
+            free_mb = (available_memory_bytes() or 0) / 2**20
+            if row and row[-1].peak_mb * (size / row[-1].size) ** 2 > max(free_mb, _SMALL_MB):
+                print(f"{axis}, {series}, {size}: left out, {free_mb:,.0f} MB are free", file=sys.stderr)
                 break
             command = [sys.executable, "-m", "benchmarks.growth", "--model", str(model)]
             command += ["--point", axis, series, str(size)]
             row.append(Point(**json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)))
             print(*astuple(row[-1]), sep=", ", file=sys.stderr)
     return found
-
-
-def free_mb() -> float:
-    """Memory that processes can still have, Linux's MemAvailable."""
-    line = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
-    return int(line.split()[1]) / 1024
 
 
 def _asks(

@@ -22,17 +22,11 @@ _RUNS = 4
 
 @dataclass(frozen=True)
 class OperatorGrowth:
-    """One operator.
+    """One operator."""
 
-    Attributes:
-        name: its last scope and its type.
-        share: of the larger prefill's time.
-        exponent: of the growth of its time with the number of tokens.
-    """
-
-    name: str
-    share: float
-    exponent: float
+    name: str  # its last scope and its type
+    share: float  # of the larger prefill's time
+    exponent: float  # of the growth of its time with the number of tokens
 
 
 def operator_growth(pipe: Pipeline, small: ModelInputs, large: ModelInputs) -> list[OperatorGrowth]:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.memory_growth import resident_mb
 from hawk_trt import ModelInputs, Pipeline, PruningConfig
 from hawk_trt.stages import TARGETS
 from tests.checkpoints import Sizes, make_checkpoint, random_tensors
@@ -43,12 +44,6 @@ def make_bundle(folder: Path, depth: int, target: str) -> Path:
     return folder / "bundle"
 
 
-def peak_gb() -> float:
-    """Peak resident memory of this process so far; ru_maxrss would count what its parent had when it started it."""
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:"))) * 1024 / 1e9
-
-
 def measure(bundle: Path, side: int, target: str, keep_ratio: float) -> dict[str, float]:
     """One image through the stages, in this process."""
     result: dict[str, float] = {}
@@ -58,7 +53,7 @@ def measure(bundle: Path, side: int, target: str, keep_ratio: float) -> dict[str
         started = time.perf_counter()
         yield
         result[f"{name}_seconds"] = time.perf_counter() - started
-        result[f"{name}_peak_gb"] = peak_gb()
+        result[f"{name}_peak_gb"] = resident_mb("VmHWM") * 2**20 / 1e9
 
     with step("load"):
         pipe = Pipeline.load(bundle, target=target)
@@ -84,7 +79,7 @@ def measure(bundle: Path, side: int, target: str, keep_ratio: float) -> dict[str
         **result,
         "vision_seconds": answer.timings.vision,
         "first_layer_seconds": answer.timings.first_layer,
-        "peak_gb": peak_gb(),
+        "peak_gb": resident_mb("VmHWM") * 2**20 / 1e9,
     }
 
 

@@ -37,19 +37,12 @@ MAX_NEW_TOKENS = 8
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What one question came to.
+    """What one question came to."""
 
-    Attributes:
-        score: 1 where it is right.
-        kept: indices of the kept tokens.
-        tokens: of the answer.
-        logits: [steps, vocab], of the float32 bundle's answer, teacher-forced.
-    """
-
-    score: float
-    kept: npt.NDArray[np.int64]
-    tokens: tuple[int, ...]
-    logits: npt.NDArray[np.float32]
+    score: float  # 1 where it is right
+    kept: npt.NDArray[np.int64]  # indices of the kept tokens
+    tokens: tuple[int, ...]  # of the answer
+    logits: npt.NDArray[np.float32]  # [steps, vocab], of the float32 bundle's answer, teacher-forced
 
 
 def answer(pipe: Pipeline, sample: Sample, keep_ratio: float, float32: Answer | None) -> Answer:

@@ -20,14 +20,13 @@ from functools import partial
 from importlib import metadata
 from pathlib import Path
 
-import numpy as np
-
+from benchmarks.gpu_report.stages import noise_prompt
 from benchmarks.random_model import cut_config
 from benchmarks.timing import Times, interleave, load, median, ratio, run_ours
 from export.random_checkpoint import random_checkpoint
 from export.real_shapes import SHAPES
 from export.writer import ExportOptions, export
-from hawk_trt import ModelInputs, Pipeline
+from hawk_trt import Pipeline
 from hawk_trt.bundle import WeightFormat
 from hawk_trt.stages import DECODER, FIRST_LAYER
 
@@ -51,21 +50,12 @@ class Loaded:
     peak_mb: float
 
 
-def noise_prompt(pipe: Pipeline, side: int) -> ModelInputs:
-    """A square noise image of side x side visual tokens between 40 words."""
-    special, rng = pipe.bundle.manifest.special_tokens, np.random.default_rng(0)
-    words = rng.integers(0, 1000, 40)
-    ids = [*words[:8], special.vision_start, *[special.image] * side**2, special.vision_end, *words[8:]]
-    pixels = rng.standard_normal((4 * side**2, 1176), dtype=np.float32)
-    return ModelInputs(np.array(ids), None, pixels, np.array([[1, 2 * side, 2 * side]]))
-
-
 def load_once(folder: Path, side: int, threads: int | None) -> None:
     """Load and answer once; prints Loaded as JSON."""
     started = time.perf_counter()
     with Pipeline.load(folder, threads=threads) as pipe:
         seconds = time.perf_counter() - started
-        run_ours(pipe, noise_prompt(pipe, side), 1.0, 2)
+        run_ours(pipe, noise_prompt(pipe, 28 * side, 40), 1.0, 2)
     print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024]))
 
 
@@ -113,7 +103,7 @@ def main() -> int:
             memory[name] = loaded(folder, args)
             print(f"{name}: exported and loaded", file=sys.stderr, flush=True)
         pipes = {n: stack.enter_context(Pipeline.load(f, threads=args.threads)) for n, f in folders.items()}
-        inputs = noise_prompt(pipes["float32"], args.side)
+        inputs = noise_prompt(pipes["float32"], 28 * args.side, 40)
         runs = {
             f"{name} {keep}": partial(run_ours, pipe, inputs, keep, NEW_TOKENS)
             for name, pipe in pipes.items()

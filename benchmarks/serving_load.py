@@ -245,11 +245,7 @@ async def _leave(url: str, question: Question, phase: int, chance: random.Random
 
 
 async def _idle(url: str) -> None:
-    """Wait until the server has nothing to do.
-
-    Raises:
-        RuntimeError: it still has after a minute.
-    """
+    """Wait until the server has nothing to do."""
     names = ("hawk_queued_requests", "hawk_running_requests", "hawk_kv_cache_bytes")
     async with httpx2.AsyncClient(trust_env=False) as client:
         for _ in range(600):

@@ -15,24 +15,16 @@ STAGES = ("vision", "score", "first_layer", "decoder", "decode_step", "total")
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """Milliseconds of one request.
-
-    Attributes:
-        vision, first_layer, decoder: the prefill; score is a part of first_layer.
-        decode_step: one generated token.
-        total: from pixel values to the last token.
-        token_ids: generated.
-        num_kept_total: tokens in the KV cache after the prefill.
-    """
+    """Milliseconds of one request."""
 
     vision: float
     score: float
     first_layer: float
-    decoder: float
-    decode_step: float
-    total: float
-    token_ids: tuple[int, ...]
-    num_kept_total: int
+    decoder: float  # the prefill; score is a part of first_layer
+    decode_step: float  # one generated token
+    total: float  # from pixel values to the last token
+    token_ids: tuple[int, ...]  # generated
+    num_kept_total: int  # tokens in the KV cache after the prefill
 
     @property
     def prefill(self) -> float:

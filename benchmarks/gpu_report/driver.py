@@ -140,11 +140,7 @@ CHECKS: tuple[Callable[["CudaDevice"], None], ...] = (round_trip, rows_to_rows, 
 
 
 def driver(record: Record, setting: Setting) -> None:
-    """Check CudaDevice, then the backend over stand-in engines, against the same backend on the stand-in driver.
-
-    Raises:
-        Failed: a check or an answer is wrong.
-    """
+    """Check CudaDevice, then the backend over stand-in engines, against the same backend on the stand-in driver."""
     sys.path.insert(0, str(ROOT / "tests"))  # the stand-ins
     torch.set_num_threads(1)
     with ExitStack() as stack:

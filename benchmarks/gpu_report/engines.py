@@ -21,12 +21,7 @@ _LIMITS = ("--max-visual-tokens", "1296", "--max-prompt-tokens", "1536", "--max-
 
 
 def tensorrt(record: Record, setting: Setting) -> None:
-    """The self-test's report, and the stages of engines.
-
-    Raises:
-        Skipped: TensorRT is not installed.
-        Failed: the self-test or a keep ratio failed.
-    """
+    """The self-test's report, and the stages of engines."""
     if not setting.rehearse and importlib.util.find_spec("tensorrt") is None:
         raise Skipped("tensorrt is not installed")
     passed = setting.rehearse is not None or _self_test(record, setting)

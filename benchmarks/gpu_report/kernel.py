@@ -143,12 +143,7 @@ class Buffers:
 
 
 def kernel(record: Record, setting: Setting) -> None:
-    """Check every case of every normalization, then time each length.
-
-    Raises:
-        Failed: an answer is wrong.
-        BackendError: there is no library and none can be built.
-    """
+    """Check every case of every normalization, then time each length."""
     on: Gpu | Host = Host() if setting.rehearse else Gpu()
     found = {normalization: libraries(normalization, setting, record) for normalization in NORMALIZATIONS}
     failures, cases = [], 0

@@ -13,11 +13,7 @@ _PACKAGES = ("torch", "onnxruntime-gpu", "onnxruntime", "transformers", "tensorr
 
 
 def machine(record: Record, setting: Setting) -> None:
-    """Write down what this machine is.
-
-    Raises:
-        BackendError: PyTorch sees no GPU.
-    """
+    """Write down what this machine is."""
     packages = {name: _version(name) for name in _PACKAGES}
     record.put(
         gpu="none: a rehearsal",

@@ -53,20 +53,13 @@ _FAILED = 1
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where the nodes of one graph went.
+    """Where the nodes of one graph went."""
 
-    Attributes:
-        graph: its file.
-        refusal: why there is no session, None where there is one.
-        copies: Memcpy nodes that were added.
-        on_cpu: nodes on the CPU provider by operator.
-        attention: how often each kernel of attention ran in half precision, "unfused" for all that are not known.
-    """
-
-    graph: str
-    refusal: str | None
-    copies: int
-    on_cpu: dict[str, int]
+    graph: str  # its file
+    refusal: str | None  # why there is no session, None where there is one
+    copies: int  # Memcpy nodes that were added
+    on_cpu: dict[str, int]  # nodes on the CPU provider by operator
+    # how often each kernel of attention ran in half precision, "unfused" for all that are not known
     attention: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -128,21 +121,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def cuda_graphs(bundle: Path) -> list[Path]:
-    """The graphs of a bundle's target cuda.
-
-    Raises:
-        BundleError: it holds none.
-    """
+    """The graphs of a bundle's target cuda."""
     loaded = Bundle.load(bundle)
     return [loaded.folder / loaded.manifest.graph(stage, CUDA).file for stage in STAGES]
 
 
 def place(graphs: list[Path], version: str) -> list[Placement]:
-    """Load graphs in a version of onnxruntime-gpu, in a process of its own.
-
-    Raises:
-        BackendError: the wheel or the stubs cannot be had, or the process died.
-    """
+    """Load graphs in a version of onnxruntime-gpu, in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.gpu_report.preflight", "--place", *map(str, graphs)]
     environment = os.environ | stub_cuda.environment(version)
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)

@@ -24,17 +24,12 @@ class Failed(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What a phase is told.
+    """What a phase is told."""
 
-    Attributes:
-        work: folder for what a phase makes and a later one uses.
-        seconds: that the phase may take.
-        rehearse: None on a GPU. "stubs": the CUDA provider over stub libraries, and everything else on the CPU;
-            "cpu": everything on the CPU, and small.
-    """
-
-    work: Path
-    seconds: float
+    work: Path  # folder for what a phase makes and a later one uses
+    seconds: float  # that the phase may take
+    # None on a GPU. "stubs": the CUDA provider over stub libraries, and all else on the CPU; "cpu": everything on
+    # the CPU, and small.
     rehearse: str | None
 
     @property
@@ -77,11 +72,7 @@ class Record:
         self.row(table, **(names | values))
 
     def raise_failures(self, table: str) -> None:
-        """Fail the phase where a row of a table failed.
-
-        Raises:
-            Failed: with the first reason.
-        """
+        """Fail the phase where a row of a table failed."""
         reasons = [row["failed"] for row in self.results.get(table, []) if row.get("failed")]
         if reasons:
             raise Failed(f"{len(reasons)} of {len(self.results[table])} {table}: {reasons[0]}")

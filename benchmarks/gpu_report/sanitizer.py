@@ -25,12 +25,7 @@ _REFUSED = ("Device not supported", "error 999", "Unable to find injection")
 
 
 def sanitizer(record: Record, setting: Setting) -> None:
-    """Run the program alone, then under each tool.
-
-    Raises:
-        Skipped: the tool is not here, or refuses this machine.
-        BackendError: a tool found something, or an answer is wrong.
-    """
+    """Run the program alone, then under each tool."""
     from benchmarks.gpu_report.kernel import libraries  # imports PyTorch, which the program must not
 
     library = libraries("l2", setting, record)["kernel"]

@@ -113,9 +113,6 @@ def environment(version: str, cache: Path = CACHE) -> dict[str, str]:
     Args:
         version: of onnxruntime-gpu.
         cache: folder that keeps both.
-
-    Raises:
-        BackendError: the wheel cannot be had, or the stubs cannot be compiled.
     """
     site = wheel_folder(version, cache)
     stubs = _stub_folder(site, cache / version / "stubs", cache)
@@ -126,11 +123,7 @@ def environment(version: str, cache: Path = CACHE) -> dict[str, str]:
 
 
 def wheel_folder(version: str, cache: Path = CACHE) -> Path:
-    """The unpacked wheel of a version, for this Python.
-
-    Raises:
-        BackendError: the package index has none, or is out of reach.
-    """
+    """The unpacked wheel of a version, for this Python."""
     return _unpacked(f"onnxruntime-gpu=={version}", cache / version / f"site-{sys.implementation.cache_tag}")
 
 
@@ -180,11 +173,7 @@ def _unpacked(requirement: str, folder: Path) -> Path:
 
 
 def _output(*command: str) -> str:
-    """What a command prints.
-
-    Raises:
-        BackendError: it is not there, or fails.
-    """
+    """What a command prints."""
     if shutil.which(command[0]) is None:
         raise BackendError(f"{command[0]}: not found; the stub CUDA libraries need it. apt install gcc binutils")
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -15,21 +15,13 @@ SCORE_TOLERANCE = 2e-6
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One call's inputs.
+    """One call's inputs."""
 
-    Attributes:
-        head_scores: (batch, heads, seq_len) float32.
-        head_weights: (heads) float32.
-        visual_rows: (batch, seq_len) int64.
-        select_bias: (batch, seq_len) float32.
-        num_kept: positions to keep of a row.
-    """
-
-    head_scores: npt.NDArray[np.float32]
-    head_weights: npt.NDArray[np.float32]
-    visual_rows: npt.NDArray[np.int64]
-    select_bias: npt.NDArray[np.float32]
-    num_kept: int
+    head_scores: npt.NDArray[np.float32]  # (batch, heads, seq_len) float32
+    head_weights: npt.NDArray[np.float32]  # (heads) float32
+    visual_rows: npt.NDArray[np.int64]  # (batch, seq_len) int64
+    select_bias: npt.NDArray[np.float32]  # (batch, seq_len) float32
+    num_kept: int  # positions to keep of a row
 
     @property
     def sizes(self) -> Sizes:

@@ -24,23 +24,14 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True)
 class Addresses:
-    """Of contiguous tensors, on the device that the library runs on.
+    """Of contiguous tensors, on the device that the library runs on."""
 
-    Attributes:
-        head_scores: (batch, heads, seq_len) float32.
-        head_weights: (heads) float32.
-        visual_rows: (batch, seq_len) int64, below 0 where a position is not visual.
-        select_bias: (batch, seq_len) float32.
-        kept_indices: (batch, num_kept) int32, written.
-        scores: (batch, seq_len) float32, written.
-    """
-
-    head_scores: int
-    head_weights: int
-    visual_rows: int
-    select_bias: int
-    kept_indices: int
-    scores: int
+    head_scores: int  # (batch, heads, seq_len) float32
+    head_weights: int  # (heads) float32
+    visual_rows: int  # (batch, seq_len) int64, below 0 where a position is not visual
+    select_bias: int  # (batch, seq_len) float32
+    kept_indices: int  # (batch, num_kept) int32, written
+    scores: int  # (batch, seq_len) float32, written
 
 
 class TopK(Protocol):
@@ -60,16 +51,7 @@ _SIZES = [ctypes.c_int64] * 4
 
 
 class KernelLibrary:
-    """The kernel alone: libhawk_topk.so, for a GPU or for the CPU.
-
-    Args:
-        path: of the library.
-        normalization: "l2", "softmax" or "minmax".
-
-    Raises:
-        InvalidInput: an unknown normalization.
-        BackendError: the library does not load.
-    """
+    """The kernel alone: libhawk_topk.so, for a GPU or for the CPU."""
 
     def __init__(self, path: Path, normalization: str) -> None:
         self.path = path
@@ -87,11 +69,7 @@ class KernelLibrary:
         return int(self._library.hawk_topk_workspace_bytes(sizes.batch, sizes.heads, sizes.seq_len))
 
     def enqueue(self, addresses: Addresses, sizes: Sizes, workspace: int, stream: int) -> None:
-        """Enqueue on a stream (on the CPU: run, with the stream as the seed of the schedule).
-
-        Raises:
-            BackendError: the kernel refused the sizes, or CUDA the launch.
-        """
+        """Enqueue on a stream (on the CPU: run, with the stream as the seed of the schedule)."""
         status = self._library.hawk_topk(
             self._normalization, *_pointers(addresses), *_sizes(sizes), workspace, stream or None
         )
@@ -103,14 +81,7 @@ class KernelLibrary:
 class PluginLibrary:
     """The TensorRT plugin's own enqueue(), made through getCreators() as TensorRT does; no TensorRT is loaded.
 
-    Args:
-        plugin: libhawk_trt_plugin.so.
-        harness: libhawk_plugin_harness.so, which make plugin-check builds beside it.
-        normalization: "l2", "softmax" or "minmax".
-
-    Raises:
-        InvalidInput: an unknown normalization.
-        BackendError: a library does not load, or no plugin comes of it.
+    harness: libhawk_plugin_harness.so, which make plugin-check builds beside libhawk_trt_plugin.so.
     """
 
     def __init__(self, plugin: Path, harness: Path, normalization: str) -> None:
@@ -144,11 +115,7 @@ class PluginLibrary:
         return int(self._library.hawk_plugin_workspace_bytes(self._plugin, *_sizes(sizes)))
 
     def enqueue(self, addresses: Addresses, sizes: Sizes, workspace: int, stream: int) -> None:
-        """Call the plugin on a stream.
-
-        Raises:
-            BackendError: the plugin refused; its reason is on stderr.
-        """
+        """Call the plugin on a stream."""
         status = self._library.hawk_plugin_enqueue(
             self._plugin, *_pointers(addresses), *_sizes(sizes), workspace, stream or None
         )

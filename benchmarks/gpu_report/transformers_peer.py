@@ -17,11 +17,7 @@ if TYPE_CHECKING:
 
 
 def transformers(record: Record, setting: Setting) -> None:
-    """The first token, a token and memory of the prompt that the shape phases measure.
-
-    Raises:
-        Skipped: transformers is not installed.
-    """
+    """The first token, a token and memory of the prompt that the shape phases measure."""
     try:
         import transformers as library
     except ImportError as error:

@@ -57,11 +57,7 @@ def write_parts(files: list[Path], folder: Path, part_bytes: int) -> list[Path]:
 
 
 def read_parts(folder: Path, target: Path) -> list[Path]:
-    """The files that parts were made of, written into a folder.
-
-    Raises:
-        ValueError: a part is missing or damaged.
-    """
+    """The files that parts were made of, written into a folder."""
     hashes: dict[str, str] = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
     with tempfile.TemporaryFile() as whole:
         for name, expected in hashes.items():

@@ -31,19 +31,12 @@ COLUMNS = {"first_token_ms": "first token", "token_ms": "later token", "total_ms
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table.
+    """One line of the table."""
 
-    Attributes:
-        title: what it is called.
-        peer: who answers.
-        keep_ratio: of the visual tokens; the row is held against hawk_trt's in float32 with as many kept.
-        variant: of the peer.
-    """
-
-    title: str
-    peer: str
-    keep_ratio: float = 1.0
-    variant: str = ""
+    title: str  # what it is called
+    peer: str  # who answers
+    keep_ratio: float = 1.0  # of the visual tokens; the row is held against hawk_trt's in float32 with as many kept
+    variant: str = ""  # of the peer
 
 
 ROWS = (

@@ -14,23 +14,14 @@ ROOT = Path(__file__).parent.parent.parent
 
 @dataclass(frozen=True)
 class Peer:
-    """What to start.
+    """What to start."""
 
-    Attributes:
-        name: for the table.
-        module: of benchmarks.peers that it runs.
-        environment: folder of its virtual environment, below those of all.
-        model: folder that it loads, below the models' own.
-        defaults: leave the precision of the arithmetic to the peer.
-        variables: of the process's environment.
-    """
-
-    name: str
-    module: str
-    environment: str
-    model: str = "bundle"
-    defaults: bool = False
-    variables: Mapping[str, str] = field(default_factory=dict)
+    name: str  # for the table
+    module: str  # of benchmarks.peers that it runs
+    environment: str  # folder of its virtual environment, below those of all
+    model: str = "bundle"  # folder that it loads, below the models' own
+    defaults: bool = False  # leave the precision of the arithmetic to the peer
+    variables: Mapping[str, str] = field(default_factory=dict)  # of the process's environment
 
 
 _OPENVINO = ("openvino", "openvino")
@@ -54,30 +45,19 @@ _CONVERSIONS = {
 
 @dataclass(frozen=True)
 class Setting:
-    """What all peers get.
+    """What all peers get."""
 
-    Attributes:
-        models: folder with `checkpoint`, `bundle`, `bundle-int8` and, once converted, the other peers' models.
-        environments: folder of the virtual environments.
-        threads: of each peer.
-    """
-
-    models: Path
-    environments: Path
-    threads: int
+    models: Path  # folder with `checkpoint`, `bundle`, `bundle-int8` and, once converted, the other peers' models
+    environments: Path  # folder of the virtual environments
+    threads: int  # of each peer
 
 
 class Process:
-    """A peer that runs, or what kept it from it.
-
-    Attributes:
-        versions: of its packages.
-        failure: why it does not run, None where it does.
-    """
+    """A peer that runs, or what kept it from it."""
 
     def __init__(self, peer: Peer, setting: Setting) -> None:
-        self.versions: dict[str, str] = {}
-        self.failure: str | None = None
+        self.versions: dict[str, str] = {}  # of its packages
+        self.failure: str | None = None  # why it does not run, None where it does
         self._popen: subprocess.Popen[str] | None = None
         self._log = setting.models / f"{peer.name}.log"
         environment, model = setting.environments / peer.environment, setting.models / peer.model

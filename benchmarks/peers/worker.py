@@ -16,40 +16,24 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Ask:
-    """One request.
+    """One request."""
 
-    Attributes:
-        image: path.
-        prompt: the question about it.
-        keep_ratio: share of the visual tokens to keep.
-        max_new_tokens: to generate, whatever they are.
-        variant: of the peer, where it has several in one process.
-    """
-
-    image: str
-    prompt: str
-    keep_ratio: float
-    max_new_tokens: int
-    variant: str = ""
+    image: str  # path
+    prompt: str  # the question about it
+    keep_ratio: float  # share of the visual tokens to keep
+    max_new_tokens: int  # to generate, whatever they are
+    variant: str = ""  # of the peer, where it has several in one process
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer of a peer.
+    """One answer of a peer."""
 
-    Attributes:
-        first_token_ms: from prompt and image file to the first token.
-        token_ms: of each later token, the mean.
-        num_tokens: generated.
-        text: the answer.
-        cpu_ms: processor time of all threads and child processes, from the prompt to the last token.
-    """
-
-    first_token_ms: float
-    token_ms: float
-    num_tokens: int
-    text: str
-    cpu_ms: float = 0.0
+    first_token_ms: float  # from prompt and image file to the first token
+    token_ms: float  # of each later token, the mean
+    num_tokens: int  # generated
+    text: str  # the answer
+    cpu_ms: float = 0.0  # processor time of all threads and child processes, from the prompt to the last token
 
     @property
     def total_ms(self) -> float:
