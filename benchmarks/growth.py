@@ -28,7 +28,6 @@ from benchmarks.random_model import cut_config, make_model
 from benchmarks.timing import load
 from hawk_trt import ModelInputs, Pipeline, PruningConfig
 from hawk_trt.inputs.layout import collate
-from hawk_trt.runtime.protocol import DecodeInputs
 from hawk_trt.runtime.versions import available_memory_bytes
 from hawk_trt.stages import CPU, PORTABLE, TARGETS
 
@@ -147,13 +146,13 @@ def _steps(pipe: Pipeline, columns: int) -> Callable[[], object]:
     layout = pipe.processor.layout(inputs)
     heads = np.array(pipe.bundle.manifest.head_weights.values, np.float32)
     prefill = collate([layout], [layout.num_visual], [None], heads)
-    generation = pipe.backend.start(1, columns)
-    generation.prefill(prefill, pipe.vision_cache.encode([(inputs, layout)])[0], logits=False)
-    step = DecodeInputs(np.array([1]), np.array([layout.next_position]))
+    visual, _ = pipe.vision_cache.encode([(inputs, layout)])
+    rows = pipe.backend.prefill(prefill, visual, columns, logits=False).rows
+    token, position = np.array([1]), np.array([layout.next_position])
 
     def run() -> None:
         for _ in range(_STEPS):
-            generation.decode(step, logits=False)
+            pipe.backend.decode(rows, token, position, logits=False)
 
     run()
     return run

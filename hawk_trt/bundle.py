@@ -214,10 +214,7 @@ class Bundle:
         return bundle
 
     def check(self, *, verify: bool = False, progress: Callable[[int], None] | None = None) -> None:
-        """Compare every file with the manifest; weight files by size, or by hash with verify.
-
-        progress is called with the bytes hashed.
-        """
+        """Compare all files with the manifest: weights by size, or by hash with verify; progress gets bytes hashed."""
         check_files(self.folder, self.manifest.files, "the export", _AGAIN, verify=verify, progress=progress)
         try:
             check_head_weights(self.manifest.head_weights.values, self.manifest.language.num_attention_heads)
@@ -255,18 +252,10 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def read_versioned(path: Path, kind: type[_Versioned], expected: int, absent: str, made: str, again: str) -> _Versioned:
-    """Read a manifest: of a bundle, or of the engines built from one.
+    """Read a manifest, of a bundle or of the engines built from one; `expected` is the one schema that it reads.
 
-    Args:
-        path: of the file.
-        kind: its dataclass.
-        expected: schema version that can be read, the only one.
-        absent: the error where there is no file.
-        made: what wrote it, such as "the export".
-        again: the command that writes it anew, as a sentence.
-
-    Raises:
-        BundleError: not there, damaged, changed, or of another schema.
+    absent: the error where there is no file.  made: what wrote it, such as "the export".  again: the command that
+    writes it anew, as a sentence. Raises BundleError: not there, damaged, changed, or of another schema.
     """
     if not path.is_file():
         raise BundleError(absent)
@@ -309,10 +298,8 @@ def check_files(
 ) -> None:
     """Compare files with their manifest: by size and hash, weights by size alone unless verify.
 
-    made, again: as in read_versioned. progress is called with the bytes hashed.
-
-    Raises:
-        BundleError: a file is missing or differs.
+    made, again: as in read_versioned. progress is called with the bytes hashed. Raises BundleError: one is missing or
+    differs.
     """
     for name, entry in files.items():
         path = folder / name

@@ -40,15 +40,11 @@ class InputRange:
 
 @dataclass(frozen=True, slots=True)
 class PlanEntry:
-    """One .plan file.
+    """One .plan file; onnx_sha256 is of the bundle's graph that it was built from.
 
-    Attributes:
-        onnx_sha256: of the bundle's graph that it was built from.
-        inputs: of the engine; a cache that is written in place has its static length, and context_slots is among them.
-        profiles: for each optimization profile, the ranges of all inputs.
-        plugin_layers: layers that are the top-k plugin.
-        layers: of the network, after parsing.
-        workarounds: names of the miscompile workarounds that were on.
+    inputs: a cache that is written in place has its static length, and context_slots is among them.  profiles: for each
+    optimization profile, the ranges of all inputs.  plugin_layers: layers that are the top-k plugin, of all `layers`
+    of the network.  workarounds: names of the miscompile workarounds that were on.
     """
 
     stage: str
@@ -68,12 +64,9 @@ class PlanEntry:
 class Limits:
     """The largest request that the engines take.
 
-    Attributes:
-        visual_tokens: of one prompt, before pruning.
-        prompt_tokens: of one prompt, text and visual, before pruning.
-        context: tokens kept and generated, a row: the length of the static cache.
-        batch: prompts side by side.
-        vision_batch: tiles, or frames of one size, in a call of the vision stage.
+    visual_tokens, prompt_tokens: of one prompt, before pruning.  context: tokens kept and generated, a row: the length
+    of the static cache.  batch: prompts side by side.  vision_batch: tiles, or frames of one size, in a call of the
+    vision stage.
     """
 
     visual_tokens: int
@@ -111,16 +104,11 @@ class Machine:
 class EngineManifest:
     """engines.json.
 
-    Attributes:
-        bundle: manifest of the bundle, its files and embedding table as they lie here, without graphs.
-        bundle_sha256: of the bundle's bundle.json.
-        target: of the graphs, "tensorrt" or "portable".
-        machine: that the plans were built on, and for.
-        plugin: name of the plugin's file, None where no plan has a plugin layer.
-        plugin_sha256: of the plugin that the build was given, None without one.
-        workspace_bytes: scratch that a tactic could take, None where nothing limited it.
-        files: of the folder, without those of `bundle`.
-        rebuild: the command that makes the folder anew.
+    bundle: its files and embedding table as they lie here, without graphs.  bundle_sha256: of the bundle's bundle.json.
+    machine: that the plans were built on, and for.  plugin: name of its file, None where no plan has a plugin layer.
+    plugin_sha256: of the plugin that the build was given, None without one.  workspace_bytes: scratch that a tactic
+    could take, None where nothing limited it.  files: of the folder, without those of `bundle`.  rebuild: the command
+    that makes the folder anew.
     """
 
     schema_version: int
@@ -207,8 +195,7 @@ def read_engine_manifest(folder: Path) -> EngineManifest:
 def plan_version(path: Path, advice: str) -> str:
     """The TensorRT version that wrote a plan, "major.minor.patch.build", from its first bytes.
 
-    Raises:
-        BundleError: not a plan, or one of TensorRT-RTX.
+    Raises BundleError: not a plan, or one of TensorRT-RTX.
     """
     with path.open("rb") as file:
         header = file.read(_PLAN_VERSION_AT + 4)

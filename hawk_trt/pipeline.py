@@ -35,15 +35,7 @@ _THREADS = 256  # of more, ONNX Runtime makes them all before it notices, for mi
 
 
 class Pipeline:
-    """A loaded model. Make it with `Pipeline.load`; close it, or use it as a context manager.
-
-    Attributes:
-        bundle: what it was loaded from.
-        backend: runs the stages.
-        family: of the model.
-        processor: turns prompts into tensors, and says where everything in them lies.
-        vision_cache: turns images and videos into embeddings, and keeps those of images asked about before.
-    """
+    """A loaded model. Make it with `Pipeline.load`; close it, or use it as a context manager."""
 
     def __init__(self, bundle: Bundle, backend: Backend, vision_cache_mb: float = DEFAULT_VISION_CACHE_MB) -> None:
         self.bundle = bundle
@@ -137,20 +129,14 @@ class Pipeline:
     ) -> ModelInputs:
         """Turn a prompt into tensors, in the layout of the checkpoint's own processor; generate takes these too.
 
-        The arguments are those of Request.
-
-        Raises:
-            InvalidInput: a prompt, image or video that cannot be used, or tools that the template does not take.
+        The arguments are those of Request. Raises InvalidInput: a prompt, image or video that cannot be used, or tools
+        that the template does not take.
         """
         request = Request(prompt, images, videos, tools=tools, min_pixels=min_pixels, max_pixels=max_pixels)
         return self.processor(request)
 
     def layout(self, inputs: ModelInputs, query: str | None = None) -> PromptLayout:
-        """Where everything of a prompt lies: its visual tokens, its question, its positions.
-
-        Raises:
-            InvalidInput: tensors that do not fit each other.
-        """
+        """Where everything of a prompt lies: its visual tokens, its question, its positions; as Processor.layout."""
         return self.processor.layout(inputs, query)
 
     def chat_tokenizer(self) -> "Tokenizer | None":
@@ -174,13 +160,9 @@ class Pipeline:
         min_pixels: int | None = None,
         max_pixels: int | None = None,
     ) -> Result:
-        """Answer one prompt.
+        """Answer one prompt. The arguments are those of Request, whose docstring describes each.
 
-        The arguments are those of Request, whose docstring describes each.
-
-        Raises:
-            InvalidInput: something that cannot be used as given.
-            BackendError: the runtime failed.
+        Raises InvalidInput: something that cannot be used as given; BackendError: the runtime failed.
         """
         request = Request(
             prompt, images, videos, pruning, max_new_tokens, sampling, stop, ignore_eos, return_logits,
@@ -231,11 +213,8 @@ class Pipeline:
     ) -> list[Result]:
         """Answer several prompts side by side; each result equals the one that generate gives alone.
 
-        What a Request does not say for itself, the other arguments say for all.
-
-        Raises:
-            InvalidInput: something that cannot be used as given, with the number of the request.
-            BackendError: the runtime failed.
+        What a Request does not say for itself, the other arguments say for all. Raises InvalidInput: something that
+        cannot be used as given, with the number of the request; BackendError: the runtime failed.
         """
         options = Request(
             "", (), (), pruning, max_new_tokens, sampling, stop, ignore_eos, return_logits,

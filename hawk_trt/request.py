@@ -48,6 +48,10 @@ _RANGES = {
     "presence_penalty": (-2.0, 2.0, False),
     "frequency_penalty": (-2.0, 2.0, False),
 }
+_LEAST_INTEGERS = {
+    **{"min_visual_tokens": 1, "max_new_tokens": 1, "min_pixels": 1, "max_pixels": 1},
+    **{"seed": 0, "top_k": 0, "logprobs": 0},
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +88,6 @@ class PruningConfig:
 
     def __post_init__(self) -> None:
         _check_numbers(self)
-        _check_integer("min_visual_tokens", self.min_visual_tokens, 1)
         for name, value, allowed in (
             ("selector", self.selector, SELECTORS),
             ("query", self.query or QUERIES[0], QUERIES),
@@ -96,7 +99,6 @@ class PruningConfig:
             object.__setattr__(self, "head_weights", check_head_weights(self.head_weights))
             if self.selector in EQUAL_HEADS:
                 raise InvalidInput(f"head_weights: selector {self.selector!r} weighs all heads alike; leave them out")
-        _check_integer("seed", self.seed, 0)
         if (self.keep_mass is not None or self.diversity) and self.selector not in SCORED:
             name = "diversity" if self.keep_mass is None else "keep_mass"
             raise InvalidInput(
@@ -133,9 +135,6 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         _check_numbers(self)
-        _check_integer("top_k", self.top_k, 0)
-        if self.seed is not None:
-            _check_integer("seed", self.seed, 0)
         try:
             biases = dict(self.logit_bias)
         except (TypeError, ValueError):
@@ -168,11 +167,10 @@ def num_kept(num_visual: int, keep_ratio: float, min_visual_tokens: int) -> int:
 
 
 def check_head_weights(weights: Sequence[float], num_heads: int | None = None) -> tuple[float, ...]:
-    """Return the weights, one number a query head of layer 0, as floats, or say what is wrong with them.
+    """The weights, one number a query head of layer 0, as floats.
 
-    Raises:
-        InvalidInput: wrong length, a value that is not finite, below 0 or too large for scores in float32, or all zero
-            there.
+    Raises InvalidInput: wrong length, a value that is not finite, below 0 or too large for scores in float32, or all
+    zero there.
     """
     try:
         if isinstance(weights, str | bytes) or any(isinstance(w, str | bytes | bool) for w in weights):
@@ -196,12 +194,16 @@ def check_head_weights(weights: Sequence[float], num_heads: int | None = None) -
     return values
 
 
-def _check_numbers(config: "PruningConfig | SamplingConfig") -> None:
-    """Check every number of a config that has a range; numpy's become Python's."""
+def _check_numbers(config: "PruningConfig | SamplingConfig | Request") -> None:
+    """Check every number that has a range or a least value; numpy's floats become Python's."""
     for entry in fields(config):
-        value = getattr(config, entry.name)
-        if entry.name in _RANGES and not value is entry.default is None:
-            object.__setattr__(config, entry.name, _number(entry.name, value, *_RANGES[entry.name]))
+        name, value = entry.name, getattr(config, entry.name)
+        if value is entry.default is None:
+            continue
+        if name in _RANGES:
+            object.__setattr__(config, name, _number(name, value, *_RANGES[name]))
+        elif name in _LEAST_INTEGERS:
+            _check_integer(name, value, _LEAST_INTEGERS[name])
 
 
 def _number(name: str, value: object, least: float, most: float, above: bool = False) -> float:
@@ -290,13 +292,7 @@ class Request:
     max_pixels: int | None = None
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens is not None:
-            _check_integer("max_new_tokens", self.max_new_tokens, 1)
-        if self.logprobs is not None:
-            _check_integer("logprobs", self.logprobs, 0)
-        for name in ("min_pixels", "max_pixels"):
-            if getattr(self, name) is not None:
-                _check_integer(name, getattr(self, name), 1)
+        _check_numbers(self)
         for name, kind in (("pruning", PruningConfig), ("sampling", SamplingConfig)):
             value = getattr(self, name)
             if value is not None and not isinstance(value, kind):
@@ -340,10 +336,7 @@ class Timings:
 class TokenLogprobs:
     """How probable the token of a step was, by the model's own logits: without penalties, biases or temperature.
 
-    Attributes:
-        token_id: that was chosen.
-        logprob: natural logarithm of its probability.
-        top: the most probable tokens with theirs, the best first.
+    logprob: natural logarithm of its probability.  top: the most probable tokens with theirs, the best first.
     """
 
     token_id: int

@@ -7,7 +7,7 @@ drop    nobody waits for this sequence any more
 
 `generate` adds one request and steps to its end, `generate_batch` adds many, the server adds from its clients, parity
 adds one whose sampler is given its tokens. A sequence decodes where its prefill wrote its KV cache; where sequences
-have come or gone, the next step first gathers the caches of those that run into one.
+have come or gone, the next step first gathers the rows of those that run.
 """
 
 import time
@@ -20,7 +20,7 @@ from hawk_trt.errors import BackendError, InvalidInput
 from hawk_trt.inputs.processor import Processor
 from hawk_trt.pruning import asked_by, kept_count, select, weights_for
 from hawk_trt.request import PruningConfig, Request, Timings
-from hawk_trt.runtime.protocol import Backend, DecodeInputs, Generation, StepOutputs, Visual
+from hawk_trt.runtime.protocol import Backend, PrefillOutputs, StepOutputs, Visual
 from hawk_trt.runtime.vision_cache import VisionCache
 from hawk_trt.sequence import Sequence
 from hawk_trt.stages import CUDA
@@ -40,12 +40,8 @@ _MB = 1_000_000
 class Scheduler:
     """Runs requests on one backend. Not thread-safe, but for `prepare`, `waiting.append` and `drop`.
 
-    Attributes:
-        waiting: prepared, in the order in which they came; none overtakes another.
-        running: rows of the next decode step.
-        num_prefills: run so far, of a prompt or of several together.
-        num_steps: decode steps run so far.
-        num_rows: rows of all decode steps together.
+    waiting: prepared, in the order in which they came; none overtakes another.  running: rows of the next decode step.
+    num_prefills, num_steps: run so far, of a prompt or of several together.  num_rows: of all decode steps together.
     """
 
     def __init__(
@@ -71,7 +67,7 @@ class Scheduler:
         self.num_prefills = self.num_steps = self.num_rows = 0
         self._bundle, self._processor, self._vision, self._backend = bundle, processor, vision, backend
         self._max_batch = min(max_batch, backend.max_batch or max_batch)
-        self._room = room if backend.can_gather else None
+        self._room = room if backend.max_context is None else None  # else its caches cannot grow
         self._column_bytes = bundle.manifest.kv_bytes_per_token
         # a step on a GPU writes new states beside the old
         self._state_bytes = (2 if backend.target == CUDA else 1) * bundle.manifest.state_bytes
@@ -85,8 +81,7 @@ class Scheduler:
     @property
     def cache_bytes(self) -> int:
         """Of the KV caches of all rows, as they lie in memory now."""
-        generations = {id(s.generation): s.generation for s in self.running}
-        return sum(generation.nbytes for generation in generations.values() if generation is not None)
+        return sum(sequence.row.nbytes for sequence in self.running if sequence.row is not None)
 
     def add(self, request: Request) -> Sequence:
         """Prepare a request and let it wait for its turn."""
@@ -160,18 +155,14 @@ class Scheduler:
         """Let finished and dropped sequences go."""
         for sequence in [sequence for sequence in list(self.waiting) if sequence.dropped]:
             self.waiting.remove(sequence)
-        # without gather a generation keeps all its rows: those that are finished go along to its end
-        if self._backend.can_gather or all(sequence.finished for sequence in self.running):
-            for sequence in self.running:
-                if sequence.finished and sequence.generation is not None:
-                    sequence.generation.release(sequence.row)
-                    sequence.generation = None
-            self.running = [sequence for sequence in self.running if not sequence.finished]
+        for sequence in self.running:
+            if sequence.finished and sequence.row is not None:
+                sequence.row.release()
+                sequence.row = None
+        self.running = [sequence for sequence in self.running if not sequence.finished]
 
     def _next_prompts(self) -> list[Sequence]:
         """What the next prefill runs: the first that waits, and those right behind it that lose little by joining."""
-        if self.running and not self._backend.can_gather:
-            return []
         taken: list[Sequence] = []
         for sequence in list(self.waiting):
             lengths = [other.layout.num_tokens for other in (*taken, sequence)]
@@ -190,6 +181,8 @@ class Scheduler:
         """Whether these can run beside those that run."""
         rows = [*self.running, *more]
         context, places = self._backend.max_context, self._backend.max_start
+        if places is not None and not self.running:
+            places = max(places, 1)  # who has rows of it is none of ours, and loses them
         if len(rows) > self._max_batch or (places is not None and len(more) > places):
             return False
         # run together, the shorter are padded to the longest
@@ -210,48 +203,44 @@ class Scheduler:
         """Run prompts together; where that fails each alone, since one's fault is no other's."""
         try:
             if self.running and not self._within_bound(self.cache_bytes + self._bytes(sequences)):
-                self._gathered()  # the memory of rows that have left
-            generation, visual, outputs = self._run_prompts(sequences)
+                self._gather()  # the memory of rows that have left
+            visual, outputs = self._run_prompts(sequences)
         except Exception as error:  # whatever a caller's selector or a fault of ours raises must not end other answers
             if len(sequences) == 1:
                 sequences[0].error = error
                 return sequences
             return [moved for sequence in sequences for moved in self._prefill([sequence])]
-        for row, sequence in enumerate(sequences):
-            sequence.generation, sequence.row = generation, row
-            self._advance(sequence, outputs, row, visual)
+        for number, sequence in enumerate(sequences):
+            sequence.row = outputs.rows[number]
+            self._advance(sequence, outputs.step, number, visual)
         self.running += sequences
         return sequences
 
-    def _run_prompts(self, sequences: abc.Sequence[Sequence]) -> tuple[Generation, Visual, StepOutputs]:
+    def _run_prompts(self, sequences: abc.Sequence[Sequence]) -> tuple[Visual, PrefillOutputs]:
         """Vision, selection, first_layer and decoder over the prompts, into a new KV cache."""
         self.num_prefills += 1
         begun = time.perf_counter()
         visual, cached = self._vision.encode([(s.inputs, s.layout) for s in sequences])
         encoded = time.perf_counter()
-        chosen = select([(s.layout, s.pruning) for s in sequences], self._bundle, self._backend, visual)
-        inputs = chosen.inputs
+        prompts = [(sequence.layout, sequence.pruning) for sequence in sequences]
+        inputs, scores, select_seconds = select(prompts, self._bundle, self._backend, visual)
         steps = max(sequence.limit for sequence in sequences) - 1
         columns = inputs.num_kept_total + (steps if self._room is None else min(steps, self._room))
-        generation = self._backend.start(len(sequences), columns)
         prepared = time.perf_counter()
         # the sampler looks at the first logits in any case, and tells a broken run from an answer
-        outputs = generation.prefill(inputs, visual, logits=True)
+        outputs = self._backend.prefill(inputs, visual, columns, logits=True)
         for row, sequence in enumerate(sequences):
             sequence.num_cached = cached[row]
             sequence.kept = outputs.kept_indices[row, inputs.kv_start[row] :] - inputs.pads[row]
-            if chosen.scores is None:
-                sequence.scores = outputs.scores[row][inputs.source_rows[row] >= 0]
-            else:
-                sequence.scores = chosen.scores[row]
+            sequence.scores = outputs.scores[row][inputs.source_rows[row] >= 0] if scores is None else scores[row]
             sequence.timings = Timings(
                 preprocess=sequence.timings.preprocess,
                 vision=encoded - begun,
-                select=chosen.seconds,
-                first_layer=prepared - encoded - chosen.seconds + outputs.first_layer_seconds,
+                select=select_seconds,
+                first_layer=prepared - encoded - select_seconds + outputs.first_layer_seconds,
                 decoder=outputs.decoder_seconds,
             )
-        return generation, visual, outputs.step
+        return visual, outputs
 
     def _decode(self) -> list[Sequence]:
         """Run one token of every row."""
@@ -260,11 +249,11 @@ class Scheduler:
         begun = time.perf_counter()
         rows = list(self.running)
         try:
-            generation = self._gathered()
+            self._gather()
             tokens = np.array([sequence.token_ids[-1] for sequence in rows], np.int64)
             positions = np.array([sequence.position for sequence in rows], np.int64)
             logits = any(sequence.need_logits for sequence in rows)
-            outputs = generation.decode(DecodeInputs(tokens, positions), logits=logits)
+            outputs = self._backend.decode([s.row for s in rows if s.row is not None], tokens, positions, logits=logits)
         except Exception as error:  # the rows of a step share its fate; those that wait do not
             for sequence in rows:
                 sequence.error = error
@@ -286,25 +275,12 @@ class Scheduler:
         except BackendError as error:
             from hawk_trt.runtime.not_finite import first_not_finite
 
-            assert sequence.generation is not None
-            where = first_not_finite(visual, sequence.generation, self._bundle.manifest.language, row)
+            assert sequence.row is not None
+            where = first_not_finite(visual, sequence.row, self._bundle.manifest.language)
             sequence.error = BackendError(f"{error}. {where}")
 
-    def _gathered(self) -> Generation:
-        """The one generation of all rows, with room for a column more; what left has given its memory back."""
-        first = self.running[0].generation
-        assert first is not None
-        if not self._backend.can_gather:
-            return first
+    def _gather(self) -> None:
+        """Bring the rows of all that run together, with room for a column more."""
         length = max(sequence.columns for sequence in self.running) + 1
-        whole = len(self.running) == first.batch and all(
-            sequence.generation is first and sequence.row == row for row, sequence in enumerate(self.running)
-        )
-        if whole and length <= first.columns:
-            return first
         columns = min(length + (self._room or ROOM), max(sequence.max_columns for sequence in self.running))
-        parts = [(sequence.generation, sequence.row) for sequence in self.running if sequence.generation is not None]
-        gathered = self._backend.gather(parts, columns)
-        for row, sequence in enumerate(self.running):
-            sequence.generation, sequence.row = gathered, row
-        return gathered
+        self._backend.gather([s.row for s in self.running if s.row is not None], length, columns)

@@ -11,6 +11,7 @@ generator, so a sequence with a seed gives the same answer alone and in a batch.
 
 import time
 from collections import abc
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -21,21 +22,23 @@ from tokenizers.decoders import DecodeStream
 from hawk_trt.errors import BackendError, InvalidInput
 from hawk_trt.inputs.layout import PromptLayout
 from hawk_trt.request import ModelInputs, PruningConfig, Request, Result, SamplingConfig, Timings, TokenLogprobs
-from hawk_trt.runtime.protocol import Generation
+from hawk_trt.runtime.protocol import Row
 
 
+@dataclass(eq=False, repr=False)
 class Sequence:
     """One prompt and its answer so far.
 
     Attributes:
-        limit: most tokens that the answer can have.
         max_kept: tokens that the prompt keeps at most, text and visual; keep_mass may keep fewer.
+        limit: most tokens that the answer can have.
+        tokenizer: None where the bundle has none; then InvalidInput where the request has stop strings.
+        eos: stop tokens, unless the request ignores them.
         need_logits: whether its decode steps must bring logits to the host.
-        generation: holds its KV cache while it runs, in row `row`.
+        row: its place in a KV cache while it runs.
         scores: float32 [num_visual], from the prefill on.
         kept: int64 [kept], positions kept in the layout, from the prefill on.
         num_cached: images and videos that the vision stage did not run for.
-        timings: seconds so far.
         token_ids: tokens generated, the stop token included.
         piece: text that the last step completed, often none.
         piece_logprobs: of the tokens that the piece completed, where asked for.
@@ -44,54 +47,38 @@ class Sequence:
         dropped: whether nobody waits for it any more; the scheduler lets it go before its next step.
     """
 
-    scores: npt.NDArray[np.float32]
-    kept: npt.NDArray[np.int64]
-    need_logits: bool
+    request: Request
+    inputs: ModelInputs
+    pruning: PruningConfig
+    layout: PromptLayout
+    head_weights: npt.NDArray[np.float32]
+    max_kept: int
+    limit: int
+    tokenizer: Tokenizer | None
+    eos: abc.Collection[int]
+    need_logits: bool = field(init=False)
+    row: Row | None = None
+    scores: npt.NDArray[np.float32] = field(init=False)
+    kept: npt.NDArray[np.int64] = field(init=False)
+    num_cached: int = 0
+    timings: Timings = field(default_factory=Timings)
+    started: float = field(default_factory=time.perf_counter)
+    token_ids: list[int] = field(default_factory=list)
+    piece: str = ""
+    piece_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finish_reason: Literal["stop", "length"] | None = None
+    error: Exception | None = None
+    dropped: bool = False
 
-    def __init__(
-        self,
-        request: Request,
-        inputs: ModelInputs,
-        pruning: PruningConfig,
-        layout: PromptLayout,
-        head_weights: npt.NDArray[np.float32],
-        max_kept: int,
-        limit: int,
-        tokenizer: Tokenizer | None,
-        eos: abc.Collection[int],
-    ) -> None:
-        """Start an empty answer.
-
-        Raises:
-            InvalidInput: there are stop strings and no tokenizer to find them with.
-        """
-        if request.stop and tokenizer is None:
+    def __post_init__(self) -> None:
+        if self.request.stop and self.tokenizer is None:
             raise InvalidInput(
                 "stop: stop strings need a tokenizer and this bundle has none. "
                 "Export a checkpoint folder with a tokenizer.json, or end the answer by max_new_tokens"
             )
-        self.request = request
-        self.inputs = inputs
-        self.pruning = pruning
-        self.layout = layout
-        self.head_weights = head_weights
-        self.max_kept = max_kept
-        self.limit = limit
-        self.sampler = Sampler(request.sampling, layout.input_ids)
-        self.generation: Generation | None = None
-        self.row = 0
-        self.num_cached = 0
-        self.timings = Timings()
-        self.started = time.perf_counter()
-        self.token_ids: list[int] = []
-        self.piece = ""
-        self.piece_logprobs: list[TokenLogprobs] = []
-        self.finish_reason: Literal["stop", "length"] | None = None
-        self.error: Exception | None = None
-        self.dropped = False
-        self._tokenizer = tokenizer
-        self._decoder = DecodeStream(skip_special_tokens=request.skip_special_tokens)
-        self._eos = frozenset(() if request.ignore_eos else eos)
+        self.sampler = Sampler(self.request.sampling, self.layout.input_ids)
+        self._decoder = DecodeStream(skip_special_tokens=self.request.skip_special_tokens)
+        self._eos = frozenset(() if self.request.ignore_eos else self.eos)
         self._pieces: list[str] = []
         self._held = ""  # decoded, but perhaps the beginning of a stop string
         self._logits: list[npt.NDArray[np.float32]] = []
@@ -121,7 +108,7 @@ class Sequence:
     @property
     def text(self) -> str | None:
         """All pieces so far, None without a tokenizer."""
-        return None if self._tokenizer is None else "".join(self._pieces)
+        return None if self.tokenizer is None else "".join(self._pieces)
 
     def step(self, next_token: int, logits: npt.NDArray[np.float32] | None) -> None:
         """Take what a step brought: choose a token, add its text, end where it ends the answer.
@@ -138,8 +125,8 @@ class Sequence:
         self.token_ids.append(next_token)
         if next_token in self._eos:
             self.piece = self._end("stop")
-        elif self._tokenizer is not None:
-            self._held += self._decoder.step(self._tokenizer, next_token) or ""
+        elif self.tokenizer is not None:
+            self._held += self._decoder.step(self.tokenizer, next_token) or ""
             self.piece = self._release()
         if self.finish_reason is None and len(self.token_ids) >= self.limit:
             self.piece += self._end("length")
@@ -169,10 +156,10 @@ class Sequence:
 
     def _end(self, reason: Literal["stop", "length"]) -> str:
         """End the answer; the text held back, unfinished characters included."""
-        if self._tokenizer is not None:
+        if self.tokenizer is not None:
             tokens = self.token_ids[:-1] if reason == "stop" else self.token_ids
             decoded = sum(map(len, self._pieces)) + len(self._held)
-            self._held += self._tokenizer.decode(tokens, self.request.skip_special_tokens)[decoded:]
+            self._held += self.tokenizer.decode(tokens, self.request.skip_special_tokens)[decoded:]
         shown = self._release()
         if self.finish_reason is None:  # no stop string within the last characters
             self.finish_reason = reason
@@ -210,19 +197,10 @@ def _overlap(text: str, stop: str) -> int:
 
 
 class Sampler:
-    """Draws the tokens of one sequence, one after another.
-
-    Attributes:
-        needs_logits: whether the most probable token is not always the one.
-    """
+    """Draws the tokens of one sequence; needs_logits: whether the most probable token is not always the one."""
 
     def __init__(self, config: SamplingConfig | None = None, prompt_ids: npt.ArrayLike = ()) -> None:
-        """Start a sequence.
-
-        Args:
-            config: how to draw; None is greedy.
-            prompt_ids: int64 [n], the prompt's tokens.
-        """
+        """Start a sequence. config: None is greedy.  prompt_ids: int64 [n], the prompt's tokens."""
         self._config = config or SamplingConfig()
         self._generator = np.random.default_rng(self._config.seed)
         self._prompt = np.unique(np.asarray(prompt_ids, np.int64)) if self._config.repetition_penalty != 1.0 else None
@@ -230,16 +208,9 @@ class Sampler:
         self.needs_logits = not self._config.greedy or self._config.changes_logits
 
     def next_token(self, logits: npt.NDArray[np.float32]) -> int:
-        """Choose a token.
+        """Choose a token by float32 [vocab] logits, of which -inf means never.
 
-        Args:
-            logits: [vocab] float32; -inf means never, at least one must be finite.
-
-        Returns:
-            The token id.
-
-        Raises:
-            BackendError: NaN or +inf among the logits, or nothing but -inf.
+        Raises BackendError: NaN or +inf among the logits, or nothing but -inf.
         """
         best = int(np.argmax(logits))  # NaN and +inf win here, so this one value tells whether all can be used
         if not np.isfinite(logits[best]):

@@ -1,27 +1,24 @@
-"""A generation that tests drive step by step."""
+"""A row of a KV cache that tests drive step by step."""
 
 import numpy as np
 
 from hawk_trt import ModelInputs
 from hawk_trt.inputs.layout import collate
-from hawk_trt.runtime.protocol import DecodeInputs
 
 
 def start(pipe, columns):
-    """A generation of so many columns, its prompt of four words prefilled; how to go on."""
+    """A row with so many columns, its prompt of four words prefilled; how to go on."""
     inputs = ModelInputs(np.arange(4))
     layout = pipe.processor.layout(inputs)
-    generation = pipe.backend.start(1, columns)
     heads = np.array(pipe.bundle.manifest.head_weights.values, np.float32)
-    outputs = generation.prefill(
-        collate([layout], [0], [None], heads), pipe.vision_cache.encode([(inputs, layout)])[0], logits=False
-    )
+    visual, _ = pipe.vision_cache.encode([(inputs, layout)])
+    outputs = pipe.backend.prefill(collate([layout], [0], [None], heads), visual, columns, logits=False)
+    tokens = outputs.step.next_token
 
     def step(number):
-        inputs = DecodeInputs(outputs.step.next_token, np.array([layout.next_position + number]))
-        return generation.decode(inputs, logits=False)
+        return pipe.backend.decode(outputs.rows, tokens, np.array([layout.next_position + number]), logits=False)
 
-    return generation, step
+    return outputs.rows[0], step
 
 
 def answer(pipe, request):

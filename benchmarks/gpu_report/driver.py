@@ -53,14 +53,14 @@ def round_trip(device: "CudaDevice") -> None:
     first, second = device.allocate(4096), device.allocate(4096)
     assert first % 256 == second % 256 == 0
     values = np.random.default_rng(0).standard_normal((8, 128)).astype(np.float32)
-    source.array((8, 128), values.dtype)[...] = values
-    device.copy_in(first, source.address, 4096)
+    source.view(values.dtype)[:] = values.ravel()
+    device.copy_in(first, source)
     device.copy(second, first, 4096)
     device.zero(second + 512, 512)
-    device.copy_out(target.address, second, 4096)
+    device.copy_out(target, second)
     device.synchronize()
     values[1] = 0
-    np.testing.assert_array_equal(target.array((8, 128), values.dtype), values)
+    np.testing.assert_array_equal(target.view(values.dtype), values.ravel())
     device.upload(first, 2 * values)
     np.testing.assert_array_equal(device.download(first, values.shape, values.dtype), 2 * values)
 
@@ -81,13 +81,12 @@ def rows_to_rows(device: "CudaDevice") -> None:
 
 def replay(device: "CudaDevice") -> None:
     """A captured copy reads its pinned source anew at every launch."""
-    source, target = device.allocate_pinned(64), device.allocate_pinned(64)
+    given, got = (device.allocate_pinned(64).view(np.int64) for _ in range(2))
     memory = device.allocate(64)
-    given, got = source.array((8,), np.dtype(np.int64)), target.array((8,), np.dtype(np.int64))
 
     def step() -> None:
-        device.copy_in(memory, source.address, 64)
-        device.copy_out(target.address, memory, 64)
+        device.copy_in(memory, given)
+        device.copy_out(got, memory)
 
     got[:] = -1
     graph = device.capture(step)

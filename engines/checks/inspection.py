@@ -47,11 +47,20 @@ def attention_fusion(information: str) -> Fusion:
 
 def inspect(engines: EngineFolder) -> dict[str, Fusion]:
     """Of each stage; the plans are loaded for it."""
-    from hawk_trt.runtime.tensorrt.engine import load_plans  # needs tensorrt
+    import tensorrt as trt
+
+    from hawk_trt.runtime.tensorrt.engine import Engine, load_plans  # needs tensorrt
+
+    def layers(plan: Engine) -> str:
+        """What TensorRT made of the graph, in the JSON of its engine inspector."""
+        inspector = None if plan.loaded is None else plan.loaded.create_engine_inspector()
+        if inspector is None:
+            raise plan.refused("an engine inspector")
+        return str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
 
     plans = load_plans(engines)
     try:
-        return {stage: attention_fusion(plan.layers()) for stage, plan in plans.items()}
+        return {stage: attention_fusion(layers(plan)) for stage, plan in plans.items()}
     finally:
         for plan in plans.values():
             plan.close()

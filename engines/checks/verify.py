@@ -26,11 +26,12 @@ from hawk_trt.runtime.reference import (
     STEPS,
     Floats,
     Reference,
-    StageTrace,
+    condensed,
     model_of,
     tensor_prompts,
     trace,
 )
+from hawk_trt.runtime.trace import Trace
 from hawk_trt.stages import DECODER, FIRST_LAYER, STAGES, VISION
 
 _FAILURES_SHOWN = 3
@@ -71,9 +72,9 @@ class Compared:
     """One prompt on both sides; `own` chose its visual tokens, `forced` was given those of `expected`."""
 
     name: str
-    own: StageTrace
-    forced: StageTrace
-    expected: StageTrace
+    own: Trace
+    forced: Trace
+    expected: Trace
 
 
 def load_reference(bundle: Bundle, given: Path | None = None) -> Reference | None:
@@ -126,7 +127,7 @@ def verify(engines: Path, reference: Reference | None) -> Verification:
         if not prompts:
             return Verification(None, "the limits are smaller than any prompt of the check: nothing was run", (), True)
         if reference is None:
-            rows = list(finite_rows({name: trace(plans, inputs).condensed() for name, inputs in prompts.items()}))
+            rows = list(finite_rows({name: condensed(trace(plans, inputs)) for name, inputs in prompts.items()}))
             why = (
                 f"ONNX Runtime's CPU cannot run {manifest.dtype}, and the bundle has no {REFERENCE}, so numbers were "
                 "not compared. Export the same checkpoint in float32 and give it with --reference"
@@ -139,16 +140,16 @@ def verify(engines: Path, reference: Reference | None) -> Verification:
     return Verification(reference.made_by, "", tuple(rows), not any(row.failures for row in rows))
 
 
-def compare(plans: Pipeline, name: str, inputs: ModelInputs, expected: StageTrace) -> Compared:
+def compare(plans: Pipeline, name: str, inputs: ModelInputs, expected: Trace) -> Compared:
     """Run one prompt, once more where the plans choose other visual tokens."""
     tokens = expected.tokens.tolist()
-    own = forced = trace(plans, inputs, tokens).condensed(expected.logit_ids)
+    own = forced = condensed(trace(plans, inputs, tokens), expected.logit_ids)
     if not np.array_equal(own.kept, expected.kept):
-        forced = trace(plans, inputs, tokens, expected.kept).condensed(expected.logit_ids)
+        forced = condensed(trace(plans, inputs, tokens, expected.kept), expected.logit_ids)
     return Compared(name, own, forced, expected)
 
 
-def finite_rows(prompts: Mapping[str, StageTrace]) -> Iterator[OutputRow]:
+def finite_rows(prompts: Mapping[str, Trace]) -> Iterator[OutputRow]:
     """One row a stage: all that it made is finite, and not all of it zero."""
     for stage in STAGES:
         failures = []
@@ -189,7 +190,7 @@ def compared_rows(prompts: Sequence[Compared], tolerance: Tolerance) -> Iterator
     yield _token_row(prompts, 2 * tolerance.decoder.max_error)
 
 
-def _outputs(got: StageTrace) -> Iterator[tuple[str, str, Floats]]:
+def _outputs(got: Trace) -> Iterator[tuple[str, str, Floats]]:
     """Stage, name and rows of every output, in the order in which they are made."""
     yield VISION, "visual_embeds", got.visual_embeds
     yield FIRST_LAYER, "scores", got.scores[None]

@@ -34,8 +34,7 @@ def read_json(path: Path, kind: type[_T], error: type[HawkError], advice: str = 
 def read_bytes(path: Path, error: type[HawkError], advice: str = "") -> bytes:
     """A file of text that others may have written, without the byte order mark that some editors put in front.
 
-    Raises:
-        HawkError: of the type `error`: it cannot be read, or is larger than any such file.
+    Raises `error`: it cannot be read, or is larger than any such file.
     """
     try:
         size_bytes = path.stat().st_size
@@ -50,17 +49,9 @@ def read_bytes(path: Path, error: type[HawkError], advice: str = "") -> bytes:
 
 
 def parse_json(content: bytes | str, kind: type[_T], name: str, error: type[HawkError], advice: str = "") -> _T:
-    """JSON that others may have written.
+    """JSON that others may have written: a `kind`, such as dict[str, Any] or a dataclass, from a file of this name.
 
-    Args:
-        content: of a file.
-        kind: what it must hold, such as dict[str, Any] or a dataclass.
-        name: of the file, for the error.
-        error: raised where it holds something else.
-        advice: what the reader of the error can do.
-
-    Raises:
-        HawkError: of the type `error`: too large, nested too deeply, not JSON, or JSON of another kind.
+    Raises `error`, with advice to its reader: too large, nested too deeply, not JSON, or JSON of another kind.
     """
     if len(content) > MAX_JSON_BYTES:
         raise error(f"{name}: got {len(content)} bytes, expected at most {MAX_JSON_BYTES}. {advice}".rstrip())

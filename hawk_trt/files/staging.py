@@ -23,10 +23,8 @@ _RENAME_EXCHANGE = 2
 def staged(out: Path) -> Iterator[Path]:
     """A new folder beside out, to be filled, which takes its place at the end.
 
-    out is absolute and resolved, so that a symbolic link keeps pointing at it.
-
-    Raises:
-        BundleError: a file could not be written, or the folder not be moved; out is as it was.
+    out is absolute and resolved, so that a symbolic link keeps pointing at it. Raises BundleError: a file could not be
+    written, or the folder not be moved; out is as it was.
     """
     partial = _beside(out, "partial")
     try:

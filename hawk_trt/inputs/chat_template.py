@@ -45,12 +45,9 @@ class ChatTemplate:
     def pieces(self, turns: Sequence[Turn], tools: Sequence[JsonObject] = ()) -> Iterator[tuple[str, str | None]]:
         """Render turns and the beginning of the assistant's answer; tools tell the model what it may call.
 
-        Yields:
-            A piece of text as the user wrote it, perhaps empty, and the special token after it, None at the end.
-
-        Raises:
-            InvalidInput: the template does not compile, takes no tools where there are some, refuses these turns, or
-                takes longer than 5 seconds.
+        Yields pieces of text as the user wrote them, some empty, and the special token behind each, None at the end.
+        Raises InvalidInput: the template does not compile, takes no tools where there are some, refuses these turns, or
+        takes longer than 5 seconds.
         """
         import jinja2  # compiling and rendering need it, and nothing else
 

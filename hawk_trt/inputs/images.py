@@ -63,7 +63,7 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 def load_image(
     source: "ImageInput", *, max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] = FORMATS
 ) -> npt.NDArray[np.uint8]:
-    """Decode an image, upright and in RGB.
+    """Decode an image, upright and in RGB: uint8 [height, width, 3], possibly read-only.
 
     EXIF orientation is applied, and transparency is composited on white (as the Qwen processors do). Every other
     mode becomes RGB as Pillow converts it, or is refused where Pillow would clip it.
@@ -74,9 +74,6 @@ def load_image(
         max_pixels: a larger file is shrunk to it by a whole number, a JPEG while it is decoded. What is not a JPEG
             and has more than MAX_PIXELS is refused, as are PIL images and arrays of more than max_pixels.
         formats: of files, by Pillow's names.
-
-    Returns:
-        uint8 [height, width, 3], possibly read-only.
 
     Raises:
         InvalidInput: missing, unreadable, not an image, damaged, empty or too large; it names the source.
@@ -163,10 +160,7 @@ def base64_bytes(text: str, name: str = "image (base64)") -> bytes:
 
 
 class _QuietPillow:
-    """Drops Pillow's warnings while any thread decodes.
-
-    catch_warnings swaps the filters of the whole process: the first thread that enters, and the last that leaves.
-    """
+    """Drops Pillow's warnings while any thread decodes: catch_warnings swaps the filters of the whole process."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

@@ -96,8 +96,7 @@ def prompt_layout(
 ) -> PromptLayout:
     """Lay out one prompt. query: as PruningConfig has it. chat: knows the turns; None without a tokenizer.
 
-    Raises:
-        InvalidInput: shapes, masks, placeholders and grids that do not fit, or query="turn" without a tokenizer.
+    Raises InvalidInput: shapes, masks, placeholders and grids that do not fit, or query="turn" without a tokenizer.
     """
     ids, real = _tokens(inputs)
     kind = np.zeros(len(ids), np.int8)
@@ -204,11 +203,8 @@ def collate(
     K is the largest kept count; row i keeps K - K_i of its padding tokens besides its own K_i, and is padded
     far enough for that.
 
-    Args:
-        prompts: the rows.
-        kept_counts: visual tokens kept in each.
-        kept_rows: bool [num_visual] of each prompt where the choice is made already, else None: the scores decide.
-        head_weights: float32 [heads].
+    kept_counts: visual tokens kept in each.  kept_rows: bool [num_visual] of each where the choice is made already,
+    else None: the scores decide.  head_weights: float32 [heads].
     """
     totals = [p.num_tokens - p.num_visual + kept for p, kept in zip(prompts, kept_counts, strict=True)]
     total = max(totals)

@@ -54,15 +54,10 @@ _FULL_DETAIL = ("auto", "high", "original")
 
 
 def read_messages(messages: "Sequence[Message]", sources: Sources) -> tuple[Turn, ...]:
-    """Check chat messages and bring them to turns.
+    """Check chat messages (docs/prompts.md) and bring them to turns. A key whose value is None counts as not there.
 
-    Args:
-        messages: as docs/prompts.md says. A key whose value is None counts as not there.
-        sources: of the image and video items without one, in order.
-
-    Raises:
-        InvalidInput: a shape, role, content type or key that is not known, no message, no turn to answer, or
-            images and videos that do not fit the items without a source.
+    sources: of the image and video items without one, in order. Raises InvalidInput: a shape, role, content type or key
+    that is not known, no message, no turn to answer, or images and videos that do not fit the items without a source.
     """
     if isinstance(messages, bytes) or not isinstance(messages, Sequence):
         got = type(messages).__name__

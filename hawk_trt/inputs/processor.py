@@ -47,9 +47,8 @@ class Processor:
     def __call__(self, request: Request) -> ModelInputs:
         """Turn a request's prompt into tensors.
 
-        Raises:
-            InvalidInput: a prompt, image or video that cannot be used, more tokens than the model's context, or a
-                bundle without a tokenizer.
+        Raises InvalidInput: a prompt, image or video that cannot be used, more tokens than the model's context, or a
+        bundle without a tokenizer.
         """
         prompt, images, videos, tools = request.prompt, request.images, request.videos, request.tools
         if isinstance(prompt, ModelInputs):
@@ -80,8 +79,7 @@ class Processor:
     def layout(self, inputs: ModelInputs, query: str | None = None) -> PromptLayout:
         """Where everything of a prompt lies.
 
-        Raises:
-            InvalidInput: tensors that do not fit each other, or more of them than the model's context.
+        Raises InvalidInput: tensors that do not fit each other, or more of them than the model's context.
         """
         layout = prompt_layout(inputs, self._family, self._special_tokens, query, self.chat)
         if layout.input_ids.min() < 0 or layout.input_ids.max() >= self._vocab_size:

@@ -26,11 +26,6 @@ if TYPE_CHECKING:
 _MAX_HEADER_TOKENS = 32
 # No text has so many characters a token on average.
 _CHARACTERS_A_TOKEN = 64
-# The letters by which byte-level tokenizers name bytes: printable Latin-1 as it is, the other bytes from 256 on.
-_PRINTABLE = (*range(33, 127), *range(161, 173), *range(174, 256))
-_BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {
-    chr(256 + number): byte for number, byte in enumerate(sorted(set(range(256)) - set(_PRINTABLE)))
-}
 # Threads of its own make the tokenizers package warn after every fork.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -44,11 +39,7 @@ class EncodedPrompt:
 
 
 class ChatTokenizer:
-    """The tokenizer and chat template of one checkpoint; `tokenizer` decodes.
-
-    Attributes:
-        template: None where the checkpoint has none: then tokens can be decoded, and no prompt be made.
-    """
+    """The tokenizer and chat template of one checkpoint; without a template it only decodes."""
 
     def __init__(
         self,
@@ -58,14 +49,10 @@ class ChatTokenizer:
         special_tokens: SpecialTokens,
         context: int = 1 << 20,
     ) -> None:
-        """Make a tokenizer from a checkpoint's texts; BundleError where tokenizer.json cannot be read.
+        """Make a tokenizer of tokenizer.json; BundleError where it cannot be read.
 
-        Args:
-            tokenizer_json: tokenizer.json.
-            config: tokenizer_config.json; the template may use its bos_token, eos_token and the like.
-            template: Jinja; None where the checkpoint has none, then only decoding works.
-            special_tokens: ids that the runtime must know.
-            context: tokens that the model reads at most; texts that cannot fit are refused before they are tokenised.
+        config: tokenizer_config.json; the template may use its bos_token, eos_token and the like.  template: Jinja.
+        context: tokens that the model reads at most; texts that cannot fit are refused before they are tokenised.
         """
         self.tokenizer = _read_tokenizer(tokenizer_json)
         self.tokenizer.no_truncation()
@@ -99,16 +86,10 @@ class ChatTokenizer:
         videos: "VideoInput | Sequence[VideoInput]" = (),
         tools: Sequence[JsonObject] = (),
     ) -> EncodedPrompt:
-        """Turn a string or chat messages into texts and special tokens.
+        """Turn a string, or chat messages as docs/prompts.md says, into texts and special tokens.
 
-        Args:
-            prompt: a string, or chat messages as docs/prompts.md says.
-            images: sources of a string's images, or of the image items without one, in order; one alone needs no list.
-            videos: the same for videos.
-            tools: as Request has them.
-
-        Raises:
-            InvalidInput: a prompt that cannot be read, no chat template, or one that refuses this prompt.
+        images, videos: sources of a string's, or of the items of messages without one, in order; one alone needs no
+        list. Raises InvalidInput: a prompt that cannot be read, no chat template, or one that refuses this prompt.
         """
         sources: Sources = {"image": as_list(images, "image"), "video": as_list(videos, "video")}
         turns: tuple[Turn, ...]
@@ -147,11 +128,9 @@ class ChatTokenizer:
     def expand(self, encoded: EncodedPrompt, placeholders: Sequence[Sequence[str | TokenRun]]) -> npt.NDArray[np.int64]:
         """Token ids with what the family makes of each image and video in its placeholder's place: int64 [seq_len].
 
-        placeholders: texts and runs of tokens for each image and video, in the prompt's order. Those that bring
-        vision_start and vision_end replace the ones around the placeholder too, if there are any.
-
-        Raises:
-            InvalidInput: more or fewer of them than placeholders, or one without a token.
+        placeholders: texts and runs of tokens for each, in the prompt's order. Those that bring vision_start and
+        vision_end replace the ones around the placeholder too. Raises InvalidInput: more or fewer of them than
+        placeholders, or one without a token.
         """
         if len(encoded.visual) != len(placeholders) or not all(
             any(isinstance(part, TokenRun) and part.count > 0 for part in parts) for parts in placeholders
@@ -222,16 +201,6 @@ def read_settings(bundle: Bundle, name: str) -> dict[str, Any] | None:
     text = bundle.read_text(name)
     advice = "Mend it in the checkpoint and export again: hawk-trt export CHECKPOINT --out FOLDER"
     return None if text is None else parse_json(text, dict[str, Any], name, BundleError, advice)
-
-
-def token_bytes(tokenizer: Tokenizer, token_id: int) -> bytes:
-    """What one token spells in UTF-8: perhaps a part of a character, nothing where the tokenizer lacks the token."""
-    text = tokenizer.decode([token_id], skip_special_tokens=False)
-    if "\ufffd" in text:  # not whole characters
-        name = tokenizer.id_to_token(token_id) or ""
-        if all(letter in _BYTE_OF for letter in name):
-            return bytes(_BYTE_OF[letter] for letter in name)
-    return text.encode()
 
 
 def _read_tokenizer(tokenizer_json: str) -> Tokenizer:

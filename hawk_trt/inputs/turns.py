@@ -99,21 +99,32 @@ def checked_objects(values: object, where: str) -> tuple[JsonObject, ...]:
     for index, value in enumerate(values):
         if not isinstance(value, Mapping):
             raise InvalidInput(f"{where}[{index}]: got {type(value).__name__}, expected a JSON object")
-        _check_json(value, f"{where}[{index}]")
+        for place, leaf in _leaves(value, f"{where}[{index}]"):
+            if isinstance(leaf, str):
+                valid_text(leaf, place)
+            elif not (leaf is None or isinstance(leaf, bool | int | float)):
+                raise InvalidInput(f"{place}: got {type(leaf).__name__}, expected a JSON value")
     return tuple(values)
 
 
 def strings(value: object) -> Iterator[str]:
     """All strings in a JSON value, keys too."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
+    return (leaf for _, leaf in _leaves(value, "") if isinstance(leaf, str))
+
+
+def _leaves(value: object, where: str) -> Iterator[tuple[str, object]]:
+    """The keys in a JSON value, and what holds no other values, each with its place."""
+    if isinstance(value, Mapping):
         for key, inner in value.items():
-            yield key
-            yield from strings(inner)
-    elif isinstance(value, Sequence):
-        for inner in value:
-            yield from strings(inner)
+            if not isinstance(key, str):
+                raise InvalidInput(f"{where}: got a key {key!r}, expected strings as keys")
+            yield where, key
+            yield from _leaves(inner, f"{where}.{key}")
+    elif isinstance(value, list | tuple):
+        for index, inner in enumerate(value):
+            yield from _leaves(inner, f"{where}[{index}]")
+    else:
+        yield where, value
 
 
 def with_strings(value: Any, change: Callable[[str], str]) -> Any:  # noqa: ANN401 - a JSON value in, one like it out
@@ -125,22 +136,6 @@ def with_strings(value: Any, change: Callable[[str], str]) -> Any:  # noqa: ANN4
     if isinstance(value, Sequence):
         return [with_strings(inner, change) for inner in value]
     return value
-
-
-def _check_json(value: object, where: str) -> None:
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            if not isinstance(key, str):
-                raise InvalidInput(f"{where}: got a key {key!r}, expected strings as keys")
-            _check_json(key, where)
-            _check_json(inner, f"{where}.{key}")
-    elif isinstance(value, str):
-        valid_text(value, where)
-    elif isinstance(value, list | tuple):
-        for index, inner in enumerate(value):
-            _check_json(inner, f"{where}[{index}]")
-    elif not (value is None or isinstance(value, bool | int | float)):
-        raise InvalidInput(f"{where}: got {type(value).__name__}, expected a JSON value")
 
 
 def valid_text(value: object, where: str) -> str:

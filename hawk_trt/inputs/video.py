@@ -29,12 +29,9 @@ FrameSampler: TypeAlias = Callable[[int, float, float | None, int], npt.NDArray[
 class Video:
     """The frames of a video that the model is to see.
 
-    Attributes:
-        frames: uint8 [height, width, 3] each; those of a file are decoded anew whenever they are gone through,
-            and a damaged file shows as InvalidInput then.
-        seconds_per_frame: from one of these frames to the next. second_per_grid_ts is this times
-            temporal_patch_size.
-        times: seconds of each frame from the start of the video.
+    frames: uint8 [height, width, 3] each; those of a file are decoded anew whenever they are gone through, and a
+    damaged file shows as InvalidInput then.  seconds_per_frame: from one of these frames to the next; times
+    temporal_patch_size it is second_per_grid_ts.  times: seconds of each frame from the start of the video.
     """
 
     frames: Sequence[Frame]
@@ -51,17 +48,12 @@ def load_video(
 ) -> Video:
     """Open a video.
 
-    Args:
-        item: a path (also file://), a sequence of images, or uint8 [frames, height, width, 3]; or one of these as the
-            source of a VisualItem, which holds its own fps and max_frames.
-        sampler: the family's rule for files.
-        fps: as in VisualItem.
-        max_frames: as in VisualItem.
+    item: a path (also file://), a sequence of images, or uint8 [frames, height, width, 3]; or one of these as the
+    source of a VisualItem, which holds its own fps and max_frames.  sampler: the family's rule for files.  fps,
+    max_frames: as in VisualItem.
 
-    Raises:
-        InvalidInput: missing, unreadable, no video, without frames, or an option out of its range, or one that a
-            list of frames cannot honour.
-        BackendError: a file, and PyAV is not installed.
+    Raises InvalidInput: missing, unreadable, no video, without frames, or an option out of its range, or one that a
+    list of frames cannot honour; BackendError: a file, and PyAV is not installed.
     """
     if not isinstance(item, VisualItem):
         item = VisualItem("video", item, fps=fps, max_frames=max_frames)

@@ -101,9 +101,8 @@ class FileFrames(Sequence[Frame]):
 def index_file(path: Path) -> VideoIndex:
     """The frames of a file, without decoding them.
 
-    Raises:
-        InvalidInput: not a video, damaged, cut short, without frames or frame rate, or of too large a size.
-        BackendError: PyAV is not installed.
+    Raises InvalidInput: not a video, damaged, cut short, without frames or frame rate, or of too large a size;
+    BackendError: PyAV is not installed.
     """
     durations_ms = _animation_durations(path)
     if durations_ms is not None:

@@ -1,4 +1,4 @@
-"""What the runtime asks of a model family, and the values that go between; registry.py knows which families there are.
+"""What the runtime asks of a model family, and the values that go between; load_family knows which families there are.
 
 A family turns images into patches, and patches into the feeds of the vision stage; everything after the vision stage
 is the same for all. A family is one file here, a reader of its config.json, and one vision graph in export/.
@@ -93,10 +93,7 @@ class ImageSettings:
 
 
 class StreamedRows:
-    """float32 [rows, columns]. Slices in ascending order cost nothing more; going back begins again.
-
-    `numpy.asarray` makes the whole array. It has the shape, dtype and ndim of one.
-    """
+    """float32 [rows, columns] of which slices are made, best in ascending order; `numpy.asarray` makes the whole."""
 
     ndim = 2
     dtype: np.dtype[np.float32] = np.dtype(np.float32)
@@ -145,13 +142,9 @@ class StreamedRows:
 class Patches:
     """Images or videos as the vision stage takes them, or one of them as a prompt has it.
 
-    Attributes:
-        pixel_values: float32 [num_patches, patch_dim], in the order of the checkpoint's own processor; of a long
-            video made while it is read.
-        grid_thw: int64 [items, 3], patches in time, height and width of each image or video.
-        kind: of the one image or video.
-        times: seconds of each frame of the one video from its start.
-        seconds_per_patch: that one temporal patch of it spans.
+    pixel_values: float32 [num_patches, patch_dim], in the order of the checkpoint's own processor; of a long video made
+    while it is read.  grid_thw: int64 [items, 3], patches in time, height and width of each.  Of the one image or
+    video: its kind, the seconds of each frame from the video's start, and those that one temporal patch spans.
     """
 
     pixel_values: Floats | StreamedRows
@@ -178,11 +171,9 @@ class TokenRun:
 class Family(Protocol):
     """A model family, with the vision sizes of one model; what it cannot use is refused as InvalidInput.
 
-    Attributes:
-        max_frame_pixels: the largest area of a video frame where the checkpoint says no bounds for videos, None for
-            that of images.
-        pixel_bounds: what the bounds of a video's pixels bound: each "frame", the whole "video", or "nothing", since
-            frames and tiles have one size.
+    max_frame_pixels: the largest area of a video frame where the checkpoint says no bounds for videos, None for that of
+    images.  pixel_bounds: what the bounds of a video's pixels bound: each "frame", the whole "video", or "nothing",
+    since frames and tiles have one size.
     """
 
     max_frame_pixels: ClassVar[int | None]
@@ -193,10 +184,7 @@ class Family(Protocol):
         """Sizes of the vision tower."""
 
     def vision_feeds(self, patches: Patches, max_patches: int) -> Iterator[dict[str, npt.NDArray[Any]]]:
-        """Feeds of the vision stage, one call after another, together in prompt order.
-
-        max_patches bounds a call's patches (a single frame may exceed it).
-        """
+        """Feeds of the vision stage in prompt order, of at most max_patches a call (a single frame may exceed it)."""
 
     def image_settings(self, preprocessor: Mapping[str, Any]) -> ImageSettings:
         """Settings from preprocessor_config.json, or from video_preprocessor_config.json for videos."""
@@ -212,10 +200,7 @@ class Family(Protocol):
 
     @staticmethod
     def frame_numbers(total: int, video_fps: float, fps: float | None, max_frames: int) -> IntArray:
-        """Which frames of a video file are taken: int64, ascending.
-
-        total: frames of the file.  video_fps: its rate.  fps: asked for, None for the family's own rule.
-        """
+        """Which frames of a video file are taken: int64, ascending. fps: asked for, None for the family's own rule."""
 
     def placeholder(self, item: Patches, special: SpecialTokens) -> tuple[str | TokenRun, ...]:
         """What the chat template's one placeholder of an image or video becomes: texts and runs of tokens.
@@ -227,10 +212,7 @@ class Family(Protocol):
         """The tensors of a prompt in the layout of the checkpoint's own processor; items in the prompt's order."""
 
     def item_grids(self, inputs: ModelInputs, visual_kind: Kinds) -> tuple[IntArray, IntArray]:
-        """The grid_thw of a prompt's images and of its videos, wherever the family's processor says them.
-
-        visual_kind: [seq_len], padding included.
-        """
+        """The grid_thw of a prompt's images and of its videos. visual_kind: [seq_len], padding included."""
 
     def position_ids(self, visual_kind: Kinds, images: IntArray, videos: IntArray, seconds: Floats) -> IntArray:
         """Positions of a prompt without padding: int64 [axes, seq_len].

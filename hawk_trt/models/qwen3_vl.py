@@ -90,11 +90,8 @@ class Qwen3VL(Qwen2VL):
 def interpolation(height: int, width: int, merge: int, side: int) -> tuple[IntArray, npt.NDArray[np.float32]]:
     """How the square table of positions, of a side, is resampled to a frame of height x width patches, bilinearly.
 
-    Corners lie on corners. merge: patches on a side of a merge block.
-
-    Returns:
-        Four places in the flattened table and their weights for each patch, in the processor's order:
-        int64 and float32 [num_patches, 4], read-only.
+    Corners lie on corners. merge: patches on a side of a merge block. Returns four places in the flattened table and
+    their weights for each patch, in the processor's order: int64 and float32 [num_patches, 4], read-only.
     """
     positions = patch_positions(height, width, merge)
     (low_row, high_row), row_weights = _taps(positions[:, 0], height, side)

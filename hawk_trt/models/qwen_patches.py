@@ -107,10 +107,7 @@ def cut(
 
 @lru_cache(maxsize=PLANS_KEPT)
 def patch_positions(height: int, width: int, merge: int) -> IntArray:
-    """Row and column of each patch of a frame, in the processor's order: int64 [num_patches, 2], read-only.
-
-    height and width are in patches.
-    """
+    """Row and column of each of height x width patches, in the processor's order: int64 [num_patches, 2], read-only."""
     rows, columns = np.mgrid[:height, :width]
     positions = np.stack((rows, columns), axis=-1).astype(np.int64)
     by_block = positions.reshape(height // merge, merge, width // merge, merge, 2).transpose(0, 2, 1, 3, 4)
@@ -122,8 +119,7 @@ def patch_positions(height: int, width: int, merge: int) -> IntArray:
 def frame_batches(patches: Patches, vision: Qwen2Vision, max_patches: int) -> Iterator[tuple[Floats, int, int]]:
     """Cut images and videos into batches of frames of one size, in order; a single frame may exceed max_patches.
 
-    Yields:
-        float32 [num_frames, num_patches, patch_dim], and the height and width of its frames in patches.
+    Yields float32 [num_frames, num_patches, patch_dim], and the height and width of its frames in patches.
     """
     grid = check_grid("grid_thw", patches.grid_thw, vision.spatial_merge_size)
     pixels, dim, num_rows = patches.pixel_values, vision.patch_dim, int(grid.prod(axis=1).sum())
@@ -152,16 +148,10 @@ def position_ids(
 ) -> IntArray:
     """Positions of a prompt without padding, whose grids make as many tokens as it has placeholders.
 
-    Args:
-        visual_kind: [seq_len].
-        images: their grid_thw, int64 [images, 3].
-        videos: theirs.
-        seconds: that one temporal patch of each video spans.
-        merge: patches on a side of a visual token.
-        tokens_per_second: of the time axis.
+    visual_kind: [seq_len].  images, videos: their grid_thw, int64 [items, 3].  seconds: that one temporal patch of each
+    video spans.  merge: patches on a side of a visual token.  tokens_per_second: of the time axis.
 
-    Returns:
-        int64 [3, seq_len]: time, height, width.
+    Returns int64 [3, seq_len]: time, height, width.
     """
     rate, still = np.float32(tokens_per_second), np.zeros(len(images), np.float32)
     items = {

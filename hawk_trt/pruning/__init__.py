@@ -6,7 +6,7 @@ selectors.py, from what the stages have made so far, and goes into the graph thr
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TypeAlias
 
 import numpy as np
@@ -43,34 +43,20 @@ def kept_count(prompt: PromptLayout, pruning: PruningConfig) -> int:
     return sum(_limit(pool, pruning) for pool in _pools(prompt, pruning))
 
 
-@dataclass(frozen=True, slots=True)
-class Selection:
-    """What a prefill runs over.
-
-    Attributes:
-        inputs: of first_layer, with the choice where the host made it.
-        scores: float32 [num_visual] of each prompt, where the host read them; None where the graph tells.
-        seconds: that the host took to choose, without first_layer's own.
-    """
-
-    inputs: PrefillInputs
-    scores: list[Float32Array] | None
-    seconds: float
-
-
 def select(
     prompts: Sequence[tuple[PromptLayout, PruningConfig]], bundle: Bundle, backend: Backend, visual: Visual
-) -> Selection:
+) -> tuple[PrefillInputs, list[Float32Array] | None, float]:
     """Lay prompts of the same head weights side by side; the host chooses their tokens where the graph cannot.
 
-    Raises:
-        InvalidInput: a caller's own selector gave something else than k of the candidates.
+    Returns first_layer's inputs; HAWK's scores of each prompt, float32 [num_visual], where the host has read them; and
+    the seconds that it took to choose, without first_layer's. Raises InvalidInput: a caller's own selector gave
+    something else than k of the candidates.
     """
     layouts = [layout for layout, _ in prompts]
     weights = weights_for(bundle, prompts[0][1])
     inputs = collate(layouts, [kept_count(*prompt) for prompt in prompts], [None] * len(prompts), weights)
     if all(_graph_chooses(*prompt) for prompt in prompts):
-        return Selection(inputs, None, 0.0)
+        return inputs, None, 0.0
     from hawk_trt.pruning.selectors import Candidates, Source, choose  # few prompts need them
 
     begun = time.perf_counter()
@@ -82,7 +68,7 @@ def select(
         chosen.append(kept)
     inputs = collate(layouts, [int(kept.sum()) for kept in chosen], chosen, weights)
     scores = None if source.score_seconds is None else source.scores
-    return Selection(inputs, scores, time.perf_counter() - begun - (source.score_seconds or 0.0))
+    return inputs, scores, time.perf_counter() - begun - (source.score_seconds or 0.0)
 
 
 def _graph_chooses(prompt: PromptLayout, pruning: PruningConfig) -> bool:

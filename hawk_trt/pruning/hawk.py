@@ -40,13 +40,12 @@ def head_scores(
         inputs_embeds: (seq_len, hidden) merged text and visual embeddings.
         query_weights: (seq_len), 1/T at the T query tokens, else 0.
         norm_weight: (hidden), layer 0's input norm.
-        norm_epsilon: of that norm.
+        norm_epsilon: of that norm, and of qk_norms.
         q_proj: weight (num_heads * head_dim, hidden) and bias (num_heads * head_dim) or None.
         k_proj: weight (num_kv_heads * head_dim, hidden) and bias or None.
         num_heads: query heads.
         num_kv_heads: key heads.
-        qk_norms: weights (head_dim) of the RMS norms of queries and keys, where the model has them; their
-            epsilon is norm_epsilon too.
+        qk_norms: weights (head_dim) of the RMS norms of queries and keys, where the model has them.
     """
     x = inputs_embeds.astype(np.float32)
     h = _rms_norm(x, norm_weight, norm_epsilon)

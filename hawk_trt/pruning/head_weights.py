@@ -13,22 +13,15 @@ from hawk_trt.request import check_head_weights
 
 
 def read_head_weights(path: Path) -> HeadWeights:
-    """Head weights from a file; how many there must be is known later.
+    """Head weights from a file, for `PruningConfig(head_weights=read_head_weights(path).values)`.
 
-    `PruningConfig(head_weights=read_head_weights(path).values)` prunes with them.
-
-    Raises:
-        InvalidInput: it cannot be read, or does not hold finite numbers of at least 0.
+    Raises InvalidInput: it cannot be read, or does not hold finite numbers of at least 0.
     """
     return parse_head_weights(str(path), read_bytes(path, InvalidInput))
 
 
 def parse_head_weights(name: str, content: str | bytes) -> HeadWeights:
-    """Head weights from the JSON of a file; its name is for messages, and the source where the content has none.
-
-    Raises:
-        InvalidInput: something else in it than finite numbers of at least 0.
-    """
+    """The same from a file's content; its name is for errors, and the source where the content has none."""
     parsed = parse_json(content, object, f"head weights: {name}", InvalidInput)
     values, source = (parsed.get("values"), parsed.get("source")) if isinstance(parsed, dict) else (parsed, None)
     if not isinstance(values, list):

@@ -41,12 +41,7 @@ _SMALLEST_NORM = np.float32(1e-12)
 
 @dataclass
 class Source:
-    """What a selector may read of the prompts of a batch; each is made once, when first read.
-
-    Attributes:
-        inputs: of the first layer.
-        score_seconds: spent in first_layer for the scores; None where nobody read them.
-    """
+    """What a selector may read of the prompts of a batch, made when first read; score_seconds: spent on the scores."""
 
     bundle: Bundle
     backend: Backend
@@ -74,11 +69,8 @@ class Source:
 class Candidates:
     """Visual tokens that compete: all of a prompt, or those of one image or frame.
 
-    Attributes:
-        members: int64 [n], their places among the prompt's visual tokens.
-        rng: seeded by PruningConfig.seed; one for all pools of a prompt.
-        source: of the batch.
-        row: of the prompt in the batch.
+    members: int64 [n], their places among the prompt's visual tokens.  rng: seeded by PruningConfig.seed; one for all
+    pools of a prompt.  row: of the prompt in the batch of the source.
     """
 
     members: IntArray
@@ -111,11 +103,7 @@ class Candidates:
 
 
 def choose(candidates: Candidates, k: int, pruning: PruningConfig) -> IntArray:
-    """Which candidates are kept, at most k, by their places among them.
-
-    Raises:
-        InvalidInput: a caller's own selector gave something else than k of the candidates.
-    """
+    """Places of the candidates that are kept, at most k; InvalidInput where a caller's own selector gives others."""
     if pruning.keep_mass is not None:
         k = min(k, max(pruning.min_visual_tokens, count_of_mass(candidates.scores, pruning.keep_mass)))
     if k == candidates.size:

@@ -33,11 +33,9 @@ class StageTolerance:
 class Tolerance:
     """Of one dtype. All scores of a prompt are one row; the decoder's rows are the teacher-forced logits.
 
-    Attributes:
-        score_error: the most that a score may differ, a shift common to all left out, as a share of the
-            reference's spread (largest - smallest score). A kept token may be swapped for another only
-            where both lie this near to the cut.
-        kl: the most that the next-token distribution may differ, in nats.
+    score_error: the most that a score may differ, a shift common to all left out, as a share of the reference's spread
+    (largest - smallest score). A kept token may be swapped for another only where both lie this near to the cut.
+    kl: the most that the next-token distribution may differ, in nats.
     """
 
     vision: StageTolerance
@@ -128,12 +126,9 @@ def _looser(one: StageTolerance, other: StageTolerance) -> StageTolerance:
 class StageRow:
     """One stage's output against the reference's.
 
-    Attributes:
-        rows: vectors compared: visual tokens, kept tokens or decode steps.
-        cosine, norm_ratio: means over the rows; |got| / |expected|.
-        norm_ratio_worst: the one farthest from 1.
-        max_error_share: as a share of the largest reference value.
-        failures: what is out of tolerance.
+    rows: vectors compared: visual tokens, kept tokens or decode steps.  cosine, norm_ratio: means over the rows;
+    |got| / |expected|.  norm_ratio_worst: the one farthest from 1.  max_error_share: as a share of the largest
+    reference value.  failures: what is out of tolerance.
     """
 
     stage: str

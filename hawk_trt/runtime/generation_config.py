@@ -24,16 +24,11 @@ class _Said(msgspec.Struct):
 
 
 def checkpoint_sampling(bundle: Bundle, *, served: bool = False) -> SamplingConfig:
-    """How the checkpoint's generation_config.json says that tokens are drawn.
+    """How the checkpoint's generation_config.json says that tokens are drawn, as transformers reads it.
 
-    Args:
-        bundle: of the checkpoint.
-        served: read the file as vLLM's server does: the values alone count, whatever do_sample says; a temperature
-            that is missing is 1. Otherwise as transformers does: greedy, with the repetition penalty, unless do_sample
-            is true, and then a top_k that is missing is 50.
-
-    Raises:
-        BundleError: a value of the wrong kind or out of its range.
+    That is greedy, with the repetition penalty, unless do_sample is true, and then a top_k that is missing is 50.
+    served: as vLLM's server reads it: the values alone count, whatever do_sample says; a temperature that is missing is
+    1. Raises BundleError: a value of the wrong kind or out of its range.
     """
     text = bundle.read_text(_GENERATION_CONFIG) or "{}"
     file, advice = str(bundle.folder / _GENERATION_CONFIG), "Correct it in the checkpoint and export again"

@@ -1,4 +1,9 @@
-"""KV caches in ONNX Runtime: slots for rows, which generations take and leave, and the decode steps over them.
+"""KV caches in ONNX Runtime: slots, which rows take and leave; and which cache a row gets.
+
+On a GPU caches are shared: a prompt takes free slots beside those that run, a cache outlives its rows, and its columns
+are whole steps of _COLUMN_STEP. So tensors stay at their addresses, which a captured decode step needs, and
+rows come and go without a copy. On the CPU every column costs time: a cache has the rows and columns that were asked
+for, and is gone with them.
 
 A cache is a tensor [slots, kv_heads, columns, head_dim] a layer, key and value.
 
@@ -16,9 +21,8 @@ where others have slots in the cache, the states of the rows that were asked for
 """
 
 import math
-import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,90 +30,21 @@ import onnxruntime as ort
 
 from hawk_trt.bundle import TensorEntry
 from hawk_trt.errors import BackendError
-from hawk_trt.runtime.session import Binding, Stage, download, write
-from hawk_trt.stages import BIAS_KEEP, DECODER, FIRST_LAYER, in_place
+from hawk_trt.runtime.session import DecodeStep, Stage, Values, download, write
+from hawk_trt.stages import DECODER, FIRST_LAYER, in_place
 
-# Tensors by name.
-Values: TypeAlias = Mapping[str, ort.OrtValue]
-
-
-class DecodeStep:
-    """One token of each of the first rows of a cache.
-
-    All of it stands still in memory, so a GPU captures the second run in place as a CUDA graph and replays it.
-
-    Attributes:
-        tensors: inputs and outputs of both stages by name, but for the cache.
-    """
-
-    def __init__(self, stages: Mapping[str, Stage], count: int) -> None:
-        self._stages = {name: stages[name] for name in (FIRST_LAYER, DECODER)}
-        self._count = count
-        self._place = stages[FIRST_LAYER].device
-        first, decoder = (stage.entry for stage in self._stages.values())
-        own_columns = () if in_place(first.target) else ("present_key", "present_value")
-        dims = {"batch": count, "num_text": count, "num_visual": 1, "seq_len": 1, "num_kept_total": 1}
-        self.tensors = {
-            spec.name: self._place.zeros(
-                tuple(dims[size] if isinstance(size, str) else size for size in spec.shape), spec.dtype
-            )
-            for spec in (*first.inputs, *first.outputs, *decoder.outputs)
-            if "." not in spec.name or spec.name.startswith(own_columns)
-        }
-        write(self.tensors["source_rows"], -1 - np.arange(count, dtype=np.int64)[:, None])
-        write(self.tensors["select_bias"], np.full((count, 1), BIAS_KEEP, np.float32))
-        self._bindings: dict[str, Binding] = {}
-        self._captured = False
-
-    def run(self, cache: "KVCache", inputs: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Run both stages.
-
-        Args:
-            cache: the same every time.
-            inputs: what is new in this step, by name; not every target takes all.
-
-        Raises:
-            BackendError: ONNX Runtime failed.
-        """
-        for name in inputs.keys() & self.tensors.keys():
-            write(self.tensors[name], inputs[name])
-        warm = len(self._bindings) == len(self._stages)
-        if warm and self._place.capture and all(stage.can_capture for stage in self._stages.values()):
-            try:
-                for binding in self._bindings.values():
-                    binding.replay()
-            except BackendError as error:
-                if self._captured:
-                    raise
-                self._place.capture = False
-                warnings.warn(f"decode runs without a CUDA graph, slower: {error}", RuntimeWarning, stacklevel=2)
-            else:
-                self._place.num_captured += not self._captured
-                self._captured = True
-                return
-        for name, stage in self._stages.items():
-            if not warm:
-                inputs_of = self.tensors | cache.inputs(name, 0, self._count)
-                outputs_of = self.tensors | cache.outputs(name, 0, self._count)
-                self._bindings[name] = Binding(stage, inputs_of, outputs_of)
-            self._bindings[name].run()
-
-    def forget_graphs(self) -> None:
-        """Give the memory of captured graphs back."""
-        for binding in self._bindings.values():
-            binding.forget_graph()
+# Memory-efficient attention of ONNX Runtime asks for multiples of 4 or 8; captured steps are few where sizes are few.
+_COLUMN_STEP = 256
+# An idle cache serves a prompt unless it has so many times the columns, all of which attention would read.
+_MOST_EXCESS = 4
 
 
 class KVCache:
-    """Keys and values of all layers in some slots, and the states of linear layers.
+    """Keys and values of all layers in some slots of so many columns, and the states of linear layers.
 
-    Attributes:
-        slots: rows that it holds.
-        columns: that a row can hold.
-        starts: int64 [slots], columns of padding before each row's tokens, of the columns of a prefill.
-        ends: int64 [slots], padding and tokens of each row; in place it writes there next.
-        free: slots that no generation has.
-        steps: decode steps bound to this cache, by their rows; of states that change places, those of now.
+    starts: int64 [slots], columns of padding before each row's tokens, of the columns of a prefill.  ends: int64
+    [slots], padding and tokens of each row; in place it writes there next.  free: slots that no row has.  steps: decode
+    steps bound to this cache, by their rows; of states that change places, those of now.
     """
 
     def __init__(self, stages: Mapping[str, Stage], slots: int, columns: int, *, shared: bool) -> None:
@@ -133,7 +68,7 @@ class KVCache:
             self._specs |= {spec.name: spec for spec in presents}
         self._tensors: dict[str, ort.OrtValue] = {}  # by the name of the output
         self._made: dict[str, ort.OrtValue] = {}  # of a shared cache: states as the last run wrote them
-        self._used: set[int] = set()  # slots that hold what a generation left
+        self._used: set[int] = set()  # slots that hold what a row left
 
     def fill(self) -> None:
         """Make its tensors, of zeros."""
@@ -147,7 +82,7 @@ class KVCache:
 
     @property
     def is_idle(self) -> bool:
-        """Whether no generation has any of its slots."""
+        """Whether no row has any of its slots."""
         return len(self.free) == self.slots
 
     @property
@@ -175,11 +110,10 @@ class KVCache:
                 write(self._rows(self._tensors, present, slot, 1), zeros[kind])
         self._used |= taken
 
-    def give_back(self, slots: Iterable[int]) -> None:
-        """Free slots; a step that runs over them meanwhile writes to their first column."""
-        for slot in slots:
-            self.starts[slot] = self.ends[slot] = 0
-            self.free.add(slot)
+    def give_back(self, slot: int) -> None:
+        """Free a slot; a step that runs over it meanwhile writes to its first column."""
+        self.starts[slot] = self.ends[slot] = 0
+        self.free.add(slot)
 
     def inputs(self, stage: str, first: int, count: int, *, empty: bool = False) -> dict[str, ort.OrtValue]:
         """Some neighbouring slots as inputs of a stage; empty: for a prompt, whose portable past is nothing."""
@@ -235,25 +169,17 @@ class KVCache:
             for slot in slots:
                 self._copy(own, slot, made[present], slot, 0, 1)
 
-    def read(self, layer: int, slots: list[int]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-        """Host copies of a layer's keys and values, [slots, kv_heads, length, head_dim] to the longest one's end.
-
-        Of a linear layer, of its two states.
-        """
-        first, second = (name for name in self._specs if name.endswith(f".{layer}"))
-        one, other = (download(self._tensors[name])[slots] for name in (first, second))
-        if self._is_state(first):
+    def read(self, layer: int, slot: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """Host copies of a slot's keys and values of a layer, [kv_heads, length, head_dim], or of its two states."""
+        one, other = (download(tensor)[slot] for tensor in self.tensors(layer))
+        if any(self._is_state(name) for name in self._specs if name.endswith(f".{layer}")):
             return one, other
-        length = int(self.ends[slots].max())
-        if self.in_place:
-            return one[:, :, :length], other[:, :, :length]
-        columns = np.zeros((len(slots), length), np.int64)
-        for row, slot in enumerate(slots):
-            start, end, prompt_end = (int(ends[slot]) for ends in (self.starts, self.ends, self._prompt_ends))
-            prompt = np.arange(self.columns - (prompt_end - start), self.columns)
-            columns[row, start:end] = [*prompt, *range(prompt[0] - 1, prompt[0] - 1 - (end - prompt_end), -1)]
-        picked = columns[:, None, :, None]
-        return np.take_along_axis(one, picked, 2), np.take_along_axis(other, picked, 2)
+        start, end, prompt_end = (int(ends[slot]) for ends in (self.starts, self.ends, self._prompt_ends))
+        columns = np.arange(end)
+        if not self.in_place:
+            first, new = self.columns - (prompt_end - start), end - prompt_end  # each new one is before all others
+            columns = np.r_[np.zeros(start, np.int64), first : self.columns, first - 1 : first - 1 - new : -1]
+        return one[:, columns], other[:, columns]
 
     def tensors(self, layer: int) -> tuple[ort.OrtValue, ort.OrtValue]:
         """A layer's keys and values, or its two states, of all slots."""
@@ -263,7 +189,8 @@ class KVCache:
     def step(self, count: int) -> DecodeStep:
         """The decode step over the first slots."""
         if count not in self.steps:
-            self.steps[count] = DecodeStep(self._stages, count)
+            caches = {name: (self.inputs(name, 0, count), self.outputs(name, 0, count)) for name in self._names}
+            self.steps[count] = DecodeStep(self._stages, count, caches)
         return self.steps[count]
 
     def forget_steps(self) -> None:
@@ -274,11 +201,7 @@ class KVCache:
             steps.clear()
 
     def check_room(self, slots: list[int]) -> None:
-        """Refuse a write beyond the end: TensorRT would drop it silently.
-
-        Raises:
-            BackendError: the cache is full.
-        """
+        """Refuse, as a BackendError, to write beyond the end."""
         needed = int(self.ends[slots].max()) + 1
         if needed > self.columns:
             raise BackendError(
@@ -289,10 +212,8 @@ class KVCache:
     def carry(self, parts: "list[tuple[KVCache, int]]", slots: list[int], spent: "list[KVCache]") -> None:
         """Copy rows of other caches into slots of this one, tensor by tensor, on the device.
 
-        Args:
-            parts: a cache and a row of it, for each slot.
-            slots: to copy to.
-            spent: caches of which nothing else is in use: they give each tensor up as soon as it was copied.
+        parts: a cache and a row of it, for each slot.  spent: caches of which nothing else is in use: they give each
+        tensor up as soon as it was copied.
         """
         for slot, (source, row) in zip(slots, parts, strict=True):
             padding = source.starts[row]
@@ -352,3 +273,73 @@ class KVCache:
 
     def _is_state(self, present: str) -> bool:
         return not any(isinstance(size, str) for size in self._specs[present].shape[1:])
+
+
+class CachePool:
+    """The caches of a backend; shared: whether prompts of different prefills share them."""
+
+    def __init__(self, stages: Mapping[str, Stage], *, shared: bool) -> None:
+        self.shared = shared
+        self._stages = stages
+        self._caches: list[KVCache] = []  # shared ones, in use or idle
+
+    def take(self, count: int, columns: int) -> tuple[KVCache, list[int]]:
+        """Empty slots side by side."""
+        for cache in self._caches:
+            excess = cache.is_idle and cache.columns > max(_MOST_EXCESS * columns, _COLUMN_STEP)
+            slots = None if cache.columns < columns or excess else cache.find(count)
+            if slots is not None:
+                break
+        else:
+            cache, slots = self._new(count, columns), range(count)
+            cache.fill()
+        cache.take(slots)
+        return cache, list(slots)
+
+    def gather(self, parts: list[tuple[KVCache, int]], columns: int) -> tuple[KVCache, list[int]]:
+        """Rows of several caches in one, and their slots: in the largest where the others fit in, else in a new one."""
+        for cache in sorted({id(cache): cache for cache, _ in parts}.values(), key=lambda cache: -cache.slots):
+            guests = [number for number, (home, _) in enumerate(parts) if home is not cache]
+            if self.shared and cache.columns >= columns and len(guests) <= len(cache.free):
+                slots = [row for _, row in parts]
+                break
+        else:
+            guests, slots = list(range(len(parts))), list(range(len(parts)))
+            cache = self._new(len(parts), columns)
+        moved, places = [parts[number] for number in guests], sorted(cache.free)[: len(guests)]
+        for number, place in zip(guests, places, strict=True):
+            slots[number] = place
+        cache.take(places)
+        homes = {id(home): home for home, _ in moved}.values()
+        spent = [home for home in homes if home.slots - len(home.free) == sum(other is home for other, _ in moved)]
+        self._caches = [home for home in self._caches if home not in spent]
+        cache.carry(moved, places, spent)
+        for home, row in moved:
+            home.give_back(row)
+        return cache, slots
+
+    def give_back(self, places: list[tuple[KVCache, int]]) -> None:
+        """Free slots, and forget where they were. Of the caches that nobody uses only the largest stays."""
+        for cache, slot in places:
+            cache.give_back(slot)
+        places.clear()
+        idle = sorted((c for c in self._caches if c.is_idle), key=lambda c: c.slots * c.columns)
+        self._drop(idle[:-1])
+
+    def close(self) -> None:
+        """Let go of all caches."""
+        self._drop(list(self._caches))
+
+    def _new(self, slots: int, columns: int) -> KVCache:
+        if not self.shared:
+            return KVCache(self._stages, slots, columns, shared=False)
+        self._drop([cache for cache in self._caches if cache.is_idle])
+        columns = -(-(columns + 1) // _COLUMN_STEP) * _COLUMN_STEP - 1
+        cache = KVCache(self._stages, slots, columns, shared=True)
+        self._caches.append(cache)
+        return cache
+
+    def _drop(self, caches: list[KVCache]) -> None:
+        for cache in caches:
+            cache.forget_steps()
+            self._caches.remove(cache)

@@ -2,7 +2,8 @@
 
 import time
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,22 +13,21 @@ import onnxruntime as ort
 from hawk_trt.bundle import Bundle, Manifest
 from hawk_trt.errors import BackendError
 from hawk_trt.inputs.layout import PrefillInputs
-from hawk_trt.runtime.cache_pool import CachePool
-from hawk_trt.runtime.kv_cache import KVCache
-from hawk_trt.runtime.protocol import DecodeInputs, Generation, PrefillOutputs, StepOutputs, Visual
-from hawk_trt.runtime.session import Device, Stage, download, write
+from hawk_trt.runtime.kv_cache import CachePool, KVCache
+from hawk_trt.runtime.protocol import PrefillOutputs, Row, StepOutputs, Visual
+from hawk_trt.runtime.session import Device, Stage, Values, download, write
 from hawk_trt.runtime.versions import OPSET_24_ONNX_RUNTIME, QUANTISED_ONNX_RUNTIME, at_least
-from hawk_trt.stages import CUDA, DECODER, FIRST_LAYER, PORTABLE, STAGES, TENSORRT, VISION, in_place
+from hawk_trt.stages import CUDA, DECODER, FIRST_LAYER, PORTABLE, STAGES, TENSORRT, VISION
 
 
+@dataclass(frozen=True, slots=True)
 class OrtVisual:
     """What the vision stage made, by first_layer's input names.
 
     visual_embeds: [rows, hidden]; deepstack_embeds, where the family has them: [rows, levels, hidden].
     """
 
-    def __init__(self, values: Mapping[str, ort.OrtValue]) -> None:
-        self.values = values
+    values: Values
 
     @property
     def nbytes(self) -> int:
@@ -40,21 +40,12 @@ class OrtVisual:
 
 
 class OnnxRuntimeBackend:
-    """A bundle in ONNX Runtime. Make it with `load`.
-
-    Attributes:
-        bundle: what was loaded.
-        stages: its graphs by stage name.
-        place: where they compute.
-        caches: KV caches of its generations.
-        embedding_table: [vocab, hidden], memory-mapped.
-    """
+    """A bundle in ONNX Runtime. Make it with `load`. embedding_table: [vocab, hidden], memory-mapped."""
 
     name = "onnxruntime"
     max_vision_patches = 16384  # bounds the memory of a call
     max_context: int | None = None  # each request takes what it needs
     max_batch: int | None = None
-    can_gather = True
 
     def __init__(self, bundle: Bundle, place: Device, target: str) -> None:
         entries = [bundle.manifest.graph(stage, target) for stage in STAGES]
@@ -72,9 +63,8 @@ class OnnxRuntimeBackend:
     def load(cls, bundle: Bundle, device: str, target: str | None, threads: int | None = None) -> "OnnxRuntimeBackend":
         """Load the graphs of a target (None: the best for the device); threads: None takes one a core.
 
-        Raises:
-            BackendError: the device, the dtype or the target cannot be used here.
-            BundleError: the bundle does not hold the target.
+        Raises BackendError: the device, the dtype or the target cannot be used here; BundleError: the bundle does not
+        hold the target.
         """
         manifest = bundle.manifest
         place = Device(device, threads)
@@ -108,7 +98,9 @@ class OnnxRuntimeBackend:
     def encode(self, feeds: Iterable[dict[str, npt.NDArray[Any]]], num_rows: int) -> OrtVisual:
         """Run the vision stage, one call a feed, into num_rows rows; one zero row where there is none."""
         if not num_rows:
-            return self._no_visual()
+            specs = [spec for spec in self.stages[FIRST_LAYER].entry.inputs if spec.shape[0] == "num_visual"]
+            sizes = {spec: tuple(int(size) for size in spec.shape[1:]) for spec in specs}
+            return OrtVisual({spec.name: self.place.zeros((1, *size), spec.dtype) for spec, size in sizes.items()})
         upload, stage = self.place.upload, self.stages[VISION]
         return self.join(
             [OrtVisual(stage.run({name: upload(array) for name, array in feed.items()})) for feed in feeds]
@@ -138,34 +130,85 @@ class OnnxRuntimeBackend:
                 start += int(np.prod(part[name].shape()))
         return OrtVisual(joined)
 
-    def _no_visual(self) -> OrtVisual:
-        """One zero row, as a prompt without visual tokens has it."""
-        specs = [spec for spec in self.stages[FIRST_LAYER].entry.inputs if spec.shape[0] == "num_visual"]
-        sizes = {spec: tuple(int(size) for size in spec.shape[1:]) for spec in specs}
-        return OrtVisual({spec.name: self.place.zeros((1, *size), spec.dtype) for spec, size in sizes.items()})
-
     def score(self, inputs: PrefillInputs, visual: Visual) -> npt.NDArray[np.float32]:
         """HAWK scores alone: float32 [batch, seq_len]. Its last layer runs on one token, and all caches are dropped."""
-        stage, batch, columns = self.stages[FIRST_LAYER], len(inputs.source_rows), int(in_place(self.target))
-        feeds, outputs = self.prompt_feeds(inputs, visual, 1), {}
-        caches = ([spec for spec in specs if "." in spec.name] for specs in (stage.entry.inputs, stage.entry.outputs))
-        for past, present in zip(*caches, strict=True):
-            shape = tuple(columns if isinstance(size, str) else size for size in past.shape[1:])
-            feeds[past.name] = self.place.zeros((batch, *shape), past.dtype)
-            if columns:
-                outputs[present.name] = feeds[past.name]
-        return download(stage.run(feeds, outputs)["scores"])
+        batch = len(inputs.source_rows)
+        cache = KVCache(self.stages, batch, 1, shared=False)
+        cache.fill()
+        feeds = self.prompt_feeds(inputs, visual, 1) | cache.inputs(FIRST_LAYER, 0, batch, empty=True)
+        return download(self.stages[FIRST_LAYER].run(feeds, cache.outputs(FIRST_LAYER, 0, batch, 1))["scores"])
 
-    def start(self, batch: int, columns: int) -> "OrtGeneration":
-        """A generation whose KV cache holds at least `columns` tokens a row."""
-        return OrtGeneration(self, *self.caches.take(batch, columns))
+    def prefill(self, inputs: PrefillInputs, visual: Visual, columns: int, *, logits: bool) -> PrefillOutputs:
+        """Run first_layer and decoder over prompts, into rows whose KV cache holds at least `columns` tokens each."""
+        if self.target == CUDA and inputs.kv_start.any():
+            raise BackendError(
+                "kv_start: got prompts padded in front, expected none with cuda's graphs: run each alone"
+            )
+        started = time.perf_counter()
+        cache, slots = self.caches.take(len(inputs.source_rows), columns)
+        rows = [OrtRow(self.caches, cache, slot) for slot in slots]
+        tensors = self.prompt_feeds(inputs, visual, inputs.num_kept_total)
+        seconds = []
+        for name in (FIRST_LAYER, DECODER):
+            past = cache.inputs(name, slots[0], len(slots), empty=True)
+            present = cache.outputs(name, slots[0], len(slots), inputs.num_kept_total)
+            tensors |= self.stages[name].run(tensors | past, present)
+            seconds.append(time.perf_counter() - started)
+        cache.settle(slots)
+        cache.add_prompt(slots, inputs.kv_start, inputs.num_kept_total, tensors)
+        for number, row in enumerate(rows):
+            row.hidden = (tensors["hidden_states"], number)
+        return PrefillOutputs(
+            rows=rows,
+            step=StepOutputs(download(tensors["next_token"]), download(tensors["logits"]) if logits else None),
+            kept_indices=download(tensors["kept_indices"]),
+            scores=download(tensors["scores"]),
+            first_layer_seconds=seconds[0],
+            decoder_seconds=time.perf_counter() - started - seconds[0],
+        )
 
-    def gather(self, parts: "Sequence[tuple[Generation, int]]", columns: int) -> "OrtGeneration":
-        """Rows of several generations as one, ready to decode; what is copied is copied on the device."""
-        own = [(generation, row) for generation, row in parts if isinstance(generation, OrtGeneration)]
-        if len(own) != len(parts):
-            raise BackendError("gather: got a generation of another backend, expected what this backend's start made")
-        return OrtGeneration(self, *self.caches.gather([generation.give_up(row) for generation, row in own], columns))
+    def gather(self, rows: Sequence[Row], length: int, columns: int) -> None:
+        """Bring rows into one cache that has room, on the device; off a GPU also where others left: they cost time."""
+        places = [_own_row(row).place for row in rows]
+        cache, _ = places[0]
+        together = cache.columns >= length and all(home is cache for home, _ in places)
+        if together and (self.caches.shared or cache.slots == len(rows)):
+            return
+        cache, slots = self.caches.gather(places, columns)
+        for row, slot in zip(rows, slots, strict=True):
+            _own_row(row).places[:] = [(cache, slot)]
+
+    def decode(
+        self, rows: Sequence[Row], tokens: npt.NDArray[np.int64], positions: npt.NDArray[np.int64], *, logits: bool
+    ) -> StepOutputs:
+        """Run both stages over one token of each row.
+
+        Raises BackendError: the cache is full, a row was released or lies elsewhere, or ONNX Runtime failed.
+        """
+        places = [_own_row(row).place for row in rows]
+        cache, slots = places[0][0], [slot for _, slot in places]
+        if any(home is not cache for home, _ in places):
+            raise BackendError("rows: got some of several KV caches, expected to gather them first")
+        cache.check_room(slots)
+        count = max(slots) + 1  # slots in between, of nobody or of others, run along and change nothing that counts
+        of_slots = np.zeros((2, count), np.int64)
+        of_slots[:, slots] = tokens, positions
+        axes = self.bundle.manifest.language.position_axes
+        step = cache.step(count)
+        step.run(
+            {
+                "text_embeds": self.embedding_table[of_slots[0]],
+                "position_ids": np.tile(of_slots[1][:, None], (axes, 1, 1)),
+                "kv_start": cache.first_columns()[:count],
+                "write_index": cache.ends[:count],
+            }
+        )
+        cache.settle(slots)
+        cache.add_tokens(slots, step.tensors)
+        for row, slot in zip(rows, slots, strict=True):
+            _own_row(row).hidden = (step.tensors["hidden_states"], slot)
+        next_token = download(step.tensors["next_token"])[slots]
+        return StepOutputs(next_token, download(step.tensors["logits"])[slots] if logits else None)
 
     def prompt_feeds(self, inputs: PrefillInputs, visual: Visual, num_kept_total: int) -> dict[str, ort.OrtValue]:
         """Inputs of both stages over a prompt, but for the cache."""
@@ -218,99 +261,47 @@ def _check_weights(manifest: Manifest) -> None:
         )
 
 
-class OrtGeneration:
-    """Requests in progress: slots of a KV cache, which are free again when it is gone."""
+class OrtRow:
+    """A slot of a KV cache, which is free again when the row is released or gone; then it has no place.
 
-    def __init__(self, backend: OnnxRuntimeBackend, cache: KVCache, slots: list[int]) -> None:
-        self.batch = len(slots)
-        self.columns = cache.columns
-        self._backend, self._cache = backend, cache
-        self._slots = dict(enumerate(slots))  # by row, without those that were released
-        self._hidden_states: tuple[ort.OrtValue, list[int]] | None = None
-        weakref.finalize(self, backend.caches.give_back, cache, self._slots).atexit = False
+    hidden: first_layer's output of the last step, and the row's number in it.
+    """
+
+    hidden: tuple[ort.OrtValue, int]
+
+    def __init__(self, caches: CachePool, cache: KVCache, slot: int) -> None:
+        self._caches, self.places = caches, [(cache, slot)]
+        weakref.finalize(self, caches.give_back, self.places).atexit = False
+
+    @property
+    def place(self) -> tuple[KVCache, int]:
+        """The cache and the slot; BackendError where it was released."""
+        if not self.places:
+            raise BackendError("row: it was released, expected one of a sequence that goes on")
+        return self.places[0]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its slots."""
-        return len(self._slots) * self._cache.row_bytes
+        """Bytes of its slot."""
+        return sum(cache.row_bytes for cache, _ in self.places)
 
-    def prefill(self, inputs: PrefillInputs, visual: Visual, *, logits: bool) -> PrefillOutputs:
-        """Run first_layer and decoder over the prompt."""
-        cache, slots = self._cache, self._rows()
-        if self._backend.target == CUDA and inputs.kv_start.any():
-            raise BackendError(
-                "kv_start: got prompts padded in front, expected none with cuda's graphs: run each alone"
-            )
-        rows = (slots[0], self.batch)
-        started = time.perf_counter()
-        tensors = self._backend.prompt_feeds(inputs, visual, inputs.num_kept_total)
-        seconds = []
-        for name in (FIRST_LAYER, DECODER):
-            past, present = cache.inputs(name, *rows, empty=True), cache.outputs(name, *rows, inputs.num_kept_total)
-            tensors |= self._backend.stages[name].run(tensors | past, present)
-            seconds.append(time.perf_counter() - started)
-        cache.settle(slots)
-        cache.add_prompt(slots, inputs.kv_start, inputs.num_kept_total, tensors)
-        self._hidden_states = (tensors["hidden_states"], list(range(self.batch)))
-        step = StepOutputs(download(tensors["next_token"]), download(tensors["logits"]) if logits else None)
-        return PrefillOutputs(
-            step=step,
-            kept_indices=download(tensors["kept_indices"]),
-            scores=download(tensors["scores"]),
-            first_layer_seconds=seconds[0],
-            decoder_seconds=time.perf_counter() - started - seconds[0],
-        )
-
-    def decode(self, inputs: DecodeInputs, *, logits: bool) -> StepOutputs:
-        """Run both stages over one token a row.
-
-        Raises:
-            BackendError: the cache is full, a row was released, or ONNX Runtime failed.
-        """
-        cache, slots = self._cache, self._rows()
-        cache.check_room(slots)
-        count = max(slots) + 1  # slots in between, of nobody or of others, run along and change nothing that counts
-        tokens, positions = np.zeros((2, count), np.int64)
-        tokens[slots], positions[slots] = inputs.token_ids, inputs.position_ids
-        axes = self._backend.bundle.manifest.language.position_axes
-        step = cache.step(count)
-        step.run(
-            cache,
-            {
-                "text_embeds": self._backend.embedding_table[tokens],
-                "position_ids": np.tile(positions[:, None], (axes, 1, 1)),
-                "kv_start": cache.first_columns()[:count],
-                "write_index": cache.ends[:count],
-            },
-        )
-        cache.settle(slots)
-        cache.add_tokens(slots, step.tensors)
-        self._hidden_states = (step.tensors["hidden_states"], slots)
-        next_token = download(step.tensors["next_token"])[slots]
-        return StepOutputs(next_token, download(step.tensors["logits"])[slots] if logits else None)
-
-    def release(self, row: int) -> None:
-        """Nobody asks for this row any more."""
-        if row in self._slots:
-            self._backend.caches.give_back(self._cache, {row: self._slots.pop(row)})
-
-    def give_up(self, row: int) -> tuple[KVCache, int]:
-        """Where a row lies, which this generation has no longer."""
-        return self._cache, self._slots.pop(row)
+    def release(self) -> None:
+        """Nobody asks for this sequence any more."""
+        self._caches.give_back(self.places)
 
     def hidden_states(self) -> npt.NDArray[np.float32]:
-        """first_layer's output of the last step: float32 [batch, num_kept_total, hidden]."""
-        if self._hidden_states is None:
-            raise BackendError("hidden_states: nothing was run yet, expected a prefill before")
-        tensor, rows = self._hidden_states
-        return download(tensor)[rows].astype(np.float32)
+        """first_layer's output of its last step: float32 [num_kept_total, hidden]."""
+        tensor, number = self.hidden
+        states: npt.NDArray[np.float32] = download(tensor)[number].astype(np.float32)
+        return states
 
     def cache(self, layer: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         """Host copies of a layer's keys and values, as far as written, or of its two states."""
-        return self._cache.read(layer, self._rows())
+        cache, slot = self.place
+        return cache.read(layer, slot)
 
-    def _rows(self) -> list[int]:
-        """The slot of each row."""
-        if len(self._slots) < self.batch:
-            raise BackendError("generation: a row was released or gathered, expected to gather the others first")
-        return list(self._slots.values())
+
+def _own_row(row: Row) -> OrtRow:
+    if not isinstance(row, OrtRow):
+        raise BackendError(f"row: got {type(row).__name__}, expected what this backend's prefill made")
+    return row

@@ -1,13 +1,12 @@
-"""Backends: what runs the three stages. A backend keeps weights; a Generation keeps one request's KV cache.
+"""Backends: what runs the three stages. A backend keeps weights; a Row is one sequence's place in a KV cache.
 
-backend.encode(feeds, num_rows)            vision          -> Visual
-backend.keep(visual), .join(visuals)                       -> Visual
-backend.score(inputs, visual)              first_layer     -> scores alone, nothing kept
-backend.start(batch, columns) -> Generation
-backend.gather(parts, columns) -> Generation            rows of several generations as one, for their next steps
-.release(row)                          a row that has ended
-.prefill(inputs, visual)               first_layer and decoder over the prompt
-.decode(inputs)                        both over one token a row
+encode(feeds, num_rows)             vision                                       -> Visual
+keep(visual), join(visuals)                                                      -> Visual
+score(inputs, visual)               first_layer                                  -> scores alone, nothing kept
+prefill(inputs, visual, columns)    first_layer and decoder over the prompts     -> a Row each
+gather(rows, length, columns)       for their next steps
+decode(rows, tokens, positions)     both stages over one token a row
+row.release()                       of a sequence that has ended
 """
 
 from collections.abc import Iterable, Sequence
@@ -32,17 +31,6 @@ class Visual(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class DecodeInputs:
-    """Host inputs of a decode step.
-
-    token_ids: int64 [batch].  position_ids: int64 [batch], the same on all axes.
-    """
-
-    token_ids: npt.NDArray[np.int64]
-    position_ids: npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True, slots=True)
 class StepOutputs:
     """What a step leaves on the host.
 
@@ -55,12 +43,13 @@ class StepOutputs:
 
 @dataclass(frozen=True, slots=True)
 class PrefillOutputs:
-    """What a prefill leaves on the host.
+    """What a prefill leaves: a row for each prompt, and on the host the outputs of its step.
 
     kept_indices: int64 [batch, num_kept_total].  scores: float32 [batch, seq_len].
     first_layer_seconds, decoder_seconds: of the two stages.
     """
 
+    rows: "Sequence[Row]"
     step: StepOutputs
     kept_indices: npt.NDArray[np.int64]
     scores: npt.NDArray[np.float32]
@@ -68,52 +57,31 @@ class PrefillOutputs:
     decoder_seconds: float
 
 
-class Generation(Protocol):
-    """Prompts that were prefilled together, or gathered, with their KV cache.
-
-    Attributes:
-        batch: rows.
-        columns: that a row of the cache can hold.
-    """
-
-    batch: int
-    columns: int
+class Row(Protocol):
+    """One sequence's place in a KV cache, from its prefill until it is released or nobody refers to it any more."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its KV cache."""
+        """Bytes of its part of the cache."""
 
-    def prefill(self, inputs: PrefillInputs, visual: Visual, *, logits: bool) -> PrefillOutputs:
-        """Run first_layer and decoder over the prompt."""
-
-    def decode(self, inputs: DecodeInputs, *, logits: bool) -> StepOutputs:
-        """Run both over one token a row."""
-
-    def release(self, row: int) -> None:
-        """Nobody asks for this row any more; the others go on once they are gathered."""
+    def release(self) -> None:
+        """Nobody asks for this sequence any more; its memory comes back when the others are gathered."""
 
     def hidden_states(self) -> npt.NDArray[np.float32]:
-        """first_layer's output of the last step: float32 [batch, num_kept_total, hidden]."""
+        """first_layer's output of its last step: float32 [num_kept_total, hidden]."""
 
     def cache(self, layer: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-        """Host copies of a layer's keys and values: [batch, kv_heads, columns, head_dim], as far as written.
+        """Host copies of a layer's keys and values: [kv_heads, columns, head_dim], as far as written.
 
-        Of a linear layer its states: [batch, conv_dim, conv_kernel - 1], [batch, heads, key_head_dim, value_head_dim].
+        Of a linear layer its states: [conv_dim, conv_kernel - 1] and [heads, key_head_dim, value_head_dim].
         """
 
 
 class Backend(Protocol):
-    """A loaded model.
+    """A loaded model, on device "cpu", "cuda" or "cuda:N"; target: of the graphs that it runs.
 
-    Attributes:
-        name: of the backend.
-        device: "cpu", "cuda" or "cuda:N".
-        target: of the graphs that it runs.
-        max_vision_patches: of one vision call; one frame alone may have more.
-        max_context: columns that a KV cache can have, None where a request takes what it needs.
-        max_batch: rows of a generation, None without bound.
-        can_gather: whether there is gather; without it one generation ends before the next starts.
-        max_start: rows of a generation that start has place for now, at least one; None without bound.
+    max_vision_patches: of one vision call; one frame alone may have more.  max_context: columns that a KV cache can
+    have, None where a request takes what it needs.  max_batch: rows of a decode step, None without bound.
     """
 
     name: str
@@ -122,11 +90,10 @@ class Backend(Protocol):
     max_vision_patches: int
     max_context: int | None
     max_batch: int | None
-    can_gather: bool
 
     @property
     def max_start(self) -> int | None:
-        """Rows that a generation can have now, which changes as others come and go."""
+        """Prompts that a prefill has place for beside the rows that run now; None without bound."""
 
     def encode(self, feeds: Iterable[dict[str, npt.NDArray[Any]]], num_rows: int) -> Visual:
         """Run the vision stage, one call a feed, into num_rows rows; one zero row where there is none."""
@@ -140,17 +107,19 @@ class Backend(Protocol):
     def score(self, inputs: PrefillInputs, visual: Visual) -> npt.NDArray[np.float32]:
         """HAWK scores alone: float32 [batch, seq_len]."""
 
-    def start(self, batch: int, columns: int) -> Generation:
-        """A generation whose KV cache holds up to `columns` tokens a row."""
+    def prefill(self, inputs: PrefillInputs, visual: Visual, columns: int, *, logits: bool) -> PrefillOutputs:
+        """Run first_layer and decoder over prompts, into rows whose KV cache holds up to `columns` tokens each."""
 
-    def gather(self, parts: "Sequence[tuple[Generation, int]]", columns: int) -> Generation:
-        """Rows of several generations as one, which decodes on from where each is.
+    def gather(self, rows: Sequence[Row], length: int, columns: int) -> None:
+        """Bring rows together for a step, where they have room for so many tokens; a new cache has room for `columns`.
 
-        Args:
-            parts: a generation and the number of one of its rows, for each row of the new one. They are used up,
-                also where this fails.
-            columns: that its KV cache holds a row.
+        Where this fails the rows are of no use any more.
         """
+
+    def decode(
+        self, rows: Sequence[Row], tokens: npt.NDArray[np.int64], positions: npt.NDArray[np.int64], *, logits: bool
+    ) -> StepOutputs:
+        """Run both stages over one token of each row. tokens, positions: int64 [rows]; a position is of all axes."""
 
     def close(self) -> None:
         """Release everything."""

@@ -28,6 +28,7 @@ from hawk_trt.models import load_family
 from hawk_trt.models.family import TokenRun
 from hawk_trt.pipeline import Pipeline
 from hawk_trt.request import ModelInputs, PruningConfig
+from hawk_trt.runtime.trace import Trace
 
 REFERENCE = "reference.npz"
 STEPS = 8
@@ -41,83 +42,33 @@ _OTHER_LOGITS = 128
 # What LanguageConfig holds of hybrid models alone.
 _HYBRID = ("layer_types", "linear", "rotary_dim", "attention_gate", "unit_offset_norms")
 Floats = npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True, slots=True)
-class StageTrace:
-    """What every stage made of one prompt.
-
-    Attributes:
-        visual_embeds: float32 [num_visual, hidden].
-        scores: float32 [num_visual].
-        kept: bool [num_visual].
-        hidden_states: float32 [kept, hidden], first_layer's output.
-        kv_norms: float32 [layers, 2, columns], as in trace.Trace.
-        tokens: int64 [steps], the most probable of each step.
-        logits: float32 [steps, ids].
-        logit_ids: int64 [ids], the tokens that the logits are of.
-    """
-
-    visual_embeds: Floats
-    scores: Floats
-    kept: npt.NDArray[np.bool_]
-    hidden_states: Floats
-    kv_norms: Floats
-    tokens: npt.NDArray[np.int64]
-    logits: Floats
-    logit_ids: npt.NDArray[np.int64]
-
-    def condensed(self, logit_ids: npt.NDArray[np.int64] | None = None) -> "StageTrace":
-        """As a reference keeps it: rows as sketches, and the logits of some tokens.
-
-        Args:
-            logit_ids: of these; None takes the most probable tokens of each step, and some others.
-        """
-        if logit_ids is None:
-            best = np.argsort(-self.logits, 1, kind="stable")[:, :BEST_LOGITS]
-            others = np.random.RandomState(_SEED).permutation(self.logits.shape[1])[:_OTHER_LOGITS]
-            logit_ids = np.unique(np.concatenate([best.ravel(), others])).astype(np.int64)
-        finite = np.isfinite(self.logits).all(1, keepdims=True)  # of the tokens that are left out too
-        return replace(
-            self,
-            visual_embeds=_sketch(self.visual_embeds),
-            hidden_states=_sketch(self.hidden_states),
-            logits=np.where(finite, self.logits[:, logit_ids], np.float32(np.nan)),
-            logit_ids=logit_ids,
-        )
+_STORED = [field.name for field in fields(Trace) if field.name != "kept_indices"]
 
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """What a model made of its fixed prompts.
+    """What a model made of its fixed prompts, by their names.
 
-    Attributes:
-        made_by: the model and its runtime, for people.
-        model: a digest of all in a manifest that the outputs depend on.
-        weights: how the language model's matrices were quantised, empty where they were not.
-        prompts: outputs by the prompt's name.
+    made_by: the model and its runtime, for people.  model: a digest of all in a manifest that the outputs depend on.
+    weights: how the language model's matrices were quantised, empty where they were not.
     """
 
     made_by: str
     model: str
     weights: str
-    prompts: dict[str, StageTrace]
+    prompts: dict[str, Trace]
 
     @classmethod
     def make(cls, pipe: Pipeline) -> "Reference":
         """Trace every prompt; the model decodes its own most probable tokens."""
         manifest = pipe.bundle.manifest
         made_by = f"{manifest.source.name}, {manifest.precision}, {pipe.backend.name} on {pipe.backend.device}"
-        prompts = {name: trace(pipe, inputs).condensed() for name, inputs in tensor_prompts(manifest).items()}
+        prompts = {name: condensed(trace(pipe, inputs)) for name, inputs in tensor_prompts(manifest).items()}
         return cls(made_by, *model_of(manifest), prompts)
 
     @classmethod
     def load(cls, path: Path) -> "Reference":
-        """Read reference.npz.
-
-        Raises:
-            BundleError: not there, damaged, or of another version of hawk_trt.
-        """
+        """Read reference.npz. Raises BundleError: not there, damaged, or of another version of hawk_trt."""
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 version, made_by, model, weights, *names = arrays["about"].tolist()
@@ -126,7 +77,7 @@ class Reference:
                         f"{path}: version {version}, this hawk_trt reads {_SCHEMA_VERSION}. Export again in float32"
                     )
                 prompts = {
-                    name: StageTrace(**{field.name: arrays[f"{number}.{field.name}"] for field in fields(StageTrace)})
+                    name: Trace(**{field: arrays[f"{number}.{field}"] for field in _STORED})
                     for number, name in enumerate(names)
                 }
         except (OSError, EOFError, ValueError, KeyError, BadZipFile, zlib.error) as error:
@@ -139,7 +90,7 @@ class Reference:
             "about": np.array([str(_SCHEMA_VERSION), self.made_by, self.model, self.weights, *self.prompts])
         }
         for number, outputs in enumerate(self.prompts.values()):
-            arrays |= {f"{number}.{field.name}": getattr(outputs, field.name) for field in fields(StageTrace)}
+            arrays |= {f"{number}.{field}": getattr(outputs, field) for field in _STORED}
         content = BytesIO()
         np.savez_compressed(content, **arrays)  # type: ignore[arg-type]  # its stubs take names for an option
         write_atomically(path, content.getvalue())
@@ -147,9 +98,7 @@ class Reference:
     def put_into(self, folder: Path) -> None:
         """Add it to a bundle, whose manifest never tells of a file that is not whole.
 
-        Raises:
-            BundleError: no bundle there, or one of another model.
-            InvalidInput: the folder cannot be written.
+        Raises BundleError: no bundle there, or one of another model; InvalidInput: the folder cannot be written.
         """
         manifest = read_manifest(folder)
         self.check(manifest)
@@ -160,11 +109,7 @@ class Reference:
         write_atomically(folder / MANIFEST, manifest_bytes(replace(manifest, files=others)))
 
     def check(self, manifest: Manifest) -> None:
-        """Refuse to judge another model by it.
-
-        Raises:
-            BundleError: it is of another one.
-        """
+        """Refuse, as a BundleError, to judge another model by it."""
         if self.model != model_of(manifest)[0]:
             raise BundleError(
                 f"{REFERENCE}: made by {self.made_by}, which is not {manifest.source.name} with the same sizes, head "
@@ -175,30 +120,35 @@ class Reference:
 def trace(
     pipe: Pipeline,
     inputs: ModelInputs,
-    forced_tokens: Sequence[int] | None = None,
+    forced_tokens: Sequence[int] = (),
     kept: npt.NDArray[np.bool_] | None = None,
-) -> StageTrace:
-    """Run one prompt and keep what every stage made.
+) -> Trace:
+    """Run one prompt at the bundle's keep_ratio and keep what every stage made.
 
-    Args:
-        pipe: a loaded bundle or engine folder.
-        inputs: the prompt.
-        forced_tokens: decoded one after another, STEPS - 1 at least; None decodes the most probable ones.
-        kept: bool [num_visual], the visual tokens kept; None lets the scores choose.
+    forced_tokens: decoded one after another, then the most probable ones.  kept: bool [num_visual], the visual tokens
+    kept; None lets the scores choose.
     """
-    layout = pipe.processor.layout(inputs)
     selector = "hawk" if kept is None else lambda *_: np.flatnonzero(kept)
     pruning = PruningConfig(keep_ratio=pipe.bundle.manifest.keep_ratio, selector=selector)
-    made = pipe.trace(inputs, pruning, () if forced_tokens is None else forced_tokens, STEPS)
-    return StageTrace(
-        visual_embeds=made.visual_embeds,
-        scores=made.scores,
-        kept=np.isin(layout.source_index[layout.visual_rows >= 0], made.kept_indices),
-        hidden_states=made.hidden_states,
-        kv_norms=made.kv_norms,
-        tokens=made.logits.argmax(1),
-        logits=made.logits,
-        logit_ids=np.arange(made.logits.shape[1]),
+    return pipe.trace(inputs, pruning, forced_tokens, STEPS)
+
+
+def condensed(made: Trace, logit_ids: npt.NDArray[np.int64] | None = None) -> Trace:
+    """A trace as a reference keeps it: rows as sketches, and the logits of some tokens.
+
+    logit_ids: of these; None takes the most probable tokens of each step, and some others.
+    """
+    if logit_ids is None:
+        best = np.argsort(-made.logits, 1, kind="stable")[:, :BEST_LOGITS]
+        others = np.random.RandomState(_SEED).permutation(made.logits.shape[1])[:_OTHER_LOGITS]
+        logit_ids = np.unique(np.concatenate([best.ravel(), others])).astype(np.int64)
+    finite = np.isfinite(made.logits).all(1, keepdims=True)  # of the tokens that are left out too
+    return replace(
+        made,
+        visual_embeds=_sketch(made.visual_embeds),
+        hidden_states=_sketch(made.hidden_states),
+        logits=np.where(finite, made.logits[:, logit_ids], np.float32(np.nan)),
+        logit_ids=logit_ids,
     )
 
 

@@ -1,4 +1,4 @@
-"""ONNX Runtime: devices, sessions and bindings.
+"""ONNX Runtime: devices, sessions, bindings, and the decode step that is bound once and run for every token.
 
 Everything that crosses into a session is an OrtValue on its device, bound by name, so that a stage reads what another
 wrote without a copy. On the CPU an OrtValue shares the memory of its numpy array.
@@ -6,12 +6,13 @@ wrote without a copy. On the CPU an OrtValue shares the memory of its numpy arra
 
 import itertools
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from functools import cache
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -21,8 +22,10 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 from hawk_trt.bundle import GraphEntry, numpy_dtype
 from hawk_trt.errors import BackendError
 from hawk_trt.runtime.versions import DEVICE_COPIES_ONNX_RUNTIME, OPSET_24_ONNX_RUNTIME, at_least
-from hawk_trt.stages import VISION, in_place
+from hawk_trt.stages import BIAS_KEEP, DECODER, FIRST_LAYER, VISION, in_place
 
+# Tensors by name.
+Values: TypeAlias = Mapping[str, ort.OrtValue]
 # ONNX's TensorProto.DataType of the dtypes that the stages use
 _ONNX_TYPES = {"float32": 1, "int32": 6, "int64": 7, "bool": 9, "float16": 10, "bfloat16": 16}
 _DTYPES = {number: name for name, number in _ONNX_TYPES.items()}
@@ -34,14 +37,10 @@ _ORT_ERRORS = tuple(
 
 
 class Device:
-    """Where a session computes, and how tensors get there.
+    """Where a session computes, and how tensors get there: kind "cpu", or "cuda" and the index of the GPU.
 
-    Attributes:
-        kind: "cpu" or "cuda".
-        index: number of the GPU.
-        threads: of the CPU for a session, None for one a core.
-        capture: whether decode steps run as CUDA graphs where they can.
-        num_captured: decode steps captured so far.
+    threads: of the CPU for a session, None for one a core.  capture: whether decode steps run as CUDA graphs where they
+    can.  num_captured: decode steps captured so far.
     """
 
     def __init__(self, device: str, threads: int | None = None) -> None:
@@ -67,10 +66,9 @@ class Device:
             _preload_libraries()
 
     def providers(self, *, capture: bool) -> list[tuple[str, dict[str, str]]]:
-        """Execution providers of a session. TF32 off: it rounds products to 10 bits and changes the kept set.
+        """Execution providers of a session, whose runs may be captured as CUDA graphs.
 
-        Args:
-            capture: whether runs may be captured as CUDA graphs.
+        TF32 is off: it rounds products to 10 bits and changes the kept set.
         """
         cpu: list[tuple[str, dict[str, str]]] = [("CPUExecutionProvider", {})]
         if self.kind == "cpu":
@@ -117,15 +115,10 @@ def download(value: ort.OrtValue) -> npt.NDArray[Any]:
 
 
 class Stage:
-    """One graph, loaded.
-
-    Attributes:
-        can_capture: whether its runs can be CUDA graphs.
-    """
+    """One graph, loaded; can_capture: whether its runs can be CUDA graphs."""
 
     def __init__(self, path: Path, entry: GraphEntry, device: Device) -> None:
-        self.entry = entry
-        self.device = device
+        self.entry, self.device = entry, device
         self.can_capture = device.kind == "cuda" and entry.stage != VISION and in_place(entry.target)
         options = ort.SessionOptions()
         options.log_severity_level = 3  # errors alone: warnings go to stderr, which belongs to the progress bar
@@ -147,9 +140,7 @@ class Stage:
                 "See: hawk-trt doctor"
             )
 
-    def run(
-        self, inputs: Mapping[str, ort.OrtValue], outputs: Mapping[str, ort.OrtValue] | None = None
-    ) -> dict[str, ort.OrtValue]:
+    def run(self, inputs: Values, outputs: Values | None = None) -> dict[str, ort.OrtValue]:
         """Run once: outputs by name, in given tensors where there are, else in memory of ONNX Runtime's own."""
         binding = Binding(self, inputs, outputs or {})
         binding.run()
@@ -174,7 +165,7 @@ class Binding:
 
     _graphs = itertools.count(1)
 
-    def __init__(self, stage: Stage, inputs: Mapping[str, ort.OrtValue], outputs: Mapping[str, ort.OrtValue]) -> None:
+    def __init__(self, stage: Stage, inputs: Values, outputs: Values) -> None:
         self._stage, self._graph = stage, ""
         self._binding = stage.session.io_binding()
         self._inputs, self._outputs = dict(inputs), outputs  # their memory is theirs, not the binding's
@@ -193,27 +184,18 @@ class Binding:
             self._options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         self._captured = self._options
 
-    def run(self) -> None:
-        """Run the stage.
+    def run(self, *, captured: bool = False) -> None:
+        """Run the stage. captured: as a CUDA graph, made by the first such run: addresses and sizes must stay after it.
 
-        Raises:
-            BackendError: ONNX Runtime failed, with its message.
+        Raises BackendError, with ONNX Runtime's message, where it fails or cannot be captured.
         """
-        with translated(f"{self._stage.entry.file}: failed"):
-            self._stage.session.run_with_iobinding(self._binding, self._options)
-
-    def replay(self) -> None:
-        """Run the stage as a CUDA graph, which the first call captures: addresses and sizes must not change after it.
-
-        Raises:
-            BackendError: it cannot be captured, or ONNX Runtime failed.
-        """
-        if not self._graph:
+        if captured and not self._graph:
             self._graph = str(next(Binding._graphs))
             self._captured = ort.RunOptions()
             self._captured.add_run_config_entry(_GRAPH_OPTION, self._graph)
-        with translated(f"{self._stage.entry.file}: failed as a CUDA graph"):
-            self._stage.session.run_with_iobinding(self._binding, self._captured)
+        with translated(f"{self._stage.entry.file}: failed{' as a CUDA graph' if captured else ''}"):
+            options = self._captured if captured else self._options
+            self._stage.session.run_with_iobinding(self._binding, options)
 
     def forget_graph(self) -> None:
         """Give the memory of the captured graph back, where this ONNX Runtime can."""
@@ -225,6 +207,67 @@ class Binding:
         """Outputs of the last run by name."""
         names = [spec.name for spec in self._stage.entry.outputs]
         return dict(zip(names, self._binding.get_outputs(), strict=True))
+
+
+class DecodeStep:
+    """One token of each of the first rows of a KV cache, in both language stages.
+
+    All of it stands still in memory, so a GPU captures the second run in place as a CUDA graph and replays it.
+
+    Attributes:
+        tensors: inputs and outputs of both stages by name, but for the cache.
+    """
+
+    def __init__(self, stages: Mapping[str, Stage], count: int, caches: Mapping[str, tuple[Values, Values]]) -> None:
+        """Bind both stages over so many rows; caches: what each takes and gives of the KV cache."""
+        first, decoder = stages[FIRST_LAYER], stages[DECODER]
+        self._place = first.device
+        self._can_capture = first.can_capture and decoder.can_capture
+        own_columns = () if in_place(first.entry.target) else ("present_key", "present_value")
+        dims = {"batch": count, "num_text": count, "num_visual": 1, "seq_len": 1, "num_kept_total": 1}
+        self.tensors = {
+            spec.name: self._place.zeros(
+                tuple(dims[size] if isinstance(size, str) else size for size in spec.shape), spec.dtype
+            )
+            for spec in (*first.entry.inputs, *first.entry.outputs, *decoder.entry.outputs)
+            if "." not in spec.name or spec.name.startswith(own_columns)
+        }
+        write(self.tensors["source_rows"], -1 - np.arange(count, dtype=np.int64)[:, None])
+        write(self.tensors["select_bias"], np.full((count, 1), BIAS_KEEP, np.float32))
+        self._bindings = {
+            name: Binding(stages[name], self.tensors | dict(past), self.tensors | dict(present))
+            for name, (past, present) in caches.items()
+        }
+        self._warm = self._captured = False
+
+    def run(self, inputs: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Run both stages; inputs: what is new in this step, by name (not every target takes all).
+
+        Raises BackendError where ONNX Runtime fails.
+        """
+        for name in inputs.keys() & self.tensors.keys():
+            write(self.tensors[name], inputs[name])
+        if self._warm and self._can_capture and self._place.capture:
+            try:
+                for binding in self._bindings.values():
+                    binding.run(captured=True)
+            except BackendError as error:
+                if self._captured:
+                    raise
+                self._place.capture = False
+                warnings.warn(f"decode runs without a CUDA graph, slower: {error}", RuntimeWarning, stacklevel=2)
+            else:
+                self._place.num_captured += not self._captured
+                self._captured = True
+                return
+        for binding in self._bindings.values():
+            binding.run()
+        self._warm = True
+
+    def forget_graphs(self) -> None:
+        """Give the memory of captured graphs back."""
+        for binding in self._bindings.values():
+            binding.forget_graph()
 
 
 def _host_value(array: npt.NDArray[Any]) -> ort.OrtValue:

@@ -1,13 +1,13 @@
 """Trace: what every stage makes of one prompt and given tokens."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 from hawk_trt.request import ModelInputs, PruningConfig, Request
-from hawk_trt.runtime.protocol import Generation
+from hawk_trt.runtime.protocol import Row
 from hawk_trt.runtime.vision_cache import VisionCache
 from hawk_trt.scheduler import Scheduler
 from hawk_trt.sequence import Sampler
@@ -21,19 +21,25 @@ class Trace:
     Attributes:
         visual_embeds: [num_visual, hidden], in prompt order.
         scores: [num_visual].
-        kept_indices: [kept], in the prompt as given.
+        kept: [num_visual].
+        kept_indices: [kept], text and visual, in the prompt as given; a reference in a file does without.
         hidden_states: [kept, hidden], first_layer's output.
         kv_norms: [layers, 2, columns], lengths of the keys and the values of each column; of a linear layer the lengths
             of its two states, the same in all columns.
-        logits: [steps, vocab]; row 0 after the prompt, row i after token i.
+        tokens: [steps], the most probable of each step.
+        logits: [steps, ids]; row 0 after the prompt, row i after token i.
+        logit_ids: [ids], the tokens that the logits are of: all of the vocabulary, but in a reference.
     """
 
     visual_embeds: npt.NDArray[np.float32]
     scores: npt.NDArray[np.float32]
-    kept_indices: npt.NDArray[np.int64]
+    kept: npt.NDArray[np.bool_]
     hidden_states: npt.NDArray[np.float32]
     kv_norms: npt.NDArray[np.float32]
+    tokens: npt.NDArray[np.int64]
     logits: npt.NDArray[np.float32]
+    logit_ids: npt.NDArray[np.int64]
+    kept_indices: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
 
 
 class ForcedSampler(Sampler):
@@ -63,27 +69,37 @@ def trace(
     request = Request(inputs, pruning=pruning, max_new_tokens=steps + 1, ignore_eos=True, return_logits=True)
     sequence = scheduler.add(request)
     sequence.sampler = ForcedSampler(forced_tokens)
-    rows = sequence.layout.visual_rows
-    embeds = vision.encode([(inputs, sequence.layout)])[0].numpy().astype(np.float32)[rows[rows >= 0]]
+    visual = sequence.layout.visual_rows >= 0
+    embeds = vision.encode([(inputs, sequence.layout)])[0].numpy().astype(np.float32)
 
-    def step() -> Generation:
+    def step() -> Row:
         scheduler.step()
         if sequence.error is not None:
             raise sequence.error
-        assert sequence.generation is not None  # there is a token more to come
-        return sequence.generation
+        assert sequence.row is not None  # there is a token more to come
+        return sequence.row
 
-    generation = step()
-    hidden = generation.hidden_states()[0]
+    row = step()
+    hidden = row.hidden_states()
     for _ in range(steps - 1):
-        generation = step()
+        row = step()
     norms = []
     for layer in range(language.num_hidden_layers):
-        parts = [part[0].astype(np.float32) for part in generation.cache(layer)]
+        parts = [part.astype(np.float32) for part in row.cache(layer)]
         if language.is_linear(layer):
             norms.append([np.full(sequence.columns, np.linalg.norm(part), np.float32) for part in parts])
         else:
             norms.append([np.sqrt(np.einsum("hcd,hcd->c", part, part)) for part in parts])
     result = sequence.result()
     assert result.logits is not None
-    return Trace(embeds, result.scores, result.kept_indices, hidden, np.array(norms), result.logits)
+    return Trace(
+        visual_embeds=embeds[sequence.layout.visual_rows[visual]],
+        scores=result.scores,
+        kept=np.isin(sequence.layout.source_index[visual], result.kept_indices),
+        kept_indices=result.kept_indices,
+        hidden_states=hidden,
+        kv_norms=np.array(norms),
+        tokens=result.logits.argmax(1),
+        logits=result.logits,
+        logit_ids=np.arange(result.logits.shape[1]),
+    )

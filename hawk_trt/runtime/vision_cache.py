@@ -25,12 +25,7 @@ DEFAULT_VISION_CACHE_MB = 256
 
 
 class VisionCache:
-    """Visual embeddings in the order of their last use, up to a number of bytes.
-
-    Attributes:
-        max_bytes: of all entries together.
-        size_bytes: of the entries that it holds.
-    """
+    """Visual embeddings in the order of their last use, size_bytes of them, up to max_bytes."""
 
     def __init__(self, backend: Backend, family: Family, max_mb: float) -> None:
         if isinstance(max_mb, bool) or not isinstance(max_mb, (int, float)) or not 0 <= max_mb < float("inf"):
@@ -43,11 +38,8 @@ class VisionCache:
     def encode(self, prompts: Sequence[tuple[ModelInputs, PromptLayout]]) -> tuple[Visual, list[int]]:
         """Visual embeddings of all prompts: those of each one's images, then its videos.
 
-        Returns:
-            The embeddings, and of each prompt how many images and videos the vision stage did not run for.
-
-        Raises:
-            InvalidInput: pixel values that do not fit their grid.
+        Returns also of each prompt how many images and videos the vision stage did not run for. Raises InvalidInput:
+        pixel values that do not fit their grid.
         """
         patches = list(_patches(prompts))
         streamed = any(isinstance(own.pixel_values, StreamedRows) for _, own in patches)  # to hash is to read twice

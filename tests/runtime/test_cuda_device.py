@@ -82,9 +82,9 @@ def test_pytorch_sees_the_memory_since_both_use_the_primary_context(gpu):
     tensor = torch.arange(64, device="cuda:0", dtype=torch.int64)
     torch.cuda.synchronize()
     target = gpu.allocate_pinned(512)
-    gpu.copy_out(target.address, tensor.data_ptr(), 512)
+    gpu.copy_out(target, tensor.data_ptr())
     gpu.synchronize()
-    assert target.array((64,), np.dtype(np.int64)).tolist() == list(range(64))
+    assert target.view(np.int64).tolist() == list(range(64))
 
 
 def test_a_status_becomes_an_error_with_the_drivers_name_and_words(standin):
@@ -92,7 +92,7 @@ def test_a_status_becomes_an_error_with_the_drivers_name_and_words(standin):
     with pytest.raises(
         BackendError, match=r"^cuMemcpyHtoDAsync: CUDA_ERROR_INVALID_VALUE \(cuda_error_invalid_value\)$"
     ):
-        standin.copy_in(0, 0, 4)
+        standin.copy_in(0, np.zeros(4, np.uint8))
     standin.driver.fail = {}
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from engines.__main__ import main as build
-from generations import answer, assert_alone
+from generations import answer, assert_alone, start
 from hawk_trt import ModelInputs, Pipeline, PruningConfig, Request
 from hawk_trt.errors import BackendError, InvalidInput
 from hawk_trt.runtime import onnxruntime
@@ -153,7 +153,7 @@ def test_states_count_in_the_bytes_of_a_cache(plain):
     # 6 linear layers: (2 x 2 x 8 + 4 x 12) channels of 3 columns, 4 heads of 8 x 12, float32
     assert manifest.state_bytes == 6 * 4 * (80 * 3 + 4 * 8 * 12)
     assert manifest.kv_bytes_per_token == 2 * 2 * 2 * 16 * 4
-    assert plain.backend.start(2, 10).nbytes == 2 * manifest.cache_bytes(10)
+    assert start(plain, 10)[0].nbytes == manifest.cache_bytes(10)
     result = answer(plain, ask(0, 1))
     needed = manifest.cache_bytes(len(result.kept_indices))
     for bound, fits in ((needed, True), (needed - 1, False)):
@@ -166,14 +166,13 @@ def test_states_count_in_the_bytes_of_a_cache(plain):
 
 
 def test_a_number_that_is_not_finite_is_told_by_its_stage_and_layer(plain):
-    generation = plain.backend.start(1, 10)
+    row, _ = start(plain, 10)
     language = plain.bundle.manifest.language
-    generation.hidden_states = lambda: np.zeros((1, 1, 48), np.float32)
-    told = first_not_finite(None, generation, language, 0)
+    told = first_not_finite(None, row, language)
     assert told.startswith("All keys and values are finite")
     for layer, stage in ((5, "decoder, layer 5"), (2, "first_layer, layer 2")):
-        generation._cache.tensors(layer)[1].numpy()[:] = np.nan
-        assert f"is in {stage}: layer {layer - 1}'s output" in first_not_finite(None, generation, language, 0)
+        row.place[0].tensors(layer)[1].numpy()[:] = np.nan
+        assert f"is in {stage}: layer {layer - 1}'s output" in first_not_finite(None, row, language)
 
 
 # -- caches that generations share
@@ -181,7 +180,7 @@ def test_a_number_that_is_not_finite_is_told_by_its_stage_and_layer(plain):
 
 def test_generations_that_take_turns_do_not_touch_each_others_states(shared, plain):
     cache, slots = shared.backend.caches.take(3, 60)
-    shared.backend.caches.give_back(cache, dict(enumerate(slots)))
+    shared.backend.caches.give_back([(cache, slot) for slot in slots])
     schedulers = [Scheduler(shared.bundle, shared.processor, shared.vision_cache, shared.backend) for _ in range(3)]
     sequences = [scheduler.add(ask(number, 6)) for number, scheduler in enumerate(schedulers)]
     while not all(sequence.finished for sequence in sequences):

@@ -25,14 +25,15 @@ def written_mb():
 
 
 def test_a_decode_step_leaves_keys_and_values_at_their_addresses(pipe):
-    generation, step = start(pipe, 4 + STEPS)
+    row, step = start(pipe, 4 + STEPS)
+    cache, _ = row.place
     layers = range(pipe.bundle.manifest.language.num_hidden_layers)
 
     def addresses():
         return {
             name(layer, past=False): tensor.data_ptr()
             for layer in layers
-            for name, tensor in zip((key_name, value_name), generation._cache.tensors(layer), strict=True)
+            for name, tensor in zip((key_name, value_name), cache.tensors(layer), strict=True)
         }
 
     before = addresses()
@@ -43,7 +44,7 @@ def test_a_decode_step_leaves_keys_and_values_at_their_addresses(pipe):
         outputs = {}
         for stage in STAGES:
             if stage != VISION:
-                outputs |= generation._cache.steps[1]._bindings[stage].results()
+                outputs |= cache.steps[1]._bindings[stage].results()
         # where ONNX Runtime says that it wrote
         if pipe.backend.target == PORTABLE:
             assert all(outputs[name].shape()[2] == 1 for name in before)
@@ -58,7 +59,7 @@ def test_steps_write_no_more_of_a_large_cache_than_their_own_columns(pipe):
     floats = 2 * language.num_hidden_layers * language.num_key_value_heads * columns * language.head_dim
     cache_mb = 4 * floats / 2**20
     before = written_mb()
-    generation, step = start(pipe, columns)
+    row, step = start(pipe, columns)
     prefilled = written_mb()
     for number in range(STEPS):
         step(number)
@@ -66,4 +67,4 @@ def test_steps_write_no_more_of_a_large_cache_than_their_own_columns(pipe):
     # Pages may be 2 MB, and scores over all columns are written too; a copy would be all of the cache, 293 MB.
     assert prefilled - before < 0.4 * cache_mb
     assert stepped - prefilled < 0.05 * cache_mb
-    assert generation.cache(0)[0].shape[2] == 4 + STEPS
+    assert row.cache(0)[0].shape[1] == 4 + STEPS

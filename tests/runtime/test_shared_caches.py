@@ -57,13 +57,14 @@ def test_tensors_and_steps_stand_still_from_one_generation_to_the_next(shared, p
 
 def test_columns_are_whole_steps_and_a_cache_that_is_far_too_large_goes(shared):
     caches = shared.backend.caches
-    long = shared.backend.start(1, 2000)
+    row, step = start(shared, 2000)
+    long, _ = row.place
     assert (long.columns + 1) % 256 == 0 and long.columns >= 2000
-    assert caches._caches[0].tensors(0)[0].shape()[2] % 8 == 0
-    del long
-    assert shared.backend.start(1, 1000).columns > 2000  # the idle one
-    short = shared.backend.start(1, 100)
-    assert short.columns == 255 and len(caches._caches) == 1
+    assert long.tensors(0)[0].shape()[2] % 8 == 0
+    del row, step
+    assert start(shared, 1000)[0].place[0] is long  # which was idle
+    short, _ = start(shared, 100)
+    assert short.place[0].columns == 255 and len(caches._caches) == 1
 
 
 @both
@@ -82,7 +83,7 @@ def test_a_slot_is_emptied_from_one_row_of_zeros_for_all_layers(shared, monkeypa
     made = []
     zeros = type(shared.backend.place).zeros
     monkeypatch.setattr(type(shared.backend.place), "zeros", lambda *_: made.append(1) or zeros(*_))
-    shared.backend.start(1, 40)
+    shared.backend.caches.take(1, 40)
     assert len(made) == 1
 
 
@@ -132,10 +133,10 @@ def test_two_generations_that_take_turns_do_not_touch_each_other(shared):
     del alone, step
     shared.backend.caches.take(3, 40)  # slots for both in one cache
     (cache,) = (cache for cache in shared.backend.caches._caches if cache.slots == 3)
-    shared.backend.caches.give_back(cache, {0: 0, 1: 1, 2: 2})
+    shared.backend.caches.give_back([(cache, slot) for slot in range(3)])
     first, step_first = start(shared, 40)
     second, step_second = start(shared, 40)
-    assert first._cache is second._cache is cache
+    assert first.place[0] is second.place[0] is cache
     got = [(int(step_first(n).next_token[0]), int(step_second(n).next_token[0])) for n in range(4)]
     assert got == [(token, token) for token in expected]
 
@@ -202,24 +203,23 @@ def test_graphs_go_with_their_cache_where_onnx_runtime_can(shared, monkeypatch):
 
 
 def test_a_step_writes_to_the_device_and_takes_no_memory_there(shared, monkeypatch):
-    generation, step = start(shared, 40)
+    row, step = start(shared, 40)
     step(0)
     taken = []
     for name in ("empty", "zeros", "upload"):
         monkeypatch.setattr(type(shared.backend.place), name, lambda *_: taken.append(1))
     for number in range(1, 4):
         step(number)
-    assert not taken and generation.cache(0)[0].shape[2] == 8
+    assert not taken and row.cache(0)[0].shape[1] == 8
 
 
 def test_prompts_padded_in_front_are_refused_since_no_mask_hides_the_padding(shared):
     prompts = [ModelInputs(np.arange(length)) for length in (4, 9)]
     layouts = [shared.processor.layout(inputs) for inputs in prompts]
     heads = np.array(shared.bundle.manifest.head_weights.values, np.float32)
-    generation = shared.backend.start(2, 20)
     visual, _ = shared.vision_cache.encode(list(zip(prompts, layouts, strict=True)))
     with pytest.raises(BackendError, match="kv_start: got prompts padded in front"):
-        generation.prefill(collate(layouts, [0, 0], [None, None], heads), visual, logits=False)
+        shared.backend.prefill(collate(layouts, [0, 0], [None, None], heads), visual, 20, logits=False)
 
 
 def test_an_onnx_runtime_without_causal_attention_over_a_cache_is_refused(tiny_bundle, monkeypatch):

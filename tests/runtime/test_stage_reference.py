@@ -9,7 +9,7 @@ from export import __main__ as command
 from export.__main__ import _with_reference as make_reference
 from hawk_trt.bundle import Bundle
 from hawk_trt.pipeline import Pipeline
-from hawk_trt.runtime.reference import REFERENCE, STEPS, Reference, StageTrace, _sketch, tensor_prompts, trace
+from hawk_trt.runtime.reference import _STORED, REFERENCE, STEPS, Reference, _sketch, condensed, tensor_prompts, trace
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def test_a_trace_can_be_forced_to_tokens_and_to_a_choice_of_visual_tokens(pipe):
     chosen = np.zeros(len(free.kept), np.bool_)
     chosen[: free.kept.sum()] = True
     assert not np.array_equal(free.kept, chosen)
-    np.testing.assert_array_equal(trace(pipe, inputs, None, chosen).kept, chosen)
+    np.testing.assert_array_equal(trace(pipe, inputs, (), chosen).kept, chosen)
     forced = trace(pipe, inputs, free.tokens.tolist())
     np.testing.assert_array_equal(forced.logits, free.logits)
     assert not np.array_equal(trace(pipe, inputs, [5] * STEPS).logits[1], free.logits[1])
@@ -49,7 +49,7 @@ def test_a_reference_is_small_and_the_same_after_a_file(pipe, tiny_bundle, tmp_p
     assert (read.made_by, read.model, read.weights) == (made.made_by, made.model, made.weights)
     assert list(read.prompts) == list(made.prompts)
     for name, expected in made.prompts.items():
-        for field in StageTrace.__dataclass_fields__:
+        for field in _STORED:
             np.testing.assert_array_equal(getattr(read.prompts[name], field), getattr(expected, field), err_msg=field)
     made.put_into(tmp_path / "bundle")  # again, in its own place
     Bundle.load(tmp_path / "bundle", verify=True)
@@ -76,11 +76,11 @@ def test_too_little_memory_for_it_is_said_and_leaves_the_bundle_as_it_is(tiny_bu
 
 def test_the_logits_that_are_kept_are_the_most_probable_and_some_others(pipe):
     full = trace(pipe, tensor_prompts(pipe.bundle.manifest)["text only"])
-    kept = full.condensed()
+    kept = condensed(full)
     assert set(full.tokens) <= set(kept.logit_ids)
     np.testing.assert_array_equal(kept.logits, full.logits[:, kept.logit_ids])
     full.logits[2, 7] = np.nan  # of a token that may not be among them
-    assert np.isnan(full.condensed(kept.logit_ids[kept.logit_ids != 7]).logits[2]).all()
+    assert np.isnan(condensed(full, kept.logit_ids[kept.logit_ids != 7]).logits[2]).all()
 
 
 def test_a_sketch_keeps_lengths_and_angles():

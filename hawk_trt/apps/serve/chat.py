@@ -19,12 +19,13 @@ from hawk_trt.apps.serve.batcher import Piece
 from hawk_trt.apps.serve.errors import ApiError, api_error
 from hawk_trt.apps.serve.prompt import Prepared
 from hawk_trt.apps.serve.service import OpenRequest, Service
-from hawk_trt.inputs.tokenizer import token_bytes
 from hawk_trt.models.internvl import tile_grid
 from hawk_trt.models.vision_config import InternVLVision
 from hawk_trt.request import PruningConfig, Result, Timings, TokenLogprobs
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
     from hawk_trt.pipeline import Pipeline
 
 
@@ -35,6 +36,11 @@ _MAX_NAMES = 16
 _MAX_NAME_CHARS = 80
 _PRUNING = ("keep_ratio", "min_visual_tokens", "selector", "query", "quota", "keep_mass", "diversity")
 _LEAST_LOGPROB = -9999.0  # JSON has no infinity
+# The letters by which byte-level tokenizers name bytes: printable Latin-1 as it is, the other bytes from 256 on.
+_PRINTABLE = (*range(33, 127), *range(161, 173), *range(174, 256))
+_BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {
+    chr(256 + number): byte for number, byte in enumerate(sorted(set(range(256)) - set(_PRINTABLE)))
+}
 
 
 async def open_request(request: Request) -> AsyncIterator[OpenRequest]:
@@ -204,7 +210,7 @@ def _logprobs(service: Service, prepared: Prepared, tokens: Iterable[TokenLogpro
     assert chat is not None  # the service does not start without one
 
     def named(token_id: int, logprob: float) -> dict[str, Any]:
-        content = token_bytes(chat.tokenizer, token_id)
+        content = _token_bytes(chat.tokenizer, token_id)
         text = content.decode("utf-8", "replace")
         return {"token": text, "logprob": max(logprob, _LEAST_LOGPROB), "bytes": list(content)}
 
@@ -217,6 +223,16 @@ def _logprobs(service: Service, prepared: Prepared, tokens: Iterable[TokenLogpro
             for token in tokens
         ]
     )
+
+
+def _token_bytes(tokenizer: "Tokenizer", token_id: int) -> bytes:
+    """What one token spells in UTF-8: perhaps a part of a character, nothing where the tokenizer lacks the token."""
+    text = tokenizer.decode([token_id], skip_special_tokens=False)
+    if "\ufffd" in text:  # not whole characters
+        name = tokenizer.id_to_token(token_id) or ""
+        if all(letter in _BYTE_OF for letter in name):
+            return bytes(_BYTE_OF[letter] for letter in name)
+    return text.encode()
 
 
 def _reason(result: Result) -> Literal["stop", "length"]:

@@ -1,7 +1,9 @@
 """TensorRtBackend: the plans of an engine folder on one GPU, loaded once, and what requests share."""
 
+import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -11,28 +13,26 @@ import tensorrt as trt
 from hawk_trt.engine_folder import DECODE, PREFILL, EngineFolder
 from hawk_trt.errors import BackendError
 from hawk_trt.inputs.layout import PrefillInputs
-from hawk_trt.runtime.protocol import Generation, Visual
-from hawk_trt.runtime.tensorrt.cache import KVCache
+from hawk_trt.runtime.protocol import PrefillOutputs, Row, StepOutputs, Visual
+from hawk_trt.runtime.tensorrt.cache import KVCache, Slots, TensorRtRow, row_bytes
 from hawk_trt.runtime.tensorrt.cuda import CudaDevice, this_machine
 from hawk_trt.runtime.tensorrt.decode import DecodeStep
 from hawk_trt.runtime.tensorrt.engine import Context, load_plans
-from hawk_trt.runtime.tensorrt.generation import Prefill, TensorRtGeneration
 from hawk_trt.runtime.tensorrt.memory import Memory
 from hawk_trt.runtime.tensorrt.vision import Encoder
-from hawk_trt.stages import DECODER, FIRST_LAYER, VISION
+from hawk_trt.stages import DECODER, FIRST_LAYER, VISION, in_place, key_name, value_name
 
 _SCRATCH = "scratch"
 _CACHE = "cache"
+# Regions for layer 0's keys and values where only scores are asked for, so that no slot is written.
+_UNKEPT = "unkept/"
 
 
 class TensorRtBackend:
     """An engine folder in TensorRT, for `load` to make.
 
-    Attributes:
-        memory: the one allocation that everything lies in.
-        contexts: execution contexts by stage and optimization profile.
-        embedding_table: [vocab, hidden], memory-mapped.
-        max_vision_patches: of one feed of the vision stage; the encoder cuts it into calls of what the plan takes.
+    contexts: execution contexts by stage and optimization profile.  embedding_table: [vocab, hidden], memory-mapped.
+    max_vision_patches: of one feed of the vision stage; the encoder cuts it into calls of what the plan takes.
     """
 
     name = "tensorrt"
@@ -47,11 +47,13 @@ class TensorRtBackend:
         self.max_context: int | None = manifest.limits.context
         self.max_batch: int | None = manifest.limits.batch
         plans = load_plans(engines)
+        columns = manifest.limits.context if in_place(manifest.target) else 1
+        unkept = manifest.limits.batch * row_bytes(manifest) // manifest.limits.context * columns
         regions = {
             _SCRATCH: max(engine.scratch_bytes for engine in plans.values()),
             _CACHE: KVCache.size_bytes(manifest),
             **Encoder.sizes(engines),
-            **Prefill.sizes(manifest),
+            **{_UNKEPT + name(0, past=False): unkept for name in (key_name, value_name)},
             **DecodeStep.sizes(manifest),
         }
         for engine in plans.values():
@@ -64,19 +66,18 @@ class TensorRtBackend:
                 context = Context(engine, profile, scratch, cuda.stream)
                 cuda.on_close(context.close)
                 self.contexts[stage, profile] = context
-        prefill, decode = ((self.contexts[FIRST_LAYER, p], self.contexts[DECODER, p]) for p in (PREFILL, DECODE))
+        decode = self.contexts[FIRST_LAYER, DECODE], self.contexts[DECODER, DECODE]
 
         def more_stages() -> tuple[Context, Context]:
             first, decoder = (Context(plans[stage], DECODE, scratch, cuda.stream) for stage in (FIRST_LAYER, DECODER))
             return first, decoder
 
         self.cache = KVCache(manifest, self.memory.addresses[_CACHE])
-        self.can_gather = self.cache.shared
         cuda.zero(self.memory.addresses[_CACHE], self.cache.nbytes)
         vision = [context for (stage, _), context in self.contexts.items() if stage == VISION]
         self.encoder = Encoder(self.memory, vision, engines)
         self.encode, self.keep, self.join = self.encoder.encode, self.encoder.keep, self.encoder.join
-        self.prefill = Prefill(self.memory, self.cache, prefill, self.embedding_table)
+        self._ends = cuda.event(), cuda.event()  # of a prefill's first_layer, and of its decoder
         self.decode_step = DecodeStep(self.memory, self.cache, decode, more_stages, self.embedding_table)
         cuda.synchronize()
 
@@ -84,9 +85,8 @@ class TensorRtBackend:
     def load(cls, engines: EngineFolder, device: str, target: str | None) -> "TensorRtBackend":
         """Load the plans of a folder on "cuda" or "cuda:N"; target: that the folder must have, None takes what it has.
 
-        Raises:
-            BackendError: no such GPU, too little of its memory, or TensorRT refused.
-            BundleError: plans for another GPU or by another TensorRT, or of another target.
+        Raises BackendError: no such GPU, too little of its memory, or TensorRT refused; BundleError: plans for another
+        GPU or by another TensorRT, or of another target.
         """
         kind, _, index = device.partition(":")
         if kind != "cuda" or not (index or "0").isdigit():
@@ -109,42 +109,130 @@ class TensorRtBackend:
 
     @property
     def max_start(self) -> int:
-        """Rows that a generation can have now beside those that run."""
+        """Prompts that a prefill has place for beside the rows that run now."""
         return self.cache.most_together
 
     def score(self, inputs: PrefillInputs, visual: Visual) -> npt.NDArray[np.float32]:
-        """HAWK scores alone: float32 [batch, seq_len]. Those that run keep what they have."""
-        num_visual = self.encoder.rows(visual)
+        """HAWK scores alone: float32 [batch, seq_len]. Layer 0 runs on one token, and its cache is dropped."""
+        dims = self._prefill_dims(inputs, visual, 1)
+        places = self.cache.addresses()
+        for name in (key_name, value_name):
+            unkept = self.memory.addresses[_UNKEPT + name(0, past=False)]
+            places |= {name(0, past=past): unkept for past in ((True, False) if self.cache.inplace else (False,))}
         with self.cuda.active():
-            return self.prefill.scores(inputs, num_visual)
+            first_layer = self.contexts[FIRST_LAYER, PREFILL]
+            first_layer.bind(dims, {**self.memory.addresses, **places})
+            self._upload(inputs)
+            first_layer.enqueue()
+            scores: npt.NDArray[np.float32] = self.memory.read("scores", dims)
+        return scores
 
-    def start(self, batch: int, columns: int) -> TensorRtGeneration:
-        """A generation whose KV cache holds up to `columns` tokens a row.
+    def prefill(self, inputs: PrefillInputs, visual: Visual, columns: int, *, logits: bool) -> PrefillOutputs:
+        """Run first_layer and decoder over prompts, into rows whose KV cache holds up to `columns` tokens each.
 
-        Where no neighbouring slots are free it ends others, and without can_gather every other.
-
-        Raises:
-            BackendError: more columns or rows than the engines were built for.
+        Where no neighbouring slots are free it ends other rows, and all where the cache is not shared. Raises
+        BackendError: more than the engines were built for, or TensorRT or CUDA failed.
         """
-        if columns > self.cache.context:
+        started, cache, memory = time.perf_counter(), self.cache, self.memory
+        if columns > cache.context:
             raise BackendError(
-                f"KV cache: got {columns} tokens to keep and generate, these engines hold {self.cache.context}. Lower "
+                f"KV cache: got {columns} tokens to keep and generate, these engines hold {cache.context}. Lower "
                 f"keep_ratio or max_new_tokens, or rebuild with a larger --max-context: {self.engines.manifest.rebuild}"
             )
-        slots = self.cache.find(batch)
+        slots = cache.find(len(inputs.source_rows))
         with self.cuda.active():
-            self.cache.prepare(self.cuda, slots, columns)
-        return TensorRtGeneration(self.encoder, self.prefill, self.decode_step, slots)
+            cache.prepare(self.cuda, slots, columns)
+        rows = [TensorRtRow(memory, cache, slot) for slot in slots.tolist()]
+        with self._step(rows, slots):
+            dims = self._prefill_dims(inputs, visual, inputs.num_kept_total)
+            cache.check_room(inputs.num_kept_total, slots)
+            addresses = {**memory.addresses, **cache.addresses(int(slots[0]))}
+            stages = [self.contexts[stage, PREFILL] for stage in (FIRST_LAYER, DECODER)]
+            for stage in stages:
+                stage.bind(dims, addresses)
+            self._upload(inputs)
+            for stage, end in zip(stages, self._ends, strict=True):
+                stage.enqueue()
+                self.cuda.record(end)
+            next_token = memory.read("next_token", dims)  # waits for all of it
+            read = memory.read("logits", dims) if logits else None
+            kept_indices, scores = memory.read("kept_indices", dims), memory.read("scores", dims)
+            decoder_seconds = self.cuda.seconds(*self._ends)
+            first_layer_seconds = time.perf_counter() - started - decoder_seconds
+            cache.starts[slots] = inputs.kv_start
+            cache.store_prompt(self.cuda, slots, inputs.num_kept_total)
+            for number, row in enumerate(rows):
+                row.advance(number, inputs.num_kept_total)
+            cache.look_at(slots, read)
+        step = StepOutputs(next_token, read)
+        return PrefillOutputs(rows, step, kept_indices, scores, first_layer_seconds, decoder_seconds)
 
-    def gather(self, parts: "Sequence[tuple[Generation, int]]", columns: int) -> TensorRtGeneration:  # noqa: ARG002
-        """Rows of several generations as one, in the slots where they are: nothing is copied."""
-        own = [(part, row) for part, row in parts if isinstance(part, TensorRtGeneration)]
-        if not self.can_gather or len(own) != len(parts):
-            raise BackendError(
-                "gather: got rows that do not lie in slots of these engines' KV cache. Put the prompts into one batch"
-            )
-        return TensorRtGeneration.gather(own)
+    def _prefill_dims(self, inputs: PrefillInputs, visual: Visual, num_kept_total: int) -> dict[str, int]:
+        """Sizes of the stages' dimensions; the first rows of visual_embeds are the prompts'."""
+        batch, seq_len = inputs.source_rows.shape
+        dims = {"batch": batch, "seq_len": seq_len, "num_text": len(inputs.text_ids)}
+        dims |= {"num_visual": self.encoder.rows(visual), "num_kept_total": num_kept_total}
+        return dims | self.cache.dims(num_kept_total, 0)
+
+    def _upload(self, inputs: PrefillInputs) -> None:
+        """Enqueue the uploads of first_layer's inputs but slots and context_slots, of which only the lengths count."""
+        arrays = {
+            "text_embeds": self.embedding_table[inputs.text_ids],
+            "source_rows": inputs.source_rows,
+            "position_ids": inputs.position_ids,
+            "query_weights": inputs.query_weights,
+            "select_bias": inputs.select_bias,
+            "head_weights": inputs.head_weights,
+            "kv_start": inputs.kv_start,
+        }
+        if self.cache.inplace:
+            arrays["write_index"] = np.zeros(len(inputs.source_rows), np.int64)
+        for name, array in arrays.items():
+            self.memory.upload(name, array)
+
+    def gather(self, rows: Sequence[Row], length: int, columns: int) -> None:  # noqa: ARG002
+        """Rows of any prefills can step together in the slots where they are: nothing is copied."""
+        _own_rows(rows)
+
+    def decode(
+        self, rows: Sequence[Row], tokens: npt.NDArray[np.int64], positions: npt.NDArray[np.int64], *, logits: bool
+    ) -> StepOutputs:
+        """Run both stages over one token of each row.
+
+        Raises BackendError: the cache is full, a row has lost its slot, or TensorRT or CUDA failed.
+        """
+        own = _own_rows(rows)
+        slots = np.array([row.slot for row in own], np.int64)
+        self.cache.check_room(1, slots)
+        with self._step(own, slots):
+            next_token, batch = self.decode_step.run(slots, tokens, positions)
+            read = self.memory.read("logits", {"batch": batch})[slots] if logits else None
+            for row in own:
+                row.advance(row.slot, 1)
+            self.cache.look_at(slots, read)
+        return StepOutputs(next_token, read)
+
+    @contextmanager
+    def _step(self, rows: Sequence[TensorRtRow], slots: Slots) -> Iterator[None]:
+        """Around a step; one that fails ends its rows, whoever still refers to them."""
+        self.cache.begin_step(slots)
+        try:
+            with self.cuda.active():
+                yield
+        except BaseException:
+            for row in rows:
+                row.release()
+            raise
 
     def close(self) -> None:
         """Release everything. Closing again does nothing."""
         self.cuda.close()
+
+
+def _own_rows(rows: Sequence[Row]) -> list[TensorRtRow]:
+    own = [row for row in rows if isinstance(row, TensorRtRow)]
+    if len(own) != len(rows):
+        raise BackendError("rows: got some of another backend, expected what this backend's prefill made")
+    for row in own:
+        row.check()
+    return own

@@ -2,7 +2,7 @@
 
 tensorrt   one tensor [batch, kv_heads, context, head_dim] a layer, key and value; each is input and output of its
            stage at one address, write_index says where a step writes each row, and attention reads the first
-           len(context_slots) columns. Its rows are slots: a generation has some of them, others have the rest
+           len(context_slots) columns. Its rows are slots, one for each prompt or answer under way
 portable   the past [batch, kv_heads, columns, head_dim] is an input, and the output is the new columns alone, which are
            copied into it. Attention does not care for the order of columns, and kv_start hides those before it; so the
            tokens of a slot end at the past's last column: the prompt's in order, then each new one before all others.
@@ -10,14 +10,13 @@ portable   the past [batch, kv_heads, columns, head_dim] is an input, and the ou
            With one slot the past is as long as the answer under way needs; several are as long as they can be, and
            shared as above
 
-A slot is taken for a prompt, stays with whoever has it while others come and go, and is free again when it is
-released or nobody refers to its generation any more. What is masked still counts with weight 0, and 0 x NaN is NaN:
+A slot is taken for a prompt, stays with its row while others come and go, and is free again when the row is released
+or nobody refers to it any more. What is masked still counts with weight 0, and 0 x NaN is NaN:
 a slot that may hold what is not finite is zeroed before it is taken again.
 """
 
 import math
 import weakref
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -28,6 +27,7 @@ from hawk_trt.engine_folder import EngineManifest
 from hawk_trt.errors import BackendError
 from hawk_trt.runtime.tensorrt.cuda import CudaDevice, Rows
 from hawk_trt.runtime.tensorrt.engine import ALIGNMENT
+from hawk_trt.runtime.tensorrt.memory import Memory
 from hawk_trt.stages import CONTEXT_LEN, in_place, key_name, value_name
 
 # Attention reads the cache in steps of so many columns: a step's shapes, and with them its CUDA graph, stay for
@@ -41,13 +41,11 @@ class KVCache:
     """Keys and values of all layers, and whose they are.
 
     Attributes:
-        shared: whether several generations have slots of it at a time.
+        shared: whether prompts of several prefills have slots of it at a time.
         context, batch: columns that a slot can hold, and slots.
-        columns: that a slot can hold now: the context, or what the one generation needs.
-        starts: int64 [batch], tokens of padding before each slot's first.
-        ends: int64 [batch], padding and tokens of each slot.
+        columns: that a slot can hold now: the context, or what the one prefill needs.
+        starts, ends: int64 [batch], tokens of padding before each slot's first; padding and tokens.
         finite: bool [batch], whether all that a slot holds is known to be finite.
-        num_steps: prefills and decode steps so far.
     """
 
     def __init__(self, manifest: EngineManifest, address: int) -> None:
@@ -84,18 +82,18 @@ class KVCache:
 
     @property
     def most_together(self) -> int:
-        """The most neighbouring slots that are free; one where none is, since `find` then ends a generation."""
+        """The most neighbouring slots that are free; one where none is, since `find` then ends a row.
+
+        Without sharing all or none.
+        """
         if not self.shared:
-            return self.batch
+            return self.batch if self._free_from(self.batch) is not None else 0
         return max((n for n in range(1, self.batch + 1) if self._free_from(n) is not None), default=1)
 
     def find(self, batch: int) -> Slots:
-        """Neighbouring slots for so many prompts, the first that are free; generations end where there are none.
+        """Neighbouring slots for so many prompts, the first that are free; rows end where there are none.
 
-        Those end first whose last step is longest ago. Without sharing all end.
-
-        Raises:
-            BackendError: more than there are slots.
+        Those end first whose last step is longest ago. Without sharing all end. BackendError for more than there are.
         """
         if batch > self.batch:
             raise BackendError(
@@ -106,25 +104,20 @@ class KVCache:
             self._owners = [None] * self.batch
         while (first := self._free_from(batch)) is None:
             taken = [slot for slot in range(self.batch) if self.owner(slot) is not None]
-            self.release(taken, self.owner(min(taken, key=lambda slot: self._last_step[slot])))
+            oldest = min(self._last_step[slot] for slot in taken)
+            for slot in (slot for slot in taken if self._last_step[slot] == oldest):
+                self.give(slot, None)
         slots: Slots = np.arange(first, first + batch)
         self.starts[slots] = self.ends[slots] = 0
         self._last_step[slots] = self.num_steps
         return slots
 
-    def give(self, slots: Slots, owner: object) -> None:
-        """Let slots belong to a generation, whoever had them; the cache itself keeps no generation alive."""
-        for slot in slots:
-            self._owners[slot] = weakref.ref(owner)
-
-    def release(self, slots: Iterable[int], owner: object) -> None:
-        """Let others have those of some slots that belong to a generation."""
-        for slot in slots:
-            if self.owner(slot) is owner:
-                self._owners[slot] = None
+    def give(self, slot: int, owner: object | None) -> None:
+        """Let a slot belong to a row, whoever had it, or to nobody; the cache itself keeps no row alive."""
+        self._owners[slot] = None if owner is None else weakref.ref(owner)
 
     def owner(self, slot: int) -> object | None:
-        """The generation that a slot belongs to."""
+        """The row that a slot belongs to."""
         reference = self._owners[slot]
         return None if reference is None else reference()
 
@@ -145,12 +138,16 @@ class KVCache:
 
     # -- a step
 
-    def begin_step(self, slots: Slots) -> int:
-        """Count a step over slots, whose values are not known to be finite until it has ended; returns its number."""
+    def begin_step(self, slots: Slots) -> None:
+        """Count a step over slots, whose values are not known to be finite until it has ended."""
         self.num_steps += 1
         self._last_step[slots] = self.num_steps
         self.finite[slots] = False
-        return self.num_steps
+
+    def look_at(self, slots: Slots, logits: npt.NDArray[np.float32] | None) -> None:
+        """Logits of a step, where they were read, have seen all that its slots hold."""
+        if logits is not None:
+            self.finite[slots] = np.isfinite(logits).all(axis=1)
 
     def addresses(self, first: int | None = None) -> dict[str, int]:
         """Address of every cache tensor, as input and output: of a prefill from a slot on; None: of a decode step."""
@@ -218,34 +215,22 @@ class KVCache:
         """Columns written so far, in the longest of these slots."""
         return int(self.ends[slots].max())
 
-    def read(self, cuda: CudaDevice, layer: int, slots: Slots) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-        """Host copies of a layer's keys and values: [slots, kv_heads, length, head_dim], to the longest one's end."""
+    def read(self, cuda: CudaDevice, layer: int, slot: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """Host copies of a slot's keys and values of a layer: [kv_heads, length, head_dim], in the order of tokens."""
         language, dtype = self._manifest.bundle.language, numpy_dtype(self._manifest.bundle.dtype)
-        length, past = self.length_of(slots), tensor_bytes(self._manifest, self.columns)
         shape = (language.num_key_value_heads, self.columns, language.head_dim)
-        row = shape[0] * self.columns * self._column_bytes
-
-        def columns_of(tensor: int, slot: int) -> npt.NDArray[Any]:
-            """In the order of tokens."""
-            content = cuda.download(self._past + tensor * past + slot * row, shape, dtype)
-            if self.inplace:
-                return content[:, :length]
-            first = self.columns - int(self.ends[slot] - self.starts[slot])
-            prompt = self.columns - int(self._prefilled[slot])
-            ordered = np.zeros((shape[0], length, shape[2]), dtype)
-            tokens = (content[:, prompt:], content[:, first:prompt][:, ::-1])
-            ordered[:, self.starts[slot] : self.ends[slot]] = np.concatenate(tokens, axis=1)
-            return ordered
-
-        key, value = (np.stack([columns_of(2 * layer + part, slot) for slot in slots.tolist()]) for part in (0, 1))
+        start, end, prefilled = (int(numbers[slot]) for numbers in (self.starts, self.ends, self._prefilled))
+        columns = np.arange(end)
+        if not self.inplace:
+            first, new = self.columns - prefilled, end - start - prefilled  # each new one is before all others
+            columns = np.r_[np.zeros(start, np.int64), first : self.columns, first - 1 : first - 1 - new : -1]
+        past, row = tensor_bytes(self._manifest, self.columns), shape[0] * self.columns * self._column_bytes
+        place = self._past + slot * row + 2 * layer * past
+        key, value = (cuda.download(place + part * past, shape, dtype)[:, columns] for part in (0, 1))
         return key, value
 
     def check_room(self, columns: int, slots: Slots) -> None:
-        """Refuse a write beyond the end: TensorRT would drop it silently.
-
-        Raises:
-            BackendError: a slot is full.
-        """
+        """Refuse, as a BackendError, a write beyond the end: TensorRT would drop it silently."""
         length = self.length_of(slots)
         if length + columns > self.columns:
             raise BackendError(
@@ -257,6 +242,55 @@ class KVCache:
         """The first of so many neighbouring free slots."""
         free = [self.owner(slot) is None for slot in range(self.batch)]
         return next((first for first in range(self.batch - batch + 1) if all(free[first : first + batch])), None)
+
+
+class TensorRtRow:
+    """A slot of the cache, until it is released, another prompt takes it, or a step over it fails."""
+
+    def __init__(self, memory: Memory, cache: KVCache, slot: int) -> None:
+        self.slot = slot
+        self._memory, self._cache = memory, cache
+        self._step = self._number = self._kept = 0  # its last step, its row of that step's outputs, positions in them
+        cache.give(slot, self)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its slot, with its share of what a portable step takes."""
+        return self._cache.nbytes // self._cache.batch
+
+    def release(self) -> None:
+        """Let the next prompt have its slot."""
+        if self._cache.owner(self.slot) is self:
+            self._cache.give(self.slot, None)
+
+    def hidden_states(self) -> npt.NDArray[np.float32]:
+        """first_layer's output of its last step: float32 [num_kept_total, hidden]."""
+        self.check()
+        if self._step != self._cache.num_steps:
+            raise BackendError("hidden_states: another generation's step has overwritten them; read them before it")
+        with self._memory.cuda.active():
+            dims = {"batch": self._number + 1, "num_kept_total": self._kept}
+            states: npt.NDArray[np.float32] = self._memory.read("hidden_states", dims)[self._number].astype(np.float32)
+        return states
+
+    def cache(self, layer: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """Host copies of a layer's keys and values: [kv_heads, columns, head_dim], as far as written."""
+        self.check()
+        with self._memory.cuda.active():
+            return self._cache.read(self._memory.cuda, layer, self.slot)
+
+    def check(self) -> None:
+        """Refuse, as a BackendError, a row that has lost its slot."""
+        if self._cache.owner(self.slot) is not self:
+            raise BackendError(
+                "generation: another was started on the same engines and has its place in the KV cache, or a step "
+                "failed. Finish a stream before the next, put prompts into one batch, or load a second Pipeline"
+            )
+
+    def advance(self, number: int, columns: int) -> None:
+        """Count a step that wrote so many columns, and in which it was the row of this number."""
+        self._step, self._number, self._kept = self._cache.num_steps, number, columns
+        self._cache.ends[self.slot] += columns
 
 
 def column_bytes(manifest: EngineManifest) -> int:

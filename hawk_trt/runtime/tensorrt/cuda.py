@@ -42,9 +42,7 @@ class CudaError(BackendError):
 def call(function: str, *arguments: object) -> Any:  # noqa: ANN401 - what a driver function returns depends on which
     """Call a function of the driver by its name; returns what it gives beside its status: None, one value, or a list.
 
-    Raises:
-        CudaError: a status other than success.
-        BackendError: no driver on this machine.
+    Raises CudaError: a status other than success; BackendError: no driver on this machine.
     """
     try:
         status, *values = getattr(driver, function)(*arguments)
@@ -55,19 +53,6 @@ def call(function: str, *arguments: object) -> Any:  # noqa: ANN401 - what a dri
         reason = text.decode() if isinstance(text, bytes) else "unknown"
         raise CudaError(f"{function}: {status.name} ({reason})", status.name)
     return values[0] if len(values) == 1 else (values or None)
-
-
-class Pinned:
-    """Page-locked host memory, which the GPU copies from and to without the CPU; bytes: its content, uint8 [size]."""
-
-    def __init__(self, address: int, size_bytes: int) -> None:
-        self.address = address
-        self.bytes: npt.NDArray[np.uint8] = np.ctypeslib.as_array((ctypes.c_uint8 * size_bytes).from_address(address))
-
-    def array(self, shape: tuple[int, ...], dtype: np.dtype[Any], offset: int = 0) -> npt.NDArray[Any]:
-        """A view of its content from an offset in bytes on."""
-        size_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-        return self.bytes[offset : offset + size_bytes].view(dtype).reshape(shape)
 
 
 class Rows(NamedTuple):
@@ -98,11 +83,7 @@ class Graph:
 class CudaDevice:
     """One GPU. Work goes to one stream, in order; use `active` around every use from outside.
 
-    Attributes:
-        stream: handle of the stream, as TensorRT takes it.
-
-    Raises:
-        BackendError: no driver, no such GPU, or no context on it.
+    stream: its handle, as TensorRT takes it. Raises BackendError: no driver, no such GPU, or no context on it.
     """
 
     def __init__(self, index: int) -> None:
@@ -133,8 +114,7 @@ class CudaDevice:
     def active(self) -> Iterator[None]:
         """Make its context the thread's current one, and put back the one before.
 
-        Raises:
-            BackendError: the device is closed.
+        Raises BackendError: the device is closed.
         """
         if not self._open:
             raise BackendError(f"cuda:{self.index}: closed, expected a model that is still open")
@@ -147,8 +127,7 @@ class CudaDevice:
     def allocate(self, size_bytes: int) -> int:
         """Device memory; its address is a multiple of 256.
 
-        Raises:
-            BackendError: not enough memory, with how much was asked for and is free.
+        Raises BackendError: not enough memory, with how much was asked for and is free.
         """
         try:
             memory = call("cuMemAlloc", max(size_bytes, 1))
@@ -164,11 +143,11 @@ class CudaDevice:
         self.on_close(call, "cuMemFree", memory)
         return int(memory)
 
-    def allocate_pinned(self, size_bytes: int) -> Pinned:
-        """Page-locked host memory."""
+    def allocate_pinned(self, size_bytes: int) -> npt.NDArray[np.uint8]:
+        """Page-locked host memory, which the GPU copies from and to without the CPU: uint8 [size_bytes]."""
         address = int(call("cuMemAllocHost", size_bytes))
         self.on_close(call, "cuMemFreeHost", address)
-        return Pinned(address, size_bytes)
+        return np.ctypeslib.as_array((ctypes.c_uint8 * size_bytes).from_address(address))
 
     def event(self) -> object:
         """An event, for `record` and `seconds`."""
@@ -190,12 +169,12 @@ class CudaDevice:
         buffer, done = self._staging, 0
         while done < len(content):
             start = -(-self._staged // _ALIGNMENT) * _ALIGNMENT
-            if start >= len(buffer.bytes):
+            if start >= len(buffer):
                 self.synchronize()
                 start = 0
-            part = content[done : done + len(buffer.bytes) - start]
-            buffer.bytes[start : start + len(part)] = part
-            self.copy_in(address + done, buffer.address + start, len(part))
+            part = content[done : done + len(buffer) - start]
+            buffer[start : start + len(part)] = part
+            self.copy_in(address + done, buffer[start : start + len(part)])
             self._staged = start + len(part)
             done += len(part)
 
@@ -205,20 +184,20 @@ class CudaDevice:
         content = array.reshape(-1).view(np.uint8)
         buffer = self._staging
         self.synchronize()
-        for done in range(0, len(content), len(buffer.bytes)):
-            part = content[done : done + len(buffer.bytes)]
-            self.copy_out(buffer.address, address + done, len(part))
+        for done in range(0, len(content), len(buffer)):
+            part = content[done : done + len(buffer)]
+            self.copy_out(buffer[: len(part)], address + done)
             self.synchronize()
-            part[:] = buffer.bytes[: len(part)]
+            part[:] = buffer[: len(part)]
         return array
 
-    def copy_in(self, target: int, source: int, size_bytes: int) -> None:
+    def copy_in(self, target: int, source: npt.NDArray[Any]) -> None:
         """Enqueue a copy from pinned to device memory."""
-        call("cuMemcpyHtoDAsync", target, source, size_bytes, self._stream)
+        call("cuMemcpyHtoDAsync", target, source.ctypes.data, source.nbytes, self._stream)
 
-    def copy_out(self, target: int, source: int, size_bytes: int) -> None:
+    def copy_out(self, target: npt.NDArray[Any], source: int) -> None:
         """Enqueue a copy from device to pinned memory."""
-        call("cuMemcpyDtoHAsync", target, source, size_bytes, self._stream)
+        call("cuMemcpyDtoHAsync", target.ctypes.data, source, target.nbytes, self._stream)
 
     def copy(self, target: int, source: int, size_bytes: int) -> None:
         """Enqueue a copy within device memory."""
@@ -242,19 +221,14 @@ class CudaDevice:
         call("cuMemsetD2D8Async", address, stride, 0, size_bytes, count, self._stream)
 
     def synchronize(self) -> None:
-        """Wait for all enqueued work.
-
-        Raises:
-            BackendError: some of it failed.
-        """
+        """Wait for all enqueued work. Raises BackendError: some of it failed."""
         call("cuStreamSynchronize", self._stream)
         self._staged = 0
 
     def capture(self, enqueue: Callable[[], None]) -> Graph:
         """Record what a function enqueues, without running it.
 
-        Raises:
-            BackendError: something in it cannot be captured.
+        Raises BackendError: something in it cannot be captured.
         """
         # Other threads may go on allocating; what this one enqueues must be capturable.
         call("cuStreamBeginCapture", self._stream, driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
@@ -278,8 +252,7 @@ class CudaDevice:
     def close(self) -> None:
         """Give back everything, the last taken first, whatever fails on the way. Closing again does nothing.
 
-        Raises:
-            BackendError: something could not be released, and no other error is on its way.
+        Raises BackendError: something could not be released, and no other error is on its way.
         """
         if not self._open:
             return
@@ -295,8 +268,7 @@ class CudaDevice:
 def this_machine(tensorrt: str, device: int = 0) -> Machine:
     """This machine as plans see it; needs a GPU, and no context on it.
 
-    Raises:
-        BackendError: no driver, or no such GPU.
+    Raises BackendError: no driver, or no such GPU.
     """
     call("cuInit", 0)
     handle = call("cuDeviceGet", device)

@@ -23,7 +23,6 @@ import numpy.typing as npt
 from hawk_trt.bundle import TensorEntry, numpy_dtype
 from hawk_trt.engine_folder import EngineManifest
 from hawk_trt.errors import BackendError
-from hawk_trt.runtime.protocol import DecodeInputs
 from hawk_trt.runtime.tensorrt.cache import KVCache, Slots
 from hawk_trt.runtime.tensorrt.cuda import Graph
 from hawk_trt.runtime.tensorrt.engine import Context, resolve
@@ -68,7 +67,7 @@ class DecodeStep:
             self._addresses[name] = memory.addresses[PREFIX + name]
             memory.upload(PREFIX + name, array)
         self._given = memory.cuda.allocate_pinned(block_bytes)
-        self._token = memory.cuda.allocate_pinned(cache.batch * _TOKEN_BYTES)
+        self._token = memory.cuda.allocate_pinned(cache.batch * _TOKEN_BYTES).view(np.int64)
         self._bound: OrderedDict[tuple[int, ...], _Bound] = OrderedDict()  # the last used is the last
         self._can_capture, self._most = True, MAX_GRAPHS
         self.captures = 0
@@ -81,19 +80,18 @@ class DecodeStep:
         constants = {PREFIX + name: array.nbytes for name, array in _constants(entries, batch).items()}
         return {**constants, _STEP: _offsets(entries, batch)[1]}
 
-    def run(self, inputs: DecodeInputs, slots: Slots) -> tuple[npt.NDArray[np.int64], int]:
+    def run(self, slots: Slots, tokens: Slots, positions: Slots) -> tuple[npt.NDArray[np.int64], int]:
         """A step of slots: the most probable next token of each, int64 [slots], and the rows that it ran over.
 
-        Raises:
-            BackendError: TensorRT or CUDA failed.
+        Raises BackendError: TensorRT or CUDA failed.
         """
         rows = int(slots.max()) + 1
-        self._give(rows, inputs, slots)
+        self._give(rows, slots, tokens, positions)
         dims = self._cache.dims(1, self._cache.length_of(slots))
         self._run_bound(rows, dims)
         self._cache.store_token(self._memory.cuda, slots)
         self._memory.cuda.synchronize()
-        return self._token.array((rows,), np.dtype(np.int64))[slots], rows
+        return self._token[slots], rows
 
     def close(self) -> None:
         """Release the graphs, then the contexts that were made for them."""
@@ -147,15 +145,16 @@ class DecodeStep:
                 oldest.graph.close()
         return self._spare.pop()
 
-    def _give(self, rows: int, inputs: DecodeInputs, slots: Slots) -> None:
+    def _give(self, rows: int, slots: Slots, tokens: Slots, positions: Slots) -> None:
         """Write the step's host inputs to the pinned block; what belongs to no row is 0."""
-        self._given.bytes[:] = 0
+        self._given[:] = 0
         views = {}
         for name, offset in self._offsets.items():
-            entry = self._memory.entries[name]
-            views[name] = self._given.array(resolve(entry, _dims(rows)), numpy_dtype(entry.dtype), offset)
-        views["text_embeds"][slots] = self._table[inputs.token_ids]
-        views["position_ids"][..., slots, 0] = inputs.position_ids
+            entry, dims = self._memory.entries[name], _dims(rows)
+            content = self._given[offset : offset + tensor_bytes(entry, dims)]
+            views[name] = content.view(numpy_dtype(entry.dtype)).reshape(resolve(entry, dims))
+        views["text_embeds"][slots] = self._table[tokens]
+        views["position_ids"][..., slots, 0] = positions
         views["kv_start"][slots] = self._cache.kv_start(slots)
         if self._cache.inplace:
             views["write_index"][slots] = self._cache.ends[slots]
@@ -163,10 +162,10 @@ class DecodeStep:
     def _enqueue(self, stages: Stages, rows: int) -> None:
         """Copy in, both stages, copy out: all on the stream, nothing that waits."""
         cuda = self._memory.cuda
-        cuda.copy_in(self._addresses[_STEP], self._given.address, len(self._given.bytes))
+        cuda.copy_in(self._addresses[_STEP], self._given)
         for stage in stages:
             stage.enqueue()
-        cuda.copy_out(self._token.address, self._addresses["next_token"], rows * _TOKEN_BYTES)
+        cuda.copy_out(self._token[:rows], self._addresses["next_token"])
 
     def _capture(self, bound: _Bound, rows: int) -> None:
         """Make the graph; where TensorRT cannot be captured, say so once and go on without."""

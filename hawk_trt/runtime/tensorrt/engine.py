@@ -61,8 +61,7 @@ def load_plugin(library: Path) -> bool:
 def load_plans(engines: EngineFolder) -> dict[str, "Engine"]:
     """Deserialise all plans of a folder, the plugin before them. Call it on a machine with a GPU alone.
 
-    Raises:
-        BackendError: TensorRT cannot load one of them, or the plugin.
+    Raises BackendError: TensorRT cannot load one of them, or the plugin.
     """
     log, rebuild = Log(), engines.manifest.rebuild
     runtime = trt.Runtime(log)  # without a GPU its destructor crashes
@@ -85,10 +84,8 @@ def load_plans(engines: EngineFolder) -> dict[str, "Engine"]:
 class Engine:
     """One plan, deserialised. Its weights are on the GPU once, whatever the number of contexts.
 
-    Attributes:
-        log: what TensorRT says, for errors.
-        rebuild: the command that makes it anew, for errors.
-        scratch_bytes: device memory that a context needs while it runs.
+    log, rebuild: what TensorRT says, and the command that makes the plan anew, for errors.  scratch_bytes: device
+    memory that a context needs while it runs.
     """
 
     def __init__(self, runtime: trt.Runtime, engine: trt.ICudaEngine, log: Log, entry: PlanEntry, rebuild: str) -> None:
@@ -97,18 +94,6 @@ class Engine:
         self.loaded: trt.ICudaEngine | None = engine
         self._check_interface(engine)
         self.scratch_bytes = int(engine.device_memory_size_v2)
-
-    def layers(self) -> str:
-        """What TensorRT made of the graph, in the JSON of its engine inspector.
-
-        Raises:
-            BackendError: TensorRT refused.
-        """
-        assert self.loaded is not None
-        inspector = self.loaded.create_engine_inspector()
-        if inspector is None:
-            raise self.refused("an engine inspector")
-        return str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
 
     def refused(self, what: str) -> BackendError:
         """The error of a call that TensorRT answered with False or None."""
@@ -142,10 +127,8 @@ class Engine:
 class Context:
     """An execution context of one optimization profile, by its index.
 
-    scratch: address of the engine's scratch_bytes, shared by all contexts, since no two ever run at once.
-
-    Raises:
-        BackendError: TensorRT refused.
+    scratch: address of the engine's scratch_bytes, shared by all contexts, since no two ever run at once. Raises
+    BackendError: TensorRT refused.
     """
 
     def __init__(self, engine: Engine, profile: int, scratch: int, stream: int) -> None:
@@ -161,18 +144,10 @@ class Context:
         self._ranges = {limits.name: limits for limits in engine.entry.profiles[profile]}
 
     def bind(self, dims: Mapping[str, int], addresses: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
-        """Set the shapes of all inputs and the addresses of all tensors.
+        """Set the shapes of all inputs and the addresses of all tensors; returns the shape of each output by name.
 
-        Args:
-            dims: size of each dynamic dimension of an input, by the words of the stage contract, and of an output
-                where it is known.
-            addresses: device address of each tensor by name.
-
-        Returns:
-            The shape of each output by name.
-
-        Raises:
-            BackendError: a size that the plan was not built for, or TensorRT refused.
+        dims: size of each dynamic dimension of an input, by the words of the stage contract, and of an output where it
+        is known. Raises BackendError: a size that the plan was not built for, or TensorRT refused.
         """
         context = self._context
         assert context is not None
@@ -219,11 +194,7 @@ class Context:
         return min(most, default=0)
 
     def enqueue(self) -> None:
-        """Enqueue one run with what was bound.
-
-        Raises:
-            BackendError: TensorRT refused.
-        """
+        """Enqueue one run with what was bound. Raises BackendError: TensorRT refused."""
         assert self._context is not None
         if not self._context.execute_async_v3(self._stream):
             raise self._engine.refused("enqueue")

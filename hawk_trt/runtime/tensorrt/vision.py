@@ -5,6 +5,7 @@ long, else to a region of its own, and they are moved.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy.typing as npt
@@ -37,16 +38,12 @@ class TensorRtVisual:
         return self.encoder.keep(self).numpy()
 
 
+@dataclass(slots=True)
 class HostVisual:
-    """A copy on the host of what an encode made, by tensor name.
+    """A copy on the host of what an encode made; place: the number of the encode whose rows, still there, are these."""
 
-    Attributes:
-        place: number of the encode whose rows, still on the GPU, are these.
-    """
-
-    def __init__(self, arrays: Mapping[str, npt.NDArray[Any]], place: int) -> None:
-        self.arrays = arrays
-        self.place = place
+    arrays: Mapping[str, npt.NDArray[Any]]
+    place: int
 
     @property
     def nbytes(self) -> int:
@@ -61,9 +58,7 @@ class HostVisual:
 class Encoder:
     """Runs the vision plan, over as many tiles or frames of one size at once as it was built for.
 
-    Attributes:
-        count: encodes and joins so far; each overwrites the one before.
-        row_bytes: bytes of a row of each tensor that vision makes and first_layer reads, by name.
+    count: encodes and joins so far; each overwrites the one before.  row_bytes: as _row_bytes gives them.
     """
 
     def __init__(self, memory: Memory, contexts: Sequence[Context], engines: EngineFolder) -> None:
@@ -85,8 +80,7 @@ class Encoder:
     def encode(self, feeds: Iterable[dict[str, npt.NDArray[Any]]], num_rows: int) -> TensorRtVisual:
         """Run one call a feed, into num_rows rows; one zero row where there is none.
 
-        Raises:
-            BackendError: more than the plans were built for, or TensorRT or CUDA failed.
+        Raises BackendError: more than the plans were built for, or TensorRT or CUDA failed.
         """
         self._overwrite(num_rows)
         done, cuda = 0, self._memory.cuda
@@ -104,8 +98,7 @@ class Encoder:
     def rows(self, visual: Visual) -> int:
         """How many rows first_layer reads of what encode or join has made.
 
-        Raises:
-            BackendError: it is something else, or was overwritten.
+        Raises BackendError: it is something else, or was overwritten.
         """
         if not isinstance(visual, TensorRtVisual):
             raise BackendError(f"visual: got {type(visual).__name__}, expected what this backend's encode made")
@@ -122,8 +115,7 @@ class Encoder:
     def join(self, parts: Sequence[Visual]) -> TensorRtVisual:
         """Rows of copies where first_layer reads them; nothing moves where a single part is there already.
 
-        Raises:
-            BackendError: more than the plans were built for, or no copies.
+        Raises BackendError: more than the plans were built for, or no copies.
         """
         copies = [part for part in parts if isinstance(part, HostVisual)]
         if len(copies) != len(parts):

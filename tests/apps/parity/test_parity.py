@@ -64,10 +64,13 @@ def same(reference):
     return Trace(
         visual_embeds=reference.visual_embeds,
         scores=reference.scores,
+        kept=np.isin(reference.visual_indices, reference.kept_indices),
         kept_indices=reference.kept_indices,
         hidden_states=reference.hidden_states,
         kv_norms=np.ones((2, 2, 16), np.float32),  # no row of parity
+        tokens=reference.logits.argmax(1),
         logits=reference.logits,
+        logit_ids=np.arange(reference.logits.shape[1]),
     )
 
 

@@ -126,7 +126,7 @@ def test_the_cache_stays_within_its_bound_and_no_job_overtakes_another(pipe, mon
 
     def measured_prefill(scheduler, sequences):
         made = run_prompts(scheduler, sequences)
-        seen.append((1, scheduler.cache_bytes + made[0].nbytes))
+        seen.append((1, scheduler.cache_bytes + sum(row.nbytes for row in made[1].rows)))
         return made
 
     monkeypatch.setattr(Scheduler, "step", measured)

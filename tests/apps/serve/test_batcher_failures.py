@@ -52,10 +52,10 @@ def test_numbers_that_are_not_finite_end_their_own_row_alone(pipe):
     scheduler = Scheduler(pipe.bundle, pipe.processor, pipe.vision_cache, pipe.backend, room=64)
     jobs = [ask(question(pipe, n), KEPT, 12, ignore_eos=True, return_logits=True) for n in range(3)]
     rows = [scheduler.add(job) for job in jobs]
-    while len(scheduler.running) < 3 or rows[1].generation is not rows[0].generation:
+    while len(scheduler.running) < 3 or rows[1].row.place[0] is not rows[0].row.place[0]:
         scheduler.step()
-    key, _ = rows[1].generation._cache.tensors(2)
-    key.numpy()[rows[1].row, :, -40:] = np.nan
+    cache, slot = rows[1].row.place
+    cache.tensors(2)[0].numpy()[slot, :, -40:] = np.nan
     while rows[1].error is None:
         scheduler.step()
     assert isinstance(rows[1].error, BackendError)
@@ -117,7 +117,7 @@ def test_after_a_step_that_fails_its_rows_hear_so_and_the_next_have_a_fresh_cach
             monkeypatch.undo()
             raise MemoryError
 
-        monkeypatch.setattr(type(inplace.backend), "gather", failing)
+        monkeypatch.setattr(type(inplace.backend.caches), "gather", failing)
         gate.gate.set()
         for failed in (gate, client):
             with pytest.raises(BackendError, match="MemoryError"):

@@ -155,7 +155,7 @@ def test_an_answer_that_is_not_complete_in_time_ends_with_an_error(pipe, monkeyp
 
 def test_the_official_client_raises_the_error_of_a_broken_stream(pipe, monkeypatch):
     with serving(pipe) as server, server.openai() as client:
-        monkeypatch.setattr(server.service.batcher._scheduler, "_gathered", lambda: 1 / 0)
+        monkeypatch.setattr(server.service.batcher._scheduler, "_gather", lambda: 1 / 0)
         with pytest.raises(openai.APIError, match="Its log says why"):
             list(client.chat.completions.create(**question("Count.", stream=True, max_tokens=32)))
 

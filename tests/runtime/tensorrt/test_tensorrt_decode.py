@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from examples.tiny_task import generate
+from generations import start
 from hawk_trt import Pipeline, PruningConfig, Request
-from hawk_trt.runtime.protocol import DecodeInputs
 from trt_machine import Machines, engine_folder
 
 SAMPLES = list(generate(12, 4))
@@ -57,10 +57,10 @@ def test_a_replayed_token_is_one_launch_and_one_wait(plans, machines):
     sample = SAMPLES[0]
     stream = plans.stream(sample.question, [sample.image], max_new_tokens=9, ignore_eos=True)
     stream._scheduler.step()
-    generation, position = stream._sequence.generation, stream._sequence.position
+    row, position = stream._sequence.row, stream._sequence.position
     prefilled = Counter(machines.driver.calls), Counter(machines.driver.enqueued), len(machines.trt.calls)
     for number in range(8):
-        generation.decode(DecodeInputs(np.array([5]), np.array([position + number])), logits=False)
+        plans.backend.decode([row], np.array([5]), np.array([position + number]), logits=False)
     calls = machines.driver.calls - prefilled[0]
     assert calls == {"cuCtxPushCurrent": 8, "cuCtxPopCurrent": 8, "cuGraphLaunch": 8, "cuStreamSynchronize": 8}
     work = machines.driver.enqueued - prefilled[1]
@@ -123,12 +123,12 @@ def test_a_portable_answer_replays_one_graph_and_copies_each_new_column_in_place
             assert answer(pipe, tokens) == answer(bundle, tokens)
         assert pipe.backend.decode_step.captures == 2  # over 256 columns, and over 320 for the long answer
         assert machines.driver.enqueued["decoder 1"] == 2
-        generation = pipe.backend.start(1, 64)
+        _, step = start(pipe, 64)
+        step(0)
         before, moved = (Counter(machines.driver.calls), len(machines.trt.calls)), Counter(machines.driver.moved)
-        assert (generation.columns, pipe.backend.can_gather) == (256, False)
-        pipe.backend.cache.ends[0] = 9
-        for number in range(8):
-            generation.decode(DecodeInputs(np.array([5]), np.array([number])), logits=False)
+        assert (pipe.backend.cache.columns, pipe.backend.cache.shared) == (256, False)
+        for number in range(1, 9):
+            step(number)
         calls = machines.driver.calls - before[0]
         assert {name: calls[name] for name in calls if not name.startswith("cuCtx")} == {
             "cuGraphLaunch": 8,

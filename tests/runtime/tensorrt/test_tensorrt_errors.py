@@ -14,7 +14,6 @@ from hawk_trt.bundle import ENGINES_MANIFEST, manifest_bytes
 from hawk_trt.engine_folder import EngineFolder
 from hawk_trt.errors import BackendError, BundleError, InvalidInput
 from hawk_trt.inputs.layout import collate
-from hawk_trt.runtime.protocol import DecodeInputs
 from trt_machine import Machines, engine_folder
 
 SAMPLES = list(generate(13, 3))
@@ -227,11 +226,11 @@ def test_a_prompt_of_which_nothing_is_kept_is_refused(engines):
         inputs = pipe.prepare(SAMPLES[0].question, [SAMPLES[0].image])
         layout = pipe.processor.layout(inputs)
         prompt = collate([layout], [5], [None], np.ones(8, np.float32))
-        generation = pipe.backend.start(1, 64)
         with pytest.raises(BackendError, match=r"num_kept_total = 0, first_layer\.plan was built for 1 to"):
-            generation.prefill(
+            pipe.backend.prefill(
                 dataclasses.replace(prompt, num_kept_total=0),
                 pipe.vision_cache.encode([(inputs, layout)])[0],
+                64,
                 logits=False,
             )
 
@@ -256,12 +255,11 @@ def test_a_write_beyond_the_cache_is_refused_on_the_host(tiny_bundle, tmp_path):
     with load(folder) as pipe:
         stream = pipe.stream(SAMPLES[0].question, [SAMPLES[0].image], max_new_tokens=64)
         stream._scheduler.step()
-        generation = stream._sequence.generation
-        inputs = DecodeInputs(np.array([5]), np.array([100]))
+        step = ([stream._sequence.row], np.array([5]), np.array([100]))
         for _ in range(50 - pipe.backend.cache.ends.max()):
-            generation.decode(inputs, logits=False)
+            pipe.backend.decode(*step, logits=False)
         with pytest.raises(BackendError, match=r"got 51 columns to hold, these engines hold 50"):
-            generation.decode(inputs, logits=False)
+            pipe.backend.decode(*step, logits=False)
 
 
 def test_after_values_that_are_not_finite_the_cache_is_zeroed(engines, machines):

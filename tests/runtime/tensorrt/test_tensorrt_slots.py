@@ -12,7 +12,6 @@ from hawk_trt import Pipeline, PruningConfig, SamplingConfig
 from hawk_trt.apps.serve.batcher import Batcher
 from hawk_trt.errors import BackendError, InvalidInput
 from hawk_trt.inputs.layout import collate
-from hawk_trt.runtime.protocol import DecodeInputs
 from hawk_trt.scheduler import Scheduler
 from served import Heard, alone, ask, assert_same, assert_served_as_alone
 from trt_machine import Machines, engine_folder
@@ -121,7 +120,7 @@ def test_rows_join_and_leave_running_steps_in_the_lowest_free_slots(folders, kin
         while not scheduler.idle:
             scheduler.step()
             if scheduler.running:
-                slots = [s.generation._slots[s.row] for s in scheduler.running]
+                slots = [s.row.slot for s in scheduler.running]
                 assert len(set(slots)) == len(slots)
                 shared[len(slots)] += 1
                 holes += max(slots) + 1 > len(slots)
@@ -139,13 +138,9 @@ def test_gather_copies_nothing_and_each_row_writes_where_it_is(folders, bundle, 
         while len(scheduler.running) < 3:
             scheduler.step()
         before = Counter(machines.driver.calls)
-        parts = [(sequence.generation, sequence.row) for sequence in scheduler.running]
-        gathered = pipe.backend.gather(parts[::-1], 320)
+        scheduler.running.reverse()
+        pipe.backend.gather([sequence.row for sequence in scheduler.running], 320, 320)
         assert machines.driver.calls == before
-        with pytest.raises(BackendError, match="another was started"):
-            parts[0][0].decode(DecodeInputs(np.array([5]), np.array([9])), logits=False)
-        for row, sequence in enumerate(reversed(scheduler.running)):
-            sequence.generation, sequence.row = gathered, row
         ends = sorted(pipe.backend.cache.ends[:3])
         assert len(set(ends)) > 1, "the rows are of unlike length"
         finish(scheduler)
@@ -179,15 +174,16 @@ def test_a_cancelled_request_frees_its_slot_and_the_next_takes_it(folders, bundl
     with load(folders[4]) as pipe:
         scheduler = scheduler_of(pipe)
         sequences = [scheduler.add(job(pipe, number, 40)) for number in range(5)]
-        while len(scheduler.running) < 4 or len({id(s.generation) for s in scheduler.running}) > 1:
+        while len(scheduler.running) < 4:
             scheduler.step()
+        scheduler.step()  # of all together
         leaving = sequences[1]
-        slot = leaving.generation._slots[leaving.row]
+        slot = leaving.row.slot
         assert free_slots(pipe) == []
         scheduler.drop(leaving)
-        while sequences[4].generation is None:
+        while sequences[4].row is None:
             scheduler.step()
-        assert sequences[4].generation._slots[sequences[4].row] == slot
+        assert sequences[4].row.slot == slot
         finish(scheduler)
         for number in (0, 2, 3, 4):
             assert_answers(sequences[number], alone(bundle, job(pipe, number, 40)))
@@ -228,10 +224,11 @@ def test_numbers_that_are_not_finite_end_their_row_alone_and_its_slot_is_clean_a
     with load(folders[kind]) as pipe:
         scheduler, cache = scheduler_of(pipe), pipe.backend.cache
         sequences = [scheduler.add(job(pipe, number, 24)) for number in range(4)]
-        while len(scheduler.running) < 4 or len({id(s.generation) for s in scheduler.running}) > 1:
+        while len(scheduler.running) < 4:
             scheduler.step()
+        scheduler.step()  # of all together
         bad = sequences[1]
-        slot = int(bad.generation._slots[bad.row])
+        slot = bad.row.slot
         start = cache.addresses()["past_key.2"] + slot * cache.row_bytes
         # every column, those beyond its end too
         machines.driver.block(start, cache.row_bytes).view(start, cache.row_bytes)[:] = 0xFF
@@ -304,7 +301,7 @@ def test_prompts_padded_to_each_other_do_not_share_a_prefill_beyond_the_context(
 
 def test_more_prompts_than_slots_are_refused_with_the_option(folders):
     with load(folders[4]) as pipe, pytest.raises(BackendError, match=r"got 5 prompts .* built for 4.*larger --batch"):
-        pipe.backend.start(5, 64)
+        pipe.backend.cache.find(5)
 
 
 @pytest.fixture
@@ -359,7 +356,7 @@ def test_rows_that_tensorrt_cannot_take_at_their_address_are_answered_one_group_
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cache, "ALIGNMENT", 1024)
         with load(folder) as pipe, Batcher(pipe) as batcher:
-            assert not pipe.backend.can_gather
+            assert not pipe.backend.cache.shared
             jobs = unlike_jobs(pipe, 4)
             heard = [Heard() for _ in jobs]
             for one, client in zip(jobs, heard, strict=True):
