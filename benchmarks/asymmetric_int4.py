@@ -61,7 +61,8 @@ class RandomIntegers(IntegerMatrix):
 def main() -> None:
     """Count, compare and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="qwen2.5-vl-7b")
+    shapes = [shape for shape in SHAPES if not shape.startswith("qwen3.5")]  # which have no graphs for TensorRT
+    parser.add_argument("--shape", choices=shapes, default="qwen2.5-vl-7b")
     parser.add_argument("--groups", type=int, nargs="+", default=[128, 64, 32])
     args = parser.parse_args()
     print(

@@ -23,6 +23,7 @@ _ALIGNMENT = 4096
 _PREFIXES = {
     "qwen2_5_vl": {"visual.": "visual.", "language_model.": "model."},
     "qwen3_vl": {"visual.": "model.visual.", "language_model.": "model.language_model."},
+    "qwen3_5": {"visual.": "model.visual.", "language_model.": "model.language_model."},
 }
 _IDS = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id")
 _TINY = Path(__file__).parent.parent / "examples" / "tiny-vlm"

@@ -10,14 +10,18 @@ from typing import Any
 
 from hawk_trt.errors import InvalidInput
 
-SHAPES = ("qwen2.5-vl-3b", "qwen2.5-vl-7b", "qwen2.5-vl-32b", "qwen2.5-vl-72b", "qwen3-vl-2b")
+SHAPES = (
+    *("qwen2.5-vl-3b", "qwen2.5-vl-7b", "qwen2.5-vl-32b", "qwen2.5-vl-72b"),
+    "qwen3-vl-2b",
+    *("qwen3.5-0.8b", "qwen3.5-2b", "qwen3.5-4b", "qwen3.5-9b", "qwen3.5-27b"),
+)
 
 
 def shape_config(shape: str, layers: int | None = None, vision_layers: int | None = None) -> dict[str, Any]:
     """config.json of a released model, with fewer layers where asked for.
 
     The last of fewer vision layers attends over whole frames, as the last of all does. Where none is left that feeds
-    DeepStack, the first does.
+    DeepStack, the first does. Of a hybrid model two layers of full attention are left at least.
 
     Args:
         shape: one of SHAPES.
@@ -33,17 +37,15 @@ def shape_config(shape: str, layers: int | None = None, vision_layers: int | Non
     config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     text, vision = config["text_config"], config["vision_config"]
     for name, got, part, key, least in (
-        ("layers", layers, text, "num_hidden_layers", 2),
+        ("layers", layers, text, "num_hidden_layers", 2 * text.get("full_attention_interval", 1)),
         ("vision-layers", vision_layers, vision, "depth", 1),
     ):
         if got is not None and not least <= got <= part[key]:
             raise InvalidInput(f"{name}: got {got}, expected {least} to {part[key]}, as many as {shape} has")
         part[key] = got or part[key]
     depth = vision["depth"]
-    for key in {"fullatt_block_indexes", "deepstack_visual_indexes"} & vision.keys():
-        vision[key] = [index for index in vision[key] if index < depth]
-    if "fullatt_block_indexes" in vision:
-        vision["fullatt_block_indexes"] = sorted({*vision["fullatt_block_indexes"], depth - 1})
-    elif not vision["deepstack_visual_indexes"]:
-        vision["deepstack_visual_indexes"] = [0]
+    if whole := vision.get("fullatt_block_indexes"):
+        vision["fullatt_block_indexes"] = sorted({*(index for index in whole if index < depth), depth - 1})
+    if levels := vision.get("deepstack_visual_indexes"):
+        vision["deepstack_visual_indexes"] = [index for index in levels if index < depth] or [0]
     return config

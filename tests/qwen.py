@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from export.__main__ import main as export
+from export.real_shapes import shape_config
 from hawk_trt import PruningConfig
 from hawk_trt.apps.parity.prompt_rules import PromptTokens
 from hawk_trt.stages import CPU, CUDA
@@ -129,80 +130,7 @@ QWEN3_VL_4B = QWEN3_VL_8B | {
         "out_hidden_size": 2560,
     },
 }
-# config.json of Qwen3.5-0.8B and Qwen3.5-27B, without what no graph depends on.
-QWEN3_5_08B = {
-    "architectures": ["Qwen3_5ForConditionalGeneration"],
-    "image_token_id": 248056,
-    "model_type": "qwen3_5",
-    "text_config": {
-        "attention_bias": False,
-        "attn_output_gate": True,
-        "dtype": "bfloat16",
-        "eos_token_id": 248044,
-        "full_attention_interval": 4,
-        "head_dim": 256,
-        "hidden_act": "silu",
-        "hidden_size": 1024,
-        "intermediate_size": 3584,
-        "layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 6,
-        "linear_conv_kernel_dim": 4,
-        "linear_key_head_dim": 128,
-        "linear_num_key_heads": 16,
-        "linear_num_value_heads": 16,
-        "linear_value_head_dim": 128,
-        "max_position_embeddings": 262144,
-        "model_type": "qwen3_5_text",
-        "mtp_num_hidden_layers": 1,
-        "num_attention_heads": 8,
-        "num_hidden_layers": 24,
-        "num_key_value_heads": 2,
-        "rms_norm_eps": 1e-06,
-        "rope_parameters": {
-            "mrope_interleaved": True,
-            "mrope_section": [11, 11, 10],
-            "partial_rotary_factor": 0.25,
-            "rope_theta": 10000000,
-            "rope_type": "default",
-        },
-        "tie_word_embeddings": True,
-        "vocab_size": 248320,
-    },
-    "tie_word_embeddings": True,
-    "video_token_id": 248057,
-    "vision_config": {
-        "deepstack_visual_indexes": [],
-        "depth": 12,
-        "hidden_act": "gelu_pytorch_tanh",
-        "hidden_size": 768,
-        "in_channels": 3,
-        "intermediate_size": 3072,
-        "model_type": "qwen3_5",
-        "num_heads": 12,
-        "num_position_embeddings": 2304,
-        "out_hidden_size": 1024,
-        "patch_size": 16,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
-    },
-    "vision_end_token_id": 248054,
-    "vision_start_token_id": 248053,
-}
-QWEN3_5_27B = QWEN3_5_08B | {
-    "text_config": QWEN3_5_08B["text_config"]
-    | {
-        "hidden_size": 5120,
-        "intermediate_size": 17408,
-        "layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 16,
-        "linear_num_value_heads": 48,
-        "num_attention_heads": 24,
-        "num_hidden_layers": 64,
-        "num_key_value_heads": 4,
-        "tie_word_embeddings": False,
-    },
-    "tie_word_embeddings": False,
-    "vision_config": QWEN3_5_08B["vision_config"]
-    | {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "num_heads": 16, "out_hidden_size": 5120},
-}
+QWEN3_5_08B, QWEN3_5_27B = shape_config("qwen3.5-0.8b"), shape_config("qwen3.5-27b")
 PREPROCESSOR = {
     "size": {"longest_edge": 16777216, "shortest_edge": 65536},
     "patch_size": 16,

@@ -5,7 +5,7 @@ from typing import Any
 
 from export.real_shapes import shape_config
 from internvl import original, original_35
-from qwen import QWEN2_VL_2B, QWEN3_5_08B, QWEN3_5_27B, QWEN3_VL_8B
+from qwen import QWEN2_VL_2B, QWEN3_VL_8B
 
 
 def qwen2_vl(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, vocab: int, *, tied: bool = False):
@@ -38,26 +38,6 @@ def qwen3_vl(hidden: int, inner: int, layers: int, heads: int, *, small_tower: b
     }
 
 
-def qwen3_5(hidden: int, inner: int, *, small_tower: bool, tied: bool):
-    """A dense Qwen3.5 of 32 layers, with one of two towers."""
-    text = {
-        "hidden_size": hidden,
-        "intermediate_size": inner,
-        "layer_types": None,
-        "linear_num_value_heads": 32,
-        "num_attention_heads": 16,
-        "num_hidden_layers": 32,
-        "num_key_value_heads": 4,
-        "tie_word_embeddings": tied,
-    }
-    small = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096}
-    return QWEN3_5_27B | {
-        "text_config": QWEN3_5_27B["text_config"] | text,
-        "tie_word_embeddings": tied,
-        "vision_config": QWEN3_5_27B["vision_config"] | (small if small_tower else {}) | {"out_hidden_size": hidden},
-    }
-
-
 MODELS = {
     "Qwen2-VL-2B-Instruct": qwen2_vl(1536, 8960, 28, 12, 2, 151936, tied=True),
     "Qwen2-VL-7B-Instruct": qwen2_vl(3584, 18944, 28, 28, 4, 152064),
@@ -69,10 +49,7 @@ MODELS = {
     "Qwen3-VL-4B-Instruct": qwen3_vl(2560, 9728, 36, 32, small_tower=True, tied=True),
     "Qwen3-VL-8B-Instruct": QWEN3_VL_8B,
     "Qwen3-VL-32B-Instruct": qwen3_vl(5120, 25600, 64, 64, small_tower=False, tied=False),
-    "Qwen3.5-0.8B": QWEN3_5_08B,
-    "Qwen3.5-4B": qwen3_5(2560, 9216, small_tower=True, tied=True),
-    "Qwen3.5-9B": qwen3_5(4096, 12288, small_tower=False, tied=False),
-    "Qwen3.5-27B": QWEN3_5_27B,
+    **{f"Qwen3.5-{size}": shape_config(f"qwen3.5-{size.lower()}") for size in ("0.8B", "2B", "4B", "9B", "27B")},
     **{f"InternVL3-{size}": original(size) for size in ("1B", "2B", "8B", "14B", "38B", "78B")},
     **{f"InternVL3_5-{size}": original_35(size) for size in ("1B", "2B", "4B", "8B", "14B", "38B")},
 }
@@ -84,7 +61,7 @@ def with_few_layers(config: dict[str, Any]) -> dict[str, Any]:
     text = config.get("text_config") or config.get("llm_config") or config
     vision = config["vision_config"]
     text["num_hidden_layers"] = 2
-    if "layer_types" in text:
+    if "full_attention_interval" in text:
         text |= {"num_hidden_layers": 4, "layer_types": ["linear_attention", "full_attention"] * 2}
     for key in ("depth", "num_hidden_layers"):
         if key in vision:

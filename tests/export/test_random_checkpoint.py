@@ -23,6 +23,11 @@ BILLIONS = {
     "qwen2.5-vl-32b": 33.5,
     "qwen2.5-vl-72b": 73.4,
     "qwen3-vl-2b": 2.13,
+    "qwen3.5-0.8b": 0.853,
+    "qwen3.5-2b": 2.21,
+    "qwen3.5-4b": 4.54,
+    "qwen3.5-9b": 9.41,
+    "qwen3.5-27b": 27.36,
 }
 
 
@@ -56,6 +61,9 @@ def test_fewer_layers_end_with_a_vision_layer_that_sees_whole_frames():
     assert shape_config("qwen2.5-vl-7b")["vision_config"]["fullatt_block_indexes"] == [7, 15, 23, 31]
     assert shape_config("qwen3-vl-2b", 4, 12)["vision_config"]["deepstack_visual_indexes"] == [5, 11]
     assert shape_config("qwen3-vl-2b", 2, 2)["vision_config"]["deepstack_visual_indexes"] == [0]
+    hybrid = read_config(shape_config("qwen3.5-2b", 9, 2))
+    assert hybrid.language.layer_types.count("full_attention") == 2 and len(hybrid.language.layer_types) == 9
+    assert hybrid.vision.deepstack_visual_indexes == ()
 
 
 @pytest.mark.parametrize(
@@ -64,6 +72,7 @@ def test_fewer_layers_end_with_a_vision_layer_that_sees_whole_frames():
         (("qwen2.5-vl-9b",), "shape: got 'qwen2.5-vl-9b', expected one of qwen2.5-vl-3b"),
         (("qwen2.5-vl-3b", 1), "layers: got 1, expected 2 to 36"),
         (("qwen2.5-vl-3b", 2, 33), "vision-layers: got 33, expected 1 to 32"),
+        (("qwen3.5-0.8b", 7), "layers: got 7, expected 8 to 24"),
     ],
 )
 def test_shapes_that_are_none_are_refused(arguments, message):
@@ -143,10 +152,15 @@ def test_transformers_reads_the_same_sizes():
     transformers = pytest.importorskip("transformers")
     for shape in SHAPES:
         ours = shape_config(shape)
-        config_class = transformers.Qwen3VLConfig if "qwen3" in shape else transformers.Qwen2_5_VLConfig
+        kinds = {"qwen3-": transformers.Qwen3VLConfig, "qwen3.5": transformers.Qwen3_5Config}
+        config_class = next(
+            (kind for start, kind in kinds.items() if shape.startswith(start)), transformers.Qwen2_5_VLConfig
+        )
         theirs = config_class.from_dict(ours)
         language = read_config(ours).language
         for name in dataclasses.asdict(language).keys() & {"hidden_size", "num_key_value_heads", "vocab_size"}:
             assert getattr(theirs.text_config, name) == getattr(language, name)
+        if language.layer_types:
+            assert tuple(theirs.text_config.layer_types) == language.layer_types
         assert theirs.vision_config.out_hidden_size == language.hidden_size
         assert theirs.tie_word_embeddings == language.tie_word_embeddings
