@@ -142,12 +142,12 @@ def check_size(width: int, height: int, name: str, max_pixels: int = MAX_PIXELS)
         )
 
 
-def data_url_bytes(url: str) -> bytes:
-    """What a data: URL of an image holds; InvalidInput where it is not base64."""
+def data_url_bytes(url: str, kind: str = "image") -> bytes:
+    """What a data: URL of an image or video holds; InvalidInput where it is not base64."""
     header, _, payload = url.partition(",")
     if not header.lower().endswith(";base64"):
-        raise InvalidInput(f"image: got {header[:60]!r}, expected data:image/...;base64,...")
-    return base64_bytes(unquote(payload), "image (data URL)")
+        raise InvalidInput(f"{kind}: got {header[:60]!r}, expected data:{kind}/...;base64,...")
+    return base64_bytes(unquote(payload), f"{kind} (data URL)")
 
 
 def base64_bytes(text: str, name: str = "image (base64)") -> bytes:

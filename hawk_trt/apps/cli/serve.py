@@ -32,7 +32,7 @@ class Served:
         cors_origin: web origin (https://example.org) whose pages may call the server; repeatable
         allowed_hosts: names that clients may call the server by: NAME, *.NAME, or * for any; repeatable (default:
             localhost and its addresses; any name if --host is open to other machines)
-        remote_host: host that images may be fetched from: NAME, *.NAME or NAME:PORT; repeatable (default: none)
+        remote_host: host to fetch images and videos from: NAME, *.NAME or NAME:PORT; repeatable (default: none)
         no_page: do not serve the page at /
         keep_ratio: share of visual tokens kept, in (0, 1], unless the request says otherwise (default: the bundle's)
         vision_cache_mb: megabytes for the embeddings of images seen before

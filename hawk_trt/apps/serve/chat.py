@@ -56,8 +56,7 @@ async def prepared_request(request: Request, opened: Annotated[OpenRequest, Depe
     with anyio.fail_after(opened.deadline - time.monotonic()):
         prepared = await service.prepare(await _body(request, opened, service), opened)
     opened.hold_choices(prepared.choices)
-    pixels = prepared.inputs.pixel_values
-    opened.hold(0 if pixels is None else pixels.nbytes)  # in place of the body, which nothing needs any more
+    opened.hold(prepared.pixel_bytes)  # in place of the body, which nothing needs any more
     return prepared
 
 
@@ -248,7 +247,8 @@ def details_of(pipe: "Pipeline", prepared: Prepared, result: Result) -> dict[str
     """The details of one answer, as plain JSON values.
 
     Returns:
-        "keep_ratio" and the others of _PRUNING: of the request. "seconds": by stage. "images", one an image:
+        "keep_ratio" and the others of _PRUNING: of the request. "seconds": by stage. "images", none where the prompt
+        has a video, else one an image:
         "grid", its visual tokens in time, height and width (a tile is a step in time); "size", its width and height;
         "tiles", columns and rows, where it was cut into tiles: what is over in time is the whole image once more;
         "scores", one a visual token, row by row; "kept", the indices of the kept ones among these.
@@ -258,7 +258,7 @@ def details_of(pipe: "Pipeline", prepared: Prepared, result: Result) -> dict[str
     details["query"] = result.query
     details["seconds"] = {stage.name: getattr(result.timings, stage.name) for stage in fields(Timings)}
     details["images"] = []
-    if not result.num_visual:
+    if not prepared.sizes:
         return details
     layout = pipe.processor.layout(replace(prepared.inputs, pixel_values=None))  # the places alone are read
     visual = layout.visual_rows >= 0

@@ -1,9 +1,9 @@
 """The body of a request becomes a request for the batcher: read, checked, its images decoded, its text tokenised.
 
-What comes in is a stranger's: only data URLs and allowed addresses name images, only common formats are opened, and
-the sizes of all images together are bounded before any of them is decoded. A body that is soon prepared is prepared in
-a thread. Any other goes to a worker process, whose time and memory are bounded, and which is killed when the client
-leaves.
+What comes in is a stranger's: only data URLs and allowed addresses name images and videos, only common formats are
+opened, and the sizes of all images together are bounded before any of them is decoded. A body that is soon prepared is
+prepared in a thread. Any other, and each with a video, goes to a worker process, whose time and memory are bounded, and
+which is killed when the client leaves.
 """
 
 import math
@@ -12,7 +12,8 @@ import resource
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from io import BytesIO
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -22,10 +23,11 @@ from hawk_trt.apps.serve import protocol
 from hawk_trt.apps.serve.errors import invalid
 from hawk_trt.apps.serve.settings import ServeSettings
 from hawk_trt.bundle import Bundle
-from hawk_trt.errors import InvalidInput
+from hawk_trt.errors import BackendError, InvalidInput
 from hawk_trt.inputs.images import BASE64_STARTS, base64_bytes, data_url_bytes, decoding, load_image, resize
 from hawk_trt.inputs.processor import Processor
 from hawk_trt.models import load_family
+from hawk_trt.models.qwen_patches import FRAME_MULTIPLE
 from hawk_trt.request import EQUAL_HEADS, SCORED, ModelInputs, PruningConfig, Request, SamplingConfig
 from hawk_trt.runtime.generation_config import SMALLEST_TOP_P
 
@@ -41,7 +43,7 @@ _SMALL_SCANNED_PIXELS = 40_000_000  # a JPEG of several scans goes over its pixe
 _SMALL_FORMATS = ("JPEG", "PNG", "WEBP")
 _JPEG_SCAN = b"\xff\xda"
 
-Picture = npt.NDArray[np.uint8]
+Source: TypeAlias = protocol.ImageUrl | protocol.VideoUrl
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,7 @@ class Prepared:
     """A request that the batcher can answer."""
 
     request: Request  # for the batcher, its prompt as ModelInputs
-    sizes: tuple[tuple[int, int], ...]  # width and height of its images
+    sizes: tuple[tuple[int, int], ...]  # width and height of its images; none where it has videos too
     ignored: tuple[str, ...]  # places of keys that the server does not know
     chat: protocol.ChatRequest  # what the client sent, but for the messages
 
@@ -76,6 +78,12 @@ class Prepared:
         sampling = self.request.sampling or SamplingConfig()
         return [replace(self.request, sampling=replace(sampling, seed=seed)) for seed in seeds]
 
+    @property
+    def pixel_bytes(self) -> int:
+        """Of its images and videos."""
+        pixels = self.inputs.pixel_values, self.inputs.pixel_values_videos
+        return sum(np.asarray(values).nbytes for values in pixels if values is not None)
+
 
 @dataclass(frozen=True, slots=True)
 class Preparation:
@@ -86,41 +94,41 @@ class Preparation:
     sampling: SamplingConfig
 
     def prepare(
-        self, processor: Processor, body: bytes, fetched: dict[str, bytes], *, small: bool
+        self, processor: Processor, body: bytes, fetched: dict[str, bytes], folder: Path | None = None
     ) -> Prepared | dict[str, str] | None:
-        """Make the request of a body; None where it shall be small, and this would take long.
+        """Make the request of a body; None without a folder, which a thread has not, where this would take long.
 
-        Where images are not among the fetched ones, their addresses are returned in its place, by their places in the
-        body, as in fetched.
+        Where images or videos are not among the fetched ones, their addresses are returned in its place, by their
+        places in the body, as in fetched. folder: for the files of videos.
         """
-        if small and (len(body) > _SMALL_BODY_BYTES or body.count(b",") > _SMALL_BODY_COMMAS):
+        if folder is None and (len(body) > _SMALL_BODY_BYTES or body.count(b",") > _SMALL_BODY_COMMAS):
             return None
         settings = self.settings
         chat = protocol.read_request(body)
         protocol.check_model(chat.model, settings.model_name)
-        images = _images_of(chat, settings)
+        sources = _sources_of(chat, settings)
         missing = {
-            place: image.url
-            for place, image in images.items()
-            if image.url[:5].lower() != "data:" and not image.url.startswith(BASE64_STARTS)
+            place: source.url
+            for place, source in sources.items()
+            if source.url[:5].lower() != "data:" and not source.url.startswith(BASE64_STARTS)
         }
         if missing.keys() - fetched.keys():
             return missing
-        contents = fetched | {
-            place: _content(place, image.url) for place, image in images.items() if place not in missing
-        }
-        if small and not _is_small(chat, list(contents.values())):
+        contents = fetched | {place: _content(place, one) for place, one in sources.items() if place not in missing}
+        if folder is None and not _is_small(chat, sources, contents):
             return None
         limit = min(chat.max_completion_tokens or chat.max_tokens or settings.max_tokens, settings.max_tokens)
         pruning = _pruning(settings.pruning, chat.pruning)
         sampling = _sampling(self.sampling, chat, self.bundle.manifest.language.vocab_size)
-        pictures = _decoded(images, contents, settings.max_image_pixels)
-        rest = iter(pictures)
+        items, files = self._items(sources, contents, folder)
+        rest = iter(items)
         messages = [_message(message, rest) for message in chat.messages]
         try:
             inputs = processor(Request(messages, max_pixels=settings.max_pixels))
-        except InvalidInput as error:
-            raise invalid(str(error), "messages", "invalid_prompt") from error
+            if inputs.pixel_values_videos is not None:  # frames that are made when they are read are read now
+                inputs = replace(inputs, pixel_values_videos=np.asarray(inputs.pixel_values_videos))
+        except (InvalidInput, BackendError) as error:
+            raise _of_prompt(error, files) from error
         prepared = Prepared(
             request=Request(
                 inputs,
@@ -130,7 +138,7 @@ class Preparation:
                 logprobs=chat.top_logprobs or 0 if chat.logprobs else None,
                 skip_special_tokens=chat.skip_special_tokens is not False,
             ),
-            sizes=tuple((picture.shape[1], picture.shape[0]) for picture in pictures),
+            sizes=() if files else tuple(item["image"].shape[1::-1] for item in items),
             ignored=tuple(protocol.ignored_keys(chat)),
             chat=chat.model_copy(update={"messages": []}),
         )
@@ -143,14 +151,36 @@ class Preparation:
             raise invalid(message, "messages", "context_length_exceeded")
         return replace(prepared, request=replace(prepared.request, max_new_tokens=limit))
 
-    def in_worker(self, body: bytes, fetched: dict[str, bytes]) -> Prepared | dict[str, str]:
+    def _items(
+        self, sources: Mapping[str, Source], contents: Mapping[str, bytes], folder: Path | None
+    ) -> tuple[list[dict[str, Any]], dict[str, Path]]:
+        """Images and videos in order, as the processor takes them; and the files of the videos, by their places."""
+        settings = self.settings
+        items: list[dict[str, Any]] = []
+        files: dict[str, Path] = {}
+        share = settings.max_image_pixels // max(len(sources), 1)
+        videos = sum(isinstance(source, protocol.VideoUrl) for source in sources.values())
+        bounds = {"max_frames": max(FRAME_MULTIPLE, settings.max_frames // max(videos, 1))}
+        if load_family(self.bundle.manifest.vision).pixel_bounds != "nothing":  # else all frames have one size
+            bounds["total_pixels"] = share
+        for place, source in sources.items():
+            if isinstance(source, protocol.ImageUrl):
+                items.append({"type": "image", "image": _decoded(place, source, contents[place], share)})
+            else:
+                assert folder is not None  # no request with a video is small
+                files[place] = folder / f"video-{len(files)}"
+                files[place].write_bytes(contents[place])
+                items.append({"type": "video", "video": str(files[place]), **bounds})
+        return items, files
+
+    def in_worker(self, body: bytes, fetched: dict[str, bytes], folder: Path) -> Prepared | dict[str, str]:
         """The same in a worker process, within limits."""
         _limit(self.settings.prepare_seconds, self.settings.prepare_mb)
         try:
             if not _PROCESSORS:
                 family = load_family(self.bundle.manifest.vision)
                 _PROCESSORS.append(Processor(self.bundle, family))
-            prepared = self.prepare(_PROCESSORS[0], body, fetched, small=False)
+            prepared = self.prepare(_PROCESSORS[0], body, fetched, folder)
             assert prepared is not None
             return prepared
         except MemoryError:
@@ -162,7 +192,7 @@ _PROCESSORS: list[Processor] = []  # that of this worker process
 
 def too_much() -> Exception:
     """A request whose preparation took more than it may."""
-    message = "messages: the images and the text take more time or memory than one request may. Send less, or smaller"
+    message = "messages: images, videos and text take more time or memory than one request may. Send less, or smaller"
     return invalid(message, "messages", "too_much_work")
 
 
@@ -174,20 +204,30 @@ def _limit(seconds: float, megabytes: float) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def _content(place: str, url: str) -> bytes:
+def _content(place: str, source: Source) -> bytes:
     """The file that a data URL, or base64 without its head, holds."""
+    kind = "image" if isinstance(source, protocol.ImageUrl) else "video"
     try:
-        return base64_bytes(url) if url.startswith(BASE64_STARTS) else data_url_bytes(url)
+        return base64_bytes(source.url) if source.url.startswith(BASE64_STARTS) else data_url_bytes(source.url, kind)
     except InvalidInput as error:
-        raise _of_image(place, error) from error
+        raise invalid(f"{place}: {str(error).partition(': ')[2]}", place, f"invalid_{kind}") from error
 
 
-def _of_image(place: str, error: InvalidInput) -> Exception:
-    return invalid(f"{place}: {str(error).partition(': ')[2]}", place, "invalid_image")
+def _of_prompt(error: InvalidInput | BackendError, files: Mapping[str, Path]) -> Exception:
+    """Why there is no prompt. An error of a video's file names its place in the body instead."""
+    for place, file in files.items():
+        if str(file) in str(error):
+            return invalid(str(error).replace(str(file), place), place, "invalid_video")
+    if isinstance(error, BackendError):
+        return invalid(f"messages: this server takes no videos: {error}", "messages", "unsupported")
+    return invalid(str(error), "messages", "invalid_prompt")
 
 
-def _is_small(chat: protocol.ChatRequest, contents: list[bytes]) -> bool:
-    """Whether the text is short and the headers of files say that they are soon decoded; unusual files are not."""
+def _is_small(chat: protocol.ChatRequest, sources: Mapping[str, Source], files: Mapping[str, bytes]) -> bool:
+    """Whether the text is short and the headers of images say that they are soon decoded; unusual files are not."""
+    contents = list(files.values())
+    if any(isinstance(source, protocol.VideoUrl) for source in sources.values()):
+        return False
     parts = [part for message in chat.messages for part in message.parts]
     if sum(len(part.text) for part in parts if isinstance(part, protocol.TextPart)) > _SMALL_TEXT_CHARACTERS:
         return False
@@ -203,8 +243,8 @@ def _is_small(chat: protocol.ChatRequest, contents: list[bytes]) -> bool:
     return sum(map(len, contents)) <= _SMALL_BODY_BYTES and pixels <= _SMALL_PIXELS and scanned <= _SMALL_SCANNED_PIXELS
 
 
-def _images_of(chat: protocol.ChatRequest, settings: ServeSettings) -> dict[str, protocol.ImageUrl]:
-    """The images of a chat in order, by their places in it: messages[0].content[1].image_url.
+def _sources_of(chat: protocol.ChatRequest, settings: ServeSettings) -> dict[str, Source]:
+    """The images and videos of a chat in order, by their places in it: messages[0].content[1].image_url.
 
     Refuses a combination of fields, or a number of them, that the server does not take.
     """
@@ -220,49 +260,45 @@ def _images_of(chat: protocol.ChatRequest, settings: ServeSettings) -> dict[str,
     if len(chat.messages) > settings.max_messages:
         count = f"got {len(chat.messages)}, expected at most {settings.max_messages}"
         raise invalid(f"messages: {count}", "messages", "too_many_messages")
-    images = {}
+    sources: dict[str, Source] = {}
     for index, message in enumerate(chat.messages):
         for number, part in enumerate(message.parts):
-            if isinstance(part, protocol.ImagePart):
-                place = f"messages[{index}].content[{number}].image_url"
+            if not isinstance(part, protocol.TextPart):
+                place = f"messages[{index}].content[{number}].{part.field}"
                 if message.role != "user":
-                    raise invalid(f"{place}: only a user's message has images, this one is {message.role}'s", place)
-                images[place] = part.image_url
-    if len(images) > settings.max_images:
-        count = f"got {len(images)} images, expected at most {settings.max_images}"
+                    raise invalid(
+                        f"{place}: only a user's message has images and videos, this one is {message.role}'s", place
+                    )
+                sources[place] = part.source
+    if len(sources) > settings.max_images:
+        count = f"got {len(sources)} images and videos, expected at most {settings.max_images}"
         raise invalid(f"messages: {count}", "messages", "too_many_images")
-    return images
+    return sources
 
 
-def _decoded(images: Mapping[str, protocol.ImageUrl], contents: Mapping[str, bytes], max_pixels: int) -> list[Picture]:
-    """All images, uint8 [height, width, 3] each; one of more than its share of max_pixels is shrunk."""
-    share = max_pixels // max(len(images), 1)
-    decoded = []
-    for place, image in images.items():
-        try:
-            if not contents[place]:
-                raise InvalidInput("image (bytes): got none")
-            picture = load_image(contents[place], max_pixels=share)
-        except InvalidInput as error:
-            raise _of_image(place, error) from error
-        height, width = picture.shape[:2]
-        if image.detail == "low" and max(height, width) > _LOW_DETAIL_PX:
-            scale = _LOW_DETAIL_PX / max(height, width)
-            size = max(1, round(height * scale)), max(1, round(width * scale))
-            picture = np.asarray(resize(picture, *size, Image.Resampling.BICUBIC))
-        decoded.append(picture)
-    return decoded
+def _decoded(place: str, source: protocol.ImageUrl, content: bytes, max_pixels: int) -> npt.NDArray[np.uint8]:
+    """An image, uint8 [height, width, 3]; one of more pixels is shrunk."""
+    try:
+        if not content:
+            raise InvalidInput("image (bytes): got none")
+        picture = load_image(content, max_pixels=max_pixels)
+    except InvalidInput as error:
+        raise invalid(f"{place}: {str(error).partition(': ')[2]}", place, "invalid_image") from error
+    height, width = picture.shape[:2]
+    if source.detail == "low" and max(height, width) > _LOW_DETAIL_PX:
+        scale = _LOW_DETAIL_PX / max(height, width)
+        size = max(1, round(height * scale)), max(1, round(width * scale))
+        picture = np.asarray(resize(picture, *size, Image.Resampling.BICUBIC))
+    return picture
 
 
-def _message(message: protocol.ChatMessage, pictures: Iterator[Picture]) -> dict[str, Any]:
-    """A message as the processor takes it, with the next decoded images in their places."""
+def _message(message: protocol.ChatMessage, items: Iterator[dict[str, Any]]) -> dict[str, Any]:
+    """A message as the processor takes it, with the next decoded images and videos in their places."""
     content: str | list[dict[str, Any]] = (
         message.content
         if isinstance(message.content, str)  # which a template may treat unlike a list of one text
         else [
-            {"type": "text", "text": part.text}
-            if isinstance(part, protocol.TextPart)
-            else {"type": "image", "image": next(pictures)}
+            {"type": "text", "text": part.text} if isinstance(part, protocol.TextPart) else next(items)
             for part in message.content
         ]
     )

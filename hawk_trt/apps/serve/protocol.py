@@ -9,14 +9,14 @@ import codecs
 import json
 import re
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from hawk_trt.apps.serve.errors import ApiError, invalid
 from hawk_trt.request import QUERIES, QUOTAS, SELECTORS
 
-_PART_TYPES = ("text", "input_text", "image_url", "input_image", "image")
+_PART_TYPES = ("text", "input_text", "image_url", "input_image", "image", "video_url")
 _UNION_TYPE = re.compile(r"(constrained-)?str|list\[.*\]")
 
 
@@ -87,6 +87,7 @@ class ImagePart(_Sized):
 
     type: Literal["image_url", "input_image", "image"]
     image_url: ImageUrl = Field(description="An object; a text is its url.")
+    field: ClassVar[str] = "image_url"
 
     @model_validator(mode="before")
     @classmethod
@@ -103,16 +104,45 @@ class ImagePart(_Sized):
                 part["image_url"]["detail"] = part.pop("detail")
         return part
 
+    @property
+    def source(self) -> ImageUrl:
+        """Where it is."""
+        return self.image_url
+
+
+class VideoUrl(_Sized):
+    """Where a video is."""
+
+    url: str = Field(
+        description="A data URL (data:video/mp4;base64,...) of a video file, or an http(s) address of a host that the "
+        "server allows.",
+        examples=["data:video/mp4;base64,AAAAIGZ0eXA..."],
+    )
+
+
+class VideoPart(_Sized):
+    """A video of a user's message, as vLLM has it."""
+
+    type: Literal["video_url"]
+    video_url: VideoUrl
+    field: ClassVar[str] = "video_url"
+
+    @property
+    def source(self) -> VideoUrl:
+        """Where it is."""
+        return self.video_url
+
 
 class ChatMessage(_Open):
     """One message."""
 
     role: Literal["system", "developer", "user", "assistant"] = Field(description="developer is the same as system.")
     content: (
-        str | Annotated[list[Annotated[TextPart | ImagePart, Field(discriminator="type")]], Field(min_length=1)]
+        str
+        | Annotated[list[Annotated[TextPart | ImagePart | VideoPart, Field(discriminator="type")]], Field(min_length=1)]
     ) = Field(
-        description="Text, or texts and images in the order in which the model reads them; null is an empty answer of "
-        "the assistant."
+        description="Text, or texts, images and videos in the order in which the model reads them; null is an empty "
+        "answer of the assistant."
     )
     refusal: Any = _only()
     audio: Any = _only()
@@ -122,7 +152,7 @@ class ChatMessage(_Open):
     function_call: Any = _only()
 
     @property
-    def parts(self) -> list[TextPart | ImagePart]:
+    def parts(self) -> list[TextPart | ImagePart | VideoPart]:
         """The content; a text is its one part."""
         return [TextPart(type="text", text=self.content)] if isinstance(self.content, str) else self.content
 
@@ -150,7 +180,8 @@ class Pruning(_Strict):
     )
     query: str | None = Field(
         None,
-        description="Text that scores the visual tokens: what follows the last image (paper), or the last user turn.",
+        description="What scores the visual tokens: the text after the last image (paper), the last user turn, or the "
+        "prompt's last token.",
         json_schema_extra=_names(QUERIES),
     )
     quota: str | None = Field(
@@ -294,8 +325,8 @@ def ignored_keys(chat: ChatRequest) -> list[str]:
         found[f"messages[{index}]."] = message
         for number, part in enumerate(message.parts):
             found[f"messages[{index}].content[{number}]."] = part
-            if isinstance(part, ImagePart):
-                found[f"messages[{index}].content[{number}].image_url."] = part.image_url
+            if not isinstance(part, TextPart):
+                found[f"messages[{index}].content[{number}].{part.field}."] = part.source
     return unread + [
         f"{place}{key}"
         for place, model in found.items()

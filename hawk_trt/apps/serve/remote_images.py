@@ -1,4 +1,4 @@
-"""Images that a request names by address: fetched from allowed hosts alone, and never from a private network.
+"""Images and videos that a request names by address: fetched from allowed hosts, and never from a private network.
 
 A name is resolved once, every address that it has must be public, and the connection goes to an address that was
 checked: what the name means a moment later does not matter. A redirect is a new address, checked the same way.
@@ -18,7 +18,7 @@ from hawk_trt.apps.serve.errors import ApiError, invalid
 
 _PORTS = {"http": 80, "https": 443}
 _MAX_REDIRECTS = 3
-_HEADERS = [("User-Agent", "hawk-trt"), ("Accept", "image/*"), ("Accept-Encoding", "identity")]
+_HEADERS = [("User-Agent", "hawk-trt"), ("Accept", "image/*, video/*"), ("Accept-Encoding", "identity")]
 _UNICAST = ipaddress.IPv6Network("2000::/3")  # beyond it IPv6 has local and translated addresses alone
 # Addresses that carry an IPv4 address, which routers on the way may take out, and those of documents.
 _CARRIERS = tuple(map(ipaddress.IPv6Network, ("2002::/16", "2001::/32", "3fff::/20")))
@@ -26,7 +26,7 @@ _ISATAP = (0x0000_5EFE, 0x0200_5EFE)  # the 32 bits before an IPv4 address
 
 
 class RemoteImages:
-    """Fetches images."""
+    """Fetches images and videos."""
 
     def __init__(self, hosts: Sequence[str], max_bytes: int, timeout_s: float) -> None:
         self._hosts = tuple(host.lower().rstrip(".") for host in hosts)
@@ -75,7 +75,7 @@ class RemoteImages:
         names = {host} if port == _PORTS[parts.scheme] else {f"{host}:{port}"}
         names |= {"*" + name[place:] for name in names for place, char in enumerate(name) if char == "."}
         if not names & set(self._hosts):
-            message = f"{where}: this server fetches no images from {host[:80]}; send the image as a data URL"
+            message = f"{where}: this server fetches nothing from {host[:80]}; send a data URL"
             raise invalid(message, where, "image_host")
         path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         if not path.isascii() or any(char <= " " or char == "\x7f" for char in path):

@@ -2,11 +2,13 @@
 
 import asyncio
 import logging
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar
 
 import anyio
@@ -71,16 +73,18 @@ class Service:
         return await anyio.to_thread.run_sync(work, limiter=self._threads)
 
     async def prepare(self, body: bytes, opened: "OpenRequest") -> Prepared:
-        """Make a request of a body, and fetch its remote images."""
+        """Make a request of a body, and fetch its remote images and videos."""
         fetched: dict[str, bytes] = {}
         while True:
-            prepare = partial(self._preparation.prepare, self.pipe.processor, body, fetched, small=True)
+            prepare = partial(self._preparation.prepare, self.pipe.processor, body, fetched)
             prepared = await self.in_thread(prepare)
             if prepared is None:
-                try:  # in a process, which ends with the request where that is cancelled
-                    prepared = await self.workers.run(partial(self._preparation.in_worker, body, fetched))
-                except WorkerEndedError:  # its time was over, or it broke at what it read
-                    raise too_much() from None
+                with tempfile.TemporaryDirectory() as folder:  # which goes even where the process was killed
+                    work = partial(self._preparation.in_worker, body, fetched, Path(folder))
+                    try:  # in a process, which ends with the request where that is cancelled
+                        prepared = await self.workers.run(work)
+                    except WorkerEndedError:  # its time was over, or it broke at what it read
+                        raise too_much() from None
             if isinstance(prepared, Prepared):
                 return prepared
             for place, url in prepared.items():

@@ -26,12 +26,13 @@ class ServeLimits:
         max_queue: requests that may wait; one more is answered 429
         max_cache_mb: megabytes for the KV caches of all running requests; by default a quarter of the memory here
         max_waiting_mb: megabytes for the bodies and image tensors of all requests together
-        max_body_mb: largest request, and largest fetched image, in megabytes
+        max_body_mb: largest request, and largest fetched image or video, in megabytes
         max_messages: most messages of a request
-        max_images: most images of a request
-        max_image_pixels: most pixels of all images of a request together, as sent
+        max_images: most images and videos of a request
+        max_frames: most frames of all videos of a request together; a longer one is sampled more thinly
+        max_image_pixels: most pixels of all images of a request together, as sent, and of the frames that a model sees
         max_pixels: shrink larger images to so many pixels (default: the checkpoint's)
-        prepare_seconds: processor time to decode the images and tokenise the text of a large request
+        prepare_seconds: processor time to decode videos and images and to tokenise the text of a large request
         prepare_mb: megabytes of memory for the same
         max_prompt_tokens: longest prompt, in tokens (default: the model's context)
         max_model_len: longest prompt and answer together, in tokens (default: the model's context)
@@ -39,7 +40,7 @@ class ServeLimits:
         max_choices: most answers to a request (n)
         max_connections: open connections; one more is answered 503
         body_seconds: time to receive a request
-        remote_seconds: time to fetch an image
+        remote_seconds: time to fetch an image or video
         first_token_seconds: time until an answer begins, waiting in the queue included
         request_seconds: time until an answer is complete
         drain_seconds: time to finish answers after SIGTERM
@@ -56,6 +57,7 @@ class ServeLimits:
     max_body_mb: float = 20
     max_messages: int = 256
     max_images: int = 16
+    max_frames: int = 256
     max_image_pixels: int = 33_554_432
     max_pixels: int | None = None
     prepare_seconds: float = 10.0
@@ -113,7 +115,7 @@ class ServeSettings(ServeLimits):
 
     model_name: str  # what clients call the model
     pruning: PruningConfig = field(default_factory=PruningConfig)  # of a request that says nothing of it
-    remote_hosts: tuple[str, ...] = ()  # images may be fetched from NAME, *.NAME, or NAME:PORT if it is unusual
+    remote_hosts: tuple[str, ...] = ()  # images and videos are fetched from NAME, *.NAME, or NAME:PORT if it is unusual
     cors_origins: tuple[str, ...] = ()  # web origins whose pages may call the server
     # Names that a request's Host may have: NAME, *.NAME for all below it, or * for any; requests of pages of others are
     # then refused too. None checks neither.

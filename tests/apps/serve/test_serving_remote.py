@@ -166,7 +166,7 @@ def test_redirects_are_checked_as_addresses_of_their_own(names, port, monkeypatc
     with loopback_is_public(monkeypatch):
         assert fetch(f"{base}/moved", host) == PICTURE
         assert "redirects" in refusal(f"{base}/round", host).body.error.message
-        assert "fetches no images from 127.0.0.1" in refusal(f"{base}/inside", host).body.error.message
+        assert "fetches nothing from 127.0.0.1" in refusal(f"{base}/inside", host).body.error.message
 
 
 @pytest.mark.parametrize("number", range(len(NONSENSE)))
