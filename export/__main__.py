@@ -33,6 +33,11 @@ _UNIFORM_NOTE = (
     "note: no head weights are published for this model, so all its query heads count the same. "
     "Measure them: hawk-trt calibrate CHECKPOINT --out FILE, then export with --head-weights FILE"
 )
+_HYBRID_NOTE = (
+    "note: the first layers of this model have no attention, so HAWK scores behind them. In the one hybrid that was "
+    "measured, a tiny one, the paper's query chose badly there, and the prompt's last token lost nothing: compare "
+    "--query last with the default on your own questions (hawk-trt eval)"
+)
 _INTEGERS = {f"int{bits}": bits for bits in WEIGHT_BITS}
 _BLOCK_SIZE = 64
 # That a run of a few prompts takes beside the weights.
@@ -158,6 +163,8 @@ def _bundle(checkpoint: Checkpoint, out: Path, options: ExportOptions, name: str
         note(f"note: {told}")
     if bundle.manifest.head_weights.source == UNIFORM:
         note(_UNIFORM_NOTE)
+    if bundle.manifest.language.scoring_layer:
+        note(_HYBRID_NOTE)
     return bundle, False
 
 

@@ -32,7 +32,9 @@ SCORED = ("hawk", "uniform", "fastv-input")
 """Selectors that rank by HAWK's scores: the graph can carry them out by itself."""
 EQUAL_HEADS = ("uniform", "fastv-input")
 """Selectors that take no head weights."""
-QUERIES = ("paper", "turn")
+READ_TEXT = ("cdpruner", "dart")
+"""Selectors that compare embeddings of the query's tokens; a last token alone says nothing to them."""
+QUERIES = ("paper", "turn", "last")
 QUOTAS = ("global", "per-image", "per-frame")
 _LARGEST_WEIGHT = 1e30  # scores are sums of weights in float32, and must stay far below the 3e38 that keeps text tokens
 _SMALLEST_WEIGHT = 1e-30  # below, float32 or a GPU makes scores of 0
@@ -65,8 +67,9 @@ class PruningConfig:
         selector: who chooses the kept tokens: one of SELECTORS, or a function of Candidates and k.
         min_visual_tokens: at least so many are kept (or all, where there are fewer).
         query: "paper", the text after the last image up to the end of its turn, "turn", every text token of
-            the last user turn, or None: "paper", and where that holds no text, since the image follows the
-            question, the last user turn that has text.
+            the last user turn, "last", the last token of the prompt, whatever it is (mostly one of the chat
+            template, after which the answer begins), or None: "paper", and where that holds no text, since the
+            image follows the question, the last user turn that has text.
         quota: "global", one selection over all visual tokens; "per-image", one for each image or
             video; or "per-frame", one for each image and each frame of a video.
         keep_mass: keep the fewest tokens that carry this share of the score mass, in (0, 1], and no
@@ -360,7 +363,7 @@ class Result:
         timings: seconds by stage.
         logits: float32 [steps, vocab] where asked for; row i is what token_ids[i] was chosen from.
         logprobs: of each token of token_ids, where asked for.
-        query: "paper" or "turn": which text scored the visual tokens.
+        query: "paper", "turn" or "last": which text scored the visual tokens.
         num_cached: images and videos of the prompt (InternVL: frames) that the vision stage did not run for, since
             the vision cache knew them.
     """

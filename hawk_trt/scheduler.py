@@ -18,7 +18,7 @@ import numpy as np
 from hawk_trt.bundle import Bundle
 from hawk_trt.errors import BackendError, InvalidInput
 from hawk_trt.inputs.processor import Processor
-from hawk_trt.pruning import asked_by, kept_count, select, weights_for
+from hawk_trt.pruning import kept_count, query_of, select, weights_for
 from hawk_trt.request import PruningConfig, Request, Timings
 from hawk_trt.runtime.protocol import Backend, PrefillOutputs, StepOutputs, Visual
 from hawk_trt.runtime.vision_cache import VisionCache
@@ -98,7 +98,7 @@ class Scheduler:
         started = time.perf_counter()
         manifest, chat, pruning = self._bundle.manifest, self._processor.chat, request.pruning or PruningConfig()
         inputs = self._processor(request)
-        layout = asked_by(self._processor.layout(inputs, pruning.query), pruning)
+        layout = self._processor.layout(inputs, query_of(pruning))
         max_kept = layout.num_tokens - layout.num_visual + kept_count(layout, pruning)
         limit = request.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
         limit = min(limit, manifest.language.max_position_embeddings - layout.next_position)

@@ -35,7 +35,7 @@ class PromptLayout:
         frames: int64 [n], which image or frame of a video, counted through all of them; -1 for text.
         position_ids: int64 [axes, n].
         query_weights: float32 [n], 1/T at the query tokens.
-        query: "paper" or "turn": whose rule chose the query tokens.
+        query: "paper", "turn" or "last": whose rule chose the query tokens.
         num_rows: rows of the prompt's visual embeddings, those of masked placeholders included.
         image_grid_thw, video_grid_thw: int64 [items, 3], masked ones included.
     """
@@ -136,11 +136,13 @@ def query_mask(
     query: str | None,
     chat: "ChatTokenizer | None",
 ) -> tuple[npt.NDArray[np.bool_], str]:
-    """The tokens that score the visual ones, bool [n], and whose rule chose them: "paper" or "turn".
+    """The tokens that score the visual ones, bool [n], and whose rule chose them: "paper", "turn" or "last".
 
     "turn" is the text of the last user turn. Unasked it counts where the authors' range holds no text of a turn; then
     of the last user turn that has text.
     """
+    if query == "last":
+        return (np.arange(len(ids)) == len(ids) - 1) & visual.any(), "last"
     if query == "turn":
         if chat is None:
             raise InvalidInput('query: "turn" needs a tokenizer, and this bundle has none; use query="paper"')

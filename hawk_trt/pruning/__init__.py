@@ -6,7 +6,6 @@ selectors.py, from what the stages have made so far, and goes into the graph thr
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TypeAlias
 
 import numpy as np
@@ -14,7 +13,7 @@ import numpy.typing as npt
 
 from hawk_trt.bundle import Bundle
 from hawk_trt.inputs.layout import PrefillInputs, PromptLayout, collate
-from hawk_trt.request import EQUAL_HEADS, SCORED, PruningConfig, check_head_weights, num_kept
+from hawk_trt.request import EQUAL_HEADS, READ_TEXT, SCORED, PruningConfig, check_head_weights, num_kept
 from hawk_trt.runtime.protocol import Backend, Visual
 
 Float32Array: TypeAlias = npt.NDArray[np.float32]
@@ -29,13 +28,13 @@ def weights_for(bundle: Bundle, pruning: PruningConfig) -> Float32Array:
     return np.array(check_head_weights(weights, num_heads), np.float32)
 
 
-def asked_by(prompt: PromptLayout, pruning: PruningConfig) -> PromptLayout:
-    """The prompt with the query tokens of the selector: for fastv-input the last token alone."""
-    if pruning.selector != "fastv-input" or not prompt.num_visual:
-        return prompt
-    weights = np.zeros(prompt.num_tokens, np.float32)
-    weights[-1] = 1.0
-    return replace(prompt, query_weights=weights)
+def query_of(pruning: PruningConfig) -> str | None:
+    """Which text asks: the caller's query, but for selectors that need one of their own."""
+    if pruning.selector == "fastv-input":
+        return "last"
+    if pruning.selector in READ_TEXT and pruning.query == "last":
+        return None  # the embedding of a token of the chat template tells nothing of the question
+    return pruning.query
 
 
 def kept_count(prompt: PromptLayout, pruning: PruningConfig) -> int:

@@ -101,6 +101,14 @@ def test_the_turn_query_takes_what_the_tokenizer_marks():
         layout([1, *IMAGE, 2, 5], query="turn")
 
 
+@pytest.mark.parametrize("mask", [None, [1] * 8 + [0] * 2])
+def test_the_last_query_takes_the_last_token_that_is_real_and_needs_no_tokenizer(mask):
+    marked = layout([4, *IMAGE, 1, 5, 3], mask, query="last")
+    assert np.flatnonzero(marked.query_weights).tolist() == [len(marked.input_ids) - 1]
+    assert (marked.query, marked.query_weights[-1], len(marked.input_ids)) == ("last", 1.0, 10 if mask is None else 8)
+    assert not layout([4, 1, 2, 5], images=None, query="last").query_weights.any()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -7,22 +7,28 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
+from checkpoints import write_safetensors
 from export.__main__ import main as export
 from export.architectures import family_name, read_config
-from hawk_trt import Pipeline
+from hawk_trt import Pipeline, PruningConfig
 from hawk_trt.bundle import Bundle
 from hawk_trt.errors import CheckpointError
 from hawk_trt.models.vision_config import Qwen35Vision
 from hawk_trt.runtime import session as ort_session
 from hawk_trt.runtime.comparison import TOLERANCES, StageTolerance, tolerance_of
 from hawk_trt.stages import CPU, CUDA, FULL_ATTENTION, LINEAR_ATTENTION, LinearAttentionConfig
-from quantised_checkpoints import awq
-from qwen import QWEN3_5_08B, QWEN3_5_27B, QWENS, random_qwen3_5, run
+from quantised_checkpoints import WRITERS
+from qwen import QWEN3_5_08B, QWEN3_5_27B, QWENS, STEPS, TOKENS, random_qwen3_5, run
 from random_models import IM_END_OPTION, generate, prompt, save_random
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
+from hawk_trt.apps.parity.reference import Reference
 
+_DECAY = ("in_proj_a.weight", "in_proj_b.weight")
+# By their writers' names; what else than projections they quantise here.
+_INTEGERS = ("awq-32", "gptq-desc-act", "gptq-int8", "packed-int4-zeros", "int8-rows")
+KINDS = dict.fromkeys((*_INTEGERS, "float8-tensor", "float8-blocks"), ()) | {"float8-rows": _DECAY}
 IMAGE = {"patch_dim": QWENS["qwen3_5"].patch_dim, "images": [(1, 8, 12)]}
 
 
@@ -54,8 +60,8 @@ def test_the_released_configs_are_read(config, layers, value_heads, tower):
 
 
 def test_the_kinds_of_layers_follow_from_the_interval_where_they_are_not_listed():
-    text = {name: value for name, value in QWEN3_5_08B["text_config"].items() if name != "layer_types"}
-    assert read_config(QWEN3_5_08B | {"text_config": text}) == read_config(QWEN3_5_08B)
+    listed = QWEN3_5_08B["text_config"] | {"layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 6}
+    assert read_config(QWEN3_5_08B | {"text_config": listed}) == read_config(QWEN3_5_08B)
 
 
 @pytest.mark.parametrize(
@@ -96,13 +102,25 @@ def test_a_setting_that_cannot_be_used_is_named(section, changes, words):
         read_config(config)
 
 
+def test_the_last_token_asks_as_in_transformers(qwen):
+    inputs, pruning = prompt(**IMAGE), PruningConfig(keep_ratio=0.3, query="last")
+    expected = qwen.reference.run(qwen.reference.embed(inputs, TOKENS), pruning)
+    with Pipeline.load(qwen.bundle) as pipe:
+        last, paper = (pipe.generate(inputs, pruning=replace(pruning, query=query)) for query in ("last", "paper"))
+    assert expected.query_indices.tolist() == [np.size(inputs.input_ids) - 1]
+    np.testing.assert_array_equal(last.kept_indices, expected.kept_indices)
+    np.testing.assert_allclose(last.scores, expected.scores, rtol=0, atol=1e-5)
+    assert not np.array_equal(last.kept_indices, paper.kept_indices)
+
+
 def test_targets_without_operators_for_linear_layers_are_refused_by_name(qwen, tmp_path, capsys):
     command = [str(qwen.checkpoint), "--out", str(tmp_path / "bundle"), "--no-reference", *IM_END_OPTION]
     assert export([*command, "--target", "tensorrt,portable"]) == 1
     told = capsys.readouterr().err
     assert "got tensorrt, portable, expected of cpu, cuda" in told and "plugin" in told and "opset 27" in told
     assert export(command) == 0
-    assert "no graphs for tensorrt, portable" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "no graphs for tensorrt, portable" in told and told.count("--query last") == 1
     assert Bundle.load(tmp_path / "bundle").manifest.targets == (CPU, CUDA)
 
 
@@ -154,7 +172,8 @@ def test_quantised_weights_keep_the_decay_in_floats(qwen, answer, tmp_path, bits
         assert np.corrcoef(got.logits[0], answer.logits[0])[0, 1] > 0.95  # 0.98 seen
 
 
-def test_an_awq_checkpoint_answers_as_the_floats_that_it_stands_for(qwen, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_quantised_checkpoint_answers_as_the_floats_that_it_stands_for_in_pytorch(qwen, kind, tmp_path, monkeypatch):
     """Its scoring projections become floats; those of the layers before, and of the decoder, stay integers."""
     from safetensors.numpy import load_file, save_file
 
@@ -166,28 +185,35 @@ def test_an_awq_checkpoint_answers_as_the_floats_that_it_stands_for(qwen, tmp_pa
             self.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
 
     monkeypatch.setattr(ort_session.ort, "SessionOptions", Options)
-    writer, parts, floats = awq(32), {}, {}
+    writer, parts, floats = WRITERS[kind], {}, {}
+    # FP8 of any number of rows; of integers the few rows of the decay stay floats, as their writers leave them
+    ends = (*KINDS[kind], "_proj.weight", "in_proj_qkv.weight", "in_proj_z.weight")
     for name, array in load_file(qwen.checkpoint / "model.safetensors").items():
         parts[name] = floats[name] = array
-        if ".layers." in name and name.endswith(("_proj.weight", "in_proj_qkv.weight", "in_proj_z.weight")):
+        if ".layers." in name and name.endswith(ends):
             written = writer.write(parts.pop(name))
             floats[name] = written.floats
             parts |= {f"{name.removesuffix('weight')}{part}": value for part, value in written.parts.items()}
-    assert sum(name.endswith("linear_attn.in_proj_qkv.qweight") for name in parts) == 6
     config = json.loads((qwen.checkpoint / "config.json").read_text(encoding="utf-8"))
-    answers = []
-    for kind, tensors, settings in (("awq", parts, {"quantization_config": writer.settings}), ("plain", floats, {})):
-        source, out = tmp_path / kind, tmp_path / f"{kind}-bundle"
-        source.mkdir()
-        save_file(tensors, source / "model.safetensors")
-        (source / "config.json").write_text(json.dumps(config | settings), encoding="utf-8")
-        options = ["--target", "cpu", "--no-reference", *IM_END_OPTION]
-        assert export([str(source), "--out", str(out), *options]) == 0
-        with Pipeline.load(out) as pipe:
-            answers.append(run(pipe, prompt(**IMAGE), 0.3))
-    assert Bundle.load(tmp_path / "awq-bundle").manifest.weights is not None
-    np.testing.assert_array_equal(answers[0].kept_indices, answers[1].kept_indices)
-    np.testing.assert_allclose(answers[0].logits, answers[1].logits, rtol=0, atol=1e-3)
+    source, plain, out = (tmp_path / name for name in (kind, "plain", "bundle"))
+    for folder, settings in ((source, {"quantization_config": writer.settings}), (plain, {})):
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(config | settings), encoding="utf-8")
+    write_safetensors(source / "model.safetensors", parts)
+    contiguous = {name: np.ascontiguousarray(array) for name, array in floats.items()}
+    save_file(contiguous, plain / "model.safetensors", {"format": "pt"})
+    inputs = prompt(**IMAGE)
+    expected = type(qwen.model).from_pretrained(plain, dtype="float32").eval()
+    tokens, logits = generate(expected, inputs, STEPS)
+    assert export([str(source), "--out", str(out), "--target", "cpu", "--no-reference", *IM_END_OPTION]) == 0
+    with Pipeline.load(out) as pipe:
+        whole, pruned = run(pipe, inputs, 1.0), run(pipe, inputs, 0.3)
+    assert whole.token_ids == tokens
+    np.testing.assert_allclose(whole.logits, logits, rtol=0, atol=1e-3)
+    hawk = Reference.load(plain, head_weights=(0.25,) * 4, normalization="l2")
+    kept = hawk.run(hawk.embed(inputs, TOKENS), PruningConfig(keep_ratio=0.3), steps=STEPS)
+    np.testing.assert_array_equal(pruned.kept_indices, kept.kept_indices)
+    np.testing.assert_allclose(pruned.logits, kept.logits, rtol=0, atol=1e-3)
 
 
 def test_a_model_may_score_in_layer_1_and_end_with_a_linear_layer(tmp_path):

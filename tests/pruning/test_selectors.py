@@ -230,8 +230,14 @@ def test_uniform_is_hawk_with_equal_weights(pipe, inputs):
         assert np.array_equal(hawk.scores, uniform.scores) == same
 
 
-def test_fastv_input_asks_with_the_last_token_of_the_prompt(pipe, inputs, tiny_checkpoint):
-    result = pipe.generate(inputs, pruning=PruningConfig(selector="fastv-input"), max_new_tokens=1)
+@pytest.mark.parametrize(
+    "pruning",
+    [PruningConfig(selector="fastv-input"), PruningConfig(query="last", head_weights=(0.0, 2.0, 1.0, *[0.5] * 5))],
+)
+def test_the_last_token_of_the_prompt_asks(pipe, inputs, tiny_checkpoint, pruning):
+    """For fastv-input with equal head weights, for hawk with its own."""
+    result = pipe.generate(inputs, pruning=pruning, max_new_tokens=1)
+    assert result.query == "last"
     language = pipe.bundle.manifest.language
     stored = load_file(tiny_checkpoint / "model.safetensors")
     tensors = {name: tensor.astype(np.float32) for name, tensor in stored.items()}
@@ -251,11 +257,31 @@ def test_fastv_input_asks_with_the_last_token_of_the_prompt(pipe, inputs, tiny_c
         language.num_attention_heads,
         language.num_key_value_heads,
     )
-    scores = normalize(raw, visual, "l2").mean(axis=0)[visual]
+    normal = normalize(raw, visual, "l2")[:, visual]
+    scores = np.array(pruning.head_weights or [1 / len(normal)] * len(normal), np.float32) @ normal
     np.testing.assert_allclose(result.scores, scores, atol=1e-5)
     np.testing.assert_array_equal(kept_visual(pipe, inputs, result), best(result.scores, 13))
-    asked = pipe.generate(inputs, pruning=PruningConfig(), max_new_tokens=1)
-    assert not np.allclose(asked.scores, result.scores, atol=1e-3)
+    asked = pipe.generate(inputs, pruning=replace(pruning, selector="hawk", query=None), max_new_tokens=1)
+    assert asked.query == "paper" and not np.allclose(asked.scores, result.scores, atol=1e-3)
+
+
+def test_hawk_that_the_last_token_asks_is_fastv_input_where_heads_weigh_alike(pipe, inputs):
+    one, other = (
+        pipe.generate(inputs, pruning=pruning, max_new_tokens=1)
+        for pruning in (PruningConfig(query="last"), PruningConfig(selector="fastv-input"))
+    )
+    np.testing.assert_array_equal(one.scores, other.scores)
+    np.testing.assert_array_equal(one.kept_indices, other.kept_indices)
+
+
+@pytest.mark.parametrize("selector", ["cdpruner", "dart"])
+def test_selectors_that_read_the_question_read_it_whatever_scores(pipe, inputs, selector):
+    plain, last = (
+        pipe.generate(inputs, pruning=PruningConfig(selector=selector, query=query), max_new_tokens=1)
+        for query in (None, "last")
+    )
+    assert last.query == plain.query == "paper"
+    np.testing.assert_array_equal(last.kept_indices, plain.kept_indices)
 
 
 def test_a_seed_gives_the_same_random_choice_and_a_larger_one_holds_the_smaller(pipe, inputs):

@@ -205,7 +205,7 @@ class Scoring:
     """What scores the visual tokens, and over what they compete.
 
     Attributes:
-        query: text that scores: paper, after the last image; turn, the user's last (default: paper, else turn)
+        query: what scores: text after the last image (paper), the last user turn, the last token (default: paper, turn)
         quota: choose tokens over all images together, for each image, or for each frame
         min_visual_tokens: fewest visual tokens kept
         head_weights: JSON file with a weight for each query head of layer 0 (default: the bundle's)

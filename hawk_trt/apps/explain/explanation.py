@@ -42,13 +42,17 @@ class Selection:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """A prompt's images and videos, their scores, and what the selector kept of them at each keep ratio."""
+    """A prompt's images and videos, their scores, and what the selector kept of them at each keep ratio.
+
+    query is Result.query: which text scored them.
+    """
 
     prompt: str
     selector: str
     num_visual: int
     items: tuple[VisualItem, ...]
     selections: tuple[Selection, ...]
+    query: str = "paper"
 
 
 def explain(
@@ -100,4 +104,4 @@ def explain(
         for keep_ratio, result in results
     ]
     name = selector if isinstance(selector, str) else getattr(selector, "__name__", "your selector")
-    return Explanation(prompt, name, layout.num_visual, tuple(items), tuple(selections))
+    return Explanation(prompt, name, layout.num_visual, tuple(items), tuple(selections), results[0][1].query)

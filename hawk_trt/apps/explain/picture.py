@@ -41,6 +41,7 @@ _CELL_PX = 14  # wished for one token
 _MIN_PANEL_PX, _MAX_PANEL_PX = 300, 720
 _MOST_COLUMNS = 4  # beside each other; more go below
 _MAX_TEXT_LINES = 6
+_ASKED_BY = {"paper": "", "turn": "asked by the last turn", "last": "asked by the prompt's last token"}
 _LEGEND = (
     "Kept tokens in full colour, dropped tokens dimmed. A token's score says how much it has to do with the question: "
     "dark is little, bright is much."
@@ -208,7 +209,11 @@ def _views(explanation: Explanation, score_range: tuple[float, float]) -> list[_
     scores += "" if selector in SCORED else f", not used by {selector}"
     views = [
         _View("As given", f"{total} visual tokens", lambda row: row.image),
-        _View(scores, "", lambda row: heat_panel(row.image, items[row.item].scores[row.step], score_range)),
+        _View(
+            scores,
+            _ASKED_BY[explanation.query],
+            lambda row: heat_panel(row.image, items[row.item].scores[row.step], score_range),
+        ),
     ]
     chooser = "" if selector == "hawk" else f" by {selector}"
     for one in explanation.selections:

@@ -66,6 +66,8 @@ def query_range(ids: Sequence[int], visual: Sequence[int], tokens: PromptTokens,
     """Positions of the query tokens; visual: positions of the visual tokens, at least one."""
     if query == "turn":
         return _turn_query(ids, tokens)
+    if query == "last":
+        return [len(ids) - 1]
     # From the last image to the last im_end; an im_end right behind the image does not count.
     image_ends = [position for position, token in enumerate(ids) if token == tokens.vision_end]
     anchor = image_ends[-1] if image_ends else visual[-1]

@@ -20,7 +20,7 @@ class Usage(BaseModel):
     total_tokens: int
     visual_tokens: int = Field(description="Of the prompt's images, before pruning.")
     kept_visual_tokens: int = Field(description="Of these, what pruning kept.")
-    query: str = Field(description="Which text scored the visual tokens: paper or turn, as in pruning.")
+    query: str = Field(description="Which text scored the visual tokens: paper, turn or last, as in pruning.")
     prompt_tokens_details: PromptTokensDetails
 
 
@@ -100,13 +100,14 @@ class Chunk(_Answer):
 
 
 class Abilities(BaseModel):
-    """An extension: what a request may ask for. keep_ratio and selector are those of a request that names none."""
+    """An extension: what a request may ask for. keep_ratio, selector and query hold for a request that names none."""
 
     family: str
     dtype: str
     keep_ratio: float
     selector: str
     selectors: list[str]
+    query: str | None
     queries: list[str]
     quotas: list[str]
     max_tokens: int

@@ -208,6 +208,7 @@ def _model(pipe: "Pipeline", settings: ServeSettings) -> Model:
             keep_ratio=settings.pruning.keep_ratio,
             selector=str(settings.pruning.selector),
             selectors=list(SELECTORS),
+            query=settings.pruning.query,
             queries=list(QUERIES),
             quotas=list(QUOTAS),
             max_tokens=settings.max_tokens,

@@ -97,6 +97,7 @@ def test_options_reach_the_pipeline(ask, sample, capsys, tmp_path):
     assert result("--stop", sample[2][1:])["text"] == sample[2][:1]
     assert result("--max-pixels", 112 * 112)["num_visual"] == 16
     assert result("--query", "turn")["scores"]
+    assert result("--query", "last")["scores"] == result("--selector", "fastv-input")["scores"] != plain["scores"]
     assert result("--target", "portable")["token_ids"] == plain["token_ids"]
     assert len(result("--system", "Answer in French, at length.")["kept_indices"]) > len(plain["kept_indices"])
     drawn = [result("--temperature", 30, "--seed", seed, "--max-new-tokens", 8)["token_ids"] for seed in (1, 1, 2)]

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -107,6 +109,16 @@ def test_the_picture_names_who_chose(selector, scores, detail, monkeypatch):
     render(explanation_of((1, 2, 5), selector=selector), [[Image.new("RGB", (140, 56))]])
     assert drawn.count(scores) == 1 and detail in drawn
     assert sum("HAWK" in text for text in drawn) == (selector != "uniform")
+
+
+def test_the_picture_tells_that_the_last_token_asked(monkeypatch):
+    layout = layout_of([IMAGE, IMAGE, TEXT], image_grid_thw=[[1, 2, 4]])
+    explained = explain("?", layout, [(0.5, replace(result_of(2, [0, 2]), query="last"))], 2)
+    drawn = []
+    draw = Lettering.draw
+    monkeypatch.setattr(picture.Lettering, "draw", lambda self, *given: (drawn.extend(given[2]), draw(self, *given))[1])
+    render(explained, [[Image.new("RGB", (56, 28))]])
+    assert "asked by the prompt's last token" in drawn and explained.query == "last"
 
 
 def test_kept_tokens_keep_their_colours_and_dropped_ones_lose_them():

@@ -49,7 +49,13 @@ def test_a_bundle_agrees_with_its_checkpoint(tiny_bundle, tiny_checkpoint, capsy
 
 
 @pytest.mark.parametrize(
-    "options", [["--query", "turn"], ["--quota", "per-image", "--min-visual-tokens", "5"], ["--quota", "per-frame"]]
+    "options",
+    [
+        ["--query", "turn"],
+        ["--query", "last"],
+        ["--quota", "per-image", "--min-visual-tokens", "5"],
+        ["--quota", "per-frame"],
+    ],
 )
 @pytest.mark.parametrize("target", ["portable", "cpu"])
 def test_every_way_to_prune_agrees(tiny_bundle, tiny_checkpoint, capsys, options, target):

@@ -200,6 +200,12 @@ class TestQueryRange:
     def test_turn(self, prompt, query):
         assert self._found(prompt, "turn") == query
 
+    @pytest.mark.parametrize("prompt", ["SuII|abcES", "II|abcS", "SuabESuII|ES"])
+    def test_last(self, prompt):
+        ids = [ord(letter) for letter in prompt]
+        tokens = PromptTokens(image=ord("I"), video=None, vision_end=None, im_start=None, im_end=None)
+        assert query_range(ids, [prompt.index("I")], tokens, "last") == [len(prompt) - 1]
+
     def test_turn_without_a_user_turn_is_an_error(self):
         with pytest.raises(ParityError, match="user turn"):
             self._found("II|abc", "turn")

@@ -126,16 +126,19 @@ def test_max_completion_tokens_bounds_the_answer(client):
     assert (got.usage.completion_tokens, got.choices[0].finish_reason) == (1, "length")
 
 
-@pytest.mark.parametrize("selector", ["uniform", "random", "divprune"])
-def test_a_request_chooses_its_selector(server, selector):
+@pytest.mark.parametrize(
+    ("selector", "query"), [("uniform", "turn"), ("hawk", "last"), ("random", "turn"), ("divprune", "turn")]
+)
+def test_a_request_chooses_its_selector_and_its_query(server, selector, query):
     got = server.http.post(
         "/v1/chat/completions",
-        json=question(QUESTION, PICTURE, pruning={"selector": selector, "keep_ratio": 0.3, "query": "turn"}),
+        json=question(QUESTION, PICTURE, pruning={"selector": selector, "keep_ratio": 0.3, "query": query}),
     ).json()
-    pruning = PruningConfig(keep_ratio=0.3, selector=selector, query="turn")
+    pruning = PruningConfig(keep_ratio=0.3, selector=selector, query=query)
     expected = server.pipe.generate(QUESTION, [PICTURE], pruning=pruning, max_new_tokens=8)
     assert got["choices"][0]["message"]["content"] == expected.text
     assert got["usage"]["kept_visual_tokens"] == expected.num_kept
+    assert got["usage"]["query"] == query
 
 
 def test_details_tell_grid_scores_and_kept_tokens_of_each_image(server):

@@ -208,8 +208,12 @@ async function question() {
       model: model.id,
       messages: [...earlier, { role: "user", content }],
       temperature: 0,
-      // a follow-up has no image of its own to choose by
-      pruning: { keep_ratio: ratio(), selector: element("selector").value, ...(earlier.length && { query: "turn" }) },
+      pruning: {
+        keep_ratio: ratio(),
+        selector: element("selector").value,
+        // a follow-up has no image of its own to choose by
+        ...(earlier.length && !model.hawk.query && { query: "turn" }),
+      },
     };
     const told = await ask(body, mine.signal, (piece) => answer.append(piece));
     if (mine.signal.aborted) return;
