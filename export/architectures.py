@@ -19,6 +19,12 @@ _ARCHITECTURES = {
     "InternVLForConditionalGeneration": "internvl",
     "InternVLChatModel": "internvl",
 }
+# What counts where no architecture is known: transformers reads the model_type alone. A reward model or a class of one's
+# own over a model has that of the model.
+_MODEL_TYPES = {
+    **{name: name for name in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "internvl")},
+    **{"internvl_chat": "internvl", "cosmos3_omni": "qwen3_vl"},
+}
 # Close relatives of what is supported, and why they are not.
 _REFUSED = {
     "Qwen3VLMoeForConditionalGeneration": "Its layers are mixtures of experts; take a dense Qwen3-VL, such as the 8B",
@@ -51,9 +57,12 @@ def family_name(config: Mapping[str, Any]) -> str:
     named = config.get("architectures")
     if named is not None and not (isinstance(named, list) and all(isinstance(name, str) for name in named)):
         raise Section(config).wrong("architectures", "a list of names")
-    got = tuple(name[:60] for name in (named or [str(config.get("model_type"))])[:10])
+    model_type = str(config.get("model_type"))
+    got = tuple(name[:60] for name in (named or [model_type])[:10])
     for name in got:
         if name in _ARCHITECTURES:
             return _ARCHITECTURES[name]
+    if model_type in _MODEL_TYPES and not set(got) & set(_REFUSED):
+        return _MODEL_TYPES[model_type]
     reasons = "".join(f". {_REFUSED[name]}" for name in got if name in _REFUSED)
     raise CheckpointError(f"architecture: got {', '.join(got)}, supported are {', '.join(_ARCHITECTURES)}{reasons}")

@@ -110,7 +110,7 @@ def language_config(
     text = text_section(config)
     if not hybrid:
         _refuse_sliding_window(text)
-    text.expect("hidden_act", "silu")
+    text.expect("hidden_act", "silu", "silu")
     if qk_norm:
         text.expect("attention_bias", False, False)
     hidden_size = text.integer("hidden_size")
@@ -175,7 +175,9 @@ def special_tokens(
 
     spelt = {**spellings, **_IM_TOKENS}
     named = {name: first(f"{name}_token_id", spelling, config, text) for name, spelling in spelt.items()}
-    pad = first("pad_token_id", "<|endoftext|>", generation, config, text)
+    pads = (source.get("pad_token_id") for source in (generation, config, text))  # -1 and the like are none
+    known = (token for token in (*pads, added_tokens.get("<|endoftext|>")) if is_integer(token))
+    pad = next((token for token in known if 0 <= token < vocab_size), None)
     ends = []
     for source in (generation, config, text):
         value = source.get("eos_token_id")

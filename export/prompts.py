@@ -5,6 +5,7 @@ import numpy as np
 from hawk_trt.bundle import Bundle
 from hawk_trt.errors import BundleError, CheckpointError, InvalidInput
 from hawk_trt.inputs.processor import Processor
+from hawk_trt.inputs.tokenizer import read_settings
 from hawk_trt.models.family import Family, TokenRun
 from hawk_trt.request import Request
 from hawk_trt.runtime.generation_config import checkpoint_sampling
@@ -12,6 +13,13 @@ from hawk_trt.runtime.generation_config import checkpoint_sampling
 _QUESTION = "What is this?"
 _ANSWER = "A picture."
 _IMAGE_SIDE = 64
+# Of generation_config.json: what changes the answers of transformers and is not followed, with what means nothing.
+_NOT_FOLLOWED = {
+    **{"num_beams": 1, "typical_p": 1, "top_h": None, "penalty_alpha": None, "guidance_scale": None},
+    **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "min_length", "min_new_tokens")),
+    **dict.fromkeys(("epsilon_cutoff", "eta_cutoff", "forced_eos_token_id", "exponential_decay_length_penalty")),
+    **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "sequence_bias")),
+}
 _TOOL = {
     "type": "function",
     "function": {
@@ -63,6 +71,9 @@ def try_prompts(bundle: Bundle, family: Family) -> list[str]:
     except BundleError as error:
         reason = str(error).removeprefix(f"{bundle.folder}/")
         notes.append(f"{reason}, or serve with --generation-config none")
+    said = read_settings(bundle, "generation_config.json") or {}
+    if left := [name for name, nothing in _NOT_FOLLOWED.items() if said.get(name) and said[name] != nothing]:
+        notes.append(f"generation_config.json: {', '.join(left)}: not followed here, unlike in transformers")
     return notes + _what_ends_a_turn(processor, bundle.manifest.special_tokens.eos)
 
 

@@ -172,9 +172,8 @@ def _vision_sizes(config: Config, vision: Section, hidden_act: str) -> dict[str,
     """The fields of Qwen2Vision; hidden_act is the only activation that the family's graph computes."""
     vision.expect("hidden_act", hidden_act)
     sizes: dict[str, Any] = {key: vision.integer(key) for key in _SIZES}
-    channels = "in_channels" if "in_channels" in vision.values else "in_chans"
-    if vision.integer(channels) != 3:
-        raise vision.wrong(channels, "3 (RGB)")
+    for channels in ("in_channels", "in_chans"):
+        vision.expect(channels, 3, 3)
     # Every patch rotates half of each head by its row and half by its column, in pairs.
     if sizes["hidden_size"] % (4 * sizes["num_heads"]):
         raise vision.wrong("num_heads", f"a divisor of hidden_size / 4 = {sizes['hidden_size']}/4")

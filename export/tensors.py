@@ -62,7 +62,8 @@ _COSMOS_GENERATOR = re.compile(
 def tensor_names(config: Mapping[str, Any]) -> Callable[[str], tuple[str, ...]]:
     """What names the tensors of a checkpoint; an unknown architecture's are named as Qwen's."""
     named = config.get("architectures")
-    if isinstance(named, list) and any(str(name).startswith("Cosmos3") for name in named):
+    named = named if isinstance(named, list) else []
+    if config.get("model_type") == "cosmos3_omni" or any(str(name).startswith("Cosmos3") for name in named):
         return cosmos_names
     try:
         return internvl_names if family_name(config) == "internvl" else qwen_names

@@ -257,6 +257,20 @@ class ModelInputs:
     video_grid_thw: npt.ArrayLike | None = None
     second_per_grid_ts: npt.ArrayLike | None = None
 
+    def __post_init__(self) -> None:
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if value is None:
+                continue
+            try:  # of lists, and tensors of other libraries
+                array = value if isinstance(getattr(value, "dtype", None), np.dtype) else np.asarray(value)
+                if array.dtype.kind in "OSU":
+                    raise TypeError(f"numpy makes {array.dtype} of it")
+            except (TypeError, ValueError, RuntimeError) as error:
+                got = f"{type(value).__name__} without numbers that numpy can read ({error})"
+                raise InvalidInput(f"{entry.name}: got {got}, expected an array") from error
+            object.__setattr__(self, entry.name, array)
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -301,8 +315,10 @@ class Request:
             if value is not None and not isinstance(value, kind):
                 raise InvalidInput(f"{name}: got {repr(value)[:60]}, expected a {kind.__name__}")
         listed = isinstance(self.stop, Iterable) and not isinstance(self.stop, str)
-        if not listed or not all(isinstance(string, str) and string for string in self.stop):
+        stop = tuple(self.stop) if listed else (self.stop,)
+        if not listed or not all(isinstance(string, str) and string for string in stop):
             raise InvalidInput(f"stop: got {self.stop!r}, expected a list of non-empty strings")
+        object.__setattr__(self, "stop", stop)  # a generator is read but once
 
     def with_defaults(self, options: "Request") -> "Request":
         """This request, with the options of another where it asks for none of its own."""

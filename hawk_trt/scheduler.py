@@ -99,6 +99,9 @@ class Scheduler:
         manifest, chat, pruning = self._bundle.manifest, self._processor.chat, request.pruning or PruningConfig()
         inputs = self._processor(request)
         layout = self._processor.layout(inputs, query_of(pruning))
+        highest = max(dict(request.sampling.logit_bias) if request.sampling else (), default=0)
+        if highest >= manifest.language.vocab_size:
+            raise InvalidInput(f"logit_bias: got token {highest}, expected one below {manifest.language.vocab_size}")
         max_kept = layout.num_tokens - layout.num_visual + kept_count(layout, pruning)
         limit = request.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
         limit = min(limit, manifest.language.max_position_embeddings - layout.next_position)

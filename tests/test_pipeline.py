@@ -194,8 +194,9 @@ def test_an_answer_ends_at_a_stop_string_a_stop_token_or_its_length(inplace):
     assert whole.finish_reason == "stop"
     assert whole.token_ids[-1] in inplace.bundle.manifest.special_tokens.eos
     first = whole.text.split()[0]
-    stopped = inplace.generate(**ask, max_new_tokens=16, stop=[whole.text[len(first) :]])
-    assert (stopped.text, stopped.finish_reason) == (first, "stop")
+    for stop in ([whole.text[len(first) :]], iter([whole.text[len(first) :]])):
+        stopped = inplace.generate(**ask, max_new_tokens=16, stop=stop)
+        assert (stopped.text, stopped.finish_reason) == (first, "stop")
     cut = inplace.generate(**ask, max_new_tokens=1)
     assert (cut.finish_reason, len(cut.token_ids)) == ("length", 1)
     on = inplace.generate(**ask, max_new_tokens=10, ignore_eos=True)
@@ -312,13 +313,13 @@ def test_greedy_tokens_with_a_repetition_penalty_are_those_of_transformers(inpla
     inputs = inplace.prepare("Count the circles.", [SAMPLES[0].image])
     ids = torch.tensor(np.asarray(inputs.input_ids))[None]
     types = (ids == inplace.bundle.manifest.special_tokens.image).int()
+    visual = {name: torch.tensor(np.asarray(getattr(inputs, name))) for name in ("pixel_values", "image_grid_thw")}
     with torch.inference_mode():
         theirs = model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             mm_token_type_ids=types,
-            pixel_values=torch.tensor(np.asarray(inputs.pixel_values)),
-            image_grid_thw=torch.tensor(np.asarray(inputs.image_grid_thw)),
+            **visual,
             max_new_tokens=10,
             min_new_tokens=10,
             do_sample=False,
@@ -326,8 +327,9 @@ def test_greedy_tokens_with_a_repetition_penalty_are_those_of_transformers(inpla
         )[0, ids.shape[1] :].tolist()
     eos = set(inplace.bundle.manifest.special_tokens.eos)
     sampling = SamplingConfig(repetition_penalty=1.8, logit_bias=dict.fromkeys(eos, -100.0))  # min_new_tokens
+    tensors = ModelInputs(ids, **visual)  # of torch
     ours = inplace.generate(
-        inputs, pruning=PruningConfig(1.0), max_new_tokens=10, ignore_eos=True, sampling=sampling
+        tensors, pruning=PruningConfig(1.0), max_new_tokens=10, ignore_eos=True, sampling=sampling
     ).token_ids
     assert ours == theirs
     assert ours != inplace.generate(inputs, pruning=PruningConfig(1.0), max_new_tokens=10, ignore_eos=True).token_ids

@@ -101,6 +101,13 @@ def test_bfloat16_says_on_the_cpu_what_to_do(tiny_checkpoint, tmp_path):
         Pipeline.load(tmp_path / "b")
 
 
+class Unreadable:
+    """A tensor of another library whose dtype numpy lacks."""
+
+    def __array__(self, dtype=None, copy=None):
+        raise TypeError("Got unsupported ScalarType BFloat16")
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -108,6 +115,9 @@ def test_bfloat16_says_on_the_cpu_what_to_do(tiny_checkpoint, tmp_path):
         (lambda: Request("x", sampling={"temperature": 1}), "sampling: got .*, expected a SamplingConfig"),
         (lambda: Request("x", stop=None), "stop: got None, expected a list"),
         (lambda: Request("x", min_pixels="784"), "min_pixels: got '784', expected an integer"),
+        (lambda: ModelInputs(input_ids=[[1], [2, 3]]), "input_ids: got list without numbers"),
+        (lambda: ModelInputs([1], image_grid_thw="x"), "image_grid_thw: got str without numbers"),
+        (lambda: ModelInputs([1], pixel_values=Unreadable()), "pixel_values: got Unreadable .*BFloat16"),
         (lambda: SamplingConfig(logit_bias=5), "logit_bias: got 5, expected a mapping"),
         (lambda: SamplingConfig(logit_bias=[1, 2]), "logit_bias: got .1, 2., expected a mapping"),
     ],
@@ -115,6 +125,11 @@ def test_bfloat16_says_on_the_cpu_what_to_do(tiny_checkpoint, tmp_path):
 def test_a_value_of_another_type_is_refused_where_it_is_given(make, message):
     with pytest.raises(InvalidInput, match=message):
         make()
+
+
+def test_a_bias_of_a_token_that_the_model_lacks_is_refused(tiny_bundle):
+    with Pipeline.load(tiny_bundle) as pipe, pytest.raises(InvalidInput, match="logit_bias: got token 464, expected"):
+        pipe.generate("hi", sampling=SamplingConfig(logit_bias={464: 1.0}))
 
 
 def test_what_is_no_list_of_prompts_or_no_path_is_called_so(tiny_bundle):

@@ -9,6 +9,7 @@ import binascii
 import io
 import math
 import os
+import re
 import struct
 import threading
 import warnings
@@ -54,8 +55,15 @@ _DAMAGED = (
     *(ArithmeticError, AttributeError, EOFError, LookupError, OSError, RuntimeError, SyntaxError),
     *(TypeError, ValueError, struct.error, zlib.error),
 )
-# How base64 of JPEG, PNG, GIF, WebP, BMP and TIFF begins.
-BASE64_STARTS = ("/9j/", "_9j_", "iVBORw0KGgo", "R0lGOD", "UklGR", "Qk", "SUkq", "TU0A")
+# How base64 of JPEG, PNG, GIF, WebP, BMP, TIFF and of AVIF and JPEG 2000 begins.
+BASE64_STARTS = ("/9j/", "_9j_", "iVBORw0KGgo", "R0lGOD", "UklGR", "Qk", "SUkq", "TU0A", "AAAA")
+# What is often taken for an image that can be read, by its first bytes.
+_OTHERS = {
+    "HEIC": rb".{4}ftyp(he|mif1|msf1)",
+    "a video": rb".{4}ftyp(?!avi)|\x1aE\xdf\xa3",
+    "a PDF": rb"%PDF",
+    "SVG or a web page": rb"\s*<",
+}
 _SCAN = b"\xff\xda"
 _PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -196,7 +204,7 @@ def decoding(name: str) -> Iterator[None]:
             raise InvalidInput(f"{name}: more than {MAX_PIXELS:,} pixels. Scale it down first") from error
         except UnidentifiedImageError as error:
             raise InvalidInput(
-                f"{name}: not an image in a format that is read here. Convert it to PNG or JPEG"
+                f"{name}: {error}not an image in a format that is read here. Convert it to PNG or JPEG"
             ) from error
         except MemoryError as error:
             raise InvalidInput(f"{name}: decoding it takes more memory than there is. Scale it down first") from error
@@ -233,6 +241,11 @@ def open_image(file: IO[bytes], formats: tuple[str, ...]) -> Image.Image:
         except UnidentifiedImageError:
             Image.init()  # registers the rarer formats
             return Image.open(file, formats=[name for name in formats if name in Image.OPEN])
+    except UnidentifiedImageError as error:
+        file.seek(0)
+        head = file.read(64)
+        kind = next((kind for kind, start in _OTHERS.items() if re.match(start, head, re.DOTALL)), None)
+        raise UnidentifiedImageError(f"{kind}, " if kind else "") from error
     except Image.DecompressionBombError:
         file.seek(0)
         if "JPEG" not in formats or file.read(3) != b"\xff\xd8\xff":
@@ -282,12 +295,16 @@ def to_rgb(image: Image.Image, name: str) -> Image.Image:
     if mode in ("F", "La", "LAB"):
         raise InvalidInput(f"{name}: {_REFUSED_MODES[mode]}")
     if mode.startswith("I"):
-        low, high = np.asarray(image).min(), np.asarray(image).max()
+        levels, transparent = np.asarray(image), image.info.get("transparency")
+        low, high = levels.min(), levels.max()
         if low < 0 or high > 255:
             raise InvalidInput(
                 f"{name}: got grey levels from {low} to {high}, expected 0 to 255: how bright {high} is, the file does "
                 "not say. Scale them to 0 to 255 and save 8 bits"
             )
+        image = Image.fromarray(levels.astype(np.uint8))
+        if transparent in range(256):
+            image.info["transparency"] = transparent
     if "A" in image.getbands() or "a" in image.getbands() or image.info.get("transparency") is not None:
         opaque = image.convert("RGBA")
         white = Image.new("RGBA", opaque.size, (255, 255, 255, 255))

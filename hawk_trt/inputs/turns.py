@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from hawk_trt.errors import InvalidInput
+from hawk_trt.files import MAX_JSON_DEPTH
 
 VisualKind: TypeAlias = Literal["image", "video"]
 JsonObject: TypeAlias = Mapping[str, Any]
@@ -112,17 +113,19 @@ def strings(value: object) -> Iterator[str]:
     return (leaf for _, leaf in _leaves(value, "") if isinstance(leaf, str))
 
 
-def _leaves(value: object, where: str) -> Iterator[tuple[str, object]]:
+def _leaves(value: object, where: str, depth: int = 0) -> Iterator[tuple[str, object]]:
     """The keys in a JSON value, and what holds no other values, each with its place."""
+    if depth > MAX_JSON_DEPTH:
+        raise InvalidInput(f"{where[:100]}: nested deeper than {MAX_JSON_DEPTH} levels, expected a JSON value")
     if isinstance(value, Mapping):
         for key, inner in value.items():
             if not isinstance(key, str):
                 raise InvalidInput(f"{where}: got a key {key!r}, expected strings as keys")
             yield where, key
-            yield from _leaves(inner, f"{where}.{key}")
+            yield from _leaves(inner, f"{where}.{key}", depth + 1)
     elif isinstance(value, list | tuple):
         for index, inner in enumerate(value):
-            yield from _leaves(inner, f"{where}[{index}]")
+            yield from _leaves(inner, f"{where}[{index}]", depth + 1)
     else:
         yield where, value
 

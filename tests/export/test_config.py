@@ -256,3 +256,11 @@ def test_the_family_is_found_by_architecture_and_by_sizes():
     assert type(load_family(read_config(HUB).vision)) is Qwen25VL
     with pytest.raises(CheckpointError, match="LlamaForCausalLM"):
         family_name({"architectures": ["LlamaForCausalLM"]})
+
+
+@pytest.mark.parametrize("named", [None, [], ["MyQwen2_5_VLForSFT"], ["PeftModel", "Qwen2_5_VLModel"]])
+def test_the_model_type_counts_where_no_architecture_is_known(named):
+    assert family_name({"architectures": named, "model_type": "qwen2_5_vl"}) == "qwen2_5_vl"
+    assert family_name({"architectures": named, "model_type": "cosmos3_omni"}) == "qwen3_vl"
+    with pytest.raises(CheckpointError, match="architecture: got"):
+        family_name({"architectures": named, "model_type": "qwen3_vl_moe"})

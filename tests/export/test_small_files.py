@@ -113,3 +113,15 @@ def test_a_note_says_that_the_sampling_of_generation_config_cannot_be_used(tmp_p
     (note,) = [note for note in notes if "generation_config" in note]
     assert note.startswith("generation_config.json: damaged (Expected `float | null`, got `str` - at `$.temperature`)")
     assert note.endswith("Correct it in the checkpoint and export again, or serve with --generation-config none")
+
+
+def test_a_note_names_what_generation_config_asks_of_transformers_alone(tmp_path):
+    def notes(**said):
+        told = []
+        folder = changed_tiny(tmp_path / str(len(said)), generation_config=said)
+        export(folder, tmp_path / "out", ExportOptions(targets=("cpu",), force=True), note=told.append)
+        return [note for note in told if "generation_config" in note]
+
+    assert notes(num_beams=1, typical_p=1.0, min_length=0) == []
+    (note,) = notes(num_beams=4, no_repeat_ngram_size=3, suppress_tokens=None, typical_p=1.0)
+    assert note == "generation_config.json: num_beams, no_repeat_ngram_size: not followed here, unlike in transformers"

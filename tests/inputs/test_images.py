@@ -166,6 +166,15 @@ def test_avif_opens():
     content = encoded(Image.fromarray(NOISE), "AVIF")
     with Image.open(io.BytesIO(content)) as plain:
         np.testing.assert_array_equal(load_image(content), np.asarray(plain.convert("RGB")))
+    np.testing.assert_array_equal(load_image(base64.b64encode(content).decode()), load_image(content))
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32])
+def test_grey_of_more_bits_becomes_white_where_it_is_transparent(dtype):
+    image = Image.fromarray(NOISE[..., 0].astype(dtype))
+    image.info["transparency"] = int(NOISE[0, 0, 0])
+    expected = np.where(NOISE[..., :1] == NOISE[0, 0, 0], 255, NOISE[..., :1])
+    np.testing.assert_array_equal(load_image(image), np.repeat(expected, 3, axis=2))
 
 
 def spelled(content):

@@ -63,6 +63,9 @@ def test_what_is_no_image_is_an_error_that_names_it_and_says_what_helps(tmp_path
     [
         (b"", ("image (bytes)", "not an image")),
         (b"\x89PNG\r\n\x1a\n", ("image (bytes)",)),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", ("HEIC, not an image", "PNG or JPEG")),
+        (b"\0\0\0\x18ftypisom\0\0\2\0", ("a video, not an image",)),
+        (b"%PDF-1.7\n", ("a PDF, not an image",)),
         (png_header(10_000, 10_000), ("image (bytes)", "10000 x 10000")),
         (Image.new("RGB", (0, 5)), ("image (PIL)", "0 x 5", "at least 1 x 1")),
         (Image.new("F", (4, 4)), ("image (PIL)", "floating point")),

@@ -69,9 +69,17 @@ def test_a_special_token_spelled_in_a_tool_or_a_call_is_text():
     assert tokenizer.tokenizer.decode(ids, skip_special_tokens=False).count(spelled) == 4
 
 
+def endless():
+    """A list that holds itself."""
+    values = []
+    values.append(values)
+    return values
+
+
 @pytest.mark.parametrize(
     ("tools", "message"),
     [
+        ([{"function": endless()}], r"tools\[0\].function\[0\].*: nested deeper than 64 levels"),
         ("look", "tools: got str, expected a list of JSON objects"),
         ([LOOK, "look"], r"tools\[1\]: got str, expected a JSON object"),
         ([{"function": {1: 2}}], r"tools\[0\].function: got a key 1"),

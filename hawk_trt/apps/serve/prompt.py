@@ -119,7 +119,7 @@ class Preparation:
             return None
         limit = min(chat.max_completion_tokens or chat.max_tokens or settings.max_tokens, settings.max_tokens)
         pruning = _pruning(settings.pruning, chat.pruning)
-        sampling = _sampling(self.sampling, chat, self.bundle.manifest.language.vocab_size)
+        sampling = _sampling(self.sampling, chat)
         items, files = self._items(sources, contents, folder)
         rest = iter(items)
         messages = [_message(message, rest) for message in chat.messages]
@@ -305,7 +305,7 @@ def _message(message: protocol.ChatMessage, items: Iterator[dict[str, Any]]) -> 
     return {"role": "system" if message.role == "developer" else message.role, "content": content}
 
 
-def _sampling(default: SamplingConfig, chat: protocol.ChatRequest, vocab_size: int) -> SamplingConfig:
+def _sampling(default: SamplingConfig, chat: protocol.ChatRequest) -> SamplingConfig:
     """How the request says that tokens are drawn; the server's default for the rest."""
     names = ("temperature", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias")
     given: dict[str, Any] = {name: value for name in names if (value := getattr(chat, name)) is not None}
@@ -313,9 +313,6 @@ def _sampling(default: SamplingConfig, chat: protocol.ChatRequest, vocab_size: i
         given["top_p"] = max(chat.top_p, SMALLEST_TOP_P)
     if chat.top_k is not None:
         given["top_k"] = max(chat.top_k, 0)
-    highest = max(chat.logit_bias or (), default=0)
-    if highest >= vocab_size:
-        raise invalid(f"logit_bias: got token {highest}, expected one below {vocab_size}", "logit_bias")
     return replace(default, **given)
 
 

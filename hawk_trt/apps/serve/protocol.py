@@ -11,13 +11,29 @@ import re
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from typing_extensions import Self
 
 from hawk_trt.apps.serve.errors import ApiError, invalid
 from hawk_trt.request import QUERIES, QUOTAS, SELECTORS
 
 _PART_TYPES = ("text", "input_text", "image_url", "input_image", "image", "video_url")
 _UNION_TYPE = re.compile(r"(constrained-)?str|list\[.*\]")
+# Keys from which other servers read a part of the prompt (Ollama's images, Anthropic's system): here it would be lost.
+_ELSEWHERE = {
+    *("text", "image", "images", "image_url", "image_urls", "url", "base64", "video", "videos", "video_url"),
+    *("audio", "input_audio", "file", "files", "attachments", "experimental_attachments"),
+    *("system", "prompt", "input", "instructions"),
+}
 
 
 class _Strict(BaseModel):
@@ -43,6 +59,13 @@ class _Open(_Strict):
             return got
         instead = "leave it out" + "".join(f" or give {json.dumps(value)}" for value in values[:1] if value is not None)
         raise ValueError(f"this server does not support that; {instead}")
+
+    @model_validator(mode="after")
+    def _is_read(self) -> "Self":
+        lost = sorted(key for key, value in (self.model_extra or {}).items() if value and key in _ELSEWHERE)
+        if lost:
+            raise ValueError(f"got {', '.join(lost)}, where nothing is read; messages and their content hold the prompt")
+        return self
 
 
 def _names(known: Sequence[object]) -> Any:  # noqa: ANN401 - as pydantic's Field takes it
@@ -72,7 +95,7 @@ class _Sized(_Open):
 class ImageUrl(_Sized):
     """Where an image is."""
 
-    url: str = Field(
+    url: Annotated[str, StringConstraints(strip_whitespace=True)] = Field(
         description="A data URL (data:image/png;base64,...) of a PNG, JPEG, WebP, GIF or BMP file, the base64 alone, "
         "or an http(s) address of a host that the server allows.",
         examples=["data:image/png;base64,iVBORw0KGgo..."],
@@ -96,8 +119,8 @@ class ImagePart(_Sized):
             return got
         part = dict(got)
         if part.get("type") == "image" and "image_url" not in part:
-            given = [part.pop(name) for name in ("image", "url") if part.get(name) is not None]
-            part |= {"image_url": given[0]} if given else {}
+            name = next((name for name in ("image", "url", "base64") if part.get(name) is not None), None)
+            part |= {"image_url": part.pop(name)} if name else {}
         if isinstance(part.get("image_url"), str):
             part["image_url"] = {"url": part["image_url"]}
             if "detail" in part:  # of an input_image
@@ -230,7 +253,7 @@ class ChatRequest(_Open):
     seed: int | None = Field(
         None, ge=-(2**63), le=2**63 - 1, description="The same seed and request give the same answer."
     )
-    stop: _Text | Annotated[list[_Text], Field(max_length=4)] | None = Field(
+    stop: _Text | Annotated[list[_Text], Field(max_length=64)] | None = Field(
         None, description="Texts that end the answer and are not part of it."
     )
     n: int | None = Field(None, ge=1, le=128, description="So many answers, within the server's limit; 1.")

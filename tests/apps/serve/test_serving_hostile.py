@@ -74,6 +74,13 @@ BODIES = {
     "an empty list of content": (message(content=[]), "content"),
     "content of an unknown type": (message(content=[{"type": "audio_url", "audio_url": {"url": "x"}}]), "audio_url"),
     "content that is a number": (message(content=5), "content"),
+    "images beside the content, as Ollama has them": (message(images=["iVBORw0KGgo"]), "images"),
+    "an image in a part of text": (
+        message(content=[{"type": "text", "text": "What is it?", "image_url": {"url": "x"}}]),
+        "image_url",
+    ),
+    "two sources of an image": (message(content=[{"type": "image", "image": "x", "url": "y"}]), "url"),
+    "a system prompt beside the messages, as Anthropic has it": (question(system="Be brief."), "system"),
     "the assistant last": (question() | {"messages": [{"role": "assistant", "content": "x"}]}, "assistant"),
     "an image of the system": (
         question() | {"messages": [{"role": "system", "content": [image(PICTURE)]}, question()["messages"][0]]},
@@ -87,7 +94,7 @@ BODIES = {
     "a temperature that is infinite": (json.dumps(question(temperature=1)).replace("1,", "1e999,").encode(), "temp"),
     "top_p above 1": (question(top_p=1.5), "top_p"),
     "an empty stop": (question(stop=""), "stop"),
-    "too many stops": (question(stop=list("abcde")), "stop"),
+    "too many stops": (question(stop=["a"] * 65), "stop"),
     "a seed that is a text": (question(seed="7"), "seed"),
     "too many choices": (question(n=9), "n"),
     "no choice": (question(n=0), "n"),
