@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from hawk_trt.bundle import Bundle, holds_engines
-from hawk_trt.errors import BackendError, InvalidInput
+from hawk_trt.errors import BackendError, BundleError, InvalidInput
 from hawk_trt.inputs.layout import PromptLayout
 from hawk_trt.inputs.processor import Processor
 from hawk_trt.models import load_family
@@ -40,6 +40,7 @@ class Pipeline:
     def __init__(self, bundle: Bundle, backend: Backend, vision_cache_mb: float = DEFAULT_VISION_CACHE_MB) -> None:
         self.bundle = bundle
         self.backend = backend
+        self._closed = False
         self.family = load_family(bundle.manifest.vision)
         self.processor = Processor(bundle, self.family)
         self.vision_cache = VisionCache(backend, self.family, vision_cache_mb)
@@ -76,11 +77,17 @@ class Pipeline:
         if not isinstance(path, str | os.PathLike):
             raise InvalidInput(f"path: got {type(path).__name__}, expected the folder of a bundle or of engines")
         folder, most = Path(path), max(_THREADS, os.cpu_count() or 1)
+        if device is not None and not isinstance(device, str):
+            raise InvalidInput(f'device: got {device!r}, expected "cpu", "cuda" or "cuda:N"')
         if threads is not None and (
             isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= most
         ):
             raise InvalidInput(f"threads: got {threads!r}, expected an integer from 1 to {most}, at best one a core")
-        if holds_engines(folder):
+        try:
+            engines_there = holds_engines(folder)
+        except OSError as error:
+            raise BundleError(f"{str(folder)[:200]}: cannot be read ({error.strerror})") from error
+        if engines_there:
             from hawk_trt.engine_folder import EngineFolder
 
             engines = EngineFolder.load(folder, verify=verify)
@@ -106,6 +113,7 @@ class Pipeline:
 
     def close(self) -> None:
         """Release the model."""
+        self._closed = True
         self.vision_cache.clear()
         self.backend.close()
 
@@ -234,6 +242,8 @@ class Pipeline:
         return _answers(scheduler, sequences)
 
     def _scheduler(self) -> Scheduler:
+        if self._closed:
+            raise BackendError("pipeline: it is closed. Load the model again: Pipeline.load")
         return Scheduler(self.bundle, self.processor, self.vision_cache, self.backend)
 
     def trace(

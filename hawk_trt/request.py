@@ -93,10 +93,11 @@ class PruningConfig:
         _check_numbers(self)
         for name, value, allowed in (
             ("selector", self.selector, SELECTORS),
-            ("query", self.query or QUERIES[0], QUERIES),
+            ("query", QUERIES[0] if self.query is None else self.query, QUERIES),
             ("quota", self.quota, QUOTAS),
         ):
-            if value not in allowed and not (name == "selector" and callable(value)):
+            own = name == "selector" and callable(value)
+            if not own and not (isinstance(value, str) and value in allowed):
                 raise InvalidInput(f"{name}: got {value!r}, expected one of {', '.join(allowed)}")
         if self.head_weights is not None:
             object.__setattr__(self, "head_weights", check_head_weights(self.head_weights))
@@ -176,9 +177,10 @@ def check_head_weights(weights: Sequence[float], num_heads: int | None = None) -
     zero there.
     """
     try:
-        if isinstance(weights, str | bytes) or any(isinstance(w, str | bytes | bool) for w in weights):
+        listed = () if isinstance(weights, str | bytes) else tuple(weights)
+        if isinstance(weights, str | bytes) or any(isinstance(w, str | bytes | bool) for w in listed):
             raise TypeError
-        values = tuple(float(w) for w in weights)
+        values = tuple(float(w) for w in listed)
     except (TypeError, ValueError, OverflowError) as error:
         raise InvalidInput(f"head_weights: got {weights!r:.100}, expected a sequence of numbers") from error
     if num_heads is not None and len(values) != num_heads:

@@ -60,7 +60,9 @@ def test_a_bad_request_of_a_batch_is_named(inplace):
         {"keep_ratio": 0}, {"keep_ratio": -1}, {"keep_ratio": 2}, {"keep_ratio": float("nan")}, {"keep_ratio": "0.2"},
         {"head_weights": (float("nan"), 1.0)}, {"head_weights": (0.0, 0.0)}, {"head_weights": ()},
         {"head_weights": (-1.0, 2.0)},
-        {"selector": "best"}, {"query": "all"}, {"quota": "none"}, {"min_visual_tokens": 0}, {"min_visual_tokens": 1.5},
+        {"selector": "best"}, {"query": "all"}, {"query": ""}, {"quota": "none"},
+        {"quota": np.array(["global", "turn"])}, {"selector": np.array(["hawk", "norm"])},
+        {"head_weights": (-weight for weight in (1.0, 2.0))}, {"min_visual_tokens": 0}, {"min_visual_tokens": 1.5},
     ],
 )  # fmt: skip
 def test_invalid_pruning_raises_at_construction(values):
@@ -88,10 +90,11 @@ def test_a_missing_target_names_the_export_option(tiny_checkpoint, tmp_path):
     ("arguments", "message"),
     [
         ({"device": "tpu"}, 'expected "cpu", "cuda"'),
+        ({"device": 0}, 'device: got 0, expected "cpu", "cuda"'),
     ],
 )
 def test_an_unknown_device_is_refused(tiny_bundle, arguments, message):
-    with pytest.raises(BackendError, match=message):
+    with pytest.raises(HawkError, match=message):
         Pipeline.load(tiny_bundle, **arguments)
 
 
@@ -127,9 +130,24 @@ def test_a_value_of_another_type_is_refused_where_it_is_given(make, message):
         make()
 
 
-def test_a_bias_of_a_token_that_the_model_lacks_is_refused(tiny_bundle):
-    with Pipeline.load(tiny_bundle) as pipe, pytest.raises(InvalidInput, match="logit_bias: got token 464, expected"):
-        pipe.generate("hi", sampling=SamplingConfig(logit_bias={464: 1.0}))
+def test_what_no_model_or_this_one_cannot_do_is_refused(tiny_bundle):
+    image = np.zeros((56, 56, 3), np.uint8)
+    asked = [
+        ({"sampling": SamplingConfig(logit_bias={464: 1.0})}, "logit_bias: got token 464, expected one below 464"),
+        ({"images": image, "min_pixels": 10**15, "max_pixels": 10**15}, "min_pixels: got 10+, expected at most"),
+    ]
+    with Pipeline.load(tiny_bundle) as pipe:
+        for options, message in asked:
+            with pytest.raises(InvalidInput, match=message):
+                pipe.generate("hi", **options)
+    with pytest.raises(BackendError, match="it is closed"):
+        pipe.generate("hi")
+    with pytest.raises(BundleError, match="aaa: cannot be read"):
+        Pipeline.load("a" * 5000)
+
+
+def test_weights_of_heads_may_come_one_by_one():
+    assert PruningConfig(head_weights=(weight for weight in (1, 2))).head_weights == (1.0, 2.0)
 
 
 def test_what_is_no_list_of_prompts_or_no_path_is_called_so(tiny_bundle):

@@ -96,7 +96,7 @@ def load_image(
         return _from_file(io.BytesIO(source), "image (bytes)", max_pixels, formats)
     if isinstance(source, str) and source.lstrip()[:5].lower() == "data:":
         return _from_file(io.BytesIO(data_url_bytes(source.lstrip())), "image (data URL)", max_pixels, formats)
-    if isinstance(source, str) and source.startswith(BASE64_STARTS) and not _exists(source):
+    if isinstance(source, str) and source.lstrip().startswith(BASE64_STARTS) and not _exists(source):
         return _from_file(io.BytesIO(base64_bytes(source)), "image (base64)", max_pixels, formats)
     path = local_path(source, "image")
     with path.open("rb") as file:
@@ -153,7 +153,7 @@ def check_size(width: int, height: int, name: str, max_pixels: int = MAX_PIXELS)
 def data_url_bytes(url: str, kind: str = "image") -> bytes:
     """What a data: URL of an image or video holds; InvalidInput where it is not base64."""
     header, _, payload = url.partition(",")
-    if not header.lower().endswith(";base64"):
+    if not header.lower().replace(" ", "").endswith(";base64"):
         raise InvalidInput(f"{kind}: got {header[:60]!r}, expected data:{kind}/...;base64,...")
     return base64_bytes(unquote(payload), f"{kind} (data URL)")
 

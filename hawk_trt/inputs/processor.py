@@ -124,6 +124,13 @@ class Processor:
         high = high if item.max_pixels is None else item.max_pixels * frames
         if bounds == "video" and item.total_pixels is not None:
             high = min(high, item.total_pixels)
+        area = self._context * self._family.vision.token_side**2  # of the pixels of a context of visual tokens
+        if low > area:
+            raise InvalidInput(
+                f"min_pixels: got {low}, expected at most {area}: the model's context is {self._context} tokens"
+            )
+        if bounds == "nothing":
+            high = min(high, area)  # so many tiles to choose from
         if not 0 < low <= high:
             raise InvalidInput(f"min_pixels, max_pixels: got {low} and {high}, expected 0 < min_pixels <= max_pixels")
         return replace(settings, min_pixels=low, max_pixels=high, resized=item.resized, total_pixels=item.total_pixels)

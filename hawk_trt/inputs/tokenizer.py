@@ -99,7 +99,7 @@ class ChatTokenizer:
             from hawk_trt.inputs.messages import read_messages
 
             turns = read_messages(prompt, sources)
-        tools = checked_objects(tools, "tools")
+        tools = checked_objects(() if tools is None else tools, "tools")
         if self.template is None:
             raise InvalidInput(
                 "prompt: this bundle has no chat template, expected ModelInputs. Or put a chat_template.jinja "

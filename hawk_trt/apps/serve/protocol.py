@@ -64,7 +64,9 @@ class _Open(_Strict):
     def _is_read(self) -> "Self":
         lost = sorted(key for key, value in (self.model_extra or {}).items() if value and key in _ELSEWHERE)
         if lost:
-            raise ValueError(f"got {', '.join(lost)}, where nothing is read; messages and their content hold the prompt")
+            raise ValueError(
+                f"got {', '.join(lost)}, where nothing is read; messages and their content hold the prompt"
+            )
         return self
 
 
