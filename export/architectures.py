@@ -19,8 +19,7 @@ _ARCHITECTURES = {
     "InternVLForConditionalGeneration": "internvl",
     "InternVLChatModel": "internvl",
 }
-# What counts where no architecture is known: transformers reads the model_type alone. A class of a trainer's own has that
-# of the model it is made from.
+# What counts where no architecture is known: transformers reads the model_type alone, and so a trainer's own class.
 _MODEL_TYPES = {
     **{name: name for name in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "internvl")},
     **{"internvl_chat": "internvl", "cosmos3_omni": "qwen3_vl"},
