@@ -21,7 +21,6 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from typing_extensions import Self
 
 from hawk_trt.apps.serve.errors import ApiError, invalid
 from hawk_trt.request import QUERIES, QUOTAS, SELECTORS
@@ -61,7 +60,7 @@ class _Open(_Strict):
         raise ValueError(f"this server does not support that; {instead}")
 
     @model_validator(mode="after")
-    def _is_read(self) -> "Self":
+    def _is_read(self) -> "_Open":
         lost = sorted(key for key, value in (self.model_extra or {}).items() if value and key in _ELSEWHERE)
         if lost:
             raise ValueError(
