@@ -2,7 +2,7 @@
 
 HawkError
  |- InvalidInput (also a ValueError), CheckpointError, BundleError, BackendError, ParityError
- |- QueueFull, Stopping, DeadlinePassed: of a server
+ |- QueueFull, Stopping, DeadlinePassed: of a server, in apps/serve/batcher.py
 
 A message says what was got, what was expected and the command that helps.
 """
@@ -30,15 +30,3 @@ class BackendError(HawkError):
 
 class ParityError(HawkError):
     """A parity comparison cannot be made (not one that is out of tolerance)."""
-
-
-class QueueFull(HawkError):
-    """As many requests wait as may; the same request can be taken later."""
-
-
-class Stopping(HawkError):
-    """The server ends: it takes no more requests, and gives up what it could not finish."""
-
-
-class DeadlinePassed(HawkError):
-    """A request was not done at its time limit."""

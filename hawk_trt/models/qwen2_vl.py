@@ -13,6 +13,7 @@ import numpy.typing as npt
 from hawk_trt.bundle import SpecialTokens
 from hawk_trt.errors import InvalidInput
 from hawk_trt.inputs.images import resize
+from hawk_trt.models import qwen_patches
 from hawk_trt.models.family import (
     Floats,
     Image,
@@ -28,16 +29,6 @@ from hawk_trt.models.family import (
     object_of,
     whole_number,
     wrong,
-)
-from hawk_trt.models.qwen_patches import (
-    check_grid,
-    cut,
-    frame_batches,
-    max_frame_pixels,
-    patch_positions,
-    position_ids,
-    sample_indices,
-    smart_resize,
 )
 from hawk_trt.models.vision_config import Qwen2Vision
 from hawk_trt.request import ModelInputs
@@ -63,11 +54,11 @@ class Qwen2VL:
 
     def vision_feeds(self, patches: Patches, max_patches: int) -> Iterator[dict[str, npt.NDArray[Any]]]:
         """Feeds of the vision stage in prompt order; consecutive frames of one size share a call."""
-        for pixels, height, width in frame_batches(patches, self.vision, max_patches):
+        for pixels, height, width in qwen_patches.frame_batches(patches, self.vision, max_patches):
             yield self._feed(pixels, height, width)
 
     def _feed(self, pixels: Floats, height: int, width: int) -> dict[str, npt.NDArray[Any]]:
-        positions = patch_positions(height, width, self.vision.spatial_merge_size)
+        positions = qwen_patches.patch_positions(height, width, self.vision.spatial_merge_size)
         return {"pixel_values": pixels, "patch_positions": positions}
 
     def image_settings(self, preprocessor: Mapping[str, Any]) -> ImageSettings:
@@ -93,14 +84,14 @@ class Qwen2VL:
         for image in images:
             check_rgb(image)
         bounds = (self.vision.token_side, settings.min_pixels, settings.max_pixels)
-        sizes = [smart_resize(*_size(image, settings), *bounds) for image in images]
+        sizes = [qwen_patches.smart_resize(*_size(image, settings), *bounds) for image in images]
         patch = self.vision.patch_size
         grid = np.array([(1, tall // patch, wide // patch) for tall, wide in sizes], dtype=np.int64).reshape(-1, 3)
         counts = grid.prod(axis=1)
         pixels = np.empty((int(counts.sum()), self.vision.patch_dim), dtype=np.float32)
         tables = settings.value_tables()
         for image, (tall, wide), rows in zip(images, sizes, np.split(pixels, np.cumsum(counts)[:-1]), strict=False):
-            cut(resize(image, tall, wide, settings.resample), tables, rows, self.vision, slice(None))
+            qwen_patches.cut(resize(image, tall, wide, settings.resample), tables, rows, self.vision, slice(None))
         return Patches(pixels, grid)
 
     def video_to_patches(self, frames: Sequence[Image], settings: ImageSettings) -> Patches:
@@ -129,7 +120,7 @@ class Qwen2VL:
                 if place == 0:
                     rows = np.empty((num_patches, self.vision.patch_dim), np.float32)
                 resized = resize(frame, tall, wide, settings.resample)
-                cut(resized, tables, rows, self.vision, slice(place, None if last else place + 1))
+                qwen_patches.cut(resized, tables, rows, self.vision, slice(place, None if last else place + 1))
                 if last or place == together - 1:
                     yield rows
 
@@ -139,8 +130,8 @@ class Qwen2VL:
 
     def frame_size(self, num_frames: int, height: int, width: int, settings: ImageSettings) -> tuple[int, int]:
         """Height and width of the resized frames: an image's rule, within the video's share of the context."""
-        most = max_frame_pixels(num_frames, settings, self.vision)
-        return smart_resize(height, width, self.vision.token_side, settings.min_pixels, most)
+        most = qwen_patches.max_frame_pixels(num_frames, settings, self.vision)
+        return qwen_patches.smart_resize(height, width, self.vision.token_side, settings.min_pixels, most)
 
     def image_parts(self, image: Image, count: int) -> Sequence[Image]:
         """The image itself."""
@@ -149,7 +140,7 @@ class Qwen2VL:
     @staticmethod
     def frame_numbers(total: int, video_fps: float, fps: float | None, max_frames: int) -> IntArray:
         """Which frames of a video file are taken; see qwen_patches.sample_indices."""
-        return sample_indices(total, video_fps, fps, max_frames)
+        return qwen_patches.sample_indices(total, video_fps, fps, max_frames)
 
     def placeholder(self, item: Patches, special: SpecialTokens) -> tuple[str | TokenRun, ...]:
         """The placeholder once for each visual token."""
@@ -173,13 +164,13 @@ class Qwen2VL:
     def item_grids(self, inputs: ModelInputs, visual_kind: Kinds) -> tuple[IntArray, IntArray]:
         """The grid_thw that the inputs hold."""
         merge = self.vision.spatial_merge_size
-        images = check_grid("image_grid_thw", inputs.image_grid_thw, merge)
-        return images, check_grid("video_grid_thw", inputs.video_grid_thw, merge)
+        images = qwen_patches.check_grid("image_grid_thw", inputs.image_grid_thw, merge)
+        return images, qwen_patches.check_grid("video_grid_thw", inputs.video_grid_thw, merge)
 
     def position_ids(self, visual_kind: Kinds, images: IntArray, videos: IntArray, seconds: Floats) -> IntArray:
         """Positions whose time axis counts temporal patches: how long a frame is makes no difference."""
         steps = np.ones(len(videos), np.float32)
-        return position_ids(visual_kind, images, videos, steps, self.vision.spatial_merge_size, 1.0)
+        return qwen_patches.position_ids(visual_kind, images, videos, steps, self.vision.spatial_merge_size, 1.0)
 
 
 def _size(image: Image, settings: ImageSettings) -> tuple[int, int]:

@@ -14,15 +14,9 @@ import numpy.typing as npt
 
 from hawk_trt.bundle import SpecialTokens
 from hawk_trt.errors import InvalidInput
+from hawk_trt.models import qwen_patches
 from hawk_trt.models.family import Floats, ImageSettings, IntArray, Kinds, Patches, PixelBounds, TokenRun
 from hawk_trt.models.qwen2_vl import Qwen2VL
-from hawk_trt.models.qwen_patches import (
-    DEFAULT_FPS,
-    MIN_FRAMES,
-    PLANS_KEPT,
-    patch_positions,
-    smart_resize,
-)
 from hawk_trt.models.vision_config import Qwen3Vision
 
 
@@ -45,13 +39,15 @@ class Qwen3VL(Qwen2VL):
             scale = max(factor / height, factor / width)
             height, width = int(height * scale), int(width * scale)
         num_frames = max(num_frames, together)  # a single frame is shown twice
-        return smart_resize(height, width, factor, settings.min_pixels, settings.max_pixels, num_frames, together)
+        return qwen_patches.smart_resize(
+            height, width, factor, settings.min_pixels, settings.max_pixels, num_frames, together
+        )
 
     @staticmethod
     def frame_numbers(total: int, video_fps: float, fps: float | None, max_frames: int) -> IntArray:
         """From the first to the last, evenly spaced: 2 a second, or fps; at least 4, where there are so many."""
-        wanted = int(total / video_fps * (DEFAULT_FPS if fps is None else fps))
-        count = min(max(wanted, MIN_FRAMES), max_frames, total)
+        wanted = int(total / video_fps * (qwen_patches.DEFAULT_FPS if fps is None else fps))
+        count = min(max(wanted, qwen_patches.MIN_FRAMES), max_frames, total)
         numbers: IntArray = np.linspace(0, total - 1, count).round().astype(np.int64)
         return numbers
 
@@ -86,14 +82,14 @@ class Qwen3VL(Qwen2VL):
         return super().position_ids(visual_kind, images, frames, seconds)
 
 
-@lru_cache(maxsize=PLANS_KEPT)
+@lru_cache(maxsize=qwen_patches.PLANS_KEPT)
 def interpolation(height: int, width: int, merge: int, side: int) -> tuple[IntArray, npt.NDArray[np.float32]]:
     """How the square table of positions, of a side, is resampled to a frame of height x width patches, bilinearly.
 
     Corners lie on corners. merge: patches on a side of a merge block. Returns four places in the flattened table and
     their weights for each patch, in the processor's order: int64 and float32 [num_patches, 4], read-only.
     """
-    positions = patch_positions(height, width, merge)
+    positions = qwen_patches.patch_positions(height, width, merge)
     (low_row, high_row), row_weights = _taps(positions[:, 0], height, side)
     (low_column, high_column), column_weights = _taps(positions[:, 1], width, side)
     index = np.stack(

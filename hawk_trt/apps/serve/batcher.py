@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TypeAlias
 
-from hawk_trt.errors import BackendError, DeadlinePassed, HawkError, InvalidInput, QueueFull, Stopping
+from hawk_trt.errors import BackendError, HawkError, InvalidInput
 from hawk_trt.pipeline import Pipeline
 from hawk_trt.request import Request, Result, TokenLogprobs
 from hawk_trt.scheduler import DEFAULT_MAX_BATCH, ROOM, Scheduler
@@ -20,6 +20,18 @@ from hawk_trt.sequence import Sequence
 DEFAULT_MAX_QUEUE = 64
 _MB = 1_000_000
 _LOG = logging.getLogger(__name__)
+
+
+class QueueFull(HawkError):
+    """As many requests wait as may; the same request can be taken later."""
+
+
+class Stopping(HawkError):
+    """The server ends: it takes no more requests, and gives up what it could not finish."""
+
+
+class DeadlinePassed(HawkError):
+    """A request was not done at its time limit."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,8 @@ from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from hawk_trt.errors import DeadlinePassed, HawkError, InvalidInput, QueueFull, Stopping
+from hawk_trt.apps.serve.batcher import DeadlinePassed, QueueFull, Stopping
+from hawk_trt.errors import HawkError, InvalidInput
 
 RETRY_SECONDS = 1
 _MAX_CHARS = 500  # an error repeats what a client sent, and need not repeat all of it

@@ -8,8 +8,8 @@ import pytest
 
 from batched import KEPT, LONG, held, question, text_job
 from hawk_trt import ModelInputs, PruningConfig
-from hawk_trt.apps.serve.batcher import Batcher
-from hawk_trt.errors import BackendError, DeadlinePassed, InvalidInput, QueueFull, Stopping
+from hawk_trt.apps.serve.batcher import Batcher, DeadlinePassed, QueueFull, Stopping
+from hawk_trt.errors import BackendError, InvalidInput
 from hawk_trt.scheduler import Scheduler
 from served import Heard, alone, ask, assert_same
 
