@@ -4,6 +4,7 @@ import base64
 import struct
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -12,7 +13,9 @@ import pytest
 from clips import numbered, write
 from hawk_trt import PruningConfig
 from hawk_trt.apps.serve.errors import ApiError
+from hawk_trt.apps.serve.protocol import VideoUrl
 from serving import SAMPLES, image, question, serving
+from vision_configs import INTERNVL
 
 TEXT = {"type": "text", "text": "What is red?"}
 PRUNING = PruningConfig(keep_ratio=0.3)
@@ -83,6 +86,14 @@ def test_frames_are_shrunk_to_the_pixels_that_a_request_may_have(server, clip, t
         expected = server.pipe.prepare([{"role": "user", "content": [shown, TEXT]}])
         np.testing.assert_array_equal(got.inputs.video_grid_thw, expected.video_grid_thw)
     assert got.inputs.video_grid_thw[0].prod() < 10 * 2 * 12  # as large as they come
+
+
+def test_frames_that_have_one_size_are_bounded_in_number_alone(server, tmp_path):
+    bundle = SimpleNamespace(manifest=SimpleNamespace(vision=INTERNVL))
+    preparation = replace(server.service._preparation, bundle=bundle)
+    place = "messages[0].content[0].video_url"
+    items, files = preparation._items({place: VideoUrl(url="data:,")}, {place: b"a"}, tmp_path)
+    assert items == [{"type": "video", "video": str(files[place]), "max_frames": 8}]
 
 
 def lying(content):
