@@ -84,16 +84,9 @@ def bench(
     warmup: int,
     step: Callable[[], object],
 ) -> list[BenchRow]:
-    """Measure all pairs of prompt and pruning.
+    """Measure all pairs of prompt and pruning; step is called after each run, for progress.
 
-    Args:
-        pipe: what is measured.
-        prompts: of several sizes.
-        prunings: those with a selector's name.
-        max_new_tokens: generated in each run, stop tokens ignored; at least 2, so that there is a decode step.
-        repeats: timed runs of a pair.
-        warmup: runs of a pair before them.
-        step: called after each run, for progress.
+    Stop tokens are ignored, and max_new_tokens is at least 2, so that there is a decode step.
     """
     if max_new_tokens < 2 or repeats < 1 or warmup < 0:
         raise InvalidInput(

@@ -72,16 +72,10 @@ class Dataset:
 
 
 def load_dataset(name: str, count: int | None, seed: int) -> Dataset:
-    """Open a data set.
+    """Open a data set: "tiny", "easy-vqa", a JSONL file or a folder, whose samples and images must all be right.
 
-    Args:
-        name: "tiny", "easy-vqa", a JSONL file or a folder.
-        count: samples taken; None takes all there are, and 100 of the tiny task.
-        seed: of the tiny task's samples, or of the order in which a file's are taken.
-
-    Raises:
-        InvalidInput: no such data set, or a sample that is none, whose answer matches none of its choices, or whose
-            image or video is not there.
+    count: samples taken; None takes all there are, and 100 of the tiny task. seed: of the tiny task's samples, or of
+    the order in which a file's are taken.
     """
     if seed < 0 or (count is not None and count < 1):
         raise InvalidInput(f"count, seed: got {count}, {seed}, expected at least 1 sample and a seed of at least 0")

@@ -36,12 +36,9 @@ class ResultLog(Generic[Record]):
     ) -> None:
         """Open a log, or begin one; its folder is made where there is none.
 
-        Args:
-            path: the file.
-            subject: what the results are of: model, data set, settings; another's file is refused.
-            record_type: dataclass of one result.
-            option: of the command line that chooses the file's folder, for messages.
-            sync: wait for the disk itself after each result, so that it also outlives the machine's own death.
+        subject: what the results are of: model, data set, settings; another's file is refused. record_type: dataclass
+        of one result. option: of the command line that chooses the file's folder, for messages. sync: wait for the disk
+        itself after each result, so that it also outlives the machine's own death.
         """
         self.path = path
         self._sync = sync

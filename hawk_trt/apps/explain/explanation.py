@@ -64,12 +64,7 @@ def explain(
 ) -> Explanation:
     """Lay scores and kept tokens out on the token grids of the images, then of the videos.
 
-    Args:
-        prompt: text to show; nothing is computed from it.
-        layout: of the prompt that every result answers.
-        results: (keep_ratio, result) pairs, at least one.
-        spatial_merge_size: patches that one token spans, in height and in width.
-        selector: who chose the kept tokens.
+    prompt: text to show; nothing is computed from it. results: (keep_ratio, result) pairs, all of the layout's prompt.
     """
     if not layout.num_visual:
         raise InvalidInput("prompt: it has no image or video, so there is nothing to explain")

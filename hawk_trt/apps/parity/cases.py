@@ -43,9 +43,9 @@ def generated_cases(pipe: "Pipeline", prompts: Sequence[str], seed: int) -> list
     """Every prompt with noise, with a gradient, with two images and alone."""
     rng = np.random.default_rng(seed)
     shown: dict[str, list[ImageInput]] = {
-        "noise 224x224": [_noise(rng, 224, 224)],
+        "noise 224x224": [rng.integers(0, 256, (224, 224, 3), dtype=np.uint8)],
         "gradient 336x196": [_gradient(336, 196)],
-        "two images": [_gradient(168, 112), _noise(rng, 112, 224)],
+        "two images": [_gradient(168, 112), rng.integers(0, 256, (224, 112, 3), dtype=np.uint8)],
         "text only": [],
     }
     return _cases(pipe, prompts, [(name, images, []) for name, images in shown.items()])
@@ -58,19 +58,13 @@ def tensor_cases(manifest: Manifest, seed: int, *, only_video: bool = False) -> 
 
 
 def _cases(
-    pipe: "Pipeline",
-    prompts: Sequence[str],
-    shown: "Sequence[tuple[str, Sequence[ImageInput], Sequence[VideoInput]]]",
+    pipe: "Pipeline", prompts: Sequence[str], shown: "Sequence[tuple[str, Sequence[ImageInput], Sequence[VideoInput]]]"
 ) -> list[ParityCase]:
     return [
         ParityCase(f"{name}, prompt {number}" if len(prompts) > 1 else name, pipe.prepare(prompt, images, videos))
         for number, prompt in enumerate(prompts, start=1)
         for name, images, videos in shown
     ]
-
-
-def _noise(rng: np.random.Generator, width: int, height: int) -> npt.NDArray[np.uint8]:
-    return rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
 def _gradient(width: int, height: int) -> npt.NDArray[np.uint8]:

@@ -79,16 +79,9 @@ class Reference:
     ) -> "Reference":
         """Load the checkpoint folder, or hub id, that a bundle was exported from.
 
-        Scores are computed in float32 whatever the dtype.
-
-        Args:
-            checkpoint: a folder or a hub id.
-            head_weights: where a PruningConfig has none.
-            normalization: of the scores.
-            device: of torch.
-            dtype: of the model.
-            weights: a tensor's values by the model's name of it, in 1-D parts, None of one that is not there; None
-                lets transformers read the files, which takes the package that wrote them where they are quantised.
+        Scores are computed in float32 whatever the dtype, with head_weights where a PruningConfig has none. weights: a
+        tensor's values by the model's name of it, in 1-D parts, None of one that is not there; without it transformers
+        reads the files, which takes the package that wrote them where they are quantised.
 
         Raises:
             HawkError: it cannot be read, is incomplete or of another architecture, or torch lacks the device.
@@ -172,12 +165,8 @@ class Reference:
     ) -> ReferenceTrace:
         """Prune, prefill and decode; end-of-answer tokens do not end it.
 
-        Args:
-            prompt: from embed.
-            pruning: how to choose the kept tokens.
-            steps: tokens to choose greedily.
-            forced_tokens: these instead, whatever the logits say (teacher forcing).
-            kept_indices: keep these positions of the prompt as given, whatever the scores say.
+        So many steps are chosen greedily, or are the forced_tokens, whatever the logits say (teacher forcing);
+        kept_indices, positions of the prompt as given, are kept whatever the scores say.
         """
         query, raw, scores = self._scores(prompt, pruning)
         groups = _groups(prompt, pruning)

@@ -72,9 +72,6 @@ def build(arguments: dict[str, object]) -> serve.Application:
             "keep_ratio"; "min_replicas" and "max_replicas", 1 unless given; "num_gpus" of a replica, 1 for engines
             and device cuda, else 0; "num_cpus" of a replica, those of "threads", else 1. A config file may override
             everything about replicas below deployments, name hawk.
-
-    Raises:
-        InvalidInput: an argument that is unknown, missing or out of its range.
     """
     options = read_options(arguments)
     settings = options.settings(options.path)  # a wrong one is refused before anything starts
