@@ -140,7 +140,7 @@ def test_only_the_parity_reference_fastv_calibration_and_training_import_torch(f
         "hawk_trt/apps/parity/reference_models.py",
         "hawk_trt/apps/evaluate/fastv.py",
     }
-    reference |= {"hawk_trt/apps/evaluate/fastv.py", "hawk_trt/apps/calibrate/worker.py"}
+    reference |= {"hawk_trt/apps/evaluate/fastv.py", "hawk_trt/apps/evaluate/calibration_worker.py"}
     training = {"__main__", "cell_heads", "checkpoint", "evidence", "hybrid", "lessons", "network", "trainer"}
     training = {f"examples/tiny_training/{name}.py" for name in training}
     assert {path for path, name in imports(folder) if name in TORCH} <= reference | training

@@ -4,24 +4,22 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from importlib import import_module, metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from cyclopts import Group, Parameter
 from rich.console import Console, RenderableType
 
-from hawk_trt.apps.calibrate.work import FIRST_LAYER, SCOPES, Plan, Scores, Source, score_table, units_left
 from hawk_trt.apps.cli.main import where_it_lies
 from hawk_trt.apps.cli.models import download, expect_checkpoint, is_hub_id
 from hawk_trt.apps.cli.options import OUTPUT, WHERE, Dtype, Json, MaxNewTokens
 from hawk_trt.apps.cli.output import counted, note, print_json, table
+from hawk_trt.apps.evaluate import calibration
 from hawk_trt.apps.evaluate.datasets import TINY, load_dataset
+from hawk_trt.apps.evaluate.importance import importance
 from hawk_trt.apps.evaluate.metrics import METRICS, metric_for
 from hawk_trt.apps.evaluate.result_log import ResultLog
 from hawk_trt.apps.parity.prompt_rules import prompt_tokens
 from hawk_trt.errors import InvalidInput
-
-if TYPE_CHECKING:
-    from hawk_trt.apps.calibrate.report import CalibrationReport
 
 _LEFT_OUT = Group("What is left out", sort_key=2)
 
@@ -49,7 +47,7 @@ class Questions:
     max_new_tokens: MaxNewTokens = 32
     max_pixels: int | None = None
 
-    def sources(self) -> tuple[Source, ...]:
+    def sources(self) -> tuple[calibration.Source, ...]:
         """The data sets with their metrics."""
         names = [name if name == TINY else str(Path(name).resolve()) for name in self.dataset or (TINY,)]
         metrics: tuple[str | None, ...] = self.metric or (None,)
@@ -62,7 +60,7 @@ class Questions:
             if dataset.unknown_keys:
                 note(f"{name}: nothing reads these keys of its samples: {', '.join(dataset.unknown_keys)[:200]}")
         return tuple(
-            Source(Path(name).stem or name, tuple(dataset), dataset.fingerprint, self.seed, metric, METRICS[metric])
+            calibration.Source(Path(name).stem or name, tuple(dataset), dataset.fingerprint, self.seed, metric)
             for name, dataset, metric in zip(names, datasets, chosen, strict=True)
         )
 
@@ -72,7 +70,7 @@ def calibrate(
     questions: Questions = Questions(),
     *,
     revision: str | None = None,
-    scope: Annotated[str, Parameter(choices=SCOPES, group=_LEFT_OUT)] = FIRST_LAYER,
+    scope: Annotated[str, Parameter(choices=calibration.SCOPES, group=_LEFT_OUT)] = calibration.FIRST_LAYER,
     keep_ratio: Annotated[float, Parameter(alias="--keep-ratios", group=_LEFT_OUT)] = 1.0,
     device: Annotated[str, Parameter(group=WHERE)] = "cpu",
     dtype: Annotated[Dtype, Parameter(group=WHERE)] = "float32",
@@ -103,9 +101,7 @@ def calibrate(
     """
     # torch, when missing, is said before anything is read
     from hawk_trt.apps.cli.torch_model import load_reference  # isort: skip
-    from hawk_trt.apps.calibrate.importance import importance
-    from hawk_trt.apps.calibrate.report import make_report, write_report
-    from hawk_trt.apps.calibrate.worker import Worker, do_on_ray
+    from hawk_trt.apps.evaluate.calibration_worker import Worker, do_on_ray
 
     for name, value in (("--heads-at-once", heads_at_once), ("--shards", shards)):
         if value is not None and value < 1:
@@ -114,7 +110,7 @@ def calibrate(
     hub_id = checkpoint if is_hub_id(checkpoint) else None
     if revision is not None and hub_id is None:
         raise InvalidInput(f"--revision: only for a hub id (owner/name), got {checkpoint}")
-    plan = Plan(
+    plan = calibration.Plan(
         checkpoint=Path(checkpoint).resolve(),
         sources=questions.sources(),
         scope=scope,
@@ -138,7 +134,7 @@ def calibrate(
                     ResultLog(
                         work / f"{source.name}.jsonl",
                         _subject(plan, bundle.manifest.source.fingerprint, source),
-                        Scores,
+                        calibration.Scores,
                         option="--work",
                         sync=True,
                     )
@@ -146,7 +142,7 @@ def calibrate(
             )
             for source in plan.sources
         ]
-        left = list(units_left(plan, [log.records for log in logs], num_heads, heads_at_once))
+        left = list(calibration.units_left(plan, [log.records for log in logs], num_heads, heads_at_once))
         asked = sum(len(source.questions) for source in plan.sources)
         total, to_go = asked * (1 + num_heads), sum(len(unit.heads) for unit in left)
         note(f"{total} answers: {num_heads} heads and the whole model; {total - to_go} known in {work}")
@@ -154,10 +150,13 @@ def calibrate(
             done = do_on_ray(plan, left, shards, ray_address) if shards else map(Worker(plan).do, left)
             for unit, scores in counted(done, len(left), f"units of up to {heads_at_once} answers"):
                 logs[unit.source].append(scores)
-        tables = [score_table(source, log.records, num_heads) for source, log in zip(plan.sources, logs, strict=True)]
+        tables = [
+            calibration.score_table(source, log.records, num_heads)
+            for source, log in zip(plan.sources, logs, strict=True)
+        ]
     versions = {package: metadata.version(package) for package in ("torch", "transformers")}
-    report = make_report(plan, bundle.manifest.source, tables, importance(tables), versions)
-    write_report(report, out)
+    report = calibration.make_report(plan, bundle.manifest.source, tables, importance(tables), versions)
+    calibration.write_report(report, out)
     if json:
         print_json(report)
     else:
@@ -168,7 +167,7 @@ def calibrate(
     return 0
 
 
-def _subject(plan: Plan, model: str, source: Source) -> dict[str, str]:
+def _subject(plan: calibration.Plan, model: str, source: calibration.Source) -> dict[str, str]:
     """What the results of a data set are of: another run goes on with them where all of it is the same."""
     return {
         "model": model,
@@ -182,7 +181,7 @@ def _subject(plan: Plan, model: str, source: Source) -> dict[str, str]:
     }
 
 
-def _told(report: "CalibrationReport") -> tuple[RenderableType, ...]:
+def _told(report: calibration.CalibrationReport) -> tuple[RenderableType, ...]:
     """The weights, and what they are worth, for a terminal."""
     heads = len(report.values)
     drops_on = [f"drop on {dataset.name}" for dataset in report.datasets]
@@ -198,7 +197,7 @@ def _told(report: "CalibrationReport") -> tuple[RenderableType, ...]:
     return (shown, *lines, _verdict(report))
 
 
-def _verdict(report: "CalibrationReport") -> str:
+def _verdict(report: calibration.CalibrationReport) -> str:
     """Whether the weights mean anything, in a sentence."""
     p_value = f"p = {report.uniform_p_value:.4f}"
     if report.differs_from_uniform:

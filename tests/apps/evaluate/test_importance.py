@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from hawk_trt.apps.calibrate.importance import importance
+from hawk_trt.apps.evaluate.importance import importance
 from hawk_trt.errors import InvalidInput
 
 

@@ -18,17 +18,16 @@ from examples.tiny_task import generate
 from export.__main__ import main as export
 from export.bare_bundle import open_checkpoint
 from hawk_trt import Pipeline, PruningConfig
-from hawk_trt.apps.calibrate.work import BASELINE, Plan, Scores, Source, Unit, score_table, units_left
 from hawk_trt.apps.cli.main import main
+from hawk_trt.apps.evaluate.calibration import BASELINE, Plan, Scores, Source, Unit, score_table, units_left
 from hawk_trt.apps.evaluate.datasets import Sample, load_dataset
-from hawk_trt.apps.evaluate.metrics import METRICS
 from hawk_trt.apps.parity.prompt_rules import PromptTokens, prompt_tokens
 from hawk_trt.bundle import read_manifest
 from hawk_trt.pruning.head_weights import read_head_weights
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
-from hawk_trt.apps.calibrate.worker import Worker, answer, without_heads
+from hawk_trt.apps.evaluate.calibration_worker import Worker, answer, without_heads
 from hawk_trt.apps.parity.reference import Reference
 
 HEADS = 8
@@ -55,7 +54,7 @@ def silenced(checkpoint, folder, heads, layers):
 
 def plan(checkpoint, scope="first-layer", dataset="tiny", count=QUESTIONS, keep_ratio=1.0):
     questions = tuple(load_dataset(str(dataset), count, 7))
-    source = Source("questions", questions, "", 7, "exact-match", METRICS["exact-match"])
+    source = Source("questions", questions, "", 7, "exact-match")
     return Plan(
         checkpoint, (source,), scope, open_checkpoint, Reference.load, prompt_tokens, keep_ratio, max_new_tokens=6
     )

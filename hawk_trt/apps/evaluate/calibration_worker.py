@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hawk_trt.apps.calibrate.work import BASELINE, FIRST_LAYER, Plan, Question, Scores, Unit
+from hawk_trt.apps.evaluate.calibration import BASELINE, FIRST_LAYER, Plan, Scores, Unit
+from hawk_trt.apps.evaluate.datasets import Sample
+from hawk_trt.apps.evaluate.metrics import METRICS
 from hawk_trt.errors import BackendError, HawkError, InvalidInput
 from hawk_trt.inputs.processor import Processor
 from hawk_trt.models import load_family
@@ -41,7 +43,7 @@ class Worker:
             device=plan.device,
             dtype=plan.dtype,
         )
-        self._question: Question | None = None
+        self._question: Sample | None = None
         self._prompt: Any = None
         self._kept: list[int] = []
 
@@ -62,9 +64,10 @@ class Worker:
         chat = self._processor.chat
         assert chat is not None  # the plan's open refuses a checkpoint without a tokenizer
         answers = tuple(str(chat.tokenizer.decode(ids)) for ids in tokens)
-        return unit, Scores(question.id, unit.heads, tuple(source.score(one, question) for one in answers), answers)
+        scores = tuple(METRICS[source.metric](one, question) for one in answers)
+        return unit, Scores(question.id, unit.heads, scores, answers)
 
-    def _prepare(self, question: Question) -> None:
+    def _prepare(self, question: Sample) -> None:
         """Make of a question what all of its units share."""
         request = Request(question.prompt, question.images, question.videos, max_pixels=self._plan.max_pixels)
         inputs = self._processor(request)
