@@ -27,7 +27,7 @@ from .checks.inspection import Fusion, inspect
 from .checks.verify import Verification, load_reference, verify
 from .plugin_library import existing_plugin, find_or_compile, may_find
 from .prepare import PreparedGraph
-from .profiles import TENSORRT_TARGETS, LargestRequest, check_layers, choose_target
+from .profiles import TENSORRT_TARGETS, LargestRequest, choose_target
 from .workarounds import workarounds_for
 from .writer import write_engines
 
@@ -75,7 +75,6 @@ def build(
     started = time.perf_counter()
     expect_exported(bundle, built=False)
     loaded = Bundle.load(bundle)
-    check_layers(loaded.manifest)
     named = None if plugin in (None, "none") else existing_plugin(Path(plugin))
     expected = named is not None or (plugin is None and may_find())
     # What is wrong with them is said before anything is compiled; by the smaller defaults, until the GPU is known.

@@ -19,7 +19,7 @@ from hawk_trt.engine_folder import InputRange, Limits
 from hawk_trt.errors import InvalidInput
 from hawk_trt.models.vision_config import InternVLVision, Qwen25Vision, VisionConfig
 from hawk_trt.runtime.versions import OPSET_24_TENSORRT, at_least
-from hawk_trt.stages import CONTEXT_LEN, PORTABLE, TENSORRT, VISION
+from hawk_trt.stages import CONTEXT_LEN, MAX_LINEAR_TOKENS, PORTABLE, TENSORRT, VISION
 
 # The targets that it runs.
 TENSORRT_TARGETS = (TENSORRT, PORTABLE)
@@ -95,6 +95,11 @@ class LargestRequest:
                 raise InvalidInput(f"{flag}: got {value}, expected at least {least}{because}")
         if context > longest:
             raise InvalidInput(f"--max-context: got {context}, expected at most {longest}, the model's own context")
+        if manifest.language.linear is not None and prompt > MAX_LINEAR_TOKENS:
+            raise InvalidInput(
+                f"--max-prompt-tokens: got {prompt}, expected at most {MAX_LINEAR_TOKENS}, which the graphs of linear "
+                "layers take"
+            )
         limits = Limits(visual, prompt, context, self.batch, vision_batch)
         if limits.kept_tokens > TOPK_LIMIT and not plugin:
             raise InvalidInput(
@@ -104,17 +109,6 @@ class LargestRequest:
                 f"give --max-context {TOPK_LIMIT}"
             )
         return limits
-
-
-def check_layers(manifest: Manifest) -> None:
-    """Refuse a model with layers of linear attention."""
-    language = manifest.language
-    if language.linear is not None:
-        raise InvalidInput(
-            f"layers: {language.num_linear_layers} of {language.num_hidden_layers} are linear attention, for which "
-            "TensorRT has no layer and this project no plugin. Wait for a TensorRT whose parser takes LinearAttention "
-            "and CausalConvWithState of ONNX opset 27. Until then use ONNX Runtime: hawk-trt run BUNDLE --device cuda"
-        )
 
 
 def choose_target(manifest: Manifest, version: str, asked: str | None = None) -> str:

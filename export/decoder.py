@@ -7,7 +7,7 @@ from hawk_trt.stages import LanguageConfig
 from .attention import attention_context, decoder_layer, last_rows
 from .graph import GraphBuilder
 from .layers import add_residual, linear, rms_norm
-from .linear_attention import linear_layer
+from .linear_attention import linear_context, linear_layer
 
 
 def decoder(g: GraphBuilder, config: LanguageConfig, inputs: dict[str, ir.Value]) -> dict[str, ir.Value]:
@@ -16,15 +16,15 @@ def decoder(g: GraphBuilder, config: LanguageConfig, inputs: dict[str, ir.Value]
     layers = config.decoder_layers
     full_layer = next(layer for layer in layers if not config.is_linear(layer))
     context = attention_context(g, config, inputs, inputs["kept_position_ids"], hidden, full_layer)
-    batch_seq = None if config.linear is None else g.op("Shape", hidden, start=0, end=2, name="batch_seq")
+    linears = None if config.linear is None else linear_context(g, inputs, hidden, "batch_seq")
     x = g.reshape(hidden, -1, config.hidden_size, name="flat_hidden_states")
     outputs: dict[str, ir.Value] = {}
     last = config.num_hidden_layers - 1
     for layer in layers:
-        if batch_seq is not None and config.is_linear(layer):
-            x, present = linear_layer(g, config, inputs, batch_seq, x, layer)
+        if linears is not None and config.is_linear(layer):
+            x, present = linear_layer(g, config, linears, x, layer)
             if layer == last:
-                x = last_rows(g, x, batch_seq, config.hidden_size, "last")
+                x = last_rows(g, x, linears.batch_seq, config.hidden_size, "last")
         else:
             x, present = decoder_layer(g, config, context, x, layer, last_only=layer == last)
         outputs |= present

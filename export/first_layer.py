@@ -24,7 +24,7 @@ from hawk_trt.stages import LanguageConfig
 from .attention import attention_context, decoder_layer
 from .graph import GraphBuilder
 from .layers import add_residual, inverse_rms, offset_scale
-from .linear_attention import linear_layer
+from .linear_attention import linear_context, linear_layer
 from .weighted_topk import weighted_topk
 
 
@@ -93,13 +93,13 @@ def _linear_layers(
     g: GraphBuilder, config: LanguageConfig, inputs: dict[str, ir.Value], embeds: ir.Value
 ) -> tuple[ir.Value, dict[str, ir.Value]]:
     """The layers before the scoring layer, over all tokens: [batch, seq_len, hidden], residual dtype; and states."""
-    batch_seq = g.op("Shape", embeds, start=0, end=2, name="all_batch_seq")
+    context = linear_context(g, inputs, embeds, "all_batch_seq")
     x = g.reshape(g.cast(embeds, g.dtype, g.residual, "to_residual"), -1, config.hidden_size, name="all_embeds")
     states: dict[str, ir.Value] = {}
     for layer in range(config.scoring_layer):
-        x, present = linear_layer(g, config, inputs, batch_seq, x, layer)
+        x, present = linear_layer(g, config, context, x, layer)
         states |= present
-    shape = g.op("Concat", batch_seq, g.ints(config.hidden_size), axis=0, name="all_hidden_shape")
+    shape = g.op("Concat", context.batch_seq, g.ints(config.hidden_size), axis=0, name="all_hidden_shape")
     return g.op("Reshape", x, shape, name="all_hidden_states"), states
 
 

@@ -78,8 +78,7 @@ def rms_norm(
     with g.scope(name):
         if unit_offset:
             x = g.cast(x, source, "float32", "to_float32")
-            scale = offset_scale(g, scale)
-            y = g.op("RMSNormalization", x, scale, axis=-1, epsilon=epsilon, stash_type=1, name="RMSNormalization")
+            y = rms_float32(g, x, offset_scale(g, scale), epsilon, "RMSNormalization")
             return g.cast(y, "float32", g.dtype, "to_model")
         if g.opset24:
             scale = g.cast(scale, g.dtype, source, "scale_residual")
@@ -88,6 +87,14 @@ def rms_norm(
         h = g.cast(x, source, "float32", "to_float32")
         h = g.op("Mul", h, inverse_rms(g, h, epsilon), name="normalize")
         return g.op("Mul", g.cast(h, "float32", g.dtype, "to_model"), scale, name="scale")
+
+
+def rms_float32(g: GraphBuilder, x: ir.Value, scale: ir.Value, epsilon: float, name: str) -> ir.Value:
+    """RMS norm over the last axis, all of it float32."""
+    if g.opset24:
+        return g.op("RMSNormalization", x, scale, axis=-1, epsilon=epsilon, stash_type=1, name=name)
+    with g.scope(name):
+        return g.op("Mul", g.op("Mul", x, inverse_rms(g, x, epsilon), name="normalize"), scale, name="scale")
 
 
 def offset_scale(g: GraphBuilder, weight: ir.Value) -> ir.Value:
@@ -115,7 +122,7 @@ def inverse_rms(g: GraphBuilder, x: ir.Value, epsilon: float) -> ir.Value:
 
 
 def rotary(g: GraphBuilder, x: ir.Value, cos: ir.Value, sin: ir.Value, name: str, rotary_dim: int = 0) -> ir.Value:
-    """Rotate the halves of the last axis, with opset 24 of its first rotary_dim numbers alone where that is not 0.
+    """Rotate the halves of the last axis, or of its first rotary_dim numbers where that is not 0.
 
     x: [batch, heads, seq, dim]; cos, sin: [batch, seq, dim / 2], or half of rotary_dim.
     """
@@ -124,6 +131,11 @@ def rotary(g: GraphBuilder, x: ir.Value, cos: ir.Value, sin: ir.Value, name: str
             partial: dict[str, Any] = {"rotary_embedding_dim": rotary_dim} if rotary_dim else {}
             return g.op("RotaryEmbedding", x, cos, sin, name="RotaryEmbedding", **partial)
         cos, sin = (g.unsqueeze(t, 1, name=f"{word}_heads") for t, word in ((cos, "cos"), (sin, "sin")))
+        still: list[ir.Value] = []
+        if rotary_dim:
+            end = np.iinfo(np.int64).max
+            still = [g.op("Slice", x, g.ints(rotary_dim), g.ints(end), g.ints(-1), name="still")]
+            x = g.op("Slice", x, g.ints(0), g.ints(rotary_dim), g.ints(-1), name="turned")
         low, high = g.ops("Split", x, axis=-1, num_outputs=2, count=2, name="halves")
         new_low = g.op(
             "Sub", g.op("Mul", low, cos, name="low_cos"), g.op("Mul", high, sin, name="high_sin"), name="new_low"
@@ -131,7 +143,7 @@ def rotary(g: GraphBuilder, x: ir.Value, cos: ir.Value, sin: ir.Value, name: str
         new_high = g.op(
             "Add", g.op("Mul", high, cos, name="high_cos"), g.op("Mul", low, sin, name="low_sin"), name="new_high"
         )
-        return g.op("Concat", new_low, new_high, axis=-1, name="join")
+        return g.op("Concat", new_low, new_high, *still, axis=-1, name="join")
 
 
 def rotary_float32(g: GraphBuilder, x: ir.Value, cos: ir.Value, sin: ir.Value, name: str) -> ir.Value:

@@ -7,20 +7,25 @@ For one head, with the state S [key_head_dim, value_head_dim], zeros before the 
     S <- exp(g) S + beta k (v - exp(g) S^T k)^T                      o = S^T q / sqrt(key_head_dim)
     out = W_out (rms_norm(o) * silu(W_z h))
 
-Each key head serves num_value_heads / num_key_heads value heads in a row. Operators are com.microsoft's, of ONNX
-Runtime; everything between the projections is float32, since its CUDA provider has no bfloat16 kernels for them.
+Each key head serves num_value_heads / num_key_heads value heads in a row. For ONNX Runtime's providers of the targets
+cpu and cuda the operators are its own, of com.microsoft; TensorRT has none, so for tensorrt and portable all is written
+in standard operators (delta_rule.py). Everything between the projections is float32: the CUDA provider has no bfloat16
+kernels for its operators, and rounding states would add up over a prompt.
 There is no bias, so a token of zeros stays zeros and leaves states of zeros as they are: prompts are padded with such.
 """
+
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
-from hawk_trt.stages import LanguageConfig, LinearAttentionConfig, conv_name, state_name
+from hawk_trt.stages import CPU, CUDA, LanguageConfig, LinearAttentionConfig, conv_name, state_name
 
 from . import tensors
 from .attention import add_and_mlp
+from .delta_rule import Chunks, chunks_of, delta_rule
 from .graph import GraphBuilder
-from .layers import linear, rms_norm
+from .layers import linear, rms_float32, rms_norm
 from .tensors import Shapes
 
 _DOMAIN = "com.microsoft"
@@ -44,16 +49,36 @@ def linear_attention_shapes(name: str, hidden: int, sizes: LinearAttentionConfig
     }
 
 
+@dataclass(frozen=True, slots=True)
+class LinearContext:
+    """What all linear layers of one graph share.
+
+    Attributes:
+        batch_seq: int64 [2], (batch, seq).
+        chunks: of its tokens; None where the runtime has operators for linear layers.
+        inputs: of the graph, past states among them.
+    """
+
+    batch_seq: ir.Value
+    chunks: Chunks | None
+    inputs: dict[str, ir.Value]
+
+
+def linear_context(g: GraphBuilder, inputs: dict[str, ir.Value], hidden: ir.Value, name: str) -> LinearContext:
+    """Build the shared values. hidden: [batch, seq, hidden]."""
+    batch_seq = g.op("Shape", hidden, start=0, end=2, name=name)
+    return LinearContext(batch_seq, None if g.target in (CPU, CUDA) else chunks_of(g, batch_seq), inputs)
+
+
 def linear_layer(
-    g: GraphBuilder, config: LanguageConfig, inputs: dict[str, ir.Value], batch_seq: ir.Value, x: ir.Value, layer: int
+    g: GraphBuilder, config: LanguageConfig, context: LinearContext, x: ir.Value, layer: int
 ) -> tuple[ir.Value, dict[str, ir.Value]]:
     """One linear layer.
 
     Args:
         g: the graph.
         config: sizes.
-        inputs: of the graph, past states among them.
-        batch_seq: int64 [2], (batch, seq).
+        context: what all linear layers share.
         x: the residual stream, [batch * seq, hidden].
         layer: its index in the checkpoint.
 
@@ -66,7 +91,7 @@ def linear_layer(
         norm, offset = f"{weight}.input_layernorm", config.unit_offset_norms
         h = rms_norm(g, x, norm, config.rms_norm_eps, "input_layernorm", unit_offset=offset)
         with g.scope("linear_attn"):
-            gated, present = _gated_delta_rule(g, config, sizes, inputs, batch_seq, h, layer)
+            gated, present = _gated_delta_rule(g, config, sizes, context, h, layer)
             attended = linear(
                 g, g.cast(gated, "float32", g.dtype, "to_model"), f"{weight}.linear_attn.out_proj", "out_proj"
             )
@@ -77,8 +102,7 @@ def _gated_delta_rule(
     g: GraphBuilder,
     config: LanguageConfig,
     sizes: LinearAttentionConfig,
-    states: dict[str, ir.Value],
-    batch_seq: ir.Value,
+    context: LinearContext,
     h: ir.Value,
     layer: int,
 ) -> tuple[ir.Value, dict[str, ir.Value]]:
@@ -91,22 +115,26 @@ def _gated_delta_rule(
 
     def by_token(x: ir.Value, width: int, name: str) -> ir.Value:
         """[batch * seq, width] -> [batch, seq, width] float32."""
-        shape = g.op("Concat", batch_seq, g.ints(width), axis=0, name=f"{name}_shape")
+        shape = g.op("Concat", context.batch_seq, g.ints(width), axis=0, name=f"{name}_shape")
         return g.op("Reshape", g.cast(x, g.dtype, "float32", f"{name}_float32"), shape, name=f"{name}_by_token")
 
     mixed = by_token(linear(g, h, f"{weight}.in_proj_qkv", "in_proj_qkv"), sizes.conv_dim, "qkv")
-    mixed, conv_state = g.ops(
-        "CausalConvWithState",
-        g.transpose(mixed, 0, 2, 1, name="channels_first"),
-        float32("conv1d.weight"),
-        None,
-        states[conv_name(layer, past=True)],
-        activation="silu",
-        domain=_DOMAIN,
-        name="conv",
-        count=2,
-    )
-    mixed = g.transpose(mixed, 0, 2, 1, name="channels_last")
+    past_conv, past_state = (context.inputs[name(layer, past=True)] for name in (conv_name, state_name))
+    if context.chunks is None:
+        mixed, conv_state = g.ops(
+            "CausalConvWithState",
+            g.transpose(mixed, 0, 2, 1, name="channels_first"),
+            float32("conv1d.weight"),
+            None,
+            past_conv,
+            activation="silu",
+            domain=_DOMAIN,
+            name="conv",
+            count=2,
+        )
+        mixed = g.transpose(mixed, 0, 2, 1, name="channels_last")
+    else:
+        mixed, conv_state = _causal_conv(g, sizes, mixed, float32("conv1d.weight"), past_conv)
     pairs, value = g.ops("Split", mixed, g.ints(2 * key_dim, value_dim), axis=-1, name="split_value", count=2)
     query, key = g.ops("Split", _normed(g, sizes, pairs), num_outputs=2, axis=-1, name="split_key", count=2)
     steps = {
@@ -115,31 +143,28 @@ def _gated_delta_rule(
     }
     rate = g.op("Softplus", g.op("Add", steps["a"], float32("dt_bias"), name="add_dt_bias"), name="rate")
     decay = g.op("Mul", g.op("Neg", g.op("Exp", float32("A_log"), name="A"), name="minus_A"), rate, name="decay")
-    out, state = g.ops(
-        "LinearAttention",
-        query,
-        key,
-        value,
-        states[state_name(layer, past=True)],
-        decay,
-        g.op("Sigmoid", steps["b"], name="beta"),
-        q_num_heads=sizes.num_key_heads,
-        kv_num_heads=sizes.num_value_heads,
-        update_rule="gated_delta",
-        domain=_DOMAIN,
-        name="LinearAttention",
-        count=2,
-    )
+    beta = g.op("Sigmoid", steps["b"], name="beta")
+    if context.chunks is None:
+        out, state = g.ops(
+            "LinearAttention",
+            query,
+            key,
+            value,
+            past_state,
+            decay,
+            beta,
+            q_num_heads=sizes.num_key_heads,
+            kv_num_heads=sizes.num_value_heads,
+            update_rule="gated_delta",
+            domain=_DOMAIN,
+            name="LinearAttention",
+            count=2,
+        )
+    else:
+        with g.scope("delta_rule"):
+            out, state = delta_rule(g, context.chunks, sizes, query, key, value, past_state, decay, beta)
     heads = g.reshape(out, -1, sizes.value_head_dim, name="by_head")
-    heads = g.op(
-        "RMSNormalization",
-        heads,
-        float32("norm.weight"),
-        axis=-1,
-        epsilon=config.rms_norm_eps,
-        stash_type=1,
-        name="norm",
-    )
+    heads = rms_float32(g, heads, float32("norm.weight"), config.rms_norm_eps, "norm")
     gate = g.cast(linear(g, h, f"{weight}.in_proj_z", "in_proj_z"), g.dtype, "float32", "z_float32")
     gate = g.op("Mul", gate, g.op("Sigmoid", gate, name="sigmoid"), name="silu_z")
     gated = g.op("Mul", g.reshape(heads, -1, value_dim, name="normed"), gate, name="gated")
@@ -150,6 +175,27 @@ def _normed(g: GraphBuilder, sizes: LinearAttentionConfig, pairs: ir.Value) -> i
     """Queries and keys of norm 1, x / sqrt(sum x^2 + epsilon), side by side: an RMS norm but for a factor."""
     dim = sizes.key_head_dim
     heads = g.reshape(pairs, 0, 0, 2 * sizes.num_key_heads, dim, name="key_heads")
-    scale = g.const(np.full(dim, dim**-0.5), "float32")
-    heads = g.op("RMSNormalization", heads, scale, axis=-1, epsilon=_NORM_EPSILON / dim, stash_type=1, name="unit_norm")
+    heads = rms_float32(g, heads, g.const(np.full(dim, dim**-0.5), "float32"), _NORM_EPSILON / dim, "unit_norm")
     return g.reshape(heads, 0, 0, 2 * sizes.num_key_heads * dim, name="unit_vectors")
+
+
+def _causal_conv(
+    g: GraphBuilder, sizes: LinearAttentionConfig, x: ir.Value, weight: ir.Value, past: ir.Value
+) -> tuple[ir.Value, ir.Value]:
+    """silu(conv(x)), each channel for itself, as a sum of one shifted product a tap; and the last inputs.
+
+    x: [batch, seq, channels].  weight: [channels, 1, taps].  past: [batch, channels, taps - 1].
+    """
+    taps, end = sizes.conv_kernel, np.iinfo(np.int64).max
+    with g.scope("conv"):
+        seen = g.op("Concat", g.transpose(past, 0, 2, 1, name="past_channels_last"), x, axis=1, name="with_past")
+        rows = g.transpose(g.reshape(weight, sizes.conv_dim, taps, name="taps"), 1, 0, name="by_tap")
+        total: ir.Value | None = None
+        for tap, row in enumerate(g.ops("Split", rows, axis=0, num_outputs=taps, count=taps, name="tap")):
+            last = end if tap == taps - 1 else tap + 1 - taps
+            part = g.op("Slice", seen, g.ints(tap), g.ints(last), g.ints(1), name=f"shifted_{tap}")
+            part = g.op("Mul", part, row, name=f"product_{tap}")
+            total = part if total is None else g.op("Add", total, part, name=f"sum_{tap}")
+        kept = g.op("Slice", seen, g.ints(1 - taps), g.ints(end), g.ints(1), name="last_inputs")
+        activated = g.op("Mul", total, g.op("Sigmoid", total, name="sigmoid"), name="silu")
+        return activated, g.transpose(kept, 0, 2, 1, name="new_past")

@@ -48,11 +48,6 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 _BUNDLE_SUFFIXES = (".onnx", ".data", ".safetensors")
-# Of a hybrid model.
-_NO_LINEAR_LAYERS = (
-    "The model has layers of linear attention. TensorRT has none, and needs a plugin for them; other runtimes need the "
-    "standard operators LinearAttention and CausalConvWithState, of opset 27"
-)
 # For graphs and small files, beside the weights.
 _SPARE_BYTES = 64 << 20
 _NAMES_SHOWN = 8
@@ -176,8 +171,6 @@ def export(
     }
     table = weights.table()
     notes = _account_for_all(opened, plan.language)
-    if left := [target for target in options.targets if target not in plan.targets]:
-        notes.append(f"no graphs for {', '.join(left)}. {_NO_LINEAR_LAYERS}")
     if opened.quantisation is not None:
         notes += opened.quantisation.notes(options.dtype, plan.targets)
     advice = "Free space, choose another disk with --out, or use --link where dtypes match"
@@ -256,7 +249,7 @@ def _plan(checkpoint: Checkpoint, options: ExportOptions, name: str | None) -> M
         ),
         dtype=options.dtype,
         normalization=options.normalization,
-        targets=_targets(options, language),
+        targets=options.targets,
         language=language,
         vision=model.vision,
         graphs=(),
@@ -268,17 +261,6 @@ def _plan(checkpoint: Checkpoint, options: ExportOptions, name: str | None) -> M
         versions=_versions(),
         weights=quantisation.weights if quantisation else options.weights,
     )
-
-
-def _targets(options: ExportOptions, language: LanguageConfig) -> tuple[str, ...]:
-    """The targets asked for that have operators for the model's layers; InvalidInput where none has."""
-    targets = tuple(target for target in options.targets if target in language.targets)
-    if not targets:
-        raise InvalidInput(
-            f"targets: got {', '.join(options.targets)}, expected of {', '.join(language.targets)}. "
-            f"{_NO_LINEAR_LAYERS}. Export with --target {','.join(language.targets)}"
-        )
-    return targets
 
 
 def _account_for_all(checkpoint: Checkpoint, language: LanguageConfig) -> list[str]:

@@ -23,7 +23,7 @@ from hawk_trt.request import PruningConfig, Request, Timings
 from hawk_trt.runtime.protocol import Backend, PrefillOutputs, StepOutputs, Visual
 from hawk_trt.runtime.vision_cache import VisionCache
 from hawk_trt.sequence import Sequence
-from hawk_trt.stages import CUDA
+from hawk_trt.stages import CPU
 
 DEFAULT_MAX_NEW_TOKENS = 128
 # Measured on two CPU cores (make bench-batching): up to 8 rows each answer takes less time, 16 brought nothing more.
@@ -69,8 +69,8 @@ class Scheduler:
         self._max_batch = min(max_batch, backend.max_batch or max_batch)
         self._room = room if backend.max_context is None else None  # else its caches cannot grow
         self._column_bytes = bundle.manifest.kv_bytes_per_token
-        # a step on a GPU writes new states beside the old
-        self._state_bytes = (2 if backend.target == CUDA else 1) * bundle.manifest.state_bytes
+        # but for target cpu a step writes new states beside the old
+        self._state_bytes = (1 if backend.target == CPU else 2) * bundle.manifest.state_bytes
         self._decode_next = False
 
     @property

@@ -32,6 +32,11 @@ DTYPES = ("float32", "float16", "bfloat16")
 BIAS_KEEP = 3.0e38
 BIAS_DROP = -3.0e38
 
+# Linear attention in standard operators, for tensorrt and portable: tokens of a chunk, how often a chunk takes in what
+# is before it, each time twice as many, and the tokens of the longest prompt. The last chunk is not taken in.
+LINEAR_CHUNK, LINEAR_DOUBLINGS = 64, 8
+MAX_LINEAR_TOKENS = LINEAR_CHUNK * (2**LINEAR_DOUBLINGS + 1)
+
 # Kinds of layers, by Hugging Face's names.
 FULL_ATTENTION, LINEAR_ATTENTION = "full_attention", "linear_attention"
 
@@ -121,11 +126,6 @@ class LanguageConfig:
     def num_linear_layers(self) -> int:
         """Layers of linear attention."""
         return self.layer_types.count(LINEAR_ATTENTION)
-
-    @property
-    def targets(self) -> tuple[str, ...]:
-        """Targets whose runtime has operators for all layers."""
-        return TARGETS if self.linear is None else (CPU, CUDA)
 
     def is_linear(self, layer: int) -> bool:
         """Whether a layer is linear attention."""

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from export.random_checkpoint import random_checkpoint
 from export.writer import ExportOptions, export
-from hawk_trt.stages import CPU, CUDA, LanguageConfig, LinearAttentionConfig
-from random_models import EOS, IM_END, TOKEN_IDS
+from hawk_trt import PruningConfig, Request
+from hawk_trt.stages import LanguageConfig, LinearAttentionConfig
+from random_models import EOS, IM_END, TOKEN_IDS, prompt
 
 _TINY = Path(__file__).parent.parent / "examples" / "tiny-vlm"
 PLAIN = LanguageConfig(
@@ -84,10 +85,25 @@ CONFIG = {
 }
 
 
+# of different lengths, with one image, two, a video and none
+PROMPTS = [
+    prompt(1536, images=[(1, 4, 8)], seed=1, text=6),
+    prompt(1536, images=[(1, 6, 6), (1, 4, 4)], seed=2, text=3),
+    prompt(1536, videos=[(2, 4, 4)], seed=3, frame_spans=True, text=9),
+    prompt(1536, seed=4, text=4),
+]
+RATIOS = (0.3, 0.5, 1.0, 0.4)
+
+
+def ask(number: int, new_tokens: int = 5, **pruning) -> Request:
+    config = PruningConfig(**({"keep_ratio": RATIOS[number]} | pruning))
+    return Request(PROMPTS[number], pruning=config, max_new_tokens=new_tokens, ignore_eos=True, return_logits=True)
+
+
 def export_random(folder: Path) -> Path:
-    """A bundle of CONFIG with random weights, for the targets that run linear layers."""
+    """A bundle of CONFIG with random weights."""
     (folder / "checkpoint").mkdir()
     shutil.copyfile(_TINY / "tokenizer.json", folder / "checkpoint" / "tokenizer.json")
     checkpoint = random_checkpoint(folder / "checkpoint", CONFIG)
-    export(checkpoint, folder / "bundle", ExportOptions(targets=(CPU, CUDA), im_end_token_id=IM_END), name="hybrid")
+    export(checkpoint, folder / "bundle", ExportOptions(im_end_token_id=IM_END), name="hybrid")
     return folder / "bundle"

@@ -10,9 +10,7 @@ from export.__main__ import main as export
 from export.real_shapes import shape_config
 from hawk_trt import PruningConfig
 from hawk_trt.apps.parity.prompt_rules import PromptTokens
-from hawk_trt.stages import CPU, CUDA
 from random_models import EOS, IM_END, IM_END_OPTION, IMAGE, TOKEN_IDS, VIDEO, VISION_END, VOCAB, save_random
-from targets import ON_CPU
 
 TOKENS = PromptTokens(image=IMAGE, video=VIDEO, vision_end=VISION_END, im_start=None, im_end=IM_END)
 STEPS = 5
@@ -204,8 +202,7 @@ class Qwen:
     """What the tests of a family need.
 
     released: config.json of released checkpoints, without what no graph depends on. preprocessor: of the patches that
-    are held against transformers'. prompts: those that transformers' own generate takes too. targets: two that the
-    tests run.
+    are held against transformers'. prompts: those that transformers' own generate takes too.
     """
 
     make: Callable[[], Any]
@@ -213,7 +210,6 @@ class Qwen:
     prompts: dict[str, dict[str, Any]]
     released: dict[str, dict[str, Any]]
     preprocessor: dict[str, Any]
-    targets: tuple[str, ...] = ON_CPU
 
 
 # Of Qwen3-VL and Qwen3.5 each frame of a video stands apart. Of Qwen2-VL a video of more frames than tokens on a side
@@ -233,9 +229,7 @@ QWENS = {
         {"min_pixels": 3136, "max_pixels": 602112},
     ),
     "qwen3_vl": Qwen(random_qwen3_vl, 1536, _FRAME_SPANS, {"4B": QWEN3_VL_4B, "8B": QWEN3_VL_8B}, PREPROCESSOR),
-    "qwen3_5": Qwen(
-        random_qwen3_5, 1536, _HYBRID, {"0.8B": QWEN3_5_08B, "27B": QWEN3_5_27B}, PREPROCESSOR, (CPU, CUDA)
-    ),
+    "qwen3_5": Qwen(random_qwen3_5, 1536, _HYBRID, {"0.8B": QWEN3_5_08B, "27B": QWEN3_5_27B}, PREPROCESSOR),
 }
 
 

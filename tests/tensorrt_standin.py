@@ -208,7 +208,8 @@ class Context(Owned):
         if "num_tiles" in words:
             words["num_visual"] = words["num_tiles"] * internvl.TILE_TOKENS
         elif self.engine.told["stage"] == "vision":
-            words["num_visual"] = words["num_frames"] * words["num_merged"]
+            # 2 x 2 patches a token, where the graph does not say how many tokens there are
+            words["num_visual"] = words["num_frames"] * words.get("num_merged", words["num_patches"] // 4)
         return tuple(size if isinstance(size, int) else words.get(size, -1) for size in self.engine.tensors[name][1])
 
     def execute_async_v3(self, stream):
@@ -248,12 +249,12 @@ class Context(Owned):
         return tensors
 
     def _check_aliases(self, places):
-        """A static cache is input and output at one address; nothing else may be."""
+        """A static cache of keys or values is input and output at one address; nothing else may be."""
         outputs = [name for name in places if name not in self.engine.inputs]
         for output in outputs:
             shared = [name for name in self.engine.inputs if places[name][0] == places[output][0]]
             past = output.replace("present_", "past_")
-            static = past != output and places[past][1] == places[output][1]
+            static = output.startswith(("present_key", "present_value")) and places[past][1] == places[output][1]
             if shared != ([past] if static else []):
                 raise Refused(f"enqueueV3: {output} shares its address with {shared}")
 

@@ -27,7 +27,7 @@ from hawk_trt.stages import STAGES
 from ..build_plan import BuildSettings
 from ..plugin_library import existing_plugin
 from ..prepare import prepare
-from ..profiles import TENSORRT_TARGETS, LargestRequest, check_layers, plan_profiles
+from ..profiles import TENSORRT_TARGETS, LargestRequest, plan_profiles
 from . import gpuless
 
 # Of tables where there is no terminal to ask.
@@ -106,7 +106,6 @@ def _rows(bundle: Bundle, size: Limits, plugin: Path | None, *, scratch: bool) -
 
     manifest, with_plugin = bundle.manifest, plugin is not None
     settings = BuildSettings(plugin, None, None, ())
-    check_layers(manifest)
     for target in (target for target in TENSORRT_TARGETS if target in manifest.targets):
         for stage in STAGES:
             graph = prepare(

@@ -7,7 +7,7 @@ which has a row of its own, they keep the reference's, so that a stage is judged
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from hawk_trt.errors import BackendError, InvalidInput
 from hawk_trt.pipeline import Pipeline
 from hawk_trt.pruning import kept_count
 from hawk_trt.request import ModelInputs, PruningConfig
-from hawk_trt.runtime.comparison import TOLERANCES, Tolerance, compare_stage, tolerance_of
+from hawk_trt.runtime.comparison import Tolerance, compare_stage, tolerance_of
 from hawk_trt.runtime.reference import (
     BEST_LOGITS,
     REFERENCE,
@@ -116,6 +116,7 @@ def verify(engines: Path, reference: Reference | None) -> Verification:
     most = (limits.visual_tokens, limits.prompt_tokens, limits.context)
     with Pipeline.load(engines, device="cuda") as plans:
         manifest = plans.bundle.manifest
+        scoring = manifest.language.scoring_layer
         pruning = PruningConfig(keep_ratio=manifest.keep_ratio)
         prompts = {}
         for name, inputs in tensor_prompts(manifest).items():
@@ -127,7 +128,8 @@ def verify(engines: Path, reference: Reference | None) -> Verification:
         if not prompts:
             return Verification(None, "the limits are smaller than any prompt of the check: nothing was run", (), True)
         if reference is None:
-            rows = list(finite_rows({name: condensed(trace(plans, inputs)) for name, inputs in prompts.items()}))
+            traces = {name: condensed(trace(plans, inputs)) for name, inputs in prompts.items()}
+            rows = list(finite_rows(traces, scoring))
             why = (
                 f"ONNX Runtime's CPU cannot run {manifest.dtype}, and the bundle has no {REFERENCE}, so numbers were "
                 "not compared. Export the same checkpoint in float32 and give it with --reference"
@@ -135,8 +137,8 @@ def verify(engines: Path, reference: Reference | None) -> Verification:
             return Verification(None, why, tuple(rows), not any(row.failures for row in rows))
         compared = [compare(plans, name, inputs, reference.prompts[name]) for name, inputs in prompts.items()]
     strict = reference.weights == model_of(manifest)[1]  # else the loss of quantising comes on top
-    tolerance = TOLERANCES[manifest.dtype] if strict else tolerance_of(manifest)
-    rows = [*finite_rows({p.name: p.own for p in compared}), *compared_rows(compared, tolerance)]
+    tolerance = tolerance_of(replace(manifest, weights=None) if strict else manifest)
+    rows = [*finite_rows({p.name: p.own for p in compared}, scoring), *compared_rows(compared, tolerance, scoring)]
     return Verification(reference.made_by, "", tuple(rows), not any(row.failures for row in rows))
 
 
@@ -149,12 +151,14 @@ def compare(plans: Pipeline, name: str, inputs: ModelInputs, expected: Trace) ->
     return Compared(name, own, forced, expected)
 
 
-def finite_rows(prompts: Mapping[str, Trace]) -> Iterator[OutputRow]:
+def finite_rows(prompts: Mapping[str, Trace], scoring_layer: int = 0) -> Iterator[OutputRow]:
     """One row a stage: all that it made is finite, and not all of it zero."""
     for stage in STAGES:
         failures = []
         for name, got in prompts.items():
-            for output, values in ((output, values) for maker, output, values in _outputs(got) if maker == stage):
+            for output, values in (
+                (output, values) for maker, output, values in _outputs(got, scoring_layer) if maker == stage
+            ):
                 bad = int(np.count_nonzero(~np.isfinite(values)))
                 if bad:
                     failures.append(f"{name}: {output}: {bad} of {values.size} values are not finite")
@@ -163,17 +167,14 @@ def finite_rows(prompts: Mapping[str, Trace]) -> Iterator[OutputRow]:
         yield OutputRow(stage, "finite", len(prompts), "", tuple(failures))
 
 
-def compared_rows(prompts: Sequence[Compared], tolerance: Tolerance) -> Iterator[OutputRow]:
+def compared_rows(prompts: Sequence[Compared], tolerance: Tolerance, scoring_layer: int = 0) -> Iterator[OutputRow]:
     """One row an output, in the order in which they are made; at least one prompt."""
-    limits = {
-        "visual_embeds": tolerance.vision,
-        "scores": tolerance.scores,
-        "hidden_states": tolerance.first_layer,
-        "KV norms of layer 0": tolerance.first_layer,
-    }
-    pairs = [(p.name, list(_outputs(p.forced)), list(_outputs(p.expected))) for p in prompts]
+    of_stage = {VISION: tolerance.vision, FIRST_LAYER: tolerance.first_layer, DECODER: tolerance.decoder}
+    pairs = [
+        (p.name, list(_outputs(p.forced, scoring_layer)), list(_outputs(p.expected, scoring_layer))) for p in prompts
+    ]
     for index, (stage, output, _) in enumerate(pairs[0][2]):
-        limit = limits.get(output, tolerance.decoder)
+        limit = tolerance.scores if output == "scores" else of_stage[stage]
         cosine, error, failures, seen = 1.0, 0.0, [], 0
         for name, got, expected in pairs:
             if not expected[index][2].size:  # a prompt without visual tokens
@@ -190,13 +191,13 @@ def compared_rows(prompts: Sequence[Compared], tolerance: Tolerance) -> Iterator
     yield _token_row(prompts, 2 * tolerance.decoder.max_error)
 
 
-def _outputs(got: Trace) -> Iterator[tuple[str, str, Floats]]:
+def _outputs(got: Trace, scoring_layer: int) -> Iterator[tuple[str, str, Floats]]:
     """Stage, name and rows of every output, in the order in which they are made."""
     yield VISION, "visual_embeds", got.visual_embeds
     yield FIRST_LAYER, "scores", got.scores[None]
     yield FIRST_LAYER, "hidden_states", got.hidden_states
     for layer, norms in enumerate(got.kv_norms):  # a row of keys and one of values
-        yield DECODER if layer else FIRST_LAYER, f"KV norms of layer {layer}", norms
+        yield FIRST_LAYER if layer <= scoring_layer else DECODER, f"KV norms of layer {layer}", norms
     yield DECODER, "logits", got.logits
 
 

@@ -7,7 +7,7 @@ first_layer for a left-padded batch. Nothing here touches pixels, weights or a r
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -85,6 +85,19 @@ class PrefillInputs:
     kv_start: IntArray
     num_kept_total: int
     pads: IntArray
+
+    def text(self, table: npt.NDArray[Any], *, zero_padding: bool) -> tuple[npt.NDArray[Any], IntArray]:
+        """text_embeds, looked up in a table, and source_rows.
+
+        zero_padding: padding reads a row of zeros; linear layers have no mask, and zeros leave their states alone.
+        """
+        embeds = table[self.text_ids]
+        if not (zero_padding and self.pads.any()):
+            return embeds, self.source_rows
+        padding = np.arange(self.source_rows.shape[1]) < self.pads[:, None]
+        return np.concatenate([embeds, np.zeros_like(embeds[:1])]), np.where(
+            padding, -1 - len(embeds), self.source_rows
+        )
 
 
 def prompt_layout(

@@ -14,10 +14,11 @@ portable   each is an input, and a step returns its new columns, which are copie
            of its slots' own memory, so that they exist once
 states     of linear layers: [slots, ...] a tensor, without columns; a step replaces a row's states by new ones
 
-On the CPU a step writes states over those that it read. In a shared cache it writes them beside: a step also runs over
-slots of others, and the run in which ONNX Runtime captures a CUDA graph computes the step more than once, which changes
-no key and no value, but would change states. Then the two memories change places, each with decode steps of its own;
-where others have slots in the cache, the states of the rows that were asked for are copied instead.
+With target cpu a step writes states over those that it read. A portable step writes them beside, since several
+operators read the old ones. So does a step in a shared cache: it also runs over slots of others, and the run in which
+ONNX Runtime captures a CUDA graph computes it more than once, which changes no key and no value, but would change
+states. Then the two memories change places, each with decode steps of its own; where others have slots in the cache,
+the states of the rows that were asked for are copied instead.
 """
 
 import math
@@ -67,7 +68,7 @@ class KVCache:
             self._names[stage] = [(past, spec.name) for past, spec in zip(pasts, presents, strict=True)]
             self._specs |= {spec.name: spec for spec in presents}
         self._tensors: dict[str, ort.OrtValue] = {}  # by the name of the output
-        self._made: dict[str, ort.OrtValue] = {}  # of a shared cache: states as the last run wrote them
+        self._made: dict[str, ort.OrtValue] = {}  # states as the last run wrote them, where that is beside the old
         self._used: set[int] = set()  # slots that hold what a row left
 
     def fill(self) -> None:
@@ -77,7 +78,7 @@ class KVCache:
 
     def _make(self, present: str) -> None:
         self._tensors[present] = self._zeros(present, self.slots)
-        if self._shared and self._is_state(present):
+        if self._is_state(present) and (self._shared or not self.in_place):
             self._made[present] = self._zeros(present, self.slots)
 
     @property
@@ -124,13 +125,12 @@ class KVCache:
     def outputs(self, stage: str, first: int, count: int, columns: int | None = None) -> dict[str, ort.OrtValue]:
         """The same memory as outputs of a stage: of a prompt of so many columns, or None of a step.
 
-        A portable step has none: it writes to memory of its own.
+        A portable step has none for keys and values: it writes them to memory of its own.
         """
-        if not self.in_place:
-            names = [] if columns is None else [present for _, present in self._names[stage]]
-            return {present: self._rows(self._tensors, present, first, count, columns) for present in names}
         written = self._tensors | self._made
-        return {present: self._rows(written, present, first, count) for _, present in self._names[stage]}
+        names = [name for _, name in self._names[stage] if self.in_place or columns is not None or name in self._made]
+        width = None if self.in_place else columns
+        return {present: self._rows(written, present, first, count, width) for present in names}
 
     def settle(self, slots: Iterable[int]) -> None:
         """After both stages: their states of these slots are what the next run reads; others keep their own."""
@@ -155,7 +155,7 @@ class KVCache:
     def add_prompt(self, slots: list[int], starts: npt.NDArray[np.int64], end: int, made: Values) -> None:
         """Count what a prefill wrote, or copy it into place; starts: columns of padding before each row's tokens."""
         self.starts[slots], self.ends[slots], self._prompt_ends[slots] = starts, end, end
-        for present, own in {} if self.in_place else self._tensors.items():
+        for present, own in self._copied():
             place = self._stages[FIRST_LAYER].device
             packed = place.empty(tuple(made[present].shape()), self._specs[present].dtype)
             write(packed, made[present])  # whose memory is the slots'
@@ -165,9 +165,13 @@ class KVCache:
     def add_tokens(self, slots: list[int], made: Values) -> None:
         """Count a column that a decode step wrote in each of some slots, or copy it into place."""
         self.ends[slots] += 1
-        for present, own in {} if self.in_place else self._tensors.items():
+        for present, own in self._copied():
             for slot in slots:
                 self._copy(own, slot, made[present], slot, 0, 1)
+
+    def _copied(self) -> list[tuple[str, ort.OrtValue]]:
+        """Keys and values that a step leaves beside the cache, by the name of the output."""
+        return [] if self.in_place else [item for item in self._tensors.items() if not self._is_state(item[0])]
 
     def read(self, layer: int, slot: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         """Host copies of a slot's keys and values of a layer, [kv_heads, length, head_dim], or of its two states."""

@@ -17,7 +17,16 @@ from hawk_trt.runtime.kv_cache import CachePool, KVCache
 from hawk_trt.runtime.protocol import PrefillOutputs, Row, StepOutputs, Visual
 from hawk_trt.runtime.session import Device, Stage, Values, download, write
 from hawk_trt.runtime.versions import OPSET_24_ONNX_RUNTIME, QUANTISED_ONNX_RUNTIME, at_least
-from hawk_trt.stages import CUDA, DECODER, FIRST_LAYER, PORTABLE, STAGES, TENSORRT, VISION
+from hawk_trt.stages import (
+    CUDA,
+    DECODER,
+    FIRST_LAYER,
+    MAX_LINEAR_TOKENS,
+    PORTABLE,
+    STAGES,
+    TENSORRT,
+    VISION,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,24 +83,21 @@ class OnnxRuntimeBackend:
                 "Export again with --dtype float32 or float16, or load it with device='cuda'"
             )
         _check_weights(manifest)
-        oldest = OPSET_24_ONNX_RUNTIME[place.kind]
-        if manifest.language.linear is not None and not at_least(ort.__version__, oldest):
-            raise BackendError(
-                f"layers: got linear attention, which ONNX Runtime {ort.__version__} lacks on this device, expected "
-                f"{oldest} or newer. pip install -U {'onnxruntime-gpu' if place.kind == 'cuda' else 'onnxruntime'}"
-            )
         if target == TENSORRT:
             raise BackendError(
                 "target: got tensorrt, whose graphs the engine builder takes, expected cpu, cuda or portable"
             )
+        oldest = OPSET_24_ONNX_RUNTIME[place.kind]
+        old = not at_least(ort.__version__, oldest)
         if target is None:
             best = place.kind  # a target bears its name
-            old = not at_least(ort.__version__, OPSET_24_ONNX_RUNTIME[best])
             target = PORTABLE if old or (best not in manifest.targets and PORTABLE in manifest.targets) else best
-        elif target == CUDA and not at_least(ort.__version__, OPSET_24_ONNX_RUNTIME[CUDA]):
+        lacking = "attention" if target == CUDA else "linear attention" if manifest.language.linear is not None else ""
+        if target != PORTABLE and old and lacking:
+            package = "onnxruntime-gpu" if place.kind == CUDA else "onnxruntime"
             raise BackendError(
-                f"target: got cuda, whose attention ONNX Runtime {ort.__version__} lacks, expected "
-                f"{OPSET_24_ONNX_RUNTIME[CUDA]} or newer. pip install -U onnxruntime-gpu, or take target portable"
+                f"target: got {target}, whose {lacking} ONNX Runtime {ort.__version__} lacks, expected {oldest} or "
+                f"newer. pip install -U {package}, or take target portable"
             )
         return cls(bundle, place, target)
 
@@ -212,12 +218,13 @@ class OnnxRuntimeBackend:
 
     def prompt_feeds(self, inputs: PrefillInputs, visual: Visual, num_kept_total: int) -> dict[str, ort.OrtValue]:
         """Inputs of both stages over a prompt, but for the cache."""
-        text_embeds, source_rows = self.embedding_table[inputs.text_ids], inputs.source_rows
-        if self.bundle.manifest.language.linear is not None and inputs.pads.any():
-            # linear layers have no mask: padding that is zeros leaves their states as they are
-            padding = np.arange(source_rows.shape[1]) < inputs.pads[:, None]
-            source_rows = np.where(padding, -1 - len(text_embeds), source_rows)
-            text_embeds = np.concatenate([text_embeds, np.zeros_like(text_embeds[:1])])
+        linear, seq_len = self.bundle.manifest.language.linear is not None, inputs.source_rows.shape[1]
+        if linear and self.target == PORTABLE and seq_len > MAX_LINEAR_TOKENS:
+            raise BackendError(
+                f"prompt: got {seq_len} tokens, expected at most {MAX_LINEAR_TOKENS} with portable graphs of linear "
+                f"layers. Shrink the images with max_pixels, or take target {self.device}"
+            )
+        text_embeds, source_rows = inputs.text(self.embedding_table, zero_padding=linear)
         arrays = {
             "text_embeds": text_embeds,
             "source_rows": source_rows,

@@ -20,7 +20,7 @@ AROUND = {
 def test_a_model_without_linear_layers_has_keys_and_values_alone(target: str) -> None:
     before, behind, columns, written = AROUND[target]
     first, decoder = first_layer_spec(PLAIN, target), decoder_spec(PLAIN, target)
-    assert PLAIN.targets == TARGETS and PLAIN.scoring_layer == 0
+    assert PLAIN.scoring_layer == 0
     assert [spec.name for spec in first.inputs] == [
         *PROMPT, "head_weights", "slots", *before, "past_key.0", "past_value.0", *behind
     ]  # fmt: skip
@@ -37,22 +37,22 @@ def test_a_model_without_linear_layers_has_keys_and_values_alone(target: str) ->
         assert set(outputs) == {("model", ("batch", 2, written, 16))}
 
 
-@pytest.mark.parametrize("target", [CPU, CUDA])
+@pytest.mark.parametrize("target", TARGETS)
 def test_a_linear_layer_has_a_convolution_and_a_recurrent_state(target: str) -> None:
-    assert HYBRID.scoring_layer == 2 and HYBRID.targets == (CPU, CUDA)
-    before, _, columns, _ = AROUND[target]
+    assert HYBRID.scoring_layer == 2
+    before, behind, columns, written = AROUND[target]
     first, decoder = first_layer_spec(HYBRID, target), decoder_spec(HYBRID, target)
     caches = ["conv.0", "state.0", "conv.1", "state.1", "key.2", "value.2"]
     assert [spec.name for spec in first.inputs] == [
-        *PROMPT, "head_weights", "slots", *before, *(f"past_{name}" for name in caches)
+        *PROMPT, "head_weights", "slots", *before, *(f"past_{name}" for name in caches), *behind
     ]  # fmt: skip
     assert [spec.name for spec in first.outputs][4:] == [f"present_{name}" for name in caches]
     caches = ["conv.3", "state.3", "key.4", "value.4"]
-    assert [spec.name for spec in decoder.inputs][2:] == [*before, *(f"past_{name}" for name in caches)]
+    assert [spec.name for spec in decoder.inputs][2:] == [*before, *(f"past_{name}" for name in caches), *behind]
     assert [spec.name for spec in decoder.outputs][2:] == [f"present_{name}" for name in caches]
     shapes = {spec.name: (spec.element, spec.shape) for spec in (*decoder.inputs, *decoder.outputs)}
-    for side in ("past", "present"):
+    for side, length in (("past", columns), ("present", written)):
         # 2 x 2 x 8 channels of queries and keys, 4 x 6 of values
         assert shapes[f"{side}_conv.3"] == ("float32", ("batch", 56, 3))
         assert shapes[f"{side}_state.3"] == ("float32", ("batch", 4, 8, 6))
-        assert shapes[f"{side}_key.4"] == ("model", ("batch", 2, columns, 16))
+        assert shapes[f"{side}_key.4"] == ("model", ("batch", 2, length, 16))

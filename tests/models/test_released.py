@@ -53,7 +53,7 @@ def test_the_graphs_of_every_model_can_be_built(name, tmp_path):
     checkpoint = random_checkpoint(tmp_path, config)
     store = WeightStore(checkpoint, "bfloat16")
     store.table()
-    for target in {CUDA, TENSORRT, PORTABLE}.intersection(model.language.targets):
+    for target in (CUDA, TENSORRT, PORTABLE):
         graphs = build_graphs(model.vision, model.language, store, "bfloat16", target, "l2")
         assert tuple(graphs) == STAGES
         assert [value.name for value in graphs[VISION].graph.inputs] == [

@@ -24,7 +24,7 @@ from hawk_trt.stages import DECODER, FIRST_LAYER, VISION, in_place, key_name, va
 
 _SCRATCH = "scratch"
 _CACHE = "cache"
-# Regions for layer 0's keys and values where only scores are asked for, so that no slot is written.
+# Regions for the scoring layer's keys and values where only scores are asked for, so that no slot is written.
 _UNKEPT = "unkept/"
 
 
@@ -42,6 +42,7 @@ class TensorRtBackend:
         self.engines, self.cuda = engines, cuda
         self.device = f"cuda:{cuda.index}"
         self.target = manifest.target
+        self._language = manifest.bundle.language
         self.embedding_table: npt.NDArray[Any] = np.asarray(engines.bundle.embedding_table())
         self.max_vision_patches = manifest.limits.visual_tokens * manifest.bundle.vision.spatial_merge_size**2
         self.max_context: int | None = manifest.limits.context
@@ -53,7 +54,7 @@ class TensorRtBackend:
             _SCRATCH: max(engine.scratch_bytes for engine in plans.values()),
             _CACHE: KVCache.size_bytes(manifest),
             **Encoder.sizes(engines),
-            **{_UNKEPT + name(0, past=False): unkept for name in (key_name, value_name)},
+            **{_UNKEPT + name: unkept for name in self._scored(past=False)},
             **DecodeStep.sizes(manifest),
         }
         for engine in plans.values():
@@ -113,19 +114,25 @@ class TensorRtBackend:
         return self.cache.most_together
 
     def score(self, inputs: PrefillInputs, visual: Visual) -> npt.NDArray[np.float32]:
-        """HAWK scores alone: float32 [batch, seq_len]. Layer 0 runs on one token, and its cache is dropped."""
-        dims = self._prefill_dims(inputs, visual, 1)
-        places = self.cache.addresses()
-        for name in (key_name, value_name):
-            unkept = self.memory.addresses[_UNKEPT + name(0, past=False)]
-            places |= {name(0, past=past): unkept for past in ((True, False) if self.cache.inplace else (False,))}
+        """HAWK scores alone: float32 [batch, seq_len]. The last layer runs on one token, and its cache is dropped."""
+        text = self._text(inputs)
+        dims = self._prefill_dims(inputs, len(text[0]), visual, 1)
+        places = self.cache.addresses(0)
+        for past in (True, False) if self.cache.inplace else (False,):
+            unkept = [self.memory.addresses[_UNKEPT + name] for name in self._scored(past=False)]
+            places |= dict(zip(self._scored(past=past), unkept, strict=True))
         with self.cuda.active():
             first_layer = self.contexts[FIRST_LAYER, PREFILL]
             first_layer.bind(dims, {**self.memory.addresses, **places})
-            self._upload(inputs)
+            self._upload(inputs, *text)
             first_layer.enqueue()
             scores: npt.NDArray[np.float32] = self.memory.read("scores", dims)
         return scores
+
+    def _scored(self, *, past: bool) -> tuple[str, str]:
+        """Names of the scoring layer's keys and values."""
+        layer = self._language.scoring_layer
+        return key_name(layer, past=past), value_name(layer, past=past)
 
     def prefill(self, inputs: PrefillInputs, visual: Visual, columns: int, *, logits: bool) -> PrefillOutputs:
         """Run first_layer and decoder over prompts, into rows whose KV cache holds up to `columns` tokens each.
@@ -144,13 +151,14 @@ class TensorRtBackend:
             cache.prepare(self.cuda, slots, columns)
         rows = [TensorRtRow(memory, cache, slot) for slot in slots.tolist()]
         with self._step(rows, slots):
-            dims = self._prefill_dims(inputs, visual, inputs.num_kept_total)
+            text = self._text(inputs)
+            dims = self._prefill_dims(inputs, len(text[0]), visual, inputs.num_kept_total)
             cache.check_room(inputs.num_kept_total, slots)
             addresses = {**memory.addresses, **cache.addresses(int(slots[0]))}
             stages = [self.contexts[stage, PREFILL] for stage in (FIRST_LAYER, DECODER)]
             for stage in stages:
                 stage.bind(dims, addresses)
-            self._upload(inputs)
+            self._upload(inputs, *text)
             for stage, end in zip(stages, self._ends, strict=True):
                 stage.enqueue()
                 self.cuda.record(end)
@@ -167,18 +175,23 @@ class TensorRtBackend:
         step = StepOutputs(next_token, read)
         return PrefillOutputs(rows, step, kept_indices, scores, first_layer_seconds, decoder_seconds)
 
-    def _prefill_dims(self, inputs: PrefillInputs, visual: Visual, num_kept_total: int) -> dict[str, int]:
+    def _text(self, inputs: PrefillInputs) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
+        return inputs.text(self.embedding_table, zero_padding=self._language.linear is not None)
+
+    def _prefill_dims(
+        self, inputs: PrefillInputs, num_text: int, visual: Visual, num_kept_total: int
+    ) -> dict[str, int]:
         """Sizes of the stages' dimensions; the first rows of visual_embeds are the prompts'."""
         batch, seq_len = inputs.source_rows.shape
-        dims = {"batch": batch, "seq_len": seq_len, "num_text": len(inputs.text_ids)}
+        dims = {"batch": batch, "seq_len": seq_len, "num_text": num_text}
         dims |= {"num_visual": self.encoder.rows(visual), "num_kept_total": num_kept_total}
         return dims | self.cache.dims(num_kept_total, 0)
 
-    def _upload(self, inputs: PrefillInputs) -> None:
+    def _upload(self, inputs: PrefillInputs, text_embeds: npt.NDArray[Any], source_rows: npt.NDArray[np.int64]) -> None:
         """Enqueue the uploads of first_layer's inputs but slots and context_slots, of which only the lengths count."""
         arrays = {
-            "text_embeds": self.embedding_table[inputs.text_ids],
-            "source_rows": inputs.source_rows,
+            "text_embeds": text_embeds,
+            "source_rows": source_rows,
             "position_ids": inputs.position_ids,
             "query_weights": inputs.query_weights,
             "select_bias": inputs.select_bias,

@@ -10,6 +10,8 @@ portable   the past [batch, kv_heads, columns, head_dim] is an input, and the ou
            With one slot the past is as long as the answer under way needs; several are as long as they can be, and
            shared as above
 
+Linear layers have states instead: states.py.
+
 A slot is taken for a prompt, stays with its row while others come and go, and is free again when the row is released
 or nobody refers to it any more. What is masked still counts with weight 0, and 0 x NaN is NaN:
 a slot that may hold what is not finite is zeroed before it is taken again.
@@ -28,6 +30,7 @@ from hawk_trt.errors import BackendError
 from hawk_trt.runtime.tensorrt.cuda import CudaDevice, Rows
 from hawk_trt.runtime.tensorrt.engine import ALIGNMENT
 from hawk_trt.runtime.tensorrt.memory import Memory
+from hawk_trt.runtime.tensorrt.states import States
 from hawk_trt.stages import CONTEXT_LEN, in_place, key_name, value_name
 
 # Attention reads the cache in steps of so many columns: a step's shapes, and with them its CUDA graph, stay for
@@ -69,14 +72,12 @@ class KVCache:
         self._past = address
         self._new = address + len(self._names) * tensor_bytes(manifest, self.context)  # a portable step's columns
         self._room = self._new + len(self._names) * tensor_bytes(manifest, 1)  # for a portable prompt's, of a tensor
+        self._states = States(manifest, address + _kv_bytes(manifest))
 
     @staticmethod
     def size_bytes(manifest: EngineManifest) -> int:
         """Of device memory."""
-        tensors, whole = len(_names(manifest)), tensor_bytes(manifest, manifest.limits.context)
-        if in_place(manifest.target):
-            return tensors * whole
-        return tensors * (whole + tensor_bytes(manifest, 1)) + whole
+        return _kv_bytes(manifest) + States(manifest, 0).nbytes
 
     # -- whose a slot is
 
@@ -124,7 +125,7 @@ class KVCache:
     def prepare(self, cuda: CudaDevice, slots: Slots, columns: int) -> None:
         """Make room for so many columns in neighbouring slots, and let nothing in them be what is not finite.
 
-        What is written to a free slot, its first column, every prefill overwrites.
+        What is written to a free slot, its first column, every prefill overwrites; to another's, its next step.
         """
         if not self.inplace and not self.shared:
             self.columns = min(-(-columns // CONTEXT_STEP) * CONTEXT_STEP, self.context)
@@ -155,7 +156,7 @@ class KVCache:
         present = past if self.inplace else (self._new, tensor_bytes(self._manifest, 1))
         if first is not None:  # whose portable past is empty
             past, present = present, past
-        return {
+        return self._states.addresses(empty=first is not None) | {
             name: start + index * size
             for index, names in enumerate(self._names)
             for name, (start, size) in zip(names, (past, present), strict=True)
@@ -171,11 +172,17 @@ class KVCache:
         """The first column of each slot that a decode step sees."""
         return self.starts[slots] if self.inplace else self.columns - (self.ends - self.starts)[slots]
 
+    def next_columns(self, rows: int) -> npt.NDArray[np.int64]:
+        """Where a step over the first slots writes: behind the end of each that has an owner, else its first column."""
+        taken = np.array([self.owner(slot) is not None for slot in range(rows)])
+        return np.where(taken, np.minimum(self.ends[:rows], self.context - 1), 0)
+
     def store_prompt(self, cuda: CudaDevice, slots: Slots, columns: int) -> None:
         """Bring the columns of a portable prompt from the start of its slots' memory to their place; before they count.
 
-        Old and new place overlap, so each tensor goes through a copy.
+        Old and new place overlap, so each tensor goes through a copy. States are copied to their slots for any target.
         """
+        self._states.store(cuda, np.arange(len(slots)), slots)
         if self.inplace:
             return
         self._prefilled[slots] = columns - self.starts[slots]
@@ -195,7 +202,11 @@ class KVCache:
                 )
 
     def store_token(self, cuda: CudaDevice, slots: Slots) -> None:
-        """Copy the column that a portable decode step made of each slot before all others of it; before it counts."""
+        """Copy the column that a portable decode step made of each slot before all others of it; before it counts.
+
+        States are copied for any target.
+        """
+        self._states.store(cuda, slots, slots)
         for slot in [] if self.inplace else slots.tolist():
             cuda.copy_rows(
                 self._place(self._past, slot, self.columns, int(self.kv_start(slot)) - 1),
@@ -216,7 +227,13 @@ class KVCache:
         return int(self.ends[slots].max())
 
     def read(self, cuda: CudaDevice, layer: int, slot: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-        """Host copies of a slot's keys and values of a layer: [kv_heads, length, head_dim], in the order of tokens."""
+        """Host copies of a slot's keys and values of a layer: [kv_heads, length, head_dim], in the order of tokens.
+
+        Of a linear layer, of its two states.
+        """
+        if self._manifest.bundle.language.is_linear(layer):
+            return self._states.read(cuda, layer, slot)
+        tensor = self._names.index((key_name(layer, past=True), key_name(layer, past=False)))
         language, dtype = self._manifest.bundle.language, numpy_dtype(self._manifest.bundle.dtype)
         shape = (language.num_key_value_heads, self.columns, language.head_dim)
         start, end, prefilled = (int(numbers[slot]) for numbers in (self.starts, self.ends, self._prefilled))
@@ -225,7 +242,7 @@ class KVCache:
             first, new = self.columns - prefilled, end - start - prefilled  # each new one is before all others
             columns = np.r_[np.zeros(start, np.int64), first : self.columns, first - 1 : first - 1 - new : -1]
         past, row = tensor_bytes(self._manifest, self.columns), shape[0] * self.columns * self._column_bytes
-        place = self._past + slot * row + 2 * layer * past
+        place = self._past + slot * row + tensor * past
         key, value = (cuda.download(place + part * past, shape, dtype)[:, columns] for part in (0, 1))
         return key, value
 
@@ -311,6 +328,15 @@ def tensor_bytes(manifest: EngineManifest, columns: int) -> int:
 
 
 def _names(manifest: EngineManifest) -> list[tuple[str, str]]:
-    """Input and output name of every cache tensor."""
-    layers = range(manifest.bundle.language.num_hidden_layers)
+    """Input and output name of every tensor of keys or values."""
+    language = manifest.bundle.language
+    layers = [layer for layer in range(language.num_hidden_layers) if not language.is_linear(layer)]
     return [(name(layer, past=True), name(layer, past=False)) for layer in layers for name in (key_name, value_name)]
+
+
+def _kv_bytes(manifest: EngineManifest) -> int:
+    """Of device memory for keys and values."""
+    tensors, whole = len(_names(manifest)), tensor_bytes(manifest, manifest.limits.context)
+    if in_place(manifest.target):
+        return tensors * whole
+    return tensors * (whole + tensor_bytes(manifest, 1)) + whole

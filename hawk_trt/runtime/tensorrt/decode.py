@@ -2,7 +2,7 @@
 
 What the host gives a step lies side by side in one pinned block, and what it gets back in another, so that a
 step is one copy in, two enqueues and one copy out. It runs over the slots of the cache from 0 to the highest that
-decodes; one between them that does not writes its own first column, which its next prefill overwrites, and sees no
+decodes; one between them that does not writes to a column of its own that is overwritten before it counts, and sees no
 other's.
 
 Shapes stand still while as many slots decode, on the target tensorrt for CONTEXT_STEP tokens: the first step with new
@@ -157,7 +157,7 @@ class DecodeStep:
         views["position_ids"][..., slots, 0] = positions
         views["kv_start"][slots] = self._cache.kv_start(slots)
         if self._cache.inplace:
-            views["write_index"][slots] = self._cache.ends[slots]
+            views["write_index"][:] = self._cache.next_columns(rows)
 
     def _enqueue(self, stages: Stages, rows: int) -> None:
         """Copy in, both stages, copy out: all on the stream, nothing that waits."""

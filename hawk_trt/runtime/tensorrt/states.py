@@ -1,0 +1,71 @@
+"""States of linear layers on the GPU, beside the KV cache: two tensors a layer, without columns, a row for each slot.
+
+A step reads the states of the slots where they lie, and writes new ones to memory of their own; those of the slots that
+it was asked for are then copied back. So it may run over slots of others, and addresses stand still for its CUDA graph.
+A prompt reads zeros.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hawk_trt.engine_folder import EngineManifest
+from hawk_trt.runtime.tensorrt.cuda import CudaDevice, Rows
+from hawk_trt.runtime.tensorrt.engine import ALIGNMENT
+from hawk_trt.stages import conv_name, state_name
+
+_DTYPE = np.dtype(np.float32)
+_NAMES = (conv_name, state_name)
+
+
+class States:
+    """past_conv and past_state of all slots; nothing where the model has no linear layers.
+
+    Attributes:
+        nbytes: of device memory, from the address on.
+    """
+
+    def __init__(self, manifest: EngineManifest, address: int) -> None:
+        language = manifest.bundle.language
+        self._layers = [layer for layer in range(language.num_hidden_layers) if language.is_linear(layer)]
+        self._shapes = language.linear.state_shapes if language.linear is not None else ()
+        self._row_bytes = [math.prod(shape) * _DTYPE.itemsize for shape in self._shapes]
+        # from one tensor to the next of its kind
+        self._sizes = [-(-manifest.limits.batch * row // ALIGNMENT) * ALIGNMENT for row in self._row_bytes]
+        self._zeros, end = address, address + max(self._sizes, default=0)
+        self._own: list[int] = []  # of each kind, its first tensor
+        self._made: list[int] = []
+        for places in (self._own, self._made):
+            for size in self._sizes:
+                places.append(end)
+                end += len(self._layers) * size
+        self.nbytes = end - address
+
+    def addresses(self, *, empty: bool) -> dict[str, int]:
+        """Address of every state, as input and output of a step over the slots; empty: of a prompt."""
+        found = {}
+        for kind, name in enumerate(_NAMES[: len(self._sizes)]):
+            for number, layer in enumerate(self._layers):
+                offset = number * self._sizes[kind]
+                found[name(layer, past=True)] = self._zeros if empty else self._own[kind] + offset
+                found[name(layer, past=False)] = self._made[kind] + offset
+        return found
+
+    def store(self, cuda: CudaDevice, rows: npt.NDArray[np.int64], slots: npt.NDArray[np.int64]) -> None:
+        """Copy what the last step left in some of its rows to slots."""
+        for kind, (row_bytes, size) in enumerate(zip(self._row_bytes, self._sizes, strict=True)):
+            for row, slot in zip(rows.tolist(), slots.tolist(), strict=True):
+                target = Rows(self._own[kind] + slot * row_bytes, size, 1)
+                source = Rows(self._made[kind] + row * row_bytes, size, 1)
+                cuda.copy_rows(target, source, row_bytes, 1, len(self._layers))
+
+    def read(self, cuda: CudaDevice, layer: int, slot: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """Host copies of a slot's two states of a layer, float32."""
+        number = self._layers.index(layer)
+        conv, state = (
+            cuda.download(own + number * size + slot * row_bytes, shape, _DTYPE)
+            for own, size, row_bytes, shape in zip(self._own, self._sizes, self._row_bytes, self._shapes, strict=True)
+        )
+        return conv, state
