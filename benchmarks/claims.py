@@ -11,20 +11,19 @@ disk, 9 GB of memory.
 """
 
 import argparse
-import json
 import sys
 from importlib import metadata
 from pathlib import Path
 
-import onnxruntime as ort
 import torch
 
 from benchmarks.gpu_report.stages import noise_prompt
+from benchmarks.growth_operators import node_events
 from benchmarks.random_model import cut_config, make_model
 from benchmarks.timing import STAGES, interleave, load, median, processor_name, ratio, run_ours
 from benchmarks.torch_stages import TorchStages
 from export.writer import ExportOptions, export
-from hawk_trt import ModelInputs, Pipeline, PruningConfig
+from hawk_trt import ModelInputs, Pipeline
 from hawk_trt.apps.parity.prompt_rules import prompt_tokens
 from hawk_trt.bundle import WeightFormat
 from hawk_trt.stages import FIRST_LAYER
@@ -39,22 +38,9 @@ MAX_KNOWN_VISION_SHARE = 0.01
 _SELECTOR_NODES = ("hawk/", "_inlfunc_WeightedTopK", "gather/")
 
 
-def selector_ms(pipe: Pipeline, inputs: ModelInputs, folder: Path) -> float:
+def selector_ms(pipe: Pipeline, inputs: ModelInputs) -> float:
     """Milliseconds in the selector's nodes of a pruned prefill, by ONNX Runtime's profiler; the second run's."""
-    stage = pipe.backend.stages[FIRST_LAYER]
-    whole, options = stage.session, ort.SessionOptions()
-    options.enable_profiling = True
-    options.profile_file_prefix = str(folder / "profile")
-    options.log_severity_level = 3
-    stage.session = ort.InferenceSession(str(pipe.bundle.folder / stage.entry.file), options)
-    try:
-        for _ in range(2):
-            pipe.generate(inputs, pruning=PruningConfig(KEPT), max_new_tokens=1)
-        profile = Path(stage.session.end_profiling())
-    finally:
-        stage.session = whole
-    nodes = [event for event in json.loads(profile.read_text()) if event["name"].endswith("_kernel_time")]
-    profile.unlink()
+    (nodes,) = node_events(pipe, [FIRST_LAYER], inputs, KEPT, 2)
     second = nodes[len(nodes) // 2 :]
     return sum(event["dur"] for event in second if event["name"].startswith(_SELECTOR_NODES)) / 1e3
 
@@ -97,7 +83,7 @@ def main() -> int:
         if {one.token_ids for one in ours + theirs_all} != {ours[0].token_ids}:
             print("answers differ, so times cannot be compared", file=sys.stderr)
             return 1
-        selector = selector_ms(pipe, inputs, args.out)
+        selector = selector_ms(pipe, inputs)
         kv_bytes = pipe.bundle.manifest.cache_bytes(pruned[0].num_kept_total)
     with Pipeline.load(bundle, threads=threads) as pipe:
         visions = [pipe.generate(inputs, max_new_tokens=1).timings.vision for _ in range(2)]

@@ -13,9 +13,8 @@ from cyclopts import Group, Parameter
 from rich.console import Console, RenderableType
 
 from hawk_trt import __version__
-from hawk_trt.apps.bench.bench import MEMORY_METRIC, STAGES, UNPRUNED, BenchPrompt, BenchRow, unsteady
-from hawk_trt.apps.bench.bench import bench as measure_rows
-from hawk_trt.apps.bench.report import against, by_prompt, plot_rows, unpruned
+from hawk_trt.apps.bench import bench as measuring
+from hawk_trt.apps.bench.bench import STAGES, BenchPrompt, BenchRow, against
 from hawk_trt.apps.cli.doctor import installed_version
 from hawk_trt.apps.cli.options import OUTPUT, PRUNING, Json, KeepRatios, MaxNewTokens, Model, Numbers, Where, names
 from hawk_trt.apps.cli.output import counted, note, print_json, size, table
@@ -103,7 +102,7 @@ def bench(
         prunings += [PruningConfig(keep_ratio=r, selector=who) for who in selectors for r in keep_ratios if r != 1.0]
         runs = (warmup + repeats) * len(prepared) * len(prunings)
         ticks = iter(counted(range(runs), runs, "runs"))
-        rows = measure_rows(
+        rows = measuring.bench(
             pipe,
             prepared,
             prunings,
@@ -113,7 +112,7 @@ def bench(
             step=partial(next, ticks, None),
         )
         next(ticks, None)  # the bar ends with its last item
-    manifest, backend, warnings = pipe.bundle.manifest, pipe.backend, unsteady(rows)
+    manifest, backend, warnings = pipe.bundle.manifest, pipe.backend, measuring.unsteady(rows)
     runtime = f"{backend.name} on {backend.device}"
     if json:
         print_json(
@@ -134,29 +133,29 @@ def bench(
                 "repeats": repeats,
                 "warmup": warmup,
                 "max_new_tokens": max_new_tokens,
-                "memory_metric": MEMORY_METRIC,
+                "memory_metric": measuring.MEMORY_METRIC,
                 "warnings": warnings,
                 "rows": rows,
             }
         )
     else:
-        last = f"{manifest.precision}, {backend.target}, {runtime}; peak: {MEMORY_METRIC}"
+        last = f"{manifest.precision}, {backend.target}, {runtime}; peak: {measuring.MEMORY_METRIC}"
         Console(width=None if sys.stdout.isatty() else 160).print(*_told(rows), last, sep="\n")
     for warning in warnings:
         note(f"warning: {warning}")
     if plot is not None:
         title = f"{Path(manifest.source.name).name}: {manifest.precision}, {runtime}"
-        write_atomically(plot, plot_rows(rows, title))
+        write_atomically(plot, measuring.plot_rows(rows, title))
         note(f"plot           {plot}")
     return 0
 
 
 def _told(rows: Sequence[BenchRow]) -> tuple[RenderableType, ...]:
     """A table for each prompt: milliseconds, and how many times faster than unpruned."""
-    with_selector = not {row.selector for row in rows} <= {UNPRUNED, "hawk"}
+    with_selector = not {row.selector for row in rows} <= {measuring.UNPRUNED, "hawk"}
     tables = []
-    for prompt, own in by_prompt(rows):
-        whole = unpruned(own)
+    for prompt, own in measuring.by_prompt(rows):
+        whole = measuring.unpruned(own)
         title = f"{prompt}: {own[0].num_tokens} tokens, {own[0].num_visual} of them visual"
         selector, stages = ["selector"] * with_selector, [stage.replace("_", " ") for stage in STAGES]
         columns = (*selector, "keep", "kept", *stages, "first token", "total", "p90", "KV", "peak")

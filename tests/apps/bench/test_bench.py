@@ -9,8 +9,7 @@ from PIL import Image
 import golden
 from export.__main__ import main as export
 from hawk_trt import Pipeline, PruningConfig
-from hawk_trt.apps.bench.bench import STAGES, BenchPrompt, BenchRow, Spread, bench, unsteady
-from hawk_trt.apps.bench.report import plot_rows
+from hawk_trt.apps.bench.bench import STAGES, BenchPrompt, BenchRow, Spread, bench, plot_rows, unsteady
 from hawk_trt.apps.cli.main import main
 from hawk_trt.errors import InvalidInput
 

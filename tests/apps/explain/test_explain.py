@@ -7,8 +7,7 @@ from PIL import Image
 from hawk_trt.apps.explain import picture
 from hawk_trt.apps.explain.explanation import Explanation, Selection, VisualItem, explain
 from hawk_trt.apps.explain.lettering import Lettering
-from hawk_trt.apps.explain.panels import colours, heat_panel, kept_panel
-from hawk_trt.apps.explain.picture import MAX_FRAMES, render, save
+from hawk_trt.apps.explain.picture import MAX_FRAMES, colours, heat_panel, kept_panel, render, save
 from hawk_trt.bundle import SpecialTokens
 from hawk_trt.errors import InvalidInput
 from hawk_trt.inputs.images import load_image
