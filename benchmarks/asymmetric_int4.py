@@ -61,7 +61,7 @@ class RandomIntegers(IntegerMatrix):
 def main() -> None:
     """Count, compare and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    shapes = [shape for shape in SHAPES if not shape.startswith("qwen3.5")]  # which have no graphs for TensorRT
+    shapes = [shape for shape in SHAPES if not shape.startswith("qwen3.5")]  # two layers make no hybrid
     parser.add_argument("--shape", choices=shapes, default="qwen2.5-vl-7b")
     parser.add_argument("--groups", type=int, nargs="+", default=[128, 64, 32])
     args = parser.parse_args()

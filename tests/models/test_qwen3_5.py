@@ -16,7 +16,7 @@ from hawk_trt.errors import CheckpointError
 from hawk_trt.models.vision_config import Qwen35Vision
 from hawk_trt.runtime import session as ort_session
 from hawk_trt.runtime.comparison import TOLERANCES, StageTolerance, tolerance_of
-from hawk_trt.stages import FULL_ATTENTION, LINEAR_ATTENTION, TARGETS, LinearAttentionConfig
+from hawk_trt.stages import CPU, FULL_ATTENTION, LINEAR_ATTENTION, PORTABLE, TARGETS, LinearAttentionConfig
 from quantised_checkpoints import WRITERS
 from qwen import QWEN3_5_08B, QWEN3_5_27B, QWENS, STEPS, TOKENS, random_qwen3_5, run
 from random_models import IM_END_OPTION, generate, prompt, save_random
@@ -27,9 +27,12 @@ pytest.importorskip("transformers")
 from hawk_trt.apps.parity.reference import Reference
 
 _DECAY = ("in_proj_a.weight", "in_proj_b.weight")
-# By their writers' names; what else than projections they quantise here.
-_INTEGERS = ("awq-32", "gptq-desc-act", "gptq-int8", "packed-int4-zeros", "int8-rows")
-KINDS = dict.fromkeys((*_INTEGERS, "float8-tensor", "float8-blocks"), ()) | {"float8-rows": _DECAY}
+# By their writers' names; the target that runs them here, and what else than projections they quantise.
+KINDS = {
+    **{"awq-32": (CPU, ()), "gptq-desc-act": (PORTABLE, ()), "gptq-int8": (CPU, ())},
+    **{"packed-int4-zeros": (PORTABLE, ()), "int8-rows": (PORTABLE, ())},
+    **{"float8-rows": (CPU, _DECAY), "float8-tensor": (PORTABLE, ()), "float8-blocks": (CPU, ())},
+}
 IMAGE = {"patch_dim": QWENS["qwen3_5"].patch_dim, "images": [(1, 8, 12)]}
 
 
@@ -184,7 +187,8 @@ def test_a_quantised_checkpoint_answers_as_the_floats_that_it_stands_for_in_pyto
     monkeypatch.setattr(ort_session.ort, "SessionOptions", Options)
     writer, parts, floats = WRITERS[kind], {}, {}
     # FP8 of any number of rows; of integers the few rows of the decay stay floats, as their writers leave them
-    ends = (*KINDS[kind], "_proj.weight", "in_proj_qkv.weight", "in_proj_z.weight")
+    target, others = KINDS[kind]
+    ends = (*others, "_proj.weight", "in_proj_qkv.weight", "in_proj_z.weight")
     for name, array in load_file(qwen.checkpoint / "model.safetensors").items():
         parts[name] = floats[name] = array
         if ".layers." in name and name.endswith(ends):
@@ -202,7 +206,7 @@ def test_a_quantised_checkpoint_answers_as_the_floats_that_it_stands_for_in_pyto
     inputs = prompt(**IMAGE)
     expected = type(qwen.model).from_pretrained(plain, dtype="float32").eval()
     tokens, logits = generate(expected, inputs, STEPS)
-    assert export([str(source), "--out", str(out), "--target", "cpu", "--no-reference", *IM_END_OPTION]) == 0
+    assert export([str(source), "--out", str(out), "--target", target, "--no-reference", *IM_END_OPTION]) == 0
     with Pipeline.load(out) as pipe:
         whole, pruned = run(pipe, inputs, 1.0), run(pipe, inputs, 0.3)
     assert whole.token_ids == tokens
