@@ -213,6 +213,18 @@ def test_a_step_writes_to_the_device_and_takes_no_memory_there(shared, monkeypat
     assert not taken and row.cache(0)[0].shape[1] == 8
 
 
+def test_rows_that_lie_apart_or_have_no_place_are_refused(plain):
+    (first, _), (second, _) = start(plain, 20), start(plain, 20)
+    token = np.array([5])
+    with pytest.raises(BackendError, match="got some of several KV caches, expected to gather them first"):
+        plain.backend.decode([first, second], token, token, logits=False)
+    first.release()
+    for row, message in ((first, "row: it was released"), (object(), "row: got object")):
+        with pytest.raises(BackendError, match=message):
+            plain.backend.decode([row], token, token, logits=False)
+    assert (first.nbytes, second.nbytes > 0) == (0, True)
+
+
 def test_prompts_padded_in_front_are_refused_since_no_mask_hides_the_padding(shared):
     prompts = [ModelInputs(np.arange(length)) for length in (4, 9)]
     layouts = [shared.processor.layout(inputs) for inputs in prompts]

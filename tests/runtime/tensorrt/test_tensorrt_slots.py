@@ -141,6 +141,8 @@ def test_gather_copies_nothing_and_each_row_writes_where_it_is(folders, bundle, 
         scheduler.running.reverse()
         pipe.backend.gather([sequence.row for sequence in scheduler.running], 320, 320)
         assert machines.driver.calls == before
+        with pytest.raises(BackendError, match="rows: got some of another backend"):
+            pipe.backend.gather([scheduler.running[0].row, object()], 320, 320)
         ends = sorted(pipe.backend.cache.ends[:3])
         assert len(set(ends)) > 1, "the rows are of unlike length"
         finish(scheduler)
