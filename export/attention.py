@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from hawk_trt.stages import CONTEXT_SLOTS, CUDA, LanguageConfig, key_name, value_name
+from hawk_trt.stages import CONTEXT_SLOTS, CUDA, LanguageConfig
 
 from .graph import GraphBuilder
 from .layers import add_residual, attention, gated_mlp, linear, mask_bias, rms_norm, rotary
@@ -67,7 +67,7 @@ def attention_context(
     cos, sin = _rotary_tables(g, config, position_ids)
     write_index, slots = inputs.get("write_index"), inputs.get(CONTEXT_SLOTS)
     context_len = None if slots is None else g.op("Shape", slots, name="context_len")
-    past_len = g.op("Shape", inputs[key_name(full_layer, past=True)], start=2, end=3, name="past_len")
+    past_len = g.op("Shape", inputs[config.cache_names(full_layer, past=True)[0]], start=2, end=3, name="past_len")
     mask = written = None
     if g.target == CUDA:
         # seq_len lies on the host, and a sum with it would too: the last of a Range is seq_len - 1 on the GPU
@@ -197,7 +197,7 @@ def _attend(
     """Update the cache and attend: heads [batch, heads, seq, dim] in, [tokens, heads * dim] out."""
     scale = float(config.head_dim**-0.5)
     width = config.num_attention_heads * config.head_dim
-    past = [context.caches[name(layer, past=True)] for name in (key_name, value_name)]
+    past = [context.caches[name] for name in config.cache_names(layer, past=True)]
     if context.write_index is not None:
         key, value = (
             g.op("TensorScatter", cache, new, context.write_index, axis=-2, mode="linear", name=f"cache_{n}")
@@ -213,7 +213,7 @@ def _attend(
         read = (_repeated(g, config, whole_key, "k"), _repeated(g, config, whole_value, "v"))
     attended = attention(g, query, *read, scale, mask, context.written)
     joined = g.transpose(attended, 0, 2, 1, 3, name="join_heads")
-    present = {key_name(layer, past=False): key, value_name(layer, past=False): value}
+    present = dict(zip(config.cache_names(layer, past=False), (key, value), strict=True))
     return g.reshape(joined, -1, width, name="flat"), present
 
 

@@ -16,11 +16,7 @@ from hawk_trt.stages import (
     CUDA,
     TENSORRT,
     LanguageConfig,
-    conv_name,
     in_place,
-    key_name,
-    state_name,
-    value_name,
 )
 
 ElementType = Literal["model", "residual", "float32", "int64", "int32", "bool"]
@@ -137,11 +133,11 @@ def _caches(config: LanguageConfig, layers: range, length: str, *, past: bool) -
     """What each layer remembers: two tensors, keys and values [.., length, ..] or the states of a linear layer."""
     specs: list[TensorSpec] = []
     for layer in layers:
+        names = config.cache_names(layer, past=past)
         if config.linear is not None and config.is_linear(layer):
-            conv, state = config.linear.state_shapes
-            specs.append(TensorSpec(conv_name(layer, past=past), "float32", ("batch", *conv)))
-            specs.append(TensorSpec(state_name(layer, past=past), "float32", ("batch", *state)))
+            shapes = zip(names, config.linear.state_shapes, strict=True)
+            specs += [TensorSpec(name, "float32", ("batch", *shape)) for name, shape in shapes]
         else:
-            shape = ("batch", config.num_key_value_heads, length, config.head_dim)
-            specs += [TensorSpec(name(layer, past=past), "model", shape) for name in (key_name, value_name)]
+            columns = ("batch", config.num_key_value_heads, length, config.head_dim)
+            specs += [TensorSpec(name, "model", columns) for name in names]
     return tuple(specs)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from hawk_trt.stages import CPU, CUDA, LanguageConfig, LinearAttentionConfig, conv_name, state_name
+from hawk_trt.stages import CPU, CUDA, LanguageConfig, LinearAttentionConfig
 
 from . import tensors
 from .attention import add_and_mlp
@@ -119,7 +119,7 @@ def _gated_delta_rule(
         return g.op("Reshape", g.cast(x, g.dtype, "float32", f"{name}_float32"), shape, name=f"{name}_by_token")
 
     mixed = by_token(linear(g, h, f"{weight}.in_proj_qkv", "in_proj_qkv"), sizes.conv_dim, "qkv")
-    past_conv, past_state = (context.inputs[name(layer, past=True)] for name in (conv_name, state_name))
+    past_conv, past_state = (context.inputs[name] for name in config.cache_names(layer, past=True))
     if context.chunks is None:
         mixed, conv_state = g.ops(
             "CausalConvWithState",
@@ -168,7 +168,7 @@ def _gated_delta_rule(
     gate = g.cast(linear(g, h, f"{weight}.in_proj_z", "in_proj_z"), g.dtype, "float32", "z_float32")
     gate = g.op("Mul", gate, g.op("Sigmoid", gate, name="sigmoid"), name="silu_z")
     gated = g.op("Mul", g.reshape(heads, -1, value_dim, name="normed"), gate, name="gated")
-    return gated, {conv_name(layer, past=False): conv_state, state_name(layer, past=False): state}
+    return gated, dict(zip(config.cache_names(layer, past=False), (conv_state, state), strict=True))
 
 
 def _normed(g: GraphBuilder, sizes: LinearAttentionConfig, pairs: ir.Value) -> ir.Value:

@@ -131,27 +131,12 @@ class LanguageConfig:
         """Whether a layer is linear attention."""
         return bool(self.layer_types) and self.layer_types[layer] == LINEAR_ATTENTION
 
+    def cache_names(self, layer: int, *, past: bool) -> tuple[str, str]:
+        """Names of a layer's keys and values, or of its two states, as inputs (past) or outputs."""
+        time, kinds = "past" if past else "present", ("conv", "state") if self.is_linear(layer) else ("key", "value")
+        return f"{time}_{kinds[0]}.{layer}", f"{time}_{kinds[1]}.{layer}"
+
 
 def in_place(target: str) -> bool:
     """Whether a step writes the KV cache in place; a portable step returns its new columns alone."""
     return target != PORTABLE
-
-
-def key_name(layer: int, *, past: bool) -> str:
-    """Name of a layer's key cache, as input (past) or output."""
-    return f"{'past' if past else 'present'}_key.{layer}"
-
-
-def value_name(layer: int, *, past: bool) -> str:
-    """Name of a layer's value cache, as input (past) or output."""
-    return f"{'past' if past else 'present'}_value.{layer}"
-
-
-def conv_name(layer: int, *, past: bool) -> str:
-    """Name of a linear layer's convolution state, as input (past) or output."""
-    return f"{'past' if past else 'present'}_conv.{layer}"
-
-
-def state_name(layer: int, *, past: bool) -> str:
-    """Name of a linear layer's recurrent state, as input (past) or output."""
-    return f"{'past' if past else 'present'}_state.{layer}"

@@ -86,18 +86,18 @@ class PrefillInputs:
     num_kept_total: int
     pads: IntArray
 
-    def text(self, table: npt.NDArray[Any], *, zero_padding: bool) -> tuple[npt.NDArray[Any], IntArray]:
-        """text_embeds, looked up in a table, and source_rows.
+    def arrays(self, table: npt.NDArray[Any], *, zero_padding: bool) -> dict[str, npt.NDArray[Any]]:
+        """Inputs of first_layer by name, but those of vision and `slots`; text_embeds are looked up in a table.
 
         zero_padding: padding reads a row of zeros; linear layers have no mask, and zeros leave their states alone.
         """
-        embeds = table[self.text_ids]
-        if not (zero_padding and self.pads.any()):
-            return embeds, self.source_rows
-        padding = np.arange(self.source_rows.shape[1]) < self.pads[:, None]
-        return np.concatenate([embeds, np.zeros_like(embeds[:1])]), np.where(
-            padding, -1 - len(embeds), self.source_rows
-        )
+        embeds, rows = table[self.text_ids], self.source_rows
+        if zero_padding and self.pads.any():
+            rows = np.where(np.arange(rows.shape[1]) < self.pads[:, None], -1 - len(embeds), rows)
+            embeds = np.concatenate([embeds, np.zeros_like(embeds[:1])])
+        names = ("position_ids", "query_weights", "select_bias", "head_weights", "kv_start")
+        others = {"text_embeds": embeds, "source_rows": rows, "write_index": np.zeros(len(rows), np.int64)}
+        return others | {name: getattr(self, name) for name in names}
 
 
 def prompt_layout(

@@ -224,18 +224,8 @@ class OnnxRuntimeBackend:
                 f"prompt: got {seq_len} tokens, expected at most {MAX_LINEAR_TOKENS} with portable graphs of linear "
                 f"layers. Shrink the images with max_pixels, or take target {self.device}"
             )
-        text_embeds, source_rows = inputs.text(self.embedding_table, zero_padding=linear)
-        arrays = {
-            "text_embeds": text_embeds,
-            "source_rows": source_rows,
-            "position_ids": inputs.position_ids,
-            "query_weights": inputs.query_weights,
-            "select_bias": inputs.select_bias,
-            "head_weights": inputs.head_weights,
-            "slots": np.zeros(num_kept_total, np.int64),
-            "kv_start": inputs.kv_start,
-            "write_index": np.zeros(len(inputs.source_rows), np.int64),
-        }
+        arrays = inputs.arrays(self.embedding_table, zero_padding=linear)
+        arrays["slots"] = np.zeros(num_kept_total, np.int64)
         return {name: self.place.upload(array) for name, array in arrays.items()} | dict(_own_visual(visual).values)
 
     def close(self) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from generations import start
 from hawk_trt import Pipeline
-from hawk_trt.stages import PORTABLE, STAGES, VISION, key_name, value_name
+from hawk_trt.stages import PORTABLE, STAGES, VISION
 from targets import ON_CPU
 
 STEPS = 4
@@ -27,13 +27,14 @@ def written_mb():
 def test_a_decode_step_leaves_keys_and_values_at_their_addresses(pipe):
     row, step = start(pipe, 4 + STEPS)
     cache, _ = row.place
-    layers = range(pipe.bundle.manifest.language.num_hidden_layers)
+    language = pipe.bundle.manifest.language
+    layers = range(language.num_hidden_layers)
 
     def addresses():
         return {
-            name(layer, past=False): tensor.data_ptr()
+            name: tensor.data_ptr()
             for layer in layers
-            for name, tensor in zip((key_name, value_name), cache.tensors(layer), strict=True)
+            for name, tensor in zip(language.cache_names(layer, past=False), cache.tensors(layer), strict=True)
         }
 
     before = addresses()

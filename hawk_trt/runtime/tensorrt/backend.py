@@ -20,7 +20,7 @@ from hawk_trt.runtime.tensorrt.decode import DecodeStep
 from hawk_trt.runtime.tensorrt.engine import Context, load_plans
 from hawk_trt.runtime.tensorrt.memory import Memory
 from hawk_trt.runtime.tensorrt.vision import Encoder
-from hawk_trt.stages import DECODER, FIRST_LAYER, VISION, in_place, key_name, value_name
+from hawk_trt.stages import DECODER, FIRST_LAYER, VISION, in_place
 
 _SCRATCH = "scratch"
 _CACHE = "cache"
@@ -50,11 +50,12 @@ class TensorRtBackend:
         plans = load_plans(engines)
         columns = manifest.limits.context if in_place(manifest.target) else 1
         unkept = manifest.limits.batch * row_bytes(manifest) // manifest.limits.context * columns
+        scoring = self._language.scoring_layer
         regions = {
             _SCRATCH: max(engine.scratch_bytes for engine in plans.values()),
             _CACHE: KVCache.size_bytes(manifest),
             **Encoder.sizes(engines),
-            **{_UNKEPT + name: unkept for name in self._scored(past=False)},
+            **{_UNKEPT + name: unkept for name in self._language.cache_names(scoring, past=False)},
             **DecodeStep.sizes(manifest),
         }
         for engine in plans.values():
@@ -115,24 +116,19 @@ class TensorRtBackend:
 
     def score(self, inputs: PrefillInputs, visual: Visual) -> npt.NDArray[np.float32]:
         """HAWK scores alone: float32 [batch, seq_len]. The last layer runs on one token, and its cache is dropped."""
-        text = self._text(inputs)
-        dims = self._prefill_dims(inputs, len(text[0]), visual, 1)
+        arrays, dims = self._prompt(inputs, visual, 1)
         places = self.cache.addresses(0)
+        layer, language = self._language.scoring_layer, self._language
+        unkept = [self.memory.addresses[_UNKEPT + name] for name in language.cache_names(layer, past=False)]
         for past in (True, False) if self.cache.inplace else (False,):
-            unkept = [self.memory.addresses[_UNKEPT + name] for name in self._scored(past=False)]
-            places |= dict(zip(self._scored(past=past), unkept, strict=True))
+            places |= dict(zip(language.cache_names(layer, past=past), unkept, strict=True))
         with self.cuda.active():
             first_layer = self.contexts[FIRST_LAYER, PREFILL]
             first_layer.bind(dims, {**self.memory.addresses, **places})
-            self._upload(inputs, *text)
+            self._upload(arrays)
             first_layer.enqueue()
             scores: npt.NDArray[np.float32] = self.memory.read("scores", dims)
         return scores
-
-    def _scored(self, *, past: bool) -> tuple[str, str]:
-        """Names of the scoring layer's keys and values."""
-        layer = self._language.scoring_layer
-        return key_name(layer, past=past), value_name(layer, past=past)
 
     def prefill(self, inputs: PrefillInputs, visual: Visual, columns: int, *, logits: bool) -> PrefillOutputs:
         """Run first_layer and decoder over prompts, into rows whose KV cache holds up to `columns` tokens each.
@@ -151,14 +147,13 @@ class TensorRtBackend:
             cache.prepare(self.cuda, slots, columns)
         rows = [TensorRtRow(memory, cache, slot) for slot in slots.tolist()]
         with self._step(rows, slots):
-            text = self._text(inputs)
-            dims = self._prefill_dims(inputs, len(text[0]), visual, inputs.num_kept_total)
+            arrays, dims = self._prompt(inputs, visual, inputs.num_kept_total)
             cache.check_room(inputs.num_kept_total, slots)
             addresses = {**memory.addresses, **cache.addresses(int(slots[0]))}
             stages = [self.contexts[stage, PREFILL] for stage in (FIRST_LAYER, DECODER)]
             for stage in stages:
                 stage.bind(dims, addresses)
-            self._upload(inputs, *text)
+            self._upload(arrays)
             for stage, end in zip(stages, self._ends, strict=True):
                 stage.enqueue()
                 self.cuda.record(end)
@@ -175,33 +170,21 @@ class TensorRtBackend:
         step = StepOutputs(next_token, read)
         return PrefillOutputs(rows, step, kept_indices, scores, first_layer_seconds, decoder_seconds)
 
-    def _text(self, inputs: PrefillInputs) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
-        return inputs.text(self.embedding_table, zero_padding=self._language.linear is not None)
-
-    def _prefill_dims(
-        self, inputs: PrefillInputs, num_text: int, visual: Visual, num_kept_total: int
-    ) -> dict[str, int]:
-        """Sizes of the stages' dimensions; the first rows of visual_embeds are the prompts'."""
+    def _prompt(
+        self, inputs: PrefillInputs, visual: Visual, num_kept_total: int
+    ) -> tuple[dict[str, npt.NDArray[Any]], dict[str, int]]:
+        """Host inputs of first_layer, and sizes of the stages' dimensions; the first visual rows are the prompts'."""
+        arrays = inputs.arrays(self.embedding_table, zero_padding=self._language.linear is not None)
         batch, seq_len = inputs.source_rows.shape
-        dims = {"batch": batch, "seq_len": seq_len, "num_text": num_text}
+        dims = {"batch": batch, "seq_len": seq_len, "num_text": len(arrays["text_embeds"])}
         dims |= {"num_visual": self.encoder.rows(visual), "num_kept_total": num_kept_total}
-        return dims | self.cache.dims(num_kept_total, 0)
+        return arrays, dims | self.cache.dims(num_kept_total, 0)
 
-    def _upload(self, inputs: PrefillInputs, text_embeds: npt.NDArray[Any], source_rows: npt.NDArray[np.int64]) -> None:
-        """Enqueue the uploads of first_layer's inputs but slots and context_slots, of which only the lengths count."""
-        arrays = {
-            "text_embeds": text_embeds,
-            "source_rows": source_rows,
-            "position_ids": inputs.position_ids,
-            "query_weights": inputs.query_weights,
-            "select_bias": inputs.select_bias,
-            "head_weights": inputs.head_weights,
-            "kv_start": inputs.kv_start,
-        }
-        if self.cache.inplace:
-            arrays["write_index"] = np.zeros(len(inputs.source_rows), np.int64)
+    def _upload(self, arrays: dict[str, npt.NDArray[Any]]) -> None:
+        """Enqueue the uploads of what the target takes; of slots and context_slots only the lengths count."""
         for name, array in arrays.items():
-            self.memory.upload(name, array)
+            if name in self.memory.entries:
+                self.memory.upload(name, array)
 
     def gather(self, rows: Sequence[Row], length: int, columns: int) -> None:  # noqa: ARG002
         """Rows of any prefills can step together in the slots where they are: nothing is copied."""

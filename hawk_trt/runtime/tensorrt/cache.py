@@ -31,7 +31,7 @@ from hawk_trt.runtime.tensorrt.cuda import CudaDevice, Rows
 from hawk_trt.runtime.tensorrt.engine import ALIGNMENT
 from hawk_trt.runtime.tensorrt.memory import Memory
 from hawk_trt.runtime.tensorrt.states import States
-from hawk_trt.stages import CONTEXT_LEN, in_place, key_name, value_name
+from hawk_trt.stages import CONTEXT_LEN, in_place
 
 # Attention reads the cache in steps of so many columns: a step's shapes, and with them its CUDA graph, stay for
 # as many tokens, and at most so many columns are read in vain.
@@ -233,8 +233,8 @@ class KVCache:
         """
         if self._manifest.bundle.language.is_linear(layer):
             return self._states.read(cuda, layer, slot)
-        tensor = self._names.index((key_name(layer, past=True), key_name(layer, past=False)))
         language, dtype = self._manifest.bundle.language, numpy_dtype(self._manifest.bundle.dtype)
+        tensor = [past for past, _ in self._names].index(language.cache_names(layer, past=True)[0])
         shape = (language.num_key_value_heads, self.columns, language.head_dim)
         start, end, prefilled = (int(numbers[slot]) for numbers in (self.starts, self.ends, self._prefilled))
         columns = np.arange(end)
@@ -331,7 +331,8 @@ def _names(manifest: EngineManifest) -> list[tuple[str, str]]:
     """Input and output name of every tensor of keys or values."""
     language = manifest.bundle.language
     layers = [layer for layer in range(language.num_hidden_layers) if not language.is_linear(layer)]
-    return [(name(layer, past=True), name(layer, past=False)) for layer in layers for name in (key_name, value_name)]
+    pasts, presents = ([n for layer in layers for n in language.cache_names(layer, past=p)] for p in (True, False))
+    return list(zip(pasts, presents, strict=True))
 
 
 def _kv_bytes(manifest: EngineManifest) -> int:

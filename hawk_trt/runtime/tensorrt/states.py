@@ -14,10 +14,8 @@ import numpy.typing as npt
 from hawk_trt.engine_folder import EngineManifest
 from hawk_trt.runtime.tensorrt.cuda import CudaDevice, Rows
 from hawk_trt.runtime.tensorrt.engine import ALIGNMENT
-from hawk_trt.stages import conv_name, state_name
 
 _DTYPE = np.dtype(np.float32)
-_NAMES = (conv_name, state_name)
 
 
 class States:
@@ -28,7 +26,7 @@ class States:
     """
 
     def __init__(self, manifest: EngineManifest, address: int) -> None:
-        language = manifest.bundle.language
+        self._language = language = manifest.bundle.language
         self._layers = [layer for layer in range(language.num_hidden_layers) if language.is_linear(layer)]
         self._shapes = language.linear.state_shapes if language.linear is not None else ()
         self._row_bytes = [math.prod(shape) * _DTYPE.itemsize for shape in self._shapes]
@@ -46,11 +44,11 @@ class States:
     def addresses(self, *, empty: bool) -> dict[str, int]:
         """Address of every state, as input and output of a step over the slots; empty: of a prompt."""
         found = {}
-        for kind, name in enumerate(_NAMES[: len(self._sizes)]):
-            for number, layer in enumerate(self._layers):
-                offset = number * self._sizes[kind]
-                found[name(layer, past=True)] = self._zeros if empty else self._own[kind] + offset
-                found[name(layer, past=False)] = self._made[kind] + offset
+        for number, layer in enumerate(self._layers):
+            names = zip(*(self._language.cache_names(layer, past=past) for past in (True, False)), strict=True)
+            for (past, present), size, own, made in zip(names, self._sizes, self._own, self._made, strict=True):
+                found[past] = self._zeros if empty else own + number * size
+                found[present] = made + number * size
         return found
 
     def store(self, cuda: CudaDevice, rows: npt.NDArray[np.int64], slots: npt.NDArray[np.int64]) -> None:
