@@ -87,17 +87,17 @@ class OnnxRuntimeBackend:
             raise BackendError(
                 "target: got tensorrt, whose graphs the engine builder takes, expected cpu, cuda or portable"
             )
-        oldest = OPSET_24_ONNX_RUNTIME[place.kind]
-        old = not at_least(ort.__version__, oldest)
         if target is None:
             best = place.kind  # a target bears its name
+            old = not at_least(ort.__version__, OPSET_24_ONNX_RUNTIME[best])
             target = PORTABLE if old or (best not in manifest.targets and PORTABLE in manifest.targets) else best
         lacking = "attention" if target == CUDA else "linear attention" if manifest.language.linear is not None else ""
-        if target != PORTABLE and old and lacking:
-            package = "onnxruntime-gpu" if place.kind == CUDA else "onnxruntime"
+        runner = CUDA if target == CUDA else place.kind
+        oldest = OPSET_24_ONNX_RUNTIME[runner]
+        if target != PORTABLE and lacking and not at_least(ort.__version__, oldest):
             raise BackendError(
                 f"target: got {target}, whose {lacking} ONNX Runtime {ort.__version__} lacks, expected {oldest} or "
-                f"newer. pip install -U {package}, or take target portable"
+                f"newer. pip install -U onnxruntime{'-gpu' if runner == CUDA else ''}, or take target portable"
             )
         return cls(bundle, place, target)
 

@@ -58,8 +58,7 @@ class KVCache:
         self.starts, self.ends = np.zeros(self.batch, np.int64), np.zeros(self.batch, np.int64)
         self.finite = np.ones(self.batch, np.bool_)
         self.num_steps = 0
-        self._last_step = np.zeros(self.batch, np.int64)  # of each slot
-        self._owners: list[weakref.ref[object] | None] = [None] * self.batch
+        self._owners: list[weakref.ref[TensorRtRow] | None] = [None] * self.batch
         self._prefilled = np.zeros(self.batch, np.int64)  # of each slot's tokens
         self._manifest = manifest
         self._names = _names(manifest)
@@ -104,20 +103,20 @@ class KVCache:
         if not self.shared:
             self._owners = [None] * self.batch
         while (first := self._free_from(batch)) is None:
-            taken = [slot for slot in range(self.batch) if self.owner(slot) is not None]
-            oldest = min(self._last_step[slot] for slot in taken)
-            for slot in (slot for slot in taken if self._last_step[slot] == oldest):
-                self.give(slot, None)
+            rows = [row for slot in range(self.batch) if (row := self.owner(slot)) is not None]
+            oldest = min(row.step for row in rows)
+            for row in rows:
+                if row.step == oldest:
+                    row.release()
         slots: Slots = np.arange(first, first + batch)
         self.starts[slots] = self.ends[slots] = 0
-        self._last_step[slots] = self.num_steps
         return slots
 
-    def give(self, slot: int, owner: object | None) -> None:
+    def give(self, slot: int, owner: "TensorRtRow | None") -> None:
         """Let a slot belong to a row, whoever had it, or to nobody; the cache itself keeps no row alive."""
         self._owners[slot] = None if owner is None else weakref.ref(owner)
 
-    def owner(self, slot: int) -> object | None:
+    def owner(self, slot: int) -> "TensorRtRow | None":
         """The row that a slot belongs to."""
         reference = self._owners[slot]
         return None if reference is None else reference()
@@ -142,7 +141,6 @@ class KVCache:
     def begin_step(self, slots: Slots) -> None:
         """Count a step over slots, whose values are not known to be finite until it has ended."""
         self.num_steps += 1
-        self._last_step[slots] = self.num_steps
         self.finite[slots] = False
 
     def look_at(self, slots: Slots, logits: npt.NDArray[np.float32] | None) -> None:
@@ -262,12 +260,12 @@ class KVCache:
 
 
 class TensorRtRow:
-    """A slot of the cache, until it is released, another prompt takes it, or a step over it fails."""
+    """A slot of the cache, until it is released, another prompt takes it, or a step over it fails; step: its last."""
 
     def __init__(self, memory: Memory, cache: KVCache, slot: int) -> None:
-        self.slot = slot
+        self.slot, self.step = slot, cache.num_steps
         self._memory, self._cache = memory, cache
-        self._step = self._number = self._kept = 0  # its last step, its row of that step's outputs, positions in them
+        self._number = self._kept = 0  # its row of the last step's outputs, positions in them
         cache.give(slot, self)
 
     @property
@@ -283,7 +281,7 @@ class TensorRtRow:
     def hidden_states(self) -> npt.NDArray[np.float32]:
         """first_layer's output of its last step: float32 [num_kept_total, hidden]."""
         self.check()
-        if self._step != self._cache.num_steps:
+        if self.step != self._cache.num_steps:
             raise BackendError("hidden_states: another generation's step has overwritten them; read them before it")
         with self._memory.cuda.active():
             dims = {"batch": self._number + 1, "num_kept_total": self._kept}
@@ -306,7 +304,7 @@ class TensorRtRow:
 
     def advance(self, number: int, columns: int) -> None:
         """Count a step that wrote so many columns, and in which it was the row of this number."""
-        self._step, self._number, self._kept = self._cache.num_steps, number, columns
+        self.step, self._number, self._kept = self._cache.num_steps, number, columns
         self._cache.ends[self.slot] += columns
 
 
