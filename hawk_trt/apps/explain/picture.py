@@ -40,9 +40,8 @@ _CELL_PX = 14  # wished for one token
 _MIN_PANEL_PX, _MAX_PANEL_PX = 300, 720
 _MOST_COLUMNS = 4  # beside each other; more go below
 _MAX_TEXT_LINES = 6
-_ASKED_BY = {"paper": "", "turn": "asked by the last turn", "last": "asked by the prompt's last token"}
 _LEGEND = (
-    "Kept tokens in full colour, dropped tokens dimmed. A token's score says how much it has to do with the question: "
+    "Kept tokens in full colour, dropped tokens dimmed. A token's score says how much it has to do with {}: "
     "dark is little, bright is much."
 )
 
@@ -135,7 +134,8 @@ def render(explanation: Explanation, frames: Sequence[Sequence[Image.Image]], *,
     answers_px = [large.line_px * max(map(len, of_band)) + gap // 2 for of_band in answers]
     rows_px = sum(row.image.height + around_px for row in rows)
     y = 2 * gap + large.line_px * len(prompt)
-    foot = small.wrap(f"{_LEGEND} {note}".strip(), width_px - 2 * gap, _MAX_TEXT_LINES)
+    legend = _LEGEND.format("the prompt's last token" if explanation.query == "last" else "the question")
+    foot = small.wrap(f"{legend} {note}".strip(), width_px - 2 * gap, _MAX_TEXT_LINES)
     foot_px = y + sum(above_px + px + rows_px for px in answers_px)
 
     sheet = Image.new("RGB", (width_px, foot_px + small.line_px * len(foot) + gap), _PAPER)
@@ -217,11 +217,7 @@ def _views(explanation: Explanation, score_range: tuple[float, float]) -> list[_
     scores += "" if selector in SCORED else f", not used by {selector}"
     views = [
         _View("As given", f"{total} visual tokens", lambda row: row.image),
-        _View(
-            scores,
-            _ASKED_BY[explanation.query],
-            lambda row: heat_panel(row.image, items[row.item].scores[row.step], score_range),
-        ),
+        _View(scores, "", lambda row: heat_panel(row.image, items[row.item].scores[row.step], score_range)),
     ]
     chooser = "" if selector == "hawk" else f" by {selector}"
     for one in explanation.selections:

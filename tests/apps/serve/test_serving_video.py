@@ -3,6 +3,7 @@
 import base64
 import struct
 import sys
+import tempfile
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -139,8 +140,12 @@ def bomb(path, frames=600, side=2048):
     return path
 
 
-def test_a_video_that_takes_too_long_to_decode_is_ended(server, tmp_path):
+def test_a_video_that_takes_too_long_to_decode_is_ended_and_leaves_no_file(server, tmp_path, monkeypatch):
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
     error = refused(server, video(bomb(tmp_path / "bomb.mp4").read_bytes()))
+    assert not list(folder.iterdir())
     assert error["code"] == "too_much_work" and server.service.workers.limiter.borrowed_tokens == 0
     assert server.http.post("/v1/chat/completions", json=question()).status_code == 200
 
