@@ -14,12 +14,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import onnx_ir as ir
 
 from hawk_trt.stages import CONTEXT_SLOTS, CUDA, LanguageConfig
 
 from .graph import GraphBuilder
 from .layers import add_residual, attention, gated_mlp, linear, mask_bias, rms_norm, rotary
+from .onnx_graph import Value
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,23 +37,23 @@ class AttentionContext:
         caches: past keys and values by input name.
     """
 
-    query_shape: ir.Value
-    key_shape: ir.Value
-    mask: ir.Value | None
-    written: ir.Value | None
-    cos: ir.Value
-    sin: ir.Value
-    write_index: ir.Value | None
-    context_len: ir.Value | None
-    caches: dict[str, ir.Value]
+    query_shape: Value
+    key_shape: Value
+    mask: Value | None
+    written: Value | None
+    cos: Value
+    sin: Value
+    write_index: Value | None
+    context_len: Value | None
+    caches: dict[str, Value]
 
 
 def attention_context(
     g: GraphBuilder,
     config: LanguageConfig,
-    inputs: dict[str, ir.Value],
-    position_ids: ir.Value,
-    hidden: ir.Value,
+    inputs: dict[str, Value],
+    position_ids: Value,
+    hidden: Value,
     full_layer: int,
 ) -> AttentionContext:
     """Build the shared values once a graph. hidden: [batch, seq, hidden]; full_layer: one of the graph's."""
@@ -84,11 +84,11 @@ def decoder_layer(
     g: GraphBuilder,
     config: LanguageConfig,
     context: AttentionContext,
-    x: ir.Value,
+    x: Value,
     layer: int,
     *,
     last_only: bool = False,
-) -> tuple[ir.Value, dict[str, ir.Value]]:
+) -> tuple[Value, dict[str, Value]]:
     """One layer. x: [batch * seq, hidden], residual dtype.
 
     Args:
@@ -142,7 +142,7 @@ def decoder_layer(
         return add_and_mlp(g, config, x, attended, weight), present
 
 
-def add_and_mlp(g: GraphBuilder, config: LanguageConfig, x: ir.Value, attended: ir.Value, weight: str) -> ir.Value:
+def add_and_mlp(g: GraphBuilder, config: LanguageConfig, x: Value, attended: Value, weight: str) -> Value:
     """The second half of a layer: what the attention gave is added to the residual stream x, then the MLP's output."""
     x = add_residual(g, x, attended, "add_attention")
     norm, offset = f"{weight}.post_attention_layernorm", config.unit_offset_norms
@@ -150,7 +150,7 @@ def add_and_mlp(g: GraphBuilder, config: LanguageConfig, x: ir.Value, attended: 
     return g.op("Add", x, gated_mlp(g, h, f"{weight}.mlp"), name="add_mlp")
 
 
-def last_rows(g: GraphBuilder, x: ir.Value, shape: ir.Value, hidden: int, name: str) -> ir.Value:
+def last_rows(g: GraphBuilder, x: Value, shape: Value, hidden: int, name: str) -> Value:
     """[batch * seq, hidden] -> the last position of each row of the batch, [batch, hidden]; shape: (batch, seq, ..)."""
     batch_seq = g.op("Slice", shape, g.ints(0), g.ints(2), g.ints(0), name=f"{name}_batch_seq")
     full_shape = g.op("Concat", batch_seq, g.ints(hidden), axis=0, name=f"{name}_shape")
@@ -158,7 +158,7 @@ def last_rows(g: GraphBuilder, x: ir.Value, shape: ir.Value, hidden: int, name: 
     return g.reshape(rows, -1, hidden, name=f"{name}_flat")
 
 
-def _query_and_gate(g: GraphBuilder, config: LanguageConfig, x: ir.Value) -> tuple[ir.Value, ir.Value]:
+def _query_and_gate(g: GraphBuilder, config: LanguageConfig, x: Value) -> tuple[Value, Value]:
     """[tokens, heads * 2 * dim], a query and a gate of each head -> both as [tokens, heads * dim]."""
     heads, dim = config.num_attention_heads, config.head_dim
     split = g.ops(
@@ -173,12 +173,12 @@ def _query_and_gate(g: GraphBuilder, config: LanguageConfig, x: ir.Value) -> tup
     return query, gate
 
 
-def _heads(g: GraphBuilder, x: ir.Value, shape: ir.Value, name: str) -> ir.Value:
+def _heads(g: GraphBuilder, x: Value, shape: Value, name: str) -> Value:
     """[tokens, heads * dim] -> [batch, heads, seq, dim]."""
     return g.transpose(g.op("Reshape", x, shape, name=f"{name}_split"), 0, 2, 1, 3, name=f"{name}_heads")
 
 
-def _last(g: GraphBuilder, x: ir.Value, axis: int, name: str) -> ir.Value:
+def _last(g: GraphBuilder, x: Value, axis: int, name: str) -> Value:
     """The last index of an axis, kept as size 1."""
     end = np.iinfo(np.int64).max
     return g.op("Slice", x, g.ints(-1), g.ints(end), g.ints(axis), name=f"last_{name}")
@@ -188,12 +188,12 @@ def _attend(
     g: GraphBuilder,
     config: LanguageConfig,
     context: AttentionContext,
-    query: ir.Value,
-    key: ir.Value,
-    value: ir.Value,
-    mask: ir.Value | None,
+    query: Value,
+    key: Value,
+    value: Value,
+    mask: Value | None,
     layer: int,
-) -> tuple[ir.Value, dict[str, ir.Value]]:
+) -> tuple[Value, dict[str, Value]]:
     """Update the cache and attend: heads [batch, heads, seq, dim] in, [tokens, heads * dim] out."""
     scale = float(config.head_dim**-0.5)
     width = config.num_attention_heads * config.head_dim
@@ -217,14 +217,14 @@ def _attend(
     return g.reshape(joined, -1, width, name="flat"), present
 
 
-def _used_columns(g: GraphBuilder, context: AttentionContext, cache: ir.Value, name: str) -> ir.Value:
+def _used_columns(g: GraphBuilder, context: AttentionContext, cache: Value, name: str) -> Value:
     """The columns of a cache that attention reads."""
     if context.context_len is None:
         return cache
     return g.op("Slice", cache, g.ints(0), context.context_len, g.ints(2), name=f"used_{name}")
 
 
-def _repeated(g: GraphBuilder, config: LanguageConfig, x: ir.Value, name: str) -> ir.Value:
+def _repeated(g: GraphBuilder, config: LanguageConfig, x: Value, name: str) -> Value:
     """Each key or value head once for every query head of its group: [batch, heads, total, dim]."""
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     if heads == kv_heads:
@@ -234,7 +234,7 @@ def _repeated(g: GraphBuilder, config: LanguageConfig, x: ir.Value, name: str) -
     return g.reshape(groups, 0, heads, -1, config.head_dim, name=f"{name}_by_head")
 
 
-def _rotary_tables(g: GraphBuilder, config: LanguageConfig, position_ids: ir.Value) -> tuple[ir.Value, ir.Value]:
+def _rotary_tables(g: GraphBuilder, config: LanguageConfig, position_ids: Value) -> tuple[Value, Value]:
     """Cos and sin [batch, seq, rotary / 2], model dtype, angles in float32. position_ids: [axes, batch, seq]."""
     axis_of = _axis_of_frequency(config)
     rotary_dim = config.rotary_dim or config.head_dim
@@ -269,12 +269,12 @@ def _axis_of_frequency(config: LanguageConfig) -> npt.NDArray[np.int64]:
 
 def _mask(
     g: GraphBuilder,
-    kv_start: ir.Value,
-    write_index: ir.Value | None,
-    past_len: ir.Value,
-    context_len: ir.Value,
-    seq_len: ir.Value,
-) -> ir.Value:
+    kv_start: Value,
+    write_index: Value | None,
+    past_len: Value,
+    context_len: Value,
+    seq_len: Value,
+) -> Value:
     """[batch, 1, seq, total], bool; portable: the bias that is added."""
     zero, one = g.const(0, "int64"), g.const(1, "int64")
     with g.scope("mask"):

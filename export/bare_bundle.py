@@ -58,7 +58,8 @@ def open_checkpoint(folder: Path, hub_id: str | None = None) -> CheckpointBundle
         )
     config = read_json(folder / CONFIG)
     generation = read_json(folder / GENERATION_CONFIG) if (folder / GENERATION_CONFIG).is_file() else {}
-    model = read_config(config, generation, added_tokens(folder))
+    added = added_tokens(folder)
+    model = read_config(config, generation, added)
     contents = read_small_files(folder, model.chat_template).contents
     if "tokenizer.json" not in contents:
         raise CheckpointError(
@@ -77,7 +78,7 @@ def open_checkpoint(folder: Path, hub_id: str | None = None) -> CheckpointBundle
         vision=model.vision,
         graphs=(),
         embeddings=TableEntry("", 0, "float32", (0, 0)),
-        special_tokens=replace(tokens, eos=stop_tokens(folder, tokens.eos)),
+        special_tokens=replace(tokens, eos=stop_tokens(folder, tokens.eos, added)),
         keep_ratio=PruningConfig().keep_ratio,
         head_weights=HeadWeights((1.0 / heads,) * heads, "uniform"),
         files={},

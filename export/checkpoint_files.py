@@ -83,14 +83,14 @@ def read_small_files(folder: Path, template: str | None = None) -> SmallFiles:
     return SmallFiles(contents, tuple(notes))
 
 
-def stop_tokens(folder: Path, found: Sequence[int]) -> tuple[int, ...]:
+def stop_tokens(folder: Path, found: Sequence[int], added: Mapping[str, int]) -> tuple[int, ...]:
     """All tokens that end an answer: those found in generation_config.json and config.json, and the tokenizer's.
 
-    The tokenizer's is the eos_token of tokenizer_config.json, where the tokenizer has it.
+    The tokenizer's is the eos_token of tokenizer_config.json, where it is one of its added tokens.
     """
     token = _object(folder, _TOKENIZER_CONFIG).get("eos_token")
     content = token.get("content") if isinstance(token, Mapping) else token
-    own = added_tokens(folder).get(content) if isinstance(content, str) else None
+    own = added.get(content) if isinstance(content, str) else None
     return tuple(dict.fromkeys([*found, *([] if own is None else [own])]))
 
 

@@ -1,16 +1,15 @@
 """The decoder graph: the layers behind the scoring layer, norm, lm_head on the last position, greedy token."""
 
-import onnx_ir as ir
-
 from hawk_trt.stages import LanguageConfig
 
 from .attention import attention_context, decoder_layer, last_rows
 from .graph import GraphBuilder
 from .layers import add_residual, linear, rms_norm
 from .linear_attention import linear_context, linear_layer
+from .onnx_graph import Value
 
 
-def decoder(g: GraphBuilder, config: LanguageConfig, inputs: dict[str, ir.Value]) -> dict[str, ir.Value]:
+def decoder(g: GraphBuilder, config: LanguageConfig, inputs: dict[str, Value]) -> dict[str, Value]:
     """Add the nodes of the decoder graph."""
     hidden = inputs["hidden_states"]
     layers = config.decoder_layers
@@ -18,7 +17,7 @@ def decoder(g: GraphBuilder, config: LanguageConfig, inputs: dict[str, ir.Value]
     context = attention_context(g, config, inputs, inputs["kept_position_ids"], hidden, full_layer)
     linears = None if config.linear is None else linear_context(g, inputs, hidden, "batch_seq")
     x = g.reshape(hidden, -1, config.hidden_size, name="flat_hidden_states")
-    outputs: dict[str, ir.Value] = {}
+    outputs: dict[str, Value] = {}
     last = config.num_hidden_layers - 1
     for layer in layers:
         if linears is not None and config.is_linear(layer):

@@ -17,23 +17,22 @@ its queries and keys leaves no such shortcut: there h = r x g of every token is 
 
 from collections.abc import Callable
 
-import onnx_ir as ir
-
 from hawk_trt.stages import LanguageConfig
 
 from .attention import attention_context, decoder_layer
 from .graph import GraphBuilder
 from .layers import add_residual, inverse_rms, offset_scale
 from .linear_attention import linear_context, linear_layer
+from .onnx_graph import Value
 from .weighted_topk import weighted_topk
 
 
 def first_layer(
-    g: GraphBuilder, config: LanguageConfig, normalization: str, inputs: dict[str, ir.Value]
-) -> dict[str, ir.Value]:
+    g: GraphBuilder, config: LanguageConfig, normalization: str, inputs: dict[str, Value]
+) -> dict[str, Value]:
     """Add the nodes of the first_layer graph."""
     embeds = _merge(g, inputs["text_embeds"], inputs["visual_embeds"], inputs["source_rows"])
-    before: dict[str, ir.Value] = {}
+    before: dict[str, Value] = {}
     if config.scoring_layer:
         embeds, before = _linear_layers(g, config, inputs, embeds)
     with g.scope("hawk"):
@@ -49,7 +48,7 @@ def first_layer(
             inputs["slots"],
         )
     with g.scope("gather"):
-        indices = g.op("Cast", kept, to=ir.DataType.INT64, name="kept_indices")
+        indices = g.cast(kept, "int32", "int64", "kept_indices")
         index_vectors = g.unsqueeze(indices, 2, name="index_vectors")
         hidden = g.op("GatherND", embeds, index_vectors, batch_dims=1, name="kept_embeds")
         by_token = g.transpose(inputs["position_ids"], 1, 2, 0, name="positions_by_token")
@@ -60,7 +59,7 @@ def first_layer(
     context = attention_context(g, config, inputs, positions, hidden, config.scoring_layer)
     x = g.reshape(hidden, -1, config.hidden_size, name="flat_embeds")
     x, present = decoder_layer(g, config, context, x, config.scoring_layer)
-    outputs: dict[str, ir.Value] = {}
+    outputs: dict[str, Value] = {}
     if config.deepstack_levels:
         with g.scope("deepstack"):
             first, outputs = _kept_levels(g, config, inputs, index_vectors)
@@ -77,7 +76,7 @@ def first_layer(
     }
 
 
-def _merge(g: GraphBuilder, text_embeds: ir.Value, visual_embeds: ir.Value, source_rows: ir.Value) -> ir.Value:
+def _merge(g: GraphBuilder, text_embeds: Value, visual_embeds: Value, source_rows: Value) -> Value:
     """Each position's row of either table: [batch, seq_len, hidden]."""
     zero = g.const(0, "int64")
     with g.scope("merge"):
@@ -90,12 +89,12 @@ def _merge(g: GraphBuilder, text_embeds: ir.Value, visual_embeds: ir.Value, sour
 
 
 def _linear_layers(
-    g: GraphBuilder, config: LanguageConfig, inputs: dict[str, ir.Value], embeds: ir.Value
-) -> tuple[ir.Value, dict[str, ir.Value]]:
+    g: GraphBuilder, config: LanguageConfig, inputs: dict[str, Value], embeds: Value
+) -> tuple[Value, dict[str, Value]]:
     """The layers before the scoring layer, over all tokens: [batch, seq_len, hidden], residual dtype; and states."""
     context = linear_context(g, inputs, embeds, "all_batch_seq")
     x = g.reshape(g.cast(embeds, g.dtype, g.residual, "to_residual"), -1, config.hidden_size, name="all_embeds")
-    states: dict[str, ir.Value] = {}
+    states: dict[str, Value] = {}
     for layer in range(config.scoring_layer):
         x, present = linear_layer(g, config, context, x, layer)
         states |= present
@@ -104,8 +103,8 @@ def _linear_layers(
 
 
 def _kept_levels(
-    g: GraphBuilder, config: LanguageConfig, inputs: dict[str, ir.Value], index_vectors: ir.Value
-) -> tuple[ir.Value, dict[str, ir.Value]]:
+    g: GraphBuilder, config: LanguageConfig, inputs: dict[str, Value], index_vectors: Value
+) -> tuple[Value, dict[str, Value]]:
     """DeepStack's features of the kept tokens, 0 where one is text.
 
     Returns:
@@ -123,19 +122,19 @@ def _kept_levels(
     return first, {"deepstack_states": rest}
 
 
-def _normed_head_scores(g: GraphBuilder, config: LanguageConfig, embeds: ir.Value, query_weights: ir.Value) -> ir.Value:
+def _normed_head_scores(g: GraphBuilder, config: LanguageConfig, embeds: Value, query_weights: Value) -> Value:
     """Raw scores of every position where queries and keys are normed per head: (batch, heads, seq_len) float32."""
     heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     hidden, layer = config.hidden_size, _scoring_layer(config)
     batch_seq = g.op("Shape", embeds, start=0, end=2, name="batch_seq")
 
-    def float32(name: str, label: str) -> ir.Value:
+    def float32(name: str, label: str) -> Value:
         return g.cast(g.weight(f"{layer}.{name}.weight"), g.dtype, "float32", label)
 
-    def norm_scale(name: str, label: str) -> ir.Value:
+    def norm_scale(name: str, label: str) -> Value:
         return offset_scale(g, g.weight(f"{layer}.{name}.weight")) if config.unit_offset_norms else float32(name, label)
 
-    def normed(x: ir.Value, letter: str, count: int) -> ir.Value:
+    def normed(x: Value, letter: str, count: int) -> Value:
         """Projected and normed per head: [batch, seq_len, count, dim]."""
         flat = g.reshape(x, -1, hidden, name=f"{letter}_rows")
         weight = float32(f"self_attn.{letter}_proj", f"{letter}_float32")
@@ -168,12 +167,12 @@ def _normed_head_scores(g: GraphBuilder, config: LanguageConfig, embeds: ir.Valu
     return g.op("Mul", scores, g.const(dim**-0.5, "float32"), name="head_scores")
 
 
-def _head_scores(g: GraphBuilder, config: LanguageConfig, embeds: ir.Value, query_weights: ir.Value) -> ir.Value:
+def _head_scores(g: GraphBuilder, config: LanguageConfig, embeds: Value, query_weights: Value) -> Value:
     """Raw scores of every position: (batch, heads, seq_len) float32."""
     heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     hidden, layer = config.hidden_size, _scoring_layer(config)
 
-    def float32(name: str) -> ir.Value:
+    def float32(name: str) -> Value:
         return g.cast(g.weight(f"{layer}.{name}"), g.dtype, "float32", f"{name}_float32")
 
     x = g.cast(embeds, g.dtype, "float32", "embeds_float32")
@@ -206,7 +205,7 @@ def _head_scores(g: GraphBuilder, config: LanguageConfig, embeds: ir.Value, quer
     return g.transpose(scores, 0, 2, 1, name="head_scores")
 
 
-def _projected_query(g: GraphBuilder, mean: ir.Value, layer: str, float32: Callable[[str], ir.Value]) -> ir.Value:
+def _projected_query(g: GraphBuilder, mean: Value, layer: str, float32: Callable[[str], Value]) -> Value:
     """Wq m + bq in float32: [batch, heads * dim]."""
     operands = [mean, float32("self_attn.q_proj.weight")]
     if g.has_weight(f"{layer}.self_attn.q_proj.bias"):

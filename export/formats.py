@@ -223,7 +223,8 @@ def _matrix(
         raise CheckpointError(f"{scales.file}: {name}: {groups} groups of scales for {columns} inputs")
     group, shape = columns // groups, (rows, columns)
     order = _order(parts.get("g_idx") or parts.get("weight_g_idx"), columns, group)
-    return check_groups(cls(name, words.file, 0, rows * columns * 4, "float32", shape, parts, bits, group, order))
+    matrix = check_groups(cls(name, words.file, 0, rows * columns * 4, "float32", shape, parts, bits, group, order))
+    return replace(matrix, symmetric=matrix.zero_points() is None)
 
 
 def _order(tensor: CheckpointTensor | None, columns: int, group: int) -> npt.NDArray[np.int64] | None:
@@ -324,7 +325,7 @@ def _found(
 def _kind(matrix: CheckpointTensor) -> str:
     if isinstance(matrix, IntegerMatrix):
         groups = "a scale a row" if matrix.group == matrix.shape[1] else f"groups of {matrix.group}"
-        zeros = "" if matrix.zero_points() is None else " and zero points"
+        zeros = "" if matrix.symmetric else " and zero points"
         return f"int{matrix.bits} with {groups}{zeros}"
     assert isinstance(matrix, Float8Matrix)
     scale = matrix.scales().ndim

@@ -6,8 +6,9 @@ another size is an error that names the tensor, not a wrong answer.
 
 from collections.abc import Callable
 
-import onnx_ir as ir
+import onnx
 
+from hawk_trt.bundle import GraphEntry, TensorEntry
 from hawk_trt.models.vision_config import VisionConfig
 from hawk_trt.stages import DECODER, FIRST_LAYER, VISION, LanguageConfig
 
@@ -16,6 +17,7 @@ from .decoder import decoder
 from .first_layer import first_layer
 from .graph import GraphBuilder
 from .linear_attention import linear_attention_shapes
+from .onnx_graph import ONNX_DTYPES, Value
 from .tensors import EMBEDDINGS, LM_HEAD, Shapes, linear, norm
 from .vision import GRAPHS
 from .weights import WeightStore
@@ -23,7 +25,7 @@ from .weights import WeightStore
 
 def build_graphs(
     vision: VisionConfig, language: LanguageConfig, weights: WeightStore, dtype: str, target: str, normalization: str
-) -> dict[str, ir.Model]:
+) -> dict[str, onnx.ModelProto]:
     """Build the three graphs for a target.
 
     Args:
@@ -40,8 +42,8 @@ def build_graphs(
     family = GRAPHS[vision.family]
 
     def model(
-        stage: str, spec: StageSpec, build: Callable[[GraphBuilder, dict[str, ir.Value]], dict[str, ir.Value]]
-    ) -> ir.Model:
+        stage: str, spec: StageSpec, build: Callable[[GraphBuilder, dict[str, Value]], dict[str, Value]]
+    ) -> onnx.ModelProto:
         g = GraphBuilder(stage, dtype, target, weights)
         g.outputs(spec, build(g, g.inputs(spec)))
         return g.model()
@@ -55,6 +57,18 @@ def build_graphs(
         ),
         DECODER: model(DECODER, decoder_spec(language, target), lambda g, inputs: decoder(g, language, inputs)),
     }
+
+
+def graph_entry(graph: onnx.GraphProto, stage: str, target: str) -> GraphEntry:
+    """What a manifest says of a graph."""
+    inputs, outputs = (tuple(map(_tensor_entry, values)) for values in (graph.input, graph.output))
+    return GraphEntry(stage, target, f"{stage}.{target}.onnx", inputs, outputs)
+
+
+def _tensor_entry(value: onnx.ValueInfoProto) -> TensorEntry:
+    tensor = value.type.tensor_type
+    dtype = next(name for name, number in ONNX_DTYPES.items() if number == tensor.elem_type)
+    return TensorEntry(value.name, dtype, tuple(size.dim_param or size.dim_value for size in tensor.shape.dim))
 
 
 def inventory(language: LanguageConfig, vision: VisionConfig) -> Shapes:

@@ -8,9 +8,9 @@ checkpoint's own files.
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 
 from .graph import GraphBuilder
+from .onnx_graph import Value
 from .weights import QuantisedMatrix
 
 # How far beyond 65,504 the inner values of a float16 MLP may go: a power of two, so that scaling is exact.
@@ -19,13 +19,13 @@ _FLOAT16_HEADROOM = 64.0
 _MASKED = {"float32": -1e9, "bfloat16": -1e9, "float16": -1e4}
 
 
-def linear(g: GraphBuilder, x: ir.Value, weight: str, name: str) -> ir.Value:
+def linear(g: GraphBuilder, x: Value, weight: str, name: str) -> Value:
     """X W^T + b: [tokens, in] -> [tokens, out], with the bias where the checkpoint has one."""
     bias = [g.weight(f"{weight}.bias")] if g.has_weight(f"{weight}.bias") else []
     return _product(g, x, weight, name, *bias)
 
 
-def _product(g: GraphBuilder, x: ir.Value, weight: str, name: str, *bias: ir.Value) -> ir.Value:
+def _product(g: GraphBuilder, x: Value, weight: str, name: str, *bias: Value) -> Value:
     """X W^T, and the bias where one is given. Weights that are quantised are so in the graph."""
     found = g.quantised(f"{weight}.weight")
     if found is None:
@@ -46,7 +46,7 @@ def _product(g: GraphBuilder, x: ir.Value, weight: str, name: str, *bias: ir.Val
     return g.op("Add", y, *bias, name=f"{name}/add_bias") if bias else y
 
 
-def _float8_product(g: GraphBuilder, x: ir.Value, found: QuantisedMatrix, name: str, *bias: ir.Value) -> ir.Value:
+def _float8_product(g: GraphBuilder, x: Value, found: QuantisedMatrix, name: str, *bias: Value) -> Value:
     """The same of float8 weights, with the activations in float8 too where their scale was calibrated."""
     if found.input_scale is not None:
         x = g.op("QuantizeLinear", x, found.input_scale, g.const(0, "float8_e4m3fn"), name=f"{name}/quantised_input")
@@ -62,14 +62,14 @@ def _float8_product(g: GraphBuilder, x: ir.Value, found: QuantisedMatrix, name: 
 
 def rms_norm(
     g: GraphBuilder,
-    x: ir.Value,
+    x: Value,
     weight: str,
     epsilon: float,
     name: str,
     source: str | None = None,
     *,
     unit_offset: bool = False,
-) -> ir.Value:
+) -> Value:
     """RMS norm over the last axis, computed in float32; out in the model's dtype.
 
     source: dtype of x, that of the residual stream where None.  unit_offset: it multiplies by 1 + weight.
@@ -89,7 +89,7 @@ def rms_norm(
         return g.op("Mul", g.cast(h, "float32", g.dtype, "to_model"), scale, name="scale")
 
 
-def rms_float32(g: GraphBuilder, x: ir.Value, scale: ir.Value, epsilon: float, name: str) -> ir.Value:
+def rms_float32(g: GraphBuilder, x: Value, scale: Value, epsilon: float, name: str) -> Value:
     """RMS norm over the last axis, all of it float32."""
     if g.opset24:
         return g.op("RMSNormalization", x, scale, axis=-1, epsilon=epsilon, stash_type=1, name=name)
@@ -97,12 +97,12 @@ def rms_float32(g: GraphBuilder, x: ir.Value, scale: ir.Value, epsilon: float, n
         return g.op("Mul", g.op("Mul", x, inverse_rms(g, x, epsilon), name="normalize"), scale, name="scale")
 
 
-def offset_scale(g: GraphBuilder, weight: ir.Value) -> ir.Value:
+def offset_scale(g: GraphBuilder, weight: Value) -> Value:
     """1 + weight in float32, where the model's dtype may have no number between 1 and the next."""
     return g.op("Add", g.cast(weight, g.dtype, "float32", "offset"), g.const(1.0, "float32"), name="scale")
 
 
-def layer_norm(g: GraphBuilder, x: ir.Value, weight: str, epsilon: float, name: str) -> ir.Value:
+def layer_norm(g: GraphBuilder, x: Value, weight: str, epsilon: float, name: str) -> Value:
     """Layer norm of the residual stream, computed in float32: residual dtype in, model dtype out."""
     with g.scope(name):
         h = g.cast(x, g.residual, "float32", "to_float32")
@@ -113,7 +113,7 @@ def layer_norm(g: GraphBuilder, x: ir.Value, weight: str, epsilon: float, name: 
         return g.cast(y, "float32", g.dtype, "to_model")
 
 
-def inverse_rms(g: GraphBuilder, x: ir.Value, epsilon: float) -> ir.Value:
+def inverse_rms(g: GraphBuilder, x: Value, epsilon: float) -> Value:
     """1 / sqrt(mean(x^2) + eps) over the last axis, kept as size 1; float32 in and out."""
     square = g.op("Mul", x, x, name="square")
     mean = g.op("ReduceMean", square, g.ints(-1), keepdims=1, name="mean_square")
@@ -121,7 +121,7 @@ def inverse_rms(g: GraphBuilder, x: ir.Value, epsilon: float) -> ir.Value:
     return g.op("Reciprocal", root, name="inverse_rms")
 
 
-def rotary(g: GraphBuilder, x: ir.Value, cos: ir.Value, sin: ir.Value, name: str, rotary_dim: int = 0) -> ir.Value:
+def rotary(g: GraphBuilder, x: Value, cos: Value, sin: Value, name: str, rotary_dim: int = 0) -> Value:
     """Rotate the halves of the last axis, or of its first rotary_dim numbers where that is not 0.
 
     x: [batch, heads, seq, dim]; cos, sin: [batch, seq, dim / 2], or half of rotary_dim.
@@ -131,7 +131,7 @@ def rotary(g: GraphBuilder, x: ir.Value, cos: ir.Value, sin: ir.Value, name: str
             partial: dict[str, Any] = {"rotary_embedding_dim": rotary_dim} if rotary_dim else {}
             return g.op("RotaryEmbedding", x, cos, sin, name="RotaryEmbedding", **partial)
         cos, sin = (g.unsqueeze(t, 1, name=f"{word}_heads") for t, word in ((cos, "cos"), (sin, "sin")))
-        still: list[ir.Value] = []
+        still: list[Value] = []
         if rotary_dim:
             end = np.iinfo(np.int64).max
             still = [g.op("Slice", x, g.ints(rotary_dim), g.ints(end), g.ints(-1), name="still")]
@@ -146,7 +146,7 @@ def rotary(g: GraphBuilder, x: ir.Value, cos: ir.Value, sin: ir.Value, name: str
         return g.op("Concat", new_low, new_high, *still, axis=-1, name="join")
 
 
-def rotary_float32(g: GraphBuilder, x: ir.Value, cos: ir.Value, sin: ir.Value, name: str) -> ir.Value:
+def rotary_float32(g: GraphBuilder, x: Value, cos: Value, sin: Value, name: str) -> Value:
     """Rotary embedding computed in float32; model dtype in and out, cos and sin in float32."""
     turned = rotary(g, g.cast(x, g.dtype, "float32", f"{name}_float32"), cos, sin, name)
     return g.cast(turned, "float32", g.dtype, f"{name}_model")
@@ -154,13 +154,13 @@ def rotary_float32(g: GraphBuilder, x: ir.Value, cos: ir.Value, sin: ir.Value, n
 
 def attention(
     g: GraphBuilder,
-    query: ir.Value,
-    key: ir.Value,
-    value: ir.Value,
+    query: Value,
+    key: Value,
+    value: Value,
     scale: float,
-    mask: ir.Value | None = None,
-    written: ir.Value | None = None,
-) -> ir.Value:
+    mask: Value | None = None,
+    written: Value | None = None,
+) -> Value:
     """softmax(scale q k^T, masked) v.
 
     Args:
@@ -183,14 +183,14 @@ def attention(
     return weighted_values(g, scaled, g.transpose(key, 0, 1, 3, 2, name="k_transposed"), value, mask)
 
 
-def mask_bias(g: GraphBuilder, seen: ir.Value) -> ir.Value:
+def mask_bias(g: GraphBuilder, seen: Value) -> Value:
     """What attention adds to the scores where it takes no bool mask: 0 where seen, else almost -infinity."""
     return g.op("Where", seen, g.scalar(0.0), g.scalar(_MASKED[g.dtype]), name="bias")
 
 
 def weighted_values(
-    g: GraphBuilder, query: ir.Value, key_columns: ir.Value, value: ir.Value, bias: ir.Value | None = None
-) -> ir.Value:
+    g: GraphBuilder, query: Value, key_columns: Value, value: Value, bias: Value | None = None
+) -> Value:
     """softmax(q k^T + bias) v in separate operators. query: scaled; key_columns: [batch, heads, dim, total]."""
     scores = g.op("MatMul", query, key_columns, name="qk")
     if bias is not None:
@@ -198,7 +198,7 @@ def weighted_values(
     return g.op("MatMul", g.op("Softmax", scores, axis=-1, name="softmax"), value, name="av")
 
 
-def gated_mlp(g: GraphBuilder, x: ir.Value, weight: str) -> ir.Value:
+def gated_mlp(g: GraphBuilder, x: Value, weight: str) -> Value:
     """down(silu(gate(x)) * up(x)): [tokens, hidden] in the model's dtype -> [tokens, hidden] in the residual's."""
     with g.scope("mlp"):
         gate = linear(g, x, f"{weight}.gate_proj", "gate_proj")
@@ -210,7 +210,7 @@ def gated_mlp(g: GraphBuilder, x: ir.Value, weight: str) -> ir.Value:
         return g.cast(down, g.dtype, g.residual, "to_residual")
 
 
-def _float16_down(g: GraphBuilder, silu: ir.Value, up: ir.Value, weight: str) -> ir.Value:
+def _float16_down(g: GraphBuilder, silu: Value, up: Value, weight: str) -> Value:
     """down(silu * up) where both the product and the projection may pass float16's 65,504.
 
     The product is made in float32 and scaled by a power of two, which costs no digits; the scale is undone in
@@ -224,14 +224,14 @@ def _float16_down(g: GraphBuilder, silu: ir.Value, up: ir.Value, weight: str) ->
     return _unscaled_linear(g, g.cast(product, "float32", "float16", "gated_float16"), weight, "down_proj")
 
 
-def wide_linear(g: GraphBuilder, x: ir.Value, weight: str, name: str) -> ir.Value:
+def wide_linear(g: GraphBuilder, x: Value, weight: str, name: str) -> Value:
     """X W^T + b where it may pass float16's range: [tokens, in] model dtype -> [tokens, out] residual dtype."""
     if g.dtype != "float16":
         return g.cast(linear(g, x, weight, name), g.dtype, g.residual, f"{name}_residual")
     return _unscaled_linear(g, g.op("Mul", x, g.scalar(1 / _FLOAT16_HEADROOM), name="scaled"), weight, name)
 
 
-def _unscaled_linear(g: GraphBuilder, scaled: ir.Value, weight: str, name: str) -> ir.Value:
+def _unscaled_linear(g: GraphBuilder, scaled: Value, weight: str, name: str) -> Value:
     """The linear layer of an input that was scaled down by the headroom: float16 -> float32."""
     y = _product(g, scaled, weight, name)
     y = g.op("Mul", g.cast(y, "float16", "float32", "float32"), g.const(_FLOAT16_HEADROOM, "float32"), name="unscaled")
@@ -241,6 +241,6 @@ def _unscaled_linear(g: GraphBuilder, scaled: ir.Value, weight: str, name: str) 
     return g.op("Add", y, bias, name="add_bias")
 
 
-def add_residual(g: GraphBuilder, x: ir.Value, y: ir.Value, name: str) -> ir.Value:
+def add_residual(g: GraphBuilder, x: Value, y: Value, name: str) -> Value:
     """Add y, in the model's dtype, to the residual stream x."""
     return g.op("Add", x, g.cast(y, g.dtype, g.residual, f"{name}_cast"), name=name)

@@ -17,7 +17,6 @@ There is no bias, so a token of zeros stays zeros and leaves states of zeros as 
 from dataclasses import dataclass
 
 import numpy as np
-import onnx_ir as ir
 
 from hawk_trt.stages import CPU, CUDA, LanguageConfig, LinearAttentionConfig
 
@@ -26,6 +25,7 @@ from .attention import add_and_mlp
 from .delta_rule import Chunks, chunks_of, delta_rule
 from .graph import GraphBuilder
 from .layers import linear, rms_float32, rms_norm
+from .onnx_graph import Value
 from .tensors import Shapes
 
 _DOMAIN = "com.microsoft"
@@ -59,20 +59,20 @@ class LinearContext:
         inputs: of the graph, past states among them.
     """
 
-    batch_seq: ir.Value
+    batch_seq: Value
     chunks: Chunks | None
-    inputs: dict[str, ir.Value]
+    inputs: dict[str, Value]
 
 
-def linear_context(g: GraphBuilder, inputs: dict[str, ir.Value], hidden: ir.Value, name: str) -> LinearContext:
+def linear_context(g: GraphBuilder, inputs: dict[str, Value], hidden: Value, name: str) -> LinearContext:
     """Build the shared values. hidden: [batch, seq, hidden]."""
     batch_seq = g.op("Shape", hidden, start=0, end=2, name=name)
     return LinearContext(batch_seq, None if g.target in (CPU, CUDA) else chunks_of(g, batch_seq), inputs)
 
 
 def linear_layer(
-    g: GraphBuilder, config: LanguageConfig, context: LinearContext, x: ir.Value, layer: int
-) -> tuple[ir.Value, dict[str, ir.Value]]:
+    g: GraphBuilder, config: LanguageConfig, context: LinearContext, x: Value, layer: int
+) -> tuple[Value, dict[str, Value]]:
     """One linear layer.
 
     Args:
@@ -103,17 +103,17 @@ def _gated_delta_rule(
     config: LanguageConfig,
     sizes: LinearAttentionConfig,
     context: LinearContext,
-    h: ir.Value,
+    h: Value,
     layer: int,
-) -> tuple[ir.Value, dict[str, ir.Value]]:
+) -> tuple[Value, dict[str, Value]]:
     """What out_proj takes of the normed residual stream h: [batch * seq, value heads * dim] float32; and new states."""
     weight = f"language_model.layers.{layer}.linear_attn"
     key_dim, value_dim = sizes.num_key_heads * sizes.key_head_dim, sizes.num_value_heads * sizes.value_head_dim
 
-    def float32(name: str) -> ir.Value:
+    def float32(name: str) -> Value:
         return g.cast(g.weight(f"{weight}.{name}"), g.dtype, "float32", f"{name}_float32")
 
-    def by_token(x: ir.Value, width: int, name: str) -> ir.Value:
+    def by_token(x: Value, width: int, name: str) -> Value:
         """[batch * seq, width] -> [batch, seq, width] float32."""
         shape = g.op("Concat", context.batch_seq, g.ints(width), axis=0, name=f"{name}_shape")
         return g.op("Reshape", g.cast(x, g.dtype, "float32", f"{name}_float32"), shape, name=f"{name}_by_token")
@@ -171,7 +171,7 @@ def _gated_delta_rule(
     return gated, dict(zip(config.cache_names(layer, past=False), (conv_state, state), strict=True))
 
 
-def _normed(g: GraphBuilder, sizes: LinearAttentionConfig, pairs: ir.Value) -> ir.Value:
+def _normed(g: GraphBuilder, sizes: LinearAttentionConfig, pairs: Value) -> Value:
     """Queries and keys of norm 1, x / sqrt(sum x^2 + epsilon), side by side: an RMS norm but for a factor."""
     dim = sizes.key_head_dim
     heads = g.reshape(pairs, 0, 0, 2 * sizes.num_key_heads, dim, name="key_heads")
@@ -180,8 +180,8 @@ def _normed(g: GraphBuilder, sizes: LinearAttentionConfig, pairs: ir.Value) -> i
 
 
 def _causal_conv(
-    g: GraphBuilder, sizes: LinearAttentionConfig, x: ir.Value, weight: ir.Value, past: ir.Value
-) -> tuple[ir.Value, ir.Value]:
+    g: GraphBuilder, sizes: LinearAttentionConfig, x: Value, weight: Value, past: Value
+) -> tuple[Value, Value]:
     """silu(conv(x)), each channel for itself, as a sum of one shifted product a tap; and the last inputs.
 
     x: [batch, seq, channels].  weight: [channels, 1, taps].  past: [batch, channels, taps - 1].
@@ -190,7 +190,7 @@ def _causal_conv(
     with g.scope("conv"):
         seen = g.op("Concat", g.transpose(past, 0, 2, 1, name="past_channels_last"), x, axis=1, name="with_past")
         rows = g.transpose(g.reshape(weight, sizes.conv_dim, taps, name="taps"), 1, 0, name="by_tap")
-        total: ir.Value | None = None
+        total: Value | None = None
         for tap, row in enumerate(g.ops("Split", rows, axis=0, num_outputs=taps, count=taps, name="tap")):
             last = end if tap == taps - 1 else tap + 1 - taps
             part = g.op("Slice", seen, g.ints(tap), g.ints(last), g.ints(1), name=f"shifted_{tap}")

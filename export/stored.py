@@ -60,12 +60,14 @@ class IntegerMatrix(CheckpointTensor):
         bits: of an integer, 4 or 8.
         group: so many integers along the input share a scale and a zero point.
         order: int64 [in], the inputs in the order in which groups follow each other; None where they do so as they are.
+        symmetric: whether all zero points are 0.
     """
 
     parts: dict[str, CheckpointTensor]
     bits: int
     group: int
     order: npt.NDArray[np.int64] | None
+    symmetric: bool = False
 
     @property
     def format(self) -> WeightFormat:
@@ -127,7 +129,7 @@ class IntegerMatrix(CheckpointTensor):
     def parts_in_graph(self, dtype: str, target: str) -> dict[str, Part]:
         """By their names in weights.QuantisedMatrix. dtype: of the scales; TensorRT takes a shift for zero points."""
         (rows, columns), element, where = self.shape, f"int{self.bits}", f"{self.file}: tensor {self.name}"
-        blocks, order, zeros = (columns // self.format.block_size, rows), self.order, self.zero_points()
+        blocks, order = (columns // self.format.block_size, rows), self.order
         parts = {
             "values": Part(element, (columns, rows), self.packed if order is None else lambda: iter([self.grouped()])),
             "scales": _rounded(self.scales, dtype, blocks, f"{where}: a scale"),
@@ -137,11 +139,16 @@ class IntegerMatrix(CheckpointTensor):
             parts["scales"] = replace(by_row, label="row_scales")
         if order is not None:
             parts["order"] = Part("int64", (columns,), lambda: iter([order]))
-        if zeros is not None and target in (CPU, CUDA):
-            parts["zero_points"] = Part(element, blocks, lambda: iter([zeros.reshape(-1)]))
-        elif zeros is not None:
+        if not self.symmetric and target in (CPU, CUDA):
+            parts["zero_points"] = Part(element, blocks, self._zero_point_blocks)
+        elif not self.symmetric:
             parts["shift"] = _rounded(self.shift, dtype, blocks, f"{where}: zero point x scale")
         return parts
+
+    def _zero_point_blocks(self) -> Iterator[Bytes]:
+        zeros = self.zero_points()
+        assert zeros is not None  # as above
+        yield zeros.reshape(-1)
 
     def _by_block(self, rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """What there is of each group, [in / group, ..], for each block."""

@@ -10,11 +10,11 @@ where it is loaded. Names inside are prefixed: TensorRT 10.3's parser mixes up i
 """
 
 import onnx.parser
-import onnx_ir as ir
 
 from hawk_trt.stages import BIAS_DROP, BIAS_KEEP
 
 from .graph import HAWK_DOMAIN, GraphBuilder, opset
+from .onnx_graph import Value
 
 NAME = "WeightedTopK"
 INPUTS = ("head_scores", "head_weights", "visual_rows", "select_bias", "slots")
@@ -87,7 +87,7 @@ _NORMALISE = {
 }
 
 
-def weighted_topk(g: GraphBuilder, normalization: str, *inputs: ir.Value) -> tuple[ir.Value, ir.Value]:
+def weighted_topk(g: GraphBuilder, normalization: str, *inputs: Value) -> tuple[Value, Value]:
     """Add the node and its function.
 
     Args:
@@ -109,12 +109,12 @@ def weighted_topk(g: GraphBuilder, normalization: str, *inputs: ir.Value) -> tup
         plugin_version="1",
         plugin_namespace="",
     )
-    kept.type, scores.type = ir.TensorType(ir.DataType.INT32), ir.TensorType(ir.DataType.FLOAT)
-    kept.shape = ir.Shape(("batch", "num_kept_total"))
+    kept.dtype, scores.dtype = "int32", "float32"
+    kept.shape = ("batch", "num_kept_total")
     return kept, scores
 
 
-def build_function(target: str, normalization: str) -> ir.Function:
+def build_function(target: str, normalization: str) -> onnx.FunctionProto:
     """The function of a normalization over a target's opset."""
     rule = _RULE.format(keep=BIAS_KEEP, drop=BIAS_DROP, normalise=_NORMALISE[normalization])
     attributes = {"normalization": normalization, "plugin_version": "1", "plugin_namespace": ""}
@@ -123,11 +123,11 @@ def build_function(target: str, normalization: str) -> ir.Function:
         f'<opset_import: ["": {opset(target)}], domain: "{HAWK_DOMAIN}"> '
         f"{NAME} <{told}> ({', '.join(INPUTS)}) => ({', '.join(OUTPUTS)}) {{{rule}}}"
     )
-    function = ir.serde.deserialize_function(onnx.parser.parse_function(text))
-    for value in function.inputs:
-        value.name = f"{NAME}/{value.name}"
-    for node in function:
-        for value in node.outputs:
-            value.name = f"{NAME}/{value.name}"
-        node.name = node.outputs[0].name
+    function: onnx.FunctionProto = onnx.parser.parse_function(text)
+    for part in (function, *function.node):
+        part.input[:] = [f"{NAME}/{name}" for name in part.input]
+        part.output[:] = [f"{NAME}/{name}" for name in part.output]
+    for node in function.node:
+        node.name = node.output[0]
+        node.ClearField("domain")  # which the parser sets, though it is empty
     return function

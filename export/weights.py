@@ -2,8 +2,8 @@
 
 In: a checkpoint, a dtype, and how matrices are quantised, if they are. Out: external-data initializers for the
 graphs, then the .data files themselves, or, linked, the checkpoint's own files. A weight is placed once, at the first
-request; every target and stage that asks again shares the place. No more than a few blocks of weights are ever in
-memory, or one quantised matrix.
+request; every target and stage that asks again shares the place. Of each of the two files that are written at a time
+no more than a few blocks are ever in memory, or one quantised matrix.
 """
 
 import errno
@@ -11,21 +11,24 @@ import hashlib
 import math
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from io import FileIO
 from pathlib import Path
+from threading import Event, Lock
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx_ir as ir
+import onnx
 
 from hawk_trt.bundle import FileEntry, TableEntry, WeightFormat, file_entry, numpy_dtype
 from hawk_trt.errors import BundleError, CheckpointError
 from hawk_trt.stages import PORTABLE, TENSORRT
 
 from .checkpoint import Checkpoint
+from .onnx_graph import ONNX_DTYPES, Value
 from .quantisation import WHOLE_ROW, block_size, fits_blocks, layout, may_be_quantised, quantise
 from .stored import Float8Matrix, IntegerMatrix, Part
 from .tensor_file import CheckpointTensor, alternating_buffers
@@ -33,15 +36,6 @@ from .tensors import EMBEDDINGS
 
 EMBEDDINGS_FILE = "embed_tokens.data"
 
-_IR_DTYPES = {
-    "float32": ir.DataType.FLOAT,
-    "float16": ir.DataType.FLOAT16,
-    "bfloat16": ir.DataType.BFLOAT16,
-    "int4": ir.DataType.INT4,
-    "int8": ir.DataType.INT8,
-    "int64": ir.DataType.INT64,
-    "float8_e4m3fn": ir.DataType.FLOAT8E4M3FN,
-}
 # Vector loads want 64 bytes; large tensors begin on a page, so that they can be memory-mapped alone.
 _ALIGNMENT = 64
 _PAGE = 4096
@@ -74,19 +68,19 @@ class QuantisedMatrix:
         input_scale: [], of the activations of float8.
     """
 
-    values: ir.Value
-    scales: ir.Value
+    values: Value
+    scales: Value
     scales_dtype: str
     block_size: int
-    zero_points: ir.Value | None = None
-    shift: ir.Value | None = None
-    input_scale: ir.Value | None = None
-    order: ir.Value | None = None
+    zero_points: Value | None = None
+    shift: Value | None = None
+    input_scale: Value | None = None
+    order: Value | None = None
 
     @property
     def is_float8(self) -> bool:
         """Whether the values are float8 [out, in], not integers [in, out]."""
-        return self.values.dtype == ir.DataType.FLOAT8E4M3FN
+        return self.values.dtype == "float8_e4m3fn"
 
     @property
     def by_row(self) -> bool:
@@ -118,7 +112,7 @@ class WeightStore:
         """Whether the checkpoint holds the tensor."""
         return self.checkpoint.has(name)
 
-    def initializer(self, stage_file: str, name: str, shape: tuple[int, ...] | None = None) -> ir.Value:
+    def initializer(self, stage_file: str, name: str, shape: tuple[int, ...] | None = None) -> Value:
         """A new initializer for a graph, whose data is a place in an external file.
 
         Args:
@@ -187,7 +181,7 @@ class WeightStore:
             block,
         )
 
-    def _parts(self, stage_file: str, name: str, parts: dict[str, Part]) -> dict[str, ir.Value]:
+    def _parts(self, stage_file: str, name: str, parts: dict[str, Part]) -> dict[str, Value]:
         """New initializers of the parts of a matrix that the checkpoint holds quantised."""
         values = {}
         for word, part in parts.items():
@@ -218,26 +212,46 @@ class WeightStore:
         """What write takes from the disk."""
         return 0 if self.link else self.total_bytes
 
-    def write(self, folder: Path, progress: Callable[[int, int], None] | None = None) -> dict[str, FileEntry]:
-        """Write or link every file into a folder; progress is called with the bytes done and their total.
+    @contextmanager
+    def writing(
+        self, folder: Path, progress: Callable[[int, int], None] | None = None
+    ) -> Iterator[Callable[[], dict[str, FileEntry]]]:
+        """Write or link every file into a folder, two at a time, by threads; leaving the context stops them.
+
+        progress is called with the bytes done and their total.
+
+        Yields:
+            A function that waits for all files, and returns what a manifest says of them.
 
         Raises:
             CheckpointError: a source file that cannot be read, or a value too large for float16.
             BundleError: a file that cannot be hard-linked.
             OSError: writing failed.
         """
-        done_bytes = 0
+        done_bytes, lock, stopped = 0, Lock(), Event()
 
         def advance(nbytes: int) -> None:
             nonlocal done_bytes
-            done_bytes += nbytes
-            if progress is not None:
-                progress(done_bytes, self.total_bytes)
+            if stopped.is_set():
+                raise CancelledError
+            with lock:
+                done_bytes += nbytes
+                if progress is not None:
+                    progress(done_bytes, self.total_bytes)
 
-        if self.link:
-            return {name: self._link(folder, name, advance) for name in self._sizes}
         with ThreadPoolExecutor(max_workers=2) as workers:
-            return {name: self._write_file(folder / name, workers, advance) for name in self._sizes}
+            write = self._link if self.link else self._write_file
+            files = {name: workers.submit(write, folder, name, advance) for name in self._sizes}
+
+            def finish() -> dict[str, FileEntry]:
+                for file in wait(files.values(), return_when=FIRST_EXCEPTION).done:
+                    file.result()
+                return {name: file.result() for name, file in files.items()}
+
+            try:
+                yield finish
+            finally:
+                stopped.set()
 
     def _place_tensor(self, stage_file: str, name: str) -> tuple[CheckpointTensor, Placement]:
         """A tensor in the bundle's dtype, and its place."""
@@ -278,19 +292,17 @@ class WeightStore:
             ) from error
         return file_entry(source, weights=True, progress=advance)
 
-    def _write_file(self, path: Path, workers: ThreadPoolExecutor, advance: Callable[[int], None]) -> FileEntry:
-        """Write one .data file; a block is written and hashed by two threads while the next is made."""
+    def _write_file(self, folder: Path, name: str, advance: Callable[[int], None]) -> FileEntry:
+        """Write one .data file; a block is hashed by another thread while the next is made and written."""
         digest = hashlib.sha256()
-        with path.open("wb", buffering=0) as out:
-            pending: tuple[Future[None], ...] = ()
-            for block in self._blocks(path.name):
-                for future in pending:
-                    future.result()
-                pending = (workers.submit(_write_all, out, block), workers.submit(digest.update, block))
+        with (folder / name).open("wb", buffering=0) as out, ThreadPoolExecutor(max_workers=1) as hasher:
+            hashed: Future[None] = hasher.submit(digest.update, b"")
+            for block in self._blocks(name):
+                _write_all(out, block)
+                hashed.result()
+                hashed = hasher.submit(digest.update, block)
                 advance(len(block))
-            for future in pending:
-                future.result()
-        return FileEntry(digest.hexdigest(), self._sizes[path.name], weights=True)
+        return FileEntry(digest.hexdigest(), self._sizes[name], weights=True)
 
     def _blocks(self, name: str) -> Iterator[memoryview]:
         """The content of one .data file, in order: aligned tensors and the zeros between them."""
@@ -305,11 +317,17 @@ class WeightStore:
             position = placement.offset + placement.nbytes
 
 
-def _external(name: str, place: Placement, dtype: str, shape: tuple[int, ...]) -> ir.Value:
+def _external(name: str, place: Placement, dtype: str, shape: tuple[int, ...]) -> Value:
     """An initializer whose data lies in an external file."""
-    element = _IR_DTYPES[dtype]
-    data = ir.ExternalTensor(place.file, place.offset, place.nbytes, element, shape=ir.Shape(shape), name=name)
-    return ir.Value(name=name, type=ir.TensorType(element), shape=ir.Shape(shape), const_value=data)
+    where = {"location": place.file, "offset": str(place.offset), "length": str(place.nbytes)}
+    data = onnx.TensorProto(
+        name=name,
+        data_type=ONNX_DTYPES[dtype],
+        dims=shape,
+        data_location=onnx.TensorProto.EXTERNAL,
+        external_data=[onnx.StringStringEntryProto(key=key, value=value) for key, value in where.items()],
+    )
+    return Value(name, dtype, shape, data)
 
 
 def _write_all(out: FileIO, block: memoryview) -> None:

@@ -11,19 +11,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from hawk_trt import __version__
 from hawk_trt.bundle import (
     MANIFEST,
     SCHEMA_VERSION,
     Bundle,
-    GraphEntry,
     HeadWeights,
     Manifest,
     Source,
     TableEntry,
-    TensorEntry,
     WeightFormat,
     file_entry,
     manifest_bytes,
@@ -43,9 +40,6 @@ from .head_weights import default_head_weights
 from .prompts import try_prompts
 from .quantisation import BLOCK_SIZES, WEIGHT_BITS, WHOLE_ROW
 from .tensors import EMBEDDINGS, LM_HEAD
-
-if TYPE_CHECKING:
-    import onnx_ir as ir
 
 _BUNDLE_SUFFIXES = (".onnx", ".data", ".safetensors")
 # For graphs and small files, beside the weights.
@@ -148,16 +142,14 @@ def export(
     out = Path(out).resolve()
     _check_replaceable(out, opened.folder)
     clean_up_after_killed(out)
-    current = None if options.force else up_to_date(opened, out, options, name)
+    plan = _plan(opened, options, name)
+    current = None if options.force else _as_planned(plan, out)
     if current is not None:
         return current
-    # they take a second to load, which no run of a bundle that is up to date has to wait for
-    import onnx_ir as ir
-
-    from .graphs import build_graphs, inventory
+    # onnx takes a while to load, which no run of a bundle that is up to date has to wait for
+    from .graphs import build_graphs, graph_entry, inventory
     from .weights import WeightStore
 
-    plan = _plan(opened, options, name)
     template = read_config(opened.config).chat_template
     for tensor_name, shape in inventory(plan.language, plan.vision).items():
         opened.expect(tensor_name, shape)
@@ -175,7 +167,7 @@ def export(
         notes += opened.quantisation.notes(options.dtype, plan.targets)
     advice = "Free space, choose another disk with --out, or use --link where dtypes match"
     check_free_space(out, weights.disk_bytes + _SPARE_BYTES, "the bundle needs", advice)
-    with staged(out) as folder:
+    with staged(out) as folder, weights.writing(folder, progress) as finish:
         files = {}
         small = read_small_files(opened.folder, template)
         for file_name, content in small.contents.items():
@@ -187,11 +179,11 @@ def export(
                 note(sentence)
         entries = []
         for (target, stage), graph in graphs.items():
-            entry = _graph_entry(graph, stage, target)
-            ir.save(graph, folder / entry.file)
+            entry = graph_entry(graph.graph, stage, target)
+            (folder / entry.file).write_bytes(graph.SerializeToString())
             files[entry.file] = file_entry(folder / entry.file)
             entries.append(entry)
-        files |= weights.write(folder, progress)
+        files |= finish()
         manifest = replace(plan, graphs=tuple(entries), embeddings=table, files=files)
         with (folder / MANIFEST).open("wb") as file:
             file.write(manifest_bytes(manifest))
@@ -207,7 +199,11 @@ def up_to_date(checkpoint: Checkpoint, out: Path, options: ExportOptions, name: 
         CheckpointError: a checkpoint that is not supported.
         InvalidInput: head weights that do not fit the model.
     """
-    plan = _plan(checkpoint, options, name)
+    return _as_planned(_plan(checkpoint, options, name), out)
+
+
+def _as_planned(plan: Manifest, out: Path) -> Bundle | None:
+    """The intact bundle at out, if it is what the plan says."""
     try:
         bundle = Bundle.load(out)
     except BundleError:
@@ -225,9 +221,10 @@ def _plan(checkpoint: Checkpoint, options: ExportOptions, name: str | None) -> M
             "can be neither linked nor quantised again. Give --dtype float32, float16 or bfloat16, of the activations, "
             "without --link"
         )
-    model = read_config(checkpoint.config, checkpoint.generation, added_tokens(checkpoint.folder))
+    added = added_tokens(checkpoint.folder)
+    model = read_config(checkpoint.config, checkpoint.generation, added)
     language, tokens = model.language, model.special_tokens
-    tokens = replace(tokens, eos=stop_tokens(checkpoint.folder, tokens.eos))
+    tokens = replace(tokens, eos=stop_tokens(checkpoint.folder, tokens.eos, added))
     head_weights = options.head_weights or default_head_weights(model.vision.family, language)
     check_head_weights(head_weights.values, language.num_attention_heads)
     architecture = (checkpoint.config.get("architectures") or [str(checkpoint.config.get("model_type"))])[0]
@@ -305,23 +302,10 @@ def _check_replaceable(out: Path, checkpoint: Path) -> None:
     )
 
 
-def _graph_entry(graph: "ir.Model", stage: str, target: str) -> GraphEntry:
-    inputs = tuple(_tensor_entry(value) for value in graph.graph.inputs)
-    outputs = tuple(_tensor_entry(value) for value in graph.graph.outputs)
-    return GraphEntry(stage, target, f"{stage}.{target}.onnx", inputs, outputs)
-
-
-def _tensor_entry(value: "ir.Value") -> TensorEntry:
-    assert value.name is not None and value.dtype is not None and value.shape is not None  # the builder declares all
-    dtype = "float32" if value.dtype.name == "FLOAT" else value.dtype.name.lower()
-    shape = tuple(size if isinstance(size, int) else str(size) for size in value.shape)
-    return TensorEntry(value.name, dtype, shape)
-
-
 def _versions() -> dict[str, str]:
     """What writes the bundle: packages, and a digest of this code, which moves faster than its version."""
     digest = hashlib.sha256()
     here = Path(__file__).parent
     for path in sorted(here.rglob("*.py")):
         digest.update(path.relative_to(here).as_posix().encode() + path.read_bytes())
-    return {"hawk_trt": __version__, "export": digest.hexdigest()[:16], "onnx_ir": metadata.version("onnx-ir")}
+    return {"hawk_trt": __version__, "export": digest.hexdigest()[:16], "onnx": metadata.version("onnx")}

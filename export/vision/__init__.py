@@ -4,12 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-import onnx_ir as ir
-
 from hawk_trt.models.vision_config import VisionConfig
 
 from ..contract import StageSpec
 from ..graph import GraphBuilder
+from ..onnx_graph import Value
 from ..tensors import Shapes
 from .internvl import internvl_shapes, internvl_spec, internvl_vision
 from .qwen2_5_vl import qwen2_5_vl_shapes, qwen2_5_vl_spec, qwen2_5_vl_vision
@@ -29,7 +28,7 @@ class VisionGraph(Generic[Vision]):
         spec: inputs and outputs of its vision graph, from its sizes.
     """
 
-    build: Callable[[GraphBuilder, Vision, dict[str, ir.Value]], dict[str, ir.Value]]
+    build: Callable[[GraphBuilder, Vision, dict[str, Value]], dict[str, Value]]
     shapes: Callable[[Vision], Shapes]
     spec: Callable[[Vision], StageSpec]
 

@@ -2,12 +2,11 @@
 
 import math
 
-import onnx_ir as ir
-
 from ..graph import GraphBuilder
+from ..onnx_graph import Value
 
 
-def gelu(g: GraphBuilder, x: ir.Value) -> ir.Value:
+def gelu(g: GraphBuilder, x: Value) -> Value:
     """X * Phi(x), by the error function; Gelu exists from opset 20 on."""
     if g.opset24:
         return g.op("Gelu", x, name="gelu")
@@ -17,7 +16,7 @@ def gelu(g: GraphBuilder, x: ir.Value) -> ir.Value:
         return g.op("Mul", g.op("Mul", x, g.scalar(0.5), name="half"), twice_phi, name="gelu")
 
 
-def gelu_tanh(g: GraphBuilder, x: ir.Value) -> ir.Value:
+def gelu_tanh(g: GraphBuilder, x: Value) -> Value:
     """X / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3)))."""
     if g.opset24:
         return g.op("Gelu", x, approximate="tanh", name="gelu")
@@ -29,7 +28,7 @@ def gelu_tanh(g: GraphBuilder, x: ir.Value) -> ir.Value:
         return g.op("Mul", g.op("Mul", x, g.scalar(0.5), name="half"), twice_phi, name="gelu")
 
 
-def quick_gelu(g: GraphBuilder, x: ir.Value) -> ir.Value:
+def quick_gelu(g: GraphBuilder, x: Value) -> Value:
     """X * sigmoid(1.702 x)."""
     with g.scope("quick_gelu"):
         gate = g.op("Sigmoid", g.op("Mul", x, g.scalar(1.702), name="scaled"), name="sigmoid")

@@ -5,14 +5,13 @@ the class token goes, blocks of patches become one token (pixel shuffle), and th
 model's width. Token-wise ops run on [num_tiles * (1 + patches), dim].
 """
 
-import onnx_ir as ir
-
 from hawk_trt.models.vision_config import InternVLVision
 
 from .. import tensors
 from ..contract import StageSpec, TensorSpec
 from ..graph import GraphBuilder
 from ..layers import add_residual, attention, layer_norm, linear, rms_norm
+from ..onnx_graph import Value
 from ..tensors import Shapes
 from .activations import gelu
 
@@ -56,7 +55,7 @@ def internvl_shapes(vision: InternVLVision) -> Shapes:
     return found
 
 
-def internvl_vision(g: GraphBuilder, vision: InternVLVision, inputs: dict[str, ir.Value]) -> dict[str, ir.Value]:
+def internvl_vision(g: GraphBuilder, vision: InternVLVision, inputs: dict[str, Value]) -> dict[str, Value]:
     """Add the nodes of the vision graph."""
     x = _embed(g, vision, inputs["pixel_values"])
     for block in range(vision.depth):
@@ -67,7 +66,7 @@ def internvl_vision(g: GraphBuilder, vision: InternVLVision, inputs: dict[str, i
         return {"visual_embeds": linear(g, gelu(g, h), "visual.merger.linear_2", "linear_2")}
 
 
-def _embed(g: GraphBuilder, vision: InternVLVision, pixels: ir.Value) -> ir.Value:
+def _embed(g: GraphBuilder, vision: InternVLVision, pixels: Value) -> Value:
     """[num_tiles, 3, side, side] float32 -> class token and patches, with positions: [tokens, dim], residual dtype."""
     dim, side, patch, channels = vision.hidden_size, vision.tile_patches, vision.patch_size, vision.in_channels
     tokens = side * side
@@ -87,7 +86,7 @@ def _embed(g: GraphBuilder, vision: InternVLVision, pixels: ir.Value) -> ir.Valu
         return g.cast(g.reshape(x, -1, dim, name="flat"), g.dtype, g.residual, "to_residual")
 
 
-def _block(g: GraphBuilder, vision: InternVLVision, x: ir.Value, block: str) -> ir.Value:
+def _block(g: GraphBuilder, vision: InternVLVision, x: Value, block: str) -> Value:
     """One block. x: [num_tiles * (1 + patches), dim], residual dtype."""
     weight = f"visual.{block}"
     norm, epsilon = layer_norm if vision.norm == "layer_norm" else rms_norm, vision.layer_norm_eps
@@ -104,7 +103,7 @@ def _block(g: GraphBuilder, vision: InternVLVision, x: ir.Value, block: str) -> 
         return add_residual(g, x, h, "add_mlp")
 
 
-def _attention(g: GraphBuilder, vision: InternVLVision, h: ir.Value, weight: str) -> ir.Value:
+def _attention(g: GraphBuilder, vision: InternVLVision, h: Value, weight: str) -> Value:
     """Attention inside each tile: [tokens, dim] -> [tokens, dim], model dtype."""
     dim, heads = vision.hidden_size, vision.num_heads
     head_dim, tokens = dim // heads, 1 + vision.tile_patches**2
@@ -122,7 +121,7 @@ def _attention(g: GraphBuilder, vision: InternVLVision, h: ir.Value, weight: str
     return linear(g, out, f"{weight}.proj", "proj")
 
 
-def _pixel_shuffle(g: GraphBuilder, vision: InternVLVision, x: ir.Value) -> ir.Value:
+def _pixel_shuffle(g: GraphBuilder, vision: InternVLVision, x: Value) -> Value:
     """Drop the class tokens and join blocks of merge x merge patches: [num_visual, merge^2 * dim], residual dtype."""
     dim, side, merge = vision.hidden_size, vision.tile_patches, vision.spatial_merge_size
     with g.scope("pixel_shuffle"):

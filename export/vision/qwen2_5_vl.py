@@ -5,14 +5,13 @@ Most blocks attend inside windows, the full-attention ones over whole frames. Pa
 
 from dataclasses import replace
 
-import onnx_ir as ir
-
 from hawk_trt.models.vision_config import Qwen25Vision
 
 from .. import tensors
 from ..contract import StageSpec, TensorSpec
 from ..graph import GraphBuilder
 from ..layers import gated_mlp, mask_bias, rms_norm
+from ..onnx_graph import Value
 from ..tensors import Shapes
 from .qwen2_vl import qwen2_vl_spec
 from .tower import NORM_EPSILON, Segments, Style, Tower, merger, tower_shapes
@@ -43,7 +42,7 @@ def qwen2_5_vl_shapes(vision: Qwen25Vision) -> Shapes:
     }
 
 
-def qwen2_5_vl_vision(g: GraphBuilder, vision: Qwen25Vision, inputs: dict[str, ir.Value]) -> dict[str, ir.Value]:
+def qwen2_5_vl_vision(g: GraphBuilder, vision: Qwen25Vision, inputs: dict[str, Value]) -> dict[str, Value]:
     """Add the nodes of the vision graph."""
     tower = Tower(g, inputs, vision, _STYLE)
     with g.scope("windows"):
@@ -61,12 +60,12 @@ def qwen2_5_vl_vision(g: GraphBuilder, vision: Qwen25Vision, inputs: dict[str, i
         return {"visual_embeds": g.reshape(raster, -1, vision.out_hidden_size, name="visual_embeds")}
 
 
-def _windows(g: GraphBuilder, inputs: dict[str, ir.Value], tower: Tower) -> Segments:
+def _windows(g: GraphBuilder, inputs: dict[str, Value], tower: Tower) -> Segments:
     """Segments of the windowed blocks."""
     index = inputs["window_index"]
     window_len = g.op("Shape", index, start=1, end=2, name="window_len")
 
-    def of_all_frames(x: ir.Value, name: str) -> ir.Value:
+    def of_all_frames(x: Value, name: str) -> Value:
         """[windows, ..] -> [frames * windows, ..]."""
         to = g.op("Concat", tower.frames, g.op("Shape", x, name=f"{name}_shape"), axis=0, name=f"{name}_all_shape")
         flat = g.op("Concat", g.ints(-1), g.op("Shape", x, start=1, name=f"{name}_rest"), axis=0, name=f"{name}_flat")

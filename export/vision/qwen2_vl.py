@@ -1,13 +1,12 @@
 """Vision graph of Qwen2-VL: frames of one size in, visual tokens out."""
 
-import onnx_ir as ir
-
 from hawk_trt.models.vision_config import Qwen2Vision
 
 from .. import tensors
 from ..contract import StageSpec, TensorSpec
 from ..graph import GraphBuilder
 from ..layers import layer_norm
+from ..onnx_graph import Value
 from ..tensors import Shapes
 from .activations import quick_gelu
 from .tower import NORM_EPSILON, Tower, merger, plain_style, tower_shapes
@@ -39,7 +38,7 @@ def qwen2_vl_shapes(vision: Qwen2Vision) -> Shapes:
     }
 
 
-def qwen2_vl_vision(g: GraphBuilder, vision: Qwen2Vision, inputs: dict[str, ir.Value]) -> dict[str, ir.Value]:
+def qwen2_vl_vision(g: GraphBuilder, vision: Qwen2Vision, inputs: dict[str, Value]) -> dict[str, Value]:
     """Add the nodes of the vision graph."""
     tower = Tower(g, inputs, vision, _STYLE)
     x = tower.patches

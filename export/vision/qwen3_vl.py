@@ -4,14 +4,13 @@ A learned table of positions is added to the patches, resampled by the places an
 some blocks a merger of its own makes features that the language model's first layers add.
 """
 
-import onnx_ir as ir
-
 from hawk_trt.models.vision_config import Qwen3Vision
 
 from .. import tensors
 from ..contract import StageSpec, TensorSpec, deepstack_embeds_spec
 from ..graph import GraphBuilder
 from ..layers import layer_norm
+from ..onnx_graph import Value
 from ..tensors import Shapes
 from .activations import gelu_tanh
 from .qwen2_vl import qwen2_vl_spec
@@ -44,11 +43,11 @@ def qwen3_vl_shapes(vision: Qwen3Vision) -> Shapes:
     return found
 
 
-def qwen3_vl_vision(g: GraphBuilder, vision: Qwen3Vision, inputs: dict[str, ir.Value]) -> dict[str, ir.Value]:
+def qwen3_vl_vision(g: GraphBuilder, vision: Qwen3Vision, inputs: dict[str, Value]) -> dict[str, Value]:
     """Add the nodes of the vision graph."""
     tower = Tower(g, inputs, vision, _STYLE)
     x = _add_places(g, tower.patches, inputs, vision.hidden_size)
-    levels: list[ir.Value] = []
+    levels: list[Value] = []
     for number in range(vision.depth):
         x = tower.block(x, number)
         if number in vision.deepstack_visual_indexes:
@@ -63,7 +62,7 @@ def qwen3_vl_vision(g: GraphBuilder, vision: Qwen3Vision, inputs: dict[str, ir.V
     return outputs
 
 
-def _add_places(g: GraphBuilder, x: ir.Value, inputs: dict[str, ir.Value], dim: int) -> ir.Value:
+def _add_places(g: GraphBuilder, x: Value, inputs: dict[str, Value], dim: int) -> Value:
     """Add the resampled table of positions to every frame. x: [num_frames * num_patches, dim], residual dtype."""
     with g.scope("pos_embed"):
         rows = g.op("Gather", g.weight("visual.pos_embed.weight"), inputs["place_index"], axis=0, name="neighbours")
@@ -77,7 +76,7 @@ def _add_places(g: GraphBuilder, x: ir.Value, inputs: dict[str, ir.Value], dim: 
         return g.reshape(placed, -1, dim, name="flat")
 
 
-def _merger(g: GraphBuilder, x: ir.Value, weight: str, vision: Qwen3Vision, *, norm_merged: bool) -> ir.Value:
+def _merger(g: GraphBuilder, x: Value, weight: str, vision: Qwen3Vision, *, norm_merged: bool) -> Value:
     """Patches to tokens, [num_visual, hidden], normed before the patches of a block are joined or after."""
     merged = vision.hidden_size * vision.spatial_merge_size**2
     h = g.reshape(x, -1, merged, name="merge") if norm_merged else x

@@ -8,12 +8,11 @@ scores, and no use for loops: the other targets run all rows at once.
 
 from collections.abc import Callable, Sequence
 
-import onnx_ir as ir
-
 from hawk_trt.stages import CPU, PORTABLE
 
 from ..graph import GraphBuilder
 from ..layers import attention, linear, weighted_values
+from ..onnx_graph import Value
 
 TOKENS = 4096
 # Queries of one tile. Over 65,536 keys and 16 heads, 96 take 0.4 GB of scores; 128 is 5 % faster there.
@@ -24,7 +23,7 @@ _QUERY_AXIS = 2
 class Tiles:
     """How all parts of a graph cut their rows: equal tiles, the last one filled up with zeros."""
 
-    def __init__(self, g: GraphBuilder, source: ir.Value, source_axis: int, most: int, axis: int = 0) -> None:
+    def __init__(self, g: GraphBuilder, source: Value, source_axis: int, most: int, axis: int = 0) -> None:
         """Compute the shapes.
 
         Args:
@@ -47,9 +46,7 @@ class Tiles:
             lead = [g.ints(*[0] * axis)] if axis else []
             self._shape = g.op("Concat", *lead, count, length, g.ints(-1), axis=0, name="shape")
 
-    def run(
-        self, x: ir.Value, part: Callable[[ir.Value], Sequence[ir.Value]], widths: Sequence[int]
-    ) -> Sequence[ir.Value]:
+    def run(self, x: Value, part: Callable[[Value], Sequence[Value]], widths: Sequence[int]) -> Sequence[Value]:
         """Run a part over the tiles.
 
         Args:
@@ -85,32 +82,32 @@ class Tiles:
             ]
             return [g.op("Slice", value, g.ints(0), self._rows, g.ints(axis), name="output") for value in joined]
 
-    def _divide_up(self, a: ir.Value, b: ir.Value, name: str) -> ir.Value:
+    def _divide_up(self, a: Value, b: Value, name: str) -> Value:
         g = self._g
         more = g.op("Sub", g.op("Add", a, b, name=f"{name}_sum"), g.ints(1), name=f"{name}_rounded")
         return g.op("Div", more, b, name=name)
 
 
-def token_tiles(g: GraphBuilder, x: ir.Value) -> Tiles:
+def token_tiles(g: GraphBuilder, x: Value) -> Tiles:
     """Tiles of tokens, for the token-wise parts. x: [tokens, features]."""
     return Tiles(g, x, 0, TOKENS)
 
 
-def query_tiles(g: GraphBuilder, pixels: ir.Value) -> Tiles:
+def query_tiles(g: GraphBuilder, pixels: Value) -> Tiles:
     """Tiles of queries [frames, heads, patches, head_dim]. pixels: [frames, patches, patch_dim]."""
     return Tiles(g, pixels, 1, QUERIES, _QUERY_AXIS)
 
 
-def query_key_value(g: GraphBuilder, tiles: Tiles, x: ir.Value, weight: str, dim: int) -> Sequence[ir.Value]:
+def query_key_value(g: GraphBuilder, tiles: Tiles, x: Value, weight: str, dim: int) -> Sequence[Value]:
     """The joined projection cut in three: [tokens, dim] -> queries, keys and values, each [tokens, dim]."""
 
-    def project(tile: ir.Value) -> Sequence[ir.Value]:
+    def project(tile: Value) -> Sequence[Value]:
         return g.ops("Split", linear(g, tile, weight, "qkv"), axis=1, num_outputs=3, count=3, name="split_qkv")
 
     return tiles.run(x, project, [dim] * 3)
 
 
-def frame_attention(g: GraphBuilder, tiles: Tiles, parts: Sequence[ir.Value], heads: int, head_dim: int) -> ir.Value:
+def frame_attention(g: GraphBuilder, tiles: Tiles, parts: Sequence[Value], heads: int, head_dim: int) -> Value:
     """Attention over whole frames.
 
     For the target cpu in tiles of queries, for portable one head after the other, so that the scores of one are all

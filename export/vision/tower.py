@@ -9,13 +9,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import onnx_ir as ir
 
 from hawk_trt.models.vision_config import Qwen2Vision
 
 from .. import tensors
 from ..graph import GraphBuilder
 from ..layers import add_residual, attention, layer_norm, linear, rotary_float32, wide_linear
+from ..onnx_graph import Value
 from ..tensors import Shapes
 from .activations import gelu
 from .tiles import frame_attention, query_key_value, query_tiles, token_tiles
@@ -34,15 +34,15 @@ class Style:
         mlp_layers: names of its linear layers; the last leads back to dim.
     """
 
-    norm: Callable[[GraphBuilder, ir.Value, str, float, str], ir.Value]
-    mlp: Callable[[GraphBuilder, ir.Value, str], ir.Value]
+    norm: Callable[[GraphBuilder, Value, str, float, str], Value]
+    mlp: Callable[[GraphBuilder, Value, str], Value]
     mlp_layers: tuple[str, ...]
 
 
-def plain_style(first: str, second: str, activation: Callable[[GraphBuilder, ir.Value], ir.Value]) -> Style:
+def plain_style(first: str, second: str, activation: Callable[[GraphBuilder, Value], Value]) -> Style:
     """Layer norms, and an MLP of two layers of these names with the activation between."""
 
-    def mlp(g: GraphBuilder, x: ir.Value, weight: str) -> ir.Value:
+    def mlp(g: GraphBuilder, x: Value, weight: str) -> Value:
         with g.scope("mlp"):
             inner = activation(g, linear(g, x, f"{weight}.{first}", first))
             return wide_linear(g, inner, f"{weight}.{second}", second)
@@ -62,12 +62,12 @@ class Segments:
         slot: int64 [num_patches], where to find each patch again.
     """
 
-    cos: ir.Value
-    sin: ir.Value
-    shape: ir.Value
-    mask: ir.Value | None = None
-    index: ir.Value | None = None
-    slot: ir.Value | None = None
+    cos: Value
+    sin: Value
+    shape: Value
+    mask: Value | None = None
+    index: Value | None = None
+    slot: Value | None = None
 
 
 class Tower:
@@ -80,7 +80,7 @@ class Tower:
         patches: the embedded patches, [num_frames * num_patches, dim] in the residual dtype.
     """
 
-    def __init__(self, g: GraphBuilder, inputs: dict[str, ir.Value], vision: Qwen2Vision, style: Style) -> None:
+    def __init__(self, g: GraphBuilder, inputs: dict[str, Value], vision: Qwen2Vision, style: Style) -> None:
         self._g, self._style, pixels = g, style, inputs["pixel_values"]
         self._dim, self._heads, self._head_dim = (
             vision.hidden_size,
@@ -104,14 +104,14 @@ class Tower:
             self.patches = g.cast(x, g.dtype, g.residual, "to_residual")
         self._tokens, self._queries = token_tiles(g, x), query_tiles(g, pixels)
 
-    def segment_shape(self, segment_len: ir.Value) -> ir.Value:
+    def segment_shape(self, segment_len: Value) -> Value:
         """int64 [4], (segments, segment_len, heads, head_dim)."""
         g = self._g
         return g.op(
             "Concat", g.ints(-1), segment_len, g.ints(self._heads, self._head_dim), axis=0, name="segment_shape"
         )
 
-    def block(self, x: ir.Value, number: int, segments: Segments | None = None) -> ir.Value:
+    def block(self, x: Value, number: int, segments: Segments | None = None) -> Value:
         """One block, over whole frames unless segments say otherwise. x: as patches."""
         g, style, weight = self._g, self._style, f"visual.blocks.{number}"
         with g.scope(f"blocks.{number}"):
@@ -125,7 +125,7 @@ class Tower:
             (h,) = self._tokens.run(h, lambda tile: [style.mlp(g, tile, f"{weight}.mlp")], [self._dim])
             return g.op("Add", x, h, name="add_mlp")
 
-    def _attention(self, parts: Sequence[ir.Value], segments: Segments) -> ir.Value:
+    def _attention(self, parts: Sequence[Value], segments: Segments) -> Value:
         """Attention inside each segment: three of [num_frames * num_patches, dim] -> values in the same order."""
         g, heads, head_dim = self._g, self._heads, self._head_dim
         if segments.index is not None:
@@ -146,7 +146,7 @@ class Tower:
         return g.op("Gather", g.op("Reshape", out, slots, name="slots"), segments.slot, axis=1, name="by_patch")
 
 
-def merger(g: GraphBuilder, h: ir.Value, first: str, second: str) -> ir.Value:
+def merger(g: GraphBuilder, h: Value, first: str, second: str) -> Value:
     """gelu(h W1) W2 of merged patches. h: [num_visual, dim * merge^2]; first, second: names of the layers."""
     h = linear(g, h, first, "first")
     return linear(g, gelu(g, h), second, "second")
@@ -169,7 +169,7 @@ def tower_shapes(vision: Qwen2Vision, style: Style, *, patch_bias: bool = False)
     return found
 
 
-def _rotary_tables(g: GraphBuilder, positions: ir.Value, vision: Qwen2Vision) -> tuple[ir.Value, ir.Value]:
+def _rotary_tables(g: GraphBuilder, positions: Value, vision: Qwen2Vision) -> tuple[Value, Value]:
     """Cos and sin, float32 [num_patches, head_dim / 2]: the row's angles, then the column's.
 
     positions: int64 [num_patches, 2], row and column.

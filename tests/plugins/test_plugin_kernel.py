@@ -198,9 +198,11 @@ def test_the_plugin_has_the_names_of_the_exported_node():
     assert tuple(re.findall(r'\{"(\w+)"', table[1])) == node.INPUTS + node.OUTPUTS
     names = re.search(r"kNormalizations\[\] = \{(.*?)\}", source)
     assert tuple(re.findall(r'"(\w+)"', names[1])) == NORMALIZATIONS
-    attributes = node.build_function("portable", "l2").attributes
-    assert f'kVersion = "{attributes["plugin_version"].value}"' in source
-    assert f'kNamespace = "{attributes["plugin_namespace"].value}"' in source
+    attributes = {
+        attribute.name: attribute.s.decode() for attribute in node.build_function("portable", "l2").attribute_proto
+    }
+    assert f'kVersion = "{attributes["plugin_version"]}"' in source
+    assert f'kNamespace = "{attributes["plugin_namespace"]}"' in source
     assert 'kNormalizationField = "normalization"' in source and "normalization" in attributes
 
 

@@ -189,7 +189,7 @@ def test_a_mistake_is_answered_with_a_command_that_works(words, said, command, p
         ("uvicorn", "'hawk-trt[serve]'"),
         ("yaml", "'hawk-trt[serve]'"),
         ("scipy.stats", "'hawk-trt[eval]'"),
-        ("onnx_ir", "'hawk-trt[export]'"),
+        ("onnx", "'hawk-trt[export]'"),
         ("transformers", "'hawk-trt[parity]'"),
         ("left_pad", "left_pad"),
     ],
