@@ -14,18 +14,15 @@ from hawk_trt.apps.cli.main import INTERRUPTED, make_app, run_app
 from hawk_trt.apps.cli.models import download, expect_checkpoint, is_hub_id
 from hawk_trt.apps.cli.options import Json, dtypes, names
 from hawk_trt.apps.cli.output import note, print_json, progress, size
-from hawk_trt.bundle import Bundle, WeightFormat
+from hawk_trt.bundle import REFERENCE, Bundle, WeightFormat
 from hawk_trt.errors import HawkError
-from hawk_trt.pipeline import Pipeline
 from hawk_trt.pruning.head_weights import read_head_weights
-from hawk_trt.runtime.reference import REFERENCE, Reference
 from hawk_trt.runtime.versions import available_memory_bytes
 from hawk_trt.stages import CUDA, NORMALIZATIONS, TARGETS
 
 from .checkpoint import Checkpoint
 from .head_weights import UNIFORM
 from .quantisation import BLOCK_SIZES, WEIGHT_BITS, WHOLE_ROW
-from .random_checkpoint import random_checkpoint
 from .real_shapes import SHAPES, shape_config
 from .writer import ExportOptions, export, up_to_date
 
@@ -132,6 +129,8 @@ def export_checkpoint(
     try:
         start = time.perf_counter()
         if shape is not None:
+            from .random_checkpoint import random_checkpoint  # onnx comes with it, which an up-to-date bundle needs not
+
             config = shape_config(shape, layers, vision_layers)
             if im_end_token_id is None:  # <|im_end|>; there is no tokenizer to say it
                 options = replace(options, im_end_token_id=config["eos_token_id"])
@@ -173,6 +172,9 @@ def _with_reference(bundle: Bundle) -> Bundle:
     manifest = bundle.manifest
     if REFERENCE in manifest.files or manifest.dtype != "float32" or find_spec("onnxruntime") is None:
         return bundle
+    from hawk_trt.pipeline import Pipeline
+    from hawk_trt.runtime.reference import Reference
+
     needed_bytes = sum(entry.size_bytes for entry in manifest.files.values() if entry.weights) + _RUN_BYTES
     free_bytes = available_memory_bytes()
     if free_bytes is not None and free_bytes < needed_bytes:

@@ -25,7 +25,7 @@ from .weights import WeightStore
 
 def build_graphs(
     vision: VisionConfig, language: LanguageConfig, weights: WeightStore, dtype: str, target: str, normalization: str
-) -> dict[str, onnx.ModelProto]:
+) -> dict[str, GraphBuilder]:
     """Build the three graphs for a target.
 
     Args:
@@ -37,16 +37,16 @@ def build_graphs(
         normalization: "l2", "softmax" or "minmax", baked into the first layer.
 
     Returns:
-        The models by stage name.
+        The graphs by stage name, each to be finished by model().
     """
     family = GRAPHS[vision.family]
 
     def model(
         stage: str, spec: StageSpec, build: Callable[[GraphBuilder, dict[str, Value]], dict[str, Value]]
-    ) -> onnx.ModelProto:
+    ) -> GraphBuilder:
         g = GraphBuilder(stage, dtype, target, weights)
         g.outputs(spec, build(g, g.inputs(spec)))
-        return g.model()
+        return g
 
     return {
         VISION: model(VISION, family.spec(vision), lambda g, inputs: family.build(g, vision, inputs)),

@@ -15,6 +15,7 @@ from pathlib import Path
 from hawk_trt import __version__
 from hawk_trt.bundle import (
     MANIFEST,
+    REFERENCE,
     SCHEMA_VERSION,
     Bundle,
     HeadWeights,
@@ -30,14 +31,12 @@ from hawk_trt.errors import BundleError, CheckpointError, InvalidInput
 from hawk_trt.files.staging import check_free_space, check_replaceable, clean_up_after_killed, staged
 from hawk_trt.models import load_family
 from hawk_trt.request import PruningConfig, check_head_weights
-from hawk_trt.runtime.reference import REFERENCE
 from hawk_trt.stages import CPU, CUDA, DTYPES, NORMALIZATIONS, TARGETS, LanguageConfig
 
 from .architectures import read_config
 from .checkpoint import Checkpoint
 from .checkpoint_files import SMALL_FILES, added_tokens, read_small_files, stop_tokens
 from .head_weights import default_head_weights
-from .prompts import try_prompts
 from .quantisation import BLOCK_SIZES, WEIGHT_BITS, WHOLE_ROW
 from .tensors import EMBEDDINGS, LM_HEAD
 
@@ -173,14 +172,17 @@ def export(
         for file_name, content in small.contents.items():
             (folder / file_name).write_bytes(content)
             files[file_name] = file_entry(folder / file_name)
+        from .prompts import try_prompts  # what it loads takes a while as well, and weights are being written
+
         tried = try_prompts(Bundle(folder, replace(plan, files=files)), load_family(plan.vision))
         for sentence in (*notes, *small.notes, *tried):
             if note is not None:
                 note(sentence)
         entries = []
         for (target, stage), graph in graphs.items():
-            entry = graph_entry(graph.graph, stage, target)
-            (folder / entry.file).write_bytes(graph.SerializeToString())
+            model = graph.model()
+            entry = graph_entry(model.graph, stage, target)
+            (folder / entry.file).write_bytes(model.SerializeToString())
             files[entry.file] = file_entry(folder / entry.file)
             entries.append(entry)
         files |= finish()

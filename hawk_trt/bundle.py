@@ -29,6 +29,7 @@ from hawk_trt.request import check_head_weights
 from hawk_trt.stages import DTYPES, LanguageConfig
 
 MANIFEST = "bundle.json"
+REFERENCE = "reference.npz"
 ENGINES_MANIFEST = "engines.json"
 SCHEMA_VERSION = 4
 _AGAIN = "Export again: hawk-trt export CHECKPOINT --out FOLDER"

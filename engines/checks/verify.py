@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hawk_trt.bundle import Bundle
+from hawk_trt.bundle import REFERENCE, Bundle
 from hawk_trt.engine_folder import EngineFolder
 from hawk_trt.errors import BackendError, InvalidInput
 from hawk_trt.pipeline import Pipeline
@@ -22,7 +22,6 @@ from hawk_trt.request import ModelInputs, PruningConfig
 from hawk_trt.runtime.comparison import Tolerance, compare_stage, tolerance_of
 from hawk_trt.runtime.reference import (
     BEST_LOGITS,
-    REFERENCE,
     STEPS,
     Floats,
     Reference,

@@ -21,7 +21,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from hawk_trt.bundle import MANIFEST, Manifest, file_entry, manifest_bytes, read_manifest
+from hawk_trt.bundle import MANIFEST, REFERENCE, Manifest, file_entry, manifest_bytes, read_manifest
 from hawk_trt.errors import BundleError
 from hawk_trt.files import write_atomically
 from hawk_trt.models import load_family
@@ -30,7 +30,6 @@ from hawk_trt.pipeline import Pipeline
 from hawk_trt.request import ModelInputs, PruningConfig
 from hawk_trt.runtime.trace import Trace
 
-REFERENCE = "reference.npz"
 STEPS = 8
 _SCHEMA_VERSION = 1
 _SEED = 0

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from export.checkpoint_files import SMALL_FILES, read_small_files, stop_tokens
+from export.checkpoint_files import SMALL_FILES, added_tokens, read_small_files, stop_tokens
 from hawk_trt.errors import CheckpointError
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny-vlm"
@@ -123,13 +123,13 @@ def test_video_settings_come_from_the_file_of_transformers(checkpoint, names):
 def test_the_tokenizers_stop_token_joins_those_of_the_configs(checkpoint, token):
     edit(checkpoint / "tokenizer_config.json", eos_token=token)
     end = json.loads((TINY / "config.json").read_text(encoding="utf-8"))["text_config"]["eos_token_id"]
-    assert stop_tokens(checkpoint, (3, 5)) == (3, 5, end)
-    assert stop_tokens(checkpoint, (end, 5)) == (end, 5)
+    assert stop_tokens(checkpoint, (3, 5), added_tokens(checkpoint)) == (3, 5, end)
+    assert stop_tokens(checkpoint, (end, 5), added_tokens(checkpoint)) == (end, 5)
 
 
 def test_a_stop_token_that_the_tokenizer_lacks_ends_nothing(checkpoint):
     edit(checkpoint / "tokenizer_config.json", eos_token="<|none|>")
-    assert stop_tokens(checkpoint, (3,)) == (3,)
+    assert stop_tokens(checkpoint, (3,), added_tokens(checkpoint)) == (3,)
 
 
 DAMAGED = {

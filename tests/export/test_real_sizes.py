@@ -133,7 +133,7 @@ def test_every_weight_has_its_place_and_every_graph_its_contract(checkpoint, tar
         DECODER: decoder_spec(language, target),
     }
     for stage, spec in specs.items():
-        graph = graphs[stage].graph
+        graph = graphs[stage].model().graph
         assert [value.name for value in graph.input] == [tensor.name for tensor in spec.inputs]
         assert [value.name for value in graph.output] == [tensor.name for tensor in spec.outputs]
         for tensor in graph.initializer:
@@ -142,7 +142,7 @@ def test_every_weight_has_its_place_and_every_graph_its_contract(checkpoint, tar
                 offset, length = int(where["offset"]), int(where["length"])
                 assert offset + length <= (checkpoint / where["location"]).stat().st_size
                 assert length == 2 * int(np.prod(tensor.dims))
-    caches = [value.name for value in graphs[DECODER].graph.input if value.name.startswith("past_key")]
+    caches = [value.name for value in graphs[DECODER].model().graph.input if value.name.startswith("past_key")]
     assert len(caches) == language.num_hidden_layers - 1
 
 
@@ -152,7 +152,7 @@ def test_shapes_are_inferred_through_every_graph(checkpoint):
     language, vision = model.language, model.vision
     graphs = build_graphs(vision, language, WeightStore(opened, "float32"), "float32", "cpu", "l2")
     for graph in graphs.values():
-        onnx.shape_inference.infer_shapes(graph, check_type=True, strict_mode=True, data_prop=True)
+        onnx.shape_inference.infer_shapes(graph.model(), check_type=True, strict_mode=True, data_prop=True)
 
 
 def test_the_released_head_weights_are_the_7bs_and_no_others(name):

@@ -7,9 +7,9 @@ import pytest
 
 from export import __main__ as command
 from export.__main__ import _with_reference as make_reference
-from hawk_trt.bundle import Bundle
+from hawk_trt.bundle import REFERENCE, Bundle
 from hawk_trt.pipeline import Pipeline
-from hawk_trt.runtime.reference import _STORED, REFERENCE, STEPS, Reference, _sketch, condensed, tensor_prompts, trace
+from hawk_trt.runtime.reference import _STORED, STEPS, Reference, _sketch, condensed, tensor_prompts, trace
 
 
 @pytest.fixture(scope="module")

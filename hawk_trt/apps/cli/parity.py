@@ -14,7 +14,7 @@ from hawk_trt.apps.cli.output import note, print_json
 from hawk_trt.apps.parity.cases import DEFAULT_PROMPT, ParityCase, generated_cases, given_cases, tensor_cases
 from hawk_trt.apps.parity.prompt_rules import prompt_tokens
 from hawk_trt.apps.parity.report import CaseReport, ParityReport, compare_case, tell
-from hawk_trt.bundle import Bundle
+from hawk_trt.bundle import REFERENCE, Bundle
 from hawk_trt.errors import BundleError, InvalidInput, ParityError
 from hawk_trt.runtime import reference as stage_reference
 from hawk_trt.runtime.comparison import tolerance_of
@@ -145,5 +145,5 @@ def parity(
         made = stage_reference.Reference.make(pipe)
         for folder in save:
             made.put_into(folder)
-            note(f"{folder / stage_reference.REFERENCE}: written")
+            note(f"{folder / REFERENCE}: written")
     return 0 if report.passed else 1
