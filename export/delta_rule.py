@@ -24,11 +24,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import onnx_ir as ir
 
 from hawk_trt.stages import LINEAR_CHUNK, LINEAR_DOUBLINGS, LinearAttentionConfig
 
 from .graph import GraphBuilder
+from .onnx_graph import Value
 
 _END = np.iinfo(np.int64).max
 
@@ -47,16 +47,16 @@ class Chunks:
         others: int64 [1], chunks but the last.
     """
 
-    seq: ir.Value
-    grid: ir.Value
-    pads: ir.Value
-    lower: ir.Value
-    before: ir.Value
-    blocks: tuple[ir.Value, ...]
-    others: ir.Value
+    seq: Value
+    grid: Value
+    pads: Value
+    lower: Value
+    before: Value
+    blocks: tuple[Value, ...]
+    others: Value
 
 
-def chunks_of(g: GraphBuilder, batch_seq: ir.Value) -> Chunks:
+def chunks_of(g: GraphBuilder, batch_seq: Value) -> Chunks:
     """Lay out the tokens; batch_seq: int64 [2]."""
     row, column = np.arange(LINEAR_CHUNK)[:, None], np.arange(LINEAR_CHUNK)
     sizes = [2**power for power in range(LINEAR_CHUNK.bit_length() - 1)]
@@ -69,7 +69,7 @@ def chunks_of(g: GraphBuilder, batch_seq: ir.Value) -> Chunks:
         padding = g.op("Sub", g.op("Mul", count, width, name="padded"), seq, name="padding")
         corner = g.op("Concat", width, width, axis=0, name="corner")
 
-        def square(values: npt.NDArray[np.bool_], name: str) -> ir.Value:
+        def square(values: npt.NDArray[np.bool_], name: str) -> Value:
             return g.op("Slice", g.const(values, "float32"), g.ints(0, 0), corner, g.ints(0, 1), name=name)
 
         return Chunks(
@@ -89,13 +89,13 @@ def delta_rule(
     g: GraphBuilder,
     chunks: Chunks,
     sizes: LinearAttentionConfig,
-    query: ir.Value,
-    key: ir.Value,
-    value: ir.Value,
-    state: ir.Value,
-    decay: ir.Value,
-    beta: ir.Value,
-) -> tuple[ir.Value, ir.Value]:
+    query: Value,
+    key: Value,
+    value: Value,
+    state: Value,
+    decay: Value,
+    beta: Value,
+) -> tuple[Value, Value]:
     """Run the rule over all tokens; everything is float32.
 
     Args:
@@ -114,7 +114,7 @@ def delta_rule(
     """
     key_dim, value_dim, heads = sizes.key_head_dim, sizes.value_head_dim, sizes.num_value_heads
 
-    def by_chunk(x: ir.Value, count: int, dim: int, name: str) -> ir.Value:
+    def by_chunk(x: Value, count: int, dim: int, name: str) -> Value:
         """[batch, seq, count * dim] -> [batch, heads, chunks, chunk, dim]; what is padded is 0, and adds nothing."""
         shape = g.op("Concat", chunks.grid, g.ints(count, dim), axis=0, name=f"{name}_shape")
         x = g.op("Pad", x, chunks.pads, name=f"{name}_padded")
@@ -166,7 +166,7 @@ def delta_rule(
     out = g.reshape(g.transpose(out, 0, 2, 3, 1, 4, name="by_token"), 0, -1, heads * value_dim, name="with_padding")
     out = g.op("Slice", out, g.ints(0), chunks.seq, g.ints(1), name="without_padding")
 
-    def last(x: ir.Value, name: str) -> ir.Value:
+    def last(x: Value, name: str) -> Value:
         return _cut(g, x, 2, -1, _END, name=f"last_{name}")
 
     added = g.op("MatMul", last(until_end, "keys"), last(new, "N"), name="added_last")
@@ -174,7 +174,7 @@ def delta_rule(
     return out, g.op("Squeeze", g.op("Add", kept, added, name="S"), g.ints(2), name="S_last")
 
 
-def _inverse(g: GraphBuilder, chunks: Chunks, a: ir.Value) -> ir.Value:
+def _inverse(g: GraphBuilder, chunks: Chunks, a: Value) -> Value:
     """(I + A)^-1, of A below the diagonal: of two blocks T1 and T2 with B below T1 it is T1, T2 and -T2 B T1 there."""
     identity = g.op("Sub", chunks.lower, chunks.before, name="identity")
     inverse = g.op("Sub", identity, g.op("Mul", a, chunks.blocks[0], name="A_1"), name="T_2")
@@ -189,18 +189,18 @@ def _states(
     g: GraphBuilder,
     chunks: Chunks,
     sizes: LinearAttentionConfig,
-    both: ir.Value,
-    keys: ir.Value,
-    whole: ir.Value,
-    state: ir.Value,
-) -> ir.Value:
+    both: Value,
+    keys: Value,
+    whole: Value,
+    state: Value,
+) -> Value:
     """S before each chunk: [batch, heads, chunks, key dim, value dim].
 
     both: W and U side by side.  keys: decayed to the chunk's end, in columns.  whole: exp(G_last).  state: before all.
     """
     key_dim, value_dim = sizes.key_head_dim, sizes.value_head_dim
 
-    def others(x: ir.Value, name: str) -> ir.Value:
+    def others(x: Value, name: str) -> Value:
         """Of all chunks but the last; told by its number, or TensorRT plans memory for far more."""
         return g.op("Slice", x, g.ints(0), chunks.others, g.ints(2), name=name)
 
@@ -224,5 +224,5 @@ def _states(
     return g.op("Concat", g.unsqueeze(state, 2, name="first_state"), after, axis=2, name="states_before")
 
 
-def _cut(g: GraphBuilder, x: ir.Value, axis: int, start: int, end: int, name: str) -> ir.Value:
+def _cut(g: GraphBuilder, x: Value, axis: int, start: int, end: int, name: str) -> Value:
     return g.op("Slice", x, g.ints(start), g.ints(end), g.ints(axis), name=name)

@@ -5,7 +5,6 @@ from functools import cache
 import numpy as np
 import onnxruntime as ort
 import pytest
-from onnx_ir import serde
 
 from export.contract import StageSpec, TensorSpec
 from export.delta_rule import chunks_of, delta_rule
@@ -37,7 +36,7 @@ def session(target: str) -> ort.InferenceSession:
     g.outputs(spec, {"out": out, "present": present})
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
-    return ort.InferenceSession(serde.serialize_model(g.model()).SerializeToString(), options)
+    return ort.InferenceSession(g.model().SerializeToString(), options)
 
 
 def drawn(tokens: int, batch: int = 2, seed: int = 0) -> dict[str, np.ndarray]:
