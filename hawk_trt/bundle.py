@@ -79,10 +79,7 @@ class TableEntry:
 
 @dataclass(frozen=True, slots=True)
 class SpecialTokens:
-    """Token ids that the runtime must know; None or empty where the checkpoint has none.
-
-    vision_end and im_end bound the query range; eos ends an answer.
-    """
+    """Token ids that the runtime must know, None or empty for none; vision_end and im_end bound the query range."""
 
     image: _TokenId | None
     video: _TokenId | None

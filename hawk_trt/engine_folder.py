@@ -193,10 +193,7 @@ def read_engine_manifest(folder: Path) -> EngineManifest:
 
 
 def plan_version(path: Path, advice: str) -> str:
-    """The TensorRT version that wrote a plan, "major.minor.patch.build", from its first bytes.
-
-    Raises BundleError: not a plan, or one of TensorRT-RTX.
-    """
+    """The TensorRT version that wrote a plan, such as "10.3.0.26"; BundleError where it is none of TensorRT's plans."""
     with path.open("rb") as file:
         header = file.read(_PLAN_VERSION_AT + 4)
     if header[:4] == _PLAN_MAGIC_RTX:

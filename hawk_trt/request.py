@@ -177,7 +177,7 @@ def check_head_weights(weights: Sequence[float], num_heads: int | None = None) -
     zero there.
     """
     try:
-        listed = () if isinstance(weights, str | bytes) else tuple(weights)
+        listed = tuple(weights)
         if isinstance(weights, str | bytes) or any(isinstance(w, str | bytes | bool) for w in listed):
             raise TypeError
         values = tuple(float(w) for w in listed)

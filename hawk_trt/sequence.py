@@ -208,13 +208,12 @@ class Sampler:
         self.needs_logits = not self._config.greedy or self._config.changes_logits
 
     def next_token(self, logits: npt.NDArray[np.float32]) -> int:
-        """Choose a token by float32 [vocab] logits, of which -inf means never.
-
-        Raises BackendError: NaN or +inf among the logits, or nothing but -inf.
-        """
+        """Choose by float32 [vocab] logits, -inf for never; BackendError where there is NaN, +inf, or -inf alone."""
         best = int(np.argmax(logits))  # NaN and +inf win here, so this one value tells whether all can be used
         if not np.isfinite(logits[best]):
-            raise BackendError(_non_finite(logits))
+            nan, infinite = int(np.isnan(logits).sum()), int(np.isposinf(logits).sum())
+            found = f"{nan} NaN and {infinite} +inf" if nan or infinite else "only -inf"
+            raise BackendError(f"the decoder produced non-finite logits: {found} among {logits.size} values")
         if self._config.changes_logits:
             logits = self._changed(logits)
             best = int(np.argmax(logits))
@@ -281,9 +280,3 @@ def _top_p(probability: npt.NDArray[np.float64], top_p: float) -> npt.NDArray[np
     descending = candidates[np.argsort(-probability[candidates], kind="stable")]
     count = int(np.searchsorted(np.cumsum(probability[descending]), top_p)) + 1
     return np.sort(descending[:count])
-
-
-def _non_finite(logits: npt.NDArray[np.float32]) -> str:
-    nan, infinite = int(np.isnan(logits).sum()), int(np.isposinf(logits).sum())
-    found = f"{nan} NaN and {infinite} +inf" if nan or infinite else "only -inf"
-    return f"the decoder produced non-finite logits: {found} among {logits.size} values"

@@ -77,10 +77,7 @@ class Processor:
         return self._family.model_inputs(input_ids, items)
 
     def layout(self, inputs: ModelInputs, query: str | None = None) -> PromptLayout:
-        """Where everything of a prompt lies.
-
-        Raises InvalidInput: tensors that do not fit each other, or more of them than the model's context.
-        """
+        """Where everything of a prompt lies; InvalidInput where its tensors do not fit each other or the context."""
         layout = prompt_layout(inputs, self._family, self._special_tokens, query, self.chat)
         if layout.input_ids.min() < 0 or layout.input_ids.max() >= self._vocab_size:
             raise InvalidInput(

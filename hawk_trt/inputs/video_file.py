@@ -179,10 +179,7 @@ def _opened(path: Path) -> "Iterator[tuple[InputContainer, VideoStream]]":
 def _pick(
     container: "InputContainer", stream: "VideoStream", index: VideoIndex, numbers: Sequence[int]
 ) -> "Iterator[VideoFrame]":
-    """The pictures with these numbers, skipping ahead to keyframes where that pays.
-
-    A frame that is never shown is replaced by the next one.
-    """
+    """The pictures of these numbers, skipping to keyframes where that pays; for one that is never shown, the next."""
     key_numbers = index.key_numbers
     pictures = container.decode(stream)
     picture: VideoFrame | None = None

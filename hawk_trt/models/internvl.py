@@ -79,10 +79,7 @@ class InternVL:
         return ImageSettings.read(preprocessor, (few * side**2, many * side**2), _MEAN, _STD)
 
     def images_to_patches(self, images: Sequence[Image], settings: ImageSettings) -> Patches:
-        """Tiles [tiles, 3, side, side], and a grid of [tiles, patches, patches] for each image.
-
-        min_pixels and max_pixels of the settings bound all tiles but the thumbnail.
-        """
+        """Tiles [tiles, 3, side, side], and a [tiles, patches, patches] for each; bounds leave out the thumbnail."""
         side = self.vision.image_size
         most = max(1, settings.max_pixels // side**2)
         fewest = min(most, -(-settings.min_pixels // side**2))

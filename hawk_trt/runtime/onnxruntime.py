@@ -187,10 +187,7 @@ class OnnxRuntimeBackend:
     def decode(
         self, rows: Sequence[Row], tokens: npt.NDArray[np.int64], positions: npt.NDArray[np.int64], *, logits: bool
     ) -> StepOutputs:
-        """Run both stages over one token of each row.
-
-        Raises BackendError: the cache is full, a row was released or lies elsewhere, or ONNX Runtime failed.
-        """
+        """Run both stages over a token of each row; BackendError: no room, not all in one cache, or a run failed."""
         places = [_own_row(row).place for row in rows]
         cache, slots = places[0][0], [slot for _, slot in places]
         if any(home is not cache for home, _ in places):

@@ -32,10 +32,7 @@ class Visual(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class StepOutputs:
-    """What a step leaves on the host.
-
-    next_token: int64 [batch], the most probable.  logits: float32 [batch, vocab] where asked for.
-    """
+    """A step leaves the most probable next_token, int64 [batch]; logits are float32 [batch, vocab] where asked for."""
 
     next_token: npt.NDArray[np.int64]
     logits: npt.NDArray[np.float32] | None

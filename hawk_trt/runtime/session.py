@@ -66,10 +66,7 @@ class Device:
             _preload_libraries()
 
     def providers(self, *, capture: bool) -> list[tuple[str, dict[str, str]]]:
-        """Execution providers of a session, whose runs may be captured as CUDA graphs.
-
-        TF32 is off: it rounds products to 10 bits and changes the kept set.
-        """
+        """Execution providers of a session, for captured runs or not; TF32 is off: its 10 bits change the kept set."""
         cpu: list[tuple[str, dict[str, str]]] = [("CPUExecutionProvider", {})]
         if self.kind == "cpu":
             return cpu
@@ -241,10 +238,7 @@ class DecodeStep:
         self._warm = self._captured = False
 
     def run(self, inputs: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Run both stages; inputs: what is new in this step, by name (not every target takes all).
-
-        Raises BackendError where ONNX Runtime fails.
-        """
+        """Run both stages, or BackendError; inputs: what is new in this step, by name; not every target takes all."""
         for name in inputs.keys() & self.tensors.keys():
             write(self.tensors[name], inputs[name])
         if self._warm and self._can_capture and self._place.capture:

@@ -25,10 +25,7 @@ _INSTALL_TENSORRT = (
 
 
 def extras() -> dict[str, dict[str, str]]:
-    """By extra of hawk-trt, "" for what it always needs: its packages, and the lowest version of each that works.
-
-    Empty where hawk-trt is not installed.
-    """
+    """Packages by extra of hawk-trt, "" for none, and the lowest that work; empty where it is not installed."""
     from importlib.metadata import PackageNotFoundError, requires  # a twentieth of a start
 
     found: dict[str, dict[str, str]] = {}

@@ -193,10 +193,7 @@ class TensorRtBackend:
     def decode(
         self, rows: Sequence[Row], tokens: npt.NDArray[np.int64], positions: npt.NDArray[np.int64], *, logits: bool
     ) -> StepOutputs:
-        """Run both stages over one token of each row.
-
-        Raises BackendError: the cache is full, a row has lost its slot, or TensorRT or CUDA failed.
-        """
+        """Run both stages over a token of each row; BackendError: no room, a row lost its slot, or a run failed."""
         own = _own_rows(rows)
         slots = np.array([row.slot for row in own], np.int64)
         self.cache.check_room(1, slots)

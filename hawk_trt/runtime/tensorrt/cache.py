@@ -82,10 +82,7 @@ class KVCache:
 
     @property
     def most_together(self) -> int:
-        """The most neighbouring slots that are free; one where none is, since `find` then ends a row.
-
-        Without sharing all or none.
-        """
+        """The most neighbouring slots that are free, else one (`find` ends a row); without sharing all or none."""
         if not self.shared:
             return self.batch if self._free_from(self.batch) is not None else 0
         return max((n for n in range(1, self.batch + 1) if self._free_from(n) is not None), default=1)
@@ -200,10 +197,7 @@ class KVCache:
                 )
 
     def store_token(self, cuda: CudaDevice, slots: Slots) -> None:
-        """Copy the column that a portable decode step made of each slot before all others of it; before it counts.
-
-        States are copied for any target.
-        """
+        """Copy what a decode step made, before it counts: states, a portable column before all others of its slot."""
         self._states.store(cuda, slots, slots)
         for slot in [] if self.inplace else slots.tolist():
             cuda.copy_rows(
@@ -225,10 +219,7 @@ class KVCache:
         return int(self.ends[slots].max())
 
     def read(self, cuda: CudaDevice, layer: int, slot: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-        """Host copies of a slot's keys and values of a layer: [kv_heads, length, head_dim], in the order of tokens.
-
-        Of a linear layer, of its two states.
-        """
+        """Host copies of a slot's keys and values of a layer: [kv_heads, length, head_dim], or of its two states."""
         if self._manifest.bundle.language.is_linear(layer):
             return self._states.read(cuda, layer, slot)
         language, dtype = self._manifest.bundle.language, numpy_dtype(self._manifest.bundle.dtype)

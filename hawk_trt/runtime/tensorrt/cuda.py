@@ -112,10 +112,7 @@ class CudaDevice:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Make its context the thread's current one, and put back the one before.
-
-        Raises BackendError: the device is closed.
-        """
+        """Make its context the thread's current one, then put back the one before; BackendError where it is closed."""
         if not self._open:
             raise BackendError(f"cuda:{self.index}: closed, expected a model that is still open")
         call("cuCtxPushCurrent", self._context)
@@ -125,10 +122,7 @@ class CudaDevice:
             call("cuCtxPopCurrent")
 
     def allocate(self, size_bytes: int) -> int:
-        """Device memory; its address is a multiple of 256.
-
-        Raises BackendError: not enough memory, with how much was asked for and is free.
-        """
+        """Device memory at a multiple of 256; BackendError where there is too little, with how much is free."""
         try:
             memory = call("cuMemAlloc", max(size_bytes, 1))
         except CudaError as error:
@@ -226,10 +220,7 @@ class CudaDevice:
         self._staged = 0
 
     def capture(self, enqueue: Callable[[], None]) -> Graph:
-        """Record what a function enqueues, without running it.
-
-        Raises BackendError: something in it cannot be captured.
-        """
+        """Record what a function enqueues, without running it; BackendError where something cannot be captured."""
         # Other threads may go on allocating; what this one enqueues must be capturable.
         call("cuStreamBeginCapture", self._stream, driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
         try:
@@ -266,10 +257,7 @@ class CudaDevice:
 
 
 def this_machine(tensorrt: str, device: int = 0) -> Machine:
-    """This machine as plans see it; needs a GPU, and no context on it.
-
-    Raises BackendError: no driver, or no such GPU.
-    """
+    """This machine as plans see it, with no context on its GPU; BackendError without a driver or such a GPU."""
     call("cuInit", 0)
     handle = call("cuDeviceGet", device)
     attribute = driver.CUdevice_attribute

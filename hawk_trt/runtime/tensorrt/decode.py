@@ -81,10 +81,7 @@ class DecodeStep:
         return {**constants, _STEP: _offsets(entries, batch)[1]}
 
     def run(self, slots: Slots, tokens: Slots, positions: Slots) -> tuple[npt.NDArray[np.int64], int]:
-        """A step of slots: the most probable next token of each, int64 [slots], and the rows that it ran over.
-
-        Raises BackendError: TensorRT or CUDA failed.
-        """
+        """A step of slots, or BackendError: the most probable token of each, int64 [slots], and rows it ran over."""
         rows = int(slots.max()) + 1
         self._give(rows, slots, tokens, positions)
         dims = self._cache.dims(1, self._cache.length_of(slots))

@@ -59,10 +59,7 @@ def load_plugin(library: Path) -> bool:
 
 
 def load_plans(engines: EngineFolder) -> dict[str, "Engine"]:
-    """Deserialise all plans of a folder, the plugin before them. Call it on a machine with a GPU alone.
-
-    Raises BackendError: TensorRT cannot load one of them, or the plugin.
-    """
+    """Deserialise all plans of a folder, the plugin first; needs a GPU. BackendError where one is refused."""
     log, rebuild = Log(), engines.manifest.rebuild
     runtime = trt.Runtime(log)  # without a GPU its destructor crashes
     if engines.plugin is not None and not load_plugin(engines.plugin):

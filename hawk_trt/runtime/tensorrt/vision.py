@@ -56,10 +56,7 @@ class HostVisual:
 
 
 class Encoder:
-    """Runs the vision plan, over as many tiles or frames of one size at once as it was built for.
-
-    count: encodes and joins so far; each overwrites the one before.  row_bytes: as _row_bytes gives them.
-    """
+    """Runs the vision plan over tiles or frames of one size; count: encodes and joins, each overwrites the last one."""
 
     def __init__(self, memory: Memory, contexts: Sequence[Context], engines: EngineFolder) -> None:
         """Keep what it needs; contexts: one for each optimization profile."""
@@ -78,10 +75,7 @@ class Encoder:
         return {_PART + name: rows * size for name, size in _row_bytes(engines).items() if not _is_direct(size)}
 
     def encode(self, feeds: Iterable[dict[str, npt.NDArray[Any]]], num_rows: int) -> TensorRtVisual:
-        """Run one call a feed, into num_rows rows; one zero row where there is none.
-
-        Raises BackendError: more than the plans were built for, or TensorRT or CUDA failed.
-        """
+        """Run a call a feed, into num_rows rows, for 0 one of zeros; BackendError: too many rows, or a run failed."""
         self._overwrite(num_rows)
         done, cuda = 0, self._memory.cuda
         with cuda.active():
@@ -96,10 +90,7 @@ class Encoder:
         return TensorRtVisual(self, max(num_rows, 1))
 
     def rows(self, visual: Visual) -> int:
-        """How many rows first_layer reads of what encode or join has made.
-
-        Raises BackendError: it is something else, or was overwritten.
-        """
+        """How many rows first_layer reads of an encode or join; BackendError where it is none, or was overwritten."""
         if not isinstance(visual, TensorRtVisual):
             raise BackendError(f"visual: got {type(visual).__name__}, expected what this backend's encode made")
         if visual.encoder is not self or visual.count != self.count:
@@ -113,10 +104,7 @@ class Encoder:
             return HostVisual({name: self._memory.read(name, dims) for name in self.row_bytes}, self.count)
 
     def join(self, parts: Sequence[Visual]) -> TensorRtVisual:
-        """Rows of copies where first_layer reads them; nothing moves where a single part is there already.
-
-        Raises BackendError: more than the plans were built for, or no copies.
-        """
+        """Rows of copies where first_layer reads them, but for a part there already; BackendError for too many."""
         copies = [part for part in parts if isinstance(part, HostVisual)]
         if len(copies) != len(parts):
             raise BackendError("visual: got something else to join than what this backend's keep made")
