@@ -208,6 +208,7 @@ def _matrix(
         rows, columns = words.shape
         bits = 8
         if "weight_packed" in parts:
+            _expect(parts["weight_shape"], (2,))
             rows, columns = (int(size) for size in parts["weight_shape"].array())
             bits = words.shape[1] * 32 // max(columns, 1)
             if bits not in (4, 8) or words.shape != (rows, columns * bits // 32):

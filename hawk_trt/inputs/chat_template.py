@@ -12,12 +12,12 @@ import math
 import re
 import threading
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
-from functools import cached_property
+from functools import cached_property, reduce, wraps
 from itertools import pairwise
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from hawk_trt.errors import InvalidInput
 from hawk_trt.inputs.turns import JsonObject, Turn, strings, with_strings
@@ -28,9 +28,12 @@ if TYPE_CHECKING:
     from jinja2.parser import Parser
 
 _SECONDS = 5.0
-# Of a text or list that a template repeats, and of base times exponent: beyond, memory is at stake.
+# Of a text or list that a template makes, and of base times exponent: beyond, memory is at stake.
 _MAX_REPEATED = 10_000_000
 _MAX_EXPONENT = 1000
+# Filters that take a time beyond all proportion to their text, and the longest that they get.
+_SLOW = ("wordwrap", "urlize")
+_MAX_SLOW = 10_000
 
 
 class ChatTemplate:
@@ -86,11 +89,15 @@ class ChatTemplate:
             *(MemoryError, RuntimeError, TypeError, ValueError),
         ) as error:
             raise InvalidInput(f"chat template: {error}. Change the messages, or the bundle's chat template") from error
+        if len(rendered) > 2 * _MAX_REPEATED:
+            raise InvalidInput(
+                f"chat template: it makes {len(rendered):,} characters. Change the bundle's chat template"
+            )
         return guard.split(rendered)
 
     @cached_property
     def _compiled(self) -> "jinja2.Template":
-        return _environment().from_string(self.source)
+        return _compiled(self.source)
 
 
 class Guard:
@@ -146,12 +153,13 @@ def _content(turn: Turn, guard: Guard) -> str | list[dict[str, str]]:
     ]
 
 
-def _environment() -> "jinja2.Environment":
-    """An environment that has all that transformers' has, in Jinja's sandbox."""
+def _compiled(source: str) -> "jinja2.Template":
+    """A template in an environment that has all that transformers' has, in Jinja's sandbox, and bounds what is made."""
     import jinja2.ext
     from jinja2.exceptions import SecurityError
-    from jinja2.nodes import CallBlock
+    from jinja2.nodes import Add, CallBlock, Concat, Filter
     from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from jinja2.visitor import NodeTransformer
 
     class Generation(jinja2.ext.Extension):
         """{% generation %}, which marks the assistant's text for training, and changes no prompt."""
@@ -166,24 +174,72 @@ def _environment() -> "jinja2.Environment":
         def _same(self, caller: "jinja2.runtime.Macro") -> str:
             return str(caller())
 
+    def bounded(name: str, *values: object) -> None:
+        if _is_large(name, *values):
+            raise SecurityError(f"{name} makes a value that is too large")
+
     class Sandbox(ImmutableSandboxedEnvironment):
-        intercepted_binops = frozenset({"*", "**"})
+        intercepted_binops = frozenset({"+", "*", "**", "%"})
 
         def call_binop(self, context: "jinja2.runtime.Context", operator: str, left: object, right: object) -> object:
-            sizes = [
-                len(value) if isinstance(value, str | list | tuple) else abs(value)
-                for value in (left, right)
-                if isinstance(value, str | list | tuple | int | float)
-            ]
-            if math.prod(sizes) > (_MAX_REPEATED if operator == "*" else _MAX_EXPONENT):
-                raise SecurityError(f"{operator} makes a value that is too large")
+            bounded(operator, left, right)
             return super().call_binop(context, operator, left, right)
 
+        def call(self, context: "jinja2.runtime.Context", function: Any, /, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+            text = getattr(function, "__self__", None)
+            if isinstance(text, str):
+                bounded(function.__name__, text, *args, *kwargs.values())
+            return super().call(context, function, *args, **kwargs)
+
+        def wrap_str_format(self, value: Any) -> Any:  # noqa: ANN401
+            text = getattr(value, "__self__", None)
+            if isinstance(text, str) and value.__name__ in ("format", "format_map"):
+                bounded("format", text)
+            return super().wrap_str_format(value)
+
+    def limited(name: str, filter_: Callable[..., Any]) -> Callable[..., Any]:
+        first = int(hasattr(filter_, "jinja_pass_arg"))  # behind the context, which some take
+
+        @wraps(filter_)
+        def call(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - as the filter has them
+            bounded(name, *args[first:], *kwargs.values())
+            return filter_(*args, **kwargs)
+
+        return call
+
+    class Sums(NodeTransformer):
+        """Makes a sum of each ~, which the sandbox could not look at."""
+
+        def visit_Concat(self, node: Concat) -> "Node":  # noqa: N802 - the name of the node's class
+            self.generic_visit(node)
+            texts: list[Any] = [Filter(part, "string", [], [], None, None) for part in node.nodes]
+            return reduce(Add, texts).set_lineno(node.lineno).set_environment(environment)
+
     environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation])
-    environment.filters["tojson"] = _to_json
+    environment.filters = {name: limited(name, filter_) for name, filter_ in environment.filters.items()}
+    environment.filters["tojson"] = limited("tojson", _to_json)
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
-    return environment
+    return environment.from_string(Sums().visit(environment.parse(source)))
+
+
+def _is_large(name: str, *values: Any) -> bool:  # noqa: ANN401 - what a template has
+    """Whether an operator, filter or method makes a value of these, or takes a time, that no prompt needs."""
+    lengths = [len(value) for value in values if isinstance(value, str | list | tuple)]
+    if name == "+":
+        return sum(lengths) > _MAX_REPEATED
+    if name in ("*", "**"):
+        numbers = [abs(value) for value in values if isinstance(value, int | float)]
+        return math.prod(lengths + numbers) > (_MAX_REPEATED if name == "*" else _MAX_EXPONENT)
+    if name in ("%", "format"):
+        return isinstance(values[0], str) and re.search(r"\d{7}", values[0]) is not None
+    if name == "replace" and len(lengths) > 2:
+        return str(values[0]).count(values[1]) * lengths[2] > _MAX_REPEATED
+    if name == "join":
+        return math.prod(lengths[:2]) > _MAX_REPEATED
+    if name in _SLOW and lengths and lengths[0] > _MAX_SLOW:
+        return True
+    return any(isinstance(value, int) and value > _MAX_REPEATED for value in values[1:])
 
 
 def _to_json(

@@ -45,7 +45,8 @@ def test_a_template_that_fails_is_an_error_with_its_reason(template, message):
 
 def test_templates_have_the_tools_that_transformers_gives_them():
     template = (
-        "{{ bos_token }}{{ eos_token }}{{ strftime_now('%Y')|length }}{% for m in messages %}"
+        "{{ bos_token }}{{ eos_token }}{{ strftime_now('%Y') | length ~ '' ~ none | d('', true) }}"
+        "{% for m in messages %}"
         "{% if loop.index > 1 %}{% break %}{% endif %}{{ m.content|tojson }}{% endfor %}"
     )
     tokenizer = chat_tokenizer(template=template)
@@ -98,6 +99,23 @@ def test_the_template_has_all_that_transformers_gives_it(tmp_path, name):
         ("{{ 'x' * 1000000000000 }}", "makes a value that is too large"),
         ("{{ 9 ** 999999999 }}", "makes a value that is too large"),
         ("{{ [1] * 1000000000 }}", "makes a value that is too large"),
+        (
+            "{% set ns = namespace(s='aaaa') %}{% for i in range(40) %}{% set ns.s = ns.s + ns.s %}{% endfor %}",
+            "too large",
+        ),
+        (
+            "{% set ns = namespace(s='aaaa') %}{% for i in range(40) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
+            "too large",
+        ),
+        ("{% set a = 'a' * 100000 %}{{ a.replace('a', a) }}", "replace makes a value that is too large"),
+        ("{% set a = 'a' * 100000 %}{{ a | list | join(a) }}", "join makes a value that is too large"),
+        ("{{ 'a'.ljust(10000000000) }}", "ljust makes a value that is too large"),
+        ("{{ 'a' | center(10000000000) }}", "center makes a value that is too large"),
+        ("{{ [1] | tojson(indent=1000000000) }}", "tojson makes a value that is too large"),
+        ("{{ '%0999999999d' % 1 }}", "% makes a value that is too large"),
+        ("{{ '{:0999999999}'.format(1) }}", "format makes a value that is too large"),
+        ("{{ ('a' * 1000000) | wordwrap(1) }}", "wordwrap makes a value that is too large"),
+        ("{% set a = 'a' * 9000000 %}{{ a }}{{ a }}{{ a }}", "it makes 27,000,000 characters"),
         ("{{ range(1000000000) | list }}", "Range too big"),
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
         ("{{ 1 / 0 }}", "division by zero"),
