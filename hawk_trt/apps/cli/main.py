@@ -24,7 +24,7 @@ from cyclopts.argument import ArgumentCollection
 from cyclopts.exceptions import UnusedCliTokensError
 
 from hawk_trt import __version__
-from hawk_trt.apps.cli.mistakes import to_try
+from hawk_trt.apps.cli.mistakes import near, to_try
 from hawk_trt.apps.cli.vocabulary import SYNONYMS
 from hawk_trt.errors import HawkError, InvalidInput
 
@@ -120,6 +120,9 @@ def run_app(app: App, argv: Sequence[str] | None = None) -> int:
         message = " ".join(str(error).split())
         if isinstance(error, UnusedCliTokensError):
             message = f"got {', '.join(map(repr, error.unused_tokens or ()))} without an option, and needs none there."
+        found = re.search(r"Unknown option: \W*([\w-]+).*(?P<hint> Did you mean (\S+)\?)", message)
+        if found and not near(found[1], [found[3]]):
+            message = message.replace(found["hint"], "")
         tell(f"{message}{'' if message[-1] in '.?' else '.'} See: {command} --help", to_try(error, app.name[0], argv))
         raise SystemExit(2) from None
     except HawkError as error:

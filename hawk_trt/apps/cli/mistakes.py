@@ -25,6 +25,8 @@ from hawk_trt.apps.cli.vocabulary import (
     LISTS,
     NEEDLESS,
     OPTIONS,
+    OURSELVES,
+    OUT,
     SYNONYMS,
     VALUES,
     VIDEOS,
@@ -33,6 +35,7 @@ from hawk_trt.apps.cli.vocabulary import (
 from hawk_trt.errors import HawkError
 
 MANIFESTS = ("bundle.json", "engines.json", "config.json")
+_NEAR = 0.76  # of two spellings, from 0 to 1: below are options that have little to do with each other
 _SUGGESTED = re.compile(r'Did you mean "?([^\s"?]+)"?\?')
 
 
@@ -67,12 +70,14 @@ def _to_try(error: Exception, program: str, words: Sequence[str]) -> str | None:
     command = f"{program} {words[0]}" if known else program
     if isinstance(error, WrongModel):
         model = next((word for word in words if any((Path(word) / file).is_file() for file in MANIFESTS)), None)
-        if model and Path(error.named).suffix.lower() in IMAGES:  # swapped
+        has_image = any(ALIASES.get(word, word) == "--image" for word in words)
+        if model and has_image and Path(error.named).suffix.lower() in IMAGES:  # swapped
             swap = {model: error.named, error.named: model}
             return f"{program} {shlex.join(swap.get(word, word) for word in words)}"
         if error.command:
             return error.command
-        meant = _replaced(words, error.named, [error.instead]) if error.instead else None
+        named = next((word for word in words if ALIASES.get(word, word) == error.named), error.named)
+        meant = _replaced(words, named, [error.instead]) if error.instead else None
         if meant and meant[1:2] == [error.instead] and error.instead in meant[2:]:  # a model and its checkpoint
             meant = [*words[:2], *meant[2:]]
     elif isinstance(error, CycloptsError):
@@ -92,7 +97,7 @@ def _to_try(error: Exception, program: str, words: Sequence[str]) -> str | None:
         if meant is None and names_a_command:
             return None
         meant = meant or _with_working_value(str(error), words)
-    if not meant:
+    if not meant or list(meant) == list(words):
         return f"{command} --help"
     text_file = next((word for word in meant if word.startswith("< ") and word not in words), None)
     line = f"{program} {shlex.join(word for word in meant if word != text_file)}"
@@ -104,7 +109,7 @@ def _with_other_value(message: str, words: Sequence[str]) -> Sequence[str] | Non
     for place, word in enumerate(words):
         spellings = {word, str(Path(word).expanduser()), word.removeprefix("file://")}
         if place and word and not word.startswith("-") and any(one in message for one in spellings):
-            if word in VALUES:
+            if word in VALUES and VALUES[word] in message:
                 return _replaced(words, word, [VALUES[word]])
             flag = words[place - 1]
             files = _files_meant(word, is_image=ALIASES.get(flag, flag) == "--image")
@@ -145,19 +150,19 @@ def _with_working_value(message: str, words: Sequence[str]) -> Sequence[str] | N
             continue
         if follows and "requires an argument" in message:  # the same option again, without one
             continue
-        working = "" if "eave it out" in message else _working_value(option, value)
+        working = "" if "eave it out" in message else _working_value(words[0], option, value)
         return [*words[:place], *([flag, working] if working else ()), *words[place + 1 + follows :]]
     return None
 
 
-def _working_value(option: str, value: str) -> str:
+def _working_value(command: str, option: str, value: str) -> str:
     """A value of an option that is near to the one that was given; nothing for options that need not be given."""
     if option == "--keep-ratio" and re.fullmatch(r"\d+(\.\d+)?", value) and 1 < float(value) <= 100:
         return f"{float(value) / 100:g}"
     if option == "--device" and value.isdigit():
         return f"cuda:{value}"
     if option == "--out":
-        return f"{Path(value).stem}-bundle"
+        return OUT.get(command) or f"{Path(value).stem or 'model'}-bundle"
     return WORKING.get(option, "")
 
 
@@ -169,6 +174,11 @@ def _meant(error: CycloptsError, words: Sequence[str]) -> Sequence[str] | None:
     if with_dashes != list(words):  # as text programs turn them into one long one
         return with_dashes
     if isinstance(error, UnknownCommandError):
+        named = next((place for place, word in enumerate(words) if word not in OURSELVES), 0)
+        if named and words[named] in SYNONYMS:
+            return words[named:]
+        if unused[0].lower() in SYNONYMS:
+            return _replaced(words, unused[0], [unused[0].lower()])
         named = next((word for word in words if word in SYNONYMS), None)
         if named:  # after options, which follow it
             return [named, *(word for word in words if word != named)]
@@ -180,11 +190,13 @@ def _meant(error: CycloptsError, words: Sequence[str]) -> Sequence[str] | None:
         return ["run", *words] if first.startswith("--") or "/" in first or Path(first).exists() else None
     if isinstance(error, UnknownOptionError):
         known = [name for argument in error.argument_collection for name in argument.names]
-        return _with_flag(words, (error.token.keyword or error.token.value).partition("=")[0], known, suggested)
+        return _with_flag(words, (error.token.keyword or error.token.value).partition("=")[0], known)
     if isinstance(error, CoercionError) and error.token:
         value = error.token.value
         decimal = re.fullmatch(r"(\d*),(\d+)", value)  # as some languages write it, unless it is a list
-        right = VALUES.get(value) or suggested or (f"{decimal[1]}.{decimal[2]}" if decimal else None)
+        others = [VALUES[value]] if VALUES.get(value) in re.findall(r"\w+", str(error)) else []
+        others += [suggested] if suggested else []
+        right = others[0] if others else f"{decimal[1]}.{decimal[2]}" if decimal else None
         return _replaced(words, value, [right]) if right else None
     if isinstance(error, MissingArgumentError | UnusedCliTokensError):
         assert error.app is not None
@@ -193,7 +205,7 @@ def _meant(error: CycloptsError, words: Sequence[str]) -> Sequence[str] | None:
         known = [name for argument in error.app.assemble_argument_collection() for name in argument.names]
         for word in unused:
             if word.startswith("-") and word.partition("=")[0] not in known:
-                return _with_flag(words, word.partition("=")[0], known, None)
+                return _with_flag(words, word.partition("=")[0], known)
         loose = [word for word in unused if not word.startswith("-")]
         if loose:
             missing = error.argument.names[0] if isinstance(error, MissingArgumentError) and error.argument else ""
@@ -203,7 +215,15 @@ def _meant(error: CycloptsError, words: Sequence[str]) -> Sequence[str] | None:
     return None
 
 
-def _with_flag(words: Sequence[str], wrong: str, known: Sequence[str], suggested: str | None) -> Sequence[str] | None:
+def near(wrong: str, known: Sequence[str]) -> str | None:
+    """The option that was probably meant: one that is spelled much like another, or begins or ends it."""
+    bare, stem = {name.lstrip("-"): name for name in known}, wrong.lstrip("-").replace("_", "-").lower()
+    found = get_close_matches(stem, bare, n=1, cutoff=_NEAR)
+    found += [name for name in bare if len(name) > 2 and (stem.startswith(f"{name}-") or name.endswith(f"-{stem}"))]
+    return bare[found[0]] if found else None
+
+
+def _with_flag(words: Sequence[str], wrong: str, known: Sequence[str]) -> Sequence[str] | None:
     """The words with one flag replaced: by what another program's flag is called here, or by one that looks like it."""
     if wrong not in words:
         return None
@@ -223,13 +243,13 @@ def _with_flag(words: Sequence[str], wrong: str, known: Sequence[str], suggested
         return [*before, "--prompt", "-", *rest, f"< {value or 'FILE'}"]
     if words[0] == "chat" and wrong in ("--prompt", "-p"):
         return ["run", *words[1:]]
-    lower = wrong.lower() if wrong.lower() in known else suggested
-    right = next((flag for flag, others in OPTIONS.items() if wrong in others and flag.split()[0] in known), lower)
-    if right is None:
-        close = get_close_matches(wrong, known, n=1)
-        right = close[0] if close else None
-    # where there is no such option, and nothing like it, it is left out
-    return _replaced(words, wrong, right.split()) if right else [*before, *rest]
+    named = [flag for flag, others in OPTIONS.items() if wrong in others and flag.split()[0] in known]
+    right = named[0] if named else near(wrong, known)
+    if right is None:  # there is no such option, and nothing like it
+        return [*before, *rest]
+    if " " in right and "/" not in value and not Path(value).exists():  # the value went with the other flag
+        return [*before, *right.split(), *rest]
+    return _replaced(words, wrong, [*right.split(), *([WORKING[right]] if not value and right in WORKING else ())])
 
 
 def _with_names(words: Sequence[str], loose: Sequence[str], known: Sequence[str], missing: str) -> Sequence[str]:
@@ -263,6 +283,8 @@ def _with_names(words: Sequence[str], loose: Sequence[str], known: Sequence[str]
             meant.insert(place - 1, WORKING["--prompt"])
             continue
         flag = "--image" if suffix in IMAGES else "--video" if suffix in VIDEOS else "--prompt"
+        if missing == "--checkpoint" and (Path(word) / MANIFESTS[-1]).is_file():
+            flag = missing
         if words[0] in ("export", "build"):
             flag = "--out"
         elif words[0] == "serve" and word.isdigit():
@@ -296,12 +318,14 @@ def _with_value(words: Sequence[str], name: str) -> Sequence[str] | None:
         words = [*words, "CHECKPOINT-OR-HUB-ID"]
     made = f"{Path(model).name}-{'engines' if words[:1] == ['build'] else 'bundle'}"
     values = WORKING | {"--out": made}
+    if name == "--prompt" and Path(model).suffix.lower() in IMAGES:
+        return [*_replaced(words, model, ["CHECKPOINT-OR-HUB-ID", "--image", model]), name, values[name]]
     if name == "--model":
         return [*words[:1], "CHECKPOINT-OR-HUB-ID", *words[1:]]
     return [*words, name, values[name]] if name in values else None
 
 
-def _replaced(words: Sequence[str], wrong: str, right: Sequence[str]) -> Sequence[str]:
+def _replaced(words: Sequence[str], wrong: str, right: Sequence[str]) -> list[str]:
     """The words with one of them replaced, which may be a path in another spelling."""
     meant: list[str] = []
     for word in words:

@@ -54,7 +54,7 @@ OPTIONS = {
         "-m",
     ),
     "--checkpoint": ("--ckpt", "--model-path", "--reference", "--hf-model"),
-    "--dtype": ("--precision", "--torch-dtype", "--quantization", "--quantize", "--type"),
+    "--dtype": ("--precision", "--torch-dtype", "--type"),
     "--picture": ("--out", "--output", "-o"),
     "--device": ("--backend", "--provider", "--accelerator"),
     "--temperature": ("--temp",),
@@ -69,12 +69,19 @@ OPTIONS = {
     "--device cpu": ("--cpu", "--no-gpu"),
     "--dtype fp16": ("--fp16", "--half"),
     "--dtype bf16": ("--bf16",),
-    "--dtype int8": ("--int8", "--load-in-8bit"),
+    "--dtype int8": ("--int8", "--load-in-8bit", "--quantize"),
     "--dtype int4": ("--int4", "--load-in-4bit"),
 }
 LISTS = ("--keep-ratio", "--keep-ratios", "--selectors", "--selector", "--target", "--sides")
 # What there is nothing of here, with a value.
-FOREIGN = ("--tensor-parallel-size", "-tp", "--gpu-memory-utilization", "--max-num-batched-tokens", "--swap-space")
+FOREIGN = (
+    "--quantization",
+    "--tensor-parallel-size",
+    "-tp",
+    "--gpu-memory-utilization",
+    "--max-num-batched-tokens",
+    "--swap-space",
+)
 # A value that works for an option, where the one that was given does not; any other option is left out.
 WORKING = {
     **{"--keep-ratio": "0.2", "--keep-ratios": "1,0.2", "--sides": "448", "--selectors": "hawk,random"},
@@ -84,6 +91,10 @@ WORKING = {
     **{"--image": "IMAGE.png", "--video": "VIDEO.mp4", "--picture": "kept.png", "--prompt": "What is shown here?"},
     **{"--checkpoint": "CHECKPOINT-OR-HUB-ID"},
 }
+# What a command writes to --out, where that is no bundle.
+OUT = {"explain": "kept.png", "demo": "kept.png", "calibrate": "weights.json", "eval": "results"}
+# What stands before a command where a whole line was pasted.
+OURSELVES = ("hawk-trt", "hawk_trt", "python", "python3", "-m")
 ALIASES = {"-i": "--image", "--images": "--image", "-p": "--prompt", "--max-tokens": "--max-new-tokens"}
 # What needs no option here: it is so anyway.
-NEEDLESS = ("--stream", "--trust-remote-code", "--verbose", "--yes", "-y")
+NEEDLESS = ("--stream", "--trust-remote-code", "--verbose", "--quiet", "--debug", "--yes", "-y")

@@ -146,6 +146,25 @@ MISTAKES = [
     ("build model --out x", "expected a bundle", "hawk-trt export model --out model-bundle"),
     (f"build {HUB} --out x", "expected a bundle", f"hawk-trt export {HUB} --out Qwen2.5-VL-3B-Instruct-bundle"),
     ("parity bundle --checkpoint bundle", "expected a checkpoint", "parity bundle --checkpoint CHECKPOINT-OR-HUB-ID"),
+    ("RUN bundle -p hi", "Unknown command", "hawk-trt run bundle -p hi"),
+    ("hawk-trt run bundle -p hi", "Unknown command", "hawk-trt run bundle -p hi"),
+    ("python -m hawk_trt run bundle -p hi", "Unknown command", "hawk-trt run bundle -p hi"),
+    ("run photo.png", "--prompt requires", "hawk-trt run CHECKPOINT-OR-HUB-ID --image photo.png --prompt 'What is"),
+    ("run bundle -p hi -i clip.mp4", "video, expected image", "hawk-trt run bundle -p hi --video clip.mp4"),
+    ("run bundle -p hi --chat-template x.jinja", "--chat-template. See", "hawk-trt run bundle -p hi"),
+    ("run bundle -p hi --stop-token x", "--stop-token. See", "hawk-trt run bundle -p hi --stop x"),
+    ("run bundle -p hi --gpu h100", "--gpu", "hawk-trt run bundle -p hi --device cuda"),
+    ("run bundle -p hi --quiet", "--quiet", "hawk-trt run bundle -p hi"),
+    ("serve bundle --quantization awq", "--quantization", "hawk-trt serve bundle"),
+    ("serve bundle --generation-config auto", '"auto"', "hawk-trt serve bundle"),
+    ("export model --out x --quantize", "--quantize", "hawk-trt export model --out x --dtype int8"),
+    ("export model --out x --target gpu", "got 'gpu'", "hawk-trt export model --out x --target cuda"),
+    ("export model --out", "--out requires", "hawk-trt export model --out model-bundle"),
+    ("export model --out x --block-size 64", "only with --dtype", "hawk-trt export --help"),
+    ("explain bundle -p hi -i photo.png --out", "--out requires", "-i photo.png --out kept.png"),
+    ("parity bundle model", "--checkpoint requires", "hawk-trt parity bundle --checkpoint model"),
+    ("parity bundle --checkpoint photo.png", "an image", "hawk-trt run MODEL --image photo.png --prompt TEXT"),
+    ("demo --count 3", "--count. See", "hawk-trt demo"),
     ("doctor nothing", "no such folder", "hawk-trt doctor BUNDLE"),
     ("doctor model", "expected a bundle or engines", "hawk-trt export model --out model-bundle"),
 ]
@@ -162,6 +181,7 @@ def place(tmp_path_factory, tiny_bundle, tiny_checkpoint):
     (folder / "damaged" / "bundle.json").write_text('{"dtype": ')
     (folder / "graph.onnx").write_text("graph")
     (folder / "notes.txt").write_text("What is shown here?")
+    (folder / "clip.mp4").write_bytes(b"\0\0\0\x18ftypisom")
     (folder / "sub").mkdir()
     for copy in ("photo.png", "my photo.png", "sub/x.png"):
         shutil.copy(tiny_checkpoint / "samples" / "0-colour.png", folder / copy)
