@@ -29,7 +29,8 @@ _INDEX = "model.safetensors.index.json"
 _PARTS = ("transformer", "vision_encoder")
 _SHARD = re.compile(r"model-(\d+)-of-(\d+)\.safetensors")
 _SETTINGS = "quantization_config"
-_PEFT_PREFIX = "base_model.model."
+# In the names of what PEFT wraps.
+_PEFT = re.compile(r"^base_model\.model\.|\.(base_layer|lora_[AB]|modules_to_save)\.")
 # Buffers that old checkpoints saved and that config.json determines.
 _COMPUTED = ".inv_freq"
 
@@ -224,7 +225,7 @@ def _canonical_tensors(
             named = names(tensor.name)
             if not named:
                 continue
-            if tensor.name.startswith(_PEFT_PREFIX):
+            if _PEFT.search(tensor.name):
                 raise CheckpointError(
                     f"{file.path}: tensor {tensor.name}: saved from inside PEFT. Merge the adapter and save the model: "
                     "model.merge_and_unload().save_pretrained(NEW_DIR)"

@@ -56,9 +56,8 @@ class Section:
         """The integer of at least 1 under a key, and of a size that models have."""
         value = self.get(key)
         most = _MOST_LAYERS if key in ("num_hidden_layers", "depth") else _MOST
-        least = 2 if key == "num_hidden_layers" else 1  # of a language model the first scores, and others follow
-        if not is_integer(value) or not least <= value <= most:
-            raise self.wrong(key, f"an integer of {least} to {most}")
+        if not is_integer(value) or not 1 <= value <= most:
+            raise self.wrong(key, f"an integer of 1 to {most}")
         return value
 
     def number(self, key: str) -> float:

@@ -1,5 +1,6 @@
 """The decoder graph: the layers behind the scoring layer, norm, lm_head on the last position, greedy token."""
 
+from hawk_trt.errors import CheckpointError
 from hawk_trt.stages import LanguageConfig
 
 from .attention import attention_context, decoder_layer, last_rows
@@ -13,6 +14,10 @@ def decoder(g: GraphBuilder, config: LanguageConfig, inputs: dict[str, Value]) -
     """Add the nodes of the decoder graph."""
     hidden = inputs["hidden_states"]
     layers = config.decoder_layers
+    if not layers:
+        raise CheckpointError(
+            "config.json: num_hidden_layers: got 1, expected at least 2: the first scores, others read what it keeps"
+        )
     full_layer = next(layer for layer in layers if not config.is_linear(layer))
     context = attention_context(g, config, inputs, inputs["kept_position_ids"], hidden, full_layer)
     linears = None if config.linear is None else linear_context(g, inputs, hidden, "batch_seq")

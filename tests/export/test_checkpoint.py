@@ -261,9 +261,18 @@ def test_a_quantization_config_beside_plain_weights_says_what_to_delete(tmp_path
         Checkpoint.open(folder)
 
 
-def test_weights_saved_from_inside_peft_say_how_to_merge(tmp_path):
+@pytest.mark.parametrize(
+    "name",
+    [
+        "base_model.model.model.norm.weight",
+        "model.layers.0.self_attn.q_proj.base_layer.weight",
+        "model.layers.0.self_attn.q_proj.lora_A.default.weight",
+        "lm_head.modules_to_save.default.weight",
+    ],
+)
+def test_weights_saved_from_inside_peft_say_how_to_merge(tmp_path, name):
     folder = make_checkpoint(tmp_path / "model")
-    write_safetensors(folder / "model.safetensors", {"base_model.model.model.norm.weight": np.zeros(4, np.float16)})
+    write_safetensors(folder / "model.safetensors", {name: np.zeros(4, np.float16)})
     with pytest.raises(CheckpointError, match=r"saved from inside PEFT.*merge_and_unload"):
         Checkpoint.open(folder)
 

@@ -150,3 +150,9 @@ def test_a_format_is_named_where_its_files_cannot_be_read(tmp_path):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match="quantised with torchao cannot be exported"):
         Checkpoint.open(folder)
+
+
+def test_a_shape_of_three_numbers_is_refused(tmp_path):
+    writer = changed(WRITERS["packed-int4"], lambda parts: parts | {"weight_shape": np.ones(3, np.int64)})
+    with pytest.raises(CheckpointError, match=r"weight_shape: shape \[3\], its integers ask for \[2\]"):
+        Checkpoint.open(write_quantised(tmp_path, writer)[0])

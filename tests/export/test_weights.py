@@ -124,6 +124,9 @@ def test_a_config_of_other_sizes_is_an_error_that_names_a_tensor(tmp_path, tenso
         write_json(folder / "config.json", config() | {key: value})
         with pytest.raises(CheckpointError, match="tensor"):
             export(folder, tmp_path / "out")
+    write_json(folder / "config.json", config() | {"num_hidden_layers": 1})
+    with pytest.raises(CheckpointError, match="num_hidden_layers: got 1, expected at least 2"):
+        export(folder, tmp_path / "out")
 
 
 def test_another_architecture_is_refused(tmp_path, tensors):
