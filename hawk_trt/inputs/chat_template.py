@@ -213,7 +213,8 @@ def _compiled(source: str) -> "jinja2.Template":
         def visit_Concat(self, node: Concat) -> "Node":  # noqa: N802 - the name of the node's class
             self.generic_visit(node)
             texts: list[Any] = [Filter(part, "string", [], [], None, None) for part in node.nodes]
-            return reduce(Add, texts).set_lineno(node.lineno).set_environment(environment)
+            total: Node = reduce(Add, texts)
+            return total.set_lineno(node.lineno).set_environment(environment)
 
     environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation])
     environment.filters = {name: limited(name, filter_) for name, filter_ in environment.filters.items()}

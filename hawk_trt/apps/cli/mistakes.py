@@ -174,9 +174,9 @@ def _meant(error: CycloptsError, words: Sequence[str]) -> Sequence[str] | None:
     if with_dashes != list(words):  # as text programs turn them into one long one
         return with_dashes
     if isinstance(error, UnknownCommandError):
-        named = next((place for place, word in enumerate(words) if word not in OURSELVES), 0)
-        if named and words[named] in SYNONYMS:
-            return words[named:]
+        first = next((place for place, word in enumerate(words) if word not in OURSELVES), 0)
+        if first and words[first] in SYNONYMS:
+            return words[first:]
         if unused[0].lower() in SYNONYMS:
             return _replaced(words, unused[0], [unused[0].lower()])
         named = next((word for word in words if word in SYNONYMS), None)
@@ -184,10 +184,10 @@ def _meant(error: CycloptsError, words: Sequence[str]) -> Sequence[str] | None:
             return [named, *(word for word in words if word != named)]
         if suggested:
             return _replaced(words, unused[0], [suggested])
-        first = unused[0]
-        if close := get_close_matches(first, ("--help", "--version", "--install-completion"), n=1):
+        begin = unused[0]
+        if close := get_close_matches(begin, ("--help", "--version", "--install-completion"), n=1):
             return close
-        return ["run", *words] if first.startswith("--") or "/" in first or Path(first).exists() else None
+        return ["run", *words] if begin.startswith("--") or "/" in begin or Path(begin).exists() else None
     if isinstance(error, UnknownOptionError):
         known = [name for argument in error.argument_collection for name in argument.names]
         return _with_flag(words, (error.token.keyword or error.token.value).partition("=")[0], known)
@@ -325,7 +325,7 @@ def _with_value(words: Sequence[str], name: str) -> Sequence[str] | None:
     return [*words, name, values[name]] if name in values else None
 
 
-def _replaced(words: Sequence[str], wrong: str, right: Sequence[str]) -> list[str]:
+def _replaced(words: Sequence[str], wrong: str, right: Sequence[str]) -> Sequence[str]:
     """The words with one of them replaced, which may be a path in another spelling."""
     meant: list[str] = []
     for word in words:
