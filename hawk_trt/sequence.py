@@ -261,13 +261,10 @@ def log_softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
 
 
 def _top_k(logits: npt.NDArray[np.float32], top_k: int) -> npt.NDArray[np.intp]:
-    """Indices of the top_k largest logits, ascending; all where top_k is 0."""
+    """Indices of the top_k largest logits, and of those equal to the last of them, ascending; all where top_k is 0."""
     if top_k == 0 or top_k >= logits.size:
         return np.arange(logits.size)
-    cut = np.partition(logits, logits.size - top_k)[logits.size - top_k]
-    above = np.flatnonzero(logits > cut)
-    level = np.flatnonzero(logits == cut)[: top_k - above.size]
-    return np.union1d(above, level)
+    return np.flatnonzero(logits >= np.partition(logits, logits.size - top_k)[logits.size - top_k])
 
 
 def _top_p(probability: npt.NDArray[np.float64], top_p: float) -> npt.NDArray[np.intp]:

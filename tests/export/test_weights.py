@@ -131,7 +131,7 @@ def test_a_config_of_other_sizes_is_an_error_that_names_a_tensor(tmp_path, tenso
 
 def test_another_architecture_is_refused(tmp_path, tensors):
     folder = make_checkpoint(tmp_path / "model", tensors)
-    write_json(folder / "config.json", config() | {"architectures": ["LlamaForCausalLM"]})
+    write_json(folder / "config.json", config() | {"architectures": ["LlamaForCausalLM"], "model_type": "llama"})
     with pytest.raises(CheckpointError, match=r"got LlamaForCausalLM.*Qwen2_5_VL"):
         export(folder, tmp_path / "out")
 
