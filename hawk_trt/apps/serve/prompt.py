@@ -128,6 +128,8 @@ class Preparation:
             if inputs.pixel_values_videos is not None:  # frames that are made when they are read are read now
                 inputs = replace(inputs, pixel_values_videos=np.asarray(inputs.pixel_values_videos))
         except (InvalidInput, BackendError) as error:
+            if isinstance(error, BackendError) and not files:  # of the server's inside, which no client sees
+                raise
             raise _of_prompt(error, files) from error
         prepared = Prepared(
             request=Request(
