@@ -4,7 +4,7 @@ For one head, tokens t = 1, 2, .. and the state S [key_head_dim, value_head_dim]
 
     S <- exp(g_t) S + beta_t k_t (v_t - exp(g_t) S^T k_t)^T                      o_t = S^T q_t / sqrt(key_head_dim)
 
-In a chunk of up to 64 tokens, with D_ij = sum of g over j < t <= i, G_i = sum of g over t <= i, and S before the chunk:
+In a chunk of up to 128 tokens, D_ij is the sum of g over j < t <= i, G_i that over t <= i, and S is before the chunk:
 
     A_ij = beta_i k_i . k_j exp(D_ij) for j < i          T = (I + A)^-1
     W = T (beta k exp(G))                                U = T (beta v)
@@ -43,7 +43,7 @@ class Chunks:
         pads: int64 [6], for Pad of [batch, seq, ..] to whole chunks.
         lower: float32 [chunk, chunk], 1 where j <= i, for the row i and the column j.
         before: the same where j < i.
-        blocks: of blocks of 1, 2, 4, .. 32 tokens, 1 where i is in the second and j in the first of a pair of them.
+        blocks: of blocks of 1, 2, 4, .. 64 tokens, 1 where i is in the second and j in the first of a pair of them.
         others: int64 [1], chunks but the last.
     """
 
@@ -70,7 +70,7 @@ def chunks_of(g: GraphBuilder, batch_seq: Value) -> Chunks:
         corner = g.op("Concat", width, width, axis=0, name="corner")
 
         def square(values: npt.NDArray[np.bool_], name: str) -> Value:
-            return g.op("Slice", g.const(values, "float32"), g.ints(0, 0), corner, g.ints(0, 1), name=name)
+            return g.op("Slice", _mask(g, values, f"{name}_of_all"), g.ints(0, 0), corner, g.ints(0, 1), name=name)
 
         return Chunks(
             seq=seq,
@@ -207,7 +207,7 @@ def _states(
     parts = ((both, "W_U"), (keys, "keys"), (whole, "decays"))
     both, keys, whole = (others(x, f"{name}_of_others") for x, name in parts)
     both = g.op("Mul", both, g.const([-1] * key_dim + [1] * value_dim, "float32"), name="minus_W_U")
-    kept = g.op("Mul", whole, g.const(np.eye(key_dim, key_dim + value_dim), "float32"), name="decayed")
+    kept = g.op("Mul", whole, _mask(g, np.eye(key_dim, key_dim + value_dim, dtype=bool), "identity"), name="decayed")
     steps = g.op("Add", kept, g.op("MatMul", keys, both, name="K_W_U"), name="P_Q")
     of_q = g.const(np.arange(key_dim + value_dim) >= key_dim, "float32")
     for doubling in range(LINEAR_DOUBLINGS):
@@ -222,6 +222,11 @@ def _states(
     after = g.op("MatMul", g.reshape(p, 0, 0, -1, key_dim, name="P_rows"), state, name="P_S")
     after = g.op("Add", g.reshape(after, 0, 0, -1, key_dim, value_dim, name="P_S_by_chunk"), q, name="states_after")
     return g.op("Concat", g.unsqueeze(state, 2, name="first_state"), after, axis=2, name="states_before")
+
+
+def _mask(g: GraphBuilder, values: npt.NDArray[np.bool_], name: str) -> Value:
+    """1 and 0 in float32, stored as bool: a graph's constants are small."""
+    return g.cast(g.const(values, "bool"), "bool", "float32", name)
 
 
 def _cut(g: GraphBuilder, x: Value, axis: int, start: int, end: int, name: str) -> Value:

@@ -34,7 +34,7 @@ BIAS_DROP = -3.0e38
 
 # Linear attention in standard operators, for tensorrt and portable: tokens of a chunk, how often a chunk takes in what
 # is before it, each time twice as many, and the tokens of the longest prompt. The last chunk is not taken in.
-LINEAR_CHUNK, LINEAR_DOUBLINGS = 64, 8
+LINEAR_CHUNK, LINEAR_DOUBLINGS = 128, 7
 MAX_LINEAR_TOKENS = LINEAR_CHUNK * (2**LINEAR_DOUBLINGS + 1)
 
 # Kinds of layers, by Hugging Face's names.

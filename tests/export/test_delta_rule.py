@@ -86,7 +86,7 @@ def assert_near(got: tuple[np.ndarray, np.ndarray], expected: tuple[np.ndarray, 
 
 
 @pytest.mark.parametrize("target", [PORTABLE, TENSORRT])
-@pytest.mark.parametrize("tokens", [1, 2, 5, 63, 64, 65, 128, 129, 200, 300, 641])
+@pytest.mark.parametrize("tokens", [1, 2, 5, 64, 127, 128, 129, 300, 700])
 def test_values_are_those_of_the_recurrence(target, tokens):
     given = drawn(tokens)
     assert_near(run(given, target), recurrence(given), 2e-6)
@@ -102,8 +102,8 @@ def test_keys_that_are_all_alike_lose_no_digits():
 
 def test_strong_and_weak_decays_in_one_chunk_lose_no_digits():
     """Sums over a whole chunk, -600 here, would round what a few of its tokens decay by."""
-    given = drawn(64)
-    given["decay"][:, :32], given["decay"][:, 32:] = -20.0, -1e-4
+    given = drawn(LINEAR_CHUNK)
+    given["decay"][:, :30], given["decay"][:, 30:] = -20.0, -1e-4
     assert_near(run(given), recurrence(given), 2e-6)
 
 
@@ -138,4 +138,4 @@ def test_the_longest_prompt_reads_the_state_before_it():
     out, state = run(given)
     np.testing.assert_allclose(out, np.full_like(out, 3 / SIZES.key_head_dim**0.5), rtol=1e-5)
     np.testing.assert_allclose(state[0, :, 0], np.full((HEADS, SIZES.value_head_dim), 3.0), rtol=1e-5)
-    assert MAX_LINEAR_TOKENS == 257 * LINEAR_CHUNK
+    assert MAX_LINEAR_TOKENS == 129 * LINEAR_CHUNK
