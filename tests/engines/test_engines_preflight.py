@@ -17,9 +17,12 @@ from engines.checks import gpuless
 from engines.checks.preflight import growth_of, scratch_refusal
 from engines.profiles import TENSORRT_TARGETS
 from export.__main__ import main as export
+from export.random_checkpoint import random_checkpoint
 from hawk_trt.engine_folder import Limits
 from hawk_trt.runtime.versions import available_memory_bytes
 from hawk_trt.stages import STAGES
+from hybrid import CONFIG
+from random_models import IM_END_OPTION
 
 pytestmark = pytest.mark.skipif(
     platform.machine() != "x86_64", reason="NVIDIA's builder that needs no GPU exists for x86-64 alone"
@@ -160,6 +163,19 @@ def test_the_whole_command_builds_and_refuses_to_leave_plans_of_another_library(
     assert any(refused in line for line in lines), done.stderr
     assert done.returncode == 1 and cache.stat().st_size > 100
     assert [path.name for path in tmp_path.iterdir()] == ["timing.cache"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_graphs_of_a_hybrid_model_pass_too(dtype, tmp_path, repository):
+    """Each linear layer is some 2,000 of TensorRT's layers, most of them of shapes: half a minute a graph."""
+    (tmp_path / "checkpoint").mkdir()
+    random_checkpoint(tmp_path / "checkpoint", CONFIG)
+    command = [str(tmp_path / "checkpoint"), "--out", str(tmp_path / "bundle"), "--dtype", dtype, *IM_END_OPTION]
+    assert export([*command, "--target", "tensorrt,portable"]) == 0
+    limits = ("--max-visual-tokens", "256", "--max-prompt-tokens", "512", "--max-context", "512", "--batch", "2")
+    rows, _ = preflight(repository, tmp_path / "bundle", *limits)
+    assert {row["graph"] for row in rows} == graphs(dtype)
 
 
 @pytest.mark.slow

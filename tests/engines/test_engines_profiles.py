@@ -14,7 +14,17 @@ from hawk_trt.engine_folder import DECODE, PREFILL, Limits
 from hawk_trt.errors import InvalidInput
 from hawk_trt.models.qwen2_5_vl import window_plan
 from hawk_trt.models.vision_config import InternVLVision
-from hawk_trt.stages import CONTEXT_LEN, DECODER, FIRST_LAYER, PORTABLE, STAGES, TENSORRT, VISION
+from hawk_trt.stages import (
+    CONTEXT_LEN,
+    DECODER,
+    FIRST_LAYER,
+    MAX_LINEAR_TOKENS,
+    PORTABLE,
+    STAGES,
+    TENSORRT,
+    VISION,
+)
+from hybrid import HYBRID
 
 INTERNVL = {
     "depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "num_heads": 16, "in_channels": 3, "patch_size": 14,
@@ -120,6 +130,14 @@ def test_defaults_fit_the_top_k_of_tensorrt_and_the_model(bundle):
     )
     short = replace(bundle.manifest, language=replace(bundle.manifest.language, max_position_embeddings=512))
     assert LargestRequest().limits(short, plugin=True).context == 512
+
+
+def test_a_hybrid_models_prompts_are_as_long_as_its_chunks_at_most(bundle):
+    hybrid = replace(bundle.manifest, language=replace(HYBRID, max_position_embeddings=4096))
+    asked = LargestRequest(max_prompt_tokens=MAX_LINEAR_TOKENS)
+    assert asked.limits(hybrid, plugin=True).prompt_tokens == MAX_LINEAR_TOKENS
+    with pytest.raises(InvalidInput, match=f"--max-prompt-tokens: got {MAX_LINEAR_TOKENS + 1}, .*linear layers"):
+        replace(asked, max_prompt_tokens=MAX_LINEAR_TOKENS + 1).limits(hybrid, plugin=True)
 
 
 def test_more_kept_tokens_than_top_k_takes_are_refused_without_the_plugin(bundle):

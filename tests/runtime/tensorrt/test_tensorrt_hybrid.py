@@ -7,16 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from engines.checks.verify import verify
 from generations import assert_alone
 from hawk_trt import Pipeline, PruningConfig
 from hawk_trt.engine_folder import EngineFolder
+from hawk_trt.runtime.reference import Reference
 from hawk_trt.scheduler import Scheduler
 from hawk_trt.stages import PORTABLE, TENSORRT
 from hybrid import PROMPTS, ask, export_random
 from trt_machine import Machines, engine_folder
 
 TARGETS = (TENSORRT, PORTABLE)
-LIMITS = {"max_visual_tokens": 64, "max_prompt_tokens": 80, "max_context": 96}
+LIMITS = {"max_visual_tokens": 128, "max_prompt_tokens": 192, "max_context": 160}
 # 6 linear layers: (2 x 2 x 8 + 4 x 12) channels of 3 columns, 4 heads of 8 x 12, float32
 ROW_BYTES = (80 * 3 * 4, 4 * 8 * 12 * 4)
 
@@ -115,6 +117,17 @@ def test_a_slot_whose_states_are_not_finite_answers_the_next_prompt_as_any(engin
             machines.driver.block(address, size).view(address, size)[:] = 0xFF
     (result,) = engines.generate_batch([ask(1)])
     assert_alone(plain, result, ask(1), 1e-3)
+
+
+def test_the_check_after_a_build_judges_each_layer_by_its_stage(folders, plain):
+    reference = Reference.make(plain)
+    for target in TARGETS:
+        found = verify(folders[target], reference)
+        assert found.passed, found.failures
+        rows = {row.output: row for row in found.rows}
+        stages = [rows[f"KV norms of layer {layer}"].stage for layer in range(8)]
+        assert stages == ["first_layer"] * 4 + ["decoder"] * 4
+        assert rows["tokens"].prompts == 5 and "40 of 40" in rows["tokens"].numbers
 
 
 def test_states_lie_behind_the_cache_twice_and_one_tensor_of_zeros(folders):
