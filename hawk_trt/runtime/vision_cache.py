@@ -54,15 +54,14 @@ class VisionCache:
                 key = content_key(item)
                 part = here.get(key, self._entries.get(key))
                 cached[number] += part is not None
-                parts.append(self._backend.keep(self._run(item)) if part is None else part)
-                here[key] = parts[-1]
+                if part is None:
+                    rows = int(self._family.vision.tokens_per_item(item.grid_thw).sum())
+                    part = self._backend.keep(self._backend.encode(self._feeds(item), rows))
+                parts.append(part)
+                here[key] = part
         for key, part in here.items():
             self._put(key, part)
         return self._backend.join(parts), cached
-
-    def _run(self, item: Patches) -> Visual:
-        """The vision stage over one image or video."""
-        return self._backend.encode(self._feeds(item), int(self._family.vision.tokens_per_item(item.grid_thw).sum()))
 
     def _feeds(self, patches: Patches) -> Iterator[dict[str, npt.NDArray[Any]]]:
         return self._family.vision_feeds(patches, self._backend.max_vision_patches)

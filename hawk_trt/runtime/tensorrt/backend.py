@@ -53,7 +53,7 @@ class TensorRtBackend:
         scoring = self._language.scoring_layer
         regions = {
             _SCRATCH: max(engine.scratch_bytes for engine in plans.values()),
-            _CACHE: KVCache.size_bytes(manifest),
+            _CACHE: KVCache(manifest, 0).nbytes,
             **Encoder.sizes(engines),
             **{_UNKEPT + name: unkept for name in self._language.cache_names(scoring, past=False)},
             **DecodeStep.sizes(manifest),

@@ -41,7 +41,7 @@ Slots = npt.NDArray[np.int64]
 
 
 class KVCache:
-    """Keys and values of all layers, and whose they are.
+    """Keys and values of all layers from an address of device memory on, and whose they are.
 
     Attributes:
         shared: whether prompts of several prefills have slots of it at a time.
@@ -61,22 +61,24 @@ class KVCache:
         self._owners: list[weakref.ref[TensorRtRow] | None] = [None] * self.batch
         self._prefilled = np.zeros(self.batch, np.int64)  # of each slot's tokens
         self._manifest = manifest
-        self._names = _names(manifest)
+        language = manifest.bundle.language
+        self._names = [  # input and output of every tensor of keys or values
+            names
+            for layer in range(language.num_hidden_layers)
+            if not language.is_linear(layer)
+            for names in zip(*(language.cache_names(layer, past=past) for past in (True, False)), strict=True)
+        ]
         self.columns = self.context
         self.row_bytes = row_bytes(manifest)
         self._column_bytes, self._heads = column_bytes(manifest), manifest.bundle.language.num_key_value_heads
         # a prefill binds the cache from its first slot on, and TensorRT takes aligned addresses alone
         self.shared = self.row_bytes % ALIGNMENT == 0 and (self.inplace or self.batch > 1)
-        self.nbytes = self.size_bytes(manifest)
+        whole, beside = tensor_bytes(manifest, self.context), 0 if self.inplace else 1
         self._past = address
-        self._new = address + len(self._names) * tensor_bytes(manifest, self.context)  # a portable step's columns
-        self._room = self._new + len(self._names) * tensor_bytes(manifest, 1)  # for a portable prompt's, of a tensor
-        self._states = States(manifest, address + _kv_bytes(manifest))
-
-    @staticmethod
-    def size_bytes(manifest: EngineManifest) -> int:
-        """Of device memory."""
-        return _kv_bytes(manifest) + States(manifest, 0).nbytes
+        self._new = address + len(self._names) * whole  # a portable step's columns
+        self._room = self._new + beside * len(self._names) * tensor_bytes(manifest, 1)  # for a portable prompt's tensor
+        self._states = States(manifest, self._room + beside * whole)
+        self.nbytes = self._room + beside * whole - address + self._states.nbytes
 
     # -- whose a slot is
 
@@ -314,19 +316,3 @@ def tensor_bytes(manifest: EngineManifest, columns: int) -> int:
     heads, column = manifest.limits.batch * manifest.bundle.language.num_key_value_heads, column_bytes(manifest)
     multiple = ALIGNMENT // math.gcd(column, ALIGNMENT)
     return -(-heads // multiple) * multiple * columns * column
-
-
-def _names(manifest: EngineManifest) -> list[tuple[str, str]]:
-    """Input and output name of every tensor of keys or values."""
-    language = manifest.bundle.language
-    layers = [layer for layer in range(language.num_hidden_layers) if not language.is_linear(layer)]
-    pasts, presents = ([n for layer in layers for n in language.cache_names(layer, past=p)] for p in (True, False))
-    return list(zip(pasts, presents, strict=True))
-
-
-def _kv_bytes(manifest: EngineManifest) -> int:
-    """Of device memory for keys and values."""
-    tensors, whole = len(_names(manifest)), tensor_bytes(manifest, manifest.limits.context)
-    if in_place(manifest.target):
-        return tensors * whole
-    return tensors * (whole + tensor_bytes(manifest, 1)) + whole

@@ -139,7 +139,7 @@ def test_states_lie_behind_the_cache_twice_and_one_tensor_of_zeros(folders):
         sizes = [-(-4 * row // 256) * 256 for row in ROW_BYTES]
         assert States(manifest, 0).nbytes == max(sizes) + 2 * 6 * sum(sizes)
         cache = KVCache(manifest, 1 << 20)
-        assert cache.nbytes == KVCache.size_bytes(manifest)
+        assert cache.nbytes == KVCache(manifest, 0).nbytes
         step, prompt = cache.addresses(), cache.addresses(2)
         places = [step[f"{side}_{kind}.{n}"] for side in ("past", "present") for kind in ("conv", "state")
                   for n in (0, 1, 2, 4, 5, 6)]  # fmt: skip

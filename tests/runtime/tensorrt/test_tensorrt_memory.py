@@ -64,8 +64,8 @@ def test_a_portable_plan_needs_room_for_new_columns_and_for_one_tensor_beside_th
     inplace, portable = (EngineFolder.load(folders[p]).manifest for p in ("tensorrt", "portable"))
     layers, heads, context, dim, batch = 4, 2, 320, 32, 4
     size = 2 * layers * batch * heads * context * dim * 4
-    assert KVCache.size_bytes(inplace) == size
-    assert KVCache.size_bytes(portable) == size + size // context + size // (2 * layers)
+    assert KVCache(inplace, 0).nbytes == size
+    assert KVCache(portable, 0).nbytes == size + size // context + size // (2 * layers)
     cache, slots = KVCache(inplace, 1 << 20), np.array([0])
     assert cache.addresses()["past_key.2"] == cache.addresses()["present_key.2"]
     cache.ends[slots] += 3
