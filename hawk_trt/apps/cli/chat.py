@@ -22,6 +22,7 @@ from hawk_trt.apps.cli.run import Sampling
 from hawk_trt.apps.cli.vocabulary import IMAGES, VIDEOS
 from hawk_trt.errors import BundleError, HawkError, InvalidInput
 from hawk_trt.files import cache_folder
+from hawk_trt.request import Request
 from hawk_trt.runtime.vision_cache import DEFAULT_VISION_CACHE_MB
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ def chat(
     """
     pruning.config(1.0 if keep_ratio is None else keep_ratio)
     sampling.config()
+    Request("", max_new_tokens=max_new_tokens, **asdict(pixels))  # what it refuses is said before the model is loaded
     with where.open(model, DEFAULT_VISION_CACHE_MB) as pipe:
         if pipe.processor.chat is None:
             raise BundleError(f"{model}: it has no tokenizer, so it cannot chat")

@@ -91,6 +91,15 @@ class _Sized(_Open):
     max_pixels: Any = _only()
     resized_height: Any = _only()
     resized_width: Any = _only()
+    total_pixels: Any = _only()
+    fps: Any = _only()
+    sample_fps: Any = _only()
+    nframes: Any = _only()
+    num_frames: Any = _only()
+    min_frames: Any = _only()
+    max_frames: Any = _only()
+    video_start: Any = _only()
+    video_end: Any = _only()
 
 
 class ImageUrl(_Sized):
@@ -137,7 +146,7 @@ class ImagePart(_Sized):
 class VideoUrl(_Sized):
     """Where a video is."""
 
-    url: str = Field(
+    url: Annotated[str, StringConstraints(strip_whitespace=True)] = Field(
         description="A data URL (data:video/mp4;base64,...) of a video file, or an http(s) address of a host that the "
         "server allows.",
         examples=["data:video/mp4;base64,AAAAIGZ0eXA..."],
@@ -148,8 +157,13 @@ class VideoPart(_Sized):
     """A video of a user's message, as vLLM has it."""
 
     type: Literal["video_url"]
-    video_url: VideoUrl
+    video_url: VideoUrl = Field(description="An object; a text is its url.")
     field: ClassVar[str] = "video_url"
+
+    @field_validator("video_url", mode="before")
+    @classmethod
+    def _as_object(cls, got: object) -> object:
+        return {"url": got} if isinstance(got, str) else got
 
     @property
     def source(self) -> VideoUrl:

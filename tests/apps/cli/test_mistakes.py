@@ -164,6 +164,7 @@ MISTAKES = [
     ("explain bundle -p hi -i photo.png --out", "--out requires", "-i photo.png --out kept.png"),
     ("parity bundle model", "--checkpoint requires", "hawk-trt parity bundle --checkpoint model"),
     ("parity bundle --checkpoint photo.png", "an image", "hawk-trt run MODEL --image photo.png --prompt TEXT"),
+    ("chat bundle --max-tokens 0", "max_new_tokens: got 0", "hawk-trt chat bundle --max-tokens 128"),
     ("demo --count 3", "--count. See", "hawk-trt demo"),
     ("doctor nothing", "no such folder", "hawk-trt doctor BUNDLE"),
     ("doctor model", "expected a bundle or engines", "hawk-trt export model --out model-bundle"),

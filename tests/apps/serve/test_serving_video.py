@@ -65,6 +65,22 @@ def test_openais_client_sends_videos_and_all_of_a_request_share_the_frames(serve
     assert (got.usage.visual_tokens, got.usage.kept_visual_tokens) == (expected.num_visual, expected.num_kept)
 
 
+def test_a_video_url_may_be_a_text_and_what_chooses_frames_is_refused(server, clip):
+    url = f" data:video/mp4;base64,{base64.b64encode(clip.read_bytes()).decode()}\n"
+    assert (
+        server.http.post("/v1/chat/completions", json=body({"type": "video_url", "video_url": url})).status_code == 200
+    )
+    for part, place in (
+        ({**video("data:,"), "fps": 1.0}, "messages[0].content[0].fps"),
+        (
+            {"type": "video_url", "video_url": {"url": "data:,", "nframes": 4}},
+            "messages[0].content[0].video_url.nframes",
+        ),
+    ):
+        error = refused(server, part)
+        assert (error["param"], error["code"]) == (place, "unsupported")
+
+
 def test_details_hold_no_image_and_an_unknown_key_is_ignored_and_told(server, clip):
     parts = video(clip.read_bytes()) | {"uuid": "a"}, image(SAMPLES / "0-colour.png")
     got = server.http.post("/v1/chat/completions", json=body(*parts, hawk={"details": True}))
