@@ -121,6 +121,9 @@ def local_path(source: "str | os.PathLike[str]", what: str) -> Path:
     name = os.fspath(source)
     if name[:5].lower() == "data:":  # of an image it has been read by now
         raise InvalidInput(f"{what}: got {name[:40]!r}, a data URL. Write it to a file and give its path")
+    name = re.sub(
+        r"^file:(?=/[^/])", "file://", name, flags=re.IGNORECASE
+    )  # with one slash, as the standard has it too
     if "://" in name and not name.lower().startswith("file://"):
         raise InvalidInput(f"{name[:200]}: URLs are not downloaded. Download the {what} and give its path")
     try:

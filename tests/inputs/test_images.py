@@ -216,6 +216,7 @@ def test_a_file_url_finds_every_name_escaped_or_not(tmp_path, name):
         path.as_uri(),
         f"file://{path}",
         f"FILE://{path}",
+        f"file:{path}",
         path.as_uri().replace("file://", "file://localhost"),
     ):
         np.testing.assert_array_equal(load_image(url), NOISE)
