@@ -11,16 +11,7 @@ import re
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    StringConstraints,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from hawk_trt.apps.serve.errors import ApiError, invalid
 from hawk_trt.request import QUERIES, QUOTAS, SELECTORS
@@ -87,6 +78,8 @@ class TextPart(_Open):
 
 
 class _Sized(_Open):
+    model_config = ConfigDict(str_strip_whitespace=True)  # around an address
+
     min_pixels: Any = _only()
     max_pixels: Any = _only()
     resized_height: Any = _only()
@@ -105,7 +98,7 @@ class _Sized(_Open):
 class ImageUrl(_Sized):
     """Where an image is."""
 
-    url: Annotated[str, StringConstraints(strip_whitespace=True)] = Field(
+    url: str = Field(
         description="A data URL (data:image/png;base64,...) of a PNG, JPEG, WebP, GIF or BMP file, the base64 alone, "
         "or an http(s) address of a host that the server allows.",
         examples=["data:image/png;base64,iVBORw0KGgo..."],
@@ -115,7 +108,17 @@ class ImageUrl(_Sized):
     )
 
 
-class ImagePart(_Sized):
+class _Shown(_Sized):
+    field: ClassVar[str]
+
+    @property
+    def source(self) -> "ImageUrl | VideoUrl":
+        """Where it is."""
+        found: ImageUrl | VideoUrl = getattr(self, self.field)
+        return found
+
+
+class ImagePart(_Shown):
     """An image of a user's message; input_image and image are other libraries' names of the same."""
 
     type: Literal["image_url", "input_image", "image"]
@@ -137,23 +140,18 @@ class ImagePart(_Sized):
                 part["image_url"]["detail"] = part.pop("detail")
         return part
 
-    @property
-    def source(self) -> ImageUrl:
-        """Where it is."""
-        return self.image_url
-
 
 class VideoUrl(_Sized):
     """Where a video is."""
 
-    url: Annotated[str, StringConstraints(strip_whitespace=True)] = Field(
+    url: str = Field(
         description="A data URL (data:video/mp4;base64,...) of a video file, or an http(s) address of a host that the "
         "server allows.",
         examples=["data:video/mp4;base64,AAAAIGZ0eXA..."],
     )
 
 
-class VideoPart(_Sized):
+class VideoPart(_Shown):
     """A video of a user's message, as vLLM has it."""
 
     type: Literal["video_url"]
@@ -164,11 +162,6 @@ class VideoPart(_Sized):
     @classmethod
     def _as_object(cls, got: object) -> object:
         return {"url": got} if isinstance(got, str) else got
-
-    @property
-    def source(self) -> VideoUrl:
-        """Where it is."""
-        return self.video_url
 
 
 class ChatMessage(_Open):
