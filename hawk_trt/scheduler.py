@@ -92,8 +92,7 @@ class Scheduler:
     def prepare(self, request: Request) -> Sequence:
         """A request as a sequence that does not wait yet: milliseconds of work for a long prompt.
 
-        Raises:
-            InvalidInput: something that cannot be used as given, or more KV cache than there may ever be.
+        Raises InvalidInput: something that cannot be used as given, or more KV cache than there may ever be.
         """
         started = time.perf_counter()
         manifest, chat, pruning = self._bundle.manifest, self._processor.chat, request.pruning or PruningConfig()
@@ -144,8 +143,7 @@ class Scheduler:
     def step(self) -> list[Sequence]:
         """Run one prefill or one decode step.
 
-        Returns:
-            The sequences that it moved: each has a new `piece`, which may be empty, has finished, or has its `error`.
+        Returns the sequences that it moved: each has a new `piece`, perhaps empty, has finished, or has its `error`.
         """
         self._leave()
         sequences = [] if self._decode_next and self.running else self._next_prompts()

@@ -18,11 +18,9 @@ _MAX_VIDEO_TOKENS = 128_000
 
 
 class Processor:
-    """Tokenizer, chat template and image settings of one bundle.
+    """Tokenizer, chat template and image settings of one bundle; where it has no `chat`, only ModelInputs work.
 
-    Attributes:
-        chat: the tokenizer and chat template, None where the bundle has none: then only ModelInputs work.
-        settings: of "image" and "video", None where the bundle does not say how they are resized and normalised.
+    settings: of "image" and "video", None where the bundle does not say how they are resized and normalised.
     """
 
     def __init__(self, bundle: Bundle, family: Family) -> None:

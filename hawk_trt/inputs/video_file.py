@@ -46,16 +46,11 @@ _DEFAULT_DURATION_MS = 100
 
 @dataclass(frozen=True, slots=True)
 class VideoIndex:
-    """The frames of a video file.
+    """The frames of a video file; total: how many, fps: of them a second, on average.
 
-    Attributes:
-        fps: frames a second, on average.
-        total: number of frames.
-        times: int64 [total], when each frame is shown, ascending; empty where the file does not say.
-        time_base: seconds of one step of times.
-        key_numbers: numbers of the frames that decoding can start from, ascending; empty without times.
-        key_times: where to seek for each of them.
-        animated: whether it is an animated GIF, WebP or PNG, which Pillow decodes.
+    times: int64 [total], when each frame is shown, ascending, in steps of time_base seconds; empty where the file does
+    not say.  key_numbers: numbers of the frames that decoding can start from, ascending; empty without times.
+    key_times: where to seek for each of them.  animated: whether it is a GIF, WebP or PNG, which Pillow decodes.
     """
 
     path: Path

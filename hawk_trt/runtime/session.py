@@ -210,9 +210,7 @@ class DecodeStep:
     """One token of each of the first rows of a KV cache, in both language stages.
 
     All of it stands still in memory, so a GPU captures the second run in place as a CUDA graph and replays it.
-
-    Attributes:
-        tensors: inputs and outputs of both stages by name, but for the cache.
+    tensors: inputs and outputs of both stages by name, but for the cache.
     """
 
     def __init__(self, stages: Mapping[str, Stage], count: int, caches: Mapping[str, tuple[Values, Values]]) -> None:

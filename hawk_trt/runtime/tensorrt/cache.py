@@ -43,12 +43,9 @@ Slots = npt.NDArray[np.int64]
 class KVCache:
     """Keys and values of all layers from an address of device memory on, and whose they are.
 
-    Attributes:
-        shared: whether prompts of several prefills have slots of it at a time.
-        context, batch: columns that a slot can hold, and slots.
-        columns: that a slot can hold now: the context, or what the one prefill needs.
-        starts, ends: int64 [batch], tokens of padding before each slot's first; padding and tokens.
-        finite: bool [batch], whether all that a slot holds is known to be finite.
+    shared: whether prompts of several prefills have slots at a time.  context, batch: columns that a slot can hold, and
+    slots.  columns: that a slot can hold now: the context, or what the one prefill needs.  starts, ends: int64 [batch],
+    padding before each slot's first token; padding and tokens.  finite: whether all in a slot is known to be finite.
     """
 
     def __init__(self, manifest: EngineManifest, address: int) -> None:

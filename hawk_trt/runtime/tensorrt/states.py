@@ -19,11 +19,7 @@ _DTYPE = np.dtype(np.float32)
 
 
 class States:
-    """past_conv and past_state of all slots; nothing where the model has no linear layers.
-
-    Attributes:
-        nbytes: of device memory, from the address on.
-    """
+    """past_conv and past_state of all slots, nbytes from an address on; nothing where there are no linear layers."""
 
     def __init__(self, manifest: EngineManifest, address: int) -> None:
         self._language = language = manifest.bundle.language
