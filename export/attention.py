@@ -24,28 +24,20 @@ from .onnx_graph import Value
 
 @dataclass(frozen=True, slots=True)
 class AttentionContext:
-    """What all layers of one graph share.
-
-    Attributes:
-        query_shape, key_shape: int64 [4], (batch, seq, heads, dim) for Reshape.
-        mask: bool [batch, 1, seq, total], True where a row may look; portable: the bias that is added, alike in shape;
-            None for cuda.
-        written: int64 [batch], columns of a row's cache that hold tokens after this call; None where there is a mask.
-        cos, sin: [batch, seq, rotary_dim / 2].
-        write_index: int64 [batch], None in portable graphs.
-        context_len: int64 [1], columns of the cache that attention reads; None where it reads all.
-        caches: past keys and values by input name.
-    """
+    """What all layers of one graph share."""
 
     query_shape: Value
-    key_shape: Value
+    key_shape: Value  # int64 [4], (batch, seq, heads, dim) for Reshape
+    # bool [batch, 1, seq, total], True where a row may look; portable: the bias that is added, alike in shape; None for
+    # cuda
     mask: Value | None
+    # int64 [batch], columns of a row's cache that hold tokens after this call; None where there is a mask
     written: Value | None
     cos: Value
-    sin: Value
-    write_index: Value | None
-    context_len: Value | None
-    caches: dict[str, Value]
+    sin: Value  # [batch, seq, rotary_dim / 2]
+    write_index: Value | None  # int64 [batch], None in portable graphs
+    context_len: Value | None  # int64 [1], columns of the cache that attention reads; None where it reads all
+    caches: dict[str, Value]  # past keys and values by input name
 
 
 def attention_context(

@@ -29,13 +29,9 @@ _SAMPLED_BYTES = 32 << 10
 
 @dataclass(frozen=True, slots=True)
 class CheckpointBundle(Bundle):
-    """A checkpoint in the form of a bundle without graphs, which is all that a processor asks for.
+    """A checkpoint in the form of a bundle without graphs, which is all that a processor asks for."""
 
-    Attributes:
-        texts: its small files by name.
-    """
-
-    texts: dict[str, str]
+    texts: dict[str, str]  # its small files by name
 
     def read_text(self, name: str) -> str | None:
         """Text of a small file, None where there is none."""

@@ -37,22 +37,14 @@ _COMPUTED = ".inv_freq"
 
 @dataclass(slots=True)
 class Checkpoint:
-    """A checkpoint that was opened and checked; no weight has been read yet.
+    """A checkpoint that was opened and checked; no weight has been read yet."""
 
-    Attributes:
-        folder: it lies in.
-        config: config.json.
-        generation: generation_config.json, empty where there is none.
-        files: the safetensors files, by name.
-        quantisation: how its matrices are quantised, None where all are plain floats.
-    """
-
-    folder: Path
-    config: dict[str, Any]
-    generation: dict[str, Any]
-    files: tuple[TensorFile, ...]
+    folder: Path  # it lies in
+    config: dict[str, Any]  # config.json
+    generation: dict[str, Any]  # generation_config.json, empty where there is none
+    files: tuple[TensorFile, ...]  # the safetensors files, by name
     _tensors: dict[str, CheckpointTensor] = field(repr=False)
-    quantisation: Quantisation | None = None
+    quantisation: Quantisation | None = None  # how its matrices are quantised, None where all are plain floats
     _used: set[str] = field(default_factory=set, repr=False)
 
     @classmethod

@@ -24,18 +24,13 @@ ElementType = Literal["model", "residual", "float32", "int64", "int32", "bool"]
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """One graph input or output.
+    """One graph input or output."""
 
-    Attributes:
-        name: of the tensor, the same in ONNX, plan and Python.
-        element: its dtype; "model" is the bundle's, "residual" the dtype of the residual stream
-            (float32 in a float16 bundle, else the bundle's).
-        shape: integers, or the word of a dynamic dimension.
-    """
-
-    name: str
+    name: str  # of the tensor, the same in ONNX, plan and Python
+    # its dtype; "model" is the bundle's, "residual" the dtype of the residual stream (float32 in a float16 bundle, else
+    # the bundle's)
     element: ElementType
-    shape: tuple[int | str, ...]
+    shape: tuple[int | str, ...]  # integers, or the word of a dynamic dimension
 
     def dtype(self, model_dtype: str) -> str:
         """Name of the dtype in a bundle of model_dtype."""

@@ -35,25 +35,16 @@ _END = np.iinfo(np.int64).max
 
 @dataclass(frozen=True, slots=True)
 class Chunks:
-    """How the tokens of a graph lie in chunks: values that all linear layers share.
+    """How the tokens of a graph lie in chunks: values that all linear layers share."""
 
-    Attributes:
-        seq: int64 [1], tokens.
-        grid: int64 [3], (batch, chunks, tokens of a chunk).
-        pads: int64 [6], for Pad of [batch, seq, ..] to whole chunks.
-        lower: float32 [chunk, chunk], 1 where j <= i, for the row i and the column j.
-        before: the same where j < i.
-        blocks: of blocks of 1, 2, 4, .. 64 tokens, 1 where i is in the second and j in the first of a pair of them.
-        others: int64 [1], chunks but the last.
-    """
-
-    seq: Value
-    grid: Value
-    pads: Value
-    lower: Value
-    before: Value
+    seq: Value  # int64 [1], tokens
+    grid: Value  # int64 [3], (batch, chunks, tokens of a chunk)
+    pads: Value  # int64 [6], for Pad of [batch, seq, ..] to whole chunks
+    lower: Value  # float32 [chunk, chunk], 1 where j <= i, for the row i and the column j
+    before: Value  # the same where j < i
+    # of blocks of 1, 2, 4, .. 64 tokens, 1 where i is in the second and j in the first of a pair of them
     blocks: tuple[Value, ...]
-    others: Value
+    others: Value  # int64 [1], chunks but the last
 
 
 def chunks_of(g: GraphBuilder, batch_seq: Value) -> Chunks:

@@ -59,21 +59,13 @@ _EXPECTED: dict[str, tuple[tuple[str, tuple[object, ...]], ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Quantisation:
-    """How a checkpoint is quantised.
+    """How a checkpoint is quantised."""
 
-    Attributes:
-        method: awq, gptq, compressed-tensors, fp8 or modelopt.
-        weights: bits and block size of most of its integers, None where there are none.
-        told: method, formats and numbers of matrices, and what is not quantised: a line to read.
-        scales: dtypes of the integers' scales.
-        float8: whether there are matrices of FP8.
-    """
-
-    method: str
-    weights: WeightFormat | None
-    told: str
-    scales: frozenset[str]
-    float8: bool
+    method: str  # awq, gptq, compressed-tensors, fp8 or modelopt
+    weights: WeightFormat | None  # bits and block size of most of its integers, None where there are none
+    told: str  # method, formats and numbers of matrices, and what is not quantised: a line to read
+    scales: frozenset[str]  # dtypes of the integers' scales
+    float8: bool  # whether there are matrices of FP8
 
     def notes(self, dtype: str, targets: Sequence[str]) -> list[str]:
         """What becomes of the weights in a dtype and for targets, where it is not what the file holds."""

@@ -51,17 +51,11 @@ def linear_attention_shapes(name: str, hidden: int, sizes: LinearAttentionConfig
 
 @dataclass(frozen=True, slots=True)
 class LinearContext:
-    """What all linear layers of one graph share.
+    """What all linear layers of one graph share."""
 
-    Attributes:
-        batch_seq: int64 [2], (batch, seq).
-        chunks: of its tokens; None where the runtime has operators for linear layers.
-        inputs: of the graph, past states among them.
-    """
-
-    batch_seq: Value
-    chunks: Chunks | None
-    inputs: dict[str, Value]
+    batch_seq: Value  # int64 [2], (batch, seq)
+    chunks: Chunks | None  # of its tokens; None where the runtime has operators for linear layers
+    inputs: dict[str, Value]  # of the graph, past states among them
 
 
 def linear_context(g: GraphBuilder, inputs: dict[str, Value], hidden: Value, name: str) -> LinearContext:

@@ -26,19 +26,13 @@ ONNX_DTYPES = {
 
 @dataclass(slots=True, eq=False)
 class Value:
-    """A tensor of a graph.
+    """A tensor of a graph."""
 
-    Attributes:
-        name: unique in the graph.
-        dtype: None where it is not declared.
-        shape: integers, or the words of dynamic dimensions; None where it is not declared.
-        data: of an initializer.
-    """
-
-    name: str
-    dtype: str | None = None
+    name: str  # unique in the graph
+    dtype: str | None = None  # None where it is not declared
+    # integers, or the words of dynamic dimensions; None where it is not declared
     shape: tuple[int | str, ...] | None = None
-    data: onnx.TensorProto | None = None
+    data: onnx.TensorProto | None = None  # of an initializer
 
     def info(self) -> onnx.ValueInfoProto:
         """The declaration; of a name alone where the dtype is not known."""

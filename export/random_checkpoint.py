@@ -26,13 +26,9 @@ _FLOAT32 = np.dtype(np.float32)
 
 @dataclass(frozen=True, slots=True)
 class RandomTensor(CheckpointTensor):
-    """A tensor of no file: normally distributed, 1 in norms, else of a size that keeps activations near 1.
+    """A tensor of no file: normally distributed, 1 in norms, else of a size that keeps activations near 1."""
 
-    Attributes:
-        seed: of the whole checkpoint.
-    """
-
-    seed: int
+    seed: int  # of the whole checkpoint
 
     def blocks(self) -> Iterator[npt.NDArray[Any]]:
         """The elements: 1-D float32 arrays of a few MB at most, each valid until the next but one."""

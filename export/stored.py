@@ -53,21 +53,14 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class IntegerMatrix(CheckpointTensor):
-    """A matrix [out, in] of integers; each subclass knows how one kind of writer packs them.
+    """A matrix [out, in] of integers; each subclass knows how one kind of writer packs them."""
 
-    Attributes:
-        parts: tensors by the last word of their names.
-        bits: of an integer, 4 or 8.
-        group: so many integers along the input share a scale and a zero point.
-        order: int64 [in], the inputs in the order in which groups follow each other; None where they do so as they are.
-        symmetric: whether all zero points are 0.
-    """
-
-    parts: dict[str, CheckpointTensor]
-    bits: int
-    group: int
+    parts: dict[str, CheckpointTensor]  # tensors by the last word of their names
+    bits: int  # of an integer, 4 or 8
+    group: int  # so many integers along the input share a scale and a zero point
+    # int64 [in], the inputs in the order in which groups follow each other; None where they do so as they are
     order: npt.NDArray[np.int64] | None
-    symmetric: bool = False
+    symmetric: bool = False  # whether all zero points are 0
 
     @property
     def format(self) -> WeightFormat:
@@ -257,19 +250,13 @@ class PackedMatrix(IntegerMatrix):
 
 @dataclass(frozen=True, slots=True)
 class Float8Matrix(CheckpointTensor):
-    """A matrix [out, in] of float8_e4m3fn with a scale for the tensor, each row, or each block.
+    """A matrix [out, in] of float8_e4m3fn with a scale for the tensor, each row, or each block."""
 
-    Attributes:
-        values: the float8 tensor.
-        scale: [], [1], [out, 1] or [out / block, in / block] rounded up.
-        input_scale: of the activations, where they were calibrated.
-        block: rows and columns that share a scale, the last of them maybe fewer; (0, 0) where a scale is of the tensor
-            or of a row.
-    """
-
-    values: CheckpointTensor
-    scale: CheckpointTensor
-    input_scale: CheckpointTensor | None
+    values: CheckpointTensor  # the float8 tensor
+    scale: CheckpointTensor  # [], [1], [out, 1] or [out / block, in / block] rounded up
+    input_scale: CheckpointTensor | None  # of the activations, where they were calibrated
+    # rows and columns that share a scale, the last of them maybe fewer; (0, 0) where a scale is of the tensor or of a
+    # row
     block: tuple[int, int]
 
     @property

@@ -35,23 +35,14 @@ _DOWNLOAD_AGAIN = "Download or copy it again"
 
 @dataclass(frozen=True, slots=True)
 class CheckpointTensor:
-    """One tensor of a checkpoint.
+    """One tensor of a checkpoint."""
 
-    Attributes:
-        name: in the file, or canonical once the checkpoint has renamed it.
-        file: that holds it.
-        offset: of its first byte, from the start of the file.
-        nbytes: its size.
-        dtype: by numpy's and ml_dtypes' names, such as bfloat16.
-        shape: row-major.
-    """
-
-    name: str
-    file: Path
-    offset: int
-    nbytes: int
-    dtype: str
-    shape: tuple[int, ...]
+    name: str  # in the file, or canonical once the checkpoint has renamed it
+    file: Path  # that holds it
+    offset: int  # of its first byte, from the start of the file
+    nbytes: int  # its size
+    dtype: str  # by numpy's and ml_dtypes' names, such as bfloat16
+    shape: tuple[int, ...]  # row-major
 
     def blocks(self) -> Iterator[npt.NDArray[Any]]:
         """The elements: 1-D arrays of a few MB at most, each valid until the next but one takes its memory.

@@ -54,27 +54,18 @@ class Placement:
 
 @dataclass(frozen=True, slots=True)
 class QuantisedMatrix:
-    """Initializers of a matrix's parts in a graph.
+    """Initializers of a matrix's parts in a graph."""
 
-    Attributes:
-        values: integers [in, out], or float8 [out, in].
-        scales: of blocks of block_size inputs: [in / block_size, out], or [out]; of float8 [], [out] or
-            [out, in / block_size].
-        scales_dtype: float32 where the model's dtype could not hold them.
-        block_size: 0 where a scale is of a whole row or of all.
-        zero_points: as the integers, for each scale; None where all are 0, or the target takes none.
-        order: int64 [in], the inputs in the order that the values have them; None where that is the usual one.
-        shift: [in / block_size, out], for targets that take no zero points; see stored.IntegerMatrix.shift.
-        input_scale: [], of the activations of float8.
-    """
-
-    values: Value
+    values: Value  # integers [in, out], or float8 [out, in]
+    # of blocks of block_size inputs: [in / block_size, out], or [out]; of float8 [], [out] or [out, in / block_size]
     scales: Value
-    scales_dtype: str
-    block_size: int
-    zero_points: Value | None = None
+    scales_dtype: str  # float32 where the model's dtype could not hold them
+    block_size: int  # 0 where a scale is of a whole row or of all
+    zero_points: Value | None = None  # as the integers, for each scale; None where all are 0, or the target takes none
+    # [in / block_size, out], for targets that take no zero points; see stored.IntegerMatrix.shift
     shift: Value | None = None
-    input_scale: Value | None = None
+    input_scale: Value | None = None  # [], of the activations of float8
+    # int64 [in], the inputs in the order that the values have them; None where that is the usual one
     order: Value | None = None
 
     @property
@@ -90,21 +81,14 @@ class QuantisedMatrix:
 
 @dataclass(slots=True)
 class WeightStore:
-    """The weights of one bundle.
+    """The weights of one bundle."""
 
-    Attributes:
-        checkpoint: they come from.
-        dtype: they get: float32, float16 or bfloat16.
-        link: use the checkpoint's own files, hard-linked, instead of copies.
-        weights: how the language model's matrices are to be quantised, None where they stay as they are.
-        scoring_layer: whose query and key projections stay floats, since they make the scores.
-    """
-
-    checkpoint: Checkpoint
-    dtype: str
-    link: bool = False
+    checkpoint: Checkpoint  # they come from
+    dtype: str  # they get: float32, float16 or bfloat16
+    link: bool = False  # use the checkpoint's own files, hard-linked, instead of copies
+    # how the language model's matrices are to be quantised, None where they stay as they are
     weights: WeightFormat | None = None
-    scoring_layer: int = 0
+    scoring_layer: int = 0  # whose query and key projections stay floats, since they make the scores
     _placements: dict[str, Placement] = field(default_factory=dict, repr=False)
     _sizes: dict[str, int] = field(default_factory=dict, repr=False)
 

@@ -27,48 +27,32 @@ from hawk_trt.runtime.protocol import Row
 
 @dataclass(eq=False, repr=False)
 class Sequence:
-    """One prompt and its answer so far.
-
-    Attributes:
-        max_kept: tokens that the prompt keeps at most, text and visual; keep_mass may keep fewer.
-        limit: most tokens that the answer can have.
-        tokenizer: None where the bundle has none; then InvalidInput where the request has stop strings.
-        eos: stop tokens, unless the request ignores them.
-        need_logits: whether its decode steps must bring logits to the host.
-        row: its place in a KV cache while it runs.
-        scores: float32 [num_visual], from the prefill on.
-        kept: int64 [kept], positions kept in the layout, from the prefill on.
-        num_cached: images and videos that the vision stage did not run for.
-        token_ids: tokens generated, the stop token included.
-        piece: text that the last step completed, often none.
-        piece_logprobs: of the tokens that the piece completed, where asked for.
-        finish_reason: "stop" after a stop token or stop string, "length" at the limit, None before.
-        error: why it ended without an answer.
-        dropped: whether nobody waits for it any more; the scheduler lets it go before its next step.
-    """
+    """One prompt and its answer so far."""
 
     request: Request
     inputs: ModelInputs
     pruning: PruningConfig
     layout: PromptLayout
     head_weights: npt.NDArray[np.float32]
-    max_kept: int
-    limit: int
-    tokenizer: Tokenizer | None
-    eos: abc.Collection[int]
-    need_logits: bool = field(init=False)
-    row: Row | None = None
-    scores: npt.NDArray[np.float32] = field(init=False)
-    kept: npt.NDArray[np.int64] = field(init=False)
-    num_cached: int = 0
+    max_kept: int  # tokens that the prompt keeps at most, text and visual; keep_mass may keep fewer
+    limit: int  # most tokens that the answer can have
+    tokenizer: Tokenizer | None  # None where the bundle has none; then InvalidInput where the request has stop strings
+    eos: abc.Collection[int]  # stop tokens, unless the request ignores them
+    need_logits: bool = field(init=False)  # whether its decode steps must bring logits to the host
+    row: Row | None = None  # its place in a KV cache while it runs
+    scores: npt.NDArray[np.float32] = field(init=False)  # float32 [num_visual], from the prefill on
+    kept: npt.NDArray[np.int64] = field(init=False)  # int64 [kept], positions kept in the layout, from the prefill on
+    num_cached: int = 0  # images and videos that the vision stage did not run for
     timings: Timings = field(default_factory=Timings)
     started: float = field(default_factory=time.perf_counter)
-    token_ids: list[int] = field(default_factory=list)
-    piece: str = ""
+    token_ids: list[int] = field(default_factory=list)  # tokens generated, the stop token included
+    piece: str = ""  # text that the last step completed, often none
+    # of the tokens that the piece completed, where asked for
     piece_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    # "stop" after a stop token or stop string, "length" at the limit, None before
     finish_reason: Literal["stop", "length"] | None = None
-    error: Exception | None = None
-    dropped: bool = False
+    error: Exception | None = None  # why it ended without an answer
+    dropped: bool = False  # whether nobody waits for it any more; the scheduler lets it go before its next step
 
     def __post_init__(self) -> None:
         if self.request.stop and self.tokenizer is None:

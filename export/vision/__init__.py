@@ -20,17 +20,12 @@ Vision = TypeVar("Vision", bound=VisionConfig)
 
 @dataclass(frozen=True, slots=True)
 class VisionGraph(Generic[Vision]):
-    """What the export needs of a family.
+    """What the export needs of a family."""
 
-    Attributes:
-        build: adds the nodes of its vision graph and returns the outputs, from its sizes and the inputs.
-        shapes: names and shapes of all tensors of its vision tower, from its sizes.
-        spec: inputs and outputs of its vision graph, from its sizes.
-    """
-
+    # adds the nodes of its vision graph and returns the outputs, from its sizes and the inputs
     build: Callable[[GraphBuilder, Vision, dict[str, Value]], dict[str, Value]]
-    shapes: Callable[[Vision], Shapes]
-    spec: Callable[[Vision], StageSpec]
+    shapes: Callable[[Vision], Shapes]  # names and shapes of all tensors of its vision tower, from its sizes
+    spec: Callable[[Vision], StageSpec]  # inputs and outputs of its vision graph, from its sizes
 
 
 GRAPHS: dict[str, VisionGraph[Any]] = {

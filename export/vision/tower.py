@@ -26,17 +26,12 @@ _PROJ = "visual.patch_embed.proj"
 
 @dataclass(frozen=True, slots=True)
 class Style:
-    """How a family makes its blocks.
+    """How a family makes its blocks."""
 
-    Attributes:
-        norm: layer_norm or rms_norm.
-        mlp: [tokens, dim] in the model's dtype -> the same in the residual's, of the weights below a name.
-        mlp_layers: names of its linear layers; the last leads back to dim.
-    """
-
-    norm: Callable[[GraphBuilder, Value, str, float, str], Value]
+    norm: Callable[[GraphBuilder, Value, str, float, str], Value]  # layer_norm or rms_norm
+    # [tokens, dim] in the model's dtype -> the same in the residual's, of the weights below a name
     mlp: Callable[[GraphBuilder, Value, str], Value]
-    mlp_layers: tuple[str, ...]
+    mlp_layers: tuple[str, ...]  # names of its linear layers; the last leads back to dim
 
 
 def plain_style(first: str, second: str, activation: Callable[[GraphBuilder, Value], Value]) -> Style:
@@ -52,22 +47,15 @@ def plain_style(first: str, second: str, activation: Callable[[GraphBuilder, Val
 
 @dataclass(frozen=True, slots=True)
 class Segments:
-    """How blocks cut the patches into attention segments.
-
-    Attributes:
-        cos, sin: float32 [segments, segment_len, head_dim / 2].
-        shape: int64 [4], (segments, segment_len, heads, head_dim).
-        mask: bool [segments, 1, len, len], without opset 24 additive [segments, 1, 1, len]; None for whole frames.
-        index: int64 [num_windows, window_len] to gather by, None where a segment is a whole frame.
-        slot: int64 [num_patches], where to find each patch again.
-    """
+    """How blocks cut the patches into attention segments."""
 
     cos: Value
-    sin: Value
-    shape: Value
+    sin: Value  # float32 [segments, segment_len, head_dim / 2]
+    shape: Value  # int64 [4], (segments, segment_len, heads, head_dim)
+    # bool [segments, 1, len, len], without opset 24 additive [segments, 1, 1, len]; None for whole frames
     mask: Value | None = None
-    index: Value | None = None
-    slot: Value | None = None
+    index: Value | None = None  # int64 [num_windows, window_len] to gather by, None where a segment is a whole frame
+    slot: Value | None = None  # int64 [num_patches], where to find each patch again
 
 
 class Tower:

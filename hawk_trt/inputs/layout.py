@@ -25,32 +25,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class PromptLayout:
-    """One prompt without padding; n real tokens, N of them visual.
+    """One prompt without padding; n real tokens, N of them visual."""
 
-    Attributes:
-        input_ids: int64 [n].
-        source_index: int64 [n], each token's index in the prompt as given.
-        visual_rows: int64 [n], row in the prompt's visual embeddings (images, then videos), -1 for text.
-        items: int64 [n], which image or video (images, then videos) a visual token is of, -1 for text.
-        frames: int64 [n], which image or frame of a video, counted through all of them; -1 for text.
-        position_ids: int64 [axes, n].
-        query_weights: float32 [n], 1/T at the query tokens.
-        query: "paper", "turn" or "last": whose rule chose the query tokens.
-        num_rows: rows of the prompt's visual embeddings, those of masked placeholders included.
-        image_grid_thw, video_grid_thw: int64 [items, 3], masked ones included.
-    """
-
-    input_ids: IntArray
-    source_index: IntArray
-    visual_rows: IntArray
-    items: IntArray
-    frames: IntArray
-    position_ids: IntArray
-    query_weights: npt.NDArray[np.float32]
-    query: str
-    num_rows: int
+    input_ids: IntArray  # int64 [n]
+    source_index: IntArray  # int64 [n], each token's index in the prompt as given
+    visual_rows: IntArray  # int64 [n], row in the prompt's visual embeddings (images, then videos), -1 for text
+    items: IntArray  # int64 [n], which image or video (images, then videos) a visual token is of, -1 for text
+    frames: IntArray  # int64 [n], which image or frame of a video, counted through all of them; -1 for text
+    position_ids: IntArray  # int64 [axes, n]
+    query_weights: npt.NDArray[np.float32]  # float32 [n], 1/T at the query tokens
+    query: str  # "paper", "turn" or "last": whose rule chose the query tokens
+    num_rows: int  # rows of the prompt's visual embeddings, those of masked placeholders included
     image_grid_thw: IntArray
-    video_grid_thw: IntArray
+    video_grid_thw: IntArray  # int64 [items, 3], masked ones included
 
     @property
     def num_tokens(self) -> int:

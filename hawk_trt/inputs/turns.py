@@ -19,35 +19,25 @@ Sources: TypeAlias = Mapping[VisualKind, Sequence[Any]]
 
 @dataclass(frozen=True, slots=True)
 class VisualItem:
-    """An image or video of a prompt, not yet opened; None takes the checkpoint's or the family's rule.
-
-    Attributes:
-        source: what the caller gave, an ImageInput or a VideoInput by kind.
-        min_pixels, max_pixels: enlarge or shrink to this area (of a frame).
-        resized_height, resized_width: what to resize to, before it is rounded to whole tokens; both or none.
-        total_pixels: shrink the frames of a video until all together have this area.
-        fps: frames a second to sample from a video file, or at which given frames were taken; None is 2.
-        num_frames: sampled from a file, in place of fps.
-        min_frames: sampled from a file at least, where it has so many.
-        max_frames: sampled from a file at most; None is 768.
-        start, end: seconds of a file from which on, and up to which, frames are sampled.
-        timestamps: where a file's frame rate varies, take the times of its frames from the file; else a frame's time
-            is its number divided by the average rate, as in transformers.
-    """
+    """An image or video of a prompt, not yet opened; None takes the checkpoint's or the family's rule."""
 
     kind: VisualKind
+    # what the caller gave, an ImageInput or a VideoInput by kind
     source: Any  # kind decides which of the two it is, which no annotation can say
     min_pixels: int | None = None
-    max_pixels: int | None = None
+    max_pixels: int | None = None  # enlarge or shrink to this area (of a frame)
     resized_height: int | None = None
-    resized_width: int | None = None
-    total_pixels: int | None = None
+    resized_width: int | None = None  # what to resize to, before it is rounded to whole tokens; both or none
+    total_pixels: int | None = None  # shrink the frames of a video until all together have this area
+    # frames a second to sample from a video file, or at which given frames were taken; None is 2
     fps: float | None = None
-    num_frames: int | None = None
-    min_frames: int | None = None
-    max_frames: int | None = None
+    num_frames: int | None = None  # sampled from a file, in place of fps
+    min_frames: int | None = None  # sampled from a file at least, where it has so many
+    max_frames: int | None = None  # sampled from a file at most; None is 768
     start: float | None = None
-    end: float | None = None
+    end: float | None = None  # seconds of a file from which on, and up to which, frames are sampled
+    # where a file's frame rate varies, take the times of its frames from the file; else a frame's time is its number
+    # divided by the average rate, as in transformers
     timestamps: bool = True
 
     @property

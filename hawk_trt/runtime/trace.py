@@ -16,29 +16,20 @@ from hawk_trt.stages import LanguageConfig
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """Every stage's output for one prompt and given tokens, for comparison with a reference.
+    """Every stage's output for one prompt and given tokens, for comparison with a reference."""
 
-    Attributes:
-        visual_embeds: [num_visual, hidden], in prompt order.
-        scores: [num_visual].
-        kept: [num_visual].
-        kept_indices: [kept], text and visual, in the prompt as given; a reference in a file does without.
-        hidden_states: [kept, hidden], first_layer's output.
-        kv_norms: [layers, 2, columns], lengths of the keys and the values of each column; of a linear layer the lengths
-            of its two states, the same in all columns.
-        tokens: [steps], the most probable of each step.
-        logits: [steps, ids]; row 0 after the prompt, row i after token i.
-        logit_ids: [ids], the tokens that the logits are of: all of the vocabulary, but in a reference.
-    """
-
-    visual_embeds: npt.NDArray[np.float32]
-    scores: npt.NDArray[np.float32]
-    kept: npt.NDArray[np.bool_]
-    hidden_states: npt.NDArray[np.float32]
+    visual_embeds: npt.NDArray[np.float32]  # [num_visual, hidden], in prompt order
+    scores: npt.NDArray[np.float32]  # [num_visual]
+    kept: npt.NDArray[np.bool_]  # [num_visual]
+    hidden_states: npt.NDArray[np.float32]  # [kept, hidden], first_layer's output
+    # [layers, 2, columns], lengths of the keys and the values of each column; of a linear layer the lengths of its two
+    # states, the same in all columns
     kv_norms: npt.NDArray[np.float32]
-    tokens: npt.NDArray[np.int64]
-    logits: npt.NDArray[np.float32]
+    tokens: npt.NDArray[np.int64]  # [steps], the most probable of each step
+    logits: npt.NDArray[np.float32]  # [steps, ids]; row 0 after the prompt, row i after token i
+    # [ids], the tokens that the logits are of: all of the vocabulary, but in a reference
     logit_ids: npt.NDArray[np.int64]
+    # [kept], text and visual, in the prompt as given; a reference in a file does without
     kept_indices: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
 
 
