@@ -20,7 +20,7 @@ from hawk_trt.bundle import WeightFormat, numpy_dtype
 from hawk_trt.errors import CheckpointError
 from hawk_trt.stages import CPU, CUDA
 
-from .tensor_file import CheckpointTensor, alternating_buffers
+from .tensor_file import CheckpointTensor, alternating_buffers, not_finite
 
 # Dequantised at a time.
 _CHUNK_ELEMENTS = 1 << 19
@@ -320,8 +320,8 @@ def _rounded(make: Callable[[], npt.NDArray[Any]], dtype: str, shape: tuple[int,
 
     def rounded() -> Iterator[npt.NDArray[Any]]:
         with np.errstate(over="ignore"):
-            values = make().astype(numpy_dtype(dtype)).reshape(-1)
-        if not np.isfinite(values.astype(np.float32)).all():
+            values = make().astype(numpy_dtype(dtype), copy=False).reshape(-1)
+        if not_finite(values):
             advice = "Export with --dtype bfloat16 or float32"
             raise CheckpointError(f"{what}: infinite, or too large for {dtype}. {advice}")
         yield values

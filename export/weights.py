@@ -31,7 +31,7 @@ from .checkpoint import Checkpoint
 from .onnx_graph import ONNX_DTYPES, Value
 from .quantisation import WHOLE_ROW, block_size, fits_blocks, layout, may_be_quantised, quantise
 from .stored import Float8Matrix, IntegerMatrix, Part
-from .tensor_file import CheckpointTensor, alternating_buffers
+from .tensor_file import CheckpointTensor, alternating_buffers, not_finite
 from .tensors import EMBEDDINGS
 
 EMBEDDINGS_FILE = "embed_tokens.data"
@@ -333,25 +333,12 @@ def _converted(tensor: CheckpointTensor, dtype: str) -> Iterator[npt.NDArray[Any
         converted = buffer[: block.size]
         with np.errstate(over="ignore"):  # looked for below, since ml_dtypes raises no flag
             np.copyto(converted, block, casting="unsafe")
-        if _may_overflow(converted) and np.isinf(converted).sum() != np.isinf(block).sum():
+        if not_finite(converted) and np.isinf(converted).sum() != np.isinf(block).sum():
             raise CheckpointError(
                 f"{tensor.file}: tensor {tensor.name}: its largest magnitude, {_largest_finite(tensor):g}, "
                 f"does not fit {dtype}. Export with --dtype bfloat16 or float32"
             )
         yield converted
-
-
-def _may_overflow(block: npt.NDArray[Any]) -> bool:
-    """Whether an element is infinite or NaN, by its bits: np.isinf takes longer than the conversion itself.
-
-    From infinity's bits upwards lie only infinities and NaNs, for either sign.
-    """
-    signed, unsigned = np.dtype(f"i{block.itemsize}"), np.dtype(f"u{block.itemsize}")
-    infinities = np.array([np.inf, -np.inf], block.dtype)
-    return bool(
-        block.view(signed).max() >= infinities.view(signed)[0]
-        or block.view(unsigned).max() >= infinities.view(unsigned)[1]
-    )
 
 
 def _largest_finite(tensor: CheckpointTensor) -> float:

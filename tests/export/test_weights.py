@@ -1,5 +1,6 @@
 """The weights of a bundle: every tensor of the checkpoint, rounded to the dtype or linked, and nothing else."""
 
+import itertools
 import os
 import shutil
 import tracemalloc
@@ -20,6 +21,8 @@ from checkpoints import (
     random_tensors,
     write_json,
 )
+from export.checkpoint import Checkpoint
+from export.weights import WeightStore
 from export.writer import ExportOptions, export
 from hawk_trt.bundle import Bundle
 from hawk_trt.errors import BundleError, CheckpointError
@@ -168,6 +171,31 @@ def test_memory_stays_small_however_large_a_tensor_is(tmp_path, dtype):
         tracemalloc.stop()
     assert made.manifest.files["embed_tokens.data"].size_bytes >= 64e6
     assert peak_bytes < 24e6
+
+
+def endless_file(checkpoint):
+    """A store of one file that is never at its end."""
+    store = WeightStore(Checkpoint.open(checkpoint), "float32")
+    store._place("endless.data", "endless", 1 << 40, lambda: itertools.repeat(np.zeros(1 << 12, np.uint8)))
+    return store
+
+
+def test_a_file_that_cannot_be_made_stops_the_one_that_is_written_beside_it(tmp_path, checkpoint):
+    def broken():
+        raise CheckpointError("cannot be read")
+
+    store = endless_file(checkpoint)
+    store._place("broken.data", "broken", 1, broken)
+    with store.writing(tmp_path) as finish, pytest.raises(CheckpointError, match="cannot be read"):
+        finish()
+    assert {path.name for path in tmp_path.iterdir()} == {"endless.data", "broken.data"}
+
+
+def test_an_interrupt_stops_a_file_that_is_being_written(tmp_path, checkpoint):
+    store = endless_file(checkpoint)
+    with pytest.raises(KeyboardInterrupt), store.writing(tmp_path):
+        raise KeyboardInterrupt
+    assert (tmp_path / "endless.data").stat().st_size > 0
 
 
 @pytest.mark.parametrize("shards", [1, 3])
