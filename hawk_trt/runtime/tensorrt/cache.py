@@ -176,7 +176,7 @@ class KVCache:
 
         Old and new place overlap, so each tensor goes through a copy. States are copied to their slots for any target.
         """
-        self._states.store(cuda, np.arange(len(slots)), slots)
+        self._states.store(cuda, int(slots[0]), slots)
         if self.inplace:
             return
         self._prefilled[slots] = columns - self.starts[slots]
@@ -197,7 +197,7 @@ class KVCache:
 
     def store_token(self, cuda: CudaDevice, slots: Slots) -> None:
         """Copy what a decode step made, before it counts: states, a portable column before all others of its slot."""
-        self._states.store(cuda, slots, slots)
+        self._states.store(cuda, 0, slots)
         for slot in [] if self.inplace else slots.tolist():
             cuda.copy_rows(
                 self._place(self._past, slot, self.columns, int(self.kv_start(slot)) - 1),

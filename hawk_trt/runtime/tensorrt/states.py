@@ -47,13 +47,13 @@ class States:
                 found[present] = made + number * size
         return found
 
-    def store(self, cuda: CudaDevice, rows: npt.NDArray[np.int64], slots: npt.NDArray[np.int64]) -> None:
-        """Copy what the last step left in some of its rows to slots."""
-        for kind, (row_bytes, size) in enumerate(zip(self._row_bytes, self._sizes, strict=True)):
-            for row, slot in zip(rows.tolist(), slots.tolist(), strict=True):
-                target = Rows(self._own[kind] + slot * row_bytes, size, 1)
-                source = Rows(self._made[kind] + row * row_bytes, size, 1)
-                cuda.copy_rows(target, source, row_bytes, 1, len(self._layers))
+    def store(self, cuda: CudaDevice, first: int, slots: npt.NDArray[np.int64]) -> None:
+        """Copy to slots what the last step left of them; first: the slot of that step's first row."""
+        ordered = np.sort(slots)
+        for run in np.split(ordered, np.flatnonzero(np.diff(ordered) != 1) + 1):  # neighbours together
+            for own, made, row, size in zip(self._own, self._made, self._row_bytes, self._sizes, strict=True):
+                target, source = (start + int(slot) * row for start, slot in ((own, run[0]), (made, run[0] - first)))
+                cuda.copy_rows(Rows(target, size, 1), Rows(source, size, 1), len(run) * row, 1, len(self._layers))
 
     def read(self, cuda: CudaDevice, layer: int, slot: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         """Host copies of a slot's two states of a layer, float32."""

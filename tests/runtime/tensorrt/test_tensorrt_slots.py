@@ -150,6 +150,18 @@ def test_gather_copies_nothing_and_each_row_writes_where_it_is(folders, bundle, 
             assert_answers(sequence, alone(bundle, job(pipe, number, 20)))
 
 
+@pytest.mark.parametrize("kind", [4, "portable"])
+def test_streams_that_take_turns_leave_the_columns_of_one_another_alone(folders, kind, bundle):
+    with load(folders[kind]) as pipe:
+        schedulers = [scheduler_of(pipe) for _ in range(3)]
+        sequences = [scheduler.add(job(pipe, number, 8)) for number, scheduler in enumerate(schedulers)]
+        while not all(scheduler.idle for scheduler in schedulers):
+            for scheduler in schedulers:
+                scheduler.step()
+        for number, sequence in enumerate(sequences):
+            assert_answers(sequence, alone(bundle, job(pipe, number, 8)))
+
+
 def test_scores_for_a_quota_leave_the_slots_in_use_alone(folders, machines):
     with load(folders[4]) as pipe:
         inputs = [pipe.prepare(s.question, [s.image]) for s in SAMPLES[:4]]
