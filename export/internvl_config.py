@@ -73,6 +73,35 @@ def read(config: Mapping[str, Any], generation: Mapping[str, Any], added_tokens:
     )
 
 
+def as_transformers(config: Mapping[str, Any], added_tokens: Mapping[str, int]) -> dict[str, Any] | None:
+    """The settings of an original checkpoint as transformers' make has them; None where config.json is of that make.
+
+    As far as a model in PyTorch asks for them: for parity, since transformers reads the original only with code that
+    lies beside it.
+    """
+    if "llm_config" not in config or "text_config" in config:
+        return None
+    model = read(config, {}, added_tokens)
+    vision = model.vision
+    assert isinstance(vision, InternVLVision)
+    text = dict(_with_text_config(config)["text_config"])
+    return {
+        "model_type": "internvl",
+        "text_config": text | {"model_type": "qwen3" if bool(_QWEN3 & set(_language_side(text))) else "qwen2"},
+        "vision_config": {
+            **{"num_hidden_layers": vision.depth, "num_attention_heads": vision.num_heads},
+            **{"hidden_size": vision.hidden_size, "intermediate_size": vision.intermediate_size},
+            **{"image_size": [vision.image_size] * 2, "patch_size": [vision.patch_size] * 2},
+            **{"norm_type": vision.norm, "layer_norm_eps": vision.layer_norm_eps},
+            **{"use_qk_norm": vision.qk_norm, "attention_bias": vision.qkv_bias},
+        },
+        "downsample_ratio": 1 / vision.spatial_merge_size,
+        "image_seq_length": (vision.image_size // vision.patch_size // vision.spatial_merge_size) ** 2,
+        "image_token_id": model.special_tokens.image,
+        "tie_word_embeddings": model.language.tie_word_embeddings,
+    }
+
+
 def _with_text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """config.json with the language side, Qwen2 or Qwen3, under text_config, whichever make it is of."""
     where = next((name for name in ("text_config", "llm_config") if isinstance(config.get(name), Mapping)), None)

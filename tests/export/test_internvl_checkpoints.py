@@ -1,6 +1,7 @@
 """The makes in which InternVL's checkpoints come: transformers' own, those of 4.52 to 5.0, and the original."""
 
 import hashlib
+import json
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import pytest
 import internvl
 from export.__main__ import main as export
 from hawk_trt import Pipeline
+from hawk_trt.apps.cli.main import main as hawk
 from hawk_trt.errors import CheckpointError
 from internvl import CHECKPOINTS, IM_END
 from targets import ON_CPU
@@ -60,6 +62,15 @@ def test_an_original_checkpoint_answers_prompts_as_the_converted_one(folder, tmp
             results.append(pipe.generate("What is it?", **asked))
     assert results[0].token_ids == results[1].token_ids
     np.testing.assert_allclose(results[0].logits, results[1].logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["rms_norm", "qwen3"])
+def test_parity_reads_an_original_checkpoint(folder, tmp_path, name, capsys):
+    checkpoint = internvl.save_original(folder / name, tmp_path / "original")
+    asked = ["parity", str(folder / f"{name}.bundle"), "--keep-ratio", "0.3", "--steps", "3", "--json"]
+    assert hawk([*asked, "--checkpoint", str(checkpoint)]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["passed"] and {"two images", "text only"} <= {case["name"] for case in report["cases"]}
 
 
 def test_a_fused_tensor_that_cannot_be_cut_is_an_error_that_names_it(folder, tmp_path):

@@ -15,27 +15,33 @@ from hawk_trt.apps.parity.reference import Reference
 def load_reference(
     checkpoint: str | Path, *, head_weights: Sequence[float], normalization: str, device: str, dtype: str
 ) -> Reference:
-    """Load a checkpoint's folder or hub id; quantised weights are dequantised here, as an export reads them."""
+    """Load a checkpoint's folder or hub id; what transformers cannot read alone is read here, as an export reads it."""
     folder = Path(checkpoint) if Path(checkpoint).is_dir() else download(str(checkpoint))
+    settings, weights = _own_reading(folder)
     return Reference.load(
         folder,
         head_weights=head_weights,
         normalization=normalization,
         device=device,
         dtype=dtype,
-        weights=_dequantised(folder),
+        settings=settings,
+        weights=weights,
     )
 
 
-def _dequantised(folder: Path) -> Callable[[str], Iterator[npt.NDArray[Any]] | None] | None:
-    """The values of a tensor by the model's name of it, where the checkpoint is quantised; see Reference.load."""
-    formats, reader, tensors = (
-        import_module(where_it_lies(f"export.{name}")) for name in ("formats", "checkpoint", "tensors")
+def _own_reading(
+    folder: Path,
+) -> tuple[dict[str, Any] | None, Callable[[str], Iterator[npt.NDArray[Any]] | None] | None]:
+    """Settings and weights for Reference.load: of an original InternVL both, of a quantised checkpoint its weights."""
+    files, formats, checkpoints, tensors, internvl = (
+        import_module(where_it_lies(f"export.{name}"))
+        for name in ("checkpoint_files", "formats", "checkpoint", "tensors", "internvl_config")
     )
-    config = reader.read_json(folder / reader.CONFIG)
-    if formats.quantisation_settings(folder, config) is None:
-        return None
-    opened, names = reader.Checkpoint.open(folder), tensors.tensor_names(config)
+    config = files.read_json(folder / files.CONFIG)
+    settings = internvl.as_transformers(config, files.added_tokens(folder))
+    if settings is None and formats.quantisation_settings(folder, config) is None:
+        return None, None
+    opened, names = checkpoints.Checkpoint.open(folder), tensors.tensor_names(config)
 
     def weights(name: str) -> Iterator[npt.NDArray[Any]] | None:
         parts = names(name)
@@ -43,4 +49,4 @@ def _dequantised(folder: Path) -> Callable[[str], Iterator[npt.NDArray[Any]] | N
             return None
         return (block for part in parts for block in opened.tensor(part).blocks())
 
-    return weights
+    return settings, weights

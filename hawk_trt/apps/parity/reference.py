@@ -75,13 +75,15 @@ class Reference:
         normalization: str,
         device: str = "cpu",
         dtype: str = "float32",
+        settings: dict[str, Any] | None = None,
         weights: Callable[[str], Iterator[npt.NDArray[Any]] | None] | None = None,
     ) -> "Reference":
         """Load the checkpoint folder, or hub id, that a bundle was exported from.
 
-        Scores are computed in float32 whatever the dtype, with head_weights where a PruningConfig has none. weights: a
-        tensor's values by the model's name of it, in 1-D parts, None of one that is not there; without it transformers
-        reads the files, which takes the package that wrote them where they are quantised.
+        Scores are computed in float32 whatever the dtype, with head_weights where a PruningConfig has none. settings:
+        of config.json, where transformers cannot read it. weights: a tensor's values by the model's name of it, in 1-D
+        parts, None of one that is not there; without it transformers reads the files, which takes the package that
+        wrote them where they are quantised.
 
         Raises:
             HawkError: it cannot be read, is incomplete or of another architecture, or torch lacks the device.
@@ -89,7 +91,9 @@ class Reference:
         verbosity = transformers_logging.get_verbosity()
         transformers_logging.set_verbosity(logging.ERROR)  # its notes on config keys are of no use here
         try:
-            config = AutoConfig.from_pretrained(str(checkpoint))
+            config = (
+                AutoConfig.from_pretrained(str(checkpoint)) if settings is None else AutoConfig.for_model(**settings)
+            )
             model_type = config.model_type
             if model_type not in FAMILIES:
                 raise CheckpointError(f"model_type: got {model_type!r}, the reference knows {', '.join(FAMILIES)}")
