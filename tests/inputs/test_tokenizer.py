@@ -206,23 +206,23 @@ def test_text_that_no_context_holds_is_refused_before_it_is_tokenised(monkeypatc
 
 def test_other_threads_run_while_a_long_text_is_tokenised():
     long = "hello world, what colour is the ring? " * 30_000
-    stop, gaps = threading.Event(), []
+    stop, gaps = threading.Event(), []  # in processor time of the process, which a busy machine does not stretch
 
     def watch():
         while not stop.is_set():
-            before = time.perf_counter()
+            before = time.process_time()
             time.sleep(0.005)
-            gaps.append(time.perf_counter() - before)
+            gaps.append(time.process_time() - before)
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    begun = time.perf_counter()
+    begun = time.process_time()
     ids = ids_of(SHARED, long)
-    seconds = time.perf_counter() - begun
+    seconds = time.process_time() - begun
     stop.set()
     watcher.join()
     assert len(ids) > 100_000
-    assert max(gaps) < max(0.6, 0.5 * seconds)
+    assert max(gaps) < 0.5 * seconds
 
 
 def bundle_of(folder, texts):
