@@ -18,11 +18,13 @@ from engines.checks.preflight import growth_of, scratch_refusal
 from engines.profiles import TENSORRT_TARGETS
 from export.__main__ import main as export
 from export.random_checkpoint import random_checkpoint
+from export.writer import ExportOptions
+from export.writer import export as write
 from hawk_trt.engine_folder import Limits
 from hawk_trt.runtime.versions import available_memory_bytes
 from hawk_trt.stages import STAGES
 from hybrid import CONFIG
-from random_models import IM_END_OPTION
+from random_models import IM_END
 
 pytestmark = pytest.mark.skipif(
     platform.machine() != "x86_64", reason="NVIDIA's builder that needs no GPU exists for x86-64 alone"
@@ -170,9 +172,8 @@ def test_the_whole_command_builds_and_refuses_to_leave_plans_of_another_library(
 def test_graphs_of_a_hybrid_model_pass_too(dtype, tmp_path, repository):
     """Each linear layer is some 2,000 of TensorRT's layers, most of them of shapes: half a minute a graph."""
     (tmp_path / "checkpoint").mkdir()
-    random_checkpoint(tmp_path / "checkpoint", CONFIG)
-    command = [str(tmp_path / "checkpoint"), "--out", str(tmp_path / "bundle"), "--dtype", dtype, *IM_END_OPTION]
-    assert export([*command, "--target", "tensorrt,portable"]) == 0
+    checkpoint = random_checkpoint(tmp_path / "checkpoint", CONFIG)
+    write(checkpoint, tmp_path / "bundle", ExportOptions(dtype, TENSORRT_TARGETS, im_end_token_id=IM_END))
     limits = ("--max-visual-tokens", "256", "--max-prompt-tokens", "512", "--max-context", "512", "--batch", "2")
     rows, _ = preflight(repository, tmp_path / "bundle", *limits)
     assert {row["graph"] for row in rows} == graphs(dtype)
