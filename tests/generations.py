@@ -4,6 +4,7 @@ import numpy as np
 
 from hawk_trt import ModelInputs
 from hawk_trt.inputs.layout import collate
+from hawk_trt.scheduler import Scheduler
 
 
 def start(pipe, columns):
@@ -33,3 +34,29 @@ def assert_alone(plain, result, request, tolerance):
     assert result.token_ids == expected.token_ids
     np.testing.assert_array_equal(result.kept_indices, expected.kept_indices)
     np.testing.assert_allclose(result.logits, expected.logits, rtol=0, atol=tolerance)
+
+
+def come_and_go(pipe, ask):
+    """Three requests of unlike lengths, and one that takes the slot of the first to end: requests and results."""
+    scheduler = Scheduler(pipe.bundle, pipe.processor, pipe.vision_cache, pipe.backend, room=64)
+    requests = [ask(number, length) for number, length in enumerate((3, 12, 5, 8))]
+    sequences = [scheduler.add(request) for request in requests[:3]]
+    while not sequences[0].finished:
+        scheduler.step()
+    sequences.append(scheduler.add(requests[3]))
+    while not scheduler.idle:
+        scheduler.step()
+    return [(request, sequence.result()) for request, sequence in zip(requests, sequences, strict=True)]
+
+
+def outgrow(pipe, ask):
+    """Three requests that come one after another, so that their rows move to larger caches: requests and results."""
+    scheduler = Scheduler(pipe.bundle, pipe.processor, pipe.vision_cache, pipe.backend, room=64)
+    requests, sequences = [ask(number, 8) for number in range(3)], []
+    for request in requests:
+        sequences.append(scheduler.add(request))
+        for _ in range(3):
+            scheduler.step()
+    while not scheduler.idle:
+        scheduler.step()
+    return [(request, sequence.result()) for request, sequence in zip(requests, sequences, strict=True)]

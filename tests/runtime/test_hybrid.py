@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from generations import answer, assert_alone, start
+from generations import answer, assert_alone, come_and_go, outgrow, start
 from hawk_trt import ModelInputs, Pipeline, PruningConfig
 from hawk_trt.errors import BackendError, InvalidInput
 from hawk_trt.runtime import onnxruntime
@@ -207,30 +207,15 @@ def test_rows_come_and_go_in_a_shared_cache_without_a_copy_of_keys(shared, plain
     shared.generate_batch([ask(0), ask(1), ask(2)])  # a cache of three
     copies = []
     monkeypatch.setattr(KVCache, "_copy", lambda *_: copies.append(1))
-    scheduler = Scheduler(shared.bundle, shared.processor, shared.vision_cache, shared.backend, room=64)
-    lengths = (3, 12, 5)
-    sequences = [scheduler.add(ask(number, length)) for number, length in enumerate(lengths)]
-    while not sequences[0].finished:
-        scheduler.step()
-    late = scheduler.add(ask(3, 8))  # into the slot of the first, between the others
-    while not scheduler.idle:
-        scheduler.step()
+    answered = come_and_go(shared, ask)
     assert not copies
-    for sequence, number, length in zip((*sequences, late), range(4), (*lengths, 8), strict=True):
-        assert_alone(plain, sequence.result(), ask(number, length), 1e-3)
+    for request, result in answered:
+        assert_alone(plain, result, request, 1e-3)
 
 
 def test_rows_move_to_a_larger_shared_cache_with_their_states(shared, plain):
-    scheduler = Scheduler(shared.bundle, shared.processor, shared.vision_cache, shared.backend, room=64)
-    sequences = []
-    for number in range(3):
-        sequences.append(scheduler.add(ask(number, 8)))
-        for _ in range(3):
-            scheduler.step()
-    while not scheduler.idle:
-        scheduler.step()
-    for number, sequence in enumerate(sequences):
-        assert_alone(plain, sequence.result(), ask(number, 8), 1e-3)
+    for request, result in outgrow(shared, ask):
+        assert_alone(plain, result, request, 1e-3)
 
 
 def test_a_slot_that_was_used_begins_with_empty_states(shared, plain):

@@ -4,14 +4,13 @@ import numpy as np
 import pytest
 
 from examples.tiny_task import generate
-from generations import answer, assert_alone, start
+from generations import answer, assert_alone, come_and_go, outgrow, start
 from hawk_trt import ModelInputs, Pipeline, PruningConfig, Request
 from hawk_trt.errors import BackendError
 from hawk_trt.inputs.layout import collate
 from hawk_trt.runtime import onnxruntime
 from hawk_trt.runtime.kv_cache import KVCache
 from hawk_trt.runtime.session import Binding
-from hawk_trt.scheduler import Scheduler
 
 SAMPLES = list(generate(17, 4))
 KEPT = PruningConfig(0.2)
@@ -96,17 +95,10 @@ def test_rows_come_and_go_without_a_copy_where_slots_are_free(shared, plain, mon
         carry(cache, parts, slots, spent)
 
     monkeypatch.setattr(KVCache, "carry", carried)
-    scheduler = Scheduler(shared.bundle, shared.processor, shared.vision_cache, shared.backend, room=64)
-    lengths = (3, 12, 5)
-    sequences = [scheduler.add(ask(number, length)) for number, length in enumerate(lengths)]
-    while not sequences[0].finished:
-        scheduler.step()
-    late = scheduler.add(ask(3, 8))  # into the slot of the first, between the others
-    while not scheduler.idle:
-        scheduler.step()
+    answered = come_and_go(shared, ask)
     assert not copies
-    for sequence, number, length in zip((*sequences, late), range(4), (*lengths, 8), strict=True):
-        assert_alone(plain, sequence.result(), ask(number, length), 1e-4)
+    for request, result in answered:
+        assert_alone(plain, result, request, 1e-4)
 
 
 @pytest.mark.parametrize("on_host", [True, False])
@@ -114,16 +106,8 @@ def test_rows_come_and_go_without_a_copy_where_slots_are_free(shared, plain, mon
 def test_rows_move_to_a_larger_cache_and_answer_as_alone(shared, plain, on_host, monkeypatch):
     if not on_host:
         monkeypatch.setattr(KVCache, "_copy", KVCache._copy_by_heads)  # as on a GPU
-    scheduler = Scheduler(shared.bundle, shared.processor, shared.vision_cache, shared.backend, room=64)
-    sequences = []
-    for number in range(3):
-        sequences.append(scheduler.add(ask(number, 8)))
-        for _ in range(3):
-            scheduler.step()
-    while not scheduler.idle:
-        scheduler.step()
-    for number, sequence in enumerate(sequences):
-        assert_alone(plain, sequence.result(), ask(number, 8), 1e-4)
+    for request, result in outgrow(shared, ask):
+        assert_alone(plain, result, request, 1e-4)
     assert len(shared.backend.caches._caches) == 1
 
 
