@@ -1,4 +1,4 @@
-"""The bundles that phases run: the shipped tiny model in every dtype, and a released shape of random weights."""
+"""The bundles that phases run: the shipped tiny models in every dtype, and a released shape of random weights."""
 
 import json
 import subprocess
@@ -9,15 +9,16 @@ from benchmarks.gpu_report.record import ROOT, Setting
 from hawk_trt.errors import BackendError
 
 CHECKPOINT = ROOT / "examples" / "tiny-vlm"
+HYBRID = ROOT / "examples" / "tiny-hybrid"
 SHAPE = "qwen2.5-vl-3b"
 _CUT = ("--layers", "2", "--vision-layers", "1")  # in a rehearsal
 
 
-def tiny_bundle(dtype: str, setting: Setting) -> Path:
-    """The tiny model's bundle; int4 and int8 with float16 activations, which the CUDA provider multiplies by."""
+def tiny_bundle(dtype: str, setting: Setting, checkpoint: Path = CHECKPOINT) -> Path:
+    """A tiny model's bundle; int4 and int8 with float16 activations, which the CUDA provider multiplies by."""
     activations = ["--activations", "float16"] if dtype.startswith("int") else []
-    out = setting.work / f"tiny-{dtype}"
-    return _export([str(CHECKPOINT), "--dtype", dtype, *activations], out, here=setting.small)
+    out = setting.work / f"{checkpoint.name}-{dtype}"
+    return _export([str(checkpoint), "--dtype", dtype, *activations], out, here=setting.small)
 
 
 def shape_bundle(dtype: str, setting: Setting) -> Path:

@@ -6,6 +6,7 @@ PHASES = {
     "kernel": ("kernel", 150),
     "driver": ("driver", 120),
     "tiny": ("provider", 150),
+    "hybrid": ("provider", 150),
     "shape_bfloat16": ("provider", 240),
     "transformers": ("transformers_peer", 120),
     "shape_float16": ("provider", 240),

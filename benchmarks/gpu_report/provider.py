@@ -1,4 +1,4 @@
-"""ONNX Runtime's CUDA provider: the tiny model token by token against the CPU, then the stages of a 3B's shape.
+"""ONNX Runtime's CUDA provider: the tiny models token by token against the CPU, then the stages of a 3B's shape.
 
 A rehearsal runs over stub CUDA libraries where it can: the provider's own code does all but compute. What comes back is
 read as zeros then, and nothing is compared.
@@ -7,6 +7,7 @@ read as zeros then, and nothing is compared.
 import resource
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,16 +28,26 @@ _EXACT = "float32"  # in the other dtypes two close tokens may change places
 
 def tiny(record: Record, setting: Setting) -> None:
     """Answers of the tiny model on the GPU, token by token against the CPU."""
+    _against_the_cpu(models.CHECKPOINT, record, setting)
+
+
+def hybrid(record: Record, setting: Setting) -> None:
+    """The same of the tiny hybrid, whose layer 0 has no attention."""
+    _against_the_cpu(models.HYBRID, record, setting)
+
+
+def _against_the_cpu(checkpoint: Path, record: Record, setting: Setting) -> None:
     from hawk_trt import Pipeline
 
     device = _device(setting)
+    record.put(model=checkpoint.name)
     for dtype in _TINY_DTYPES if device != "cpu" else [dtype for dtype in _TINY_DTYPES if dtype != "bfloat16"]:
         with record.row_or_reason("dtypes", dtype=dtype) as row:
             # ONNX Runtime's CPU provider has no bfloat16: float32 is what its answers are compared with
-            reference = models.tiny_bundle(_EXACT if dtype == "bfloat16" else dtype, setting)
+            reference = models.tiny_bundle(_EXACT if dtype == "bfloat16" else dtype, setting, checkpoint)
             with Pipeline.load(reference) as pipe:
                 expected = list(_answers(pipe, setting))
-            with Pipeline.load(models.tiny_bundle(dtype, setting), device=device) as pipe:
+            with Pipeline.load(models.tiny_bundle(dtype, setting, checkpoint), device=device) as pipe:
                 row["runs"] = pipe.backend.target
                 got = list(_answers(pipe, setting))
             if _computes(setting):

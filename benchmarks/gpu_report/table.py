@@ -70,7 +70,8 @@ def _backend(row: dict[str, Any]) -> str:
 
 
 def _tiny(results: dict[str, Any]) -> Iterator[str]:
-    yield "| tiny-vlm on the GPU against the CPU | graphs | answers equal | kept sets equal | scores, logits: error |"
+    heads = f"{results['model']} on the GPU against the CPU", "graphs", "answers equal", "kept sets equal"
+    yield f"| {' | '.join(heads)} | scores, logits: error |"
     yield "| --- | --- | --- | --- | --- |"
     for row in results.get("dtypes", []):
         yield f"| {row['dtype']} | {row.get('runs', '')} | {_row(row, _compared)} |"
@@ -131,6 +132,7 @@ _SECTIONS: dict[str, Callable[[dict[str, Any]], Iterator[str]]] = {
     "kernel": _kernel,
     "driver": _driver,
     "tiny": _tiny,
+    "hybrid": _tiny,
     "shape_bfloat16": _shape,
     "transformers": _transformers,
     "shape_float16": _shape,

@@ -88,7 +88,7 @@ def test_a_phase_that_hangs_is_cut_and_keeps_what_it_wrote_down(phases_of):
 
 
 def test_a_row_that_failed_is_told_in_the_table():
-    results = {"dtypes": [{"dtype": "bfloat16", "failed": "BackendError: a | b"}]}
+    results = {"model": "tiny-vlm", "dtypes": [{"dtype": "bfloat16", "failed": "BackendError: a | b"}]}
     outcome = {"status": "failed", "reason": "1 of 1 dtypes", "seconds": 1.0, "results": results}
     table = markdown({"rehearsal": None, "phases": {"tiny": outcome}})
     assert "| tiny | failed: 1 of 1 dtypes | 1 |" in table
