@@ -204,7 +204,6 @@ def vision_ranges(vision: VisionConfig, visual_tokens: int, vision_batch: int) -
         square = math.isqrt(min(tokens, TYPICAL_VISUAL_TOKENS))
         ranges = {
             "num_frames": Range(1, frames, frames),
-            "num_merged": Range(1, square**2, tokens),
             "num_patches": Range(patches, square**2 * patches, tokens * patches),
         }
         if isinstance(vision, Qwen25Vision):

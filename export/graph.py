@@ -12,7 +12,7 @@ import numpy.typing as npt
 import onnx
 
 from hawk_trt.bundle import numpy_dtype
-from hawk_trt.stages import PORTABLE
+from hawk_trt.stages import CUDA, PORTABLE, VISION
 
 from .contract import StageSpec, residual_dtype
 from .onnx_graph import ONNX_DTYPES, Graph, Node, Value
@@ -35,12 +35,14 @@ class GraphBuilder:
     """Builds one graph for one target; its weights are placed in a file of its name.
 
     Attributes:
+        name: of the stage.
         dtype: of the model: "float32", "float16" or "bfloat16".
         residual: dtype of the residual stream.
         target: that runs it, one of hawk_trt.stages.TARGETS.
     """
 
     def __init__(self, name: str, dtype: str, target: str, weights: WeightStore) -> None:
+        self.name = name
         self.dtype = dtype
         self.residual = residual_dtype(dtype)
         self.target = target
@@ -58,6 +60,11 @@ class GraphBuilder:
     def opset24(self) -> bool:
         """Whether the target has Attention, RMSNormalization, RotaryEmbedding and Gelu as operators."""
         return self.target != PORTABLE
+
+    @property
+    def bias_apart(self) -> bool:
+        """Whether a bias is added apart: ONNX Runtime's CUDA provider writes that of a Gemm into all rows first."""
+        return (self.target, self.name) == (CUDA, VISION)
 
     @contextmanager
     def scope(self, name: str) -> Iterator[None]:

@@ -58,6 +58,22 @@ _COSMOS_GENERATOR = re.compile(
     r"|^(llm2(vae|sound|action)|(vae|sound|action)2llm)\.|^(audio|sound|action)_modality_embed"
 )
 
+# What has the inner size of a vision tower's gated MLP in front, or last.
+_INNER_ROWS = re.compile(r"visual\.blocks\.\d+\.mlp\.(gate|up)_proj\.(weight|bias)")
+_INNER_COLUMNS = re.compile(r"visual\.blocks\.\d+\.mlp\.down_proj\.weight")
+
+
+def padded_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a tensor in graphs: zeros fill the inner size of a vision tower's MLP up to a multiple of 64.
+
+    That is where its rows of half precision would not be multiples of 16 bytes, as Qwen2.5-VL's 3,420 are: products of
+    such rows take three times as long on a GPU (H200: 208 us and 66 us).
+    """
+    axis = 0 if _INNER_ROWS.fullmatch(name) else 1 if _INNER_COLUMNS.fullmatch(name) else None
+    if axis is None or shape[axis] % 8 == 0:
+        return shape
+    return (*shape[:axis], -(-shape[axis] // 64) * 64, *shape[axis + 1 :])
+
 
 def tensor_names(config: Mapping[str, Any]) -> Callable[[str], tuple[str, ...]]:
     """What names the tensors of a checkpoint; an unknown architecture's are named as Qwen's."""

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from io import FileIO
 from pathlib import Path
 from threading import Event, Lock
@@ -32,7 +33,7 @@ from .onnx_graph import ONNX_DTYPES, Value
 from .quantisation import WHOLE_ROW, block_size, fits_blocks, layout, may_be_quantised, quantise
 from .stored import Float8Matrix, IntegerMatrix, Part
 from .tensor_file import CheckpointTensor, alternating_buffers, not_finite
-from .tensors import EMBEDDINGS
+from .tensors import EMBEDDINGS, padded_shape
 
 EMBEDDINGS_FILE = "embed_tokens.data"
 
@@ -112,7 +113,7 @@ class WeightStore:
             raise CheckpointError(
                 f"{tensor.file}: tensor {name}: shape {list(tensor.shape)}, config.json asks for {list(shape)}"
             )
-        return _external(name, placement, self.dtype, tensor.shape if shape is None else shape)
+        return _external(name, placement, self.dtype, shape or self._shape(name, tensor))
 
     def quantised(self, stage_file: str, name: str, target: str) -> QuantisedMatrix | None:
         """New initializers of a quantised matrix, or None where it is one of plain floats.
@@ -240,9 +241,11 @@ class WeightStore:
     def _place_tensor(self, stage_file: str, name: str) -> tuple[CheckpointTensor, Placement]:
         """A tensor in the bundle's dtype, and its place."""
         tensor = self.checkpoint.tensor(name)
+        shape = self._shape(name, tensor)
         if not self.link:
-            nbytes = math.prod(tensor.shape) * numpy_dtype(self.dtype).itemsize
-            return tensor, self._place(stage_file, name, nbytes, lambda: _converted(tensor, self.dtype))
+            make = _converted if shape == tensor.shape else partial(_padded, shape)
+            nbytes = math.prod(shape) * numpy_dtype(self.dtype).itemsize
+            return tensor, self._place(stage_file, name, nbytes, lambda: make(tensor, self.dtype))
         if tensor.dtype != self.dtype:
             raise CheckpointError(
                 f"{tensor.file}: tensor {tensor.name}: {tensor.dtype}, and linked weights cannot be converted to "
@@ -250,6 +253,10 @@ class WeightStore:
             )
         self._sizes[tensor.file.name] = tensor.file.stat().st_size
         return tensor, Placement(tensor.file.name, tensor.offset, tensor.nbytes, tensor.blocks)
+
+    def _shape(self, name: str, tensor: CheckpointTensor) -> tuple[int, ...]:
+        """In graphs; linked files have no room for zeros."""
+        return tensor.shape if self.link else padded_shape(name, tensor.shape)
 
     def _place(
         self, stage_file: str, key: str, nbytes: int, content: Callable[[], Iterator[npt.NDArray[Any]]]
@@ -339,6 +346,14 @@ def _converted(tensor: CheckpointTensor, dtype: str) -> Iterator[npt.NDArray[Any
                 f"does not fit {dtype}. Export with --dtype bfloat16 or float32"
             )
         yield converted
+
+
+def _padded(shape: tuple[int, ...], tensor: CheckpointTensor, dtype: str) -> Iterator[npt.NDArray[Any]]:
+    """A tensor in another dtype, with zeros behind its elements along each dimension, up to a shape."""
+    whole = np.zeros(shape, numpy_dtype(dtype))
+    elements = np.concatenate([block.copy() for block in _converted(tensor, dtype)])
+    whole[tuple(slice(size) for size in tensor.shape)] = elements.reshape(tensor.shape)
+    yield whole.reshape(-1)
 
 
 def _largest_finite(tensor: CheckpointTensor) -> float:

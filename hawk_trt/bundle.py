@@ -31,7 +31,7 @@ from hawk_trt.stages import DTYPES, LanguageConfig
 MANIFEST = "bundle.json"
 REFERENCE = "reference.npz"
 ENGINES_MANIFEST = "engines.json"
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 _AGAIN = "Export again: hawk-trt export CHECKPOINT --out FOLDER"
 _Versioned = TypeVar("_Versioned")
 _TokenId: TypeAlias = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]

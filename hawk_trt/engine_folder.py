@@ -18,7 +18,7 @@ from hawk_trt.bundle import ENGINES_MANIFEST, Bundle, FileEntry, Manifest, Tenso
 from hawk_trt.errors import BundleError
 from hawk_trt.runtime.versions import same_version
 
-ENGINES_SCHEMA_VERSION = 3
+ENGINES_SCHEMA_VERSION = 4
 # Optimization profiles of first_layer and decoder, by index; vision has the first alone.
 PREFILL = 0
 DECODE = 1

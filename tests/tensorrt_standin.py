@@ -208,8 +208,7 @@ class Context(Owned):
         if "num_tiles" in words:
             words["num_visual"] = words["num_tiles"] * internvl.TILE_TOKENS
         elif self.engine.told["stage"] == "vision":
-            # 2 x 2 patches a token, where the graph does not say how many tokens there are
-            words["num_visual"] = words["num_frames"] * words.get("num_merged", words["num_patches"] // 4)
+            words["num_visual"] = words["num_frames"] * words["num_patches"] // 4  # 2 x 2 patches a token
         return tuple(size if isinstance(size, int) else words.get(size, -1) for size in self.engine.tensors[name][1])
 
     def execute_async_v3(self, stream):

@@ -41,7 +41,7 @@ _SHAPE_OPERATORS = {
 _GRAPHED = ("first_layer", "decoder")  # decode steps, which a CUDA graph may hold
 # For the words of dynamic dimensions: a prefill of 64 tokens, a frame of 1,008 x 1,008 pixels, 13 tiles.
 _SIZES = {"batch": 1, "num_visual": 1, "num_text": 64, "seq_len": 64, "num_kept_total": 64, "cache_len": 256}
-_SIZES |= {"num_frames": 1, "num_patches": 72**2, "num_merged": 36**2, "num_windows": 9**2, "window_len": 8**2}
+_SIZES |= {"num_frames": 1, "num_patches": 72**2, "num_windows": 9**2, "window_len": 8**2}
 _SIZES |= {"num_tiles": 13}
 # How the provider's log calls the kernels of attention that keep no scores.
 _FLASH = "Flash Attention"

@@ -1,6 +1,6 @@
 """Vision graph of Qwen2.5-VL: frames of one size in, visual tokens out.
 
-Most blocks attend inside windows, the full-attention ones over whole frames. Patches come in window order.
+Most blocks attend inside windows, the full-attention ones over whole frames.
 """
 
 from dataclasses import replace
@@ -26,7 +26,6 @@ def qwen2_5_vl_spec(vision: Qwen25Vision) -> StageSpec:
         TensorSpec("window_index", "int64", ("num_windows", "window_len")),
         TensorSpec("window_mask", "bool", ("num_windows", "window_len")),
         TensorSpec("window_slot", "int64", ("num_patches",)),
-        TensorSpec("merge_order", "int64", ("num_merged",)),
     )
     return replace(spec, inputs=(*spec.inputs, *windows))
 
@@ -53,11 +52,7 @@ def qwen2_5_vl_vision(g: GraphBuilder, vision: Qwen25Vision, inputs: dict[str, V
     with g.scope("merger"):
         h = rms_norm(g, x, "visual.merger.ln_q", NORM_EPSILON, "ln_q")
         h = g.reshape(h, -1, vision.hidden_size * vision.spatial_merge_size**2, name="merge")
-        h = merger(g, h, "visual.merger.mlp.0", "visual.merger.mlp.2")
-        by_frame_shape = g.op("Concat", tower.frames, g.ints(-1, vision.out_hidden_size), axis=0, name="by_frame_shape")
-        by_frame = g.op("Reshape", h, by_frame_shape, name="by_frame")
-        raster = g.op("Gather", by_frame, inputs["merge_order"], axis=1, name="raster_order")
-        return {"visual_embeds": g.reshape(raster, -1, vision.out_hidden_size, name="visual_embeds")}
+        return {"visual_embeds": merger(g, h, "visual.merger.mlp.0", "visual.merger.mlp.2")}
 
 
 def _windows(g: GraphBuilder, inputs: dict[str, Value], tower: Tower) -> Segments:

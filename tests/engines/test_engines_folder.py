@@ -145,7 +145,7 @@ def test_a_changed_plan_of_the_same_size_is_found_by_its_hash(folder):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema_version": ENGINES_SCHEMA_VERSION + 1}, "schema version 4, this hawk_trt reads 3. Update"),
+        ({"schema_version": ENGINES_SCHEMA_VERSION + 1}, "schema version 5, this hawk_trt reads 4. Update"),
         ({"target": "portable"}, r"its content changed since the build \(sha256 differs\)"),
         ({"limits": None}, r"damaged \(Expected `object`, got `null`"),
     ],

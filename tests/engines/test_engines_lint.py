@@ -18,7 +18,7 @@ from hawk_trt.stages import PORTABLE, STAGES
 
 SIZES = {"max_visual_tokens": 16, "max_prompt_tokens": 32, "max_context": 64}
 # Inputs that are indices or positions; in the generated inputs, the first of each.
-INDICES = ("source_rows", "window_index", "window_slot", "merge_order", "write_index", "kv_start")
+INDICES = ("source_rows", "window_index", "window_slot", "write_index", "kv_start")
 
 
 @pytest.fixture(scope="module")

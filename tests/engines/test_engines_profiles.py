@@ -102,10 +102,9 @@ def test_the_window_ranges_hold_every_frame_that_a_processor_makes(bundle):
     most = 0
     for high in range(1, tokens + 1):
         for wide in range(1, tokens // high + 1):
-            _, plan = window_plan(2 * high, 2 * wide, 2, side)
+            plan = window_plan(2 * high, 2 * wide, 2, side)
             sizes = {
-                "num_merged": len(plan["merge_order"]),
-                "num_patches": len(plan["patch_positions"]),
+                "num_patches": len(plan["window_slot"]),
                 "num_windows": len(plan["window_index"]),
                 "window_len": plan["window_index"].shape[1],
             }
@@ -217,8 +216,8 @@ def test_context_slots_is_the_word_of_the_target_tensorrt_alone(bundle):
 
 def test_a_vision_call_takes_several_frames_that_together_are_no_larger_than_the_largest(bundle):
     one, several = vision_ranges(bundle.manifest.vision, 300, 4)
-    assert (one["num_frames"].high, one["num_merged"].high) == (1, 300)
-    assert (several["num_frames"].high, several["num_merged"].high, several["num_patches"].high) == (4, 75, 300)
+    assert (one["num_frames"].high, one["num_patches"].high) == (1, 1200)
+    assert (several["num_frames"].high, several["num_patches"].high) == (4, 300)
     assert len(vision_ranges(bundle.manifest.vision, 3, 4)) == 1
     tiles = InternVLVision(**INTERNVL)
     assert vision_ranges(tiles, 4096, 13) == [{"num_tiles": (1, 13, 13)}]

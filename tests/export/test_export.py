@@ -115,10 +115,10 @@ def test_a_bundle_of_another_schema_is_refused_and_may_be_replaced(tmp_path, che
     other = json.loads(manifest_bytes(read_manifest(out))) | {"schema_version": version}
     write_json(out / MANIFEST, other)
     with pytest.raises(
-        BundleError, match=rf"version {version}, this hawk_trt reads 4\. {advice} again: hawk-trt export "
+        BundleError, match=rf"version {version}, this hawk_trt reads 5\. {advice} again: hawk-trt export "
     ):
         Bundle.load(out)
-    assert export(checkpoint, out).manifest.schema_version == 4
+    assert export(checkpoint, out).manifest.schema_version == 5
 
 
 def test_a_bundle_holds_the_targets_that_run_its_dtype_or_those_asked_for(tmp_path, checkpoint):

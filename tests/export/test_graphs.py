@@ -25,7 +25,7 @@ from hawk_trt.stages import (
 
 WORDS = {
     "batch", "seq_len", "num_text", "num_visual", "num_kept_total", "past_len", "cache_len", "context_len",
-    "num_frames", "num_patches", "num_windows", "window_len", "num_merged",
+    "num_frames", "num_patches", "num_windows", "window_len",
 }  # fmt: skip
 
 

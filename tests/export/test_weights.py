@@ -24,8 +24,10 @@ from checkpoints import (
 from export.checkpoint import Checkpoint
 from export.weights import WeightStore
 from export.writer import ExportOptions, export
+from hawk_trt import Pipeline
 from hawk_trt.bundle import Bundle
 from hawk_trt.errors import BundleError, CheckpointError
+from random_models import prompt
 
 NUMPY = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 EMBEDDINGS = "language_model.embed_tokens.weight"
@@ -65,6 +67,27 @@ def test_every_stored_weight_equals_the_checkpoints_rounded_to_the_dtype(tmp_pat
         for tensor in stored.get(name, []):
             assert stored_bytes(made, tensor) == expected.tobytes(), name
     np.testing.assert_array_equal(made.embedding_table(), tensors[EMBEDDINGS].astype(NUMPY[target]))
+
+
+def test_an_inner_size_that_gpus_are_slow_with_is_filled_up_with_zeros_that_change_nothing(tmp_path):
+    tensors = random_tensors(Sizes(vision_intermediate_size=60))
+    folder = make_checkpoint(tmp_path / "model", tensors, sizes=Sizes(vision_intermediate_size=60))
+    copied, linked = (
+        export(folder, tmp_path / name, ExportOptions(link=name == "linked")) for name in ("out", "linked")
+    )
+    stored = stored_tensors(copied)
+    for layer, shape in {"gate_proj.weight": (64, 32), "up_proj.bias": (64,), "down_proj.weight": (32, 64)}.items():
+        (tensor, *_), own = stored[f"visual.blocks.1.mlp.{layer}"], tensors[f"visual.blocks.1.mlp.{layer}"]
+        held = np.frombuffer(stored_bytes(copied, tensor), np.float32).reshape(shape)
+        own_part = tuple(slice(size) for size in own.shape)
+        np.testing.assert_array_equal(held[own_part], own)
+        assert not np.delete(held, np.s_[:60], own.shape.index(60)).any()
+    inputs = prompt(1176, images=[(1, 8, 12)])
+    embeds = []
+    for bundle in (copied, linked):
+        with Pipeline.load(bundle.folder) as pipe:
+            embeds.append(pipe.vision_cache.encode([(inputs, pipe.processor.layout(inputs))])[0].numpy())
+    np.testing.assert_allclose(*embeds, rtol=0, atol=1e-6)
 
 
 def test_weights_lie_on_boundaries_that_vector_loads_want(bundle):

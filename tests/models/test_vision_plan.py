@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
-from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
+from transformers.vision_utils import get_vision_window_index
 
 from export.vision.qwen2_5_vl import qwen2_5_vl_spec
 from hawk_trt.errors import InvalidInput
@@ -94,7 +94,7 @@ def evaluate(tower, feeds):
             out = out.reshape(frames, windows * length, heads, head_dim)[:, feed["window_slot"]]
         x = x + block.attn.proj(out.reshape(frames, num_patches, -1))
         x = x + block.mlp(block.norm2(x))
-    return tower.merger(x).reshape(frames, -1, VISION.out_hidden_size)[:, feed["merge_order"]].flatten(0, 1)
+    return tower.merger(x)
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
@@ -109,21 +109,18 @@ def test_the_plan_alone_reproduces_the_vision_tower_of_transformers(tower, grid,
 
 @pytest.mark.parametrize("high", range(1, 12))
 @pytest.mark.parametrize("wide", [1, 2, 3, 4, 5, 7, 8, 9, 13, 36])
-def test_windows_and_positions_equal_transformers(high, wide):
+def test_windows_equal_transformers(high, wide):
     grid = torch.tensor([[1, 2 * high, 2 * wide]])
-    block_order, plan = window_plan(2 * high, 2 * wide, 2, 4)
+    plan = window_plan(2 * high, 2 * wide, 2, 4)
     order, bounds = get_vision_window_index(grid, spatial_merge_size=2, window_size=112, patch_size=14)
-    np.testing.assert_array_equal(block_order, order)
     np.testing.assert_array_equal(plan["window_mask"].sum(axis=1), np.diff(bounds))
-    np.testing.assert_array_equal(plan["window_index"][plan["window_mask"]], np.arange(4 * high * wide))
-    theirs = get_vision_position_ids(grid, 2).reshape(-1, 4, 2)[order].reshape(-1, 2)
-    np.testing.assert_array_equal(plan["patch_positions"], theirs)
-    np.testing.assert_array_equal(plan["merge_order"], torch.argsort(order))
+    patches = torch.arange(4 * high * wide).reshape(-1, 4)[order].reshape(-1)
+    np.testing.assert_array_equal(plan["window_index"][plan["window_mask"]], patches)
 
 
 @pytest.mark.parametrize(("high", "wide"), [(2, 2), (10, 14), (16, 16), (34, 2)])
 def test_a_patch_finds_its_way_into_its_window_and_back(high, wide):
-    _, plan = window_plan(high, wide, 2, 4)
+    plan = window_plan(high, wide, 2, 4)
     values = np.arange(high * wide)
     batched = np.where(plan["window_mask"], values[plan["window_index"]], -1)
     np.testing.assert_array_equal(batched.reshape(-1)[plan["window_slot"]], values)

@@ -25,7 +25,7 @@ _PLUGIN = ("WeightedTopK", "1", "")  # name, version, namespace
 _FLAGS = {
     "batch": "--batch",
     "seq_len": "--max-prompt-tokens",
-    **dict.fromkeys(("num_visual", "num_patches", "num_merged", "num_tiles"), "--max-visual-tokens"),
+    **dict.fromkeys(("num_visual", "num_patches", "num_tiles"), "--max-visual-tokens"),
     "num_kept_total": "--max-context",
 }
 
