@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.gpu_report import wheels
-from benchmarks.gpu_report.phases import PHASES
+from benchmarks.gpu_report.phases import PHASES, SHAPES, SIDE
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     if args.table is not None:
         print(markdown(json.loads(args.table.read_text(encoding="utf-8"))))
         return 0
-    setting = Setting(args.work.resolve(), args.seconds, args.rehearse)
+    setting = Setting(args.work.resolve(), args.seconds, args.rehearse, args.shape, args.side)
     if args.phase is not None:
         failed = run_phase(args.phase, setting)["status"] == FAILED
         sys.stdout.flush()
@@ -57,6 +57,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, default=5400, help="for all phases together")
     parser.add_argument("--out", type=Path, default=Path("artifacts/gpu-report/report.json"), help="the JSON file")
     parser.add_argument("--work", type=Path, default=Path("artifacts/gpu-report"), help="folder for bundles and logs")
+    parser.add_argument("--shape", choices=SHAPES, default=SHAPES[0], help="of the random weights")
+    parser.add_argument("--side", type=int, default=SIDE, help="pixels of their image, a multiple of 28")
     parser.add_argument(
         "--rehearse",
         nargs="?",

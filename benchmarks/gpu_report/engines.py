@@ -1,4 +1,4 @@
-"""TensorRT: the project's self-test, then engines of the 3B's shape at the same keep ratios as ONNX Runtime.
+"""TensorRT: the project's self-test, then engines of the same shape at the same keep ratios as ONNX Runtime.
 
 A rehearsal takes stand-ins of TensorRT and the driver, and engines of the tiny model that they run on the CPU.
 """
@@ -17,7 +17,7 @@ from hawk_trt.errors import BackendError
 from hawk_trt.stages import TENSORRT
 
 _DTYPE = "bfloat16"
-_LIMITS = ("--max-visual-tokens", "1296", "--max-prompt-tokens", "1536", "--max-context", "1536")
+_TEXT_TOKENS = 240  # room for the words of the prompt, and for its answer
 
 
 def tensorrt(record: Record, setting: Setting) -> None:
@@ -50,9 +50,12 @@ def _self_test(record: Record, setting: Setting) -> bool:
 
 
 def _build(record: Record, setting: Setting) -> Path:
-    bundle, folder = models.shape_bundle(_DTYPE, setting), setting.work / f"{models.SHAPE}-engines"
+    bundle, folder = models.shape_bundle(_DTYPE, setting), setting.work / f"{setting.shape}-engines"
     begun = time.perf_counter()
-    command = [sys.executable, "-m", "engines", str(bundle), "--out", str(folder), "--force", *_LIMITS]
+    command = [sys.executable, "-m", "engines", str(bundle), "--out", str(folder), "--force"]
+    visual = (setting.side // 28) ** 2
+    command += ["--max-visual-tokens", str(visual)]
+    command += ["--max-prompt-tokens", str(visual + _TEXT_TOKENS), "--max-context", str(visual + _TEXT_TOKENS)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise BackendError(f"engines: {done.stderr.strip()[-400:]}")
@@ -70,7 +73,7 @@ def _stages(folder: Path, record: Record, setting: Setting) -> None:
             dtype=pipe.bundle.manifest.dtype,
             weights_mb=round(used_mb()),
         )
-        inputs = stages.noise_prompt(pipe, 224 if setting.rehearse else stages.SIDE)
+        inputs = stages.noise_prompt(pipe, 224 if setting.rehearse else setting.side)
         for ratio in stages.KEEP_RATIOS:
             with record.row_or_reason("stages", keep_ratio=ratio) as row:
                 row |= stages.measure(pipe, inputs, ratio, used_mb, setting)

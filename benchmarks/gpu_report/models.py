@@ -10,7 +10,6 @@ from hawk_trt.errors import BackendError
 
 CHECKPOINT = ROOT / "examples" / "tiny-vlm"
 HYBRID = ROOT / "examples" / "tiny-hybrid"
-SHAPE = "qwen2.5-vl-3b"
 _CUT = ("--layers", "2", "--vision-layers", "1")  # in a rehearsal
 
 
@@ -22,18 +21,18 @@ def tiny_bundle(dtype: str, setting: Setting, checkpoint: Path = CHECKPOINT) -> 
 
 
 def shape_bundle(dtype: str, setting: Setting) -> Path:
-    """Random weights of the 3B's shape: cut to a few layers in a rehearsal, the tiny model's in a small one."""
+    """Random weights of the setting's shape: cut to a few layers in a rehearsal, the tiny model's in a small one."""
     if setting.small:
         return tiny_bundle(dtype, setting)
     cut = _CUT if setting.rehearse else ()
-    out = setting.work / f"{SHAPE}-{dtype}{len(cut) or ''}"
-    return _export(["--shape", SHAPE, *cut, "--dtype", dtype], out, here=False)
+    out = setting.work / f"{setting.shape}-{dtype}{len(cut) or ''}"
+    return _export(["--shape", setting.shape, *cut, "--dtype", dtype], out, here=False)
 
 
 def model_name(setting: Setting) -> str:
     """What shape_bundle makes, for the table."""
     cut = "2 language and 1 vision layers, " if setting.rehearse else ""
-    return "tiny-vlm" if setting.small else f"{SHAPE}, {cut}random weights"
+    return "tiny-vlm" if setting.small else f"{setting.shape}, {cut}random weights"
 
 
 def config(setting: Setting) -> dict[str, object]:
@@ -42,7 +41,7 @@ def config(setting: Setting) -> dict[str, object]:
 
     if setting.small:
         return json.loads((CHECKPOINT / "config.json").read_text(encoding="utf-8"))
-    return shape_config(SHAPE, *((2, 1) if setting.rehearse else ()))
+    return shape_config(setting.shape, *((2, 1) if setting.rehearse else ()))
 
 
 def _export(arguments: list[str], out: Path, *, here: bool) -> Path:

@@ -221,7 +221,7 @@ def random_bundles(folder: Path) -> Iterator[Path]:
     formats: list[tuple[str, str, WeightFormat | None]] = [(dtype, dtype, None) for dtype in DTYPES]
     for bits in (8, 4):
         formats += [(f"int{bits}-{dtype}", dtype, WeightFormat(bits, 64)) for dtype in DTYPES]
-    for family, config in _configs().items():
+    for family, config in small_configs().items():
         for name, dtype, weights in formats:
             source = folder / "checkpoints" / f"{family}-{name}"
             source.mkdir(parents=True)
@@ -237,7 +237,7 @@ def random_bundles(folder: Path) -> Iterator[Path]:
             yield out
 
 
-def _configs() -> dict[str, dict[str, Any]]:
+def small_configs() -> dict[str, dict[str, Any]]:
     """config.json of a small model of each family, as transformers writes it."""
     import transformers
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu_report.phases import SHAPES, SIDE
 from hawk_trt.errors import HawkError
 from hawk_trt.files import write_atomically
 
@@ -31,6 +32,8 @@ class Setting:
     # None on a GPU. "stubs": the CUDA provider over stub libraries, and all else on the CPU; "cpu": everything on
     # the CPU, and small.
     rehearse: str | None
+    shape: str = SHAPES[0]
+    side: int = SIDE
 
     @property
     def small(self) -> bool:

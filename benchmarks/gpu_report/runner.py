@@ -17,7 +17,7 @@ from benchmarks.gpu_report.record import FAILED, PASSED, ROOT, SKIPPED, Failed, 
 from benchmarks.gpu_report.table import markdown
 from hawk_trt.errors import HawkError
 
-_PROVIDER = "provider"  # the module whose phases need ONNX Runtime's CUDA provider
+_PROVIDER = ("provider", "families")  # modules whose phases need ONNX Runtime's CUDA provider
 _VERSION = "1.31.1"
 _LAST_WORDS = 400
 _REHEARSAL_FACTOR = 4
@@ -39,11 +39,11 @@ def run_all(phases: list[str], setting: Setting, out: Path, run: Run | None = No
     if out.is_file():
         earlier = json.loads(out.read_text(encoding="utf-8"))
         report = earlier if earlier["rehearsal"] == setting.rehearse else report
-    stubs = _stub_environment(setting) if any(PHASES[name][0] == _PROVIDER for name in phases) else {}
+    stubs = _stub_environment(setting) if any(PHASES[name][0] in _PROVIDER for name in phases) else {}
     started = time.monotonic()
     for name in phases:
         left = setting.seconds - (time.monotonic() - started)
-        environment = stubs if PHASES[name][0] == _PROVIDER else {}
+        environment = stubs if PHASES[name][0] in _PROVIDER else {}
         # the limits are a GPU's; stand-ins take longer
         seconds = min(PHASES[name][1] * (_REHEARSAL_FACTOR if setting.rehearse else 1), left)
         report["phases"][name] = (run or phase_in_a_process)(name, setting, seconds, environment)
@@ -73,6 +73,7 @@ def phase_in_a_process(name: str, setting: Setting, seconds: float, environment:
     path.unlink(missing_ok=True)
     setting.work.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "benchmarks.gpu_report", "--phase", name, "--work", str(setting.work.resolve())]
+    command += ["--shape", setting.shape, "--side", str(setting.side)]
     command += ["--seconds", str(seconds), *(["--rehearse", setting.rehearse] if setting.rehearse else [])]
     begun = time.monotonic()
     with log.open("w") as out:

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 # The smallest first: allocators keep what they took, so the memory after a ratio is the most that it needed.
 KEEP_RATIOS = (0.1, 0.2, 0.4, 1.0)
-SIDE = 1008  # pixels: 1,296 visual tokens
 
 
 def noise_prompt(pipe: "Pipeline", side: int, text_tokens: int = 34) -> ModelInputs:

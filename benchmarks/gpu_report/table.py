@@ -133,6 +133,7 @@ _SECTIONS: dict[str, Callable[[dict[str, Any]], Iterator[str]]] = {
     "driver": _driver,
     "tiny": _tiny,
     "hybrid": _tiny,
+    "families": _tiny,
     "shape_bfloat16": _shape,
     "transformers": _transformers,
     "shape_float16": _shape,

@@ -26,7 +26,7 @@ def transformers(record: Record, setting: Setting) -> None:
     config = models.config(setting)
     model = _model(library, config, setting)
     weights_mb = used_mb()
-    inputs = _prompt(config, 224 if setting.small else stages.SIDE, setting)
+    inputs = _prompt(config, 224 if setting.small else setting.side, setting)
     marks: list[float] = []
     model.model.visual.register_forward_pre_hook(lambda *_: marks.append(_now(setting)))
     model.model.visual.register_forward_hook(lambda *_: marks.append(_now(setting)))
