@@ -9,11 +9,12 @@ what the next text adds.
 import ctypes
 import json
 import math
+import os
 import re
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property, reduce, wraps
 from itertools import pairwise
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from jinja2.parser import Parser
 
 _SECONDS = 5.0
+_LOOK_SECONDS = 0.25
 # Of a text or list that a template makes, and of base times exponent: beyond, memory is at stake.
 _MAX_REPEATED = 10_000_000
 _MAX_EXPONENT = 1000
@@ -69,7 +71,8 @@ class ChatTemplate:
                     "export CHECKPOINT --out FOLDER"
                 )
         try:
-            with _time_limit(_SECONDS):
+            ended = _begin_limit(_SECONDS)
+            try:
                 rendered = self._compiled.render(
                     messages=messages,
                     tools=with_strings(tools, guard.apply) or None,
@@ -77,6 +80,8 @@ class ChatTemplate:
                     add_generation_prompt=True,
                     **self._variables,
                 )
+            finally:
+                ended.acquire()
         except RecursionError as error:
             raise InvalidInput("chat template: it calls itself without an end. Change the bundle's template") from error
         except TimeoutError as error:
@@ -260,31 +265,56 @@ def _raise_exception(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
 
 
-@contextmanager
-def _time_limit(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError in this thread when it has computed so long inside.
+@dataclass(eq=False, slots=True)
+class _Rendering:
+    """What one thread renders."""
 
-    Processor time counts where the system tells a thread's, so that a busy machine refuses no template. The exception
-    is raised each second anew, since whatever runs just then may swallow it, such as a callback of the collector.
+    lock: threading.Lock  # which the thread takes at the end, for good
+    thread: int
+    clock: int
+    end: float  # on that clock
+
+
+# Those under way, and those that have ended since the watcher last looked: it runs while there are any.
+_renderings: list[_Rendering] = []
+_renderings_lock = threading.Lock()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renderings.clear)  # the watcher stays in the parent
+
+
+def _begin_limit(seconds: float) -> threading.Lock:
+    """From now on raise TimeoutError in this thread when it has computed so long, until it takes the returned lock.
+
+    Processor time counts where the system tells a thread's, so that a busy machine refuses no template.
     """
-    thread, lock, left, done = threading.get_ident(), threading.Lock(), threading.Event(), False
+    thread = threading.get_ident()
     clock = time.pthread_getcpuclockid(thread) if hasattr(time, "pthread_getcpuclockid") else time.CLOCK_MONOTONIC
-    end = time.clock_gettime(clock) + seconds
+    rendering = _Rendering(threading.Lock(), thread, clock, time.clock_gettime(clock) + seconds)
+    with _renderings_lock:
+        if not _renderings:
+            threading.Thread(target=_watch, daemon=True).start()
+        _renderings.append(rendering)
+    return rendering.lock
 
-    def watch() -> None:
-        wait = seconds
-        while not left.wait(wait):
-            with lock:
-                if done:
-                    return
-                wait = max(end - time.clock_gettime(clock), 1.0)
-                if time.clock_gettime(clock) >= end:
-                    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(TimeoutError))
 
-    threading.Thread(target=watch, daemon=True).start()
-    try:
-        yield
-    finally:
-        with lock:
-            done = True
-        left.set()
+def _watch() -> None:
+    """Raise TimeoutError in each thread whose time is over, until none has begun to render since the last look.
+
+    The exception is raised after each second anew, since whatever runs just then may swallow it, such as a callback of
+    the collector.
+    """
+    while True:
+        time.sleep(_LOOK_SECONDS)
+        with _renderings_lock:
+            for rendering in list(_renderings):
+                if not rendering.lock.acquire(blocking=False):
+                    _renderings.remove(rendering)
+                    continue
+                now = time.clock_gettime(rendering.clock)
+                if now >= rendering.end:
+                    rendering.end = now + 1.0
+                    thread = ctypes.c_ulong(rendering.thread)
+                    ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, ctypes.py_object(TimeoutError))
+                rendering.lock.release()
+            if not _renderings:
+                return

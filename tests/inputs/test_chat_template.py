@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from hawk_trt.errors import InvalidInput
+from hawk_trt.inputs import chat_template
 from hawk_trt.inputs.chat_template import Guard
 from prompts import SPECIAL_IDS, TOKENIZERS, chat_tokenizer, ids_of, text, user
 
@@ -136,4 +137,7 @@ def test_the_time_limit_works_in_any_thread_and_ends_with_the_rendering(monkeypa
     quick = chat_tokenizer()
     for _ in range(20):
         quick.encode("x")
-    time.sleep(0.3)  # no timer is left that could still go off
+    deadline = time.monotonic() + 10
+    while chat_template._renderings:  # the watcher ends, and nothing is left that could still go off
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
