@@ -69,8 +69,8 @@ def test_memory_grows_with_the_patches_of_an_image_and_not_with_their_square(bun
     # 16,384 patches of 2 heads would take 2,147 MB of scores at once, 4,096 an eighth of one image's pixels more
     assert large["grown_mb"] < 6 * max(small["grown_mb"], 40), (small, large)
     assert large["grown_mb"] < 500, large
-    # the vision stage gives its memory back: 14 to 17 MB stay, 38 to 62 otherwise
-    assert large["held_mb"] < 0.25 * large["grown_mb"], large
+    # the vision stage gives its memory back: 13 to 17 MB stay, 38 to 62 otherwise
+    assert large["held_mb"] < 25, large
 
 
 def test_portable_graphs_hold_the_scores_of_one_head_at_a_time(tmp_path):
