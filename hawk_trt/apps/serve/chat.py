@@ -1,19 +1,18 @@
 """POST /v1/chat/completions, from the first byte of the request's body to the last of the answer."""
 
 import re
-import secrets
 import time
+import uuid
 from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import fields, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import anyio
 import numpy as np
+from fastapi import Depends, Request, Response
 from pydantic import BaseModel
-from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.responses import StreamingResponse
 
 from hawk_trt.apps.serve import answers
 from hawk_trt.apps.serve.batcher import Piece
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
 # the last keeps nginx from gathering the events
 _STREAM_HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}
 IGNORED = "x-hawk-ignored"
-_FEW_TOKENS = 2048  # are laid out in a millisecond or two: to wake a thread for it costs about as much
 _MAX_NAMES = 16
 _MAX_NAME_CHARS = 80
 _PRUNING = ("keep_ratio", "min_visual_tokens", "selector", "query", "quota", "keep_mass", "diversity")
@@ -45,40 +43,32 @@ _BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {
 }
 
 
-async def chat_completions() -> Response:
+async def open_request(request: Request) -> AsyncIterator[OpenRequest]:
+    """Accept the request, before its body is read, until its answer has been sent."""
+    service: Service = request.app.state.service
+    with service.open() as opened:
+        yield opened
+
+
+async def prepared_request(request: Request, opened: Annotated[OpenRequest, Depends(open_request)]) -> Prepared:
+    """Read, check and prepare the request, within its time."""
+    service: Service = request.app.state.service
+    with anyio.fail_after(opened.deadline - time.monotonic()):
+        prepared = await service.prepare(await _body(request, opened, service), opened)
+    opened.hold_choices(prepared.choices)
+    opened.hold(prepared.pixel_bytes)  # in place of the body, which nothing needs any more
+    return prepared
+
+
+async def chat_completions(
+    request: Request,
+    response: Response,
+    opened: Annotated[OpenRequest, Depends(open_request)],
+    prepared: Annotated[Prepared, Depends(prepared_request)],
+) -> answers.Completion | StreamingResponse:
     """Answer a chat, whole or streamed."""
-    return _ChatAnswer()
-
-
-class _ChatAnswer(Response):
-    """Accepts the request before its body is read, until its answer has been sent."""
-
-    background = None
-
-    def __init__(self) -> None:
-        pass
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request = Request(scope, receive)
-        service: Service = request.app.state.service
-        with service.open() as opened:
-            with anyio.fail_after(opened.deadline - time.monotonic()):
-                prepared = await service.prepare(await _body(request, opened, service), opened)
-            opened.hold_choices(prepared.choices)
-            opened.hold(prepared.pixel_bytes)  # in place of the body, which nothing needs any more
-            response = await _answer(service, opened, prepared)
-            if isinstance(response, StreamingResponse):
-                await response.stream_response(send)  # the middleware ends it when its client leaves
-            else:
-                await response(scope, receive, send)
-
-
-async def _answer(service: Service, opened: OpenRequest, prepared: Prepared) -> Response:
-    requests = prepared.requests()
-    if len(requests) * prepared.prompt_tokens <= _FEW_TOKENS:
-        opened.submit(requests)
-    else:
-        await service.in_thread(partial(opened.submit, requests))
+    service: Service = request.app.state.service
+    await service.in_thread(partial(opened.submit, prepared.requests()))
     seconds = service.settings.first_token_seconds
     with anyio.move_on_after(opened.begun + seconds - time.monotonic()) as waiting:
         first = await opened.next_event()
@@ -86,12 +76,13 @@ async def _answer(service: Service, opened: OpenRequest, prepared: Prepared) -> 
         message = f"The answer did not begin within {seconds:g} seconds. Try again later."
         raise ApiError(503, message, code="queue_timeout", retry=True)
     service.metrics.first_token_seconds.observe(time.monotonic() - opened.begun)
-    head: dict[str, Any] = {"id": f"chatcmpl-{secrets.token_hex(16)}", "created": int(time.time())}
+    head: dict[str, Any] = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time())}
     head["model"] = service.settings.model_name
     ignored = _ignored_header(prepared)
     if prepared.chat.stream:
         events = _events(service, opened, prepared, first, head)
         return StreamingResponse(events, headers=_STREAM_HEADERS | ignored, media_type="text/event-stream")
+    response.headers.update(ignored)
     results: dict[int, Result] = {}
     shown: list[list[TokenLogprobs]] = [[] for _ in range(prepared.choices)]
     async for index, event in _all_events(opened, first):
@@ -109,8 +100,7 @@ async def _answer(service: Service, opened: OpenRequest, prepared: Prepared) -> 
         )
         for index, result in sorted(results.items())
     ]
-    whole = answers.Completion(**head, choices=choices, usage=usage, hawk=details)
-    return Response(whole.model_dump_json(), headers=ignored, media_type="application/json")
+    return answers.Completion(**head, choices=choices, usage=usage, hawk=details)
 
 
 def _ignored_header(prepared: Prepared) -> dict[str, str]:
@@ -162,15 +152,11 @@ async def _events(
     first: tuple[int, Piece | Result],
     head: dict[str, Any],
 ) -> AsyncIterator[bytes]:
-    """The answers as server-sent events, those of one moment together.
-
-    An error is an event too, since the status has been sent by then.
-    """
-    events = b""
+    """The answers as server-sent events. An error is an event too, since the status has been sent by then."""
     try:
         for index in range(opened.num_choices):
             begun = answers.ChunkChoice(index=index, delta={"role": "assistant", "content": ""})
-            events += _sse(answers.Chunk(**head, choices=[begun]))
+            yield _sse(answers.Chunk(**head, choices=[begun]))
         results: dict[int, Result] = {}
         usage, details = None, None
         async for index, event in _all_events(opened, first):
@@ -182,17 +168,14 @@ async def _events(
                 choice = answers.ChunkChoice(index=index, delta={}, finish_reason=_reason(event))
                 if len(results) == opened.num_choices:
                     usage, details = await _finish(service, opened, prepared, results)
-            events += _sse(answers.Chunk(**head, choices=[choice], hawk=details))
-            if len(results) < opened.num_choices:
-                yield events
-                events = b""
+            yield _sse(answers.Chunk(**head, choices=[choice], hawk=details))
         options = prepared.chat.stream_options
         if options is not None and options.include_usage:
-            events += _sse(answers.Chunk(**head, choices=[], usage=usage))
-        yield events + b"data: [DONE]\n\n"
+            yield _sse(answers.Chunk(**head, choices=[], usage=usage))
+        yield b"data: [DONE]\n\n"
     except Exception as error:  # whatever it is, the client waits for an end
         service.metrics.broken_streams.inc()
-        yield events + _sse(api_error(error).body)
+        yield _sse(api_error(error).body)
 
 
 async def _finish(

@@ -30,12 +30,9 @@ class Metrics(Collector):
         )
         self.request_seconds = histogram("hawk_request_seconds", "From a request to the end of its answer.")
         self.broken_streams = counter("hawk_broken_streams", "Answers that ended in an error after they had begun.")
-        tokens = counter("hawk_tokens", "Tokens by kind.", ("kind",))
+        self._tokens = counter("hawk_tokens", "Tokens by kind.", ("kind",))
         self._known = counter("hawk_vision_cache_hits", "Images that the vision stage did not run for.")
-        stages = histogram("hawk_stage_seconds", "Time by stage; a batch's in each answer.", ("stage",))
-        # found once, since each search costs as much as the count
-        self._tokens = [tokens.labels(kind) for kind in ("prompt", "completion", "visual", "kept_visual")]
-        self._stages = {stage.name: stages.labels(stage.name) for stage in fields(Timings)}
+        self._stages = histogram("hawk_stage_seconds", "Time by stage; a batch's in each answer.", ("stage",))
         for name, help_text, value in (
             ("hawk_queued_requests", "Requests that wait for a place in the batch.", lambda: batcher.queued),
             ("hawk_running_requests", "Requests in the batch.", lambda: batcher.running),
@@ -47,12 +44,13 @@ class Metrics(Collector):
 
     def answered(self, result: Result, prompt_tokens: int) -> None:
         """Count a complete answer."""
-        counts = prompt_tokens, len(result.token_ids), result.num_visual, result.num_kept
-        for counted, count in zip(self._tokens, counts, strict=True):
-            counted.inc(count)
+        self._tokens.labels("prompt").inc(prompt_tokens)
+        self._tokens.labels("completion").inc(len(result.token_ids))
+        self._tokens.labels("visual").inc(result.num_visual)
+        self._tokens.labels("kept_visual").inc(result.num_kept)
         self._known.inc(result.num_cached)
-        for name, seconds in self._stages.items():
-            seconds.observe(getattr(result.timings, name))
+        for stage in fields(Timings):
+            self._stages.labels(stage.name).observe(getattr(result.timings, stage.name))
 
     def text(self) -> bytes:
         """All of them, in Prometheus's text format."""

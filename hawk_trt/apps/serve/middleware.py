@@ -4,7 +4,7 @@ A request ends when its client leaves. A server of one machine checks Host and O
 name the address 127.0.0.1 and then call the server as its own (DNS rebinding).
 """
 
-import secrets
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from urllib.parse import urlsplit
@@ -53,7 +53,7 @@ class RequestMiddleware:
         headers = Headers(scope=scope)
         has_body = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
         discard = has_body and "expect" not in headers  # then nothing comes before it is asked for
-        request_id = secrets.token_hex(16).encode("ascii")
+        request_id = uuid.uuid4().hex.encode("ascii")
         received = False
         status = 499  # nginx's number for a client that left; none is sent
 

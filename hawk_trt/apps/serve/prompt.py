@@ -73,9 +73,10 @@ class Prepared:
 
     def requests(self) -> list[Request]:
         """One for each choice: the first has the seed of the request, and every other one its own."""
-        first, sampling = self.chat.seed, self.request.sampling or SamplingConfig()
-        seeds = [None if first is None else (first + choice) % _SEEDS for choice in range(1, self.choices)]
-        return [self.request, *(replace(self.request, sampling=replace(sampling, seed=seed)) for seed in seeds)]
+        first = self.chat.seed
+        seeds = [None if first is None else (first + choice) % _SEEDS for choice in range(self.choices)]
+        sampling = self.request.sampling or SamplingConfig()
+        return [replace(self.request, sampling=replace(sampling, seed=seed)) for seed in seeds]
 
     @property
     def pixel_bytes(self) -> int:
@@ -314,7 +315,6 @@ def _sampling(default: SamplingConfig, chat: protocol.ChatRequest) -> SamplingCo
         given["top_p"] = max(chat.top_p, SMALLEST_TOP_P)
     if chat.top_k is not None:
         given["top_k"] = max(chat.top_k, 0)
-    given["seed"] = None if chat.seed is None else chat.seed % _SEEDS
     return replace(default, **given)
 
 

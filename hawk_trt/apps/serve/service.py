@@ -15,7 +15,7 @@ import anyio
 import anyio.to_thread
 import numpy as np
 
-from hawk_trt.apps.serve.batcher import Batcher, DeadlinePassed, Event, Piece, Ticket
+from hawk_trt.apps.serve.batcher import Batcher, Event, Piece, Ticket
 from hawk_trt.apps.serve.errors import ApiError
 from hawk_trt.apps.serve.metrics import Metrics
 from hawk_trt.apps.serve.prompt import Preparation, Prepared, too_much
@@ -108,8 +108,7 @@ class Service:
                 await self.in_thread(partial(request.submit, [warm_up]))
                 while not isinstance((await request.next_event())[1], Result):
                     pass
-                request.close()
-        except HawkError:
+        except (HawkError, TimeoutError):
             self.state = "failed"
             log.exception("the warm-up failed, so the server is not ready")
             return
@@ -149,9 +148,6 @@ class OpenRequest:
         self._service = service
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
-        # the batcher keeps the deadline too, but between its steps alone
-        late = 0, DeadlinePassed("deadline: it passed before the answer was complete")
-        self._timer = self._loop.call_later(service.settings.request_seconds, self._events.put_nowait, late)
         self._tickets: list[Ticket] = []
         self.num_choices = 0
         self.held_bytes = 0  # of its body, and of the tensors that come in its place
@@ -189,8 +185,9 @@ class OpenRequest:
                 return
 
     async def next_event(self) -> tuple[int, Piece | Result]:
-        """More text of a choice, or its result; raises why there is none, DeadlinePassed at the deadline."""
-        choice, event = await self._events.get()
+        """More text of a choice, or its result; raises why there is none, or TimeoutError at the deadline."""
+        with anyio.fail_after(self.deadline - time.monotonic()):
+            choice, event = await self._events.get()
         if isinstance(event, HawkError):
             raise event
         return choice, event
@@ -198,7 +195,6 @@ class OpenRequest:
     def close(self) -> None:
         """Cancel what runs and give the bytes back."""
         self._closed = True
-        self._timer.cancel()
         for ticket in list(self._tickets):
             self._service.batcher.cancel(ticket)
         self._tickets.clear()  # they lead back here, and would hold the tensors until the next garbage collection
