@@ -1,6 +1,5 @@
 """Calibration: leaving heads out, planted importance, and runs that are killed."""
 
-import itertools
 import json
 import os
 import shutil
@@ -275,7 +274,7 @@ def test_two_runs_do_not_write_to_the_same_results(planted, tmp_path, capsys):
 
 
 def test_the_weights_file_is_what_python_the_commands_and_the_export_take(
-    planted, uninterrupted, tiny_bundle, tmp_path, capsys
+    planted, questions, uninterrupted, tiny_bundle, tmp_path, capsys
 ):
     one_hot = tuple(float(head == PLANTED) for head in range(HEADS))
     weights = read_head_weights(uninterrupted)
@@ -284,9 +283,8 @@ def test_the_weights_file_is_what_python_the_commands_and_the_export_take(
     assert export([str(planted[0]), "--out", str(tmp_path / "b"), "--head-weights", str(uninterrupted)]) == 0
     manifest = read_manifest(tmp_path / "b")
     assert (manifest.head_weights.values, manifest.head_weights.source) == (one_hot, weights.source)
-    image = planted[1].parent.parent  # any picture does
-    picture = next(itertools.chain(image.glob("**/*.png"), planted[0].glob("samples/*.png")))
-    ask = ["run", str(tiny_bundle), "--image", str(picture), "--prompt", "What colour is the ring?", "--json"]
+    picture = str(questions[0] / "0.png")
+    ask = ["run", str(tiny_bundle), "--image", picture, "--prompt", "What colour is the ring?", "--json"]
     capsys.readouterr()
     assert main([*ask, "--head-weights", str(uninterrupted)]) == 0
     ours = json.loads(capsys.readouterr().out)["scores"]
