@@ -32,7 +32,7 @@ _UNIFORM_NOTE = (
 )
 _HYBRID_NOTE = (
     "note: the first layers of this model have no attention, so HAWK scores behind them. In the one hybrid that was "
-    "measured, a tiny one, the paper's query chose badly there, and the prompt's last token lost nothing: compare "
+    "measured, a tiny one, the prompt's last token chose better there than the paper's query: compare "
     "--query last with the default on your own questions (hawk-trt eval)"
 )
 _INTEGERS = {f"int{bits}": bits for bits in WEIGHT_BITS}

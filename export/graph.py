@@ -63,7 +63,7 @@ class GraphBuilder:
 
     @property
     def bias_apart(self) -> bool:
-        """Whether a bias is added apart: ONNX Runtime's CUDA provider writes that of a Gemm into all rows first."""
+        """Whether a linear layer's bias is added apart: in a Gemm, ONNX Runtime on CUDA writes it to all rows first."""
         return (self.target, self.name) == (CUDA, VISION)
 
     @contextmanager

@@ -29,9 +29,10 @@ def _product(g: GraphBuilder, x: Value, weight: str, name: str, *bias: Value) ->
     """X W^T, and the bias where one is given. Weights that are quantised are so in the graph."""
     found = g.quantised(f"{weight}.weight")
     if found is None:
-        in_gemm = [] if g.bias_apart else bias
-        y = g.op("Gemm", x, g.weight(f"{weight}.weight"), *in_gemm, transB=1, name=name)
-        return g.op("Add", y, *bias, name=f"{name}/add_bias") if bias and g.bias_apart else y
+        matrix = g.weight(f"{weight}.weight")
+        if bias and g.bias_apart:
+            return g.op("Add", g.op("Gemm", x, matrix, transB=1, name=name), *bias, name=f"{name}/add_bias")
+        return g.op("Gemm", x, matrix, *bias, transB=1, name=name)
     if found.is_float8:
         return _float8_product(g, x, found, name, *bias)
     if found.order is not None:

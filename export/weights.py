@@ -3,7 +3,7 @@
 In: a checkpoint, a dtype, and how matrices are quantised, if they are. Out: external-data initializers for the
 graphs, then the .data files themselves, or, linked, the checkpoint's own files. A weight is placed once, at the first
 request; every target and stage that asks again shares the place. Of each of the two files that are written at a time
-no more than a few blocks are ever in memory, or one quantised matrix.
+no more than a few blocks are ever in memory, or one matrix that is quantised or filled up.
 """
 
 import errno

@@ -35,10 +35,11 @@ def run_all(phases: list[str], setting: Setting, out: Path, run: Run | None = No
         out: the JSON file.
         run: runs one, given its seconds and what its environment has beside this one's; None takes a process.
     """
-    report: dict[str, Any] = {"rehearsal": setting.rehearse, "phases": {}}
+    told = {"rehearsal": setting.rehearse, "shape": setting.shape, "side": setting.side}
+    report: dict[str, Any] = {**told, "phases": {}}
     if out.is_file():
         earlier = json.loads(out.read_text(encoding="utf-8"))
-        report = earlier if earlier["rehearsal"] == setting.rehearse else report
+        report = earlier if all(earlier.get(name) == value for name, value in told.items()) else report
     stubs = _stub_environment(setting) if any(PHASES[name][0] in _PROVIDER for name in phases) else {}
     started = time.monotonic()
     for name in phases:

@@ -71,8 +71,9 @@ class ChatTemplate:
                     "export CHECKPOINT --out FOLDER"
                 )
         try:
-            ended = _begin_limit(_SECONDS)
+            ended = threading.Lock()
             try:
+                _begin_limit(_SECONDS, ended)
                 rendered = self._compiled.render(
                     messages=messages,
                     tools=with_strings(tools, guard.apply) or None,
@@ -278,23 +279,34 @@ class _Rendering:
 # Those under way, and those that have ended since the watcher last looked: it runs while there are any.
 _renderings: list[_Rendering] = []
 _renderings_lock = threading.Lock()
+
+
+def _forget_renderings() -> None:
+    """In the child of a fork: the watcher stays in the parent."""
+    _renderings.clear()
+    _renderings_lock.release()
+
+
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renderings.clear)  # the watcher stays in the parent
+    os.register_at_fork(
+        before=_renderings_lock.acquire,
+        after_in_parent=_renderings_lock.release,
+        after_in_child=_forget_renderings,
+    )
 
 
-def _begin_limit(seconds: float) -> threading.Lock:
-    """From now on raise TimeoutError in this thread when it has computed so long, until it takes the returned lock.
+def _begin_limit(seconds: float, ended: threading.Lock) -> None:
+    """From now on raise TimeoutError in this thread when it has computed so long, until it takes the lock.
 
     Processor time counts where the system tells a thread's, so that a busy machine refuses no template.
     """
     thread = threading.get_ident()
     clock = time.pthread_getcpuclockid(thread) if hasattr(time, "pthread_getcpuclockid") else time.CLOCK_MONOTONIC
-    rendering = _Rendering(threading.Lock(), thread, clock, time.clock_gettime(clock) + seconds)
+    rendering = _Rendering(ended, thread, clock, time.clock_gettime(clock) + seconds)
     with _renderings_lock:
         if not _renderings:
             threading.Thread(target=_watch, daemon=True).start()
         _renderings.append(rendering)
-    return rendering.lock
 
 
 def _watch() -> None:
@@ -310,7 +322,11 @@ def _watch() -> None:
                 if not rendering.lock.acquire(blocking=False):
                     _renderings.remove(rendering)
                     continue
-                now = time.clock_gettime(rendering.clock)
+                try:
+                    now = time.clock_gettime(rendering.clock)
+                except OSError:  # its thread is gone
+                    _renderings.remove(rendering)
+                    continue
                 if now >= rendering.end:
                     rendering.end = now + 1.0
                     thread = ctypes.c_ulong(rendering.thread)

@@ -4,12 +4,15 @@ import hashlib
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from benchmarks.gpu_report import runner, wheels
 from benchmarks.gpu_report.__main__ import main
 from benchmarks.gpu_report.phases import PHASES
+from benchmarks.gpu_report.provider import agreement
 from benchmarks.gpu_report.record import Setting
 from benchmarks.gpu_report.table import markdown
 
@@ -85,6 +88,23 @@ def test_a_phase_that_hangs_is_cut_and_keeps_what_it_wrote_down(phases_of):
     assert found["first"]["reason"].startswith("cut after")
     assert found["first"]["results"] == {"rows": [1]}
     assert found["second"] == {"status": "skipped", "reason": "no time was left", "seconds": 0.0, "results": {}}
+
+
+def test_answers_that_differ_are_counted_before_they_fail():
+    def answer(token, score):
+        return SimpleNamespace(
+            token_ids=[token],
+            kept_indices=np.array([token]),
+            scores=np.array([score]),
+            logits=np.array([[1.0, token]], np.float32),
+        )
+
+    row: dict[str, object] = {}
+    agreement(row, [answer(2, 0.5), answer(3, 0.25)], [answer(2, 0.5), answer(4, 0.5)], exact=False)
+    assert row == {"answers": 2, "answers_equal": 1, "kept_sets_equal": 1, "scores_error": 0.25, "logits_error": 0.25}
+    with pytest.raises(RuntimeError, match="1 of 1 answers are not those of the CPU"):
+        agreement(row, [answer(3, 0.5)], [answer(4, 0.5)], exact=True)
+    assert (row["answers"], row["answers_equal"]) == (1, 0)
 
 
 def test_a_row_that_failed_is_told_in_the_table():

@@ -118,6 +118,14 @@ def test_only_the_graphs_of_the_cpu_hold_loops(bundles):
         assert loops == (file.name == "vision.cpu.onnx"), file
 
 
+def test_products_of_the_vision_stage_take_their_biases_apart_on_cuda_alone(bundles):
+    for target in TARGETS:
+        nodes = onnx.load(bundles / "float32" / f"vision.{target}.onnx", load_external_data=False).graph.node
+        biased = {node.name for node in nodes if node.op_type == "Gemm" and len(node.input) == 3}
+        assert ("blocks.1/attn/proj" in biased) == (target != CUDA), target
+        assert target != CUDA or not biased
+
+
 def test_targets_share_their_weights(bundles):
     folder = bundles / "float32"
     for stage in (DECODER, FIRST_LAYER, "vision"):
