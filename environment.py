@@ -4,6 +4,7 @@ Any Python 3 can run this file, so that one that is too old can say so. A half-m
 words go to pip.log in the folder; one line tells how far it is.
 """
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -27,9 +28,7 @@ def main(folder, stamp, extras):
     if not usable(python):
         if os.path.isdir(folder):
             say("%s is half made or too old: making it anew" % folder)
-        try:
-            import ensurepip  # noqa: F401  # a part of Python that Debian leaves out
-        except ImportError:
+        if importlib.util.find_spec("ensurepip") is None:  # a part of Python that Debian leaves out
             return failed("Python's venv is not whole here. Try: apt install python%d.%d-venv" % sys.version_info[:2])
         subprocess.check_call([sys.executable, "-m", "venv", "--clear", folder])
     return install(python, folder, stamp, extras)

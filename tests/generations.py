@@ -49,14 +49,21 @@ def come_and_go(pipe, ask):
     return [(request, sequence.result()) for request, sequence in zip(requests, sequences, strict=True)]
 
 
-def outgrow(pipe, ask):
-    """Three requests that come one after another, so that their rows move to larger caches: requests and results."""
-    scheduler = Scheduler(pipe.bundle, pipe.processor, pipe.vision_cache, pipe.backend, room=64)
-    requests, sequences = [ask(number, 8) for number in range(3)], []
+def add_in_turn(scheduler, requests):
+    """Add requests one after another, three steps behind each: their sequences."""
+    sequences = []
     for request in requests:
         sequences.append(scheduler.add(request))
         for _ in range(3):
             scheduler.step()
+    return sequences
+
+
+def outgrow(pipe, ask):
+    """Three requests that come one after another, so that their rows move to larger caches: requests and results."""
+    scheduler = Scheduler(pipe.bundle, pipe.processor, pipe.vision_cache, pipe.backend, room=64)
+    requests = [ask(number, 8) for number in range(3)]
+    sequences = add_in_turn(scheduler, requests)
     while not scheduler.idle:
         scheduler.step()
     return [(request, sequence.result()) for request, sequence in zip(requests, sequences, strict=True)]

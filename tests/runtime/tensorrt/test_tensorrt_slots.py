@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from examples.tiny_task import generate
+from generations import add_in_turn
 from hawk_trt import Pipeline, PruningConfig, SamplingConfig
 from hawk_trt.apps.serve.batcher import Batcher
 from hawk_trt.errors import BackendError, InvalidInput
@@ -112,11 +113,7 @@ def test_rows_join_and_leave_running_steps_in_the_lowest_free_slots(folders, kin
     with load(folders[kind]) as pipe:
         scheduler = scheduler_of(pipe)
         jobs = [job(pipe, number, tokens) for number, tokens in enumerate((30, 8, 30, 12, 9, 20, 5))]
-        sequences, shared, holes = [], Counter(), 0
-        for one in jobs:
-            sequences.append(scheduler.add(one))
-            for _ in range(3):
-                scheduler.step()
+        sequences, shared, holes = add_in_turn(scheduler, jobs), Counter(), 0
         while not scheduler.idle:
             scheduler.step()
             if scheduler.running:
