@@ -129,7 +129,7 @@ def compare(pipe: Pipeline, args: argparse.Namespace, keep_ratio: float, concurr
             if mode == ONE_BY_ONE:
                 found[mode].append(measure(answer_one_by_one(pipe), jobs, concurrency, expected))
                 continue
-            with Batcher(pipe, max_batch=mode, max_queue=len(jobs)) as batcher:
+            with Batcher(pipe, max_batch=mode) as batcher:
                 found[mode].append(measure(answer_batched(batcher), jobs, concurrency, expected))
     plain = found[ONE_BY_ONE]
     for mode, rounds in found.items():

@@ -2,7 +2,7 @@
 
 HawkError
  |- InvalidInput (also a ValueError), CheckpointError, BundleError, BackendError, ParityError
- |- QueueFull, Stopping, DeadlinePassed: of a server, in apps/serve/batcher.py
+ |- Stopping: of a server, in apps/serve/batcher.py
 
 A message says what was got, what was expected and the command that helps.
 """

@@ -8,7 +8,7 @@ from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from hawk_trt.apps.serve.batcher import DeadlinePassed, QueueFull, Stopping
+from hawk_trt.apps.serve.batcher import Stopping
 from hawk_trt.errors import HawkError, InvalidInput
 
 RETRY_SECONDS = 1
@@ -74,12 +74,9 @@ def api_error(error: Exception) -> ApiError:
         return error
     if isinstance(error, InvalidInput):
         return invalid(str(error), str(error).partition(":")[0] if ":" in str(error) else None)
-    if isinstance(error, QueueFull):
-        message = "The server has as many requests waiting as it takes. Try again later."
-        return ApiError(429, message, code="queue_full", retry=True)
     if isinstance(error, Stopping):
         return ApiError(503, "The server is stopping. Try again later.", code="stopping", retry=True)
-    if isinstance(error, DeadlinePassed | TimeoutError):
+    if isinstance(error, TimeoutError):
         return ApiError(504, "The answer was not complete within the server's time limit.", code="timeout")
     if isinstance(error, HTTPException):  # of the router: no such path or method
         found = ApiError(error.status_code, str(error.detail), code=f"http_{error.status_code}")

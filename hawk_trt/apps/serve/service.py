@@ -15,7 +15,7 @@ import anyio
 import anyio.to_thread
 import numpy as np
 
-from hawk_trt.apps.serve.batcher import Batcher, Event, Piece, Ticket
+from hawk_trt.apps.serve.batcher import Batcher, Event, Piece
 from hawk_trt.apps.serve.errors import ApiError
 from hawk_trt.apps.serve.metrics import Metrics
 from hawk_trt.apps.serve.prompt import Preparation, Prepared, too_much
@@ -24,6 +24,7 @@ from hawk_trt.apps.serve.settings import ServeSettings
 from hawk_trt.apps.serve.worker import WorkerEndedError, Workers
 from hawk_trt.errors import HawkError, InvalidInput
 from hawk_trt.request import Request, Result
+from hawk_trt.sequence import Sequence as Answer
 
 if TYPE_CHECKING:
     from hawk_trt.pipeline import Pipeline
@@ -49,10 +50,7 @@ class Service:
         self.pipe = pipe
         self.settings = settings
         self.sampling = settings.sampling(pipe.bundle)  # of a request that says nothing of it
-        # open() bounds what waits; the batcher itself would refuse a burst that the batch has room for
-        self.batcher = Batcher(
-            pipe, max_batch=settings.max_batch, max_queue=settings.max_open, max_cache_mb=settings.max_cache_mb
-        )
+        self.batcher = Batcher(pipe, max_batch=settings.max_batch, max_cache_mb=settings.max_cache_mb)
         self.metrics = Metrics(self.batcher)
         self.remote_images = RemoteImages(settings.remote_hosts, settings.max_body_bytes, settings.remote_seconds)
         self.state: State = "starting"  # "ready" once warmed up, or "failed"; "draining" when it accepts nothing more
@@ -119,7 +117,7 @@ class Service:
     async def close(self) -> None:
         """Finish the open requests, within the time limit, and stop."""
         self.state = "draining"
-        await anyio.to_thread.run_sync(self.batcher.close, True, self.settings.drain_seconds)
+        await anyio.to_thread.run_sync(self.batcher.close, self.settings.drain_seconds)
         await anyio.to_thread.run_sync(self.workers.close)
 
     @contextmanager
@@ -148,7 +146,7 @@ class OpenRequest:
         self._service = service
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
-        self._tickets: list[Ticket] = []
+        self._submitted: list[Answer] = []
         self.num_choices = 0
         self.held_bytes = 0  # of its body, and of the tensors that come in its place
         self._closed = False
@@ -177,11 +175,11 @@ class OpenRequest:
         """Hand the choices to the batcher; in a thread, since it lays the prompts out."""
         batcher = self._service.batcher
         for choice, request in enumerate(requests):
-            ticket = batcher.submit(request, partial(self._on_event, choice), self.deadline)
-            self._tickets.append(ticket)
-            if self._closed:  # the client left when there was no ticket to cancel yet
-                batcher.cancel(ticket)
-                self._tickets.clear()
+            answer = batcher.submit(request, partial(self._on_event, choice))
+            self._submitted.append(answer)
+            if self._closed:  # the client left when there was nothing to cancel yet
+                batcher.cancel(answer)
+                self._submitted.clear()
                 return
 
     async def next_event(self) -> tuple[int, Piece | Result]:
@@ -195,9 +193,9 @@ class OpenRequest:
     def close(self) -> None:
         """Cancel what runs and give the bytes back."""
         self._closed = True
-        for ticket in list(self._tickets):
-            self._service.batcher.cancel(ticket)
-        self._tickets.clear()  # they lead back here, and would hold the tensors until the next garbage collection
+        for answer in list(self._submitted):
+            self._service.batcher.cancel(answer)
+        self._submitted.clear()  # they lead back here, and would hold the tensors until the next garbage collection
         self.hold(0)
         self.hold_choices(0)
 

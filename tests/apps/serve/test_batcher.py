@@ -196,7 +196,7 @@ def held_in_memory():
 def test_after_hundreds_of_jobs_no_cache_and_no_row_is_left(inplace):
     before = held_in_memory()  # what the logs of failures before this test hold
     inputs = [question(inplace, number) for number in range(3)]
-    with Batcher(inplace, max_queue=300) as batcher:
+    with Batcher(inplace) as batcher:
         heard = [Heard() for _ in range(240)]
         for number, client in enumerate(heard):
             ticket = batcher.submit(ask(inputs[number % 3], KEPT, 2 + number % 5, ignore_eos=True), client)
