@@ -16,7 +16,7 @@ from hawk_trt.errors import InvalidInput
 from hawk_trt.inputs.images import load_image, local_path
 from hawk_trt.inputs.turns import VisualItem
 from hawk_trt.inputs.video_file import FileFrames, Frame, VideoIndex, index_file
-from hawk_trt.models.qwen_patches import DEFAULT_FPS, FRAME_MULTIPLE, MAX_FRAMES, sample_indices
+from hawk_trt.models.qwen_video import DEFAULT_FPS, FRAME_MULTIPLE, MAX_FRAMES, sample_indices
 
 if TYPE_CHECKING:
     from hawk_trt.request import VideoInput

@@ -4,10 +4,9 @@ A family turns images into patches, and patches into the feeds of the vision sta
 is the same for all. A family is one file here, a reader of its config.json, and one vision graph in export/.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
-from typing import Any, ClassVar, Literal, Protocol, TypeAlias, TypeGuard
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +15,9 @@ from hawk_trt.bundle import SpecialTokens
 from hawk_trt.errors import CheckpointError, InvalidInput
 from hawk_trt.models.vision_config import VisionConfig
 from hawk_trt.request import ModelInputs
+
+if TYPE_CHECKING:
+    from hawk_trt.models.streamed_rows import StreamedRows
 
 Image: TypeAlias = npt.NDArray[np.uint8]
 IntArray: TypeAlias = npt.NDArray[np.int64]
@@ -36,7 +38,7 @@ class ImageSettings:
     """How images are resized and normalised.
 
     min_pixels and max_pixels bound the area after resizing; mean and std are per RGB channel, on [0, 1].
-    max_video_tokens, where it is given, makes the frames of a long video smaller: see qwen_patches. total_pixels does
+    max_video_tokens, where it is given, makes the frames of a long video smaller: see qwen_video. total_pixels does
     so for one video. resized: height and width to take an image for, before they are rounded to whole tokens.
     """
 
@@ -81,6 +83,11 @@ class ImageSettings:
             resample=resample,
         )
 
+    def size_of(self, image: Image) -> tuple[int, int]:
+        """Height and width to take an image for."""
+        height, width = self.resized or image.shape[:2]
+        return height, width
+
     def value_tables(self) -> npt.NDArray[np.float32]:
         """The normalised value of each 8-bit value: float32 [3, 256].
 
@@ -92,52 +99,6 @@ class ImageSettings:
         return table
 
 
-class StreamedRows:
-    """float32 [rows, columns] of which slices are made, best in ascending order; `numpy.asarray` makes the whole."""
-
-    ndim = 2
-    dtype: np.dtype[np.float32] = np.dtype(np.float32)
-
-    def __init__(self, rows: int, columns: int, parts: Callable[[], Iterator[Floats]]) -> None:
-        """Describe the rows; parts begins to make them, in order: float32 [some rows, columns] each."""
-        self.shape = (rows, columns)
-        self.parts = parts
-        self._begin()
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, rows: slice) -> Floats:
-        start, stop, _ = rows.indices(len(self))
-        if start < self._position:
-            self._begin()
-        while self._position < start:
-            self._take(start - self._position)
-        out = np.empty((max(stop - start, 0), self.shape[1]), np.float32)
-        filled = 0
-        while filled < len(out):
-            part = self._take(len(out) - filled)
-            out[filled : filled + len(part)] = part
-            filled += len(part)
-        return out
-
-    def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> npt.NDArray[Any]:
-        return self[:].astype(self.dtype if dtype is None else dtype, copy=False)
-
-    def _begin(self) -> None:
-        self._source = self.parts()
-        self._rest = np.empty((0, self.shape[1]), np.float32)
-        self._position = 0
-
-    def _take(self, most: int) -> Floats:
-        """The next rows, up to so many."""
-        if not len(self._rest):
-            self._rest = next(self._source)
-        taken, self._rest = self._rest[:most], self._rest[most:]
-        self._position += len(taken)
-        return taken
-
-
 @dataclass(frozen=True, slots=True)
 class Patches:
     """Images or videos as the vision stage takes them, or one of them as a prompt has it.
@@ -147,7 +108,7 @@ class Patches:
     video: its kind, the seconds of each frame from the video's start, and those that one temporal patch spans.
     """
 
-    pixel_values: Floats | StreamedRows
+    pixel_values: "Floats | StreamedRows"
     grid_thw: IntArray
     kind: Literal["image", "video"] = "image"
     times: Sequence[float] = ()
@@ -225,13 +186,12 @@ def joined_rows(parts: "Sequence[Floats | StreamedRows]") -> "Floats | StreamedR
     """Arrays below each other; streamed where one of them is."""
     if len(parts) == 1:
         return parts[0]
-    if not any(isinstance(part, StreamedRows) for part in parts):
-        return np.concatenate([np.asarray(part) for part in parts])
+    arrays = [part for part in parts if isinstance(part, np.ndarray)]
+    if len(arrays) == len(parts):
+        return np.concatenate(arrays)
+    from hawk_trt.models.streamed_rows import StreamedRows  # only long videos are
 
-    def pieces() -> Iterator[Floats]:
-        return chain.from_iterable(part.parts() if isinstance(part, StreamedRows) else iter((part,)) for part in parts)
-
-    return StreamedRows(sum(len(part) for part in parts), parts[0].shape[1], pieces)
+    return StreamedRows.joined(parts)
 
 
 def object_of(preprocessor: Mapping[str, Any], key: str) -> Mapping[str, Any]:

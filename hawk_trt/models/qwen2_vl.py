@@ -11,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 
 from hawk_trt.bundle import SpecialTokens
-from hawk_trt.errors import InvalidInput
 from hawk_trt.inputs.images import resize
 from hawk_trt.models import qwen_patches
 from hawk_trt.models.family import (
@@ -22,7 +21,6 @@ from hawk_trt.models.family import (
     Kinds,
     Patches,
     PixelBounds,
-    StreamedRows,
     TokenRun,
     check_rgb,
     joined_rows,
@@ -33,8 +31,6 @@ from hawk_trt.models.family import (
 from hawk_trt.models.vision_config import Qwen2Vision
 from hawk_trt.request import ModelInputs
 
-# Videos of fewer patches (77 MB of Qwen2.5-VL's) become a plain array.
-STREAMED_FROM_PATCHES = 16_385
 # What the processor takes where preprocessor_config.json does not say.
 _MIN_PIXELS = 56 * 56
 _MAX_PIXELS = 28 * 28 * 1280
@@ -84,7 +80,7 @@ class Qwen2VL:
         for image in images:
             check_rgb(image)
         bounds = (self.vision.token_side, settings.min_pixels, settings.max_pixels)
-        sizes = [qwen_patches.smart_resize(*_size(image, settings), *bounds) for image in images]
+        sizes = [qwen_patches.smart_resize(*settings.size_of(image), *bounds) for image in images]
         patch = self.vision.patch_size
         grid = np.array([(1, tall // patch, wide // patch) for tall, wide in sizes], dtype=np.int64).reshape(-1, 3)
         counts = grid.prod(axis=1)
@@ -100,37 +96,15 @@ class Qwen2VL:
         temporal_patch_size successive frames make one temporal patch; the last frame is repeated to fill its own.
         Frames of a long video are decoded, resized and cut while the vision stage asks for them.
         """
-        if not len(frames):
-            raise InvalidInput("video: got no frame, expected at least one")
-        first = frames[0]
-        for number, frame in enumerate(frames if isinstance(frames, list | tuple) else ()):  # a file's: not decoded yet
-            _check_frame(frame, number, first.shape)
-        check_rgb(first)
-        tall, wide = self.frame_size(len(frames), *_size(first, settings), settings)
-        patch, together = self.vision.patch_size, self.vision.temporal_patch_size
-        steps, num_patches = -(-len(frames) // together), (tall // patch) * (wide // patch)
+        from hawk_trt.models.qwen_video import video_patches  # most prompts have none
 
-        def parts() -> Iterator[npt.NDArray[np.float32]]:
-            """The patches of one temporal patch after another: float32 [num_patches, patch_dim] each."""
-            tables = settings.value_tables()
-            rows = np.empty((0, 0), np.float32)
-            for number, frame in enumerate(frames):
-                _check_frame(frame, number, first.shape)
-                place, last = number % together, number == len(frames) - 1
-                if place == 0:
-                    rows = np.empty((num_patches, self.vision.patch_dim), np.float32)
-                resized = resize(frame, tall, wide, settings.resample)
-                qwen_patches.cut(resized, tables, rows, self.vision, slice(place, None if last else place + 1))
-                if last or place == together - 1:
-                    yield rows
-
-        rows = StreamedRows(steps * num_patches, self.vision.patch_dim, parts)
-        pixels = rows if len(rows) >= STREAMED_FROM_PATCHES else np.asarray(rows)
-        return Patches(pixels, np.array([(steps, tall // patch, wide // patch)], dtype=np.int64))
+        return video_patches(frames, settings, self.vision, self.frame_size)
 
     def frame_size(self, num_frames: int, height: int, width: int, settings: ImageSettings) -> tuple[int, int]:
         """Height and width of the resized frames: an image's rule, within the video's share of the context."""
-        most = qwen_patches.max_frame_pixels(num_frames, settings, self.vision)
+        from hawk_trt.models.qwen_video import max_frame_pixels
+
+        most = max_frame_pixels(num_frames, settings, self.vision)
         return qwen_patches.smart_resize(height, width, self.vision.token_side, settings.min_pixels, most)
 
     def image_parts(self, image: Image, count: int) -> Sequence[Image]:
@@ -139,8 +113,10 @@ class Qwen2VL:
 
     @staticmethod
     def frame_numbers(total: int, video_fps: float, fps: float | None, max_frames: int) -> IntArray:
-        """Which frames of a video file are taken; see qwen_patches.sample_indices."""
-        return qwen_patches.sample_indices(total, video_fps, fps, max_frames)
+        """Which frames of a video file are taken; see qwen_video.sample_indices."""
+        from hawk_trt.models.qwen_video import sample_indices
+
+        return sample_indices(total, video_fps, fps, max_frames)
 
     def placeholder(self, item: Patches, special: SpecialTokens) -> tuple[str | TokenRun, ...]:
         """The placeholder once for each visual token."""
@@ -171,14 +147,3 @@ class Qwen2VL:
         """Positions whose time axis counts temporal patches: how long a frame is makes no difference."""
         steps = np.ones(len(videos), np.float32)
         return qwen_patches.position_ids(visual_kind, images, videos, steps, self.vision.spatial_merge_size, 1.0)
-
-
-def _size(image: Image, settings: ImageSettings) -> tuple[int, int]:
-    """Height and width to take an image for."""
-    height, width = settings.resized or image.shape[:2]
-    return height, width
-
-
-def _check_frame(frame: Image, number: int, shape: tuple[int, ...]) -> None:
-    if frame.shape != shape:
-        raise InvalidInput(f"video: frame {number} is {list(frame.shape)}, expected {list(shape)} as the first")

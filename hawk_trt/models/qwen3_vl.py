@@ -46,8 +46,10 @@ class Qwen3VL(Qwen2VL):
     @staticmethod
     def frame_numbers(total: int, video_fps: float, fps: float | None, max_frames: int) -> IntArray:
         """From the first to the last, evenly spaced: 2 a second, or fps; at least 4, where there are so many."""
-        wanted = int(total / video_fps * (qwen_patches.DEFAULT_FPS if fps is None else fps))
-        count = min(max(wanted, qwen_patches.MIN_FRAMES), max_frames, total)
+        from hawk_trt.models.qwen_video import DEFAULT_FPS, MIN_FRAMES
+
+        wanted = int(total / video_fps * (DEFAULT_FPS if fps is None else fps))
+        count = min(max(wanted, MIN_FRAMES), max_frames, total)
         numbers: IntArray = np.linspace(0, total - 1, count).round().astype(np.int64)
         return numbers
 

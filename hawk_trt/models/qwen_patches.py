@@ -20,20 +20,11 @@ import numpy as np
 import numpy.typing as npt
 
 from hawk_trt.errors import InvalidInput
-from hawk_trt.models.family import IMAGE, TEXT, VIDEO, Floats, ImageSettings, IntArray, Kinds, Patches
+from hawk_trt.models.family import IMAGE, TEXT, VIDEO, Floats, IntArray, Kinds, Patches
 from hawk_trt.models.vision_config import Qwen2Vision
 
 _MAX_ASPECT_RATIO = 200
-# How the Qwen2-VL processor samples a file: frames a second, and how many of them.
-DEFAULT_FPS = 2.0
-MIN_FRAMES = 4
-MAX_FRAMES = 768
-FRAME_MULTIPLE = 2
 PLANS_KEPT = 16  # of the last frame sizes
-
-# What Qwen's processors leave of the context for text, and by how much frames may always pass their least area.
-_SHARE_OF_CONTEXT = 0.9
-_OVER_LEAST = 1.05
 
 
 def smart_resize(
@@ -57,33 +48,6 @@ def smart_resize(
         by = math.sqrt(min_pixels / (num_frames * height * width))
         tall, wide = (math.ceil(side * by / factor) * factor for side in (height, width))
     return tall, wide
-
-
-def sample_indices(total: int, video_fps: float, fps: float | None, max_frames: int = MAX_FRAMES) -> IntArray:
-    """Which frames of a file are taken: evenly spaced, an even number of them (one of a single frame).
-
-    fps is the wanted rate, None is 2; at least 4 frames are taken, where there are so many. int64 [frames], ascending.
-    """
-    rate = DEFAULT_FPS if fps is None else fps
-    wanted = min(max(total / video_fps * rate, MIN_FRAMES), max_frames, total)
-    count = max(math.floor(wanted / FRAME_MULTIPLE) * FRAME_MULTIPLE, 1)
-    # The processor's own arithmetic: float32 steps, truncated.
-    return (np.arange(count) * (total / count)).astype(np.float32).astype(np.int64)
-
-
-def max_frame_pixels(num_frames: int, settings: ImageSettings, vision: Qwen2Vision) -> int:
-    """The largest area of a resized frame: the settings', or less where many frames share the context.
-
-        share = floor(0.9 * max_video_tokens * (patch_size * merge)^2) * temporal_patch_size / num_frames
-
-    It is the rule of the Qwen2-VL video processor's cap_pixels_per_frame.
-    """
-    if settings.max_video_tokens is None:
-        return settings.max_pixels
-    total = int(settings.max_video_tokens * vision.token_side**2 * _SHARE_OF_CONTEXT)
-    total = min(total, settings.total_pixels or total)
-    share = max(total * vision.temporal_patch_size // num_frames, int(settings.min_pixels * _OVER_LEAST))
-    return min(settings.max_pixels, share)
 
 
 def cut(

@@ -9,16 +9,19 @@ it is not kept.
 import hashlib
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from hawk_trt.errors import InvalidInput
 from hawk_trt.inputs.layout import PromptLayout
-from hawk_trt.models.family import Family, Patches, StreamedRows
+from hawk_trt.models.family import Family, Patches
 from hawk_trt.request import ModelInputs
 from hawk_trt.runtime.protocol import Backend, Visual
+
+if TYPE_CHECKING:
+    from hawk_trt.models.streamed_rows import StreamedRows
 
 _MB = 1_000_000
 DEFAULT_VISION_CACHE_MB = 256
@@ -42,7 +45,7 @@ class VisionCache:
         pixel values that do not fit their grid.
         """
         patches = list(_patches(prompts))
-        streamed = any(isinstance(own.pixel_values, StreamedRows) for _, own in patches)  # to hash is to read twice
+        streamed = not all(isinstance(own.pixel_values, np.ndarray) for _, own in patches)  # to hash is to read twice
         if not patches or streamed or not self.max_bytes:
             feeds = (feed for _, own in patches for feed in self._feeds(own))
             return self._backend.encode(feeds, sum(layout.num_rows for _, layout in prompts)), [0] * len(prompts)
@@ -102,11 +105,9 @@ def _patches(prompts: Sequence[tuple[ModelInputs, PromptLayout]]) -> Iterator[tu
             if (pixels is None) != (not len(grid)):
                 raise InvalidInput(f"{name}: got it without its grid_thw, or the grid without it; expected both")
             if pixels is not None:
-                # a long video is read as the vision stage gets to it
-                yield (
-                    number,
-                    Patches(pixels if isinstance(pixels, StreamedRows) else np.asarray(pixels, np.float32), grid),
-                )
+                # what is no array is made while the vision stage reads it
+                whole = isinstance(pixels, np.ndarray)
+                yield number, Patches(np.asarray(pixels, np.float32) if whole else cast("StreamedRows", pixels), grid)
 
 
 def one_by_one(patches: Patches) -> Iterator[Patches]:

@@ -11,7 +11,7 @@ from PIL import Image
 from clips import load_video, number_of, numbered, timed, write
 from hawk_trt.errors import BackendError, InvalidInput
 from hawk_trt.inputs import video as videos
-from hawk_trt.models.qwen_patches import sample_indices
+from hawk_trt.models.qwen_video import sample_indices
 
 
 @pytest.fixture(scope="module")

@@ -15,10 +15,11 @@ from hawk_trt import Pipeline, PruningConfig
 from hawk_trt.apps.cli.main import main as hawk_trt
 from hawk_trt.apps.parity.prompt_rules import prompt_tokens
 from hawk_trt.errors import InvalidInput
-from hawk_trt.models import qwen2_vl
-from hawk_trt.models.family import StreamedRows, joined_rows
+from hawk_trt.models import qwen_video
+from hawk_trt.models.family import joined_rows
 from hawk_trt.models.qwen2_5_vl import Qwen25VL
-from hawk_trt.models.qwen_patches import max_frame_pixels
+from hawk_trt.models.qwen_video import max_frame_pixels
+from hawk_trt.models.streamed_rows import StreamedRows
 from vision_configs import QWEN2_5_VL
 
 QUESTION = "What is red?"
@@ -190,7 +191,7 @@ def test_a_checkpoint_without_bounds_for_videos_gets_qwens_own(tiny_checkpoint, 
 def test_streamed_patches_equal_the_whole_array_and_are_made_in_order(clip, monkeypatch, pipe):
     whole = pipe.prepare(video_message(clip))
     assert isinstance(whole.pixel_values_videos, np.ndarray)
-    monkeypatch.setattr(qwen2_vl, "STREAMED_FROM_PATCHES", 1)
+    monkeypatch.setattr(qwen_video, "STREAMED_FROM_PATCHES", 1)
     streamed = pipe.prepare(video_message(clip))
     rows = streamed.pixel_values_videos
     assert isinstance(rows, StreamedRows) and rows.shape == whole.pixel_values_videos.shape
@@ -216,7 +217,7 @@ def test_joined_rows_are_streamed_where_a_part_is():
 
 
 def test_a_file_that_breaks_while_its_patches_are_read_is_an_error_that_names_it(pipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(qwen2_vl, "STREAMED_FROM_PATCHES", 1)
+    monkeypatch.setattr(qwen_video, "STREAMED_FROM_PATCHES", 1)
     path = tmp_path / "holed.mp4"
     content = bytearray(write_clip(tmp_path / "whole.mp4", 60).read_bytes())
     middle = content.index(b"mdat") + (len(content) - content.index(b"mdat")) // 2

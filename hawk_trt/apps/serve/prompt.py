@@ -27,7 +27,7 @@ from hawk_trt.errors import BackendError, InvalidInput
 from hawk_trt.inputs.images import BASE64_STARTS, base64_bytes, data_url_bytes, decoding, load_image, resize
 from hawk_trt.inputs.processor import Processor
 from hawk_trt.models import load_family
-from hawk_trt.models.qwen_patches import FRAME_MULTIPLE
+from hawk_trt.models.qwen_video import FRAME_MULTIPLE
 from hawk_trt.request import EQUAL_HEADS, SCORED, ModelInputs, PruningConfig, Request, SamplingConfig
 from hawk_trt.runtime.generation_config import SMALLEST_TOP_P
 
