@@ -17,9 +17,8 @@ import numpy.typing as npt
 
 from hawk_trt.stages import CONTEXT_SLOTS, CUDA, LanguageConfig
 
-from .graph import GraphBuilder
+from .graph import GraphBuilder, Value
 from .layers import add_residual, attention, gated_mlp, linear, mask_bias, rms_norm, rotary
-from .onnx_graph import Value
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +36,11 @@ class AttentionContext:
     sin: Value  # [batch, seq, rotary_dim / 2]
     write_index: Value | None  # int64 [batch], None in portable graphs
     context_len: Value | None  # int64 [1], columns of the cache that attention reads; None where it reads all
-    caches: dict[str, Value]  # past keys and values by input name
 
 
 def attention_context(
     g: GraphBuilder,
     config: LanguageConfig,
-    inputs: dict[str, Value],
     position_ids: Value,
     hidden: Value,
     full_layer: int,
@@ -57,19 +54,19 @@ def attention_context(
         key_shape = g.op("Concat", batch_seq, g.ints(config.num_key_value_heads, config.head_dim), axis=0, name="key")
         seq_len = g.op("Shape", hidden, start=1, end=2, name="seq_len")
     cos, sin = _rotary_tables(g, config, position_ids)
-    write_index, slots = inputs.get("write_index"), inputs.get(CONTEXT_SLOTS)
+    write_index, slots = g.inputs.get("write_index"), g.inputs.get(CONTEXT_SLOTS)
     context_len = None if slots is None else g.op("Shape", slots, name="context_len")
-    past_len = g.op("Shape", inputs[config.cache_names(full_layer, past=True)[0]], start=2, end=3, name="past_len")
+    past_len = g.op("Shape", g.inputs[config.cache_names(full_layer, past=True)[0]], start=2, end=3, name="past_len")
     mask = written = None
     if g.target == CUDA:
         # seq_len lies on the host, and a sum with it would too: the last of a Range is seq_len - 1 on the GPU
         zero, one = g.const(0, "int64"), g.const(1, "int64")
         rows = g.op("Range", zero, g.op("Squeeze", seq_len, g.ints(0), name="seq_scalar"), one, name="rows")
-        last = g.op("Add", inputs["write_index"], _last(g, rows, 0, "row"), name="last_column")
+        last = g.op("Add", g.inputs["write_index"], _last(g, rows, 0, "row"), name="last_column")
         written = g.op("Add", last, one, name="written")
     else:
-        mask = _mask(g, inputs["kv_start"], write_index, past_len, context_len or past_len, seq_len)
-    return AttentionContext(query_shape, key_shape, mask, written, cos, sin, write_index, context_len, inputs)
+        mask = _mask(g, g.inputs["kv_start"], write_index, past_len, context_len or past_len, seq_len)
+    return AttentionContext(query_shape, key_shape, mask, written, cos, sin, write_index, context_len)
 
 
 def decoder_layer(
@@ -189,7 +186,7 @@ def _attend(
     """Update the cache and attend: heads [batch, heads, seq, dim] in, [tokens, heads * dim] out."""
     scale = float(config.head_dim**-0.5)
     width = config.num_attention_heads * config.head_dim
-    past = [context.caches[name] for name in config.cache_names(layer, past=True)]
+    past = [g.inputs[name] for name in config.cache_names(layer, past=True)]
     if context.write_index is not None:
         key, value = (
             g.op("TensorScatter", cache, new, context.write_index, axis=-2, mode="linear", name=f"cache_{n}")

@@ -4,23 +4,22 @@ from hawk_trt.errors import CheckpointError
 from hawk_trt.stages import LanguageConfig
 
 from .attention import attention_context, decoder_layer, last_rows
-from .graph import GraphBuilder
+from .graph import GraphBuilder, Value
 from .layers import add_residual, linear, rms_norm
 from .linear_attention import linear_context, linear_layer
-from .onnx_graph import Value
 
 
-def decoder(g: GraphBuilder, config: LanguageConfig, inputs: dict[str, Value]) -> dict[str, Value]:
+def decoder(g: GraphBuilder, config: LanguageConfig) -> dict[str, Value]:
     """Add the nodes of the decoder graph."""
-    hidden = inputs["hidden_states"]
+    hidden = g.inputs["hidden_states"]
     layers = config.decoder_layers
     if not layers:
         raise CheckpointError(
             "config.json: num_hidden_layers: got 1, expected at least 2: the first scores, others read what it keeps"
         )
     full_layer = next(layer for layer in layers if not config.is_linear(layer))
-    context = attention_context(g, config, inputs, inputs["kept_position_ids"], hidden, full_layer)
-    linears = None if config.linear is None else linear_context(g, inputs, hidden, "batch_seq")
+    context = attention_context(g, config, g.inputs["kept_position_ids"], hidden, full_layer)
+    linears = None if config.linear is None else linear_context(g, hidden, "batch_seq")
     x = g.reshape(hidden, -1, config.hidden_size, name="flat_hidden_states")
     outputs: dict[str, Value] = {}
     last = config.num_hidden_layers - 1
@@ -33,7 +32,7 @@ def decoder(g: GraphBuilder, config: LanguageConfig, inputs: dict[str, Value]) -
             x, present = decoder_layer(g, config, context, x, layer, last_only=layer == last)
         outputs |= present
         if layer < config.deepstack_levels:
-            level = g.op("Gather", inputs["deepstack_states"], g.const(layer - 1, "int64"), axis=2, name="level")
+            level = g.op("Gather", g.inputs["deepstack_states"], g.const(layer - 1, "int64"), axis=2, name="level")
             x = add_residual(g, x, g.reshape(level, -1, config.hidden_size, name="flat_level"), "add_deepstack")
     x = rms_norm(g, x, "language_model.norm", config.rms_norm_eps, "norm", unit_offset=config.unit_offset_norms)
     logits = linear(g, x, "language_model.embed_tokens" if config.tie_word_embeddings else "lm_head", "lm_head")

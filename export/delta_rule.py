@@ -27,8 +27,7 @@ import numpy.typing as npt
 
 from hawk_trt.stages import LINEAR_CHUNK, LINEAR_DOUBLINGS, LinearAttentionConfig
 
-from .graph import GraphBuilder
-from .onnx_graph import Value
+from .graph import GraphBuilder, Value
 
 _END = np.iinfo(np.int64).max
 

@@ -20,49 +20,46 @@ from collections.abc import Callable
 from hawk_trt.stages import LanguageConfig
 
 from .attention import attention_context, decoder_layer
-from .graph import GraphBuilder
+from .graph import GraphBuilder, Value
 from .layers import add_residual, inverse_rms, offset_scale
 from .linear_attention import linear_context, linear_layer
-from .onnx_graph import Value
 from .weighted_topk import weighted_topk
 
 
-def first_layer(
-    g: GraphBuilder, config: LanguageConfig, normalization: str, inputs: dict[str, Value]
-) -> dict[str, Value]:
+def first_layer(g: GraphBuilder, config: LanguageConfig, normalization: str) -> dict[str, Value]:
     """Add the nodes of the first_layer graph."""
-    embeds = _merge(g, inputs["text_embeds"], inputs["visual_embeds"], inputs["source_rows"])
+    embeds = _merge(g, g.inputs["text_embeds"], g.inputs["visual_embeds"], g.inputs["source_rows"])
     before: dict[str, Value] = {}
     if config.scoring_layer:
-        embeds, before = _linear_layers(g, config, inputs, embeds)
+        embeds, before = _linear_layers(g, config, embeds)
     with g.scope("hawk"):
         score = _normed_head_scores if config.qk_norm else _head_scores
-        head_scores = score(g, config, embeds, inputs["query_weights"])
+        head_scores = score(g, config, embeds, g.inputs["query_weights"])
         kept, scores = weighted_topk(
             g,
             normalization,
             head_scores,
-            inputs["head_weights"],
-            inputs["source_rows"],
-            inputs["select_bias"],
-            inputs["slots"],
+            g.inputs["head_weights"],
+            g.inputs["source_rows"],
+            g.inputs["select_bias"],
+            g.inputs["slots"],
         )
     with g.scope("gather"):
         indices = g.cast(kept, "int32", "int64", "kept_indices")
         index_vectors = g.unsqueeze(indices, 2, name="index_vectors")
         hidden = g.op("GatherND", embeds, index_vectors, batch_dims=1, name="kept_embeds")
-        by_token = g.transpose(inputs["position_ids"], 1, 2, 0, name="positions_by_token")
+        by_token = g.transpose(g.inputs["position_ids"], 1, 2, 0, name="positions_by_token")
         positions = g.op("GatherND", by_token, index_vectors, batch_dims=1, name="kept_positions")
         positions = g.transpose(positions, 2, 0, 1, name="kept_position_ids")
         if not config.scoring_layer:
             hidden = g.cast(hidden, g.dtype, g.residual, "to_residual")
-    context = attention_context(g, config, inputs, positions, hidden, config.scoring_layer)
+    context = attention_context(g, config, positions, hidden, config.scoring_layer)
     x = g.reshape(hidden, -1, config.hidden_size, name="flat_embeds")
     x, present = decoder_layer(g, config, context, x, config.scoring_layer)
     outputs: dict[str, Value] = {}
     if config.deepstack_levels:
         with g.scope("deepstack"):
-            first, outputs = _kept_levels(g, config, inputs, index_vectors)
+            first, outputs = _kept_levels(g, config, index_vectors)
             x = add_residual(g, x, g.reshape(first, -1, config.hidden_size, name="flat_level"), "add_level")
     hidden_shape = g.op("Shape", hidden, name="hidden_shape")
     return {
@@ -88,11 +85,9 @@ def _merge(g: GraphBuilder, text_embeds: Value, visual_embeds: Value, source_row
         return g.op("Where", g.unsqueeze(is_visual, 2, name="is_visual_row"), visual, text, name="inputs_embeds")
 
 
-def _linear_layers(
-    g: GraphBuilder, config: LanguageConfig, inputs: dict[str, Value], embeds: Value
-) -> tuple[Value, dict[str, Value]]:
+def _linear_layers(g: GraphBuilder, config: LanguageConfig, embeds: Value) -> tuple[Value, dict[str, Value]]:
     """The layers before the scoring layer, over all tokens: [batch, seq_len, hidden], residual dtype; and states."""
-    context = linear_context(g, inputs, embeds, "all_batch_seq")
+    context = linear_context(g, embeds, "all_batch_seq")
     x = g.reshape(g.cast(embeds, g.dtype, g.residual, "to_residual"), -1, config.hidden_size, name="all_embeds")
     states: dict[str, Value] = {}
     for layer in range(config.scoring_layer):
@@ -102,18 +97,16 @@ def _linear_layers(
     return g.op("Reshape", x, shape, name="all_hidden_states"), states
 
 
-def _kept_levels(
-    g: GraphBuilder, config: LanguageConfig, inputs: dict[str, Value], index_vectors: Value
-) -> tuple[Value, dict[str, Value]]:
+def _kept_levels(g: GraphBuilder, config: LanguageConfig, index_vectors: Value) -> tuple[Value, dict[str, Value]]:
     """DeepStack's features of the kept tokens, 0 where one is text.
 
     Returns:
         The level behind layer 0, [batch, num_kept_total, 1, hidden], and the later ones as an output, if there are.
     """
     zero = g.const(0, "int64")
-    rows = g.op("GatherND", inputs["source_rows"], index_vectors, batch_dims=1, name="kept_rows")
+    rows = g.op("GatherND", g.inputs["source_rows"], index_vectors, batch_dims=1, name="kept_rows")
     visual = g.unsqueeze(g.op("GreaterOrEqual", rows, zero, name="is_visual"), 2, 3, name="is_visual_row")
-    levels = g.op("Gather", inputs["deepstack_embeds"], g.op("Max", rows, zero, name="row"), axis=0, name="by_token")
+    levels = g.op("Gather", g.inputs["deepstack_embeds"], g.op("Max", rows, zero, name="row"), axis=0, name="by_token")
     levels = g.op("Where", visual, levels, g.scalar(0.0), name="levels")  # [batch, num_kept_total, levels, hidden]
     later = config.deepstack_levels - 1
     if not later:

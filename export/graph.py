@@ -5,19 +5,22 @@ Weights enter as external tensors that a WeightStore has placed; nothing is read
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import onnx
+from onnx.helper import make_attribute, make_tensor_value_info
 
-from hawk_trt.bundle import numpy_dtype
+from hawk_trt.bundle import GraphEntry, numpy_dtype
 from hawk_trt.stages import CUDA, PORTABLE, VISION
 
-from .contract import StageSpec, residual_dtype
-from .onnx_graph import ONNX_DTYPES, Graph, Node, Value
+from .contract import residual_dtype
 from .quantisation import QUANTISED_OPSET, ROW_SCALES_OPSET
-from .weights import QuantisedMatrix, WeightStore
+from .weights import ONNX_DTYPES, QuantisedMatrix, WeightStore
+
+# A tensor of a graph: its name.
+Value: TypeAlias = str
 
 # TensorRT 10.3 parses the ops of opset 18; opset 24 has Attention, TensorScatter, RMSNormalization and RotaryEmbedding.
 _PORTABLE_OPSET, _OPSET = 18, 24
@@ -32,29 +35,37 @@ def opset(target: str) -> int:
 
 
 class GraphBuilder:
-    """Builds one graph for one target; its weights are placed in a file of its name.
+    """Builds one graph for one target; its weights are placed in a file named by the stage.
 
     Attributes:
-        name: of the stage.
+        entry: what the manifest says of the graph.
         dtype: of the model: "float32", "float16" or "bfloat16".
         residual: dtype of the residual stream.
         target: that runs it, one of hawk_trt.stages.TARGETS.
+        inputs: of the stage, by name.
     """
 
-    def __init__(self, name: str, dtype: str, target: str, weights: WeightStore) -> None:
-        self.name = name
+    def __init__(self, entry: GraphEntry, dtype: str, weights: WeightStore) -> None:
+        self.entry = entry
         self.dtype = dtype
         self.residual = residual_dtype(dtype)
-        self.target = target
+        self.target = entry.target
+        self.inputs: dict[str, Value] = {tensor.name: tensor.name for tensor in entry.inputs}
         self.functions: list[onnx.FunctionProto] = []
-        self._opsets = {"": opset(target)}
-        self._graph = Graph(name)
-        self._nodes = self._graph.nodes  # where nodes go: the graph's, or a subgraph's while that is built
+        self._opsets = {"": opset(self.target)}
+        self._graph = onnx.GraphProto(
+            name=entry.stage,
+            input=[_info(tensor.name, tensor.dtype, tensor.shape) for tensor in entry.inputs],
+            output=[_info(tensor.name, tensor.dtype, tensor.shape) for tensor in entry.outputs],
+        )
+        self._nodes = self._graph.node  # where nodes go: the graph's, or a subgraph's while that is built
         self._weights = weights
-        self._weight_file = f"{name}.data"
+        self._weight_file = f"{entry.stage}.data"
         self._scopes: list[str] = []
         self._names: dict[str, int] = {}
+        self._initializers: set[Value] = set()
         self._constants: dict[tuple[bytes, str, tuple[int, ...]], Value] = {}
+        self._declared: list[onnx.ValueInfoProto] = []
 
     @property
     def opset24(self) -> bool:
@@ -64,7 +75,7 @@ class GraphBuilder:
     @property
     def bias_apart(self) -> bool:
         """Whether a linear layer's bias is added apart: in a Gemm, ONNX Runtime on CUDA writes it to all rows first."""
-        return (self.target, self.name) == (CUDA, VISION)
+        return (self.target, self.entry.stage) == (CUDA, VISION)
 
     @contextmanager
     def scope(self, name: str) -> Iterator[None]:
@@ -73,21 +84,17 @@ class GraphBuilder:
         yield
         self._scopes.pop()
 
-    def inputs(self, spec: StageSpec) -> dict[str, Value]:
-        """Declare all inputs of a stage; returns them by name."""
-        values = {}
-        for tensor in spec.inputs:
-            value = Value(tensor.name, tensor.dtype(self.dtype), tensor.shape)
-            self._graph.inputs.append(value)
-            values[tensor.name] = value
-        return values
+    def outputs(self, values: dict[str, Value]) -> None:
+        """Give the values computed for the outputs of the stage their names."""
+        names = {values[tensor.name]: tensor.name for tensor in self.entry.outputs}
+        for node in self._graph.node:
+            node.input[:] = [names.get(value, value) for value in node.input]
+            node.output[:] = [names.get(value, value) for value in node.output]
+        self._graph.value_info.extend(info for info in self._declared if info.name not in names)
 
-    def outputs(self, spec: StageSpec, values: dict[str, Value]) -> None:
-        """Declare all outputs of a stage from the values computed for them."""
-        for tensor in spec.outputs:
-            value = values[tensor.name]
-            value.name, value.dtype, value.shape = tensor.name, tensor.dtype(self.dtype), tensor.shape
-            self._graph.outputs.append(value)
+    def declare(self, value: Value, dtype: str, *shape: int | str) -> None:
+        """Say the type of a value that a runtime cannot infer."""
+        self._declared.append(_info(value, dtype, shape))
 
     def op(self, op_type: str, *inputs: Value | None, name: str, domain: str = "", **attributes: Any) -> Value:  # noqa: ANN401 - ONNX attributes are of many types
         """Add a node with one output."""
@@ -106,26 +113,33 @@ class GraphBuilder:
         if domain:
             self._opsets[domain] = 1
         full = self._unique("/".join([*self._scopes, name]))
-        suffixes = [""] if count == 1 else [f"/{i}" for i in range(count)]
-        outputs = [Value(f"{full}{suffix}") for suffix in suffixes]
-        self._nodes.append(Node(op_type, full, domain, inputs, outputs, attributes))
+        outputs = [full] if count == 1 else [f"{full}/{number}" for number in range(count)]
+        node = onnx.NodeProto(
+            op_type=op_type,
+            name=full,
+            domain=domain or None,
+            input=[value or "" for value in inputs],  # None where one is left out
+            output=outputs,
+            attribute=[make_attribute(key, value) for key, value in attributes.items()],
+        )
+        self._nodes.append(node)
         return outputs
 
-    def subgraph(self, build: Callable[[Value], Sequence[Value]]) -> Graph:
+    def subgraph(self, build: Callable[[Value], Sequence[Value]]) -> onnx.GraphProto:
         """A body of one input, in the model's dtype, and the outputs that build returns; weights stay the graph's."""
         name = self._unique("/".join([*self._scopes, "tile"]))
-        body = Graph(name, [Value(name, self.dtype)])
-        outer, self._nodes = self._nodes, body.nodes
+        body = onnx.GraphProto(name=name, input=[_info(name, self.dtype, None)])
+        outer, self._nodes = self._nodes, body.node
         try:
-            body.outputs.extend(build(body.inputs[0]))
+            body.output.extend(onnx.ValueInfoProto(name=value) for value in build(name))
             return body
         finally:
             self._nodes = outer
 
     def weight(self, name: str, shape: tuple[int, ...] | None = None) -> Value:
         """A checkpoint tensor as initializer, once a graph."""
-        if name in self._graph.initializers:
-            return self._graph.initializers[name]
+        if name in self._initializers:
+            return name
         return self._initializer(self._weights.initializer(self._weight_file, name, shape))
 
     def quantised(self, name: str) -> QuantisedMatrix | None:
@@ -133,10 +147,9 @@ class GraphBuilder:
         found = self._weights.quantised(self._weight_file, name, self.target)
         if found is None:
             return None
-        parts = (found.values, found.scales, found.zero_points, found.shift, found.input_scale, found.order)
-        for value in parts:
-            if value is not None:
-                self._initializer(value)
+        for part in (found.values, found.scales, found.zero_points, found.shift, found.input_scale, found.order):
+            if part is not None:
+                self._initializer(part)
         self._opsets[""] = max(self._opsets[""], ROW_SCALES_OPSET if found.by_row else QUANTISED_OPSET)
         return found
 
@@ -153,7 +166,7 @@ class GraphBuilder:
             more = "_etc" if array.size > 4 else ""
             name = self._unique(f"const/{dtype}_{flat}{more}")
             data = onnx.TensorProto(name=name, data_type=ONNX_DTYPES[dtype], dims=array.shape, raw_data=key[0])
-            self._constants[key] = self._initializer(Value(name, dtype, array.shape, data))
+            self._constants[key] = self._initializer(data)
         return self._constants[key]
 
     def ints(self, *values: int) -> Value:
@@ -190,15 +203,22 @@ class GraphBuilder:
             opset_import=[
                 onnx.OperatorSetIdProto(domain=name, version=number) for name, number in self._opsets.items()
             ],
-            graph=self._graph.message(),
+            graph=self._graph,
             functions=self.functions,
         )
 
-    def _initializer(self, value: Value) -> Value:
-        self._graph.initializers[value.name] = value
-        return value
+    def _initializer(self, data: onnx.TensorProto) -> Value:
+        if data.name not in self._initializers:
+            self._initializers.add(data.name)
+            self._graph.initializer.append(data)
+            self._graph.value_info.append(make_tensor_value_info(data.name, data.data_type, data.dims))
+        return data.name
 
     def _unique(self, name: str) -> str:
         seen = self._names.get(name, 0)
         self._names[name] = seen + 1
         return name if seen == 0 else f"{name}.{seen}"
+
+
+def _info(name: str, dtype: str, shape: Sequence[int | str] | None) -> onnx.ValueInfoProto:
+    return make_tensor_value_info(name, ONNX_DTYPES[dtype], shape)

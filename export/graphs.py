@@ -4,20 +4,14 @@ The table of tensors is held against the checkpoint before a graph is built, so 
 another size is an error that names the tensor, not a wrong answer.
 """
 
-from collections.abc import Callable
-
-import onnx
-
-from hawk_trt.bundle import GraphEntry, TensorEntry
 from hawk_trt.models.vision_config import VisionConfig
 from hawk_trt.stages import DECODER, FIRST_LAYER, VISION, LanguageConfig
 
-from .contract import StageSpec, decoder_spec, first_layer_spec
+from .contract import decoder_entry, first_layer_entry
 from .decoder import decoder
 from .first_layer import first_layer
 from .graph import GraphBuilder
 from .linear_attention import linear_attention_shapes
-from .onnx_graph import ONNX_DTYPES, Value
 from .tensors import EMBEDDINGS, LM_HEAD, Shapes, linear, norm
 from .vision import GRAPHS
 from .weights import WeightStore
@@ -40,35 +34,19 @@ def build_graphs(
         The graphs by stage name, each to be finished by model().
     """
     family = GRAPHS[vision.family]
-
-    def model(
-        stage: str, spec: StageSpec, build: Callable[[GraphBuilder, dict[str, Value]], dict[str, Value]]
-    ) -> GraphBuilder:
-        g = GraphBuilder(stage, dtype, target, weights)
-        g.outputs(spec, build(g, g.inputs(spec)))
-        return g
-
-    return {
-        VISION: model(VISION, family.spec(vision), lambda g, inputs: family.build(g, vision, inputs)),
-        FIRST_LAYER: model(
-            FIRST_LAYER,
-            first_layer_spec(language, target),
-            lambda g, inputs: first_layer(g, language, normalization, inputs),
-        ),
-        DECODER: model(DECODER, decoder_spec(language, target), lambda g, inputs: decoder(g, language, inputs)),
-    }
-
-
-def graph_entry(graph: onnx.GraphProto, stage: str, target: str) -> GraphEntry:
-    """What a manifest says of a graph."""
-    inputs, outputs = (tuple(map(_tensor_entry, values)) for values in (graph.input, graph.output))
-    return GraphEntry(stage, target, f"{stage}.{target}.onnx", inputs, outputs)
-
-
-def _tensor_entry(value: onnx.ValueInfoProto) -> TensorEntry:
-    tensor = value.type.tensor_type
-    dtype = next(name for name, number in ONNX_DTYPES.items() if number == tensor.elem_type)
-    return TensorEntry(value.name, dtype, tuple(size.dim_param or size.dim_value for size in tensor.shape.dim))
+    entries = (
+        family.entry(vision, dtype, target),
+        first_layer_entry(language, dtype, target),
+        decoder_entry(language, dtype, target),
+    )
+    graphs = {entry.stage: GraphBuilder(entry, dtype, weights) for entry in entries}
+    g = graphs[VISION]
+    g.outputs(family.build(g, vision))
+    g = graphs[FIRST_LAYER]
+    g.outputs(first_layer(g, language, normalization))
+    g = graphs[DECODER]
+    g.outputs(decoder(g, language))
+    return graphs
 
 
 def inventory(language: LanguageConfig, vision: VisionConfig) -> Shapes:

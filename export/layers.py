@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .graph import GraphBuilder
-from .onnx_graph import Value
+from .graph import GraphBuilder, Value
 from .weights import QuantisedMatrix
 
 # How far beyond 65,504 the inner values of a float16 MLP may go: a power of two, so that scaling is exact.
@@ -36,29 +35,32 @@ def _product(g: GraphBuilder, x: Value, weight: str, name: str, *bias: Value) ->
     if found.is_float8:
         return _float8_product(g, x, found, name, *bias)
     if found.order is not None:
-        x = g.op("Gather", x, found.order, axis=1, name=f"{name}/inputs_by_group")
-    zeros = [] if found.zero_points is None else [found.zero_points]
+        x = g.op("Gather", x, found.order.name, axis=1, name=f"{name}/inputs_by_group")
+    zeros = [] if found.zero_points is None else [found.zero_points.name]
     scaled: dict[str, Any] = {"axis": 1} if found.by_row else {"axis": 0, "block_size": found.block_size}
-    matrix = g.op("DequantizeLinear", found.values, found.scales, *zeros, name=f"{name}/dequantised", **scaled)
+    matrix = g.op(
+        "DequantizeLinear", found.values.name, found.scales.name, *zeros, name=f"{name}/dequantised", **scaled
+    )
     y = g.op("MatMul", x, matrix, name=name)
     if found.shift is not None:
         # sum_i x_i (q_i - z) s = sum_i x_i q_i s - z s sum_i x_i; the mean stays in float16's range where a sum may not
         blocks = g.reshape(x, 0, -1, found.block_size, name=f"{name}/blocks")
         means = g.op("ReduceMean", blocks, g.ints(2), keepdims=0, name=f"{name}/block_means")
-        y = g.op("Add", y, g.op("MatMul", means, found.shift, name=f"{name}/shift"), name=f"{name}/shifted")
+        y = g.op("Add", y, g.op("MatMul", means, found.shift.name, name=f"{name}/shift"), name=f"{name}/shifted")
     return g.op("Add", y, *bias, name=f"{name}/add_bias") if bias else y
 
 
 def _float8_product(g: GraphBuilder, x: Value, found: QuantisedMatrix, name: str, *bias: Value) -> Value:
     """The same of float8 weights, with the activations in float8 too where their scale was calibrated."""
     if found.input_scale is not None:
-        x = g.op("QuantizeLinear", x, found.input_scale, g.const(0, "float8_e4m3fn"), name=f"{name}/quantised_input")
-        x = g.op("DequantizeLinear", x, found.input_scale, name=f"{name}/input")
-    block = found.block_size  # 0, the operator's default, means a scale for each row
-    axis = 1 if block else 0
-    matrix = g.op(
-        "DequantizeLinear", found.values, found.scales, axis=axis, block_size=block, name=f"{name}/dequantised"
-    )
+        x = g.op(
+            "QuantizeLinear", x, found.input_scale.name, g.const(0, "float8_e4m3fn"), name=f"{name}/quantised_input"
+        )
+        x = g.op("DequantizeLinear", x, found.input_scale.name, name=f"{name}/input")
+    # block_size 0, the operator's default, means a scale for each row
+    scaled: dict[str, Any] = {"axis": 1 if found.block_size else 0, "block_size": found.block_size}
+    parts = (found.values.name, found.scales.name)
+    matrix = g.op("DequantizeLinear", *parts, name=f"{name}/dequantised", **scaled)
     matrix = g.cast(matrix, found.scales_dtype, g.dtype, f"{name}/to_model")
     return g.op("Gemm", x, matrix, *bias, transB=1, name=name)
 

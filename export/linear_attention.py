@@ -23,9 +23,8 @@ from hawk_trt.stages import CPU, CUDA, LanguageConfig, LinearAttentionConfig
 from . import tensors
 from .attention import add_and_mlp
 from .delta_rule import Chunks, chunks_of, delta_rule
-from .graph import GraphBuilder
+from .graph import GraphBuilder, Value
 from .layers import linear, rms_float32, rms_norm
-from .onnx_graph import Value
 from .tensors import Shapes
 
 _DOMAIN = "com.microsoft"
@@ -55,13 +54,12 @@ class LinearContext:
 
     batch_seq: Value  # int64 [2], (batch, seq)
     chunks: Chunks | None  # of its tokens; None where the runtime has operators for linear layers
-    inputs: dict[str, Value]  # of the graph, past states among them
 
 
-def linear_context(g: GraphBuilder, inputs: dict[str, Value], hidden: Value, name: str) -> LinearContext:
+def linear_context(g: GraphBuilder, hidden: Value, name: str) -> LinearContext:
     """Build the shared values. hidden: [batch, seq, hidden]."""
     batch_seq = g.op("Shape", hidden, start=0, end=2, name=name)
-    return LinearContext(batch_seq, None if g.target in (CPU, CUDA) else chunks_of(g, batch_seq), inputs)
+    return LinearContext(batch_seq, None if g.target in (CPU, CUDA) else chunks_of(g, batch_seq))
 
 
 def linear_layer(
@@ -113,7 +111,7 @@ def _gated_delta_rule(
         return g.op("Reshape", g.cast(x, g.dtype, "float32", f"{name}_float32"), shape, name=f"{name}_by_token")
 
     mixed = by_token(linear(g, h, f"{weight}.in_proj_qkv", "in_proj_qkv"), sizes.conv_dim, "qkv")
-    past_conv, past_state = (context.inputs[name] for name in config.cache_names(layer, past=True))
+    past_conv, past_state = (g.inputs[name] for name in config.cache_names(layer, past=True))
     if context.chunks is None:
         mixed, conv_state = g.ops(
             "CausalConvWithState",

@@ -13,8 +13,7 @@ import onnx.parser
 
 from hawk_trt.stages import BIAS_DROP, BIAS_KEEP
 
-from .graph import HAWK_DOMAIN, GraphBuilder, opset
-from .onnx_graph import Value
+from .graph import HAWK_DOMAIN, GraphBuilder, Value, opset
 
 NAME = "WeightedTopK"
 INPUTS = ("head_scores", "head_weights", "visual_rows", "select_bias", "slots")
@@ -109,8 +108,7 @@ def weighted_topk(g: GraphBuilder, normalization: str, *inputs: Value) -> tuple[
         plugin_version="1",
         plugin_namespace="",
     )
-    kept.dtype, scores.dtype = "int32", "float32"
-    kept.shape = ("batch", "num_kept_total")
+    g.declare(kept, "int32", "batch", "num_kept_total")
     return kept, scores
 
 

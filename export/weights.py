@@ -29,13 +29,24 @@ from hawk_trt.errors import BundleError, CheckpointError
 from hawk_trt.stages import PORTABLE, TENSORRT
 
 from .checkpoint import Checkpoint
-from .onnx_graph import ONNX_DTYPES, Value
 from .quantisation import WHOLE_ROW, block_size, fits_blocks, layout, may_be_quantised, quantise
 from .stored import Float8Matrix, IntegerMatrix, Part
 from .tensor_file import CheckpointTensor, alternating_buffers, not_finite
 from .tensors import EMBEDDINGS, padded_shape
 
 EMBEDDINGS_FILE = "embed_tokens.data"
+# By the names of dtypes that bundles use.
+ONNX_DTYPES = {
+    "float32": onnx.TensorProto.FLOAT,
+    "float16": onnx.TensorProto.FLOAT16,
+    "bfloat16": onnx.TensorProto.BFLOAT16,
+    "float8_e4m3fn": onnx.TensorProto.FLOAT8E4M3FN,
+    "int4": onnx.TensorProto.INT4,
+    "int8": onnx.TensorProto.INT8,
+    "int32": onnx.TensorProto.INT32,
+    "int64": onnx.TensorProto.INT64,
+    "bool": onnx.TensorProto.BOOL,
+}
 
 # Vector loads want 64 bytes; large tensors begin on a page, so that they can be memory-mapped alone.
 _ALIGNMENT = 64
@@ -57,27 +68,29 @@ class Placement:
 class QuantisedMatrix:
     """Initializers of a matrix's parts in a graph."""
 
-    values: Value  # integers [in, out], or float8 [out, in]
+    values: onnx.TensorProto  # integers [in, out], or float8 [out, in]
     # of blocks of block_size inputs: [in / block_size, out], or [out]; of float8 [], [out] or [out, in / block_size]
-    scales: Value
+    scales: onnx.TensorProto
     scales_dtype: str  # float32 where the model's dtype could not hold them
     block_size: int  # 0 where a scale is of a whole row or of all
-    zero_points: Value | None = None  # as the integers, for each scale; None where all are 0, or the target takes none
+    zero_points: onnx.TensorProto | None = (
+        None  # as the integers, for each scale; None where all are 0, or the target takes none
+    )
     # [in / block_size, out], for targets that take no zero points; see stored.IntegerMatrix.shift
-    shift: Value | None = None
-    input_scale: Value | None = None  # [], of the activations of float8
+    shift: onnx.TensorProto | None = None
+    input_scale: onnx.TensorProto | None = None  # [], of the activations of float8
     # int64 [in], the inputs in the order that the values have them; None where that is the usual one
-    order: Value | None = None
+    order: onnx.TensorProto | None = None
 
     @property
     def is_float8(self) -> bool:
         """Whether the values are float8 [out, in], not integers [in, out]."""
-        return self.values.dtype == "float8_e4m3fn"
+        return self.values.data_type == onnx.TensorProto.FLOAT8E4M3FN
 
     @property
     def by_row(self) -> bool:
         """Whether they are integers with one scale an output, not a block."""
-        return not self.is_float8 and self.scales.shape is not None and len(self.scales.shape) == 1
+        return not self.is_float8 and len(self.scales.dims) == 1
 
 
 @dataclass(slots=True)
@@ -97,7 +110,7 @@ class WeightStore:
         """Whether the checkpoint holds the tensor."""
         return self.checkpoint.has(name)
 
-    def initializer(self, stage_file: str, name: str, shape: tuple[int, ...] | None = None) -> Value:
+    def initializer(self, stage_file: str, name: str, shape: tuple[int, ...] | None = None) -> onnx.TensorProto:
         """A new initializer for a graph, whose data is a place in an external file.
 
         Args:
@@ -166,7 +179,7 @@ class WeightStore:
             block,
         )
 
-    def _parts(self, stage_file: str, name: str, parts: dict[str, Part]) -> dict[str, Value]:
+    def _parts(self, stage_file: str, name: str, parts: dict[str, Part]) -> dict[str, onnx.TensorProto]:
         """New initializers of the parts of a matrix that the checkpoint holds quantised."""
         values = {}
         for word, part in parts.items():
@@ -308,17 +321,16 @@ class WeightStore:
             position = placement.offset + placement.nbytes
 
 
-def _external(name: str, place: Placement, dtype: str, shape: tuple[int, ...]) -> Value:
+def _external(name: str, place: Placement, dtype: str, shape: tuple[int, ...]) -> onnx.TensorProto:
     """An initializer whose data lies in an external file."""
     where = {"location": place.file, "offset": str(place.offset), "length": str(place.nbytes)}
-    data = onnx.TensorProto(
+    return onnx.TensorProto(
         name=name,
         data_type=ONNX_DTYPES[dtype],
         dims=shape,
         data_location=onnx.TensorProto.EXTERNAL,
         external_data=[onnx.StringStringEntryProto(key=key, value=value) for key, value in where.items()],
     )
-    return Value(name, dtype, shape, data)
 
 
 def _write_all(out: FileIO, block: memoryview) -> None:

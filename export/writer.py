@@ -146,20 +146,17 @@ def export(
     if current is not None:
         return current
     # onnx takes a while to load, which no run of a bundle that is up to date has to wait for
-    from .graphs import build_graphs, graph_entry, inventory
+    from .graphs import build_graphs, inventory
     from .weights import WeightStore
 
     template = read_config(opened.config).chat_template
     for tensor_name, shape in inventory(plan.language, plan.vision).items():
         opened.expect(tensor_name, shape)
     weights = WeightStore(opened, options.dtype, options.link, options.weights, plan.language.scoring_layer)
-    graphs = {
-        (target, stage): graph
-        for target in plan.targets
-        for stage, graph in build_graphs(
-            plan.vision, plan.language, weights, options.dtype, target, options.normalization
-        ).items()
-    }
+    sides = (plan.vision, plan.language, weights, options.dtype)
+    graphs = [
+        graph for target in plan.targets for graph in build_graphs(*sides, target, options.normalization).values()
+    ]
     table = weights.table()
     notes = _account_for_all(opened, plan.language)
     if opened.quantisation is not None:
@@ -178,19 +175,16 @@ def export(
         for sentence in (*notes, *small.notes, *tried):
             if note is not None:
                 note(sentence)
-        entries = []
-        for (target, stage), graph in graphs.items():
-            model = graph.model()
-            entry = graph_entry(model.graph, stage, target)
-            (folder / entry.file).write_bytes(model.SerializeToString())
-            files[entry.file] = file_entry(folder / entry.file)
-            entries.append(entry)
+        for graph in graphs:
+            file = folder / graph.entry.file
+            file.write_bytes(graph.model().SerializeToString())
+            files[file.name] = file_entry(file)
         files |= finish()
-        manifest = replace(plan, graphs=tuple(entries), embeddings=table, files=files)
-        with (folder / MANIFEST).open("wb") as file:
-            file.write(manifest_bytes(manifest))
-            file.flush()
-            os.fsync(file.fileno())
+        manifest = replace(plan, graphs=tuple(graph.entry for graph in graphs), embeddings=table, files=files)
+        with (folder / MANIFEST).open("wb") as out_file:
+            out_file.write(manifest_bytes(manifest))
+            out_file.flush()
+            os.fsync(out_file.fileno())
     return Bundle.load(out)
 
 

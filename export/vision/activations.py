@@ -2,8 +2,7 @@
 
 import math
 
-from ..graph import GraphBuilder
-from ..onnx_graph import Value
+from ..graph import GraphBuilder, Value
 
 
 def gelu(g: GraphBuilder, x: Value) -> Value:

@@ -5,13 +5,14 @@ the class token goes, blocks of patches become one token (pixel shuffle), and th
 model's width. Token-wise ops run on [num_tiles * (1 + patches), dim].
 """
 
+from hawk_trt.bundle import GraphEntry, TensorEntry
 from hawk_trt.models.vision_config import InternVLVision
+from hawk_trt.stages import VISION
 
 from .. import tensors
-from ..contract import StageSpec, TensorSpec
-from ..graph import GraphBuilder
+from ..contract import graph_entry
+from ..graph import GraphBuilder, Value
 from ..layers import add_residual, attention, layer_norm, linear, rms_norm
-from ..onnx_graph import Value
 from ..tensors import Shapes
 from .activations import gelu
 
@@ -20,13 +21,11 @@ _QK_EPSILON = 1e-6
 _PROJECTOR_EPSILON = 1e-5
 
 
-def internvl_spec(vision: InternVLVision) -> StageSpec:
+def internvl_entry(vision: InternVLVision, dtype: str, target: str) -> GraphEntry:
     """Inputs and outputs of the graph; num_visual counts the tokens of all tiles, tile after tile."""
-    side = vision.image_size
-    return StageSpec(
-        inputs=(TensorSpec("pixel_values", "float32", ("num_tiles", 3, side, side)),),
-        outputs=(TensorSpec("visual_embeds", "model", ("num_visual", vision.out_hidden_size)),),
-    )
+    pixels = TensorEntry("pixel_values", "float32", ("num_tiles", 3, vision.image_size, vision.image_size))
+    embeds = TensorEntry("visual_embeds", dtype, ("num_visual", vision.out_hidden_size))
+    return graph_entry(VISION, target, (pixels,), (embeds,))
 
 
 def internvl_shapes(vision: InternVLVision) -> Shapes:
@@ -55,9 +54,9 @@ def internvl_shapes(vision: InternVLVision) -> Shapes:
     return found
 
 
-def internvl_vision(g: GraphBuilder, vision: InternVLVision, inputs: dict[str, Value]) -> dict[str, Value]:
+def internvl_vision(g: GraphBuilder, vision: InternVLVision) -> dict[str, Value]:
     """Add the nodes of the vision graph."""
-    x = _embed(g, vision, inputs["pixel_values"])
+    x = _embed(g, vision, g.inputs["pixel_values"])
     for block in range(vision.depth):
         x = _block(g, vision, x, f"blocks.{block}")
     with g.scope("merger"):

@@ -5,29 +5,28 @@ Most blocks attend inside windows, the full-attention ones over whole frames.
 
 from dataclasses import replace
 
+from hawk_trt.bundle import GraphEntry, TensorEntry
 from hawk_trt.models.vision_config import Qwen25Vision
 
 from .. import tensors
-from ..contract import StageSpec, TensorSpec
-from ..graph import GraphBuilder
+from ..graph import GraphBuilder, Value
 from ..layers import gated_mlp, mask_bias, rms_norm
-from ..onnx_graph import Value
 from ..tensors import Shapes
-from .qwen2_vl import qwen2_vl_spec
+from .qwen2_vl import qwen2_vl_entry
 from .tower import NORM_EPSILON, Segments, Style, Tower, merger, tower_shapes
 
 _STYLE = Style(rms_norm, gated_mlp, ("gate_proj", "up_proj", "down_proj"))
 
 
-def qwen2_5_vl_spec(vision: Qwen25Vision) -> StageSpec:
+def qwen2_5_vl_entry(vision: Qwen25Vision, dtype: str, target: str) -> GraphEntry:
     """Inputs and outputs of the graph: Qwen2-VL's, and the plan of the windows."""
-    spec = qwen2_vl_spec(vision)
+    entry = qwen2_vl_entry(vision, dtype, target)
     windows = (
-        TensorSpec("window_index", "int64", ("num_windows", "window_len")),
-        TensorSpec("window_mask", "bool", ("num_windows", "window_len")),
-        TensorSpec("window_slot", "int64", ("num_patches",)),
+        TensorEntry("window_index", "int64", ("num_windows", "window_len")),
+        TensorEntry("window_mask", "bool", ("num_windows", "window_len")),
+        TensorEntry("window_slot", "int64", ("num_patches",)),
     )
-    return replace(spec, inputs=(*spec.inputs, *windows))
+    return replace(entry, inputs=(*entry.inputs, *windows))
 
 
 def qwen2_5_vl_shapes(vision: Qwen25Vision) -> Shapes:
@@ -41,11 +40,11 @@ def qwen2_5_vl_shapes(vision: Qwen25Vision) -> Shapes:
     }
 
 
-def qwen2_5_vl_vision(g: GraphBuilder, vision: Qwen25Vision, inputs: dict[str, Value]) -> dict[str, Value]:
+def qwen2_5_vl_vision(g: GraphBuilder, vision: Qwen25Vision) -> dict[str, Value]:
     """Add the nodes of the vision graph."""
-    tower = Tower(g, inputs, vision, _STYLE)
+    tower = Tower(g, vision, _STYLE)
     with g.scope("windows"):
-        windows = _windows(g, inputs, tower)
+        windows = _windows(g, tower)
     x = tower.patches
     for number in range(vision.depth):
         x = tower.block(x, number, None if number in vision.fullatt_block_indexes else windows)
@@ -55,9 +54,9 @@ def qwen2_5_vl_vision(g: GraphBuilder, vision: Qwen25Vision, inputs: dict[str, V
         return {"visual_embeds": merger(g, h, "visual.merger.mlp.0", "visual.merger.mlp.2")}
 
 
-def _windows(g: GraphBuilder, inputs: dict[str, Value], tower: Tower) -> Segments:
+def _windows(g: GraphBuilder, tower: Tower) -> Segments:
     """Segments of the windowed blocks."""
-    index = inputs["window_index"]
+    index = g.inputs["window_index"]
     window_len = g.op("Shape", index, start=1, end=2, name="window_len")
 
     def of_all_frames(x: Value, name: str) -> Value:
@@ -70,10 +69,10 @@ def _windows(g: GraphBuilder, inputs: dict[str, Value], tower: Tower) -> Segment
         of_all_frames(g.op("Gather", table, index, axis=0, name=f"{name}_by_window"), name)  # [windows, len, dim / 2]
         for table, name in ((tower.cos, "cos"), (tower.sin, "sin"))
     )
-    seen = g.unsqueeze(inputs["window_mask"], 1, 2, name="mask_rows")  # [windows, 1, 1, len]
+    seen = g.unsqueeze(g.inputs["window_mask"], 1, 2, name="mask_rows")  # [windows, 1, 1, len]
     if g.opset24:  # the operator wants a row for every query
         square = g.op("Concat", g.ints(1, 1), window_len, g.ints(1), axis=0, name="square")
         mask = of_all_frames(g.op("Expand", seen, square, name="mask_square"), "mask")
     else:
         mask = of_all_frames(mask_bias(g, seen), "bias")
-    return Segments(cos, sin, tower.segment_shape(window_len), mask, index, inputs["window_slot"])
+    return Segments(cos, sin, tower.segment_shape(window_len), mask, index, g.inputs["window_slot"])

@@ -1,12 +1,13 @@
 """Vision graph of Qwen2-VL: frames of one size in, visual tokens out."""
 
+from hawk_trt.bundle import GraphEntry, TensorEntry
 from hawk_trt.models.vision_config import Qwen2Vision
+from hawk_trt.stages import VISION
 
 from .. import tensors
-from ..contract import StageSpec, TensorSpec
-from ..graph import GraphBuilder
+from ..contract import graph_entry
+from ..graph import GraphBuilder, Value
 from ..layers import layer_norm
-from ..onnx_graph import Value
 from ..tensors import Shapes
 from .activations import quick_gelu
 from .tower import NORM_EPSILON, Tower, merger, plain_style, tower_shapes
@@ -14,16 +15,17 @@ from .tower import NORM_EPSILON, Tower, merger, plain_style, tower_shapes
 _STYLE = plain_style("fc1", "fc2", quick_gelu)
 
 
-def qwen2_vl_spec(vision: Qwen2Vision) -> StageSpec:
+def qwen2_vl_entry(vision: Qwen2Vision, dtype: str, target: str) -> GraphEntry:
     """Inputs and outputs of the graph.
 
     num_visual = num_frames * num_patches / merge^2, frames in order, merge blocks of a frame in raster order.
     """
     inputs = (
-        TensorSpec("pixel_values", "float32", ("num_frames", "num_patches", vision.patch_dim)),
-        TensorSpec("patch_positions", "int64", ("num_patches", 2)),
+        TensorEntry("pixel_values", "float32", ("num_frames", "num_patches", vision.patch_dim)),
+        TensorEntry("patch_positions", "int64", ("num_patches", 2)),
     )
-    return StageSpec(inputs, (TensorSpec("visual_embeds", "model", ("num_visual", vision.out_hidden_size)),))
+    embeds = TensorEntry("visual_embeds", dtype, ("num_visual", vision.out_hidden_size))
+    return graph_entry(VISION, target, inputs, (embeds,))
 
 
 def qwen2_vl_shapes(vision: Qwen2Vision) -> Shapes:
@@ -38,9 +40,9 @@ def qwen2_vl_shapes(vision: Qwen2Vision) -> Shapes:
     }
 
 
-def qwen2_vl_vision(g: GraphBuilder, vision: Qwen2Vision, inputs: dict[str, Value]) -> dict[str, Value]:
+def qwen2_vl_vision(g: GraphBuilder, vision: Qwen2Vision) -> dict[str, Value]:
     """Add the nodes of the vision graph."""
-    tower = Tower(g, inputs, vision, _STYLE)
+    tower = Tower(g, vision, _STYLE)
     x = tower.patches
     for number in range(vision.depth):
         x = tower.block(x, number)

@@ -4,29 +4,32 @@ A learned table of positions is added to the patches, resampled by the places an
 some blocks a merger of its own makes features that the language model's first layers add.
 """
 
+from dataclasses import replace
+
+from hawk_trt.bundle import GraphEntry, TensorEntry
 from hawk_trt.models.vision_config import Qwen3Vision
 
 from .. import tensors
-from ..contract import StageSpec, TensorSpec, deepstack_embeds_spec
-from ..graph import GraphBuilder
+from ..contract import deepstack_embeds
+from ..graph import GraphBuilder, Value
 from ..layers import layer_norm
-from ..onnx_graph import Value
 from ..tensors import Shapes
 from .activations import gelu_tanh
-from .qwen2_vl import qwen2_vl_spec
+from .qwen2_vl import qwen2_vl_entry
 from .tower import NORM_EPSILON, Tower, merger, plain_style, tower_shapes
 
 _STYLE = plain_style("linear_fc1", "linear_fc2", gelu_tanh)
 
 
-def qwen3_vl_spec(vision: Qwen3Vision) -> StageSpec:
+def qwen3_vl_entry(vision: Qwen3Vision, dtype: str, target: str) -> GraphEntry:
     """Inputs and outputs of the graph: Qwen2-VL's, the places in the table of positions, and DeepStack's features."""
-    spec, levels = qwen2_vl_spec(vision), len(vision.deepstack_visual_indexes)
+    entry, levels = qwen2_vl_entry(vision, dtype, target), len(vision.deepstack_visual_indexes)
     places = (
-        TensorSpec("place_index", "int64", ("num_patches", 4)),
-        TensorSpec("place_weight", "float32", ("num_patches", 4)),
+        TensorEntry("place_index", "int64", ("num_patches", 4)),
+        TensorEntry("place_weight", "float32", ("num_patches", 4)),
     )
-    return StageSpec((*spec.inputs, *places), (*spec.outputs, *deepstack_embeds_spec(levels, vision.out_hidden_size)))
+    outputs = (*entry.outputs, *deepstack_embeds(levels, vision.out_hidden_size, dtype))
+    return replace(entry, inputs=(*entry.inputs, *places), outputs=outputs)
 
 
 def qwen3_vl_shapes(vision: Qwen3Vision) -> Shapes:
@@ -43,10 +46,10 @@ def qwen3_vl_shapes(vision: Qwen3Vision) -> Shapes:
     return found
 
 
-def qwen3_vl_vision(g: GraphBuilder, vision: Qwen3Vision, inputs: dict[str, Value]) -> dict[str, Value]:
+def qwen3_vl_vision(g: GraphBuilder, vision: Qwen3Vision) -> dict[str, Value]:
     """Add the nodes of the vision graph."""
-    tower = Tower(g, inputs, vision, _STYLE)
-    x = _add_places(g, tower.patches, inputs, vision.hidden_size)
+    tower = Tower(g, vision, _STYLE)
+    x = _add_places(g, tower.patches, vision.hidden_size)
     levels: list[Value] = []
     for number in range(vision.depth):
         x = tower.block(x, number)
@@ -62,14 +65,14 @@ def qwen3_vl_vision(g: GraphBuilder, vision: Qwen3Vision, inputs: dict[str, Valu
     return outputs
 
 
-def _add_places(g: GraphBuilder, x: Value, inputs: dict[str, Value], dim: int) -> Value:
+def _add_places(g: GraphBuilder, x: Value, dim: int) -> Value:
     """Add the resampled table of positions to every frame. x: [num_frames * num_patches, dim], residual dtype."""
     with g.scope("pos_embed"):
-        rows = g.op("Gather", g.weight("visual.pos_embed.weight"), inputs["place_index"], axis=0, name="neighbours")
+        rows = g.op("Gather", g.weight("visual.pos_embed.weight"), g.inputs["place_index"], axis=0, name="neighbours")
         rows = g.cast(rows, g.dtype, "float32", "neighbours_float32")  # [num_patches, 4, dim]
-        weighted = g.op("Mul", rows, g.unsqueeze(inputs["place_weight"], 2, name="weights"), name="weighted")
+        weighted = g.op("Mul", rows, g.unsqueeze(g.inputs["place_weight"], 2, name="weights"), name="weighted")
         places = g.op("ReduceSum", weighted, g.ints(1), keepdims=0, name="places")  # [num_patches, dim]
-        by_frame = g.op("Shape", inputs["pixel_values"], start=0, end=2, name="frame_shape")
+        by_frame = g.op("Shape", g.inputs["pixel_values"], start=0, end=2, name="frame_shape")
         by_frame = g.op("Concat", by_frame, g.ints(dim), axis=0, name="by_frame_shape")
         frames = g.op("Reshape", x, by_frame, name="by_frame")
         placed = g.op("Add", frames, g.cast(places, "float32", g.residual, "places_residual"), name="add_places")

@@ -10,9 +10,8 @@ from collections.abc import Callable, Sequence
 
 from hawk_trt.stages import CPU, PORTABLE
 
-from ..graph import GraphBuilder
+from ..graph import GraphBuilder, Value
 from ..layers import attention, linear, weighted_values
-from ..onnx_graph import Value
 
 TOKENS = 4096
 # Queries of one tile. Over 65,536 keys and 16 heads, 96 take 0.4 GB of scores; 128 is 5 % faster there.

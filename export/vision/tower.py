@@ -13,9 +13,8 @@ import numpy as np
 from hawk_trt.models.vision_config import Qwen2Vision
 
 from .. import tensors
-from ..graph import GraphBuilder
+from ..graph import GraphBuilder, Value
 from ..layers import add_residual, attention, layer_norm, linear, rotary_float32, wide_linear
-from ..onnx_graph import Value
 from ..tensors import Shapes
 from .activations import gelu
 from .tiles import frame_attention, query_key_value, query_tiles, token_tiles
@@ -68,14 +67,14 @@ class Tower:
         patches: the embedded patches, [num_frames * num_patches, dim] in the residual dtype.
     """
 
-    def __init__(self, g: GraphBuilder, inputs: dict[str, Value], vision: Qwen2Vision, style: Style) -> None:
-        self._g, self._style, pixels = g, style, inputs["pixel_values"]
+    def __init__(self, g: GraphBuilder, vision: Qwen2Vision, style: Style) -> None:
+        self._g, self._style, pixels = g, style, g.inputs["pixel_values"]
         self._dim, self._heads, self._head_dim = (
             vision.hidden_size,
             vision.num_heads,
             vision.hidden_size // vision.num_heads,
         )
-        self.cos, self.sin = _rotary_tables(g, inputs["patch_positions"], vision)
+        self.cos, self.sin = _rotary_tables(g, g.inputs["patch_positions"], vision)
         with g.scope("frames"):
             self.frames = g.op("Shape", pixels, start=0, end=1, name="num_frames")
             frame_shape = g.op("Shape", pixels, start=0, end=2, name="frame_shape")

@@ -6,9 +6,9 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from export.contract import StageSpec, TensorSpec
 from export.delta_rule import chunks_of, delta_rule
 from export.graph import GraphBuilder
+from hawk_trt.bundle import GraphEntry, TensorEntry
 from hawk_trt.stages import LINEAR_CHUNK, MAX_LINEAR_TOKENS, PORTABLE, TENSORRT, LinearAttentionConfig
 
 SIZES = LinearAttentionConfig(num_key_heads=2, num_value_heads=4, key_head_dim=16, value_head_dim=12, conv_kernel=4)
@@ -22,18 +22,19 @@ def session(target: str) -> ort.InferenceSession:
     """The rule alone, as a graph."""
     tokens, state = ("batch", "seq"), ("batch", *STATE)
     shapes = dict(zip(INPUTS, (KEYS, KEYS, VALUES, HEADS, HEADS), strict=True))
-    spec = StageSpec(
-        (*(TensorSpec(name, "float32", (*tokens, size)) for name, size in shapes.items()),
-         TensorSpec("past", "float32", state)),
-        (TensorSpec("out", "float32", (*tokens, VALUES)), TensorSpec("present", "float32", state)),
+    entry = GraphEntry(
+        "rule", target, "rule.onnx",
+        (*(TensorEntry(name, "float32", (*tokens, size)) for name, size in shapes.items()),
+         TensorEntry("past", "float32", state)),
+        (TensorEntry("out", "float32", (*tokens, VALUES)), TensorEntry("present", "float32", state)),
     )  # fmt: skip
-    g = GraphBuilder("rule", "float32", target, None)
-    given = g.inputs(spec)
+    g = GraphBuilder(entry, "float32", None)
+    given = g.inputs
     chunks = chunks_of(g, g.op("Shape", given["query"], start=0, end=2, name="batch_seq"))
     out, present = delta_rule(
         g, chunks, SIZES, given["query"], given["key"], given["value"], given["past"], given["decay"], given["beta"]
     )
-    g.outputs(spec, {"out": out, "present": present})
+    g.outputs({"out": out, "present": present})
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     return ort.InferenceSession(g.model().SerializeToString(), options)

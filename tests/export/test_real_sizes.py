@@ -10,7 +10,7 @@ from checkpoints import QWEN_MODELS, Sizes, make_checkpoint, make_sparse_checkpo
 from export.__main__ import main as export
 from export.architectures import read_config
 from export.checkpoint import Checkpoint
-from export.contract import decoder_spec, first_layer_spec
+from export.contract import decoder_entry, first_layer_entry
 from export.graphs import build_graphs, inventory
 from export.head_weights import UNIFORM, default_head_weights
 from export.real_shapes import shape_config
@@ -128,9 +128,9 @@ def test_every_weight_has_its_place_and_every_graph_its_contract(checkpoint, tar
     assert store.disk_bytes == 0
     assert store.total_bytes == sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
     specs = {
-        VISION: GRAPHS[vision.family].spec(vision),
-        FIRST_LAYER: first_layer_spec(language, target),
-        DECODER: decoder_spec(language, target),
+        VISION: GRAPHS[vision.family].entry(vision, "bfloat16", target),
+        FIRST_LAYER: first_layer_entry(language, "bfloat16", target),
+        DECODER: decoder_entry(language, "bfloat16", target),
     }
     for stage, spec in specs.items():
         graph = graphs[stage].model().graph

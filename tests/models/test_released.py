@@ -57,7 +57,7 @@ def test_the_graphs_of_every_model_can_be_built(name, tmp_path):
         graphs = build_graphs(model.vision, model.language, store, "bfloat16", target, "l2")
         assert tuple(graphs) == STAGES
         assert [value.name for value in graphs[VISION].model().graph.input] == [
-            one.name for one in GRAPHS[model.vision.family].spec(model.vision).inputs
+            one.name for one in GRAPHS[model.vision.family].entry(model.vision, "bfloat16", target).inputs
         ]
     assert not checkpoint.unused()
 

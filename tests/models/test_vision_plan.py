@@ -9,11 +9,12 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVi
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 from transformers.vision_utils import get_vision_window_index
 
-from export.vision.qwen2_5_vl import qwen2_5_vl_spec
+from export.vision.qwen2_5_vl import qwen2_5_vl_entry
 from hawk_trt.errors import InvalidInput
 from hawk_trt.models.family import Patches
 from hawk_trt.models.qwen2_5_vl import Qwen25VL, window_plan
 from hawk_trt.models.vision_config import Qwen25Vision
+from hawk_trt.stages import TENSORRT
 
 VISION = Qwen25Vision(
     depth=3,
@@ -128,13 +129,13 @@ def test_a_patch_finds_its_way_into_its_window_and_back(high, wide):
 
 
 def test_feeds_have_the_names_dtypes_and_shapes_of_the_spec():
-    spec = qwen2_5_vl_spec(FAMILY.vision)
+    spec = qwen2_5_vl_entry(FAMILY.vision, "float32", TENSORRT)
     for feeds in FAMILY.vision_feeds(random_patches(GRIDS[6]), 10_000):
         assert list(feeds) == [tensor.name for tensor in spec.inputs]
         sizes: dict[str, int] = {}
         for tensor in spec.inputs:
             array = feeds[tensor.name]
-            assert array.dtype == np.dtype(tensor.element), tensor.name
+            assert array.dtype == np.dtype(tensor.dtype), tensor.name
             assert len(array.shape) == len(tensor.shape)
             for size, word in zip(array.shape, tensor.shape, strict=True):
                 assert size == (word if isinstance(word, int) else sizes.setdefault(word, size)), tensor.name

@@ -6,33 +6,33 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from export.contract import StageSpec, TensorSpec
 from export.graph import GraphBuilder
 from export.weighted_topk import weighted_topk
+from hawk_trt.bundle import GraphEntry, TensorEntry
 from hawk_trt.pruning import hawk
 from hawk_trt.stages import BIAS_DROP, BIAS_KEEP, NORMALIZATIONS
 from targets import ON_CPU
 
-SPEC = StageSpec(
+TENSORS = (
     (
-        TensorSpec("head_scores", "float32", ("batch", "heads", "seq_len")),
-        TensorSpec("head_weights", "float32", ("heads",)),
-        TensorSpec("visual_rows", "int64", ("batch", "seq_len")),
-        TensorSpec("select_bias", "float32", ("batch", "seq_len")),
-        TensorSpec("slots", "int64", ("num_kept_total",)),
+        TensorEntry("head_scores", "float32", ("batch", "heads", "seq_len")),
+        TensorEntry("head_weights", "float32", ("heads",)),
+        TensorEntry("visual_rows", "int64", ("batch", "seq_len")),
+        TensorEntry("select_bias", "float32", ("batch", "seq_len")),
+        TensorEntry("slots", "int64", ("num_kept_total",)),
     ),
     (
-        TensorSpec("kept_indices", "int32", ("batch", "num_kept_total")),
-        TensorSpec("scores", "float32", ("batch", "seq_len")),
+        TensorEntry("kept_indices", "int32", ("batch", "num_kept_total")),
+        TensorEntry("scores", "float32", ("batch", "seq_len")),
     ),
 )
 
 
 def session(target, normalization):
-    builder = GraphBuilder("weighted_topk", "float32", target, weights=None)
-    inputs = builder.inputs(SPEC)
-    kept, scores = weighted_topk(builder, normalization, *inputs.values())
-    builder.outputs(SPEC, {"kept_indices": kept, "scores": scores})
+    entry = GraphEntry("weighted_topk", target, "weighted_topk.onnx", *TENSORS)
+    builder = GraphBuilder(entry, "float32", weights=None)
+    kept, scores = weighted_topk(builder, normalization, *builder.inputs.values())
+    builder.outputs({"kept_indices": kept, "scores": scores})
     return ort.InferenceSession(builder.model().SerializeToString())
 
 
