@@ -6,15 +6,12 @@ rendering, a guard character goes before each place in a user's text where a spe
 what the next text adds.
 """
 
-import ctypes
 import json
 import math
-import os
 import re
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property, reduce, wraps
 from itertools import pairwise
@@ -29,13 +26,13 @@ if TYPE_CHECKING:
     from jinja2.parser import Parser
 
 _SECONDS = 5.0
-_LOOK_SECONDS = 0.25
+_rendering = threading.local()  # end: of the rendering under way, on the clock of the thread's own processor time
+_MAX_SOURCE = 500_000  # characters of a template, whose compiling nothing interrupts
 # Of a text or list that a template makes, and of base times exponent: beyond, memory is at stake.
 _MAX_REPEATED = 10_000_000
 _MAX_EXPONENT = 1000
-# Filters that take a time beyond all proportion to their text, and the longest that they get.
-_SLOW = ("wordwrap", "urlize")
-_MAX_SLOW = 10_000
+# Filters whose time nothing bounds on the way, and the longest text or list that they get.
+_SLOW = {"wordwrap": 10_000, "urlize": 10_000, **dict.fromkeys(("groupby", "max", "min", "sort", "sum"), 1_000_000)}
 
 
 class ChatTemplate:
@@ -70,19 +67,20 @@ class ChatTemplate:
                     "chat_template.jinja that does into the checkpoint folder and export again: hawk-trt "
                     "export CHECKPOINT --out FOLDER"
                 )
+        if len(self.source) > _MAX_SOURCE:
+            raise InvalidInput(
+                f"chat template: got {len(self.source):,} characters, expected at most {_MAX_SOURCE:,}. Change the "
+                "bundle's chat template"
+            )
         try:
-            ended = threading.Lock()
-            try:
-                _begin_limit(_SECONDS, ended)
-                rendered = self._compiled.render(
-                    messages=messages,
-                    tools=with_strings(tools, guard.apply) or None,
-                    documents=None,
-                    add_generation_prompt=True,
-                    **self._variables,
-                )
-            finally:
-                ended.acquire()
+            _rendering.end = time.thread_time() + _SECONDS
+            rendered = self._compiled.render(
+                messages=messages,
+                tools=with_strings(tools, guard.apply) or None,
+                documents=None,
+                add_generation_prompt=True,
+                **self._variables,
+            )
         except RecursionError as error:
             raise InvalidInput("chat template: it calls itself without an end. Change the bundle's template") from error
         except TimeoutError as error:
@@ -163,7 +161,7 @@ def _compiled(source: str) -> "jinja2.Template":
     """A template in an environment that has all that transformers' has, in Jinja's sandbox, and bounds what is made."""
     import jinja2.ext
     from jinja2.exceptions import SecurityError
-    from jinja2.nodes import Add, CallBlock, Concat, Filter
+    from jinja2.nodes import Add, CallBlock, Concat, Filter, For
     from jinja2.sandbox import ImmutableSandboxedEnvironment
     from jinja2.visitor import NodeTransformer
 
@@ -192,6 +190,7 @@ def _compiled(source: str) -> "jinja2.Template":
             return super().call_binop(context, operator, left, right)
 
         def call(self, context: "jinja2.runtime.Context", function: Any, /, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+            _check_time()
             text = getattr(function, "__self__", None)
             if isinstance(text, str):
                 bounded(function.__name__, text, *args, *kwargs.values())
@@ -208,13 +207,21 @@ def _compiled(source: str) -> "jinja2.Template":
 
         @wraps(filter_)
         def call(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - as the filter has them
+            _check_time()
             bounded(name, *args[first:], *kwargs.values())
-            return filter_(*args, **kwargs)
+            made = filter_(*args, **kwargs)
+            return _watched(made) if isinstance(made, Iterator) else made
 
         return call
 
-    class Sums(NodeTransformer):
-        """Makes a sum of each ~, which the sandbox could not look at."""
+    class Bounds(NodeTransformer):
+        """Makes a sum of each ~, which the sandbox could not look at, and watches the time of each loop."""
+
+        def visit_For(self, node: For) -> "Node":  # noqa: N802 - the name of the node's class
+            self.generic_visit(node)
+            watched = Filter(node.iter, "watched", [], [], None, None)
+            node.iter = watched.set_lineno(node.lineno).set_environment(environment)
+            return node
 
         def visit_Concat(self, node: Concat) -> "Node":  # noqa: N802 - the name of the node's class
             self.generic_visit(node)
@@ -225,9 +232,10 @@ def _compiled(source: str) -> "jinja2.Template":
     environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation])
     environment.filters = {name: limited(name, filter_) for name, filter_ in environment.filters.items()}
     environment.filters["tojson"] = limited("tojson", _to_json)
+    environment.filters["watched"] = _watched
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
-    return environment.from_string(Sums().visit(environment.parse(source)))
+    return environment.from_string(Bounds().visit(environment.parse(source)))
 
 
 def _is_large(name: str, *values: Any) -> bool:  # noqa: ANN401 - what a template has
@@ -244,7 +252,7 @@ def _is_large(name: str, *values: Any) -> bool:  # noqa: ANN401 - what a templat
         return str(values[0]).count(values[1]) * lengths[2] > _MAX_REPEATED
     if name == "join":
         return math.prod(lengths[:2]) > _MAX_REPEATED
-    if name in _SLOW and lengths and lengths[0] > _MAX_SLOW:
+    if lengths and lengths[0] > _SLOW.get(name, math.inf):
         return True
     return any(isinstance(value, int) and value > _MAX_REPEATED for value in values[1:])
 
@@ -266,71 +274,17 @@ def _raise_exception(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
 
 
-@dataclass(eq=False, slots=True)
-class _Rendering:
-    """What one thread renders."""
+def _check_time() -> None:
+    """Raise TimeoutError where this thread has rendered for too long: loops, calls and filters of a template ask here.
 
-    lock: threading.Lock  # which the thread takes at the end, for good
-    thread: int
-    clock: int
-    end: float  # on that clock
-
-
-# Those under way, and those that have ended since the watcher last looked: it runs while there are any.
-_renderings: list[_Rendering] = []
-_renderings_lock = threading.Lock()
-
-
-def _forget_renderings() -> None:
-    """In the child of a fork: the watcher stays in the parent."""
-    _renderings.clear()
-    _renderings_lock.release()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(
-        before=_renderings_lock.acquire,
-        after_in_parent=_renderings_lock.release,
-        after_in_child=_forget_renderings,
-    )
-
-
-def _begin_limit(seconds: float, ended: threading.Lock) -> None:
-    """From now on raise TimeoutError in this thread when it has computed so long, until it takes the lock.
-
-    Processor time counts where the system tells a thread's, so that a busy machine refuses no template.
+    The thread's processor time counts, so that a busy machine refuses no template.
     """
-    thread = threading.get_ident()
-    clock = time.pthread_getcpuclockid(thread) if hasattr(time, "pthread_getcpuclockid") else time.CLOCK_MONOTONIC
-    rendering = _Rendering(ended, thread, clock, time.clock_gettime(clock) + seconds)
-    with _renderings_lock:
-        if not _renderings:
-            threading.Thread(target=_watch, daemon=True).start()
-        _renderings.append(rendering)
+    if time.thread_time() > _rendering.end:
+        raise TimeoutError
 
 
-def _watch() -> None:
-    """Raise TimeoutError in each thread whose time is over, until none has begun to render since the last look.
-
-    The exception is raised after each second anew, since whatever runs just then may swallow it, such as a callback of
-    the collector.
-    """
-    while True:
-        time.sleep(_LOOK_SECONDS)
-        with _renderings_lock:
-            for rendering in list(_renderings):
-                if not rendering.lock.acquire(blocking=False):
-                    _renderings.remove(rendering)
-                    continue
-                try:
-                    now = time.clock_gettime(rendering.clock)
-                except OSError:  # its thread is gone
-                    _renderings.remove(rendering)
-                    continue
-                if now >= rendering.end:
-                    rendering.end = now + 1.0
-                    thread = ctypes.c_ulong(rendering.thread)
-                    ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, ctypes.py_object(TimeoutError))
-                rendering.lock.release()
-            if not _renderings:
-                return
+def _watched(values: Iterable[Any]) -> Iterator[Any]:
+    """The same values, as long as there is time."""
+    for value in values:
+        _check_time()
+        yield value

@@ -1,13 +1,11 @@
 """Chat templates have all that transformers gives them; hostile ones end with one line."""
 
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
 from hawk_trt.errors import InvalidInput
-from hawk_trt.inputs import chat_template
 from hawk_trt.inputs.chat_template import Guard
 from prompts import SPECIAL_IDS, TOKENIZERS, chat_tokenizer, ids_of, text, user
 
@@ -97,6 +95,13 @@ def test_the_template_has_all_that_transformers_gives_it(tmp_path, name):
     [
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "it calls itself without an end"),
         ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "not done after"),
+        ("{% for a in range(99999) %}{% for b in range(99999) if b < 0 %}{% endfor %}{% endfor %}", "not done after"),
+        (
+            "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+            "not done after",
+        ),
+        ("{{ ([1] * 9000000) | map('string') | map('string') | list | length }}", "not done after"),
+        ("{#" + "x" * 500000 + "#}", "got 500,004 characters, expected at most 500,000"),
         ("{{ 'x' * 1000000000000 }}", "makes a value that is too large"),
         ("{{ 9 ** 999999999 }}", "makes a value that is too large"),
         ("{{ [1] * 1000000000 }}", "makes a value that is too large"),
@@ -116,6 +121,7 @@ def test_the_template_has_all_that_transformers_gives_it(tmp_path, name):
         ("{{ '%0999999999d' % 1 }}", "% makes a value that is too large"),
         ("{{ '{:0999999999}'.format(1) }}", "format makes a value that is too large"),
         ("{{ ('a' * 1000000) | wordwrap(1) }}", "wordwrap makes a value that is too large"),
+        ("{{ ('a' * 2000000) | sort }}", "sort makes a value that is too large"),
         ("{% set a = 'a' * 9000000 %}{{ a }}{{ a }}{{ a }}", "it makes 27,000,000 characters"),
         ("{{ range(1000000000) | list }}", "Range too big"),
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
@@ -131,13 +137,20 @@ def test_a_hostile_template_ends_with_one_line(monkeypatch, template, message):
 def test_the_time_limit_works_in_any_thread_and_ends_with_the_rendering(monkeypatch):
     monkeypatch.setattr("hawk_trt.inputs.chat_template._SECONDS", 0.2)
     slow = chat_tokenizer(template="{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}")
+    quick = chat_tokenizer()
     with ThreadPoolExecutor(3) as pool:
         errors = [pool.submit(slow.encode, "x").exception() for _ in range(3)]
-    assert all("not done after 0.2 seconds" in str(error) for error in errors)
-    quick = chat_tokenizer()
-    for _ in range(20):
-        quick.encode("x")
-    deadline = time.monotonic() + 10
-    while chat_template._renderings:  # the watcher ends, and nothing is left that could still go off
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+        assert all("not done after 0.2 seconds" in str(error) for error in errors)
+        for done in [pool.submit(quick.encode, "x") for _ in range(20)]:  # in the same threads
+            done.result()
+
+
+def test_what_a_loop_knows_of_itself_is_as_in_jinja():
+    template = (
+        "{% for a in [3, 5] + [8] %}{{ loop.index }}/{{ loop.length }}{{ loop.last }}{{ loop.nextitem }};{% endfor %}"
+    )
+    template += "{% for a in [[1, []], [2, [[3, []]]]] recursive %}{{ a[0] }}({{ loop(a[1]) }}){% endfor %}"
+    template += "{% for a in nothing %}x{% else %}none{% endfor %}{{ [1, 2] | map('string') | join('+') }}"
+    tokenizer = chat_tokenizer(template=template)
+    text = tokenizer.tokenizer.decode(ids_of(tokenizer, "x").tolist())
+    assert text == "1/3False5;2/3False8;3/3True;1()2(3())none1+2"
