@@ -20,7 +20,7 @@ from hawk_trt.bundle import Bundle
 from hawk_trt.engine_folder import EngineFolder, Machine, PlanEntry
 from hawk_trt.errors import BackendError, InvalidInput
 from hawk_trt.files import cache_folder
-from hawk_trt.runtime.versions import missing_for_tensorrt
+from hawk_trt.runtime.tensorrt import missing_for_tensorrt
 
 from .build_plan import BuildSettings, BuiltPlan, differences, plan_build
 from .checks.inspection import Fusion, inspect

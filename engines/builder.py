@@ -16,7 +16,7 @@ import tensorrt as trt
 
 from hawk_trt.engine_folder import InputRange
 from hawk_trt.errors import BackendError
-from hawk_trt.files import write_atomically
+from hawk_trt.files.staging import write_atomically
 from hawk_trt.runtime.tensorrt.engine import load_plugin
 
 from .build_plan import BuildSettings, BuiltPlan

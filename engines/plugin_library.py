@@ -13,7 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hawk_trt.errors import InvalidInput
-from hawk_trt.files import cache_folder, write_atomically
+from hawk_trt.files import cache_folder
+from hawk_trt.files.staging import write_atomically
 
 SOURCES = Path(__file__).resolve().parent.parent / "plugins"
 LIBRARY = "libhawk_trt_plugin.so"

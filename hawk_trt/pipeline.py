@@ -96,7 +96,7 @@ class Pipeline:
             try:
                 from hawk_trt.runtime.tensorrt.backend import TensorRtBackend
             except ImportError as error:
-                from hawk_trt.runtime.versions import missing_for_tensorrt
+                from hawk_trt.runtime.tensorrt import missing_for_tensorrt
 
                 raise BackendError(missing_for_tensorrt(error)) from error
             return cls(engines.bundle, TensorRtBackend.load(engines, device or "cuda", target), vision_cache_mb)

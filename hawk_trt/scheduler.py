@@ -6,7 +6,7 @@ step    one prefill (of the prompt that waits longest, or of some short ones of 
 drop    nobody waits for this sequence any more
 
 `generate` adds one request and steps to its end, `generate_batch` adds many, the server adds from its clients, parity
-adds one whose sampler is given its tokens. A sequence decodes where its prefill wrote its KV cache; where sequences
+adds one whose sampler gives known tokens. A sequence decodes where its prefill wrote its KV cache; where sequences
 have come or gone, the next step first gathers the rows of those that run.
 """
 
@@ -19,7 +19,7 @@ from hawk_trt.bundle import Bundle
 from hawk_trt.errors import BackendError, InvalidInput
 from hawk_trt.inputs.processor import Processor
 from hawk_trt.pruning import kept_count, query_of, select, weights_for
-from hawk_trt.request import PruningConfig, Request, Timings
+from hawk_trt.request import PruningConfig, Request, SamplingConfig, Timings
 from hawk_trt.runtime.protocol import Backend, PrefillOutputs, StepOutputs, Visual
 from hawk_trt.runtime.vision_cache import VisionCache
 from hawk_trt.sequence import Sequence
@@ -98,9 +98,14 @@ class Scheduler:
         manifest, chat, pruning = self._bundle.manifest, self._processor.chat, request.pruning or PruningConfig()
         inputs = self._processor(request)
         layout = self._processor.layout(inputs, query_of(pruning))
-        highest = max(dict(request.sampling.logit_bias) if request.sampling else (), default=0)
+        sampling, sampler = request.sampling or SamplingConfig(), None
+        highest = max(dict(sampling.logit_bias), default=0)
         if highest >= manifest.language.vocab_size:
             raise InvalidInput(f"logit_bias: got token {highest}, expected one below {manifest.language.vocab_size}")
+        if not sampling.greedy or sampling.changes_logits:
+            from hawk_trt.runtime.sampler import Sampler  # most requests take the most probable token
+
+            sampler = Sampler(sampling, layout.input_ids).next_token
         max_kept = layout.num_tokens - layout.num_visual + kept_count(layout, pruning)
         limit = request.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
         limit = min(limit, manifest.language.max_position_embeddings - layout.next_position)
@@ -122,10 +127,11 @@ class Scheduler:
             limit=limit,
             tokenizer=None if chat is None else chat.tokenizer,
             eos=manifest.special_tokens.eos,
+            sampler=sampler,
         )
-        # the CPU has the logits anyway, and the sampler tells a broken run from an answer
+        # the CPU has the logits anyway, and they tell a broken run from an answer
         asked = request.return_logits or request.logprobs is not None
-        sequence.need_logits = asked or sequence.sampler.needs_logits or self._backend.device == "cpu"
+        sequence.need_logits = asked or sampler is not None or self._backend.device == "cpu"
         if not self._within_bound(needed := self._bytes([sequence])):
             raise InvalidInput(
                 f"prompt: got {max_kept} tokens kept and up to {limit} to generate, {needed / _MB:.1f} MB of KV cache; "
@@ -228,7 +234,7 @@ class Scheduler:
         steps = max(sequence.limit for sequence in sequences) - 1
         columns = inputs.num_kept_total + (steps if self._room is None else min(steps, self._room))
         prepared = time.perf_counter()
-        # the sampler looks at the first logits in any case, and tells a broken run from an answer
+        # the first logits are looked at in any case: they tell a broken run from an answer
         outputs = self._backend.prefill(inputs, visual, columns, logits=True)
         for row, sequence in enumerate(sequences):
             sequence.num_cached = cached[row]

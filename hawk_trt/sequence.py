@@ -1,12 +1,7 @@
-"""Sequence: one answer on its way, from the prompt's layout to the result; and the sampler that draws its tokens.
+"""Sequence: one answer on its way, from the prompt's layout to the result.
 
 In: a request, laid out, and the token of each step. Out: text pieces that are safe to show, then the result. A piece
 never holds half a character and never the beginning of a stop string; all pieces together are the text.
-
-A token is drawn in transformers' order: repetition penalty (over the prompt and the answer), presence and frequency
-penalty (OpenAI's, over the answer), logit bias; then, unless greedy, temperature, top_k, top_p, min_p. Greedy takes the
-largest value, the lower index on a tie. Otherwise one uniform number a token is drawn from the sequence's own
-generator, so a sequence with a seed gives the same answer alone and in a batch.
 """
 
 import time
@@ -21,7 +16,7 @@ from tokenizers.decoders import DecodeStream
 
 from hawk_trt.errors import BackendError, InvalidInput
 from hawk_trt.inputs.layout import PromptLayout
-from hawk_trt.request import ModelInputs, PruningConfig, Request, Result, SamplingConfig, Timings, TokenLogprobs
+from hawk_trt.request import ModelInputs, PruningConfig, Request, Result, Timings, TokenLogprobs
 from hawk_trt.runtime.protocol import Row
 
 
@@ -38,6 +33,8 @@ class Sequence:
     limit: int  # most tokens that the answer can have
     tokenizer: Tokenizer | None  # None where the bundle has none; then InvalidInput where the request has stop strings
     eos: abc.Collection[int]  # stop tokens, unless the request ignores them
+    # draws a token by the logits, float32 [vocab]; None takes the most probable one
+    sampler: abc.Callable[[npt.NDArray[np.float32]], int] | None = None
     need_logits: bool = field(init=False)  # whether its decode steps must bring logits to the host
     row: Row | None = None  # its place in a KV cache while it runs
     scores: npt.NDArray[np.float32] = field(init=False)  # float32 [num_visual], from the prefill on
@@ -60,7 +57,6 @@ class Sequence:
                 "stop: stop strings need a tokenizer and this bundle has none. "
                 "Export a checkpoint folder with a tokenizer.json, or end the answer by max_new_tokens"
             )
-        self.sampler = Sampler(self.request.sampling, self.layout.input_ids)
         self._decoder = DecodeStream(skip_special_tokens=self.request.skip_special_tokens)
         self._eos = frozenset(() if self.request.ignore_eos else self.eos)
         self._pieces: list[str] = []
@@ -101,7 +97,7 @@ class Sequence:
         BackendError where no number among them can be used.
         """
         if logits is not None:
-            next_token = self.sampler.next_token(logits)
+            next_token = (self.sampler or most_probable)(logits)
             if self.request.return_logits:
                 self._logits.append(logits.copy())
             if self.request.logprobs is not None:
@@ -180,61 +176,17 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
 
 
-class Sampler:
-    """Draws the tokens of one sequence; needs_logits: whether the most probable token is not always the one."""
+def most_probable(logits: npt.NDArray[np.float32]) -> int:
+    """The token of the largest of [vocab] logits, the lower index on a tie; -inf is never.
 
-    def __init__(self, config: SamplingConfig | None = None, prompt_ids: npt.ArrayLike = ()) -> None:
-        """Start a sequence. config: None is greedy.  prompt_ids: int64 [n], the prompt's tokens."""
-        self._config = config or SamplingConfig()
-        self._generator = np.random.default_rng(self._config.seed)
-        self._prompt = np.unique(np.asarray(prompt_ids, np.int64)) if self._config.repetition_penalty != 1.0 else None
-        self._counts: dict[int, int] = {}  # of the answer's tokens
-        self.needs_logits = not self._config.greedy or self._config.changes_logits
-
-    def next_token(self, logits: npt.NDArray[np.float32]) -> int:
-        """Choose by float32 [vocab] logits, -inf for never; BackendError where there is NaN, +inf, or -inf alone."""
-        best = int(np.argmax(logits))  # NaN and +inf win here, so this one value tells whether all can be used
-        if not np.isfinite(logits[best]):
-            nan, infinite = int(np.isnan(logits).sum()), int(np.isposinf(logits).sum())
-            found = f"{nan} NaN and {infinite} +inf" if nan or infinite else "only -inf"
-            raise BackendError(f"the decoder produced non-finite logits: {found} among {logits.size} values")
-        if self._config.changes_logits:
-            logits = self._changed(logits)
-            best = int(np.argmax(logits))
-        token = best if self._config.greedy else self._drawn(logits, float(logits[best]))
-        self._counts[token] = self._counts.get(token, 0) + 1
-        return token
-
-    def _changed(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """The logits with penalties and biases."""
-        config, logits = self._config, logits.copy()
-        answer = np.fromiter(self._counts, np.int64, len(self._counts))
-        if self._prompt is not None:
-            seen = np.union1d(self._prompt, answer)
-            values, penalty = logits[seen], np.float32(config.repetition_penalty)
-            logits[seen] = np.where(values < 0, values * penalty, values / penalty)
-        if self._counts and (config.presence_penalty or config.frequency_penalty):
-            counts = np.fromiter(self._counts.values(), np.float32, len(self._counts))
-            logits[answer] -= np.float32(config.presence_penalty) + np.float32(config.frequency_penalty) * counts
-        for token, bias in dict(config.logit_bias).items():
-            if token < logits.size:
-                logits[token] += np.float32(bias)
-        return logits
-
-    def _drawn(self, logits: npt.NDArray[np.float32], highest: float) -> int:
-        """A token at random: softmax(logits / temperature) in float64, cut by top_k, then top_p, then min_p."""
-        config = self._config
-        tokens = _top_k(logits, config.top_k)
-        with np.errstate(over="ignore"):  # a tiny temperature sends all but the best to -inf, as it should
-            shifted = (logits[tokens].astype(np.float64) - highest) / config.temperature
-        probability = np.exp(shifted)
-        probability /= probability.sum()
-        kept = _top_p(probability, config.top_p)
-        if config.min_p:
-            kept = kept[probability[kept] >= config.min_p * probability[kept].max()]
-        cumulative = np.cumsum(probability[kept])
-        drawn = np.searchsorted(cumulative, self._generator.random() * cumulative[-1], side="right")
-        return int(tokens[kept[min(int(drawn), kept.size - 1)]])
+    Raises BackendError: NaN, +inf, or -inf alone.
+    """
+    best = int(np.argmax(logits))  # NaN and +inf win here, so this one value tells whether all can be used
+    if not np.isfinite(logits[best]):
+        nan, infinite = int(np.isnan(logits).sum()), int(np.isposinf(logits).sum())
+        found = f"{nan} NaN and {infinite} +inf" if nan or infinite else "only -inf"
+        raise BackendError(f"the decoder produced non-finite logits: {found} among {logits.size} values")
+    return best
 
 
 def log_softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -242,22 +194,3 @@ def log_softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     shifted = logits.astype(np.float64) - logits.max()
     values: npt.NDArray[np.float32] = (shifted - np.log(np.exp(shifted).sum())).astype(np.float32)
     return values
-
-
-def _top_k(logits: npt.NDArray[np.float32], top_k: int) -> npt.NDArray[np.intp]:
-    """Indices of the top_k largest logits, and of those equal to the last of them, ascending; all where top_k is 0."""
-    if top_k == 0 or top_k >= logits.size:
-        return np.arange(logits.size)
-    return np.flatnonzero(logits >= np.partition(logits, logits.size - top_k)[logits.size - top_k])
-
-
-def _top_p(probability: npt.NDArray[np.float64], top_p: float) -> npt.NDArray[np.intp]:
-    """Indices of the smallest set of probabilities that reaches top_p, ascending."""
-    if top_p >= 1.0:
-        return np.arange(probability.size)
-    # All values below (1 - top_p) / n together hold less than 1 - top_p, so none of them is needed: this spares
-    # sorting the whole vocabulary.
-    candidates = np.flatnonzero(probability >= (1.0 - top_p) / probability.size)
-    descending = candidates[np.argsort(-probability[candidates], kind="stable")]
-    count = int(np.searchsorted(np.cumsum(probability[descending]), top_p)) + 1
-    return np.sort(descending[:count])

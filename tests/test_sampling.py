@@ -9,7 +9,7 @@ import pytest
 from hawk_trt.errors import BackendError, BundleError, InvalidInput
 from hawk_trt.request import PruningConfig, Request, SamplingConfig
 from hawk_trt.runtime.generation_config import checkpoint_sampling
-from hawk_trt.sequence import Sampler
+from hawk_trt.runtime.sampler import Sampler
 
 LOGITS = np.log(
     np.array([0.05, 0.4, 0.0, 0.2, 0.3, 0.05], np.float64), where=[1, 1, 0, 1, 1, 1], out=np.full(6, -np.inf)

@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.gpu_report.phases import SHAPES, SIDE
 from hawk_trt.errors import HawkError
-from hawk_trt.files import write_atomically
+from hawk_trt.files.staging import write_atomically
 
 ROOT = Path(__file__).parent.parent.parent
 PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from hawk_trt.files import write_atomically
+from hawk_trt.files.staging import write_atomically
 
 WEIGHTS = "model.safetensors"
 # transformers' names and the hub's of Qwen2.5-VL, the longer ones first; Qwen3.5's are alike.

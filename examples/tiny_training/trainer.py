@@ -26,7 +26,7 @@ from examples.tiny_training.lessons import Teacher
 from examples.tiny_training.network import Network
 from examples.tiny_training.recipe import LARGEST_GRADIENT, LAST_SHARE, WARM_UP, WEIGHT_DECAY, Pictures, Stage
 from hawk_trt.errors import InvalidInput
-from hawk_trt.files import write_atomically
+from hawk_trt.files.staging import write_atomically
 
 _LOG_EVERY, _SAVE_EVERY, _ASK_EVERY = 50, 100, 400
 _HELD_OUT = 1_000_000  # a step that no stage reaches: its pictures are for the log alone

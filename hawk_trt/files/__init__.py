@@ -1,21 +1,15 @@
-"""Files and folders: JSON from outside read within bounds, hashes, and outputs written whole or not at all.
-
-read_json         a file's JSON, checked for size, depth and types
-write_atomically  a file: a temporary one beside it, then a rename
-staging.py        a folder
-"""
+"""Files: JSON from outside read within bounds, and hashes. What is written, whole or not at all: staging.py."""
 
 import codecs
 import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import TypeVar
 
 import msgspec
 
-from hawk_trt.errors import HawkError, InvalidInput
+from hawk_trt.errors import HawkError
 
 # The largest JSON of a checkpoint is its tokenizer: 35 MB for a vocabulary of 262,144.
 LFS_POINTER = b"version https://git-lfs"
@@ -86,21 +80,3 @@ def sha256_file(path: Path, progress: Callable[[int], None] | None = None) -> st
 def cache_folder() -> Path:
     """This user's folder of things that can be made again: ~/.cache/hawk_trt, or below XDG_CACHE_HOME."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hawk_trt"
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file, making its folder; what was there stays until the new one is whole. InvalidInput where it fails."""
-    temporary: Path | None = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = Path(file.name)
-            file.write(content)
-        temporary.chmod(0o644)  # a temporary file is made private
-        temporary.replace(path)
-        temporary = None
-    except OSError as error:
-        raise InvalidInput(f"{path}: cannot be written there ({error.strerror or error})") from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)

@@ -1,8 +1,8 @@
-"""A folder that is written whole or not at all: a bundle, or engines.
+"""What is written whole or not at all: a file, or the folder of a bundle or of engines.
 
-It is made beside its destination as .NAME.partial-PID, then swapped in. Leaving the context without an error puts it in
-the destination's place and removes what was there, any error removes it. Killed at any moment, the destination is the
-old folder or the new one; what a killed process left is removed by the next.
+A folder is made beside its destination as .NAME.partial-PID, then swapped in. Leaving the context without an error puts
+it in the destination's place and removes what was there, any error removes it. Killed at any moment, the destination is
+the old folder or the new one; what a killed process left is removed by the next.
 """
 
 import ctypes
@@ -12,11 +12,30 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
-from hawk_trt.errors import BundleError
+from hawk_trt.errors import BundleError, InvalidInput
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file, making its folder; what was there stays until the new one is whole. InvalidInput where it fails."""
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            temporary = Path(file.name)
+            file.write(content)
+        temporary.chmod(0o644)  # a temporary file is made private
+        temporary.replace(path)
+        temporary = None
+    except OSError as error:
+        raise InvalidInput(f"{path}: cannot be written there ({error.strerror or error})") from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from hawk_trt.bundle import MANIFEST, REFERENCE, Manifest, file_entry, manifest_bytes, read_manifest
 from hawk_trt.errors import BundleError
-from hawk_trt.files import write_atomically
+from hawk_trt.files.staging import write_atomically
 from hawk_trt.models import load_family
 from hawk_trt.models.family import TokenRun
 from hawk_trt.pipeline import Pipeline

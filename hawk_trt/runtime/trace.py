@@ -10,7 +10,6 @@ from hawk_trt.request import ModelInputs, PruningConfig, Request
 from hawk_trt.runtime.protocol import Row
 from hawk_trt.runtime.vision_cache import VisionCache
 from hawk_trt.scheduler import Scheduler
-from hawk_trt.sequence import Sampler
 from hawk_trt.stages import LanguageConfig
 
 
@@ -33,19 +32,6 @@ class Trace:
     kept_indices: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
 
 
-class ForcedSampler(Sampler):
-    """Gives tokens that are known already, then the most probable ones."""
-
-    def __init__(self, tokens: Sequence[int]) -> None:
-        super().__init__()
-        self._tokens = iter(tokens)
-
-    def next_token(self, logits: npt.NDArray[np.float32]) -> int:
-        """The next of the tokens."""
-        token = next(self._tokens, None)
-        return int(np.argmax(logits)) if token is None else token
-
-
 def trace(
     scheduler: Scheduler,
     vision: VisionCache,
@@ -59,7 +45,13 @@ def trace(
     steps = len(forced_tokens) + 1 if steps is None else steps
     request = Request(inputs, pruning=pruning, max_new_tokens=steps + 1, ignore_eos=True, return_logits=True)
     sequence = scheduler.add(request)
-    sequence.sampler = ForcedSampler(forced_tokens)
+    known = iter(forced_tokens)
+
+    def forced(logits: npt.NDArray[np.float32]) -> int:
+        token = next(known, None)
+        return int(np.argmax(logits)) if token is None else token
+
+    sequence.sampler = forced
     visual = sequence.layout.visual_rows >= 0
     embeds = vision.encode([(inputs, sequence.layout)])[0].numpy().astype(np.float32)
 

@@ -19,7 +19,7 @@ from hawk_trt.apps.cli.doctor import installed_version
 from hawk_trt.apps.cli.options import OUTPUT, PRUNING, Json, KeepRatios, MaxNewTokens, Model, Numbers, Where, names
 from hawk_trt.apps.cli.output import counted, note, print_json, size, table
 from hawk_trt.errors import InvalidInput
-from hawk_trt.files import write_atomically
+from hawk_trt.files.staging import write_atomically
 from hawk_trt.request import SELECTORS, PruningConfig
 from hawk_trt.runtime.reference import random_inputs
 

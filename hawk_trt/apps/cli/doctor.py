@@ -19,12 +19,13 @@ import numpy as np
 from cyclopts import Parameter
 
 import hawk_trt
+from hawk_trt.apps.cli.extras import extras
 from hawk_trt.apps.cli.models import expect_exported, manifest_of, verify
 from hawk_trt.apps.cli.options import Json
 from hawk_trt.apps.cli.output import note, print_json, size
 from hawk_trt.bundle import Manifest
 from hawk_trt.errors import BackendError, BundleError
-from hawk_trt.runtime.versions import at_least, available_memory_bytes, extras
+from hawk_trt.runtime.versions import at_least, available_memory_bytes
 
 # The extras that commands need.
 EXTRAS = ("export", "serve", "video", "eval", "parity")

@@ -193,7 +193,7 @@ def _missing(error: ImportError) -> str:
     if not isinstance(cause, ModuleNotFoundError) or package == "hawk_trt":
         raise error
     package = {"PIL": "pillow", "yaml": "pyyaml"}.get(package, package)
-    from hawk_trt.runtime.versions import extras  # numpy comes with it, and half the start of --help
+    from hawk_trt.apps.cli.extras import extras
 
     names = {package, package.replace("_", "-")}
     brought = next((f"'hawk-trt[{extra}]'" for extra, packages in extras().items() if names & set(packages)), package)

@@ -18,7 +18,7 @@ from hawk_trt.apps.evaluate.importance import FloatArray, Importance
 from hawk_trt.bundle import Bundle
 from hawk_trt.bundle import Source as CheckpointSource
 from hawk_trt.errors import InvalidInput
-from hawk_trt.files import write_atomically
+from hawk_trt.files.staging import write_atomically
 from hawk_trt.request import PruningConfig
 
 FIRST_LAYER = "first-layer"

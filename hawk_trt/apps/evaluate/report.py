@@ -14,7 +14,7 @@ import hawk_trt
 from hawk_trt.apps.evaluate.summary import Row, pareto_front, to_csv
 from hawk_trt.apps.evaluate.trials import UNPRUNED
 from hawk_trt.errors import InvalidInput
-from hawk_trt.files import write_atomically
+from hawk_trt.files.staging import write_atomically
 
 _STYLE = Path(hawk_trt.__file__).parent / "data" / "plots.mplstyle"
 # Where a point's label may stand, in points from it: the first place that no other label takes.

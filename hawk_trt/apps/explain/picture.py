@@ -20,7 +20,7 @@ from PIL import Image, ImageChops, ImageColor, ImageDraw, ImageFilter
 from hawk_trt.apps.explain.explanation import Explanation, VisualItem
 from hawk_trt.apps.explain.lettering import Lettering
 from hawk_trt.errors import InvalidInput
-from hawk_trt.files import write_atomically
+from hawk_trt.files.staging import write_atomically
 from hawk_trt.inputs import turns
 from hawk_trt.inputs.images import load_image
 from hawk_trt.inputs.video import load_video

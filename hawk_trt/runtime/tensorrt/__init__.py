@@ -9,3 +9,22 @@ memory.py      what lies where on the GPU: one allocation for the largest reques
 engine.py      plans, execution contexts, shapes and addresses; what TensorRT says, kept for error messages
 cuda.py        the CUDA driver: memory, copies through pinned memory, events, graphs
 """
+
+_INSTALL_CUDA_BINDINGS = (
+    "cuda-bindings: not installed, and TensorRT is driven through it. "
+    "pip install 'cuda-bindings==12.*' for CUDA 12 (JetPack 6), 'cuda-bindings==13.*' for CUDA 13"
+)
+_INSTALL_TENSORRT = (
+    "tensorrt: not installed. On a Jetson it is part of JetPack (apt install python3-libnvinfer), and a virtual "
+    "environment sees it when made with --system-site-packages. On other GPUs: pip install 'tensorrt>=10.3'"
+)
+
+
+def missing_for_tensorrt(error: ImportError) -> str:
+    """What TensorRT needs and does not find here, and what brings it."""
+    package = (error.name or "").partition(".")[0]
+    if package == "cuda":
+        return _INSTALL_CUDA_BINDINGS
+    if package == "tensorrt" and isinstance(error, ModuleNotFoundError):
+        return _INSTALL_TENSORRT
+    return f"tensorrt: cannot be loaded ({error}). Its libraries must be of one version and on the loader's path"

@@ -8,8 +8,8 @@ import pytest
 
 from hawk_trt.apps.cli import doctor
 from hawk_trt.apps.cli.doctor import Gpu, examine, parse_gpus, provider_problem
-from hawk_trt.runtime import versions
-from hawk_trt.runtime.versions import at_least, extras
+from hawk_trt.apps.cli.extras import extras
+from hawk_trt.runtime.versions import at_least
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -27,7 +27,7 @@ def test_doctor_reads_the_extras_from_the_metadata(monkeypatch):
     declared = {"": PYPROJECT["dependencies"], **PYPROJECT["optional-dependencies"]}
     lines = [f"{one}; extra == '{extra}'" if extra else one for extra, needed in declared.items() for one in needed]
     monkeypatch.setattr("importlib.metadata.requires", lambda name: lines if name == "hawk-trt" else [])
-    found = versions.extras()
+    found = extras()
     assert {"", "cpu", "cuda", "tensorrt", *doctor.EXTRAS} <= set(found)
     for extra, packages in found.items():
         assert packages == dict(re.findall(r"([\w-]+)(?:\[\w+\])?>=([\d.]+)", " ".join(declared[extra])))
