@@ -21,7 +21,7 @@ from hawk_trt.errors import CheckpointError
 from .checkpoint_files import CONFIG, GENERATION_CONFIG, read_json
 from .formats import MODELOPT, PLAIN, Quantisation, checked_method, method_of, quantisation_settings, read_matrices
 from .tensor_file import CheckpointTensor, TensorFile, read_tensor_file
-from .tensors import tensor_names
+from .tensors import LM_HEAD, tensor_names
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -30,9 +30,9 @@ _PARTS = ("transformer", "vision_encoder")
 _SHARD = re.compile(r"model-(\d+)-of-(\d+)\.safetensors")
 _SETTINGS = "quantization_config"
 # In the names of what PEFT wraps.
-_PEFT = re.compile(r"^base_model\.model\.|\.(base_layer|lora_[AB]|modules_to_save)\.")
-# Buffers that old checkpoints saved and that config.json determines.
-_COMPUTED = ".inv_freq"
+_PEFT = re.compile(r"^base_model\.model\.|\.(base_layer|lora_\w+|modules_to_save)\.")
+# Buffers that some checkpoints hold and that config.json determines.
+_COMPUTED = (".inv_freq", ".original_inv_freq", ".position_ids", ".masked_bias")
 
 
 @dataclass(slots=True)
@@ -104,8 +104,8 @@ class Checkpoint:
             )
 
     def unused(self) -> list[str]:
-        """Canonical names of the tensors that nobody asked for, sorted; computed buffers do not count."""
-        return sorted(name for name in self._tensors if name not in self._used and not name.endswith(_COMPUTED))
+        """Canonical names of the tensors that nobody asked for, sorted."""
+        return sorted(self._tensors.keys() - self._used)
 
     def same_values(self, first: str, second: str) -> bool:
         """Whether two tensors have the same shape and elements.
@@ -139,6 +139,8 @@ class Checkpoint:
         if name not in self._tensors:
             near = difflib.get_close_matches(name, self._tensors, n=3)
             hint = f" The nearest are {', '.join(near)}." if near else ""
+            if name == LM_HEAD and not near:
+                hint = " If the embeddings are its head too, say tie_word_embeddings: true there"
             raise CheckpointError(f"{self.folder}: no tensor {name}, which {CONFIG} asks for.{hint}")
         return self._tensors[name]
 
@@ -165,7 +167,7 @@ def _weight_files(folder: Path) -> tuple[TensorFile, ...]:
 
 
 def _indexed_files(folder: Path) -> tuple[TensorFile, ...]:
-    """The shards named by the index, which must hold what it says."""
+    """The shards named by the index; which tensor it places where does not count, as in transformers."""
     index = folder / _INDEX
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -184,10 +186,6 @@ def _indexed_files(folder: Path) -> tuple[TensorFile, ...]:
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder / name}: missing, {index.name} names it. Download it again")
         files.append(read_tensor_file(folder / name))
-    held = {file.path.relative_to(folder).as_posix(): {tensor.name for tensor in file.tensors} for file in files}
-    for tensor_name, name in weight_map.items():
-        if tensor_name not in held[name]:
-            raise CheckpointError(f"{folder / name}: no tensor {tensor_name[:200]}, which {index.name} places there")
     return tuple(files)
 
 
@@ -215,7 +213,7 @@ def _canonical_tensors(
     for file in files:
         for tensor in file.tensors:
             named = names(tensor.name)
-            if not named:
+            if not named or tensor.name.endswith(_COMPUTED):
                 continue
             if _PEFT.search(tensor.name):
                 raise CheckpointError(

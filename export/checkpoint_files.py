@@ -6,6 +6,7 @@ files say the same thing, the file counts that counts for the AutoProcessor of t
 chat template       processor_config.json, chat_template.json, chat_template.jinja, tokenizer_config.json
 images              image_processor of processor_config.json, preprocessor_config.json
 videos              video_processor of processor_config.json, video_preprocessor_config.json
+special tokens      special_tokens_map.json (unless the next has added_tokens_decoder), tokenizer_config.json
 stop tokens         all of generation_config.json, config.json and the tokenizer end an answer
 """
 
@@ -19,18 +20,20 @@ import msgspec
 from hawk_trt.errors import CheckpointError
 from hawk_trt.files import read_bytes
 from hawk_trt.files import read_json as read_json_of
+from hawk_trt.inputs.tokenizer import spelling
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 TOKENIZER = "tokenizer.json"
 _TOKENIZER_CONFIG = "tokenizer_config.json"
+_TOKENS_MAP = "special_tokens_map.json"
 _TEMPLATE = "chat_template.jinja"
 _OLD_TEMPLATE = "chat_template.json"
 _PROCESSOR = "processor_config.json"
 _PREPROCESSOR = "preprocessor_config.json"
 _VIDEO_PREPROCESSOR = "video_preprocessor_config.json"
 SMALL_FILES = (
-    *(CONFIG, GENERATION_CONFIG, TOKENIZER, _TOKENIZER_CONFIG, _TEMPLATE, _OLD_TEMPLATE),
+    *(CONFIG, GENERATION_CONFIG, TOKENIZER, _TOKENIZER_CONFIG, _TOKENS_MAP, _TEMPLATE, _OLD_TEMPLATE),
     *(_PREPROCESSOR, _VIDEO_PREPROCESSOR, _PROCESSOR),
 )
 _KEYS_OF_PROCESSOR = {_PREPROCESSOR: "image_processor", _VIDEO_PREPROCESSOR: "video_processor"}
@@ -70,6 +73,11 @@ def read_small_files(folder: Path, template: str | None = None) -> SmallFiles:
         )
         if chosen is not None:
             contents[_TEMPLATE] = chosen.encode()
+        if over := _special_tokens_over(folder, tokenizer):
+            contents[_TOKENIZER_CONFIG] = msgspec.json.encode(tokenizer | over)
+            both = {name for name in over.keys() & tokenizer.keys() if name.endswith("_token")}
+            spelt = {_TOKENS_MAP: over, _TOKENIZER_CONFIG: tokenizer}
+            _first("special tokens", {file: {n: spelling(of[n]) for n in both} for file, of in spelt.items()}, notes)
     for name, key in _KEYS_OF_PROCESSOR.items():
         nested = whole.get(key)
         if nested is not None and not isinstance(nested, dict):
@@ -78,20 +86,25 @@ def read_small_files(folder: Path, template: str | None = None) -> SmallFiles:
         settings = _first(key.replace("_", " "), {_PROCESSOR: nested, name: own}, notes)
         if settings is not None:
             contents[name] = msgspec.json.format(msgspec.json.encode(settings), indent=2)
-    contents.pop(_PROCESSOR, None)
-    contents.pop(_OLD_TEMPLATE, None)
+    for name in (_PROCESSOR, _OLD_TEMPLATE, _TOKENS_MAP):
+        contents.pop(name, None)
     return SmallFiles(contents, tuple(notes))
 
 
 def stop_tokens(folder: Path, found: Sequence[int], added: Mapping[str, int]) -> tuple[int, ...]:
     """All tokens that end an answer: those found in generation_config.json and config.json, and the tokenizer's.
 
-    The tokenizer's is the eos_token of tokenizer_config.json, where it is one of its added tokens.
+    The tokenizer's is the eos_token of tokenizer_config.json and special_tokens_map.json, where it is an added token.
     """
-    token = _object(folder, _TOKENIZER_CONFIG).get("eos_token")
-    content = token.get("content") if isinstance(token, Mapping) else token
-    own = added.get(content) if isinstance(content, str) else None
-    return tuple(dict.fromkeys([*found, *([] if own is None else [own])]))
+    config = _object(folder, _TOKENIZER_CONFIG)
+    named = [spelling(source.get("eos_token")) for source in (config, _special_tokens_over(folder, config))]
+    own = [added[content] for content in named if content is not None and content in added]
+    return tuple(dict.fromkeys([*found, *own]))
+
+
+def _special_tokens_over(folder: Path, tokenizer_config: Mapping[str, Any]) -> dict[str, Any]:
+    """What special_tokens_map.json, of older tokenizers, says over tokenizer_config.json."""
+    return {} if "added_tokens_decoder" in tokenizer_config else _object(folder, _TOKENS_MAP)
 
 
 def added_tokens(folder: Path) -> dict[str, int]:

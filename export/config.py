@@ -18,11 +18,12 @@ from hawk_trt.stages import LanguageConfig
 _MOST_LAYERS = 1000
 _MOST = 2**40
 # A number is used as float32.
-_LARGEST = 1e30
+_SMALLEST, _LARGEST = 1e-30, 1e30
 # Share of a hybrid model's heads that is rotated, where config.json does not say.
 _ROTARY_FACTOR = 0.25
 # Characters of a value in an error.
 _SHOWN = 200
+_ROPE = {"rope_scaling", "rope_parameters", "rope_theta"}
 _IM_TOKENS = {"im_start": "<|im_start|>", "im_end": "<|im_end|>"}
 
 
@@ -63,8 +64,8 @@ class Section:
     def number(self, key: str) -> float:
         """The number above 0 under a key."""
         value = self.get(key)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < _LARGEST:
-            raise self.wrong(key, f"a number above 0 and below {_LARGEST:g}")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not _SMALLEST < value < _LARGEST:
+            raise self.wrong(key, f"a number above 0 in float32 and below {_LARGEST:g}")
         return float(value)
 
     def expect(self, key: str, expected: object, unsaid: object = None) -> None:
@@ -93,9 +94,11 @@ def vision_section(config: Mapping[str, Any], defaults: Mapping[str, object] | N
 
 
 def text_section(config: Mapping[str, Any]) -> Section:
-    """The top level of config.json, overridden by what text_config sets."""
+    """The top level of config.json, overridden by what text_config sets; rotary embeddings are of one place alone."""
     text = Section(config.get("text_config") or {}, "text_config").values
-    return Section({**config, **{key: value for key, value in text.items() if value is not None}})
+    given = {key: value for key, value in text.items() if value is not None}
+    above = {key: value for key, value in config.items() if not (key in _ROPE and given.keys() & _ROPE)}
+    return Section({**above, **given})
 
 
 def language_config(
@@ -187,8 +190,8 @@ def special_tokens(
 
 
 def rope_section(text: Section) -> Section:
-    """The section of rotary embeddings: rope_parameters (5.x) or rope_scaling (before)."""
-    key = "rope_parameters" if text.get("rope_parameters") else "rope_scaling"
+    """The section of rotary embeddings: rope_scaling, which counts where both are there, or 5.x's rope_parameters."""
+    key = "rope_scaling" if text.get("rope_scaling") else "rope_parameters"
     return Section(text.get(key) or {}, key)
 
 
@@ -204,7 +207,7 @@ def _rotary_dim(text: Section, head_dim: int) -> int:
 
 
 def _rope(text: Section, rotary_dim: int, *, mrope: bool) -> tuple[float, tuple[int, ...]]:
-    """rope_theta and mrope_section, from rope_parameters (5.x) or rope_scaling (before).
+    """rope_theta and mrope_section; see rope_section.
 
     Dynamic scaling of 1-D positions begins beyond max_position_embeddings, where no prompt gets.
     """

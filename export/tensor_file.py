@@ -26,8 +26,8 @@ _DTYPES = {
     **{"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool"},
     **{"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu"},
 }
-# The format's limit: a length above it means that this is not a safetensors file.
-_MAX_HEADER_BYTES = 100_000_000
+# Of 100,000 tensors, which no file of a model has: a longer header would take long to read, or is none.
+_MAX_HEADER_BYTES = 16_000_000
 # Elements read at a time: conversion is fast while they stay in the CPU's cache.
 _BLOCK_ELEMENTS = 1 << 19
 _DOWNLOAD_AGAIN = "Download or copy it again"
@@ -135,7 +135,7 @@ def read_tensor_file(path: Path) -> TensorFile:
                 raise CheckpointError(f"{path}: {LFS_ADVICE}")
             if len(length_bytes) < 8 or length > min(size_bytes - 8, _MAX_HEADER_BYTES):
                 raise CheckpointError(
-                    f"{path}: {size_bytes} bytes, too few for its header of {length}: "
+                    f"{path}: {size_bytes} bytes, too few for its header of {length}, or more header than a model has: "
                     f"truncated or not safetensors. {_DOWNLOAD_AGAIN}"
                 )
             header = file.read(length)

@@ -1,9 +1,13 @@
 """Prompt, images and videos become ModelInputs, as the checkpoint's own processor makes them."""
 
 from dataclasses import replace
+from os import PathLike
+from typing import TYPE_CHECKING, Annotated, TypeAlias
+
+import msgspec
 
 from hawk_trt.bundle import Bundle
-from hawk_trt.errors import InvalidInput
+from hawk_trt.errors import BundleError, InvalidInput
 from hawk_trt.inputs.images import load_image
 from hawk_trt.inputs.layout import PromptLayout, prompt_layout
 from hawk_trt.inputs.tokenizer import ChatTokenizer, read_settings
@@ -11,10 +15,24 @@ from hawk_trt.inputs.turns import VisualItem, as_list
 from hawk_trt.models.family import Family, ImageSettings, Patches, TokenRun
 from hawk_trt.request import ModelInputs, Request
 
+if TYPE_CHECKING:
+    from hawk_trt.inputs.video import Video
+
 _PREPROCESSOR = "preprocessor_config.json"
 _VIDEO_PREPROCESSOR = "video_preprocessor_config.json"
 # What the Qwen2-VL video processor shares among the frames of a video, where the model's context is no shorter.
 _MAX_VIDEO_TOKENS = 128_000
+_ALL_FRAMES = 1e6  # a second
+_Count: TypeAlias = Annotated[int, msgspec.Meta(ge=2)]
+
+
+class _Sampling(msgspec.Struct):
+    """How the checkpoint samples the file of a video."""
+
+    fps: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    num_frames: _Count | None = None
+    min_frames: _Count | None = None
+    max_frames: _Count | None = None
 
 
 class Processor:
@@ -41,6 +59,10 @@ class Processor:
                 of_videos = replace(of_videos, max_pixels=max(min(of_videos.max_pixels, most), of_videos.min_pixels))
             of_videos = replace(of_videos, max_video_tokens=min(self._context, _MAX_VIDEO_TOKENS))
         self.settings = {"image": own["image"], "video": of_videos}
+        try:
+            self.sampling = msgspec.convert(videos or {}, _Sampling, strict=False)
+        except msgspec.ValidationError as error:
+            raise BundleError(f"{_VIDEO_PREPROCESSOR}: {error}. Mend it in the checkpoint and export again") from error
 
     def __call__(self, request: Request) -> ModelInputs:
         """Turn a request's prompt into tensors.
@@ -94,12 +116,23 @@ class Processor:
         if item.kind == "image":
             image = load_image(item.source)
             return self._family.images_to_patches([image], self._bounded(item, request))
-        from hawk_trt.inputs.video import load_video  # most prompts have none
-
-        video = load_video(item, self._family.frame_numbers)
+        video = self.open_video(item)
         patches = self._family.video_to_patches(video.frames, self._bounded(item, request, len(video.frames)))
         seconds = video.seconds_per_frame * self._family.vision.temporal_patch_size
         return replace(patches, kind="video", times=video.times, seconds_per_patch=seconds)
+
+    def open_video(self, item: VisualItem) -> "Video":
+        """The frames of a video; the checkpoint's rule samples a file where the item says no other."""
+        from hawk_trt.inputs.video import load_video  # most prompts have none
+
+        said = self.sampling
+        if item.num_frames is None and isinstance(item.source, str | PathLike):
+            fps, most = item.fps or said.fps, item.max_frames or said.max_frames
+            if said.num_frames and item.fps is None:  # so many of all
+                fps, most = _ALL_FRAMES, min(said.num_frames, most or said.num_frames)
+            least = item.min_frames or (said.min_frames and min(said.min_frames, most or said.min_frames))
+            item = replace(item, fps=fps, min_frames=least, max_frames=most)
+        return load_video(item, self._family.frame_numbers)
 
     def _bounded(self, item: VisualItem, request: Request, num_frames: int = 1) -> ImageSettings:
         """The settings of one image or video: the checkpoint's, then the prompt's, then its own."""

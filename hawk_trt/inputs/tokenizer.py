@@ -62,6 +62,7 @@ class ChatTokenizer:
         _mark_special(self.tokenizer, {*variables.values(), *_declared_special(config)}, special_tokens)
         added = self.tokenizer.get_added_tokens_decoder()
         self._special_ids = {token.content: index for index, token in added.items() if token.special}
+        self._added = added
         self._special_tokens = special_tokens
         kinds = {special_tokens.image: "image", special_tokens.video: "video"}
         self._placeholders = {token: kind for token, kind in kinds.items() if token is not None}
@@ -112,8 +113,14 @@ class ChatTokenizer:
                 "already is more than the model's context holds. Shorten the text"
             )
         parts: list[str | TokenRun] = []
-        for piece, special in self.template.pieces(turns, tools):
-            parts += [piece] if special is None else [piece, TokenRun(self._special_ids[special])]
+        before: AddedToken | None = None
+        for piece, special in self.template.pieces(turns, tools):  # a token may take the white space beside it
+            token_id = -1 if special is None else self._special_ids[special]
+            token = self._added.get(token_id)
+            text = piece.lstrip() if before is not None and before.rstrip else piece
+            parts.append(text.rstrip() if token is not None and token.lstrip else text)
+            parts += [] if token is None else [TokenRun(token_id)]
+            before = token
         visual = tuple(item for turn in turns for item in turn.visual())
         given = [item.kind for item in visual]
         runs = [part.token_id for part in parts if isinstance(part, TokenRun)]
@@ -217,7 +224,9 @@ def _read_tokenizer(tokenizer_json: str) -> Tokenizer:
 
 def _named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
     """bos_token, eos_token and the like of tokenizer_config.json, by name."""
-    named = {name: _content(value) for name, value in config.items() if name.endswith("_token")}
+    extra = config.get("extra_special_tokens")
+    tokens = {name: value for name, value in config.items() if name.endswith("_token")}
+    named = {name: spelling(value) for name, value in (tokens | (extra if isinstance(extra, dict) else {})).items()}
     return {name: content for name, content in named.items() if content is not None}
 
 
@@ -229,10 +238,10 @@ def _declared_special(config: Mapping[str, Any]) -> set[str]:
     for key in ("additional_special_tokens", "extra_special_tokens"):
         more = config.get(key) or ()
         entries += more.values() if isinstance(more, Mapping) else more if isinstance(more, list) else ()
-    return {content for entry in entries if (content := _content(entry))}
+    return {content for entry in entries if (content := spelling(entry))}
 
 
-def _content(entry: object) -> str | None:
+def spelling(entry: object) -> str | None:
     """The spelling of a token, which configs give as a string or as an object."""
     content = entry.get("content") if isinstance(entry, Mapping) else entry
     return content if isinstance(content, str) else None
@@ -246,7 +255,9 @@ def _mark_special(tokenizer: Tokenizer, declared: Collection[str], special_token
     for content in filter(None, known.union(declared)):
         index = tokenizer.token_to_id(content)
         if index is not None and not (index in added and added[index].special):
-            tokenizer.add_special_tokens([AddedToken(content, special=True, normalized=False)])
+            old = added.get(index, AddedToken(content))
+            sides = {"lstrip": old.lstrip, "rstrip": old.rstrip}
+            tokenizer.add_special_tokens([AddedToken(content, special=True, normalized=False, **sides)])
 
 
 def _listed(kinds: Sequence[str]) -> str:

@@ -102,10 +102,23 @@ def test_a_shape_that_config_does_not_ask_for_is_named(tmp_path):
         checkpoint.expect(NORM, (128,))
 
 
-def test_saved_rotary_frequencies_need_no_reader(tmp_path):
-    extra = {"language_model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(8, np.float32)}
-    checkpoint = Checkpoint.open(make_checkpoint(tmp_path / "model", random_tensors() | extra))
-    assert not any("inv_freq" in name for name in checkpoint.unused())
+@pytest.mark.parametrize(
+    ("buffer", "values"),
+    [
+        ("language_model.layers.0.self_attn.rotary_emb.inv_freq", np.ones(8, np.float32)),
+        ("language_model.rotary_emb.original_inv_freq", np.ones(8, np.float32)),
+        ("visual.embeddings.position_ids", np.arange(8)),
+    ],
+)
+def test_saved_buffers_need_no_reader(tmp_path, buffer, values):
+    checkpoint = Checkpoint.open(make_checkpoint(tmp_path / "model", random_tensors() | {buffer: values}))
+    assert buffer not in checkpoint.unused()
+
+
+def test_a_head_that_is_missing_says_how_to_tie_it(tmp_path):
+    checkpoint = Checkpoint.open(make_checkpoint(tmp_path / "model", random_tensors(tied=True)))
+    with pytest.raises(CheckpointError, match=r"no tensor lm_head\.weight.*tie_word_embeddings: true"):
+        checkpoint.expect("lm_head.weight", (1, 1))
 
 
 def test_a_folder_that_is_no_checkpoint_is_refused_with_its_path(tmp_path):
@@ -190,19 +203,24 @@ def test_any_bytes_are_read_or_refused(tmp_path_factory, content):
         assert "any.safetensors" in str(error)
 
 
-def test_an_index_must_agree_with_its_shards(tmp_path):
+def test_an_index_must_name_files_that_are_there(tmp_path):
     folder = make_checkpoint(tmp_path / "model", shards=2)
     index = folder / "model.safetensors.index.json"
     weight_map = json.loads(index.read_text())["weight_map"]
     for changed, message in (
         ({"model.norm.weight": "model-00003-of-00003.safetensors"}, r"model-00003-of-00003\.safetensors: missing"),
-        ({"model.extra.weight": "model-00001-of-00002.safetensors"}, r"00001-of-00002.*no tensor model\.extra\.weight"),
         ({"model.norm.weight": "../secret.safetensors"}, "expected a name without folders"),
         ({"model.norm.weight": ["a"]}, "expected a name without folders"),
     ):
         write_json(index, {"weight_map": weight_map | changed})
         with pytest.raises(CheckpointError, match=message):
             Checkpoint.open(folder)
+    for stale in (
+        {"model.norm.weight": "model-00001-of-00002.safetensors"},
+        {"model.none": "model-00002-of-00002.safetensors"},
+    ):
+        write_json(index, {"weight_map": weight_map | stale})  # which transformers reads: every file counts as a whole
+        assert Checkpoint.open(folder).has(NORM)
     for empty in ({}, {"weight_map": {}}, {"weight_map": 3}):
         write_json(index, empty)
         with pytest.raises(CheckpointError, match="no weight_map"):
@@ -267,6 +285,7 @@ def test_a_quantization_config_beside_plain_weights_says_what_to_delete(tmp_path
         "base_model.model.model.norm.weight",
         "model.layers.0.self_attn.q_proj.base_layer.weight",
         "model.layers.0.self_attn.q_proj.lora_A.default.weight",
+        "model.embed_tokens.lora_embedding_B.default",
         "lm_head.modules_to_save.default.weight",
     ],
 )

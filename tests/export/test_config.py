@@ -133,6 +133,38 @@ def test_text_config_wins_where_it_holds_the_key():
     assert language.rms_norm_eps == 1e-6  # null says nothing
 
 
+_SECTION = {"mrope_section": [16, 24, 24]}
+_OTHER = {"mrope_section": [8, 28, 28]}
+
+
+@pytest.mark.parametrize(
+    ("top", "text"),
+    [
+        ({}, {"rope_scaling": {"type": "mrope", **_OTHER, "rope_theta": 5e5}}),
+        ({}, {"rope_scaling": {"type": "mrope", **_OTHER}, "rope_theta": 7e5}),
+        ({}, {"rope_scaling": None, "rope_theta": 7e5}),
+        ({"rope_scaling": {"type": "mrope", **_OTHER}, "rope_theta": 5e5}, {}),
+        ({"rope_parameters": {**_OTHER, "rope_theta": 5e5}}, {"rope_parameters": None, "rope_theta": 7e5}),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.rope_scaling. is deprecated:FutureWarning")
+def test_rotary_settings_in_several_places_count_as_in_transformers(top, text):
+    sizes = {key: value for key, value in HUB.items() if key not in ("vision_config", "rope_scaling", "rope_theta")}
+    theirs = {"rope_parameters": {**_SECTION, "rope_theta": 3e5, "rope_type": "default"}} | text
+    if theirs["rope_parameters"] is None:
+        theirs |= {"rope_scaling": {"type": "mrope", **_SECTION}}
+    config = {**sizes, "vision_config": HUB["vision_config"], **top, "text_config": {**sizes, **theirs}}
+    expected = Qwen2_5_VLConfig(**copy.deepcopy(config)).text_config.rope_parameters
+    language = read_config(config).language
+    assert (language.rope_theta, list(language.mrope_section)) == (expected["rope_theta"], expected["mrope_section"])
+
+
+def test_scaling_that_is_added_to_a_newer_config_is_not_overlooked():
+    config = {**HUB, "rope_parameters": {**_SECTION, "rope_theta": 1e6}, "rope_scaling": {"type": "yarn", **_SECTION}}
+    with pytest.raises(CheckpointError, match=r"rope_scaling\.rope_type: got 'yarn'"):
+        read_config(config)
+
+
 @pytest.mark.parametrize("place", ["top", "text_config"])
 def test_tied_embeddings_are_found_in_either_place(place):
     tied = {"tie_word_embeddings": True}
@@ -163,6 +195,7 @@ def test_vision_sizes_survive_the_manifest():
         ({"num_hidden_layers": 10**9}, ("num_hidden_layers", "1 to 1000")),
         ({"max_position_embeddings": 2**60}, ("max_position_embeddings", "1 to")),
         ({"rms_norm_eps": float("inf")}, ("rms_norm_eps", "inf", "below 1e+30")),
+        ({"rms_norm_eps": 1e-60}, ("rms_norm_eps", "1e-60", "above 0 in float32")),
         ({"rms_norm_eps": 0}, ("rms_norm_eps", "0", "above 0")),
         ({"vocab_size": None}, ("vocab_size", "nothing")),
     ],

@@ -7,13 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, models
+from transformers import AutoTokenizer
 
 from checkpoints import (
     make_checkpoint,
     write_json,
 )
+from export.checkpoint_files import read_small_files, stop_tokens
 from export.writer import ExportOptions, export
 from hawk_trt.errors import CheckpointError, InvalidInput
+from hawk_trt.inputs.tokenizer import spelling
 
 
 def test_the_two_flags_give_a_checkpoint_without_tokenizer_its_query_bounds(tmp_path, checkpoint):
@@ -86,6 +89,14 @@ def test_what_no_prompt_could_use_is_refused_by_the_export(tmp_path, changes, me
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("key", "value"), [("fps", "x"), ("num_frames", 1.5), ("max_frames", 0)])
+def test_a_rule_for_videos_that_cannot_be_used_is_refused_by_the_export(tmp_path, key, value):
+    folder = changed_tiny(tmp_path)
+    write_json(folder / "video_preprocessor_config.json", {key: value})
+    with pytest.raises(CheckpointError, match=rf"video_preprocessor_config\.json: .*\$\.{key}"):
+        export(folder, tmp_path / "out")
+
+
 def test_settings_that_are_null_count_as_not_there(tmp_path):
     nothing = dict.fromkeys(("size", "rescale_factor", "resample", "image_mean", "image_std", "min_pixels"))
     made = export(changed_tiny(tmp_path, preprocessor_config=nothing | {"max_pixels": 50176.0}), tmp_path / "out")
@@ -105,6 +116,20 @@ def test_all_stop_tokens_end_an_answer_and_a_note_says_when_none_ends_a_chat(tmp
     eos, (note,) = exported("none", chat_template=template)
     assert eos == (458,)
     assert "ends an answer with <|vision_pad|>, the checkpoint's stop tokens are <|im_end|>" in note
+
+
+@pytest.mark.parametrize("newer", [False, True])
+def test_special_tokens_map_counts_where_it_counts_in_transformers(tmp_path, newer):
+    folder = changed_tiny(tmp_path, tokenizer_config={"added_tokens_decoder": {}} if newer else {})
+    write_json(folder / "special_tokens_map.json", {"eos_token": {"content": "<|vision_pad|>"}, "bos_token": "<|x|>"})
+    found = read_small_files(folder)
+    config = json.loads(found.contents["tokenizer_config.json"])
+    theirs = AutoTokenizer.from_pretrained(folder).special_tokens_map
+    assert {name: spelling(value) for name, value in config.items() if name in theirs} == theirs
+    told = "special tokens: special_tokens_map.json counts, as in transformers; tokenizer_config.json differs"
+    assert [note.removesuffix(" and is left out") for note in found.notes] == ([] if newer else [told])
+    assert "special_tokens_map.json" not in found.contents
+    assert stop_tokens(folder, (458,), {"<|vision_pad|>": 461}) == ((458,) if newer else (458, 461))
 
 
 def test_a_note_says_that_the_sampling_of_generation_config_cannot_be_used(tmp_path):

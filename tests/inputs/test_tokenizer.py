@@ -126,6 +126,31 @@ def test_a_token_only_the_config_or_the_bundle_calls_special_is_not_injected():
     assert tokenizer.tokenizer.get_vocab_size() == 464
 
 
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize("side", ["lstrip", "rstrip"])
+@pytest.mark.parametrize("spelled", ["<|im_start|>", "<|im_end|>", "<|vision_end|>"])
+def test_a_token_takes_the_white_space_beside_it_as_in_transformers(spelled, side, special):
+    fields = json.loads(TOKENIZERS["tiny"])
+    for token in fields["added_tokens"]:
+        if token["content"] == spelled:
+            token |= {side: True, "special": special}
+    tokenizer = chat_tokenizer(json.dumps(fields), TINY_TEMPLATE)
+    question = "  Which? \n"
+    rendered = (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|><|image_pad|>"
+        f"<|vision_end|>{question}<|im_end|>\n<|im_start|>assistant\n"
+    )
+    expected = Tokenizer.from_str(json.dumps(fields)).encode(rendered, add_special_tokens=False).ids
+    assert ids_of(tokenizer, question, images=["a.png"]).tolist() == expected
+
+
+def test_a_template_knows_the_tokens_that_the_config_names():
+    config = {"extra_special_tokens": {"image_token": "<|image_pad|>", "boi": {"content": "<|vision_start|>"}}}
+    template = "{{ boi }}{{ image_token }}{{ eos_token }}" + TINY_TEMPLATE.replace("<|image_pad|>", "")
+    ids = ids_of(chat_tokenizer(template=template, config=config | {"eos_token": "<|im_end|>"}), "x", images=["a.png"])
+    assert ids[:3].tolist() == [SHARED.tokenizer.token_to_id(SPECIAL[number]) for number in (3, 6, 2)]
+
+
 def test_placeholders_expand_to_their_visual_tokens():
     tokenizer = chat_tokenizer()
     encoded = tokenizer.encode([user(IMAGE, text("and"), VIDEO, IMAGE)])

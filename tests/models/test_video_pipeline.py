@@ -1,5 +1,6 @@
 """Videos through the whole pipeline: pruned answers, quotas a frame, long clips in bounded memory, early refusals."""
 
+import copy
 import json
 import math
 import shutil
@@ -7,6 +8,7 @@ import subprocess
 import sys
 
 import av
+import msgspec
 import numpy as np
 import pytest
 
@@ -15,6 +17,7 @@ from hawk_trt import Pipeline, PruningConfig
 from hawk_trt.apps.cli.main import main as hawk_trt
 from hawk_trt.apps.parity.prompt_rules import prompt_tokens
 from hawk_trt.errors import InvalidInput
+from hawk_trt.inputs.turns import VisualItem
 from hawk_trt.models import qwen_video
 from hawk_trt.models.family import joined_rows
 from hawk_trt.models.qwen2_5_vl import Qwen25VL
@@ -149,6 +152,30 @@ def test_a_most_of_frames_that_is_no_number_of_frames_is_refused(pipe, clip, val
 def settings(**changes):
     bounds = {"min_pixels": 3136, "max_pixels": 768 * TOKEN} | changes
     return FAMILY.image_settings(bounds)
+
+
+@pytest.mark.parametrize(
+    ("said", "asked", "frames"),
+    [  # of 20 frames in 10 seconds
+        ({}, {}, 20),
+        ({"fps": 1, "min_frames": 4, "max_frames": 768, "do_sample_frames": False}, {}, 10),
+        ({"fps": 1.0, "max_frames": 768}, {"fps": 0.8}, 8),
+        ({"max_frames": 6.0}, {}, 6),
+        ({"max_frames": 6}, {"max_frames": 8}, 8),
+        ({"fps": 0.5, "min_frames": 12}, {}, 12),
+        ({"min_frames": 12}, {"max_frames": 6}, 6),
+        ({"num_frames": 16, "fps": None}, {}, 16),
+        ({"num_frames": 16}, {"fps": 1.0}, 10),
+        ({"num_frames": 16}, {"num_frames": 4}, 4),
+        ({"num_frames": 64}, {}, 20),
+    ],
+)
+def test_the_checkpoint_says_how_a_file_is_sampled_where_the_prompt_does_not(pipe, clip, said, asked, frames):
+    processor = copy.copy(pipe.processor)
+    processor.sampling = msgspec.convert(said, type(processor.sampling), strict=False)
+    assert len(processor.open_video(VisualItem("video", clip, **asked)).frames) == frames
+    listed = processor.open_video(VisualItem("video", [np.zeros((28, 28, 3), np.uint8)] * 5))
+    assert (len(listed.frames), listed.seconds_per_frame) == (5, 0.5)
 
 
 def test_frames_of_a_long_video_share_the_context_as_in_qwens_processor():

@@ -23,7 +23,6 @@ from hawk_trt.errors import InvalidInput
 from hawk_trt.files.staging import write_atomically
 from hawk_trt.inputs import turns
 from hawk_trt.inputs.images import load_image
-from hawk_trt.inputs.video import load_video
 from hawk_trt.request import EQUAL_HEADS, SCORED
 
 if TYPE_CHECKING:
@@ -93,7 +92,7 @@ def load_frames(
         frames.append([Image.fromarray(parts[step]) for step in shown_steps(item)])
     for source in videos:
         shown = turns.VisualItem("video", source, fps=fps, max_frames=max_frames)
-        video = load_video(shown, pipe.family.frame_numbers).frames
+        video = pipe.processor.open_video(shown).frames
         numbers = list(range(0, len(video), pipe.family.vision.temporal_patch_size))
         while numbers:  # one item for the video, or one for each of its frames
             item = next(items)

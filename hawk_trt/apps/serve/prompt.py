@@ -120,7 +120,7 @@ class Preparation:
         limit = min(chat.max_completion_tokens or chat.max_tokens or settings.max_tokens, settings.max_tokens)
         pruning = _pruning(settings.pruning, chat.pruning)
         sampling = _sampling(self.sampling, chat)
-        items, files = self._items(sources, contents, folder)
+        items, files = self._items(sources, contents, folder, processor.sampling.max_frames or settings.max_frames)
         rest = iter(items)
         messages = [_message(message, rest) for message in chat.messages]
         try:
@@ -154,15 +154,18 @@ class Preparation:
         return replace(prepared, request=replace(prepared.request, max_new_tokens=limit))
 
     def _items(
-        self, sources: Mapping[str, Source], contents: Mapping[str, bytes], folder: Path | None
+        self, sources: Mapping[str, Source], contents: Mapping[str, bytes], folder: Path | None, max_frames: int
     ) -> tuple[list[dict[str, Any]], dict[str, Path]]:
-        """Images and videos in order, as the processor takes them; and the files of the videos, by their places."""
+        """Images and videos in order, as the processor takes them; and the files of the videos, by their places.
+
+        max_frames: that the checkpoint takes of a video; the server's limit may be lower.
+        """
         settings = self.settings
         items: list[dict[str, Any]] = []
         files: dict[str, Path] = {}
         share = settings.max_image_pixels // max(len(sources), 1)
         videos = sum(isinstance(source, protocol.VideoUrl) for source in sources.values())
-        bounds = {"max_frames": max(FRAME_MULTIPLE, settings.max_frames // max(videos, 1))}
+        bounds = {"max_frames": max(FRAME_MULTIPLE, min(max_frames, settings.max_frames // max(videos, 1)))}
         if load_family(self.bundle.manifest.vision).pixel_bounds != "nothing":  # else all frames have one size
             bounds["total_pixels"] = share
         for place, source in sources.items():
