@@ -10,7 +10,6 @@ from PIL import Image
 
 from clips import load_video, number_of, numbered, timed, write
 from hawk_trt.errors import BackendError, InvalidInput
-from hawk_trt.inputs import video as videos
 from hawk_trt.models.qwen_video import sample_indices
 
 
@@ -34,7 +33,7 @@ def test_the_sampled_rate_can_be_asked_for(clip):
     assert len(video.frames) == 30
     assert video.seconds_per_frame == pytest.approx(0.2)
     assert len(load_video(clip, max_frames=7).frames) == 6
-    assert len(videos.load_video(clip, fps=5, max_frames=7).frames) == 6  # a source alone
+    assert len(load_video(clip, fps=5, max_frames=7).frames) == 6
     assert len(load_video(clip, fps=0.1).frames) == 4  # never fewer, where there are so many
     assert len(load_video(f"file://{clip}", fps=1000).frames) == 60
 

@@ -137,11 +137,6 @@ class TensorRtBackend:
         BackendError: more than the engines were built for, or TensorRT or CUDA failed.
         """
         started, cache, memory = time.perf_counter(), self.cache, self.memory
-        if columns > cache.context:
-            raise BackendError(
-                f"KV cache: got {columns} tokens to keep and generate, these engines hold {cache.context}. Lower "
-                f"keep_ratio or max_new_tokens, or rebuild with a larger --max-context: {self.engines.manifest.rebuild}"
-            )
         slots = cache.find(len(inputs.source_rows))
         with self.cuda.active():
             cache.prepare(self.cuda, slots, columns)

@@ -4,8 +4,7 @@ A tensor of visual rows is [num_visual, ..]. A call writes its rows right there 
 long, else to a region of its own, and they are moved.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy.typing as npt
@@ -23,10 +22,11 @@ _PART = "part/"
 
 
 class TensorRtVisual:
-    """Visual embeddings [rows, hidden], where first_layer reads them; count: of the encode that made them."""
+    """Visual embeddings [rows, hidden], of an encode or join by its count; arrays: all tensors, once they were kept."""
 
     def __init__(self, encoder: "Encoder", rows: int) -> None:
         self.encoder, self.rows, self.count = encoder, rows, encoder.count
+        self.arrays: dict[str, npt.NDArray[Any]] = {}
 
     @property
     def nbytes(self) -> int:
@@ -35,24 +35,7 @@ class TensorRtVisual:
 
     def numpy(self) -> npt.NDArray[Any]:
         """A host copy."""
-        return self.encoder.keep(self).numpy()
-
-
-@dataclass(slots=True)
-class HostVisual:
-    """A copy on the host of what an encode made; place: the number of the encode whose rows, still there, are these."""
-
-    arrays: Mapping[str, npt.NDArray[Any]]
-    place: int
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(array.nbytes for array in self.arrays.values())
-
-    def numpy(self) -> npt.NDArray[Any]:
-        """The embeddings."""
-        return self.arrays["visual_embeds"]
+        return self.encoder.keep(self).arrays["visual_embeds"]
 
 
 class Encoder:
@@ -91,37 +74,46 @@ class Encoder:
 
     def rows(self, visual: Visual) -> int:
         """How many rows first_layer reads of an encode or join; BackendError where it is none, or was overwritten."""
-        if not isinstance(visual, TensorRtVisual):
-            raise BackendError(f"visual: got {type(visual).__name__}, expected what this backend's encode made")
-        if visual.encoder is not self or visual.count != self.count:
+        own = self._own(visual)
+        if own.count != self.count:
             raise BackendError("visual: got embeddings that a later encode has overwritten; encode again")
-        return visual.rows
+        return own.rows
 
-    def keep(self, visual: Visual) -> HostVisual:
-        """A copy on the host, since every encode overwrites the one before."""
-        dims = {_NUM_VISUAL: self.rows(visual)}
-        with self._memory.cuda.active():
-            return HostVisual({name: self._memory.read(name, dims) for name in self.row_bytes}, self.count)
+    def keep(self, visual: Visual) -> TensorRtVisual:
+        """The same with a copy on the host, since every encode overwrites the one before."""
+        own = self._own(visual)
+        if not own.arrays:
+            dims = {_NUM_VISUAL: self.rows(own)}
+            with self._memory.cuda.active():
+                own.arrays = {name: self._memory.read(name, dims) for name in self.row_bytes}
+        return own
 
     def join(self, parts: Sequence[Visual]) -> TensorRtVisual:
         """Rows of copies where first_layer reads them, but for a part there already; BackendError for too many."""
-        copies = [part for part in parts if isinstance(part, HostVisual)]
-        if len(copies) != len(parts):
+        copies = [self._own(part) for part in parts]
+        joined = copies[0]
+        if len(copies) == 1 and joined.count == self.count:
+            return joined
+        if not all(part.arrays for part in copies):
             raise BackendError("visual: got something else to join than what this backend's keep made")
-        rows = sum(len(part.numpy()) for part in copies)
-        if len(copies) == 1 and copies[0].place == self.count:
-            return TensorRtVisual(self, rows)
+        rows = sum(part.rows for part in copies)
         self._overwrite(rows)
         done, cuda = 0, self._memory.cuda
         with cuda.active():
             for part in copies:
                 for name, size in self.row_bytes.items():
                     cuda.upload(self._memory.addresses[name] + done * size, part.arrays[name])
-                done += len(part.numpy())
+                done += part.rows
             cuda.synchronize()
-        if len(copies) == 1:
-            copies[0].place = self.count
-        return TensorRtVisual(self, rows)
+        if len(copies) > 1:
+            return TensorRtVisual(self, rows)
+        joined.count = self.count  # it lies there again
+        return joined
+
+    def _own(self, visual: Visual) -> TensorRtVisual:
+        if not isinstance(visual, TensorRtVisual) or visual.encoder is not self:
+            raise BackendError(f"visual: got {type(visual).__name__}, expected what this backend's encode made")
+        return visual
 
     def _overwrite(self, num_rows: int) -> None:
         if num_rows > self._most:
