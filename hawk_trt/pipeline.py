@@ -202,7 +202,7 @@ class Pipeline:
             logprobs, skip_special_tokens, min_pixels=min_pixels, max_pixels=max_pixels,
         )  # fmt: skip
         scheduler = self._scheduler()
-        return TextStream(scheduler, scheduler.add(request))
+        return TextStream(self, scheduler, scheduler.add(request))
 
     def generate_batch(
         self,
@@ -241,9 +241,13 @@ class Pipeline:
                 raise InvalidInput(f"requests[{number}]: {error}") from error
         return _answers(scheduler, sequences)
 
-    def _scheduler(self) -> Scheduler:
+    def check_open(self) -> None:
+        """Raise BackendError where it is closed."""
         if self._closed:
             raise BackendError("pipeline: it is closed. Load the model again: Pipeline.load")
+
+    def _scheduler(self) -> Scheduler:
+        self.check_open()
         return Scheduler(self.bundle, self.processor, self.vision_cache, self.backend)
 
     def trace(
@@ -263,7 +267,8 @@ class Pipeline:
 class TextStream:
     """The text of one answer, piece by piece; `.result` after the last."""
 
-    def __init__(self, scheduler: Scheduler, sequence: Answer) -> None:
+    def __init__(self, pipe: Pipeline, scheduler: Scheduler, sequence: Answer) -> None:
+        self._pipe = pipe
         self._scheduler = scheduler
         self._sequence = sequence
 
@@ -273,6 +278,7 @@ class TextStream:
     def __next__(self) -> str:
         """The next piece that is not empty."""
         while not self._sequence.finished:
+            self._pipe.check_open()
             _check(self._scheduler.step())
             if self._sequence.piece:
                 return self._sequence.piece
@@ -283,6 +289,7 @@ class TextStream:
         """The whole result; what is left of the answer is generated first."""
         for _ in self:
             pass
+        _check([self._sequence])
         return self._sequence.result()
 
 

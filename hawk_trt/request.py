@@ -1,6 +1,6 @@
 """What a caller asks and what comes back: Request, ModelInputs, PruningConfig, SamplingConfig; Result, Timings.
 
-All are values: frozen, compared by content, the two configs checked at construction.
+All are values: frozen, the two configs checked at construction and compared by content. Those that hold arrays are not.
 """
 
 import math
@@ -178,7 +178,7 @@ def check_head_weights(weights: Sequence[float], num_heads: int | None = None) -
     """
     try:
         listed = tuple(weights)
-        if isinstance(weights, str | bytes) or any(isinstance(w, str | bytes | bool) for w in listed):
+        if isinstance(weights, str | bytes | Mapping) or any(isinstance(w, str | bytes | bool) for w in listed):
             raise TypeError
         values = tuple(float(w) for w in listed)
     except (TypeError, ValueError, OverflowError) as error:
@@ -222,7 +222,7 @@ def _number(name: str, value: object, least: float, most: float, above: bool = F
         or (above and value == least)
     ):
         bounds = f"in {'(' if above else '['}{least:g}, {most:g}]" if math.isfinite(most) else f"of at least {least:g}"
-        raise InvalidInput(f"{name}: got {value!r}, expected a number {bounds}")
+        raise InvalidInput(f"{name}: got {value!r:.60}, expected a number {bounds}")
     return int(value) if isinstance(value, np.integer) else value
 
 
@@ -236,7 +236,7 @@ def _short(values: tuple[float, ...]) -> str:
     return f"({shown}{', ...' if len(values) > 8 else ''})"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class ModelInputs:
     """Tensors of one prompt in the layout of the checkpoint's own processor.
 
@@ -312,9 +312,9 @@ class Request:
 
     def __post_init__(self) -> None:
         _check_numbers(self)
-        for name, kind in (("pruning", PruningConfig), ("sampling", SamplingConfig)):
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, kind):
+        flags = dict.fromkeys(("ignore_eos", "return_logits", "skip_special_tokens"), bool)
+        for name, kind in {"pruning": PruningConfig, "sampling": SamplingConfig, **flags}.items():
+            if not isinstance(value := getattr(self, name), kind) and (value is not None or kind is bool):
                 raise InvalidInput(f"{name}: got {repr(value)[:60]}, expected a {kind.__name__}")
         listed = isinstance(self.stop, Iterable) and not isinstance(self.stop, str)
         stop = tuple(self.stop) if listed else (self.stop,)
@@ -365,7 +365,7 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Result:
     """One answer.
 

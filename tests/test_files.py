@@ -1,5 +1,6 @@
 """JSON from outside: read within bounds of size, depth and type, and refused in one sentence."""
 
+import os
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from export.tensor_file import read_tensor_file
 from hawk_trt import files
 from hawk_trt.errors import BundleError, CheckpointError
 from hawk_trt.files import parse_json, read_json
+from hawk_trt.files.staging import write_atomically
 
 Object = dict[str, Any]
 
@@ -57,3 +59,16 @@ def test_a_pointer_of_git_lfs_is_called_one(tmp_path):
         read_json(pointer, dict, CheckpointError)
     with pytest.raises(CheckpointError, match=r"tokenizer.json: only a pointer of Git LFS .* git lfs pull"):
         read_tensor_file(pointer)
+
+
+def test_a_link_and_a_pipe_stay_what_they_are(tmp_path):
+    link, pipe = tmp_path / "link", tmp_path / "pipe"
+    link.symlink_to(tmp_path / "folder" / "there")
+    write_atomically(link, b"old")
+    write_atomically(link, b"new")
+    assert link.is_symlink() and (tmp_path / "folder" / "there").read_bytes() == b"new"
+    os.mkfifo(pipe)  # as /dev/null is a device, and /dev/stdout mostly a pipe
+    reader = os.open(pipe, os.O_RDWR | os.O_NONBLOCK)
+    write_atomically(pipe, b"picture")
+    assert os.read(reader, 100) == b"picture" and pipe.is_fifo()
+    os.close(reader)

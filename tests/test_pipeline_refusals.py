@@ -117,6 +117,9 @@ class Unreadable:
         (lambda: Request("x", pruning=0.2), "pruning: got 0.2, expected a PruningConfig"),
         (lambda: Request("x", sampling={"temperature": 1}), "sampling: got .*, expected a SamplingConfig"),
         (lambda: Request("x", stop=None), "stop: got None, expected a list"),
+        (lambda: Request("x", skip_special_tokens=None), "skip_special_tokens: got None, expected a bool"),
+        (lambda: Request("x", ignore_eos="no"), "ignore_eos: got 'no', expected a bool"),
+        (lambda: PruningConfig(head_weights={1: 0.5, 2: 0.7}), "head_weights: got {1: 0.5, 2: 0.7}, expected a seq"),
         (lambda: Request("x", min_pixels="784"), "min_pixels: got '784', expected an integer"),
         (lambda: ModelInputs(input_ids=[[1], [2, 3]]), "input_ids: got list without numbers"),
         (lambda: ModelInputs([1], image_grid_thw="x"), "image_grid_thw: got str without numbers"),
@@ -140,10 +143,24 @@ def test_what_no_model_or_this_one_cannot_do_is_refused(tiny_bundle):
         for options, message in asked:
             with pytest.raises(InvalidInput, match=message):
                 pipe.generate("hi", **options)
-    with pytest.raises(BackendError, match="it is closed"):
-        pipe.generate("hi")
+        begun, failed = (
+            pipe.stream("hi"),
+            pipe.stream("hi", images=image, pruning=PruningConfig(selector=lambda *_: [])),
+        )
+        for read in (next, lambda stream: stream.result):
+            with pytest.raises(InvalidInput, match="selector: got"):
+                read(failed)
+    for late in (pipe.generate, lambda _: next(begun), lambda _: begun.result):
+        with pytest.raises(BackendError, match="it is closed"):
+            late("hi")
     with pytest.raises(BundleError, match="aaa: cannot be read"):
         Pipeline.load("a" * 5000)
+
+
+def test_a_result_is_found_in_a_list_though_arrays_have_no_one_truth(inplace):
+    results = inplace.generate_batch(["hi", "ho"], max_new_tokens=1)
+    assert results.index(results[1]) == 1 and results[0] != results[1]
+    assert ModelInputs([1, 2]) != ModelInputs([1, 2])
 
 
 def test_weights_of_heads_may_come_one_by_one():

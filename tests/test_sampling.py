@@ -153,6 +153,18 @@ def test_a_bias_forbids_or_forces_a_token_and_nan_is_still_found():
         Sampler(SamplingConfig(logit_bias={0: -100})).next_token(np.array([np.nan, 1.0], np.float32))
 
 
+def test_a_bias_comes_before_the_repetition_penalty_as_in_transformers():
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    for seed in range(8):
+        logits = np.random.default_rng(seed).normal(0, 2, 16).astype(np.float32)
+        bias, prompt = {0: 3.0, 1: -2.0, 2: 1.5}, [0, 1, 4]
+        biased = transformers.SequenceBiasLogitsProcessor({(token,): value for token, value in bias.items()})
+        penalised = transformers.RepetitionPenaltyLogitsProcessor(1.7)
+        ids, scores = torch.tensor([prompt]), torch.tensor(logits)[None]
+        expected = int(penalised(ids, biased(ids, scores.clone())).argmax())
+        assert Sampler(SamplingConfig(repetition_penalty=1.7, logit_bias=bias), prompt).next_token(logits) == expected
+
+
 @pytest.mark.parametrize(
     "values",
     [

@@ -24,12 +24,16 @@ def write_atomically(path: Path, content: bytes) -> None:
     """Write a file, making its folder; what was there stays until the new one is whole. InvalidInput where it fails."""
     temporary: Path | None = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        if path.exists() and not path.is_file():  # a device or a pipe, whose place no file may take
+            path.write_bytes(content)
+            return
+        target = path.resolve()  # where it is a link, what it leads to
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
             temporary = Path(file.name)
             file.write(content)
         temporary.chmod(0o644)  # a temporary file is made private
-        temporary.replace(path)
+        temporary.replace(target)
         temporary = None
     except OSError as error:
         raise InvalidInput(f"{path}: cannot be written there ({error.strerror or error})") from error

@@ -34,8 +34,11 @@ class Sampler:
         return token
 
     def _changed(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """The logits with penalties and biases."""
+        """The logits with biases, then penalties, as transformers and vLLM apply them."""
         config, logits = self._config, logits.copy()
+        for token, bias in dict(config.logit_bias).items():
+            if token < logits.size:
+                logits[token] += np.float32(bias)
         answer = np.fromiter(self._counts, np.int64, len(self._counts))
         if self._prompt is not None:
             seen = np.union1d(self._prompt, answer)
@@ -44,9 +47,6 @@ class Sampler:
         if self._counts and (config.presence_penalty or config.frequency_penalty):
             counts = np.fromiter(self._counts.values(), np.float32, len(self._counts))
             logits[answer] -= np.float32(config.presence_penalty) + np.float32(config.frequency_penalty) * counts
-        for token, bias in dict(config.logit_bias).items():
-            if token < logits.size:
-                logits[token] += np.float32(bias)
         return logits
 
     def _drawn(self, logits: npt.NDArray[np.float32], highest: float) -> int:

@@ -6,6 +6,7 @@ wrote without a copy. On the CPU an OrtValue shares the memory of its numpy arra
 
 import itertools
 import math
+import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
@@ -127,6 +128,8 @@ class Stage:
             options.add_session_config_entry("session.use_env_allocators", "1")
         # Planned blocks ask for new memory where the arena has holes: 0.5 GB at native resolution, and no faster.
         options.enable_mem_pattern = entry.stage != VISION
+        if str(path).encode(errors="replace") != os.fsencode(path):
+            raise BackendError(f"{path.parent}: ONNX Runtime opens no path that is not UTF-8. Rename the folder")
         with translated(f"{path.name}: could not be loaded"):
             self.session = ort.InferenceSession(
                 str(path), options, providers=device.providers(capture=self.can_capture)
@@ -293,4 +296,6 @@ def translated(what: str) -> Iterator[None]:
     try:
         yield
     except _ORT_ERRORS as error:
+        if "bad_alloc" in str(error):
+            error = MemoryError("not enough memory. See what is free: hawk-trt doctor")
         raise BackendError(f"{what}: {error}") from error

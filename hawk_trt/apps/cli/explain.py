@@ -71,6 +71,8 @@ def lay_out(
 
 def draw(path: Path, explained: Explanation, prompt: Prompt, pruning: Pruning, pipe: "Pipeline") -> None:
     """Write the picture of an explanation."""
+    if path.is_file() and any(Path(file).is_file() and path.samefile(file) for file in (*prompt.image, *prompt.video)):
+        raise InvalidInput(f"{path}: the picture would take the place of what was asked about. Give it another name")
     manifest = pipe.bundle.manifest
     frames = load_frames(explained, pipe, prompt.image, prompt.video, prompt.fps, prompt.max_frames)
     share = {"global": "", "per-image": " Each image keeps its share.", "per-frame": " Each frame keeps its share."}

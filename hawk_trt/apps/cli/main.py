@@ -95,9 +95,14 @@ def make_app(name: str, help: str | None = None, command: Callable[..., object] 
 def run_app(app: App, argv: Sequence[str] | None = None) -> int:
     """Run a command line, None for the process's own; returns the exit code, or ends the process as `main` says."""
     argv = sys.argv[1:] if argv is None else argv
-    for stream in (sys.stdout, sys.stderr):
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # the caller closed it, and print() would take the other one
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+        stream = getattr(sys, name)
         if isinstance(stream, io.TextIOWrapper):  # an answer may hold what the terminal's encoding has not
             stream.reconfigure(errors="replace")
+    if re.fullmatch("0*[0-9]", os.environ.get("COLUMNS", "")):  # as a container without a terminal has
+        del os.environ["COLUMNS"]  # cyclopts would wrap the help without end
     try:
         if not argv and app.default_command is None:
             from rich.console import Console
@@ -132,7 +137,7 @@ def run_app(app: App, argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.filename is None:
             return _failed(str(error.strerror or error))
-        return _failed(f"{error.filename}: {error.strerror or error}", to_try(error, app.name[0], argv))
+        return _failed(f"{str(error.filename)[:200]}: {error.strerror or error}", to_try(error, app.name[0], argv))
     except MemoryError:
         return _failed("not enough memory. See what is free: hawk-trt doctor")
     if code is None:  # --help, --version

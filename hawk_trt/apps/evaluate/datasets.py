@@ -12,8 +12,10 @@ entry of the JSON list, is one sample; paths are relative to the file:
 The answer of a sample with choices (or options) is a letter, the index of a choice from 0, or the text of one.
 """
 
+import codecs
 import hashlib
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from importlib import import_module
@@ -35,6 +37,7 @@ TINY, EASY_VQA = "tiny", "easy-vqa"
 # Where the generator of the tiny task lies in the wheel, and in the repository.
 _TINY_INSTALLED, _TINY_IN_CHECKOUT = "hawk_trt.data.tiny_task", "examples.tiny_task"
 _FILES = ("samples.jsonl", "samples.json")
+_OTHER_FILES = (".csv", ".tsv", ".parquet", ".arrow", ".xlsx", ".gz", ".zip")
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,11 +147,11 @@ def _from_file(name: str, count: int | None, seed: int) -> Dataset:
         path = next((path / file for file in _FILES if (path / file).is_file()), path)
     if path.is_dir():
         raise InvalidInput(f"dataset {path}: this folder holds no {' or '.join(_FILES)}")
-    if not path.is_file():
+    if not path.is_file() or path.suffix.lower() in _OTHER_FILES:
         raise InvalidInput(
-            f"dataset: got {name!r}, expected {TINY}, {EASY_VQA}, a JSONL file or a folder with {_FILES[0]}"
+            f"dataset: got {name!r:.200}, expected {TINY}, {EASY_VQA}, a JSONL file or a folder with {_FILES[0]}"
         )
-    content = path.read_bytes()
+    content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
     advice = 'No samples: expected {"image": ..., "question": ..., "answer": ...} a line, in a .json a list of them'
     if path.suffix == ".json":
         written = parse_json(content, list[dict[str, Any]], str(path), InvalidInput, advice)
@@ -158,13 +161,17 @@ def _from_file(name: str, count: int | None, seed: int) -> Dataset:
             parse_json(line, dict[str, Any], f"{path}, line {number}", InvalidInput, advice) for number, line in lines
         ]
     samples = [_sample(path, number, values, advice) for number, values in enumerate(written)]
-    if not samples or len({sample.id for sample in samples}) < len(samples):
-        raise InvalidInput(f"{path}: got {len(samples)} samples, expected at least one, and each id once")
+    [(most, times)] = Counter(sample.id for sample in samples).most_common(1) or [("", 0)]
+    if times != 1:
+        raise InvalidInput(
+            f"{path}: "
+            + (f"{times} samples have the id {most!r:.60}, expected each id once" if times else "it holds no sample")
+        )
     chosen = [samples[place] for place in np.random.default_rng(seed).permutation(len(samples))[:count]]
     for sample in chosen:
         for file in (*sample.images, *sample.videos):
             if not Path(str(file)).is_file():
-                raise InvalidInput(f"{path}: sample {sample.id}: {file}: no such file")
+                raise InvalidInput(f"{path}: sample {sample.id:.60}: {str(file)[:200]}: no such file")
     digest = hashlib.sha256(content + f" {seed}".encode())
     unknown = tuple(sorted({key for values in written for key in values} - _KEYS))
     return Dataset(name, digest.hexdigest(), len(chosen), lambda: iter(chosen), unknown)
@@ -172,16 +179,19 @@ def _from_file(name: str, count: int | None, seed: int) -> Dataset:
 
 def _sample(path: Path, number: int, values: dict[str, Any], advice: str) -> Sample:
     try:
-        entry = msgspec.convert(values, _Entry)
+        entry = msgspec.convert({key: value for key, value in values.items() if value is not None}, _Entry)
     except msgspec.ValidationError as error:
         raise InvalidInput(f"{path}: sample {number}: {error}. {advice}") from error
-    keys = entry.answers if entry.answer is None else (entry.answer, *entry.answers)
     choices = entry.choices or entry.options
-    if not keys:
-        unknown = ", ".join(key[:40] for key in values if key not in _KEYS)
-        raise InvalidInput(f"{path}: sample {number} has no answer" + (f"; unknown keys: {unknown}" if unknown else ""))
+    keys = [key for key in (entry.answer, *entry.answers) if key is not None and (choices or str(key).strip())]
+    if not keys or not entry.question.strip():
+        missing, unknown = "question" if keys else "answer", ", ".join(key[:40] for key in values if key not in _KEYS)
+        unknown = f"; unknown keys: {unknown}" if unknown else ""
+        raise InvalidInput(f"{path}: sample {number} has no {missing}{unknown}")
     if entry.choices and entry.options:
         raise InvalidInput(f"{path}: sample {number} has both choices and options; give one of them")
+    if not choices and {"A", "B"} <= values.keys():
+        raise InvalidInput(f"{path}: sample {number} has its choices as A, B, ..., expected choices: a list of them")
     if len(choices) > len(LETTERS):
         raise InvalidInput(f"{path}: sample {number} has {len(choices)} choices, expected at most {len(LETTERS)}")
     answers = [str(key) for key in keys]

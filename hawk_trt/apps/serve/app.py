@@ -82,7 +82,8 @@ def create_app(pipe: "Pipeline", settings: ServeSettings) -> FastAPI:
             CORSMiddleware,
             allow_origins=settings.cors_origins,
             allow_methods=["GET", "POST"],
-            allow_headers=["authorization", "content-type"],
+            allow_headers=["*"],  # OpenAI's client in a page sends a dozen of its own
+            allow_private_network=True,  # Chrome asks, before a page of the internet calls this machine
             expose_headers=["x-request-id", "retry-after", IGNORED],
         )
     app.add_middleware(RequestMiddleware, metrics=service.metrics, settings=settings)
@@ -228,7 +229,7 @@ def _describe(app: FastAPI) -> dict[str, Any]:
         schema = get_openapi(title=app.title, version=app.version, description=_DESCRIPTION, routes=app.routes)
         _, found = models_json_schema([(ChatRequest, "validation"), (Chunk, "serialization")], ref_template=_SCHEMAS)
         model = app.state.model.id
-        found["$defs"]["ChatRequest"]["properties"]["model"]["enum"] = [model]
+        found["$defs"]["ChatRequest"]["properties"]["model"]["enum"] = [model, None]
         schema["components"]["schemas"].update(found["$defs"])
         picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo..."}}
         asked = {"role": "user", "content": [picture, {"type": "text", "text": "What colour is the heart?"}]}

@@ -4,6 +4,7 @@ A request ends when its client leaves. A server of one machine checks Host and O
 name the address 127.0.0.1 and then call the server as its own (DNS rebinding).
 """
 
+import re
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -50,6 +51,7 @@ class RequestMiddleware:
         connection: Connection = scope.get("state", {}).get(CONNECTION) or Connection()
         connection.count += 1
         connection.answering += 1
+        scope["path"] = re.sub("/+", "/", scope["path"]).rstrip("/") or "/"  # of a base_url that ends in a slash
         headers = Headers(scope=scope)
         has_body = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
         discard = has_body and "expect" not in headers  # then nothing comes before it is asked for

@@ -105,7 +105,7 @@ class Preparation:
             return None
         settings = self.settings
         chat = protocol.read_request(body)
-        protocol.check_model(chat.model, settings.model_name)
+        protocol.check_model(chat.model or settings.model_name, settings.model_name)
         sources = _sources_of(chat, settings)
         missing = {
             place: source.url
@@ -137,6 +137,7 @@ class Preparation:
                 pruning=pruning,
                 sampling=sampling,
                 stop=(chat.stop,) if isinstance(chat.stop, str) else tuple(chat.stop or ()),
+                ignore_eos=bool(chat.ignore_eos),
                 logprobs=chat.top_logprobs or 0 if chat.logprobs else None,
                 skip_special_tokens=chat.skip_special_tokens is not False,
             ),

@@ -16,8 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from hawk_trt.apps.serve.errors import ApiError, invalid
 from hawk_trt.request import QUERIES, QUOTAS, SELECTORS
 
-_PART_TYPES = ("text", "input_text", "image_url", "input_image", "image", "video_url")
-_UNION_TYPE = re.compile(r"(constrained-)?str|list\[.*\]")
+_PART_TYPES = ("text", "input_text", "output_text", "image_url", "input_image", "image", "video_url")
+_UNION_TYPE = re.compile(r"(constrained-)?str|list\[.*\]|\[key\]")
 # Keys from which other servers read a part of the prompt (Ollama's images, Anthropic's system): here it would be lost.
 _ELSEWHERE = {
     *("text", "image", "images", "image_url", "image_urls", "url", "base64", "video", "videos", "video_url"),
@@ -45,6 +45,8 @@ class _Open(_Strict):
     def _check(cls, got: object, info: ValidationInfo) -> object:
         extra: Any = cls.model_fields[str(info.field_name)].json_schema_extra
         values = extra["enum"] if extra else [got]
+        if isinstance(got, dict):  # a null in it says nothing, and some clients send every key that there is
+            got = {key: value for key, value in got.items() if value is not None}
         if any(got == value and isinstance(got, bool) == isinstance(value, bool) for value in values):
             return got
         instead = "leave it out" + "".join(f" or give {json.dumps(value)}" for value in values[:1] if value is not None)
@@ -73,7 +75,7 @@ Ignored: TypeAlias = Annotated[Any, Field(description="Taken and ignored: it doe
 class TextPart(_Open):
     """Text of a message."""
 
-    type: Literal["text", "input_text"]
+    type: Literal["text", "input_text", "output_text"]
     text: str
 
 
@@ -239,7 +241,7 @@ class HawkOptions(_Strict):
 class ChatRequest(_Open):
     """A chat to continue."""
 
-    model: str = Field(description="A name that /v1/models lists.")
+    model: str | None = Field(None, description="A name that /v1/models lists; there is one, so it may be left out.")
     messages: list[ChatMessage] = Field(min_length=1, description="Oldest first; the last one is answered.")
     pruning: Pruning | None = Field(None, description="An extension: the visual tokens of this request.")
     hawk: HawkOptions | None = Field(None, description="An extension: what else the answer tells.")
@@ -288,6 +290,7 @@ class ChatRequest(_Open):
         None, ge=0.01, le=100, description="As vLLM: above 1, tokens of prompt and answer become less probable."
     )
     skip_special_tokens: bool | None = Field(True, description="As vLLM: leave special tokens out of the text.")
+    ignore_eos: bool | None = Field(False, description="As vLLM: go on after a stop token, up to the longest answer.")
     response_format: Any = _only({"type": "text"})
     tools: Any = _only([])
     tool_choice: Any = _only("none", "auto")
@@ -312,7 +315,6 @@ class ChatRequest(_Open):
     guided_grammar: Any = _only()
     guided_json: Any = _only()
     guided_regex: Any = _only()
-    ignore_eos: Any = _only(False)
     include_stop_str_in_output: Any = _only(False)
     length_penalty: Any = _only(1)
     min_tokens: Any = _only(0)

@@ -1,6 +1,7 @@
 """What a server allows and how long it waits: every limit, with its default and what it is for."""
 
 import os
+import re
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal, TypeAlias, get_args
@@ -127,6 +128,18 @@ class ServeSettings(ServeLimits):
         ServeLimits.__post_init__(self)
         if not self.model_name:
             raise InvalidInput("model_name: got an empty name, expected what clients shall call the model")
+        for name, form, expected in (
+            ("allowed_hosts", r"[^/:]+|.*::.*|\[.*\]", "NAME or *.NAME, without port"),
+            ("remote_hosts", r"[^/]+", "NAME, *.NAME or NAME:PORT"),
+            (
+                "cors_origins",
+                r"\*|null|[a-z+.-]+://[^/A-Z]+",
+                "https://NAME as browsers send it, no / at its end; or *",
+            ),
+        ):
+            never = [value for value in getattr(self, name) if not re.fullmatch(form, value)]  # that any request has
+            if never:
+                raise InvalidInput(f"{name}: got {never[0]!r:.100}, expected {expected}")
 
 
 def read_api_keys(file: Path | None, given: tuple[str, ...] = ()) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """The command line: what all commands have in common, and doctor."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -44,6 +45,33 @@ def test_what_cannot_be_used_is_one_line_with_a_command_to_try_and_exit_code_1(a
     told, tried = err.splitlines()
     assert told.startswith("error: ") and message in told
     assert tried.startswith("  try: hawk-trt run ")
+
+
+def test_closed_streams_hold_nothing_up_and_get_nothing(ask, sample, monkeypatch, capsys):
+    with monkeypatch.context() as closed:
+        closed.setattr(sys, "stderr", None)  # as `2>&-` leaves it
+        assert main(ask) == 0
+        sys.stderr.close()
+    assert capsys.readouterr().out == f"{sample[2]}\n"
+    with monkeypatch.context() as closed:
+        closed.setattr(sys, "stdout", None)
+        assert main(ask) == 0
+        sys.stdout.close()
+
+
+@pytest.mark.parametrize("columns", ["0", "2"])
+def test_the_help_ends_where_a_terminal_has_no_width(columns, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", columns)
+    with pytest.raises(SystemExit):
+        main(["doctor", "--help"])
+    assert "--json" in capsys.readouterr().out
+
+
+def test_a_folder_whose_name_is_not_utf8_is_told_so(tiny_bundle, tmp_path, capsys):
+    folder = Path(os.fsdecode(bytes(tmp_path) + b"/\xff"))
+    folder.symlink_to(tiny_bundle)
+    assert main(["run", str(folder), "--prompt", "hi"]) == 1
+    assert "no path that is not UTF-8" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", ["[", "{}", '["a"]', "[NaN]", "[-1.0]", "[0, 0]", "[1, 2]", "\udcff"])

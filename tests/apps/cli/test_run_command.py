@@ -66,6 +66,14 @@ def test_a_picture_that_cannot_be_written_does_not_cost_the_answer(ask, sample, 
     assert not list(tmp_path.iterdir())
 
 
+def test_the_picture_does_not_take_the_place_of_the_photo(ask, sample, tmp_path, capsys):
+    photo = tmp_path / "photo.png"
+    photo.write_bytes(sample[0].read_bytes())
+    assert main([*ask[:2], "--image", str(photo), "--prompt", "hi", "--picture", str(photo)]) == 1
+    assert "would take the place" in capsys.readouterr().err
+    assert photo.read_bytes() == sample[0].read_bytes()
+
+
 def test_the_prompt_can_come_from_stdin(ask, sample):
     done = start(*ask[:-1], "-", input=f"{sample[1]}\n")
     assert done.returncode == 0, done.stderr

@@ -114,7 +114,7 @@ def test_a_jsonl_file_is_read_in_an_order_of_the_seed(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "got 0 samples"),
+        ("", "holds no sample"),
         ('{"question": "?"}', "sample 0 has no answer"),
         ('{"answer": "?"}', "sample 0: .*question"),
         ('{"question": "?", "answer": "a"}\n\n{"question": 3, "answer": "a"}', "sample 1: Expected `str`"),
@@ -123,6 +123,9 @@ def test_a_jsonl_file_is_read_in_an_order_of_the_seed(tmp_path):
         ('{"question": "?", "choices": ["a", "b"], "options": ["a"], "answer": "a"}', "both choices and options"),
         ('{"question": "?", "answer": "a", "image": "none.png"}', "sample 0: .*none.png: no such file"),
         ('{"id": "x", "question": "?", "answer": "a", "videos": ["no.mp4"]}', "sample x: .*no.mp4: no such file"),
+        ('{"question": "?", "answer": " ", "answers": [""]}', "sample 0 has no answer"),
+        ('{"question": "", "answer": "a"}', "sample 0 has no question"),
+        ('{"question": "?", "A": "a ring", "B": "a heart", "answer": "B"}', "has its choices as A, B"),
         ("[1", 'expected {"image"'),
         ('{"id": 1, "question": "?", "answer": "a"}\n' * 2, "each id once"),
     ],
@@ -131,6 +134,22 @@ def test_files_that_are_no_data_set_are_refused(tmp_path, content, message):
     (tmp_path / "samples.jsonl").write_text(content)
     with pytest.raises(InvalidInput, match=message):
         load_dataset(str(tmp_path), None, 0)
+
+
+def test_a_byte_order_mark_and_keys_that_are_null_say_nothing(tmp_path):
+    file = tmp_path / "samples.jsonl"
+    file.write_text(
+        '{"question": "?", "answer": "a", "answers": null, "choices": null, "images": null}\n', encoding="utf-8-sig"
+    )
+    (sample,) = load_dataset(str(file), None, 0)
+    assert (sample.answers, sample.choices, sample.images) == (("a",), (), ())
+
+
+def test_a_table_is_no_damaged_jsonl(tmp_path):
+    table = tmp_path / "MMBench.tsv"
+    table.write_text("index\tquestion\tA\tB\tanswer\n")
+    with pytest.raises(InvalidInput, match=r"MMBench.tsv', expected tiny, easy-vqa, a JSONL file"):
+        load_dataset(str(table), None, 0)
 
 
 CHOICES = ["a ring", "a heart", "3"]

@@ -325,6 +325,32 @@ def test_a_wrong_address_names_the_right_one(server):
     assert [server.http.head(path).status_code for path in ("/health", "/ready")] == [200, 200]
 
 
+def test_an_address_may_have_a_slash_too_many(server):
+    for path in ("/v1/chat/completions/", "/v1//chat/completions", "/./v1//chat/completions//"):
+        assert server.http.post(path, json=question()).status_code == 200
+    assert [server.http.get(path).status_code for path in ("/v1/models/", "/health/", f"/v1/models/{MODEL}/")] == [
+        200
+    ] * 3
+
+
+def test_what_says_nothing_is_taken(server):
+    expected = server.ask().json()["choices"]
+    text = [{"type": "output_text", "text": question()["messages"][0]["content"]}]
+    for fields in (
+        {"model": None},
+        {"response_format": {"type": "text", "json_schema": None}, "chat_template_kwargs": {"enable_thinking": None}},
+        {"messages": [{"role": "user", "content": text}]},
+    ):
+        assert server.ask(**fields).json().get("choices") == expected, fields
+    refused = server.ask(chat_template_kwargs={"enable_thinking": False})
+    assert refused.status_code == 400
+
+
+def test_ignore_eos_goes_on_to_the_longest_answer(server):
+    got = server.ask(ignore_eos=True, max_tokens=7).json()
+    assert (got["usage"]["completion_tokens"], got["choices"][0]["finish_reason"]) == (7, "length")
+
+
 def test_a_body_may_begin_with_a_byte_order_mark(server):
     content, head = json.dumps(question()).encode(), {"content-type": "application/json"}
     answers = [

@@ -248,6 +248,11 @@ def test_pages_of_others_may_call_the_server_only_where_they_were_allowed_to(pip
     with serving(pipe, cors_origins=("https://page.example",)) as server:
         allowed = server.http.options("/v1/chat/completions", headers=origin).headers
         assert allowed["access-control-allow-origin"] == "https://page.example"
+        asked = {"access-control-request-headers": "authorization,content-type,x-stainless-os,http-referer"}
+        asked |= {"access-control-request-private-network": "true"}  # OpenAI's client in a page, in Chrome
+        allowed = server.http.options("/v1/chat/completions", headers=origin | asked)
+        assert allowed.status_code == 200 and "x-stainless-os" in allowed.headers["access-control-allow-headers"]
+        assert allowed.headers["access-control-allow-private-network"] == "true"
         other = server.http.options("/v1/chat/completions", headers=origin | {"origin": "https://other.example"})
         assert "access-control-allow-origin" not in other.headers
 
@@ -340,6 +345,11 @@ def test_sigterm_finishes_running_answers_and_then_ends_the_process(tiny_bundle,
         (["--temperature", "3"], "temperature"),
         (["--api-key-file", "{empty}"], "holds no key"),
         (["--host", "no.such.host.invalid"], "cannot listen"),
+        (["--allowed-hosts", "http://my.machine"], "allowed_hosts: got 'http://my.machine'"),
+        (["--allowed-hosts", "my.machine:8000"], "without port"),
+        (["--remote-host", "https://example.org/pictures"], "remote_hosts"),
+        (["--cors-origin", "https://example.org/"], "cors_origins"),
+        (["--cors-origin", "example.org"], "cors_origins"),
     ],
 )
 def test_serve_refuses_options_that_cannot_work(tiny_bundle, tmp_path, options, reason, capsys):
