@@ -218,6 +218,7 @@ def test_a_failed_answer_does_not_end_another(pipe, monkeypatch):
                 raise RuntimeError("of this one request")
             return processor(request)
 
+        sometimes.sampling = processor.sampling
         monkeypatch.setattr(pipe, "processor", sometimes)
         texts = ["bad", "Count the circles."] * 8
         answers = list(clients.map(lambda text: server.http.post("/v1/chat/completions", json=question(text)), texts))
