@@ -9,12 +9,12 @@ from safetensors.numpy import load_file
 
 from examples.tiny_task import generate
 from hawk_trt import Pipeline, PruningConfig
-from hawk_trt.apps.parity.cases import tensor_cases
 from hawk_trt.errors import InvalidInput
 from hawk_trt.pruning.hawk import head_scores, normalize
 from hawk_trt.pruning.selectors import SELECTORS, best, best_varied, cdpruner, count_of_mass, dart, divprune
 from hawk_trt.request import SCORED
 from hawk_trt.request import SELECTORS as NAMES
+from hawk_trt.runtime.reference import tensor_prompts
 
 
 def test_the_names_that_a_config_takes_are_those_that_there_are():
@@ -339,15 +339,15 @@ def test_diversity_swaps_the_last_places_only(pipe, inputs):
 
 @pytest.mark.parametrize("selector", ["hawk", "divprune"])
 def test_each_frame_of_a_video_keeps_its_share(pipe, selector):
-    (case,) = tensor_cases(pipe.bundle.manifest, 2, only_video=True)
-    video = np.flatnonzero(np.ravel(case.inputs.input_ids) == pipe.bundle.manifest.special_tokens.video)
-    frames = np.split(video, int(np.asarray(case.inputs.video_grid_thw)[0, 0]))
+    inputs = tensor_prompts(pipe.bundle.manifest, 2)["video of 6 frames"]
+    video = np.flatnonzero(np.ravel(inputs.input_ids) == pipe.bundle.manifest.special_tokens.video)
+    frames = np.split(video, int(np.asarray(inputs.video_grid_thw)[0, 0]))
     assert len(frames) > 1
     pruning = PruningConfig(keep_ratio=0.25, selector=selector, quota="per-frame")
-    kept = pipe.generate(case.inputs, pruning=pruning, max_new_tokens=1).kept_indices
+    kept = pipe.generate(inputs, pruning=pruning, max_new_tokens=1).kept_indices
     shares = [int(np.isin(frame, kept).sum()) for frame in frames]
     assert shares == [-(-len(frame) // 4) for frame in frames]
-    whole = pipe.generate(case.inputs, pruning=replace(pruning, quota="per-image"), max_new_tokens=1).kept_indices
+    whole = pipe.generate(inputs, pruning=replace(pruning, quota="per-image"), max_new_tokens=1).kept_indices
     assert [int(np.isin(frame, whole).sum()) for frame in frames] != shares
 
 

@@ -1,5 +1,7 @@
 """`hawk-trt advise`: what pruning would gain on this machine, from a short measurement of its stages."""
 
+from collections.abc import Sequence
+from dataclasses import asdict
 from itertools import chain
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,11 +14,11 @@ from hawk_trt.apps.bench.advice import Prediction, TimeModel, measure, prompt_si
 from hawk_trt.apps.cli.options import PROMPT, Json, KeepRatios, Model, Numbers, Pixels, Where
 from hawk_trt.apps.cli.output import note, print_json, table
 from hawk_trt.errors import InvalidInput
-from hawk_trt.request import PruningConfig, Result
+from hawk_trt.request import ModelInputs, PruningConfig, Result
 
 if TYPE_CHECKING:
     from hawk_trt import Pipeline
-    from hawk_trt.request import ModelInputs
+    from hawk_trt.request import ImageInput
 
 _PROMPT = "Describe what is shown in this image."
 
@@ -54,21 +56,14 @@ def advise(
     if image_size < 1:
         raise InvalidInput(f"--image-size: got {image_size}, expected at least 1")
     with where.open(model) as pipe:
-        inputs = None if pipe.processor.chat is not None else _tensors(pipe, image, image_size)
         noise = np.random.default_rng(0).integers(0, 256, (image_size, image_size, 3), dtype=np.uint8)
+        asked: str | ModelInputs = prompt
+        shown: Sequence[ImageInput] = image or [noise]
+        if pipe.processor.chat is None:
+            asked, shown = _tensors(pipe, image, image_size), ()
 
         def ask(pruning: PruningConfig, new_tokens: int) -> Result:
-            if inputs is not None:
-                return pipe.generate(inputs, pruning=pruning, max_new_tokens=new_tokens, ignore_eos=True)
-            return pipe.generate(
-                prompt,
-                images=image or [noise],
-                pruning=pruning,
-                max_new_tokens=new_tokens,
-                ignore_eos=True,
-                min_pixels=pixels.min_pixels,
-                max_pixels=pixels.max_pixels,
-            )
+            return pipe.generate(asked, shown, (), pruning, new_tokens, ignore_eos=True, **asdict(pixels))
 
         size = prompt_size(pipe, ask(PruningConfig(keep_ratio=1.0), 1))
         note(f"measuring {size.num_text} text and {size.num_visual} visual tokens, about {seconds:g} s")
@@ -105,7 +100,7 @@ def advise(
     return 0
 
 
-def _tensors(pipe: "Pipeline", image: tuple[str, ...], side: int) -> "ModelInputs":
+def _tensors(pipe: "Pipeline", image: tuple[str, ...], side: int) -> ModelInputs:
     """A prompt for a bundle without a tokenizer: noise between special tokens."""
     from hawk_trt.runtime.reference import random_inputs  # only such bundles need it
 

@@ -65,7 +65,7 @@ def chat(
     Returns:
         0, or 1 where a piped line failed.
     """
-    pruning.config(1.0 if keep_ratio is None else keep_ratio)
+    pruning.config(keep_ratio)
     sampling.config()
     Request("", max_new_tokens=max_new_tokens, **asdict(pixels))  # what it refuses is said before the model is loaded
     with where.open(model, DEFAULT_VISION_CACHE_MB) as pipe:
@@ -74,7 +74,7 @@ def chat(
         talk = Conversation(
             pipe,
             pruning,
-            pipe.bundle.manifest.keep_ratio if keep_ratio is None else keep_ratio,
+            pruning.config(keep_ratio, pipe.bundle).keep_ratio,
             sampling.config(pipe.bundle),
             system,
             Prompt(prompt="", **asdict(pixels), max_new_tokens=max_new_tokens),

@@ -33,7 +33,7 @@ def demo(
     from hawk_trt import Pipeline
 
     pruning = Pruning()
-    config = pruning.config(0.2 if keep_ratio is None else keep_ratio)
+    config = pruning.config(keep_ratio)
     checkpoint = tiny_checkpoint()
     samples = json.loads((checkpoint / "samples" / "samples.json").read_text(encoding="utf-8"))
     with Pipeline.load(ready(checkpoint)) as pipe:

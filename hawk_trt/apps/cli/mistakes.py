@@ -57,7 +57,7 @@ def to_try(error: Exception, program: str, words: Sequence[str]) -> str | None:
     program: hawk-trt, or python -m and a module. words: of the command line, after the program.
     """
     # A flag and its value are two words from here on. What takes none here loses it.
-    alone = {*NEEDLESS, *(name for flag, names in OPTIONS.items() if " " in flag for name in names)}
+    alone = {*NEEDLESS, *(name for flag, names in OPTIONS.items() if " " in flag for name in names.split())}
     pairs = [word.split("=", 1) if word.startswith("-") else [word] for word in words]
     try:
         return _to_try(error, program, [part for pair in pairs for part in pair[: 1 if pair[0] in alone else 2]])
@@ -237,13 +237,13 @@ def _with_flag(words: Sequence[str], wrong: str, known: Sequence[str]) -> Sequen
             return None
     if wrong in NEEDLESS:
         return [word for word in words if word != wrong]
-    if wrong in FOREIGN:
+    if wrong in FOREIGN.split():
         return [*before, *rest]
     if wrong in ("--prompt-file", "--question-file", "--text-file") and "--prompt" in known:
         return [*before, "--prompt", "-", *rest, f"< {value or 'FILE'}"]
     if words[0] == "chat" and wrong in ("--prompt", "-p"):
         return ["run", *words[1:]]
-    named = [flag for flag, others in OPTIONS.items() if wrong in others and flag.split()[0] in known]
+    named = [flag for flag, others in OPTIONS.items() if wrong in others.split() and flag.split()[0] in known]
     right = named[0] if named else near(wrong, known)
     if right is None:  # there is no such option, and nothing like it
         return [*before, *rest]

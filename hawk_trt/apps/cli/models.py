@@ -147,12 +147,6 @@ def expect_exported(name: Path, *, built: bool = True) -> None:
         raise _no_model(str(name), "a bundle or engines")
 
 
-def load_bundle(model: Path) -> Bundle:
-    """The bundle of a folder, or the one inside an engine folder, whose graphs are plans."""
-    folder = ready(model)
-    return EngineFolder.load(folder).bundle if holds_engines(folder) else Bundle.load(folder)
-
-
 def manifest_of(folder: Path) -> Manifest:
     """The manifest of a bundle, or of the one that engines were built from."""
     return read_engine_manifest(folder).bundle if holds_engines(folder) else read_manifest(folder)

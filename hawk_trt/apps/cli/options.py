@@ -21,6 +21,7 @@ from hawk_trt.stages import DTYPES, TARGETS
 
 if TYPE_CHECKING:
     from hawk_trt import Pipeline
+    from hawk_trt.bundle import Bundle
     from hawk_trt.request import Message
 
 # The names that others give the dtypes.
@@ -216,8 +217,10 @@ class Scoring:
     min_visual_tokens: int = 1
     head_weights: Path | None = None
 
-    def config(self, keep_ratio: float) -> PruningConfig:
-        """The pruning that the options ask for, at a keep ratio."""
+    def config(self, keep_ratio: float | None, bundle: "Bundle | None" = None) -> PruningConfig:
+        """The pruning that the options ask for, at a keep ratio; None is the bundle's, once there is one."""
+        if keep_ratio is None:
+            keep_ratio = 1.0 if bundle is None else bundle.manifest.keep_ratio
         if 1.0 < keep_ratio <= 100.0:
             raise InvalidInput(
                 f"keep_ratio: got {keep_ratio:g}, expected a number in (0, 1]. "

@@ -77,12 +77,11 @@ def run(
         json: print the whole result as JSON
     """
     # All that can be refused without the model is refused before it is loaded.
-    config = pruning.config(1.0 if keep_ratio is None else keep_ratio)
+    pruning.config(keep_ratio)
     sampling.config()
     text = prompt.text()
     pipe = where.open(model)
-    if keep_ratio is None:
-        config = replace(config, keep_ratio=pipe.bundle.manifest.keep_ratio)
+    config = pruning.config(keep_ratio, pipe.bundle)
     messages = prompt.messages(text)
     stream = pipe.stream(
         messages,

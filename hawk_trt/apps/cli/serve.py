@@ -55,7 +55,7 @@ class Served:
         """The server's settings."""
         return ServeSettings(
             model_name=self.model_name or (str(model) if kind_of(model) == "hub id" else model.resolve().name),
-            pruning=self.pruning.config(1.0 if self.keep_ratio is None else self.keep_ratio),
+            pruning=self.pruning.config(self.keep_ratio),
             remote_hosts=self.remote_host,
             cors_origins=self.cors_origin,
             allowed_hosts=tuple(name.strip() for names in self.allowed_hosts for name in names.split(",")),
@@ -67,10 +67,7 @@ class Served:
     def open(self, model: Path, settings: ServeSettings) -> "tuple[Pipeline, ServeSettings]":
         """The loaded model, and the settings with the keep ratio of its bundle where the options name none."""
         pipe = self.where.open(model, self.vision_cache_mb)
-        if self.keep_ratio is None:
-            pruning = replace(settings.pruning, keep_ratio=pipe.bundle.manifest.keep_ratio)
-            settings = replace(settings, pruning=pruning)
-        return pipe, settings
+        return pipe, replace(settings, pruning=self.pruning.config(self.keep_ratio, pipe.bundle))
 
 
 def serve(

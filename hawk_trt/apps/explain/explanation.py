@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from hawk_trt.errors import InvalidInput
 from hawk_trt.inputs.layout import PromptLayout
-from hawk_trt.request import Result, Selector
+from hawk_trt.request import Result
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ def explain(
     layout: PromptLayout,
     results: Sequence[tuple[float, Result]],
     spatial_merge_size: int,
-    selector: str | Selector = "hawk",
+    selector: str = "hawk",
 ) -> Explanation:
     """Lay scores and kept tokens out on the token grids of the images, then of the videos.
 
@@ -98,5 +98,4 @@ def explain(
         )
         for keep_ratio, result in results
     ]
-    name = selector if isinstance(selector, str) else getattr(selector, "__name__", "your selector")
-    return Explanation(prompt, name, layout.num_visual, tuple(items), tuple(selections), results[0][1].query)
+    return Explanation(prompt, selector, layout.num_visual, tuple(items), tuple(selections), results[0][1].query)

@@ -222,46 +222,37 @@ class Reference:
         Yields:
             Logits [rows, vocab] float32; send the tokens [rows] that the rows go on with.
         """
-        if self.model.scoring_layer:
-            yield from self._decode_hybrid(prompt, kept, rows)
-            return
-        language = self.language
-        embeds, positions = prompt.embeds[kept].expand(rows, -1, -1), prompt.position_ids[:, kept]
-        cache = DynamicCache(config=language.config)
+        model, language = self.model, self.language
+        cache, first, count = DynamicCache(config=language.config), model.scoring_layer, len(language.layers)
+        x = prompt.embeds.expand(rows, -1, -1)
+        if first:  # a hybrid model's layers before the scoring layer see every token
+            x = model.layers(x, prompt.position_ids, range(first), cache)
+        x, positions = x[:, kept], prompt.position_ids[:, kept]
         deepstack: dict[str, Any] = {}
         if prompt.deepstack:
             visual, still_there = set(prompt.visual), set(kept)
             ordinals = [n for n, position in enumerate(prompt.visual) if position in still_there]
-            mask = torch.tensor([[position in visual for position in kept]], device=embeds.device)
+            mask = torch.tensor([[position in visual for position in kept]], device=x.device)
             levels = [level[ordinals].repeat(rows, 1) for level in prompt.deepstack]
             deepstack = {"visual_pos_masks": mask.expand(rows, -1), "deepstack_visual_embeds": levels}
         following = int(prompt.position_ids.max()) + 1  # of the unpruned prompt: what comes next keeps its place
+        layers = range(first, count)
         while True:
-            places = positions[:, None].expand(-1, rows, -1)  # [axes, rows, n]
-            output = language(
-                inputs_embeds=embeds,
-                position_ids=places if len(places) > 1 else places[0],  # 1-D models take no axis
-                past_key_values=cache,
-                use_cache=True,
-                **deepstack,
-            )
-            deepstack = {}  # what is generated is text
-            tokens = yield self.model.lm_head(output.last_hidden_state[:, -1]).float()
-            embeds = language.embed_tokens(tokens)[:, None]
-            positions = torch.full((len(positions), 1), following, device=embeds.device)
-            following += 1
-
-    def _decode_hybrid(self, prompt: EmbeddedPrompt, kept: Sequence[int], rows: int) -> Generator[Tensor, Tensor, None]:
-        """The same where the layers before the scoring layer see every token."""
-        model, language = self.model, self.language
-        cache, first, count = DynamicCache(config=language.config), model.scoring_layer, len(language.layers)
-        x = model.layers(prompt.embeds.expand(rows, -1, -1), prompt.position_ids, range(first), cache)
-        x = model.layers(x[:, kept], prompt.position_ids[:, kept], range(first, count), cache)
-        following = int(prompt.position_ids.max()) + 1
-        while True:
-            tokens = yield model.lm_head(language.norm(x[:, -1])).float()
-            positions = torch.full((len(prompt.position_ids), 1), following, device=x.device)
-            x = model.layers(language.embed_tokens(tokens)[:, None], positions, range(count), cache)
+            if first:
+                x = language.norm(model.layers(x, positions, layers, cache))
+            else:
+                places = positions[:, None].expand(-1, rows, -1)  # [axes, rows, n]
+                x = language(
+                    inputs_embeds=x,
+                    position_ids=places if len(places) > 1 else places[0],  # 1-D models take no axis
+                    past_key_values=cache,
+                    use_cache=True,
+                    **deepstack,
+                ).last_hidden_state
+            tokens = yield model.lm_head(x[:, -1]).float()
+            layers, deepstack = range(count), {}  # what is generated is text, and goes through all layers
+            x = language.embed_tokens(tokens)[:, None]
+            positions = torch.full((len(positions), 1), following, device=x.device)
             following += 1
 
     def _scores(self, prompt: EmbeddedPrompt, pruning: PruningConfig) -> tuple[list[int], Tensor, Tensor]:

@@ -2,21 +2,22 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
-from rich.console import Group, RenderableType
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from hawk_trt.apps.parity.cases import ParityCase
 from hawk_trt.apps.parity.compare import SelectionRow, TokenRow, compare_selection, compare_tokens
-from hawk_trt.request import PruningConfig
+from hawk_trt.request import ModelInputs, PruningConfig
 from hawk_trt.runtime.comparison import StageRow, Tolerance, compare_stage
 
 if TYPE_CHECKING:
     from hawk_trt.apps.parity.reference import EmbeddedPrompt, Reference
     from hawk_trt.pipeline import Pipeline
+
+ParityCase: TypeAlias = tuple[str, ModelInputs]  # a prompt's name, and the tensors that both sides get
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +69,11 @@ def compare_case(
     tolerance: Tolerance,
 ) -> CaseReport:
     """Run one prompt on both sides and compare what each stage gave; embedded: the same prompt from reference.embed."""
+    name, inputs = case
     pruning = replace(pruning, query=pruning.query or "paper")  # the authors' rule, whatever the prompt
-    result = pipe.generate(case.inputs, pruning=pruning, max_new_tokens=steps, ignore_eos=True)
+    result = pipe.generate(inputs, pruning=pruning, max_new_tokens=steps, ignore_eos=True)
     # After the last token nothing is compared, so the bundle is not fed with it; nor is the reference.
-    trace = pipe.trace(case.inputs, pruning, forced_tokens=result.token_ids[:-1])
+    trace = pipe.trace(inputs, pruning, forced_tokens=result.token_ids[:-1])
     expected = reference.run(embedded, pruning, forced_tokens=result.token_ids)
     selection = compare_selection(trace, expected, tolerance) if len(expected.visual_indices) else None
     if not np.array_equal(result.kept_indices, trace.kept_indices) and selection is not None:
@@ -89,15 +91,11 @@ def compare_case(
     stages.append(compare_stage("first_layer", trace.hidden_states, aligned.hidden_states, tolerance.first_layer))
     stages.append(compare_stage("decoder", trace.logits, aligned.logits, tolerance.decoder))
     tokens = compare_tokens(result.token_ids, trace, aligned, tolerance)
-    return CaseReport(case.name, pruning.keep_ratio, tuple(stages), selection, tokens)
+    return CaseReport(name, pruning.keep_ratio, tuple(stages), selection, tokens)
 
 
-def tell(report: ParityReport) -> Group:
+def told(report: ParityReport) -> Iterator[RenderableType]:
     """A block for each case, then the tolerances and the verdict, for a terminal."""
-    return Group(*_told(report))
-
-
-def _told(report: ParityReport) -> Iterator[RenderableType]:
     for case in report.cases:
         yield Text(case.title, style="bold")
         yield _stage_table(case)

@@ -60,18 +60,15 @@ class Workers:
         """Do work in a process; WorkerEndedError where that ended first. A caller that is cancelled ends it."""
         async with self.limiter:
             worker = self._idle.pop() if self._idle else _Worker()
-            done = False
             try:
                 value, error = await anyio.to_thread.run_sync(
                     worker.run, work, abandon_on_cancel=True, limiter=self._threads
                 )
-                done = True
-            finally:
-                if done:
-                    self._idle.append(worker)
-                else:
-                    with anyio.CancelScope(shield=True):
-                        await anyio.to_thread.run_sync(worker.close)
+            except BaseException:  # a cancellation too
+                with anyio.CancelScope(shield=True):
+                    await anyio.to_thread.run_sync(worker.close)
+                raise
+            self._idle.append(worker)
         if error is not None:
             raise error
         result: T = value

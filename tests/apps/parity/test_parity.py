@@ -10,7 +10,7 @@ from rich.console import Console
 
 from hawk_trt.apps.cli.output import print_json
 from hawk_trt.apps.parity.compare import ReferenceTrace, compare_selection, compare_tokens, rank_correlation
-from hawk_trt.apps.parity.report import CaseReport, ParityReport, tell
+from hawk_trt.apps.parity.report import CaseReport, ParityReport, told
 from hawk_trt.runtime.comparison import TOLERANCES, StageTolerance, compare_stage
 from hawk_trt.runtime.trace import Trace
 
@@ -295,7 +295,7 @@ def test_the_table_names_what_is_out_of_tolerance(rng):
     reference = reference_trace(rng)
     trace = replace(same(reference), visual_embeds=reference.visual_embeds * 2)
     text = io.StringIO()
-    Console(file=text, width=160).print(tell(report_of(reference, trace)), soft_wrap=True)
+    Console(file=text, width=160).print(*told(report_of(reference, trace)), sep="\n", soft_wrap=True)
     assert "OUT OF TOLERANCE photo.png, keep ratio 0.2: vision: norm ratio" in text.getvalue()
     assert "in tolerance: 0 of 1 cases" in text.getvalue()
 

@@ -13,7 +13,6 @@ from PIL import Image
 import golden
 from export.__main__ import main as export_main
 from hawk_trt.apps.cli.main import main
-from hawk_trt.apps.parity.cases import tensor_cases
 from hawk_trt.apps.parity.prompt_rules import prompt_tokens
 from hawk_trt.apps.parity.report import compare_case
 from hawk_trt.bundle import Bundle
@@ -147,8 +146,8 @@ def test_after_a_wrong_choice_the_stages_are_compared_over_the_same_tokens(tenso
         reference = Reference.load(
             golden.MODEL, head_weights=manifest.head_weights.values, normalization=manifest.normalization
         )
-        case = tensor_cases(manifest, seed=3)[0]
-        embedded = reference.embed(case.inputs, prompt_tokens(pipe.bundle))
+        case = "image", stage_reference.tensor_prompts(manifest, 3)["image 224x224"]
+        embedded = reference.embed(case[1], prompt_tokens(pipe.bundle))
         pruning = PruningConfig(keep_ratio=0.3)
         right = compare_case(pipe, reference, case, embedded, pruning, 3, TOLERANCES["float32"])
         wrong = compare_case(Misled(pipe), reference, case, embedded, pruning, 3, TOLERANCES["float32"])
