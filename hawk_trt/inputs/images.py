@@ -96,7 +96,7 @@ def load_image(
         return _from_file(io.BytesIO(source), "image (bytes)", max_pixels, formats)
     if isinstance(source, str) and source.lstrip()[:5].lower() == "data:":
         return _from_file(io.BytesIO(data_url_bytes(source.lstrip())), "image (data URL)", max_pixels, formats)
-    if isinstance(source, str) and source.lstrip().startswith(BASE64_STARTS) and not _exists(source):
+    if isinstance(source, str) and source.lstrip().startswith(BASE64_STARTS) and not (_exists(source) or "." in source):
         return _from_file(io.BytesIO(base64_bytes(source)), "image (base64)", max_pixels, formats)
     path = local_path(source, "image")
     with path.open("rb") as file:
@@ -119,6 +119,8 @@ def local_path(source: "str | os.PathLike[str]", what: str) -> Path:
     if not isinstance(source, str | os.PathLike):
         raise InvalidInput(f"{what}: got {type(source).__name__}, expected a path, bytes, a PIL image or a uint8 array")
     name = os.fspath(source)
+    if not name:
+        raise InvalidInput(f"{what}: got an empty path. Give the path of one {what} file")
     if name[:5].lower() == "data:":  # of an image it has been read by now
         raise InvalidInput(f"{what}: got {name[:40]!r}, a data URL. Write it to a file and give its path")
     name = re.sub(

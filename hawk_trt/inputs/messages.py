@@ -3,6 +3,7 @@
 The shapes of transformers, of qwen-vl-utils and of OpenAI are read; what cannot be honoured is refused by its name.
 """
 
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -28,10 +29,11 @@ if TYPE_CHECKING:
 
 _ROLES = ("system", "user", "assistant", "tool")
 # Of a message beside role, content and name. An answer that only calls tools has no content.
-_MORE_KEYS = {"assistant": ("reasoning_content", "tool_calls"), "tool": ("tool_call_id",)}
+_REASONING = ("reasoning_content", "thinking", "reasoning")  # the first of them counts, as in transformers
+_MORE_KEYS = {"assistant": (*_REASONING, "tool_calls"), "tool": ("tool_call_id",)}
 _KINDS: dict[str, Literal["text", "image", "video"]] = {
     **{"text": "text", "image": "image", "video": "video"},
-    **{"input_text": "text", "image_url": "image", "input_image": "image", "video_url": "video"},
+    **{"input_text": "text", "output_text": "text", "image_url": "image", "input_image": "image", "video_url": "video"},
 }
 _SOURCES = {"image": ("image", "image_url", "url", "path", "base64"), "video": ("video", "video_url", "url", "path")}
 # The settings of an item, and what a VisualItem calls them.
@@ -54,7 +56,7 @@ _FULL_DETAIL = ("auto", "high", "original")
 
 
 def read_messages(messages: "Sequence[Message]", sources: Sources) -> tuple[Turn, ...]:
-    """Check chat messages (docs/prompts.md) and bring them to turns. A key whose value is None counts as not there.
+    """Check chat messages (docs/prompts.md) and bring them to turns. A key of None or [] counts as not there.
 
     sources: of the image and video items without one, in order. Raises InvalidInput: a shape, role, content type or key
     that is not known, no message, no turn to answer, or images and videos that do not fit the items without a source.
@@ -79,14 +81,17 @@ def _turn(message: object, where: str) -> Turn:
     role = "system" if message["role"] == "developer" else message["role"]  # OpenAI's newer name
     if role not in _ROLES:
         raise InvalidInput(f"{where}: got role {role!r}, expected {listed(_ROLES)}")
-    given = {key: value for key, value in message.items() if value is not None}
+    given = _given(message)
     allowed = ("role", "content", "name", *_MORE_KEYS.get(role, ()))
     if not set(given) <= set(allowed) or not ("content" in message or given.get("tool_calls")):
         raise InvalidInput(f"{where}: got {shape_of(given)}, expected a mapping of {listed(allowed)}")
-    texts = [key for key in ("name", "reasoning_content", "tool_call_id") if key in given]
+    texts = [key for key in ("name", *_REASONING, "tool_call_id") if key in given]
     more: dict[str, Any] = {key: valid_text(given[key], f"{where} {key}") for key in texts}
+    if thought := [more.pop(key) for key in _REASONING if key in more]:
+        more["reasoning_content"] = thought[0]
     if given.get("tool_calls"):
-        more["tool_calls"] = checked_objects(given["tool_calls"], f"{where} tool_calls")
+        calls = checked_objects(given["tool_calls"], f"{where} tool_calls")
+        more["tool_calls"] = checked_objects([_with_arguments(call) for call in calls], f"{where} tool_calls")
     content = given.get("content", "")
     if isinstance(content, str):
         return Turn(role, valid_text(content, where), more)
@@ -95,10 +100,27 @@ def _turn(message: object, where: str) -> Turn:
     return Turn(role, tuple(_item(item, f"{where} item {index}") for index, item in enumerate(content)), more)
 
 
+def _given(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys that say something; a video without frames is refused later."""
+    empty = {key for key, value in mapping.items() if isinstance(value, list) and not value} - {"video"}
+    return {key: value for key, value in mapping.items() if value is not None and key not in empty}
+
+
+def _with_arguments(call: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A call whose arguments, which OpenAI has as JSON text, are the object that templates expect."""
+    if isinstance(call.get("function"), Mapping):
+        return {**call, "function": _with_arguments(call["function"])}
+    try:
+        arguments = json.loads(call["arguments"])
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return call
+    return {**call, "arguments": arguments} if isinstance(arguments, dict) else call
+
+
 def _item(item: object, where: str) -> str | VisualItem:
     if not isinstance(item, Mapping):
         raise InvalidInput(f"{where}: got {shape_of(item)}, expected a mapping with a type: {listed(_KINDS)}")
-    given = {key: value for key, value in item.items() if value is not None}
+    given = _given(item)
     # Many prompts leave the type out; the key then says it.
     kind_name = given.get("type", next((key for key in _KINDS if key in given), None))
     kind = _KINDS.get(kind_name) if isinstance(kind_name, str) else None

@@ -91,8 +91,8 @@ class Processor:
             visual = sum(part.count for parts in expanded for part in parts if isinstance(part, TokenRun))
             raise InvalidInput(
                 f"prompt: got {len(input_ids)} tokens, {visual} of them of images and videos, expected at most "
-                f"{self._context}, the model's context. Take smaller pictures: --max-pixels (max_pixels=); "
-                "or fewer frames of a video: --fps, --max-frames"
+                f"{self._context}, the model's context. Shorten the text, or take smaller pictures: --max-pixels "
+                "(max_pixels=), or fewer frames of a video: --fps, --max-frames"
             )
         return self._family.model_inputs(input_ids, items)
 

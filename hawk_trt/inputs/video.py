@@ -101,14 +101,19 @@ def _from_file(index: VideoIndex, item: VisualItem, most: int, sampler: FrameSam
         where = "" if start is None and end is None else f" from second {start or 0:g} to {end or shown[-1]:g}"
         raise InvalidInput(f"{index.path}: got {total} frames{where}, expected at least {num_frames or 1}")
 
-    def rate_of(count: int) -> float:
-        return (count + 0.5) * rate / total  # of which the family's rule makes so many frames
+    def evenly(count: int, most: int) -> npt.NDArray[np.int64]:
+        return sampler(total, rate, (count + 0.5) * rate / total, most)
 
+    # a family may take even numbers alone: of those asked for the nearest, of the least the next
     if num_frames is not None:
-        fps, most = rate_of(num_frames), num_frames
-    numbers = sampler(total, rate, fps, most)
-    least = min(item.min_frames or 0, total)
-    if len(numbers) < least:
-        numbers = sampler(total, rate, rate_of(least), most)
+        numbers = evenly(num_frames, num_frames)
+        if len(numbers) != num_frames:
+            even = round(num_frames / FRAME_MULTIPLE) * FRAME_MULTIPLE
+            numbers = evenly(even, even)
+    else:
+        numbers = sampler(total, rate, fps, most)
+        least = min(item.min_frames or 0, total)
+        for count in (least, least + 1):
+            numbers = evenly(count, most) if len(numbers) < least else numbers
     taken = tuple((numbers + first).tolist())
     return Video(FileFrames(index, taken), total / (len(taken) * rate), [float(shown[number]) for number in taken])

@@ -158,7 +158,8 @@ def _opened(path: Path) -> "Iterator[tuple[InputContainer, VideoStream]]":
         # As a URL, so that no name of a folder ("http:") is taken for a protocol.
         with av.open(f"file:{path.absolute()}", options=_OPTIONS, metadata_errors="replace") as container:
             stream = container.streams.best("video")
-            if stream is None or stream.codec_context is None:
+            cover = stream is not None and stream.disposition & av.stream.Disposition.attached_pic
+            if stream is None or stream.codec_context is None or cover:
                 raise InvalidInput(
                     f"{path}: holds no video that can be decoded. Convert it to MP4, or give its frames as images"
                 )
@@ -201,8 +202,8 @@ def _pick(
 
 
 def _number(picture: "VideoFrame", index: VideoIndex, following: int) -> int:
-    """The number of a picture by its time, or the following one where times say nothing."""
-    if picture.pts is None or not len(index.times):
+    """The number of a picture by its time; the following one where times say nothing, or several frames share it."""
+    if picture.pts is None or not len(index.times) or picture.pts in index.times[following : following + 1]:
         return following
     return min(int(np.searchsorted(index.times, picture.pts)), index.total - 1)
 

@@ -78,6 +78,8 @@ def test_what_is_no_image_is_an_error_that_names_it_and_says_what_helps(tmp_path
         ("data:image/png;base64,%%%", ("data URL", "base64")),
         ("data:image/png,abc", ("data:image/png", "base64")),
         ("a\0b.png", ("no such file",)),
+        ("", ("an empty path",)),
+        ("Qk/none.png", ("Qk/none.png", "no such file")),  # begins as base64 of a BMP does
         ("x" * 10_000, ("cannot be read",)),
         (7, ("got int", "a path")),
         (None, ("got NoneType", "a path")),

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from hawk_trt.errors import InvalidInput
-from prompts import chat_tokenizer, ids_of, text, user
+from prompts import VL_TEMPLATE, chat_tokenizer, ids_of, text, user
 
 
 def test_a_string_puts_images_then_videos_before_the_text():
@@ -136,6 +136,27 @@ def test_one_image_needs_no_list(images, sources):
 def test_one_video_needs_no_list():
     for video in ("v.mp4", np.zeros((2, 4, 4, 3), np.uint8)):
         assert len(chat_tokenizer().encode("Which?", videos=video).visual) == 1
+
+
+ANSWER = {"role": "assistant", "content": "red"}
+
+
+@pytest.mark.parametrize(
+    ("message", "same"),
+    [
+        (ANSWER | {"annotations": [], "tool_calls": [], "refusal": None}, ANSWER),  # as OpenAI's client dumps it
+        ({"role": "assistant", "content": [{"type": "output_text", "text": "red", "annotations": []}]}, ANSWER),
+        (ANSWER | {"reasoning": "hm"}, ANSWER | {"reasoning_content": "hm"}),
+        (ANSWER | {"thinking": "hm", "reasoning": "x"}, ANSWER | {"reasoning_content": "hm"}),
+        (ANSWER | {"reasoning_content": "hm", "thinking": "x"}, ANSWER | {"reasoning_content": "hm"}),
+        ({"role": "tool", "content": "3", "tool_call_id": None}, {"role": "tool", "content": "3"}),
+    ],
+)
+def test_messages_as_other_servers_answer_them_are_read(message, same):
+    template = VL_TEMPLATE.replace("{% endif %}<|im_end|>", "{% endif %}{{ message.reasoning_content }}<|im_end|>")
+    tokenizer = chat_tokenizer(template=template)
+    ids = [ids_of(tokenizer, [user(text("Which?")), one, user(text("And?"))]).tolist() for one in (message, same)]
+    assert ids[0] == ids[1]
 
 
 def test_keys_without_a_value_and_no_content_are_no_keys_and_an_empty_text():

@@ -69,6 +69,20 @@ def test_a_special_token_spelled_in_a_tool_or_a_call_is_text():
     assert tokenizer.tokenizer.decode(ids, skip_special_tokens=False).count(spelled) == 4
 
 
+@pytest.mark.parametrize("nested", [True, False])
+def test_arguments_as_json_text_are_the_object_that_templates_expect(nested):
+    def ids(arguments):
+        call = {"name": "look", "arguments": arguments}
+        answer = {"role": "assistant", "content": None, "tool_calls": [{"function": call} if nested else call]}
+        return ids_of(chat_tokenizer(template=TEMPLATE), [user(text("x")), answer, SEEN]).tolist()
+
+    assert ids('{"where": ["left", 1]}') == ids({"where": ["left", 1]})
+    for other in ("left", "[1]", "", '{"a"'):  # stays the text that it is
+        assert ids(other) != ids({})
+    with pytest.raises(InvalidInput, match="half of a surrogate pair"):
+        ids('{"a": "\\ud800"}')
+
+
 def endless():
     """A list that holds itself."""
     values = []

@@ -60,6 +60,12 @@ def test_very_short_files_keep_what_they_have(tmp_path):
 VARYING_MS = [*(number * 1000 // 30 for number in range(30)), *(1000 + 1000 * number for number in range(30))]
 
 
+@pytest.mark.parametrize("times_ms", [[0] * 40, [number // 2 * 200 for number in range(40)]])
+def test_frames_of_one_time_are_told_apart(tmp_path, times_ms):
+    video = load_video(timed(tmp_path / "same.mkv", times_ms), num_frames=8)
+    assert [number_of(frame) for frame in video.frames] == [0, 5, 10, 15, 20, 25, 30, 35]
+
+
 @pytest.mark.parametrize("name", ["varying.mp4", "varying.mkv"])
 def test_a_varying_frame_rate_gives_the_times_of_the_file(tmp_path, name):
     video = load_video(timed(tmp_path / name, VARYING_MS))
@@ -89,7 +95,10 @@ def test_a_pause_and_a_late_start_count_from_the_first_frame(tmp_path):
     ("options", "numbers"),
     [
         ({"num_frames": 6}, [0, 10, 20, 30, 40, 50]),
+        ({"num_frames": 5}, [0, 15, 30, 45]),  # rounded as in transformers and qwen-vl-utils
+        ({"num_frames": 7}, [0, 7, 15, 22, 30, 37, 45, 52]),
         ({"min_frames": 20}, [*range(0, 60, 3)]),
+        ({"min_frames": 19}, [*range(0, 60, 3)]),
         ({"fps": 1, "min_frames": 4}, [0, 10, 20, 30, 40, 50]),
         ({"start": 3.0}, [30, 35, 40, 45, 50, 55]),
         ({"start": 1.0, "end": 3.9}, [10, 15, 20, 25, 30, 35]),

@@ -270,6 +270,20 @@ def not_a_video(folder):
     return folder / "text.mp4"
 
 
+def cover_alone(folder):
+    with av.open(str(folder / "cover.mp3"), "w") as container:
+        sound, cover = container.add_stream("mp3", rate=44100), container.add_stream("mjpeg")
+        cover.width, cover.height, cover.pix_fmt = 32, 32, "yuvj420p"
+        cover.disposition = av.stream.Disposition.attached_pic
+        silence = av.AudioFrame.from_ndarray(np.zeros((2, 4410), np.float32), format="fltp", layout="stereo")
+        silence.sample_rate = 44100
+        picture = av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")
+        for stream, frame in ((cover, picture), (sound, silence)):
+            container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+    return folder / "cover.mp3"
+
+
 def empty(folder):
     (folder / "empty.mp4").touch()
     return folder / "empty.mp4"
@@ -279,6 +293,7 @@ def empty(folder):
     ("source", "words"),
     [
         (no_video, ("sound.wav", "no video")),
+        (cover_alone, ("cover.mp3", "no video")),
         (not_a_video, ("text.mp4", "not a video")),
         (empty, ("empty.mp4", "empty")),
         (lambda folder: folder / "missing.mp4", ("missing.mp4", "no such file")),
