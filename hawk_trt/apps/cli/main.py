@@ -152,15 +152,17 @@ def options_of_file(app: App, commands: tuple[str, ...], arguments: ArgumentColl
     )
     if file is None:
         return
-    import_module("yaml")
+    yaml = import_module("yaml")
     from cyclopts.config import Yaml
 
     if not Path(file).is_file():
         raise InvalidInput(f"--config: {file} is no file, expected a YAML file of options, as keep_ratio: 0.2")
     try:
-        Yaml(file, search_parents=False, use_commands_as_keys=False)(app, commands, arguments)
-    except CycloptsError as error:
-        if type(error) is not CycloptsError:  # an option that is not known, or a value
+        content = yaml.safe_load(Path(file).read_text(encoding="utf-8-sig"))
+        own = isinstance(content, dict) and isinstance(content.get(commands[0]), dict)  # options of several commands
+        Yaml(file, search_parents=False, use_commands_as_keys=own)(app, commands, arguments)
+    except (CycloptsError, ValueError, yaml.YAMLError) as error:
+        if isinstance(error, CycloptsError) and type(error) is not CycloptsError:  # an unknown option, or a value
             raise
         raise InvalidInput(f"--config {file}: {error}, expected options, as keep_ratio: 0.2") from error
 

@@ -226,6 +226,8 @@ def _of_prompt(error: InvalidInput | BackendError, files: Mapping[str, Path]) ->
             return invalid(str(error).replace(str(file), place), place, "invalid_video")
     if isinstance(error, BackendError):
         return invalid(f"messages: this server takes no videos: {error}", "messages", "unsupported")
+    if "the model's context" in str(error):  # clients that shorten a chat by themselves look for the code
+        return invalid(str(error).partition(": --max-pixels")[0], "messages", "context_length_exceeded")
     return invalid(str(error), "messages", "invalid_prompt")
 
 

@@ -67,6 +67,23 @@ def test_the_help_ends_where_a_terminal_has_no_width(columns, monkeypatch, capsy
     assert "--json" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("serve:\n  port: 99999\n", "port: got 99999"),
+        ("\ufeffport: 99999\n", "port: got 99999"),
+        ("port: !!python/object/apply:os.getcwd []\n", "--config"),
+        ("port: [\n", "--config"),
+        ("- port\n", "--config"),
+    ],
+)
+def test_a_file_of_options_is_read_or_refused_as_a_whole(tiny_bundle, tmp_path, capsys, content, message):
+    file = tmp_path / "options.yaml"
+    file.write_text(content, encoding="utf-8")
+    assert main(["serve", str(tiny_bundle), "--config", str(file)]) == 1
+    assert message in capsys.readouterr().err.splitlines()[0]
+
+
 def test_a_folder_whose_name_is_not_utf8_is_told_so(tiny_bundle, tmp_path, capsys):
     folder = Path(os.fsdecode(bytes(tmp_path) + b"/\xff"))
     folder.symlink_to(tiny_bundle)

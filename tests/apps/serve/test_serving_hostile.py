@@ -346,6 +346,12 @@ def test_what_says_nothing_is_taken(server):
     assert refused.status_code == 400
 
 
+def test_a_prompt_beyond_the_context_is_told_by_the_code_that_clients_know(server):
+    error = server.http.post("/v1/chat/completions", json=question("word " * 2_000)).json()["error"]
+    assert (error["code"], "--" in error["message"]) == ("context_length_exceeded", False), error
+    assert "4096, the model's context" in error["message"]
+
+
 def test_ignore_eos_goes_on_to_the_longest_answer(server):
     got = server.ask(ignore_eos=True, max_tokens=7).json()
     assert (got["usage"]["completion_tokens"], got["choices"][0]["finish_reason"]) == (7, "length")
