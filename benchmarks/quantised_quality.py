@@ -20,6 +20,7 @@ from hawk_trt.apps.evaluate.datasets import Sample, load_dataset
 from hawk_trt.apps.evaluate.metrics import exact_match
 from hawk_trt.apps.evaluate.summary import mean_interval
 from hawk_trt.bundle import WeightFormat
+from hawk_trt.runtime.trace import traced
 
 CHECKPOINT = Path(__file__).parent.parent / "examples" / "tiny-vlm"
 KEEP_RATIOS = (1.0, 0.2, 0.1)
@@ -51,7 +52,7 @@ def answer(pipe: Pipeline, sample: Sample, keep_ratio: float, float32: Answer | 
     inputs = pipe.prepare(sample.prompt, images=sample.images)
     result = pipe.generate(inputs, pruning=pruning, max_new_tokens=MAX_NEW_TOKENS)
     tokens = tuple(result.token_ids) if float32 is None else float32.tokens
-    trace = pipe.trace(inputs, pruning, forced_tokens=tokens[:-1])
+    trace = traced(pipe, inputs, pruning, forced_tokens=tokens[:-1])
     score = exact_match(result.text or "", sample)
     return Answer(score, trace.kept_indices, tuple(result.token_ids), trace.logits)
 

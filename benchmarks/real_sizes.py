@@ -21,6 +21,7 @@ from hawk_trt import ModelInputs, Pipeline, PruningConfig
 from hawk_trt.bundle import Bundle
 from hawk_trt.inputs.layout import collate
 from hawk_trt.pruning.hawk import head_scores, num_kept, weighted_topk
+from hawk_trt.runtime.trace import traced
 from tests.checkpoints import QWEN_MODELS, make_sparse_checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -71,7 +72,7 @@ def answer(folder: Path, keep_ratio: float = 0.2) -> dict[str, float]:
     inputs = ModelInputs(input_ids=ids, pixel_values=np.asarray(patches.pixel_values), image_grid_thw=patches.grid_thw)
     pruning = PruningConfig(keep_ratio)
     result = pipe.generate(inputs, pruning=pruning, max_new_tokens=4, ignore_eos=True, return_logits=True)
-    trace = pipe.trace(inputs, pruning, result.token_ids[:-1])
+    trace = traced(pipe, inputs, pruning, result.token_ids[:-1])
     layout = pipe.processor.layout(inputs)
     kept = num_kept(num_visual, keep_ratio, pruning.min_visual_tokens)
     weights = np.array(manifest.head_weights.values, np.float32)

@@ -82,7 +82,7 @@ def _what_ends_a_turn(processor: Processor, eos: tuple[int, ...]) -> list[str]:
     assert processor.chat is not None
     turns = [{"role": role, "content": text} for role, text in (("user", _QUESTION), ("assistant", _ANSWER))]
     try:
-        parts = processor.chat.encode([*turns, turns[0]]).parts
+        parts = processor.chat.encode([*turns, turns[0]])
     except InvalidInput as error:
         return [f"a second question cannot be asked: {error}"]
     at = next((number for number, part in enumerate(parts) if isinstance(part, str) and _ANSWER in part), len(parts))

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
     from hawk_trt.inputs.turns import JsonObject
     from hawk_trt.request import ImageInput, Message, VideoInput
-    from hawk_trt.runtime.trace import Trace
 
 _THREADS = 256  # of more, ONNX Runtime makes them all before it notices, for minutes
 
@@ -176,7 +175,7 @@ class Pipeline:
             prompt, images, videos, pruning, max_new_tokens, sampling, stop, ignore_eos, return_logits,
             logprobs, skip_special_tokens, min_pixels=min_pixels, max_pixels=max_pixels,
         )  # fmt: skip
-        scheduler = self._scheduler()
+        scheduler = self.scheduler()
         return _answers(scheduler, [scheduler.add(request)])[0]
 
     def stream(
@@ -201,7 +200,7 @@ class Pipeline:
             prompt, images, videos, pruning, max_new_tokens, sampling, stop, ignore_eos, return_logits,
             logprobs, skip_special_tokens, min_pixels=min_pixels, max_pixels=max_pixels,
         )  # fmt: skip
-        scheduler = self._scheduler()
+        scheduler = self.scheduler()
         return TextStream(self, scheduler, scheduler.add(request))
 
     def generate_batch(
@@ -231,7 +230,7 @@ class Pipeline:
         if isinstance(requests, str | bytes) or not isinstance(requests, Sequence):
             got = type(requests).__name__
             raise InvalidInput(f"requests: got {got}, expected a list of prompts; one prompt alone: generate")
-        scheduler = self._scheduler()
+        scheduler = self.scheduler()
         sequences = []
         for number, entry in enumerate(requests):
             request = entry if isinstance(entry, Request) else Request(entry)
@@ -246,22 +245,10 @@ class Pipeline:
         if self._closed:
             raise BackendError("pipeline: it is closed. Load the model again: Pipeline.load")
 
-    def _scheduler(self) -> Scheduler:
+    def scheduler(self) -> Scheduler:
+        """A new scheduler of this model; BackendError where it is closed."""
         self.check_open()
         return Scheduler(self.bundle, self.processor, self.vision_cache, self.backend)
-
-    def trace(
-        self, inputs: ModelInputs, pruning: PruningConfig, forced_tokens: Sequence[int] = (), steps: int | None = None
-    ) -> "Trace":
-        """Run one prompt and keep what every stage made.
-
-        The tokens decoded are forced_tokens; where they end, the most probable ones. steps: rows of logits; None is
-        one more than there are forced tokens.
-        """
-        from hawk_trt.runtime.trace import trace
-
-        language = self.bundle.manifest.language
-        return trace(self._scheduler(), self.vision_cache, language, inputs, pruning, forced_tokens, steps)
 
 
 class TextStream:

@@ -7,6 +7,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from hawk_trt.bundle import SpecialTokens
 from hawk_trt.inputs.tokenizer import ChatTokenizer
+from hawk_trt.inputs.turns import VisualItem
+from hawk_trt.models.family import TokenRun
 
 TINY = Path(__file__).parents[1] / "examples" / "tiny-vlm"
 TINY_TEMPLATE = (TINY / "chat_template.jinja").read_text(encoding="utf-8")
@@ -79,7 +81,14 @@ def chat_tokenizer(tokenizer_json=TOKENIZERS["tiny"], template=VL_TEMPLATE, conf
 
 def ids_of(tokenizer, *prompt, **sources):
     """Of a prompt, with one placeholder for each image and video: int64 [seq_len]."""
-    return tokenizer.token_ids(tokenizer.encode(*prompt, **sources).parts)
+    parts = tokenizer.encode(*prompt, **sources)
+    kinds = {kind: token for token, kind in tokenizer._placeholders.items()}
+    return tokenizer.expand(parts, [[TokenRun(kinds[item.kind])] for item in visual_items(parts)])
+
+
+def visual_items(parts):
+    """The images and videos of an encoded prompt."""
+    return [part for part in parts if isinstance(part, VisualItem)]
 
 
 def user(*parts):

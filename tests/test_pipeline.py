@@ -12,6 +12,7 @@ from examples.tiny_task import generate
 from export.__main__ import main as export
 from hawk_trt import ModelInputs, Pipeline, PruningConfig, Request, SamplingConfig
 from hawk_trt.errors import InvalidInput
+from hawk_trt.runtime.trace import traced
 from targets import ON_CPU
 
 SAMPLES = list(generate(11, 10))
@@ -217,7 +218,7 @@ def test_a_trace_with_the_generated_tokens_forced_gives_the_same_logits(inplace)
     sample = SAMPLES[2]
     inputs = inplace.prepare(sample.question, [sample.image])
     result = inplace.generate(inputs, pruning=PRUNING, max_new_tokens=5, ignore_eos=True, return_logits=True)
-    trace = inplace.trace(inputs, PRUNING, result.token_ids[:-1])
+    trace = traced(inplace, inputs, PRUNING, result.token_ids[:-1])
     np.testing.assert_array_equal(trace.logits, result.logits)
     np.testing.assert_array_equal(trace.kept_indices, result.kept_indices)
     hidden = inplace.bundle.manifest.language.hidden_size

@@ -83,12 +83,12 @@ class Processor:
                 "vocab.json but no tokenizer.json, write it with transformers: "
                 "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR), and export again"
             )
-        encoded = self.chat.encode(prompt, images, videos, tools)
-        items = [self._patches(item, request) for item in encoded.visual]
+        parts = self.chat.encode(prompt, images, videos, tools)
+        items = [self._patches(part, request) for part in parts if isinstance(part, VisualItem)]
         expanded = [self._family.placeholder(item, self._special_tokens) for item in items]
-        input_ids = self.chat.expand(encoded, expanded)
+        input_ids = self.chat.expand(parts, expanded)
         if len(input_ids) > self._context:  # before a frame or patch of a long video is made
-            visual = sum(part.count for parts in expanded for part in parts if isinstance(part, TokenRun))
+            visual = sum(run.count for own in expanded for run in own if isinstance(run, TokenRun))
             raise InvalidInput(
                 f"prompt: got {len(input_ids)} tokens, {visual} of them of images and videos, expected at most "
                 f"{self._context}, the model's context. Shorten the text, or take smaller pictures: --max-pixels "

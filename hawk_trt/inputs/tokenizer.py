@@ -6,7 +6,7 @@ none gets exactly the ids that encoding the whole rendered string gives.
 
 import os
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,14 +28,6 @@ _MAX_HEADER_TOKENS = 32
 _CHARACTERS_A_TOKEN = 64
 # Threads of its own make the tokenizers package warn after every fork.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-
-@dataclass(frozen=True, slots=True)
-class EncodedPrompt:
-    """A prompt as texts and special tokens, and the images and videos in the order of their placeholders."""
-
-    parts: tuple[str | TokenRun, ...]
-    visual: tuple[VisualItem, ...]
 
 
 class ChatTokenizer:
@@ -86,8 +78,8 @@ class ChatTokenizer:
         images: "ImageInput | Sequence[ImageInput]" = (),
         videos: "VideoInput | Sequence[VideoInput]" = (),
         tools: Sequence[JsonObject] = (),
-    ) -> EncodedPrompt:
-        """Turn a string, or chat messages as docs/prompts.md says, into texts and special tokens.
+    ) -> list[str | TokenRun | VisualItem]:
+        """Turn a string, or chat messages as docs/prompts.md says, into texts, special tokens, and images and videos.
 
         images, videos: sources of a string's, or of the items of messages without one, in order; one alone needs no
         list. Raises InvalidInput: a prompt that cannot be read, no chat template, or one that refuses this prompt.
@@ -121,45 +113,40 @@ class ChatTokenizer:
             parts.append(text.rstrip() if token is not None and token.lstrip else text)
             parts += [] if token is None else [TokenRun(token_id)]
             before = token
-        visual = tuple(item for turn in turns for item in turn.visual())
+        visual = [item for turn in turns for item in turn.visual()]
         given = [item.kind for item in visual]
-        runs = [part.token_id for part in parts if isinstance(part, TokenRun)]
-        placed = [self._placeholders[token] for token in runs if token in self._placeholders]
+        kinds = [self._placeholders.get(part.token_id) if isinstance(part, TokenRun) else None for part in parts]
+        placed = [kind for kind in kinds if kind is not None]
         if placed != given:
             raise InvalidInput(
                 f"prompt: got {_listed(given)}, but the bundle's chat template makes {_listed(placed)} of it. "
                 "Use a checkpoint whose template takes them, or pass ModelInputs"
             )
-        return EncodedPrompt(tuple(parts), visual)
+        items = iter(visual)
+        return [part if kind is None else next(items) for part, kind in zip(parts, kinds, strict=True) if part != ""]
 
-    def expand(self, encoded: EncodedPrompt, placeholders: Sequence[Sequence[str | TokenRun]]) -> npt.NDArray[np.int64]:
-        """Token ids with what the family makes of each image and video in its placeholder's place: int64 [seq_len].
+    def expand(
+        self, parts: Sequence[str | TokenRun | VisualItem], placeholders: Sequence[Sequence[str | TokenRun]]
+    ) -> npt.NDArray[np.int64]:
+        """Token ids of an encoded prompt with what the family makes of its images and videos: int64 [seq_len].
 
         placeholders: texts and runs of tokens for each, in the prompt's order. Those that bring vision_start and
-        vision_end replace the ones around the placeholder too. Raises InvalidInput: more or fewer of them than
-        placeholders, or one without a token.
+        vision_end replace the ones around the image or video too.
         """
-        if len(encoded.visual) != len(placeholders) or not all(
-            any(isinstance(part, TokenRun) and part.count > 0 for part in parts) for parts in placeholders
-        ):
-            raise InvalidInput(
-                f"visual tokens: got {len(placeholders)} expansions for {len(encoded.visual)} placeholders, "
-                "expected one with at least 1 token for each image and video"
-            )
         waiting = iter(placeholders)
         special = self._special_tokens
         around = [TokenRun(-1 if n is None else n) for n in (special.vision_start, special.vision_end)]
-        left = [part for part in encoded.parts if part != ""]
+        left = list(parts)
         expanded: list[str | TokenRun] = []
         while left:
             part = left.pop(0)
-            if not (isinstance(part, TokenRun) and part.token_id in self._placeholders):
+            if not isinstance(part, VisualItem):
                 expanded.append(part)
                 continue
-            parts = next(waiting)
-            if around[0] in parts and (expanded[-1:], left[:1]) == ([around[0]], [around[1]]):
+            own = next(waiting)
+            if around[0] in own and (expanded[-1:], left[:1]) == ([around[0]], [around[1]]):
                 del expanded[-1], left[0]
-            expanded += parts
+            expanded += own
         return self.token_ids(expanded)
 
     def token_ids(self, parts: Sequence[str | TokenRun]) -> npt.NDArray[np.int64]:

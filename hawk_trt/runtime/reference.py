@@ -28,7 +28,7 @@ from hawk_trt.models import load_family
 from hawk_trt.models.family import TokenRun
 from hawk_trt.pipeline import Pipeline
 from hawk_trt.request import ModelInputs, PruningConfig
-from hawk_trt.runtime.trace import Trace
+from hawk_trt.runtime.trace import Trace, traced
 
 STEPS = 8
 _SCHEMA_VERSION = 1
@@ -129,7 +129,7 @@ def trace(
     """
     selector = "hawk" if kept is None else lambda *_: np.flatnonzero(kept)
     pruning = PruningConfig(keep_ratio=pipe.bundle.manifest.keep_ratio, selector=selector)
-    return pipe.trace(inputs, pruning, forced_tokens, STEPS)
+    return traced(pipe, inputs, pruning, forced_tokens, STEPS)
 
 
 def condensed(made: Trace, logit_ids: npt.NDArray[np.int64] | None = None) -> Trace:

@@ -6,11 +6,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from hawk_trt.pipeline import Pipeline
 from hawk_trt.request import ModelInputs, PruningConfig, Request
 from hawk_trt.runtime.protocol import Row
-from hawk_trt.runtime.vision_cache import VisionCache
-from hawk_trt.scheduler import Scheduler
-from hawk_trt.stages import LanguageConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,16 +30,19 @@ class Trace:
     kept_indices: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
 
 
-def trace(
-    scheduler: Scheduler,
-    vision: VisionCache,
-    language: LanguageConfig,
+def traced(
+    pipe: Pipeline,
     inputs: ModelInputs,
     pruning: PruningConfig,
-    forced_tokens: Sequence[int],
-    steps: int | None,
+    forced_tokens: Sequence[int] = (),
+    steps: int | None = None,
 ) -> Trace:
-    """Run one prompt and keep what every stage made; see Pipeline.trace."""
+    """Run one prompt and keep what every stage made.
+
+    The tokens decoded are forced_tokens; where they end, the most probable ones. steps: rows of logits; None is one
+    more than there are forced tokens.
+    """
+    scheduler, language = pipe.scheduler(), pipe.bundle.manifest.language
     steps = len(forced_tokens) + 1 if steps is None else steps
     request = Request(inputs, pruning=pruning, max_new_tokens=steps + 1, ignore_eos=True, return_logits=True)
     sequence = scheduler.add(request)
@@ -53,7 +54,7 @@ def trace(
 
     sequence.sampler = forced
     visual = sequence.layout.visual_rows >= 0
-    embeds = vision.encode([(inputs, sequence.layout)])[0].numpy().astype(np.float32)
+    embeds = pipe.vision_cache.encode([(inputs, sequence.layout)])[0].numpy().astype(np.float32)
 
     def step() -> Row:
         scheduler.step()

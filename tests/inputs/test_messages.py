@@ -4,18 +4,18 @@ import numpy as np
 import pytest
 
 from hawk_trt.errors import InvalidInput
-from prompts import VL_TEMPLATE, chat_tokenizer, ids_of, text, user
+from prompts import VL_TEMPLATE, chat_tokenizer, ids_of, text, user, visual_items
 
 
 def test_a_string_puts_images_then_videos_before_the_text():
     tokenizer = chat_tokenizer()
-    encoded = tokenizer.encode("Which?", images=["a.png", "c.png"], videos=["b.mp4"])
-    assert [(item.kind, item.source) for item in encoded.visual] == [
+    prompt = ("Which?", ["a.png", "c.png"], ["b.mp4"])
+    assert [(item.kind, item.source) for item in visual_items(tokenizer.encode(*prompt))] == [
         ("image", "a.png"),
         ("image", "c.png"),
         ("video", "b.mp4"),
     ]
-    decoded = tokenizer.tokenizer.decode(tokenizer.token_ids(encoded.parts).tolist(), skip_special_tokens=False)
+    decoded = tokenizer.tokenizer.decode(ids_of(tokenizer, *prompt).tolist(), skip_special_tokens=False)
     image, video = (f"<|vision_start|><|{kind}_pad|><|vision_end|>" for kind in ("image", "video"))
     assert f"<|im_start|>user\n{image}{image}{video}Which?<|im_end|>\n<|im_start|>assistant\n" in decoded
 
@@ -25,8 +25,8 @@ def test_items_without_a_source_take_the_next_image_or_video():
         user({"type": "image"}, text("x"), {"image": "b.png"}, {"type": "video", "fps": 0.5}, {"type": "image"})
     ]
     encoded = chat_tokenizer().encode(messages, images=["a.png", "c.png"], videos=["v.mp4"])
-    assert [item.source for item in encoded.visual] == ["a.png", "b.png", "v.mp4", "c.png"]
-    assert [item.fps for item in encoded.visual] == [None, None, 0.5, None]
+    assert [item.source for item in visual_items(encoded)] == ["a.png", "b.png", "v.mp4", "c.png"]
+    assert [item.fps for item in visual_items(encoded)] == [None, None, 0.5, None]
 
 
 @pytest.mark.parametrize(
@@ -103,24 +103,24 @@ def test_every_common_shape_of_an_image_is_read(shape):
     expected = chat_tokenizer().encode([user({"type": "image", "image": "a.png"}, text("Which?"))])
     for question in (text("Which?"), {"type": "input_text", "text": "Which?"}, {"text": "Which?", "image": None}):
         encoded = chat_tokenizer().encode([{"role": "user", "content": (SHAPES[shape], question)}])
-        assert [(item.kind, item.source) for item in encoded.visual] == [("image", "a.png")]
-        assert encoded.parts == expected.parts
+        assert [(item.kind, item.source) for item in visual_items(encoded)] == [("image", "a.png")]
+        assert encoded == expected
 
 
 def test_base64_is_an_image_of_bytes():
     encoded = chat_tokenizer().encode([user({"type": "image", "base64": "aGF3aw"})])
-    assert encoded.visual[0].source == b"hawk"
+    assert visual_items(encoded)[0].source == b"hawk"
 
 
 @pytest.mark.parametrize("shape", ["video", "url", "path", "video_url"])
 def test_every_setting_of_a_video_is_read(shape):
     item = {"type": "video", shape: "v.mp4", "nframes": np.int64(8), "video_start": 1, "video_end": np.float32(2.5)}
     item |= {"min_pixels": 784, "max_pixels": 50176, "total_pixels": 10**6, "resized_height": 56, "resized_width": 84}
-    video = chat_tokenizer().encode([user(item | {"timestamps": False})]).visual[0]
+    video = visual_items(chat_tokenizer().encode([user(item | {"timestamps": False})]))[0]
     assert (video.source, video.num_frames, video.start, video.end, video.timestamps) == ("v.mp4", 8, 1.0, 2.5, False)
     assert (video.min_pixels, video.max_pixels, video.total_pixels, video.resized) == (784, 50176, 10**6, (56, 84))
     item = {"type": "video_url", "video_url": {"url": "v.mp4"}, "sample_fps": 1, "min_frames": 4, "max_frames": 8}
-    video = chat_tokenizer().encode([user(item)]).visual[0]
+    video = visual_items(chat_tokenizer().encode([user(item)]))[0]
     assert (video.source, video.fps, video.min_frames, video.max_frames) == ("v.mp4", 1.0, 4, 8)
 
 
@@ -129,13 +129,13 @@ def test_every_setting_of_a_video_is_read(shape):
 )
 def test_one_image_needs_no_list(images, sources):
     encoded = chat_tokenizer().encode("Which?", images=images)
-    assert len(encoded.visual) == len(sources)
-    assert all(np.array_equal(item.source, source) for item, source in zip(encoded.visual, sources, strict=True))
+    assert len(visual_items(encoded)) == len(sources)
+    assert all(np.array_equal(item.source, source) for item, source in zip(visual_items(encoded), sources, strict=True))
 
 
 def test_one_video_needs_no_list():
     for video in ("v.mp4", np.zeros((2, 4, 4, 3), np.uint8)):
-        assert len(chat_tokenizer().encode("Which?", videos=video).visual) == 1
+        assert len(visual_items(chat_tokenizer().encode("Which?", videos=video))) == 1
 
 
 ANSWER = {"role": "assistant", "content": "red"}
@@ -171,6 +171,6 @@ def test_keys_without_a_value_and_no_content_are_no_keys_and_an_empty_text():
 def test_the_names_of_openai_and_none_in_the_place_of_images():
     newer, older = ([{"role": role, "content": "Be brief."}, user(text("x"))] for role in ("developer", "system"))
     assert ids_of(chat_tokenizer(), newer).tolist() == ids_of(chat_tokenizer(), older).tolist()
-    assert chat_tokenizer().encode("Which?", images=None, videos=None).visual == ()
+    assert visual_items(chat_tokenizer().encode("Which?", images=None, videos=None)) == []
     url = "data:image/png;base64,iVBORw0KGgo="
-    assert chat_tokenizer().encode([user({"type": "image", "base64": url})]).visual[0].source == url
+    assert visual_items(chat_tokenizer().encode([user({"type": "image", "base64": url})]))[0].source == url

@@ -18,6 +18,7 @@ from hawk_trt.apps.serve.batcher import Batcher
 from hawk_trt.bundle import Bundle
 from hawk_trt.errors import InvalidInput
 from hawk_trt.pruning.hawk import head_scores, normalize, num_kept
+from hawk_trt.runtime.trace import traced
 from hawk_trt.stages import NORMALIZATIONS
 from internvl import CHECKPOINTS, CONTEXT, END, IM_END, START, TILE_PX, TILE_TOKENS, VIDEO, tensors, theirs
 from served import ask, assert_served_as_alone
@@ -144,7 +145,7 @@ def test_a_pruned_batch_is_the_oracles_row_by_row(checkpoint, pipe):
 @pytest.mark.parametrize("keep_ratio", [0.2, 0.7])
 def test_scores_and_kept_tokens_are_those_of_the_numpy_oracle(pipe, model, keep_ratio):
     inputs = tensors([4, 1, 3])
-    trace = pipe.trace(inputs, PruningConfig(keep_ratio=keep_ratio), [])
+    trace = traced(pipe, inputs, PruningConfig(keep_ratio=keep_ratio), [])
     language, visual = model.model.language_model, inputs.input_ids == CONTEXT
     with torch.inference_mode():
         embeds = language.embed_tokens(torch.from_numpy(inputs.input_ids)).numpy()

@@ -15,6 +15,7 @@ from hawk_trt.errors import CheckpointError
 from hawk_trt.models.qwen3_vl import interpolation
 from hawk_trt.models.vision_config import Qwen3Vision
 from hawk_trt.pruning.hawk import head_scores, normalize
+from hawk_trt.runtime.trace import traced
 from qwen import PREPROCESSOR, QWEN3_VL_4B, QWEN3_VL_8B, QWENS, run
 from random_models import (
     IM_END_OPTION,
@@ -66,7 +67,7 @@ def test_the_vision_cache_keeps_the_features_of_every_level(qwen, pipe):
 
 def test_scores_equal_the_numpy_oracle_with_norms_before_the_mean(pipe, qwen):
     inputs = prompt(PATCH_DIM, **PROMPTS["several images"])
-    trace = pipe.trace(inputs, PruningConfig(keep_ratio=0.5), [])
+    trace = traced(pipe, inputs, PruningConfig(keep_ratio=0.5), [])
     language = qwen.model.model.language_model
     visual = inputs.input_ids == IMAGE
     embeds = language.embed_tokens(torch.from_numpy(inputs.input_ids)).detach().numpy()
@@ -101,10 +102,10 @@ def test_every_level_of_deepstack_is_added_to_the_kept_tokens(qwen, tmp_path):
             logits.append(run(pipe, inputs, 0.3).logits[0])
     with Pipeline.load(qwen.bundle) as pipe:
         logits.append(run(pipe, inputs, 0.3).logits[0])
-        trace = pipe.trace(inputs, PruningConfig(keep_ratio=0.3), [])
+        trace = traced(pipe, inputs, PruningConfig(keep_ratio=0.3), [])
     assert all(np.abs(one - other).max() > 1e-2 for n, one in enumerate(logits) for other in logits[:n])
     with Pipeline.load(tmp_path / "b0") as pipe:
-        moved = pipe.trace(inputs, PruningConfig(keep_ratio=0.3), []).hidden_states - trace.hidden_states
+        moved = traced(pipe, inputs, PruningConfig(keep_ratio=0.3), []).hidden_states - trace.hidden_states
     visual = inputs.input_ids[trace.kept_indices] == IMAGE
     np.testing.assert_allclose(moved[visual], 1.0, atol=1e-5)
     np.testing.assert_allclose(moved[~visual], 0.0, atol=1e-6)

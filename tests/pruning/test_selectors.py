@@ -15,6 +15,7 @@ from hawk_trt.pruning.selectors import SELECTORS, best, best_varied, cdpruner, c
 from hawk_trt.request import SCORED
 from hawk_trt.request import SELECTORS as NAMES
 from hawk_trt.runtime.reference import tensor_prompts
+from hawk_trt.runtime.trace import traced
 
 
 def test_the_names_that_a_config_takes_are_those_that_there_are():
@@ -206,7 +207,7 @@ def test_a_selector_on_the_host_drives_the_graphs(pipe, inputs, selector):
     result = pipe.generate(inputs, pruning=PruningConfig(selector=selector, seed=4), max_new_tokens=1)
     assert result.num_kept == plain.num_kept == 13
     np.testing.assert_allclose(result.scores, plain.scores, atol=1e-6)  # HAWK's, whoever chooses
-    trace = pipe.trace(inputs, PruningConfig(keep_ratio=1.0), ())
+    trace = traced(pipe, inputs, PruningConfig(keep_ratio=1.0), ())
     layout = pipe.processor.layout(inputs)
     text = pipe.bundle.embedding_table()[layout.input_ids[layout.query_weights > 0]]
     expected = {
@@ -245,7 +246,7 @@ def test_the_last_token_of_the_prompt_asks(pipe, inputs, tiny_checkpoint, prunin
     layout = pipe.processor.layout(inputs)
     visual = layout.visual_rows >= 0
     merged = pipe.bundle.embedding_table()[layout.input_ids].astype(np.float32)
-    merged[visual] = pipe.trace(inputs, PruningConfig(keep_ratio=1.0), ()).visual_embeds
+    merged[visual] = traced(pipe, inputs, PruningConfig(keep_ratio=1.0), ()).visual_embeds
     last = np.zeros(len(merged), np.float32)
     last[-1] = 1.0
     raw = head_scores(

@@ -12,6 +12,7 @@ from hawk_trt.errors import BackendError, InvalidInput
 from hawk_trt.runtime import onnxruntime
 from hawk_trt.runtime.kv_cache import CachePool, KVCache
 from hawk_trt.runtime.not_finite import first_not_finite
+from hawk_trt.runtime.trace import traced
 from hawk_trt.scheduler import Scheduler
 from hybrid import PROMPTS, ask, export_random
 
@@ -61,9 +62,9 @@ def test_prompts_padded_to_one_length_answer_as_alone(either, plain):
 
 def test_a_state_that_was_decoded_is_that_of_a_longer_prompt(either):
     words = np.arange(20, 60)
-    forced = either.trace(ModelInputs(words[:30]), PruningConfig(keep_ratio=1.0), words[30:].tolist())
+    forced = traced(either, ModelInputs(words[:30]), PruningConfig(keep_ratio=1.0), words[30:].tolist())
     for count in (0, 1, 5, 10):
-        whole = either.trace(ModelInputs(words[: 30 + count]), PruningConfig(keep_ratio=1.0))
+        whole = traced(either, ModelInputs(words[: 30 + count]), PruningConfig(keep_ratio=1.0))
         np.testing.assert_allclose(forced.logits[count], whole.logits[0], rtol=0, atol=2e-4)
     np.testing.assert_allclose(forced.kv_norms[0], np.full((2, 40), forced.kv_norms[0, :, :1]))
     np.testing.assert_allclose(forced.kv_norms[:, :, 0], whole.kv_norms[:, :, 0], rtol=1e-4)
@@ -146,7 +147,7 @@ def test_a_choice_of_the_host_leaves_the_states_of_one_run(plain, pruning):
 
 
 def test_portable_graphs_leave_the_states_of_cpus(plain, portable):
-    one, other = (pipe.trace(PROMPTS[1], PruningConfig(keep_ratio=0.4), [5, 9, 11]) for pipe in (plain, portable))
+    one, other = (traced(pipe, PROMPTS[1], PruningConfig(keep_ratio=0.4), [5, 9, 11]) for pipe in (plain, portable))
     np.testing.assert_array_equal(one.kept_indices, other.kept_indices)
     np.testing.assert_allclose(one.kv_norms, other.kv_norms, rtol=1e-4)
     np.testing.assert_allclose(one.hidden_states, other.hidden_states, rtol=0, atol=1e-3)  # 1.1e-4 seen, of 15
@@ -154,7 +155,7 @@ def test_portable_graphs_leave_the_states_of_cpus(plain, portable):
 
 def test_dropped_tokens_change_the_states_of_the_first_layers_alone(plain):
     """Layers 0 to 2 see every token, whatever is kept; the layers behind see the kept ones."""
-    few, all_kept = (plain.trace(PROMPTS[0], PruningConfig(keep_ratio=ratio)) for ratio in (0.3, 1.0))
+    few, all_kept = (traced(plain, PROMPTS[0], PruningConfig(keep_ratio=ratio)) for ratio in (0.3, 1.0))
     np.testing.assert_allclose(few.kv_norms[:3, :, 0], all_kept.kv_norms[:3, :, 0], rtol=1e-5)
     assert (np.abs(few.kv_norms[4:7, 1, 0] / all_kept.kv_norms[4:7, 1, 0] - 1) > 1e-3).all()
 

@@ -12,6 +12,7 @@ from rich.text import Text
 from hawk_trt.apps.parity.compare import SelectionRow, TokenRow, compare_selection, compare_tokens
 from hawk_trt.request import ModelInputs, PruningConfig
 from hawk_trt.runtime.comparison import StageRow, Tolerance, compare_stage
+from hawk_trt.runtime.trace import traced
 
 if TYPE_CHECKING:
     from hawk_trt.apps.parity.reference import EmbeddedPrompt, Reference
@@ -73,7 +74,7 @@ def compare_case(
     pruning = replace(pruning, query=pruning.query or "paper")  # the authors' rule, whatever the prompt
     result = pipe.generate(inputs, pruning=pruning, max_new_tokens=steps, ignore_eos=True)
     # After the last token nothing is compared, so the bundle is not fed with it; nor is the reference.
-    trace = pipe.trace(inputs, pruning, forced_tokens=result.token_ids[:-1])
+    trace = traced(pipe, inputs, pruning, forced_tokens=result.token_ids[:-1])
     expected = reference.run(embedded, pruning, forced_tokens=result.token_ids)
     selection = compare_selection(trace, expected, tolerance) if len(expected.visual_indices) else None
     if not np.array_equal(result.kept_indices, trace.kept_indices) and selection is not None:

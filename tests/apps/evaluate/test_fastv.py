@@ -8,6 +8,7 @@ import pytest
 from examples.tiny_task import generate
 from hawk_trt import Pipeline, PruningConfig
 from hawk_trt.errors import InvalidInput
+from hawk_trt.runtime.trace import traced
 from hybrid import HYBRID
 
 
@@ -37,7 +38,7 @@ def ask_fastv(pipe, fastv, num_kept, steps=3):
 
 def test_fastv_that_keeps_all_answers_as_the_bundle(pipe, fastv):
     inputs, layout, _, answer = ask_fastv(pipe, fastv, 64)
-    trace = pipe.trace(inputs, PruningConfig(keep_ratio=1.0), answer.token_ids[:-1])
+    trace = traced(pipe, inputs, PruningConfig(keep_ratio=1.0), answer.token_ids[:-1])
     np.testing.assert_allclose(answer.logits, trace.logits, atol=1e-3)
     assert len(answer.kept) == layout.num_tokens
 

@@ -138,8 +138,16 @@ def test_after_a_wrong_choice_the_stages_are_compared_over_the_same_tokens(tenso
         def generate(self, inputs, pruning, **options):
             return self.pipe.generate(inputs, pruning=replace(pruning, head_weights=(1, 0, 0, 0)), **options)
 
-        def trace(self, inputs, pruning, forced_tokens):
-            return self.pipe.trace(inputs, replace(pruning, head_weights=(1, 0, 0, 0)), forced_tokens)
+        def scheduler(self):
+            scheduler = self.pipe.scheduler()
+            add = scheduler.add
+            scheduler.add = lambda request: add(
+                replace(request, pruning=replace(request.pruning, head_weights=(1, 0, 0, 0)))
+            )
+            return scheduler
+
+        def __getattr__(self, name):
+            return getattr(self.pipe, name)
 
     with Pipeline.load(tensor_bundle) as pipe:
         manifest = pipe.bundle.manifest

@@ -8,6 +8,7 @@ import pytest
 from examples.tiny_task import generate
 from hawk_trt import ModelInputs, Pipeline, PruningConfig, Request, SamplingConfig
 from hawk_trt.errors import BackendError
+from hawk_trt.runtime.trace import traced
 from hawk_trt.stages import CPU, PORTABLE, TENSORRT
 from trt_machine import Machines, engine_folder
 
@@ -79,7 +80,7 @@ def test_sampled_answers_are_those_of_onnx_runtime(pipes):
 def test_every_stage_leaves_what_onnx_runtime_leaves(pipes):
     sample = SAMPLES[4]
     inputs = pipes[1].prepare(sample.question, [sample.image])
-    got, expected = (pipe.trace(inputs, PRUNINGS["keep 0.2"], [5, 9, 11]) for pipe in pipes)
+    got, expected = (traced(pipe, inputs, PRUNINGS["keep 0.2"], [5, 9, 11]) for pipe in pipes)
     for name in ("visual_embeds", "scores", "kept_indices", "hidden_states", "logits"):
         np.testing.assert_allclose(getattr(got, name), getattr(expected, name), rtol=0, atol=1e-4, err_msg=name)
 

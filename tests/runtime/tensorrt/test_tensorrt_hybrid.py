@@ -12,6 +12,7 @@ from generations import assert_alone
 from hawk_trt import Pipeline, PruningConfig
 from hawk_trt.engine_folder import EngineFolder
 from hawk_trt.runtime.reference import Reference
+from hawk_trt.runtime.trace import traced
 from hawk_trt.scheduler import Scheduler
 from hawk_trt.stages import PORTABLE, TENSORRT
 from hybrid import PROMPTS, ask, export_random
@@ -65,7 +66,7 @@ def test_answers_are_those_of_onnx_runtime_alone_and_padded_to_one_length(engine
 
 
 def test_every_stage_and_state_is_that_of_onnx_runtime(engines, plain):
-    got, expected = (pipe.trace(PROMPTS[1], PruningConfig(keep_ratio=0.4), [5, 9, 11]) for pipe in (engines, plain))
+    got, expected = (traced(pipe, PROMPTS[1], PruningConfig(keep_ratio=0.4), [5, 9, 11]) for pipe in (engines, plain))
     np.testing.assert_array_equal(got.kept_indices, expected.kept_indices)
     for name in ("scores", "hidden_states", "logits", "kv_norms"):
         np.testing.assert_allclose(getattr(got, name), getattr(expected, name), rtol=0, atol=1e-3, err_msg=name)
