@@ -86,12 +86,12 @@ def main() -> None:
 def asymmetric_checkpoint(folder: Path, shape: str, group: int) -> Checkpoint:
     """Random weights of a shape's width, two layers deep, the matrices of the second with zero points."""
     checkpoint = random_checkpoint(folder, cut_config(shape, 2, 1))
-    tensors = dict(checkpoint._tensors)
-    for name, tensor in checkpoint._tensors.items():
+    tensors = dict(checkpoint.tensors)
+    for name, tensor in checkpoint.tensors.items():
         if name.startswith(_WEIGHTS) and name.endswith("_proj.weight"):
             size = (0, tensor.nbytes, "float32", tensor.shape)
             tensors[name] = RandomIntegers(name, tensor.file, *size, {}, 4, group, None)
-    return replace(checkpoint, _tensors=tensors)
+    return replace(checkpoint, tensors=tensors)
 
 
 def multiply_adds(bundle: Bundle) -> tuple[int, int]:

@@ -92,51 +92,55 @@ def decoder_layer(
     Returns:
         [batch * seq, hidden] (or [batch, hidden] with last_only) and the outputs for the cache by name.
     """
-    weight, offset = f"language_model.layers.{layer}", config.unit_offset_norms
+    weight, hidden, dim = f"language_model.layers.{layer}", config.hidden_size, config.head_dim
+    epsilon, offset = config.rms_norm_eps, config.unit_offset_norms
+    width, kv_width = config.num_attention_heads * dim, config.num_key_value_heads * dim
+
+    def project(h: Value, n: str, rows: int) -> Value:
+        return linear(g, h, f"{weight}.self_attn.{n}_proj", (rows, hidden), f"{n}_proj", bias=not config.qk_norm)
+
     with g.scope(f"layers.{layer}"):
-        h = rms_norm(g, x, f"{weight}.input_layernorm", config.rms_norm_eps, "input_layernorm", unit_offset=offset)
+        norm = f"{weight}.input_layernorm"
+        h = rms_norm(g, x, norm, hidden, epsilon, "input_layernorm", unit_offset=offset)
         with g.scope("self_attn"):
-            key, value = (
-                _heads(g, linear(g, h, f"{weight}.self_attn.{n}_proj", f"{n}_proj"), context.key_shape, n) for n in "kv"
-            )
+            key, value = (_heads(g, project(h, n, kv_width), context.key_shape, n) for n in "kv")
             if config.qk_norm:
                 norm = f"{weight}.self_attn.k_norm"
-                key = rms_norm(g, key, norm, config.rms_norm_eps, "k_norm", g.dtype, unit_offset=offset)
+                key = rms_norm(g, key, norm, dim, epsilon, "k_norm", g.dtype, unit_offset=offset)
             key = rotary(g, key, context.cos, context.sin, "rotary_k", config.rotary_dim)
             cos, sin, mask, query_shape = context.cos, context.sin, context.mask, context.query_shape
             if last_only:
-                h, x = (
-                    last_rows(g, t, query_shape, config.hidden_size, n) for t, n in ((h, "normed"), (x, "residual"))
-                )
+                h, x = (last_rows(g, t, query_shape, hidden, n) for t, n in ((h, "normed"), (x, "residual")))
                 # the reshapes say that one position is left, which TensorRT does not see in a Slice
-                half = (config.rotary_dim or config.head_dim) // 2
+                half = (config.rotary_dim or dim) // 2
                 cos, sin = (
                     g.reshape(_last(g, t, 1, n), -1, 1, half, name=f"{n}_one") for t, n in ((cos, "cos"), (sin, "sin"))
                 )
                 if mask is not None:
                     mask = g.reshape(_last(g, mask, 2, "mask"), 0, 1, 1, -1, name="mask_one")
-                query_shape = g.ints(-1, 1, config.num_attention_heads, config.head_dim)
-            query, gate = linear(g, h, f"{weight}.self_attn.q_proj", "q_proj"), None
+                query_shape = g.ints(-1, 1, config.num_attention_heads, dim)
+            rows, gate = 2 * width if config.attention_gate else width, None
+            query = project(h, "q", rows)
             if config.attention_gate:
                 query, gate = _query_and_gate(g, config, query)
             query = _heads(g, query, query_shape, "q")
             if config.qk_norm:
                 norm = f"{weight}.self_attn.q_norm"
-                query = rms_norm(g, query, norm, config.rms_norm_eps, "q_norm", g.dtype, unit_offset=offset)
+                query = rms_norm(g, query, norm, dim, epsilon, "q_norm", g.dtype, unit_offset=offset)
             query = rotary(g, query, cos, sin, "rotary_q", config.rotary_dim)
             attended, present = _attend(g, config, context, query, key, value, mask, layer)
             if gate is not None:
                 attended = g.op("Mul", attended, g.op("Sigmoid", gate, name="gate"), name="gated")
-            attended = linear(g, attended, f"{weight}.self_attn.o_proj", "o_proj")
+            attended = linear(g, attended, f"{weight}.self_attn.o_proj", (hidden, width), "o_proj", bias=False)
         return add_and_mlp(g, config, x, attended, weight), present
 
 
 def add_and_mlp(g: GraphBuilder, config: LanguageConfig, x: Value, attended: Value, weight: str) -> Value:
     """The second half of a layer: what the attention gave is added to the residual stream x, then the MLP's output."""
     x = add_residual(g, x, attended, "add_attention")
-    norm, offset = f"{weight}.post_attention_layernorm", config.unit_offset_norms
-    h = rms_norm(g, x, norm, config.rms_norm_eps, "post_attention_layernorm", unit_offset=offset)
-    return g.op("Add", x, gated_mlp(g, h, f"{weight}.mlp"), name="add_mlp")
+    norm, hidden, offset = f"{weight}.post_attention_layernorm", config.hidden_size, config.unit_offset_norms
+    h = rms_norm(g, x, norm, hidden, config.rms_norm_eps, "post_attention_layernorm", unit_offset=offset)
+    return g.op("Add", x, gated_mlp(g, h, f"{weight}.mlp", hidden, config.intermediate_size), name="add_mlp")
 
 
 def last_rows(g: GraphBuilder, x: Value, shape: Value, hidden: int, name: str) -> Value:

@@ -43,7 +43,7 @@ class Checkpoint:
     config: dict[str, Any]  # config.json
     generation: dict[str, Any]  # generation_config.json, empty where there is none
     files: tuple[TensorFile, ...]  # the safetensors files, by name
-    _tensors: dict[str, CheckpointTensor] = field(repr=False)
+    tensors: dict[str, CheckpointTensor] = field(repr=False)  # by canonical name
     quantisation: Quantisation | None = None  # how its matrices are quantised, None where all are plain floats
     _used: set[str] = field(default_factory=set, repr=False)
 
@@ -77,35 +77,29 @@ class Checkpoint:
             )
         return cls(folder, config, generation, files, tensors, quantisation)
 
-    def has(self, name: str) -> bool:
-        """Whether the checkpoint holds a tensor of this canonical name."""
-        return name in self._tensors
-
-    def tensor(self, name: str) -> CheckpointTensor:
-        """The tensor of a canonical name, which counts as used from now on.
-
-        Raises:
-            CheckpointError: there is none.
-        """
-        tensor = self._find(name)
-        self._used.add(name)
-        return tensor
-
-    def expect(self, name: str, shape: tuple[int, ...]) -> None:
-        """Check that there is a tensor of this name and shape.
+    def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> CheckpointTensor:
+        """The tensor of a canonical name, and of a shape if one is given; it counts as used from now on.
 
         Raises:
             CheckpointError: there is none, or it has another shape.
         """
-        tensor = self._find(name)
-        if tensor.shape != shape:
+        if name not in self.tensors:
+            near = difflib.get_close_matches(name, self.tensors, n=3)
+            hint = f" The nearest are {', '.join(near)}." if near else ""
+            if name == LM_HEAD and not near:
+                hint = " If the embeddings are its head too, say tie_word_embeddings: true there"
+            raise CheckpointError(f"{self.folder}: no tensor {name}, which {CONFIG} asks for.{hint}")
+        tensor = self.tensors[name]
+        if shape not in (None, tensor.shape):
             raise CheckpointError(
-                f"{tensor.file}: tensor {name}: shape {list(tensor.shape)}, {CONFIG} asks for {list(shape)}"
+                f"{tensor.file}: tensor {name}: shape {list(tensor.shape)}, {CONFIG} asks for {list(shape or ())}"
             )
+        self._used.add(name)
+        return tensor
 
     def unused(self) -> list[str]:
         """Canonical names of the tensors that nobody asked for, sorted."""
-        return sorted(self._tensors.keys() - self._used)
+        return sorted(self.tensors.keys() - self._used)
 
     def same_values(self, first: str, second: str) -> bool:
         """Whether two tensors have the same shape and elements.
@@ -113,7 +107,7 @@ class Checkpoint:
         Raises:
             CheckpointError: one cannot be read.
         """
-        one, other = self._tensors[first], self._tensors[second]
+        one, other = self.tensors[first], self.tensors[second]
         return one.shape == other.shape and all(
             np.array_equal(*blocks) for blocks in zip(one.blocks(), other.blocks(), strict=True)
         )
@@ -134,15 +128,6 @@ class Checkpoint:
             digest.update(f"{file.path.name} {status.st_size} {status.st_mtime_ns} {len(file.header)}\n".encode())
             digest.update(file.header)
         return digest.hexdigest()
-
-    def _find(self, name: str) -> CheckpointTensor:
-        if name not in self._tensors:
-            near = difflib.get_close_matches(name, self._tensors, n=3)
-            hint = f" The nearest are {', '.join(near)}." if near else ""
-            if name == LM_HEAD and not near:
-                hint = " If the embeddings are its head too, say tie_word_embeddings: true there"
-            raise CheckpointError(f"{self.folder}: no tensor {name}, which {CONFIG} asks for.{hint}")
-        return self._tensors[name]
 
 
 def _weight_files(folder: Path) -> tuple[TensorFile, ...]:

@@ -34,7 +34,9 @@ def decoder(g: GraphBuilder, config: LanguageConfig) -> dict[str, Value]:
         if layer < config.deepstack_levels:
             level = g.op("Gather", g.inputs["deepstack_states"], g.const(layer - 1, "int64"), axis=2, name="level")
             x = add_residual(g, x, g.reshape(level, -1, config.hidden_size, name="flat_level"), "add_deepstack")
-    x = rms_norm(g, x, "language_model.norm", config.rms_norm_eps, "norm", unit_offset=config.unit_offset_norms)
-    logits = linear(g, x, "language_model.embed_tokens" if config.tie_word_embeddings else "lm_head", "lm_head")
+    size, offset = config.hidden_size, config.unit_offset_norms
+    x = rms_norm(g, x, "language_model.norm", size, config.rms_norm_eps, "norm", unit_offset=offset)
+    head = "language_model.embed_tokens" if config.tie_word_embeddings else "lm_head"
+    logits = linear(g, x, head, (config.vocab_size, size), "lm_head", bias=False)
     logits = g.cast(logits, g.dtype, "float32", "logits_float32")
     return outputs | {"logits": logits, "next_token": g.op("ArgMax", logits, axis=-1, keepdims=0, name="next_token")}

@@ -15,8 +15,6 @@ which equals mean_t q_i(t) . k_g(n) / sqrt(head_dim) without projecting a single
 its queries and keys leaves no such shortcut: there h = r x g of every token is projected, normed, then averaged.
 """
 
-from collections.abc import Callable
-
 from hawk_trt.stages import LanguageConfig
 
 from .attention import attention_context, decoder_layer
@@ -121,21 +119,25 @@ def _normed_head_scores(g: GraphBuilder, config: LanguageConfig, embeds: Value, 
     hidden, layer = config.hidden_size, _scoring_layer(config)
     batch_seq = g.op("Shape", embeds, start=0, end=2, name="batch_seq")
 
-    def float32(name: str, label: str) -> Value:
-        return g.cast(g.weight(f"{layer}.{name}.weight"), g.dtype, "float32", label)
+    def float32(name: str, label: str, *shape: int) -> Value:
+        return g.cast(g.weight(f"{layer}.{name}.weight", *shape), g.dtype, "float32", label)
 
-    def norm_scale(name: str, label: str) -> Value:
-        return offset_scale(g, g.weight(f"{layer}.{name}.weight")) if config.unit_offset_norms else float32(name, label)
+    def norm_scale(name: str, label: str, size: int) -> Value:
+        if config.unit_offset_norms:
+            return offset_scale(g, g.weight(f"{layer}.{name}.weight", size))
+        return float32(name, label, size)
 
     def normed(x: Value, letter: str, count: int) -> Value:
         """Projected and normed per head: [batch, seq_len, count, dim]."""
         flat = g.reshape(x, -1, hidden, name=f"{letter}_rows")
-        weight = float32(f"self_attn.{letter}_proj", f"{letter}_float32")
-        if letter == "q" and config.attention_gate:
+        gated = letter == "q" and config.attention_gate
+        rows = 2 * count * dim if gated else count * dim
+        weight = float32(f"self_attn.{letter}_proj", f"{letter}_float32", rows, hidden)
+        if gated:
             halves = g.reshape(weight, count, 2, dim, hidden, name="query_and_gate_rows")
             weight = g.op("Gather", halves, g.const(0, "int64"), axis=1, name="query_rows_by_head")
             weight = g.reshape(weight, count * dim, hidden, name="query_proj")
-        scale = norm_scale(f"self_attn.{letter}_norm", f"{letter}_scale")
+        scale = norm_scale(f"self_attn.{letter}_norm", f"{letter}_scale", dim)
         shape = g.op("Concat", batch_seq, g.ints(count, dim), axis=0, name=f"{letter}_shape")
         with g.scope(f"{letter}_norm"):
             split = g.op("Reshape", g.op("Gemm", flat, weight, transB=1, name="project"), shape, name="heads")
@@ -143,7 +145,7 @@ def _normed_head_scores(g: GraphBuilder, config: LanguageConfig, embeds: Value, 
             return g.op("Mul", normal, scale, name="scale")
 
     x = g.cast(embeds, g.residual if config.scoring_layer else g.dtype, "float32", "embeds_float32")
-    scale = norm_scale("input_layernorm", "norm_float32")
+    scale = norm_scale("input_layernorm", "norm_float32", hidden)
     with g.scope("input_layernorm"):
         h = g.op("Mul", g.op("Mul", x, inverse_rms(g, x, config.rms_norm_eps), name="normalize"), scale, name="scale")
     # Where, since 0 x NaN of one bad visual token would otherwise poison the query
@@ -165,12 +167,12 @@ def _head_scores(g: GraphBuilder, config: LanguageConfig, embeds: Value, query_w
     heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     hidden, layer = config.hidden_size, _scoring_layer(config)
 
-    def float32(name: str) -> Value:
-        return g.cast(g.weight(f"{layer}.{name}"), g.dtype, "float32", f"{name}_float32")
+    def float32(name: str, *shape: int) -> Value:
+        return g.cast(g.weight(f"{layer}.{name}", *shape), g.dtype, "float32", f"{name}_float32")
 
     x = g.cast(embeds, g.dtype, "float32", "embeds_float32")
     inverse = inverse_rms(g, x, config.rms_norm_eps)  # [batch, seq_len, 1]
-    scale = float32("input_layernorm.weight")
+    scale = float32("input_layernorm.weight", hidden)
     # Where, since 0 x NaN of one bad visual token would otherwise poison the query
     weights = g.unsqueeze(query_weights, 2, name="query_weight_columns")
     asked = g.op("Greater", weights, g.const(0.0, "float32"), name="is_query")
@@ -181,29 +183,23 @@ def _head_scores(g: GraphBuilder, config: LanguageConfig, embeds: Value, query_w
     factor = g.transpose(factor, 0, 2, 1, name="a_r_row")
     mean = g.op("Mul", g.op("MatMul", factor, queried, name="weighted_mean"), scale, name="query_mean")
     mean = g.reshape(mean, -1, hidden, name="query_mean_rows")  # [batch, hidden]
-    query = _projected_query(g, mean, layer, float32)
+    q_proj = float32("self_attn.q_proj.weight", heads * dim, hidden)
+    q_bias = float32("self_attn.q_proj.bias", heads * dim)
+    query = g.op("Gemm", mean, q_proj, q_bias, transB=1, name="query_projection")  # Wq m + bq
     grouped = g.reshape(query, -1, kv_heads, heads // kv_heads, dim, name="query_groups")
-    key = g.reshape(float32("self_attn.k_proj.weight"), kv_heads, dim, hidden, name="k_proj_groups")
+    key = float32("self_attn.k_proj.weight", kv_heads * dim, hidden)
+    key = g.reshape(key, kv_heads, dim, hidden, name="k_proj_groups")
     absorbed = g.op("MatMul", grouped, key, name="absorb_k_proj")  # [batch, kv_heads, group, hidden]
     absorbed = g.reshape(absorbed, -1, heads, hidden, name="absorbed_heads")
     absorbed = g.op("Mul", absorbed, scale, name="absorb_norm")
     absorbed = g.transpose(absorbed, 0, 2, 1, name="absorbed_columns")  # [batch, hidden, heads]
     products = g.op("MatMul", x, absorbed, name="token_scores")  # [batch, seq_len, heads]
     scores = g.op("Mul", products, inverse, name="normed_scores")
-    if g.has_weight(f"{layer}.self_attn.k_proj.bias"):
-        bias = g.reshape(float32("self_attn.k_proj.bias"), kv_heads, dim, 1, name="k_bias_groups")
-        constant = g.op("MatMul", grouped, bias, name="query_dot_k_bias")
-        scores = g.op("Add", scores, g.reshape(constant, -1, 1, heads, name="k_bias_scores"), name="add_k_bias")
+    bias = g.reshape(float32("self_attn.k_proj.bias", kv_heads * dim), kv_heads, dim, 1, name="k_bias_groups")
+    constant = g.op("MatMul", grouped, bias, name="query_dot_k_bias")
+    scores = g.op("Add", scores, g.reshape(constant, -1, 1, heads, name="k_bias_scores"), name="add_k_bias")
     scores = g.op("Mul", scores, g.const(dim**-0.5, "float32"), name="scaled_scores")
     return g.transpose(scores, 0, 2, 1, name="head_scores")
-
-
-def _projected_query(g: GraphBuilder, mean: Value, layer: str, float32: Callable[[str], Value]) -> Value:
-    """Wq m + bq in float32: [batch, heads * dim]."""
-    operands = [mean, float32("self_attn.q_proj.weight")]
-    if g.has_weight(f"{layer}.self_attn.q_proj.bias"):
-        operands.append(float32("self_attn.q_proj.bias"))
-    return g.op("Gemm", *operands, transB=1, name="query_projection")
 
 
 def _scoring_layer(config: LanguageConfig) -> str:

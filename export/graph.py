@@ -136,15 +136,15 @@ class GraphBuilder:
         finally:
             self._nodes = outer
 
-    def weight(self, name: str, shape: tuple[int, ...] | None = None) -> Value:
-        """A checkpoint tensor as initializer, once a graph."""
+    def weight(self, name: str, *shape: int, flat: bool = False) -> Value:
+        """A checkpoint tensor as initializer, once a graph; flat makes one of all dimensions but the first."""
         if name in self._initializers:
             return name
-        return self._initializer(self._weights.initializer(self._weight_file, name, shape))
+        return self._initializer(self._weights.initializer(self._weight_file, name, shape, flat=flat))
 
-    def quantised(self, name: str) -> QuantisedMatrix | None:
+    def quantised(self, name: str, shape: tuple[int, int]) -> QuantisedMatrix | None:
         """A quantised matrix, None where it is one of plain floats."""
-        found = self._weights.quantised(self._weight_file, name, self.target)
+        found = self._weights.quantised(self._weight_file, name, shape, self.target)
         if found is None:
             return None
         for part in (found.values, found.scales, found.zero_points, found.shift, found.input_scale, found.order):
@@ -152,10 +152,6 @@ class GraphBuilder:
                 self._initializer(part)
         self._opsets[""] = max(self._opsets[""], ROW_SCALES_OPSET if found.by_row else QUANTISED_OPSET)
         return found
-
-    def has_weight(self, name: str) -> bool:
-        """Whether the checkpoint holds the tensor."""
-        return self._weights.has(name)
 
     def const(self, values: npt.ArrayLike, dtype: str) -> Value:
         """A small constant as initializer, once a graph."""

@@ -1,18 +1,20 @@
 """All graphs of a model for a target, and every tensor that they need.
 
-The table of tensors is held against the checkpoint before a graph is built, so that a missing bias or a config of
-another size is an error that names the tensor, not a wrong answer.
+Graphs say the shape of each tensor that they ask a checkpoint for, biases included, so that a missing bias or a config
+of another size is an error that names the tensor, not a wrong answer.
 """
 
-from hawk_trt.models.vision_config import VisionConfig
-from hawk_trt.stages import DECODER, FIRST_LAYER, VISION, LanguageConfig
+from pathlib import Path
 
+from hawk_trt.models.vision_config import VisionConfig
+from hawk_trt.stages import DECODER, FIRST_LAYER, NORMALIZATIONS, PORTABLE, VISION, LanguageConfig
+
+from .checkpoint import Checkpoint
 from .contract import decoder_entry, first_layer_entry
 from .decoder import decoder
 from .first_layer import first_layer
 from .graph import GraphBuilder
-from .linear_attention import linear_attention_shapes
-from .tensors import EMBEDDINGS, LM_HEAD, Shapes, linear, norm
+from .tensor_file import CheckpointTensor
 from .vision import GRAPHS
 from .weights import WeightStore
 
@@ -49,39 +51,18 @@ def build_graphs(
     return graphs
 
 
-def inventory(language: LanguageConfig, vision: VisionConfig) -> Shapes:
-    """Names and shapes of all tensors of a model; a tied one needs no lm_head.weight."""
-    return _language_shapes(language) | GRAPHS[vision.family].shapes(vision)
+def inventory(language: LanguageConfig, vision: VisionConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all tensors of a model: those that its graphs ask for, and the embedding table."""
+    asked = _AnyTensors(Path(), {}, {}, (), {})
+    weights = WeightStore(asked, "float32")
+    build_graphs(vision, language, weights, "float32", PORTABLE, NORMALIZATIONS[0])
+    weights.table((language.vocab_size, language.hidden_size))
+    return {name: tensor.shape for name, tensor in asked.tensors.items()}
 
 
-def _language_shapes(language: LanguageConfig) -> Shapes:
-    hidden, inner = language.hidden_size, language.intermediate_size
-    attended, kv = language.num_attention_heads * language.head_dim, language.num_key_value_heads * language.head_dim
-    query = 2 * attended if language.attention_gate else attended
-    table = (language.vocab_size, hidden)
-    shapes: Shapes = {EMBEDDINGS: table, "language_model.norm.weight": (hidden,)}
-    if not language.tie_word_embeddings:
-        shapes[LM_HEAD] = table
-    for index in range(language.num_hidden_layers):
-        layer = f"language_model.layers.{index}"
-        attention, mlp = f"{layer}.self_attn", f"{layer}.mlp"
-        shapes |= {
-            **norm(f"{layer}.input_layernorm", hidden, bias=False),
-            **norm(f"{layer}.post_attention_layernorm", hidden, bias=False),
-            **linear(f"{mlp}.gate_proj", inner, hidden, bias=False),
-            **linear(f"{mlp}.up_proj", inner, hidden, bias=False),
-            **linear(f"{mlp}.down_proj", hidden, inner, bias=False),
-        }
-        if language.linear is not None and language.is_linear(index):
-            shapes |= linear_attention_shapes(f"{layer}.linear_attn", hidden, language.linear)
-            continue
-        shapes |= {
-            **linear(f"{attention}.q_proj", query, hidden, bias=not language.qk_norm),
-            **linear(f"{attention}.k_proj", kv, hidden, bias=not language.qk_norm),
-            **linear(f"{attention}.v_proj", kv, hidden, bias=not language.qk_norm),
-            **linear(f"{attention}.o_proj", hidden, attended, bias=False),
-        }
-        if language.qk_norm:
-            for letter in "qk":
-                shapes |= norm(f"{attention}.{letter}_norm", language.head_dim, bias=False)
-    return shapes
+class _AnyTensors(Checkpoint):
+    """Has every tensor that it is asked for, and remembers them."""
+
+    def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> CheckpointTensor:
+        assert shape is not None  # graphs say it
+        return self.tensors.setdefault(name, CheckpointTensor(name, self.folder, 0, 0, "float32", shape))

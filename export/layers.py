@@ -18,17 +18,16 @@ _FLOAT16_HEADROOM = 64.0
 _MASKED = {"float32": -1e9, "bfloat16": -1e9, "float16": -1e4}
 
 
-def linear(g: GraphBuilder, x: Value, weight: str, name: str) -> Value:
-    """X W^T + b: [tokens, in] -> [tokens, out], with the bias where the checkpoint has one."""
-    bias = [g.weight(f"{weight}.bias")] if g.has_weight(f"{weight}.bias") else []
-    return _product(g, x, weight, name, *bias)
+def linear(g: GraphBuilder, x: Value, weight: str, shape: tuple[int, int], name: str, *, bias: bool = True) -> Value:
+    """X W^T + b: [tokens, in] -> [tokens, out]. shape: (out, in)."""
+    return _product(g, x, weight, shape, name, *([g.weight(f"{weight}.bias", shape[0])] if bias else []))
 
 
-def _product(g: GraphBuilder, x: Value, weight: str, name: str, *bias: Value) -> Value:
+def _product(g: GraphBuilder, x: Value, weight: str, shape: tuple[int, int], name: str, *bias: Value) -> Value:
     """X W^T, and the bias where one is given. Weights that are quantised are so in the graph."""
-    found = g.quantised(f"{weight}.weight")
+    found = g.quantised(f"{weight}.weight", shape)
     if found is None:
-        matrix = g.weight(f"{weight}.weight")
+        matrix = g.weight(f"{weight}.weight", *shape)
         if bias and g.bias_apart:
             return g.op("Add", g.op("Gemm", x, matrix, transB=1, name=name), *bias, name=f"{name}/add_bias")
         return g.op("Gemm", x, matrix, *bias, transB=1, name=name)
@@ -69,6 +68,7 @@ def rms_norm(
     g: GraphBuilder,
     x: Value,
     weight: str,
+    size: int,
     epsilon: float,
     name: str,
     source: str | None = None,
@@ -79,7 +79,7 @@ def rms_norm(
 
     source: dtype of x, that of the residual stream where None.  unit_offset: it multiplies by 1 + weight.
     """
-    scale, source = g.weight(f"{weight}.weight"), source or g.residual
+    scale, source = g.weight(f"{weight}.weight", size), source or g.residual
     with g.scope(name):
         if unit_offset:
             x = g.cast(x, source, "float32", "to_float32")
@@ -107,12 +107,13 @@ def offset_scale(g: GraphBuilder, weight: Value) -> Value:
     return g.op("Add", g.cast(weight, g.dtype, "float32", "offset"), g.const(1.0, "float32"), name="scale")
 
 
-def layer_norm(g: GraphBuilder, x: Value, weight: str, epsilon: float, name: str) -> Value:
+def layer_norm(g: GraphBuilder, x: Value, weight: str, size: int, epsilon: float, name: str) -> Value:
     """Layer norm of the residual stream, computed in float32: residual dtype in, model dtype out."""
     with g.scope(name):
         h = g.cast(x, g.residual, "float32", "to_float32")
         scale, bias = (
-            g.cast(g.weight(f"{weight}.{part}"), g.dtype, "float32", f"{part}_float32") for part in ("weight", "bias")
+            g.cast(g.weight(f"{weight}.{part}", size), g.dtype, "float32", f"{part}_float32")
+            for part in ("weight", "bias")
         )
         y = g.op("LayerNormalization", h, scale, bias, axis=-1, epsilon=epsilon, name="LayerNormalization")
         return g.cast(y, "float32", g.dtype, "to_model")
@@ -203,47 +204,52 @@ def weighted_values(
     return g.op("MatMul", g.op("Softmax", scores, axis=-1, name="softmax"), value, name="av")
 
 
-def gated_mlp(g: GraphBuilder, x: Value, weight: str) -> Value:
+def gated_mlp(g: GraphBuilder, x: Value, weight: str, hidden: int, inner: int, *, bias: bool = False) -> Value:
     """down(silu(gate(x)) * up(x)): [tokens, hidden] in the model's dtype -> [tokens, hidden] in the residual's."""
+    down_proj = f"{weight}.down_proj"
     with g.scope("mlp"):
-        gate = linear(g, x, f"{weight}.gate_proj", "gate_proj")
-        up = linear(g, x, f"{weight}.up_proj", "up_proj")
+        gate = linear(g, x, f"{weight}.gate_proj", (inner, hidden), "gate_proj", bias=bias)
+        up = linear(g, x, f"{weight}.up_proj", (inner, hidden), "up_proj", bias=bias)
         silu = g.op("Mul", gate, g.op("Sigmoid", gate, name="sigmoid"), name="silu")
         if g.dtype == "float16":
-            return _float16_down(g, silu, up, f"{weight}.down_proj")
-        down = linear(g, g.op("Mul", silu, up, name="gated"), f"{weight}.down_proj", "down_proj")
+            return _unscaled_linear(g, _float16_gated(g, silu, up), down_proj, (hidden, inner), "down_proj", bias=bias)
+        gated = g.op("Mul", silu, up, name="gated")
+        down = linear(g, gated, down_proj, (hidden, inner), "down_proj", bias=bias)
         return g.cast(down, g.dtype, g.residual, "to_residual")
 
 
-def _float16_down(g: GraphBuilder, silu: Value, up: Value, weight: str) -> Value:
-    """down(silu * up) where both the product and the projection may pass float16's 65,504.
+def _float16_gated(g: GraphBuilder, silu: Value, up: Value) -> Value:
+    """Silu * up, scaled down by the headroom, where both the product and its projection may pass float16's 65,504.
 
     The product is made in float32 and scaled by a power of two, which costs no digits; the scale is undone in
-    float32 behind the projection. [tokens, intermediate] float16 -> [tokens, hidden] float32.
+    float32 behind the projection. [tokens, intermediate] float16 in and out.
     """
     silu, up = (g.cast(t, "float16", "float32", f"{n}_float32") for t, n in ((silu, "silu"), (up, "up")))
     scaled = g.op("Mul", silu, g.const(1 / _FLOAT16_HEADROOM, "float32"), name="scaled_silu")
     product = g.op("Mul", scaled, up, name="gated")
     bound = float(np.finfo(np.float16).max)
     product = g.op("Clip", product, g.const(-bound, "float32"), g.const(bound, "float32"), name="bounded")
-    return _unscaled_linear(g, g.cast(product, "float32", "float16", "gated_float16"), weight, "down_proj")
+    return g.cast(product, "float32", "float16", "gated_float16")
 
 
-def wide_linear(g: GraphBuilder, x: Value, weight: str, name: str) -> Value:
+def wide_linear(g: GraphBuilder, x: Value, weight: str, shape: tuple[int, int], name: str) -> Value:
     """X W^T + b where it may pass float16's range: [tokens, in] model dtype -> [tokens, out] residual dtype."""
     if g.dtype != "float16":
-        return g.cast(linear(g, x, weight, name), g.dtype, g.residual, f"{name}_residual")
-    return _unscaled_linear(g, g.op("Mul", x, g.scalar(1 / _FLOAT16_HEADROOM), name="scaled"), weight, name)
+        return g.cast(linear(g, x, weight, shape, name), g.dtype, g.residual, f"{name}_residual")
+    scaled = g.op("Mul", x, g.scalar(1 / _FLOAT16_HEADROOM), name="scaled")
+    return _unscaled_linear(g, scaled, weight, shape, name, bias=True)
 
 
-def _unscaled_linear(g: GraphBuilder, scaled: Value, weight: str, name: str) -> Value:
+def _unscaled_linear(
+    g: GraphBuilder, scaled: Value, weight: str, shape: tuple[int, int], name: str, *, bias: bool
+) -> Value:
     """The linear layer of an input that was scaled down by the headroom: float16 -> float32."""
-    y = _product(g, scaled, weight, name)
+    y = _product(g, scaled, weight, shape, name)
     y = g.op("Mul", g.cast(y, "float16", "float32", "float32"), g.const(_FLOAT16_HEADROOM, "float32"), name="unscaled")
-    if not g.has_weight(f"{weight}.bias"):
+    if not bias:
         return y
-    bias = g.cast(g.weight(f"{weight}.bias"), "float16", "float32", "bias_float32")
-    return g.op("Add", y, bias, name="add_bias")
+    added = g.cast(g.weight(f"{weight}.bias", shape[0]), "float16", "float32", "bias_float32")
+    return g.op("Add", y, added, name="add_bias")
 
 
 def add_residual(g: GraphBuilder, x: Value, y: Value, name: str) -> Value:

@@ -20,32 +20,14 @@ import numpy as np
 
 from hawk_trt.stages import CPU, CUDA, LanguageConfig, LinearAttentionConfig
 
-from . import tensors
 from .attention import add_and_mlp
 from .delta_rule import Chunks, chunks_of, delta_rule
 from .graph import GraphBuilder, Value
 from .layers import linear, rms_float32, rms_norm
-from .tensors import Shapes
 
 _DOMAIN = "com.microsoft"
 # Added to the squares of a query or key before they are normed.
 _NORM_EPSILON = 1e-6
-
-
-def linear_attention_shapes(name: str, hidden: int, sizes: LinearAttentionConfig) -> Shapes:
-    """Names and shapes of the tensors of a layer's linear attention."""
-    heads = sizes.num_value_heads
-    return {
-        **tensors.linear(f"{name}.in_proj_qkv", sizes.conv_dim, hidden, bias=False),
-        **tensors.linear(f"{name}.in_proj_z", heads * sizes.value_head_dim, hidden, bias=False),
-        **tensors.linear(f"{name}.in_proj_b", heads, hidden, bias=False),
-        **tensors.linear(f"{name}.in_proj_a", heads, hidden, bias=False),
-        **tensors.linear(f"{name}.out_proj", hidden, heads * sizes.value_head_dim, bias=False),
-        **tensors.norm(f"{name}.norm", sizes.value_head_dim, bias=False),
-        f"{name}.conv1d.weight": (sizes.conv_dim, 1, sizes.conv_kernel),
-        f"{name}.dt_bias": (heads,),
-        f"{name}.A_log": (heads,),
-    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,16 +59,16 @@ def linear_layer(
     Returns:
         [batch * seq, hidden] and the new states by output name.
     """
-    weight, sizes = f"language_model.layers.{layer}", config.linear
+    weight, hidden, sizes = f"language_model.layers.{layer}", config.hidden_size, config.linear
     assert sizes is not None  # config.is_linear(layer)
     with g.scope(f"layers.{layer}"):
         norm, offset = f"{weight}.input_layernorm", config.unit_offset_norms
-        h = rms_norm(g, x, norm, config.rms_norm_eps, "input_layernorm", unit_offset=offset)
+        h = rms_norm(g, x, norm, hidden, config.rms_norm_eps, "input_layernorm", unit_offset=offset)
         with g.scope("linear_attn"):
             gated, present = _gated_delta_rule(g, config, sizes, context, h, layer)
-            attended = linear(
-                g, g.cast(gated, "float32", g.dtype, "to_model"), f"{weight}.linear_attn.out_proj", "out_proj"
-            )
+            gated = g.cast(gated, "float32", g.dtype, "to_model")
+            shape = (hidden, sizes.num_value_heads * sizes.value_head_dim)
+            attended = linear(g, gated, f"{weight}.linear_attn.out_proj", shape, "out_proj", bias=False)
         return add_and_mlp(g, config, x, attended, weight), present
 
 
@@ -102,21 +84,27 @@ def _gated_delta_rule(
     weight = f"language_model.layers.{layer}.linear_attn"
     key_dim, value_dim = sizes.num_key_heads * sizes.key_head_dim, sizes.num_value_heads * sizes.value_head_dim
 
-    def float32(name: str) -> Value:
-        return g.cast(g.weight(f"{weight}.{name}"), g.dtype, "float32", f"{name}_float32")
+    heads = sizes.num_value_heads
+
+    def float32(name: str, *shape: int) -> Value:
+        return g.cast(g.weight(f"{weight}.{name}", *shape), g.dtype, "float32", f"{name}_float32")
+
+    def project(name: str, rows: int) -> Value:
+        return linear(g, h, f"{weight}.{name}", (rows, config.hidden_size), name, bias=False)
 
     def by_token(x: Value, width: int, name: str) -> Value:
         """[batch * seq, width] -> [batch, seq, width] float32."""
         shape = g.op("Concat", context.batch_seq, g.ints(width), axis=0, name=f"{name}_shape")
         return g.op("Reshape", g.cast(x, g.dtype, "float32", f"{name}_float32"), shape, name=f"{name}_by_token")
 
-    mixed = by_token(linear(g, h, f"{weight}.in_proj_qkv", "in_proj_qkv"), sizes.conv_dim, "qkv")
+    mixed = by_token(project("in_proj_qkv", sizes.conv_dim), sizes.conv_dim, "qkv")
+    taps = (sizes.conv_dim, 1, sizes.conv_kernel)
     past_conv, past_state = (g.inputs[name] for name in config.cache_names(layer, past=True))
     if context.chunks is None:
         mixed, conv_state = g.ops(
             "CausalConvWithState",
             g.transpose(mixed, 0, 2, 1, name="channels_first"),
-            float32("conv1d.weight"),
+            float32("conv1d.weight", *taps),
             None,
             past_conv,
             activation="silu",
@@ -126,15 +114,12 @@ def _gated_delta_rule(
         )
         mixed = g.transpose(mixed, 0, 2, 1, name="channels_last")
     else:
-        mixed, conv_state = _causal_conv(g, sizes, mixed, float32("conv1d.weight"), past_conv)
+        mixed, conv_state = _causal_conv(g, sizes, mixed, float32("conv1d.weight", *taps), past_conv)
     pairs, value = g.ops("Split", mixed, g.ints(2 * key_dim, value_dim), axis=-1, name="split_value", count=2)
     query, key = g.ops("Split", _normed(g, sizes, pairs), num_outputs=2, axis=-1, name="split_key", count=2)
-    steps = {
-        name: by_token(linear(g, h, f"{weight}.in_proj_{name}", f"in_proj_{name}"), sizes.num_value_heads, name)
-        for name in "ab"
-    }
-    rate = g.op("Softplus", g.op("Add", steps["a"], float32("dt_bias"), name="add_dt_bias"), name="rate")
-    decay = g.op("Mul", g.op("Neg", g.op("Exp", float32("A_log"), name="A"), name="minus_A"), rate, name="decay")
+    steps = {name: by_token(project(f"in_proj_{name}", heads), heads, name) for name in "ab"}
+    rate = g.op("Softplus", g.op("Add", steps["a"], float32("dt_bias", heads), name="add_dt_bias"), name="rate")
+    decay = g.op("Mul", g.op("Neg", g.op("Exp", float32("A_log", heads), name="A"), name="minus_A"), rate, name="decay")
     beta = g.op("Sigmoid", steps["b"], name="beta")
     if context.chunks is None:
         out, state = g.ops(
@@ -155,11 +140,11 @@ def _gated_delta_rule(
     else:
         with g.scope("delta_rule"):
             out, state = delta_rule(g, context.chunks, sizes, query, key, value, past_state, decay, beta)
-    heads = g.reshape(out, -1, sizes.value_head_dim, name="by_head")
-    heads = rms_float32(g, heads, float32("norm.weight"), config.rms_norm_eps, "norm")
-    gate = g.cast(linear(g, h, f"{weight}.in_proj_z", "in_proj_z"), g.dtype, "float32", "z_float32")
+    out = g.reshape(out, -1, sizes.value_head_dim, name="by_head")
+    out = rms_float32(g, out, float32("norm.weight", sizes.value_head_dim), config.rms_norm_eps, "norm")
+    gate = g.cast(project("in_proj_z", value_dim), g.dtype, "float32", "z_float32")
     gate = g.op("Mul", gate, g.op("Sigmoid", gate, name="sigmoid"), name="silu_z")
-    gated = g.op("Mul", g.reshape(heads, -1, value_dim, name="normed"), gate, name="gated")
+    gated = g.op("Mul", g.reshape(out, -1, value_dim, name="normed"), gate, name="gated")
     return gated, dict(zip(config.cache_names(layer, past=False), (conv_state, state), strict=True))
 
 

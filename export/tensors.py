@@ -1,4 +1,4 @@
-"""What a model's tensors are called, and the tables of their shapes.
+"""What a model's tensors are called.
 
 visual.*, language_model.* and lm_head.weight are the canonical names, by which graphs know them. A tensor of a
 checkpoint has mostly one, several where a fused tensor holds equal parts, one below the other, and none where it is of
@@ -12,8 +12,6 @@ from typing import Any
 from hawk_trt.errors import CheckpointError
 
 from .architectures import family_name
-
-Shapes = dict[str, tuple[int, ...]]
 
 EMBEDDINGS = "language_model.embed_tokens.weight"
 LM_HEAD = "lm_head.weight"
@@ -111,15 +109,3 @@ def internvl_names(name: str) -> tuple[str, ...]:
     if name.startswith("visual.") and ".attn.qkv." in name:
         return tuple(name.replace(".qkv.", f".{part}_proj.") for part in "qkv")
     return (name,)
-
-
-def linear(name: str, rows: int, columns: int, *, bias: bool = True) -> Shapes:
-    """A linear layer: weight [rows, columns] and, with bias, bias [rows]."""
-    weight: Shapes = {f"{name}.weight": (rows, columns)}
-    return weight | {f"{name}.bias": (rows,)} if bias else weight
-
-
-def norm(name: str, size: int, *, bias: bool = True) -> Shapes:
-    """A norm: weight [size] and, in a layer norm, bias [size]."""
-    weight: Shapes = {f"{name}.weight": (size,)}
-    return weight | {f"{name}.bias": (size,)} if bias else weight

@@ -106,29 +106,25 @@ class WeightStore:
     _placements: dict[str, Placement] = field(default_factory=dict, repr=False)
     _sizes: dict[str, int] = field(default_factory=dict, repr=False)
 
-    def has(self, name: str) -> bool:
-        """Whether the checkpoint holds the tensor."""
-        return self.checkpoint.has(name)
-
-    def initializer(self, stage_file: str, name: str, shape: tuple[int, ...] | None = None) -> onnx.TensorProto:
+    def initializer(
+        self, stage_file: str, name: str, shape: tuple[int, ...], *, flat: bool = False
+    ) -> onnx.TensorProto:
         """A new initializer for a graph, whose data is a place in an external file.
 
         Args:
             stage_file: the file it is placed in if it has no place yet, such as "decoder.data".
             name: canonical name of the tensor, and the value's name.
-            shape: to give it instead of the checkpoint's, of the same size.
+            shape: of the tensor.
+            flat: make one of all dimensions but the first.
 
         Raises:
-            CheckpointError: no such tensor, another size, or linked and of another dtype.
+            CheckpointError: no such tensor, another shape, or linked and of another dtype.
         """
-        tensor, placement = self._place_tensor(stage_file, name)
-        if shape is not None and math.prod(shape) != math.prod(tensor.shape):
-            raise CheckpointError(
-                f"{tensor.file}: tensor {name}: shape {list(tensor.shape)}, config.json asks for {list(shape)}"
-            )
-        return _external(name, placement, self.dtype, shape or self._shape(name, tensor))
+        placement = self._place_tensor(stage_file, name, shape)
+        first, *others = self._shape(name, shape)
+        return _external(name, placement, self.dtype, (first, math.prod(others)) if flat else (first, *others))
 
-    def quantised(self, stage_file: str, name: str, target: str) -> QuantisedMatrix | None:
+    def quantised(self, stage_file: str, name: str, shape: tuple[int, int], target: str) -> QuantisedMatrix | None:
         """New initializers of a quantised matrix, or None where it is one of plain floats.
 
         A matrix that the checkpoint holds as integers stays so, but for those that make the scores; one of float8 stays
@@ -137,13 +133,13 @@ class WeightStore:
         Args:
             stage_file: the file its parts are placed in if they have no place yet.
             name: canonical name of the tensor.
+            shape: of the tensor.
             target: that runs the graph.
 
         Raises:
-            CheckpointError: no such tensor.
+            CheckpointError: no such tensor, or another shape.
         """
-        tensor = self.checkpoint.tensor(name)
-        shape, weights, dtype = tensor.shape, self.weights, self.dtype
+        tensor, weights, dtype = self.checkpoint.tensor(name, shape), self.weights, self.dtype
         if not may_be_quantised(name, shape, self.scoring_layer):
             return None
         if isinstance(tensor, IntegerMatrix):
@@ -155,7 +151,7 @@ class WeightStore:
         if weights is None or not fits_blocks(shape, weights):
             return None
         columns = shape[1]
-        nbytes, scales_start, scales_nbytes = layout((shape[0], columns), weights, dtype)
+        nbytes, scales_start, scales_nbytes = layout(shape, weights, dtype)
 
         def content() -> Iterator[npt.NDArray[Any]]:
             integers, scales = quantise(tensor, weights, dtype)
@@ -188,17 +184,14 @@ class WeightStore:
             values[word] = _external(label, place, part.dtype, part.shape)
         return values
 
-    def table(self, name: str = EMBEDDINGS) -> TableEntry:
-        """The place of the token embedding table; where a graph has it already (tied), that place.
+    def table(self, shape: tuple[int, int]) -> TableEntry:
+        """The place of the token embedding table of a shape; where a graph has it already (tied), that place.
 
         Raises:
-            CheckpointError: no such tensor, not a table, or linked and of another dtype.
+            CheckpointError: no such tensor, another shape, or linked and of another dtype.
         """
-        tensor, placement = self._place_tensor(EMBEDDINGS_FILE, name)
-        shape = tensor.shape
-        if len(shape) != 2:
-            raise CheckpointError(f"{tensor.file}: tensor {name}: shape {list(shape)}, expected two dimensions")
-        return TableEntry(placement.file, placement.offset, self.dtype, (shape[0], shape[1]))
+        placement = self._place_tensor(EMBEDDINGS_FILE, EMBEDDINGS, shape)
+        return TableEntry(placement.file, placement.offset, self.dtype, shape)
 
     @property
     def total_bytes(self) -> int:
@@ -251,25 +244,24 @@ class WeightStore:
             finally:
                 stopped.set()
 
-    def _place_tensor(self, stage_file: str, name: str) -> tuple[CheckpointTensor, Placement]:
-        """A tensor in the bundle's dtype, and its place."""
-        tensor = self.checkpoint.tensor(name)
-        shape = self._shape(name, tensor)
+    def _place_tensor(self, stage_file: str, name: str, shape: tuple[int, ...]) -> Placement:
+        """The place of a tensor in the bundle's dtype."""
+        tensor, shape = self.checkpoint.tensor(name, shape), self._shape(name, shape)
         if not self.link:
             make = _converted if shape == tensor.shape else partial(_padded, shape)
             nbytes = math.prod(shape) * numpy_dtype(self.dtype).itemsize
-            return tensor, self._place(stage_file, name, nbytes, lambda: make(tensor, self.dtype))
+            return self._place(stage_file, name, nbytes, lambda: make(tensor, self.dtype))
         if tensor.dtype != self.dtype:
             raise CheckpointError(
                 f"{tensor.file}: tensor {tensor.name}: {tensor.dtype}, and linked weights cannot be converted to "
                 f"{self.dtype}. Drop --link, or give --dtype {tensor.dtype}"
             )
         self._sizes[tensor.file.name] = tensor.file.stat().st_size
-        return tensor, Placement(tensor.file.name, tensor.offset, tensor.nbytes, tensor.blocks)
+        return Placement(tensor.file.name, tensor.offset, tensor.nbytes, tensor.blocks)
 
-    def _shape(self, name: str, tensor: CheckpointTensor) -> tuple[int, ...]:
+    def _shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         """In graphs; linked files have no room for zeros."""
-        return tensor.shape if self.link else padded_shape(name, tensor.shape)
+        return shape if self.link else padded_shape(name, shape)
 
     def _place(
         self, stage_file: str, key: str, nbytes: int, content: Callable[[], Iterator[npt.NDArray[Any]]]

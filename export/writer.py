@@ -146,18 +146,16 @@ def export(
     if current is not None:
         return current
     # onnx takes a while to load, which no run of a bundle that is up to date has to wait for
-    from .graphs import build_graphs, inventory
+    from .graphs import build_graphs
     from .weights import WeightStore
 
     template = read_config(opened.config).chat_template
-    for tensor_name, shape in inventory(plan.language, plan.vision).items():
-        opened.expect(tensor_name, shape)
     weights = WeightStore(opened, options.dtype, options.link, options.weights, plan.language.scoring_layer)
     sides = (plan.vision, plan.language, weights, options.dtype)
     graphs = [
         graph for target in plan.targets for graph in build_graphs(*sides, target, options.normalization).values()
     ]
-    table = weights.table()
+    table = weights.table((plan.language.vocab_size, plan.language.hidden_size))
     notes = _account_for_all(opened, plan.language)
     if opened.quantisation is not None:
         notes += opened.quantisation.notes(options.dtype, plan.targets)

@@ -8,11 +8,10 @@ from hawk_trt.bundle import GraphEntry
 from hawk_trt.models.vision_config import VisionConfig
 
 from ..graph import GraphBuilder, Value
-from ..tensors import Shapes
-from .internvl import internvl_entry, internvl_shapes, internvl_vision
-from .qwen2_5_vl import qwen2_5_vl_entry, qwen2_5_vl_shapes, qwen2_5_vl_vision
-from .qwen2_vl import qwen2_vl_entry, qwen2_vl_shapes, qwen2_vl_vision
-from .qwen3_vl import qwen3_vl_entry, qwen3_vl_shapes, qwen3_vl_vision
+from .internvl import internvl_entry, internvl_vision
+from .qwen2_5_vl import qwen2_5_vl_entry, qwen2_5_vl_vision
+from .qwen2_vl import qwen2_vl_entry, qwen2_vl_vision
+from .qwen3_vl import qwen3_vl_entry, qwen3_vl_vision
 
 Vision = TypeVar("Vision", bound=VisionConfig)
 
@@ -23,14 +22,13 @@ class VisionGraph(Generic[Vision]):
 
     # adds the nodes of its vision graph and returns the outputs, from its sizes
     build: Callable[[GraphBuilder, Vision], dict[str, Value]]
-    shapes: Callable[[Vision], Shapes]  # names and shapes of all tensors of its vision tower, from its sizes
     entry: Callable[[Vision, str, str], GraphEntry]  # inputs and outputs, from its sizes, a dtype and a target
 
 
 GRAPHS: dict[str, VisionGraph[Any]] = {
-    "internvl": VisionGraph(internvl_vision, internvl_shapes, internvl_entry),
-    "qwen2_5_vl": VisionGraph(qwen2_5_vl_vision, qwen2_5_vl_shapes, qwen2_5_vl_entry),
-    "qwen2_vl": VisionGraph(qwen2_vl_vision, qwen2_vl_shapes, qwen2_vl_entry),
-    "qwen3_vl": VisionGraph(qwen3_vl_vision, qwen3_vl_shapes, qwen3_vl_entry),
-    "qwen3_5": VisionGraph(qwen3_vl_vision, qwen3_vl_shapes, qwen3_vl_entry),  # without DeepStack
+    "internvl": VisionGraph(internvl_vision, internvl_entry),
+    "qwen2_5_vl": VisionGraph(qwen2_5_vl_vision, qwen2_5_vl_entry),
+    "qwen2_vl": VisionGraph(qwen2_vl_vision, qwen2_vl_entry),
+    "qwen3_vl": VisionGraph(qwen3_vl_vision, qwen3_vl_entry),
+    "qwen3_5": VisionGraph(qwen3_vl_vision, qwen3_vl_entry),  # without DeepStack
 }

@@ -9,11 +9,9 @@ from hawk_trt.bundle import GraphEntry, TensorEntry
 from hawk_trt.models.vision_config import InternVLVision
 from hawk_trt.stages import VISION
 
-from .. import tensors
 from ..contract import graph_entry
 from ..graph import GraphBuilder, Value
 from ..layers import add_residual, attention, layer_norm, linear, rms_norm
-from ..tensors import Shapes
 from .activations import gelu
 
 # Neither is in config.json: of the norms of queries and keys, and of the projector.
@@ -28,41 +26,16 @@ def internvl_entry(vision: InternVLVision, dtype: str, target: str) -> GraphEntr
     return graph_entry(VISION, target, (pixels,), (embeds,))
 
 
-def internvl_shapes(vision: InternVLVision) -> Shapes:
-    """Names and shapes of all tensors of the tower and projector."""
-    dim, inner, patch, out = vision.hidden_size, vision.intermediate_size, vision.patch_size, vision.out_hidden_size
-    merged = dim * vision.spatial_merge_size**2
-    found: Shapes = {
-        "visual.cls_token": (1, 1, dim),
-        "visual.position_embeddings": (1, 1 + vision.tile_patches**2, dim),
-        "visual.patch_embed.weight": (dim, vision.in_channels, patch, patch),
-        "visual.patch_embed.bias": (dim,),
-        **tensors.norm("visual.merger.norm", merged),
-        **tensors.linear("visual.merger.linear_1", out, merged),
-        **tensors.linear("visual.merger.linear_2", out, out),
-    }
-    for block in (f"visual.blocks.{index}" for index in range(vision.depth)):
-        for norm in (f"{block}.norm1", f"{block}.norm2"):
-            found |= tensors.norm(norm, dim, bias=vision.norm == "layer_norm")
-        for letter in "qkv":
-            found |= tensors.linear(f"{block}.attn.{letter}_proj", dim, dim, bias=vision.qkv_bias)
-        if vision.qk_norm:
-            found |= {f"{block}.attn.{letter}_norm.weight": (dim,) for letter in "qk"}
-        found |= tensors.linear(f"{block}.attn.proj", dim, dim)
-        found |= tensors.linear(f"{block}.mlp.fc1", inner, dim) | tensors.linear(f"{block}.mlp.fc2", dim, inner)
-        found |= {f"{block}.ls1": (dim,), f"{block}.ls2": (dim,)}
-    return found
-
-
 def internvl_vision(g: GraphBuilder, vision: InternVLVision) -> dict[str, Value]:
     """Add the nodes of the vision graph."""
     x = _embed(g, vision, g.inputs["pixel_values"])
     for block in range(vision.depth):
         x = _block(g, vision, x, f"blocks.{block}")
+    merged, out = vision.hidden_size * vision.spatial_merge_size**2, vision.out_hidden_size
     with g.scope("merger"):
-        h = layer_norm(g, _pixel_shuffle(g, vision, x), "visual.merger.norm", _PROJECTOR_EPSILON, "norm")
-        h = linear(g, h, "visual.merger.linear_1", "linear_1")
-        return {"visual_embeds": linear(g, gelu(g, h), "visual.merger.linear_2", "linear_2")}
+        h = layer_norm(g, _pixel_shuffle(g, vision, x), "visual.merger.norm", merged, _PROJECTOR_EPSILON, "norm")
+        h = gelu(g, linear(g, h, "visual.merger.linear_1", (out, merged), "linear_1"))
+        return {"visual_embeds": linear(g, h, "visual.merger.linear_2", (out, out), "linear_2")}
 
 
 def _embed(g: GraphBuilder, vision: InternVLVision, pixels: Value) -> Value:
@@ -74,31 +47,32 @@ def _embed(g: GraphBuilder, vision: InternVLVision, pixels: Value) -> Value:
         x = g.reshape(x, -1, channels, side, patch, side, patch, name="patch_grid")
         x = g.transpose(x, 0, 2, 4, 1, 3, 5, name="by_patch")
         x = g.reshape(x, -1, channels * patch**2, name="flat_patches")
-        weight = g.weight("visual.patch_embed.weight", (dim, channels * patch**2))
-        x = g.op("Gemm", x, weight, g.weight("visual.patch_embed.bias"), transB=1, name="proj")
+        weight = g.weight("visual.patch_embed.weight", dim, channels, patch, patch, flat=True)
+        x = g.op("Gemm", x, weight, g.weight("visual.patch_embed.bias", dim), transB=1, name="proj")
         x = g.reshape(x, -1, tokens, dim, name="by_tile")
         one = g.op("Shape", x, start=0, end=1, name="num_tiles")
         cls_shape = g.op("Concat", one, g.ints(1, dim), axis=0, name="cls_shape")
-        cls = g.op("Expand", g.weight("visual.cls_token"), cls_shape, name="cls_token")
+        cls = g.op("Expand", g.weight("visual.cls_token", 1, 1, dim), cls_shape, name="cls_token")
         x = g.op("Concat", cls, x, axis=1, name="with_cls_token")
-        x = g.op("Add", x, g.weight("visual.position_embeddings"), name="add_positions")
+        x = g.op("Add", x, g.weight("visual.position_embeddings", 1, 1 + tokens, dim), name="add_positions")
         return g.cast(g.reshape(x, -1, dim, name="flat"), g.dtype, g.residual, "to_residual")
 
 
 def _block(g: GraphBuilder, vision: InternVLVision, x: Value, block: str) -> Value:
     """One block. x: [num_tiles * (1 + patches), dim], residual dtype."""
-    weight = f"visual.{block}"
+    weight, dim, inner = f"visual.{block}", vision.hidden_size, vision.intermediate_size
     norm, epsilon = layer_norm if vision.norm == "layer_norm" else rms_norm, vision.layer_norm_eps
     with g.scope(block):
-        h = norm(g, x, f"{weight}.norm1", epsilon, "norm1")
+        h = norm(g, x, f"{weight}.norm1", dim, epsilon, "norm1")
         with g.scope("attn"):
             h = _attention(g, vision, h, f"{weight}.attn")
-        h = g.op("Mul", h, g.weight(f"{weight}.ls1"), name="ls1")
+        h = g.op("Mul", h, g.weight(f"{weight}.ls1", dim), name="ls1")
         x = add_residual(g, x, h, "add_attention")
-        h = norm(g, x, f"{weight}.norm2", epsilon, "norm2")
+        h = norm(g, x, f"{weight}.norm2", dim, epsilon, "norm2")
         with g.scope("mlp"):
-            h = linear(g, gelu(g, linear(g, h, f"{weight}.mlp.fc1", "fc1")), f"{weight}.mlp.fc2", "fc2")
-        h = g.op("Mul", h, g.weight(f"{weight}.ls2"), name="ls2")
+            h = gelu(g, linear(g, h, f"{weight}.mlp.fc1", (inner, dim), "fc1"))
+            h = linear(g, h, f"{weight}.mlp.fc2", (dim, inner), "fc2")
+        h = g.op("Mul", h, g.weight(f"{weight}.ls2", dim), name="ls2")
         return add_residual(g, x, h, "add_mlp")
 
 
@@ -108,16 +82,16 @@ def _attention(g: GraphBuilder, vision: InternVLVision, h: Value, weight: str) -
     head_dim, tokens = dim // heads, 1 + vision.tile_patches**2
     by_head = []
     for letter in "qkv":
-        t = linear(g, h, f"{weight}.{letter}_proj", f"{letter}_proj")
+        t = linear(g, h, f"{weight}.{letter}_proj", (dim, dim), f"{letter}_proj", bias=vision.qkv_bias)
         if vision.qk_norm and letter != "v":
             # over all heads at once
-            t = rms_norm(g, t, f"{weight}.{letter}_norm", _QK_EPSILON, f"{letter}_norm", g.dtype)
+            t = rms_norm(g, t, f"{weight}.{letter}_norm", dim, _QK_EPSILON, f"{letter}_norm", g.dtype)
         t = g.reshape(t, -1, tokens, heads, head_dim, name=f"{letter}_split")
         by_head.append(g.transpose(t, 0, 2, 1, 3, name=f"{letter}_heads"))
     query, key, value = by_head
     out = attention(g, query, key, value, float(head_dim**-0.5))
     out = g.reshape(g.transpose(out, 0, 2, 1, 3, name="join_heads"), -1, dim, name="flat")
-    return linear(g, out, f"{weight}.proj", "proj")
+    return linear(g, out, f"{weight}.proj", (dim, dim), "proj")
 
 
 def _pixel_shuffle(g: GraphBuilder, vision: InternVLVision, x: Value) -> Value:

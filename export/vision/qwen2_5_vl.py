@@ -4,18 +4,17 @@ Most blocks attend inside windows, the full-attention ones over whole frames.
 """
 
 from dataclasses import replace
+from functools import partial
 
 from hawk_trt.bundle import GraphEntry, TensorEntry
 from hawk_trt.models.vision_config import Qwen25Vision
 
-from .. import tensors
 from ..graph import GraphBuilder, Value
 from ..layers import gated_mlp, mask_bias, rms_norm
-from ..tensors import Shapes
 from .qwen2_vl import qwen2_vl_entry
-from .tower import NORM_EPSILON, Segments, Style, Tower, merger, tower_shapes
+from .tower import Segments, Style, Tower
 
-_STYLE = Style(rms_norm, gated_mlp, ("gate_proj", "up_proj", "down_proj"))
+_STYLE = Style(rms_norm, partial(gated_mlp, bias=True), ("ln_q", "mlp.0", "mlp.2"))
 
 
 def qwen2_5_vl_entry(vision: Qwen25Vision, dtype: str, target: str) -> GraphEntry:
@@ -29,17 +28,6 @@ def qwen2_5_vl_entry(vision: Qwen25Vision, dtype: str, target: str) -> GraphEntr
     return replace(entry, inputs=(*entry.inputs, *windows))
 
 
-def qwen2_5_vl_shapes(vision: Qwen25Vision) -> Shapes:
-    """Names and shapes of all tensors of the vision tower."""
-    merged = vision.spatial_merge_size**2 * vision.hidden_size
-    return {
-        **tower_shapes(vision, _STYLE),
-        **tensors.norm("visual.merger.ln_q", vision.hidden_size, bias=False),
-        **tensors.linear("visual.merger.mlp.0", merged, merged),
-        **tensors.linear("visual.merger.mlp.2", vision.out_hidden_size, merged),
-    }
-
-
 def qwen2_5_vl_vision(g: GraphBuilder, vision: Qwen25Vision) -> dict[str, Value]:
     """Add the nodes of the vision graph."""
     tower = Tower(g, vision, _STYLE)
@@ -48,10 +36,7 @@ def qwen2_5_vl_vision(g: GraphBuilder, vision: Qwen25Vision) -> dict[str, Value]
     x = tower.patches
     for number in range(vision.depth):
         x = tower.block(x, number, None if number in vision.fullatt_block_indexes else windows)
-    with g.scope("merger"):
-        h = rms_norm(g, x, "visual.merger.ln_q", NORM_EPSILON, "ln_q")
-        h = g.reshape(h, -1, vision.hidden_size * vision.spatial_merge_size**2, name="merge")
-        return {"visual_embeds": merger(g, h, "visual.merger.mlp.0", "visual.merger.mlp.2")}
+    return {"visual_embeds": tower.merge(x, "merger")}
 
 
 def _windows(g: GraphBuilder, tower: Tower) -> Segments:

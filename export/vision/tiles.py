@@ -101,7 +101,9 @@ def query_key_value(g: GraphBuilder, tiles: Tiles, x: Value, weight: str, dim: i
     """The joined projection cut in three: [tokens, dim] -> queries, keys and values, each [tokens, dim]."""
 
     def project(tile: Value) -> Sequence[Value]:
-        return g.ops("Split", linear(g, tile, weight, "qkv"), axis=1, num_outputs=3, count=3, name="split_qkv")
+        return g.ops(
+            "Split", linear(g, tile, weight, (3 * dim, dim), "qkv"), axis=1, num_outputs=3, count=3, name="split_qkv"
+        )
 
     return tiles.run(x, project, [dim] * 3)
 

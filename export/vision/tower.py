@@ -7,41 +7,44 @@ needs neither gather nor mask.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 
 from hawk_trt.models.vision_config import Qwen2Vision
 
-from .. import tensors
 from ..graph import GraphBuilder, Value
-from ..layers import add_residual, attention, layer_norm, linear, rotary_float32, wide_linear
-from ..tensors import Shapes
+from ..layers import add_residual, attention, linear, rotary_float32, wide_linear
 from .activations import gelu
 from .tiles import frame_attention, query_key_value, query_tiles, token_tiles
 
-NORM_EPSILON = 1e-6
+_NORM_EPSILON = 1e-6
 _PROJ = "visual.patch_embed.proj"
+
+
+# [tokens, dim] in the model's dtype -> the same in the residual's, of the weights below a name, dim and inner size
+Mlp: TypeAlias = Callable[[GraphBuilder, Value, str, int, int], Value]
 
 
 @dataclass(frozen=True, slots=True)
 class Style:
     """How a family makes its blocks."""
 
-    norm: Callable[[GraphBuilder, Value, str, float, str], Value]  # layer_norm or rms_norm
-    # [tokens, dim] in the model's dtype -> the same in the residual's, of the weights below a name
-    mlp: Callable[[GraphBuilder, Value, str], Value]
-    mlp_layers: tuple[str, ...]  # names of its linear layers; the last leads back to dim
+    norm: Callable[[GraphBuilder, Value, str, int, float, str], Value]  # layer_norm or rms_norm
+    mlp: Mlp
+    merger_layers: tuple[str, str, str]  # names of its norm and its two linear layers
+    patch_bias: bool = False  # whether the patch embedding has one
 
 
-def plain_style(first: str, second: str, activation: Callable[[GraphBuilder, Value], Value]) -> Style:
-    """Layer norms, and an MLP of two layers of these names with the activation between."""
+def plain_mlp(first: str, second: str, activation: Callable[[GraphBuilder, Value], Value]) -> Mlp:
+    """An MLP of two layers of these names with the activation between."""
 
-    def mlp(g: GraphBuilder, x: Value, weight: str) -> Value:
+    def mlp(g: GraphBuilder, x: Value, weight: str, dim: int, inner: int) -> Value:
         with g.scope("mlp"):
-            inner = activation(g, linear(g, x, f"{weight}.{first}", first))
-            return wide_linear(g, inner, f"{weight}.{second}", second)
+            h = activation(g, linear(g, x, f"{weight}.{first}", (inner, dim), first))
+            return wide_linear(g, h, f"{weight}.{second}", (dim, inner), second)
 
-    return Style(layer_norm, mlp, (first, second))
+    return mlp
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +71,9 @@ class Tower:
     """
 
     def __init__(self, g: GraphBuilder, vision: Qwen2Vision, style: Style) -> None:
-        self._g, self._style, pixels = g, style, g.inputs["pixel_values"]
-        self._dim, self._heads, self._head_dim = (
-            vision.hidden_size,
-            vision.num_heads,
-            vision.hidden_size // vision.num_heads,
-        )
+        self._g, self._vision, self._style, pixels = g, vision, style, g.inputs["pixel_values"]
+        self._dim, self._heads = vision.hidden_size, vision.num_heads
+        self._head_dim = self._dim // self._heads
         self.cos, self.sin = _rotary_tables(g, g.inputs["patch_positions"], vision)
         with g.scope("frames"):
             self.frames = g.op("Shape", pixels, start=0, end=1, name="num_frames")
@@ -85,8 +85,9 @@ class Tower:
             self.whole = Segments(cos, sin, self.segment_shape(g.op("Shape", pixels, start=1, end=2, name="frame_len")))
         with g.scope("patch_embed"):
             flat = g.reshape(g.cast(pixels, "float32", g.dtype, "to_model"), -1, vision.patch_dim, name="flat_pixels")
-            weight = g.weight(f"{_PROJ}.weight", (self._dim, vision.patch_dim))  # the convolution is one product
-            bias = [g.weight(f"{_PROJ}.bias")] if g.has_weight(f"{_PROJ}.bias") else []
+            kernel = (vision.in_channels, vision.temporal_patch_size, vision.patch_size, vision.patch_size)
+            weight = g.weight(f"{_PROJ}.weight", self._dim, *kernel, flat=True)  # the convolution is one product
+            bias = [g.weight(f"{_PROJ}.bias", self._dim)] if style.patch_bias else []
             x = g.op("Gemm", flat, weight, *bias, transB=1, name="proj")
             self.patches = g.cast(x, g.dtype, g.residual, "to_residual")
         self._tokens, self._queries = token_tiles(g, x), query_tiles(g, pixels)
@@ -100,17 +101,35 @@ class Tower:
 
     def block(self, x: Value, number: int, segments: Segments | None = None) -> Value:
         """One block, over whole frames unless segments say otherwise. x: as patches."""
-        g, style, weight = self._g, self._style, f"visual.blocks.{number}"
+        g, style, dim, weight = self._g, self._style, self._dim, f"visual.blocks.{number}"
         with g.scope(f"blocks.{number}"):
-            h = style.norm(g, x, f"{weight}.norm1", NORM_EPSILON, "norm1")
+            h = style.norm(g, x, f"{weight}.norm1", dim, _NORM_EPSILON, "norm1")
             with g.scope("attn"):
-                parts = query_key_value(g, self._tokens, h, f"{weight}.attn.qkv", self._dim)
+                parts = query_key_value(g, self._tokens, h, f"{weight}.attn.qkv", dim)
                 attended = self._attention(parts, segments or self.whole)
-                h = linear(g, g.reshape(attended, -1, self._dim, name="flat"), f"{weight}.attn.proj", "proj")
+                h = g.reshape(attended, -1, dim, name="flat")
+                h = linear(g, h, f"{weight}.attn.proj", (dim, dim), "proj")
             x = add_residual(g, x, h, "add_attention")
-            h = style.norm(g, x, f"{weight}.norm2", NORM_EPSILON, "norm2")
-            (h,) = self._tokens.run(h, lambda tile: [style.mlp(g, tile, f"{weight}.mlp")], [self._dim])
+            h = style.norm(g, x, f"{weight}.norm2", dim, _NORM_EPSILON, "norm2")
+            inner = self._vision.intermediate_size
+            (h,) = self._tokens.run(h, lambda tile: [style.mlp(g, tile, f"{weight}.mlp", dim, inner)], [dim])
             return g.op("Add", x, h, name="add_mlp")
+
+    def merge(self, x: Value, name: str, *, norm_merged: bool = False) -> Value:
+        """Patches to tokens by the merger of a name: [num_visual, out_hidden_size].
+
+        norm_merged: norm behind the joining of the patches of a block, not before. x: as patches.
+        """
+        g, vision, weight = self._g, self._vision, f"visual.{name}"
+        merged = self._dim * vision.spatial_merge_size**2
+        norm, first, second = self._style.merger_layers
+        with g.scope(name):
+            h = g.reshape(x, -1, merged, name="merge") if norm_merged else x
+            size = merged if norm_merged else self._dim
+            h = self._style.norm(g, h, f"{weight}.{norm}", size, _NORM_EPSILON, norm)
+            h = h if norm_merged else g.reshape(h, -1, merged, name="merge")
+            h = gelu(g, linear(g, h, f"{weight}.{first}", (merged, merged), "first"))
+            return linear(g, h, f"{weight}.{second}", (vision.out_hidden_size, merged), "second")
 
     def _attention(self, parts: Sequence[Value], segments: Segments) -> Value:
         """Attention inside each segment: three of [num_frames * num_patches, dim] -> values in the same order."""
@@ -131,29 +150,6 @@ class Tower:
             return out
         slots = g.op("Concat", self.frames, g.ints(-1, self._dim), axis=0, name="slots_shape")
         return g.op("Gather", g.op("Reshape", out, slots, name="slots"), segments.slot, axis=1, name="by_patch")
-
-
-def merger(g: GraphBuilder, h: Value, first: str, second: str) -> Value:
-    """gelu(h W1) W2 of merged patches. h: [num_visual, dim * merge^2]; first, second: names of the layers."""
-    h = linear(g, h, first, "first")
-    return linear(g, gelu(g, h), second, "second")
-
-
-def tower_shapes(vision: Qwen2Vision, style: Style, *, patch_bias: bool = False) -> Shapes:
-    """Names and shapes of the tensors of patch embedding and blocks."""
-    dim, inner, patch = vision.hidden_size, vision.intermediate_size, vision.patch_size
-    found: Shapes = {f"{_PROJ}.weight": (dim, vision.in_channels, vision.temporal_patch_size, patch, patch)}
-    if patch_bias:
-        found[f"{_PROJ}.bias"] = (dim,)
-    for weight in (f"visual.blocks.{number}" for number in range(vision.depth)):
-        for norm in (f"{weight}.norm1", f"{weight}.norm2"):
-            found |= tensors.norm(norm, dim, bias=style.norm is layer_norm)
-        found |= tensors.linear(f"{weight}.attn.qkv", 3 * dim, dim) | tensors.linear(f"{weight}.attn.proj", dim, dim)
-        *inwards, back = (f"{weight}.mlp.{layer}" for layer in style.mlp_layers)
-        for layer in inwards:
-            found |= tensors.linear(layer, inner, dim)
-        found |= tensors.linear(back, dim, inner)
-    return found
 
 
 def _rotary_tables(g: GraphBuilder, positions: Value, vision: Qwen2Vision) -> tuple[Value, Value]:

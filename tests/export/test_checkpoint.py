@@ -72,9 +72,10 @@ def test_a_sparse_7b_checkpoint_is_read_without_taking_disk_or_memory(tmp_path):
     checkpoint = Checkpoint.open(folder)
     model = read_config(checkpoint.config)
     expected = inventory(model.language, model.vision)
-    for name, shape in expected.items():
-        checkpoint.expect(name, shape)
     assert checkpoint.unused() == sorted(expected)
+    for name, shape in expected.items():
+        checkpoint.tensor(name, shape)
+    assert not checkpoint.unused()
     assert sum(file.path.stat().st_size for file in checkpoint.files) > 16e9
     assert sum(path.stat().st_blocks * 512 for path in folder.iterdir()) < 4e6
 
@@ -99,7 +100,7 @@ def test_a_missing_tensor_is_named_with_those_of_near_names(tmp_path):
 def test_a_shape_that_config_does_not_ask_for_is_named(tmp_path):
     checkpoint = Checkpoint.open(make_checkpoint(tmp_path / "model"))
     with pytest.raises(CheckpointError, match=r"norm\.weight: shape \[64\], config\.json asks for \[128\]"):
-        checkpoint.expect(NORM, (128,))
+        checkpoint.tensor(NORM, (128,))
 
 
 @pytest.mark.parametrize(
@@ -118,7 +119,7 @@ def test_saved_buffers_need_no_reader(tmp_path, buffer, values):
 def test_a_head_that_is_missing_says_how_to_tie_it(tmp_path):
     checkpoint = Checkpoint.open(make_checkpoint(tmp_path / "model", random_tensors(tied=True)))
     with pytest.raises(CheckpointError, match=r"no tensor lm_head\.weight.*tie_word_embeddings: true"):
-        checkpoint.expect("lm_head.weight", (1, 1))
+        checkpoint.tensor("lm_head.weight", (1, 1))
 
 
 def test_a_folder_that_is_no_checkpoint_is_refused_with_its_path(tmp_path):
@@ -220,7 +221,7 @@ def test_an_index_must_name_files_that_are_there(tmp_path):
         {"model.none": "model-00002-of-00002.safetensors"},
     ):
         write_json(index, {"weight_map": weight_map | stale})  # which transformers reads: every file counts as a whole
-        assert Checkpoint.open(folder).has(NORM)
+        assert NORM in Checkpoint.open(folder).tensors
     for empty in ({}, {"weight_map": {}}, {"weight_map": 3}):
         write_json(index, empty)
         with pytest.raises(CheckpointError, match="no weight_map"):

@@ -104,18 +104,18 @@ def test_the_sizes_of_internvl3_5_are_read_alike_in_both_makes(size):
 @pytest.mark.parametrize("make", [original_35, converted_35])
 @pytest.mark.parametrize("size", ["1B", "38B"])
 def test_the_tensors_of_internvl3_5_are_those_of_transformers(make, size):
-    """With one layer a side; the shapes of the others are the same."""
+    """With two language layers and one of vision; the shapes of the others are the same."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     config = converted_35(size)
-    for section in ("text_config", "vision_config"):
-        config[section]["num_hidden_layers"] = 1
+    for section, layers in (("text_config", 2), ("vision_config", 1)):
+        config[section]["num_hidden_layers"] = layers
     with torch.device("meta"):
         theirs = transformers.InternVLForConditionalGeneration(transformers.InternVLConfig.from_dict(config))
     found = {internvl_names(name): tuple(tensor.shape) for name, tensor in theirs.state_dict().items()}
     given = make(size)
-    for section in ("llm_config", "text_config", "vision_config"):
+    for section, layers in (("llm_config", 2), ("text_config", 2), ("vision_config", 1)):
         if section in given:
-            given[section]["num_hidden_layers"] = 1
+            given[section]["num_hidden_layers"] = layers
     model = read_config(given)
     assert found == {(name,): shape for name, shape in inventory(model.language, model.vision).items()}
 

@@ -52,7 +52,7 @@ def test_the_graphs_of_every_model_can_be_built(name, tmp_path):
     model = read_config(config)
     checkpoint = random_checkpoint(tmp_path, config)
     store = WeightStore(checkpoint, "bfloat16")
-    store.table()
+    store.table((model.language.vocab_size, model.language.hidden_size))
     for target in (CUDA, TENSORRT, PORTABLE):
         graphs = build_graphs(model.vision, model.language, store, "bfloat16", target, "l2")
         assert tuple(graphs) == STAGES
