@@ -8,20 +8,14 @@ import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hawk_trt.bundle import SCHEMA_VERSION, Bundle, HeadWeights, Manifest, Source, TableEntry
+from hawk_trt.bundle import Bundle, HeadWeights
 from hawk_trt.errors import CheckpointError
-from hawk_trt.request import PruningConfig
 
 from .architectures import read_config
-from .checkpoint_files import (
-    CONFIG,
-    GENERATION_CONFIG,
-    added_tokens,
-    read_json,
-    read_small_files,
-    stop_tokens,
-)
+from .checkpoint import Checkpoint
+from .checkpoint_files import CONFIG, GENERATION_CONFIG, TOKENIZER, as_text, json_object, read_json, read_small_files
 from .tensor_file import read_tensor_file
+from .writer import ExportOptions, planned
 
 # Of each tensor, from its start and from its end: training changes every part of a tensor that it changes.
 _SAMPLED_BYTES = 32 << 10
@@ -52,42 +46,20 @@ def open_checkpoint(folder: Path, hub_id: str | None = None) -> CheckpointBundle
         raise CheckpointError(
             f"{folder}: no {CONFIG} there, expected a checkpoint folder, or a hub id: hawk-trt calibrate OWNER/NAME"
         )
-    config = read_json(folder / CONFIG)
-    generation = read_json(folder / GENERATION_CONFIG) if (folder / GENERATION_CONFIG).is_file() else {}
-    added = added_tokens(folder)
-    model = read_config(config, generation, added)
-    contents = read_small_files(folder, model.chat_template).contents
-    if "tokenizer.json" not in contents:
+    config, generation = read_json(folder / CONFIG), json_object(folder, GENERATION_CONFIG)
+    contents = read_small_files(folder, read_config(config).chat_template).contents
+    if TOKENIZER not in contents:
         raise CheckpointError(
             f"{folder}: no tokenizer.json there, so it cannot answer questions. If it has vocab.json, write one with "
             "transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
         )
-    architecture = (config.get("architectures") or [str(config.get("model_type"))])[0]
-    heads, tokens = model.language.num_attention_heads, model.special_tokens
-    manifest = Manifest(
-        schema_version=SCHEMA_VERSION,
-        source=Source(hub_id or folder.resolve().name, architecture, _fingerprint(folder, contents)),
-        dtype="float32",
-        normalization="l2",
-        targets=(),
-        language=model.language,
-        vision=model.vision,
-        graphs=(),
-        embeddings=TableEntry("", 0, "float32", (0, 0)),
-        special_tokens=replace(tokens, eos=stop_tokens(folder, tokens.eos, added)),
-        keep_ratio=PruningConfig().keep_ratio,
-        head_weights=HeadWeights((1.0 / heads,) * heads, "uniform"),
-        files={},
-        versions={},
-    )
-    return CheckpointBundle(folder, manifest, {name: _text(folder / name, raw) for name, raw in contents.items()})
-
-
-def _text(path: Path, content: bytes) -> str:
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path}: not UTF-8 ({error})") from error
+    manifest = planned(Checkpoint(folder, config, generation, (), {}), ExportOptions(), hub_id)
+    source = replace(manifest.source, fingerprint=_fingerprint(folder, contents))
+    heads = manifest.language.num_attention_heads
+    weights = HeadWeights((1.0 / heads,) * heads, "uniform")
+    texts = {name: as_text(folder / name, raw) for name, raw in contents.items()}
+    manifest = replace(manifest, source=source, targets=(), head_weights=weights, versions={})
+    return CheckpointBundle(folder, manifest, texts)
 
 
 def _fingerprint(folder: Path, contents: dict[str, bytes]) -> str:

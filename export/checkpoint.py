@@ -18,7 +18,7 @@ import numpy as np
 
 from hawk_trt.errors import CheckpointError
 
-from .checkpoint_files import CONFIG, GENERATION_CONFIG, read_json
+from .checkpoint_files import CONFIG, GENERATION_CONFIG, json_object, read_json
 from .formats import MODELOPT, PLAIN, Quantisation, checked_method, method_of, quantisation_settings, read_matrices
 from .tensor_file import CheckpointTensor, TensorFile, read_tensor_file
 from .tensors import LM_HEAD, tensor_names
@@ -61,7 +61,7 @@ class Checkpoint:
         if not (folder / CONFIG).is_file():
             raise CheckpointError(f"{folder}: no {CONFIG} there, expected the folder of a Hugging Face checkpoint")
         config = read_json(folder / CONFIG)
-        generation = read_json(folder / GENERATION_CONFIG) if (folder / GENERATION_CONFIG).is_file() else {}
+        generation = json_object(folder, GENERATION_CONFIG)
         settings = quantisation_settings(folder, config)
         try:
             files = _weight_files(folder)

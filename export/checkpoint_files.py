@@ -56,8 +56,8 @@ def read_small_files(folder: Path, template: str | None = None) -> SmallFiles:
     notes: list[str] = []
     added_tokens(folder)  # a damaged tokenizer is refused here
     contents = {name: read_bytes(folder / name, CheckpointError) for name in SMALL_FILES if (folder / name).is_file()}
-    whole, old = (_object(folder, name) for name in (_PROCESSOR, _OLD_TEMPLATE))
-    tokenizer = _object(folder, _TOKENIZER_CONFIG)
+    whole, old = (json_object(folder, name) for name in (_PROCESSOR, _OLD_TEMPLATE))
+    tokenizer = json_object(folder, _TOKENIZER_CONFIG)
     if TOKENIZER in contents:
         jinja = contents.get(_TEMPLATE)
         chosen = _first(
@@ -65,7 +65,7 @@ def read_small_files(folder: Path, template: str | None = None) -> SmallFiles:
             {
                 _PROCESSOR: _template(folder / _PROCESSOR, whole.get("chat_template")),
                 _OLD_TEMPLATE: _template(folder / _OLD_TEMPLATE, old.get("chat_template")),
-                _TEMPLATE: None if jinja is None else _text(folder / _TEMPLATE, jinja),
+                _TEMPLATE: None if jinja is None else as_text(folder / _TEMPLATE, jinja),
                 "the family": template,
                 _TOKENIZER_CONFIG: _template(folder / _TOKENIZER_CONFIG, tokenizer.get("chat_template")),
             },
@@ -82,7 +82,7 @@ def read_small_files(folder: Path, template: str | None = None) -> SmallFiles:
         nested = whole.get(key)
         if nested is not None and not isinstance(nested, dict):
             raise CheckpointError(f"{folder / _PROCESSOR}: {key}: got {type(nested).__name__}, expected a JSON object")
-        own = _object(folder, name) if name in contents else None
+        own = json_object(folder, name) if name in contents else None
         settings = _first(key.replace("_", " "), {_PROCESSOR: nested, name: own}, notes)
         if settings is not None:
             contents[name] = msgspec.json.format(msgspec.json.encode(settings), indent=2)
@@ -96,7 +96,7 @@ def stop_tokens(folder: Path, found: Sequence[int], added: Mapping[str, int]) ->
 
     The tokenizer's is the eos_token of tokenizer_config.json and special_tokens_map.json, where it is an added token.
     """
-    config = _object(folder, _TOKENIZER_CONFIG)
+    config = json_object(folder, _TOKENIZER_CONFIG)
     named = [spelling(source.get("eos_token")) for source in (config, _special_tokens_over(folder, config))]
     own = [added[content] for content in named if content is not None and content in added]
     return tuple(dict.fromkeys([*found, *own]))
@@ -104,7 +104,7 @@ def stop_tokens(folder: Path, found: Sequence[int], added: Mapping[str, int]) ->
 
 def _special_tokens_over(folder: Path, tokenizer_config: Mapping[str, Any]) -> dict[str, Any]:
     """What special_tokens_map.json, of older tokenizers, says over tokenizer_config.json."""
-    return {} if "added_tokens_decoder" in tokenizer_config else _object(folder, _TOKENS_MAP)
+    return {} if "added_tokens_decoder" in tokenizer_config else json_object(folder, _TOKENS_MAP)
 
 
 def added_tokens(folder: Path) -> dict[str, int]:
@@ -154,11 +154,13 @@ def _template(path: Path, found: object) -> str | None:
     )
 
 
-def _object(folder: Path, name: str) -> dict[str, Any]:
+def json_object(folder: Path, name: str) -> dict[str, Any]:
+    """The JSON object in a file of a folder, empty where there is no such file."""
     return read_json(folder / name) if (folder / name).is_file() else {}
 
 
-def _text(path: Path, content: bytes) -> str:
+def as_text(path: Path, content: bytes) -> str:
+    """UTF-8 as text; CheckpointError where it is none."""
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:

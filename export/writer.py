@@ -141,7 +141,7 @@ def export(
     out = Path(out).resolve()
     _check_replaceable(out, opened.folder)
     clean_up_after_killed(out)
-    plan = _plan(opened, options, name)
+    plan = planned(opened, options, name)
     current = None if options.force else _as_planned(plan, out)
     if current is not None:
         return current
@@ -193,7 +193,7 @@ def up_to_date(checkpoint: Checkpoint, out: Path, options: ExportOptions, name: 
         CheckpointError: a checkpoint that is not supported.
         InvalidInput: head weights that do not fit the model.
     """
-    return _as_planned(_plan(checkpoint, options, name), out)
+    return _as_planned(planned(checkpoint, options, name), out)
 
 
 def _as_planned(plan: Manifest, out: Path) -> Bundle | None:
@@ -206,7 +206,7 @@ def _as_planned(plan: Manifest, out: Path) -> Bundle | None:
     return bundle if manifest_digest(written) == manifest_digest(plan) else None
 
 
-def _plan(checkpoint: Checkpoint, options: ExportOptions, name: str | None) -> Manifest:
+def planned(checkpoint: Checkpoint, options: ExportOptions, name: str | None) -> Manifest:
     """The manifest as far as it is known before a graph is built."""
     quantisation = checkpoint.quantisation
     if quantisation and (options.link or options.weights):
