@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from hawk_trt.stages import CONTEXT_SLOTS, CUDA, LanguageConfig
 
-from .graph import GraphBuilder, Value
+from .graph import END, GraphBuilder, Value
 from .layers import add_residual, attention, gated_mlp, linear, mask_bias, rms_norm, rotary
 
 
@@ -145,7 +145,7 @@ def add_and_mlp(g: GraphBuilder, config: LanguageConfig, x: Value, attended: Val
 
 def last_rows(g: GraphBuilder, x: Value, shape: Value, hidden: int, name: str) -> Value:
     """[batch * seq, hidden] -> the last position of each row of the batch, [batch, hidden]; shape: (batch, seq, ..)."""
-    batch_seq = g.op("Slice", shape, g.ints(0), g.ints(2), g.ints(0), name=f"{name}_batch_seq")
+    batch_seq = g.cut(shape, 0, 0, 2, name=f"{name}_batch_seq")
     full_shape = g.op("Concat", batch_seq, g.ints(hidden), axis=0, name=f"{name}_shape")
     rows = _last(g, g.op("Reshape", x, full_shape, name=f"{name}_rows"), 1, name)
     return g.reshape(rows, -1, hidden, name=f"{name}_flat")
@@ -173,8 +173,7 @@ def _heads(g: GraphBuilder, x: Value, shape: Value, name: str) -> Value:
 
 def _last(g: GraphBuilder, x: Value, axis: int, name: str) -> Value:
     """The last index of an axis, kept as size 1."""
-    end = np.iinfo(np.int64).max
-    return g.op("Slice", x, g.ints(-1), g.ints(end), g.ints(axis), name=f"last_{name}")
+    return g.cut(x, axis, -1, END, name=f"last_{name}")
 
 
 def _attend(

@@ -27,9 +27,7 @@ import numpy.typing as npt
 
 from hawk_trt.stages import LINEAR_CHUNK, LINEAR_DOUBLINGS, LinearAttentionConfig
 
-from .graph import GraphBuilder, Value
-
-_END = np.iinfo(np.int64).max
+from .graph import END, GraphBuilder, Value
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +49,7 @@ def chunks_of(g: GraphBuilder, batch_seq: Value) -> Chunks:
     row, column = np.arange(LINEAR_CHUNK)[:, None], np.arange(LINEAR_CHUNK)
     sizes = [2**power for power in range(LINEAR_CHUNK.bit_length() - 1)]
     with g.scope("chunks"):
-        batch, seq = (_cut(g, batch_seq, 0, index, index + 1, name=n) for index, n in enumerate(("batch", "seq")))
+        batch, seq = (g.cut(batch_seq, 0, index, index + 1, name=n) for index, n in enumerate(("batch", "seq")))
         width = g.op("Min", seq, g.ints(LINEAR_CHUNK), name="width")
         # not by the width, which may be 1: TensorRT would plan memory for as many chunks as tokens
         rounded_up = g.op("Add", seq, g.ints(LINEAR_CHUNK - 1), name="rounded_up")
@@ -120,9 +118,9 @@ def delta_rule(
         )
         shape = g.op(
             "Concat",
-            _cut(g, chunks.grid, 0, 0, 1, name="batch"),
+            g.cut(chunks.grid, 0, 0, 1, name="batch"),
             g.ints(heads),
-            _cut(g, chunks.grid, 0, 1, _END, name="in_chunks"),
+            g.cut(chunks.grid, 0, 1, END, name="in_chunks"),
             g.ints(dim),
             axis=0,
             name=f"{name}_heads_shape",
@@ -136,9 +134,9 @@ def delta_rule(
     between = g.op("MatMul", chunks.lower, g.op("Mul", step, chunks.before, name="steps"), name="D")
     between = g.op("Mul", g.op("Exp", between, name="exp_D"), chunks.lower, name="between")  # [.., chunk, chunk]
     since = g.op("Exp", g.op("MatMul", chunks.lower, step, name="G"), name="since_start")  # [.., chunk, 1]
-    whole = _cut(g, since, 3, -1, _END, name="whole_chunk")  # [.., 1, 1]
+    whole = g.cut(since, 3, -1, END, name="whole_chunk")  # [.., 1, 1]
     columns = g.transpose(key, 0, 1, 2, 4, 3, name="key_columns")
-    until_end = g.op("Mul", columns, _cut(g, between, 3, -1, _END, name="until_end"), name="decayed_keys")
+    until_end = g.op("Mul", columns, g.cut(between, 3, -1, END, name="until_end"), name="decayed_keys")
 
     written = g.op("Mul", key, beta, name="beta_key")
     inverse = _inverse(g, chunks, g.op("Mul", g.op("MatMul", written, columns, name="kk"), between, name="A"))
@@ -157,7 +155,7 @@ def delta_rule(
     out = g.op("Slice", out, g.ints(0), chunks.seq, g.ints(1), name="without_padding")
 
     def last(x: Value, name: str) -> Value:
-        return _cut(g, x, 2, -1, _END, name=f"last_{name}")
+        return g.cut(x, 2, -1, END, name=f"last_{name}")
 
     added = g.op("MatMul", last(until_end, "keys"), last(new, "N"), name="added_last")
     kept = g.op("Mul", last(before, "state"), last(whole, "decay"), name="kept_last")
@@ -203,10 +201,10 @@ def _states(
     for doubling in range(LINEAR_DOUBLINGS):
         shift = 2**doubling
         with g.scope(f"after_{shift}"):
-            first, later = _cut(g, steps, 2, 0, -shift, name="first"), _cut(g, steps, 2, shift, _END, name="later")
-            product = g.op("MatMul", _cut(g, later, 4, 0, key_dim, name="P"), first, name="P_P_Q")
+            first, later = g.cut(steps, 2, 0, -shift, name="first"), g.cut(steps, 2, shift, END, name="later")
+            product = g.op("MatMul", g.cut(later, 4, 0, key_dim, name="P"), first, name="P_P_Q")
             joined = g.op("Add", product, g.op("Mul", later, of_q, name="Q"), name="joined")
-            alone = _cut(g, steps, 2, 0, shift, name="alone")
+            alone = g.cut(steps, 2, 0, shift, name="alone")
             steps = others(g.op("Concat", alone, joined, axis=2, name="all"), "P_Q")
     p, q = g.ops("Split", steps, g.ints(key_dim, value_dim), axis=4, count=2, name="split_P_Q")
     after = g.op("MatMul", g.reshape(p, 0, 0, -1, key_dim, name="P_rows"), state, name="P_S")
@@ -217,7 +215,3 @@ def _states(
 def _mask(g: GraphBuilder, values: npt.NDArray[np.bool_], name: str) -> Value:
     """1 and 0 in float32, stored as bool: a graph's constants are small."""
     return g.cast(g.const(values, "bool"), "bool", "float32", name)
-
-
-def _cut(g: GraphBuilder, x: Value, axis: int, start: int, end: int, name: str) -> Value:
-    return g.op("Slice", x, g.ints(start), g.ints(end), g.ints(axis), name=name)

@@ -156,7 +156,7 @@ def _normed_head_scores(g: GraphBuilder, config: LanguageConfig, embeds: Value, 
     grouped = g.reshape(mean, 0, kv_heads, heads // kv_heads, dim, name="query_groups")
     key = g.transpose(normed(h, "k", kv_heads), 0, 2, 3, 1, name="key_columns")  # [batch, kv_heads, dim, seq_len]
     scores = g.op("MatMul", grouped, key, name="token_scores")  # [batch, kv_heads, group, seq_len]
-    seq_len = g.op("Slice", batch_seq, g.ints(1), g.ints(2), g.ints(0), name="seq_len")
+    seq_len = g.cut(batch_seq, 0, 1, 2, name="seq_len")
     shape = g.op("Concat", g.ints(0, heads), seq_len, axis=0, name="scores_shape")
     scores = g.op("Reshape", scores, shape, name="scores_by_head")
     return g.op("Mul", scores, g.const(dim**-0.5, "float32"), name="head_scores")

@@ -27,6 +27,8 @@ _PORTABLE_OPSET, _OPSET = 18, 24
 # The oldest that carry those opsets.
 _PORTABLE_IR_VERSION, _IR_VERSION = 10, 12
 HAWK_DOMAIN = "hawk"
+# Behind the last index of any axis.
+END = int(np.iinfo(np.int64).max)
 
 
 def opset(target: str) -> int:
@@ -188,6 +190,10 @@ class GraphBuilder:
     def unsqueeze(self, x: Value, *axes: int, name: str) -> Value:
         """Insert dimensions of size 1."""
         return self.op("Unsqueeze", x, self.ints(*axes), name=name)
+
+    def cut(self, x: Value, axis: int, start: int, end: int, *, name: str) -> Value:
+        """The part of an axis from start up to end; END takes all that follows."""
+        return self.op("Slice", x, self.ints(start), self.ints(end), self.ints(axis), name=name)
 
     def model(self) -> onnx.ModelProto:
         """The finished model."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .graph import GraphBuilder, Value
+from .graph import END, GraphBuilder, Value
 from .weights import QuantisedMatrix
 
 # How far beyond 65,504 the inner values of a float16 MLP may go: a power of two, so that scaling is exact.
@@ -139,9 +139,8 @@ def rotary(g: GraphBuilder, x: Value, cos: Value, sin: Value, name: str, rotary_
         cos, sin = (g.unsqueeze(t, 1, name=f"{word}_heads") for t, word in ((cos, "cos"), (sin, "sin")))
         still: list[Value] = []
         if rotary_dim:
-            end = np.iinfo(np.int64).max
-            still = [g.op("Slice", x, g.ints(rotary_dim), g.ints(end), g.ints(-1), name="still")]
-            x = g.op("Slice", x, g.ints(0), g.ints(rotary_dim), g.ints(-1), name="turned")
+            still = [g.cut(x, -1, rotary_dim, END, name="still")]
+            x = g.cut(x, -1, 0, rotary_dim, name="turned")
         low, high = g.ops("Split", x, axis=-1, num_outputs=2, count=2, name="halves")
         new_low = g.op(
             "Sub", g.op("Mul", low, cos, name="low_cos"), g.op("Mul", high, sin, name="high_sin"), name="new_low"

@@ -22,7 +22,7 @@ from hawk_trt.stages import CPU, CUDA, LanguageConfig, LinearAttentionConfig
 
 from .attention import add_and_mlp
 from .delta_rule import Chunks, chunks_of, delta_rule
-from .graph import GraphBuilder, Value
+from .graph import END, GraphBuilder, Value
 from .layers import linear, rms_float32, rms_norm
 
 _DOMAIN = "com.microsoft"
@@ -163,16 +163,15 @@ def _causal_conv(
 
     x: [batch, seq, channels].  weight: [channels, 1, taps].  past: [batch, channels, taps - 1].
     """
-    taps, end = sizes.conv_kernel, np.iinfo(np.int64).max
+    taps = sizes.conv_kernel
     with g.scope("conv"):
         seen = g.op("Concat", g.transpose(past, 0, 2, 1, name="past_channels_last"), x, axis=1, name="with_past")
         rows = g.transpose(g.reshape(weight, sizes.conv_dim, taps, name="taps"), 1, 0, name="by_tap")
         total: Value | None = None
         for tap, row in enumerate(g.ops("Split", rows, axis=0, num_outputs=taps, count=taps, name="tap")):
-            last = end if tap == taps - 1 else tap + 1 - taps
-            part = g.op("Slice", seen, g.ints(tap), g.ints(last), g.ints(1), name=f"shifted_{tap}")
+            part = g.cut(seen, 1, tap, END if tap == taps - 1 else tap + 1 - taps, name=f"shifted_{tap}")
             part = g.op("Mul", part, row, name=f"product_{tap}")
             total = part if total is None else g.op("Add", total, part, name=f"sum_{tap}")
-        kept = g.op("Slice", seen, g.ints(1 - taps), g.ints(end), g.ints(1), name="last_inputs")
+        kept = g.cut(seen, 1, 1 - taps, END, name="last_inputs")
         activated = g.op("Mul", total, g.op("Sigmoid", total, name="sigmoid"), name="silu")
         return activated, g.transpose(kept, 0, 2, 1, name="new_past")

@@ -99,7 +99,7 @@ def _pixel_shuffle(g: GraphBuilder, vision: InternVLVision, x: Value) -> Value:
     dim, side, merge = vision.hidden_size, vision.tile_patches, vision.spatial_merge_size
     with g.scope("pixel_shuffle"):
         x = g.reshape(x, -1, 1 + side * side, dim, name="by_tile")
-        x = g.op("Slice", x, g.ints(1), g.ints(1 + side * side), g.ints(1), name="patches")
+        x = g.cut(x, 1, 1, 1 + side * side, name="patches")
         x = g.reshape(x, -1, side // merge, merge, side // merge, merge, dim, name="blocks")
         x = g.transpose(x, 0, 1, 3, 2, 4, 5, name="by_block")
         return g.reshape(x, -1, merge * merge * dim, name="joined")
