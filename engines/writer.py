@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hawk_trt.bundle import ENGINES_MANIFEST, Bundle, FileEntry, file_entry, manifest_bytes, numpy_dtype
+from hawk_trt.bundle import ENGINES_MANIFEST, Bundle, FileEntry, file_entry, manifest_bytes
 from hawk_trt.engine_folder import EngineFolder, PlanEntry, read_engine_manifest
 from hawk_trt.errors import BackendError, BundleError, HawkError
 from hawk_trt.files.staging import check_free_space, check_replaceable, clean_up_after_killed, staged
@@ -54,7 +54,8 @@ def write_engines(
     out = out.resolve()
     _check_replaceable(out)
     clean_up_after_killed(out)
-    needed_bytes = sum(graph.weight_bytes for graph in plan.graphs) + _table_bytes(plan.bundle) + _SPARE_BYTES
+    weight_bytes = sum(graph.weight_bytes for graph in plan.graphs)
+    needed_bytes = weight_bytes + plan.bundle.manifest.embeddings.nbytes + _SPARE_BYTES
     check_free_space(out, needed_bytes, "the engines need", "Free space, or choose another disk with --out")
     if warning := memory_warning(plan.graphs, available_memory_bytes()):
         warn(warning)
@@ -157,25 +158,15 @@ def _copy_bundle(bundle: Bundle, folder: Path) -> dict[str, FileEntry]:
 
 def _copy_table(bundle: Bundle, path: Path) -> FileEntry:
     """Link the embedding table where its file holds nothing else, else copy its part of the file."""
-    table, size = bundle.manifest.embeddings, _table_bytes(bundle)
+    table = bundle.manifest.embeddings
     source = bundle.folder / table.file
-    if (table.offset, source.stat().st_size) == (0, size):
+    if (table.offset, source.stat().st_size) == (0, table.nbytes):
         try:
             os.link(source.resolve(), path)
             return bundle.manifest.files[table.file]
         except OSError:
             pass  # another file system, or one without hard links: copy
-    if source.stat().st_size < table.offset + size:
-        raise BundleError(
-            f"{source}: ends before its embedding table does. Export again: hawk-trt export CHECKPOINT --out FOLDER"
-        )
     return _write(path, bundle.embedding_table().reshape(-1).view(np.uint8).data, weights=True)
-
-
-def _table_bytes(bundle: Bundle) -> int:
-    """Size of the embedding table."""
-    table = bundle.manifest.embeddings
-    return table.shape[0] * table.shape[1] * numpy_dtype(table.dtype).itemsize
 
 
 def _write(path: Path, content: memoryview, *, weights: bool) -> FileEntry:

@@ -76,6 +76,11 @@ class TableEntry:
     dtype: Annotated[str, msgspec.Meta(pattern=f"^({'|'.join(DTYPES)})$")]
     shape: tuple[_Size, _Size]
 
+    @property
+    def nbytes(self) -> int:
+        """Size of the table."""
+        return math.prod(self.shape) * numpy_dtype(self.dtype).itemsize
+
 
 @dataclass(frozen=True, slots=True)
 class SpecialTokens:
@@ -224,8 +229,7 @@ class Bundle:
             raise BundleError(
                 f"{self.folder}: damaged, {', '.join(sorted(stray))[:200]} does not belong to it. {_AGAIN}"
             )
-        needed = table.offset + math.prod(table.shape) * numpy_dtype(table.dtype).itemsize
-        if needed > files[table.file].size_bytes:
+        if table.offset + table.nbytes > files[table.file].size_bytes:
             raise BundleError(f"{self.folder}: damaged, the embeddings reach beyond {table.file}. {_AGAIN}")
 
     def read_text(self, name: str) -> str | None:
