@@ -93,20 +93,17 @@ def decoder_layer(
         [batch * seq, hidden] (or [batch, hidden] with last_only) and the outputs for the cache by name.
     """
     weight, hidden, dim = f"language_model.layers.{layer}", config.hidden_size, config.head_dim
-    epsilon, offset = config.rms_norm_eps, config.unit_offset_norms
     width, kv_width = config.num_attention_heads * dim, config.num_key_value_heads * dim
 
     def project(h: Value, n: str, rows: int) -> Value:
-        return linear(g, h, f"{weight}.self_attn.{n}_proj", (rows, hidden), f"{n}_proj", bias=not config.qk_norm)
+        return linear(g, h, f"{weight}.self_attn.{n}_proj", (rows, hidden), bias=not config.qk_norm)
 
     with g.scope(f"layers.{layer}"):
-        norm = f"{weight}.input_layernorm"
-        h = rms_norm(g, x, norm, hidden, epsilon, "input_layernorm", unit_offset=offset)
+        h = language_norm(g, config, x, f"{weight}.input_layernorm", hidden)
         with g.scope("self_attn"):
             key, value = (_heads(g, project(h, n, kv_width), context.key_shape, n) for n in "kv")
             if config.qk_norm:
-                norm = f"{weight}.self_attn.k_norm"
-                key = rms_norm(g, key, norm, dim, epsilon, "k_norm", g.dtype, unit_offset=offset)
+                key = language_norm(g, config, key, f"{weight}.self_attn.k_norm", dim, g.dtype)
             key = rotary(g, key, context.cos, context.sin, "rotary_k", config.rotary_dim)
             cos, sin, mask, query_shape = context.cos, context.sin, context.mask, context.query_shape
             if last_only:
@@ -125,22 +122,28 @@ def decoder_layer(
                 query, gate = _query_and_gate(g, config, query)
             query = _heads(g, query, query_shape, "q")
             if config.qk_norm:
-                norm = f"{weight}.self_attn.q_norm"
-                query = rms_norm(g, query, norm, dim, epsilon, "q_norm", g.dtype, unit_offset=offset)
+                query = language_norm(g, config, query, f"{weight}.self_attn.q_norm", dim, g.dtype)
             query = rotary(g, query, cos, sin, "rotary_q", config.rotary_dim)
             attended, present = _attend(g, config, context, query, key, value, mask, layer)
             if gate is not None:
                 attended = g.op("Mul", attended, g.op("Sigmoid", gate, name="gate"), name="gated")
-            attended = linear(g, attended, f"{weight}.self_attn.o_proj", (hidden, width), "o_proj", bias=False)
+            attended = linear(g, attended, f"{weight}.self_attn.o_proj", (hidden, width), bias=False)
         return add_and_mlp(g, config, x, attended, weight), present
 
 
 def add_and_mlp(g: GraphBuilder, config: LanguageConfig, x: Value, attended: Value, weight: str) -> Value:
     """The second half of a layer: what the attention gave is added to the residual stream x, then the MLP's output."""
     x = add_residual(g, x, attended, "add_attention")
-    norm, hidden, offset = f"{weight}.post_attention_layernorm", config.hidden_size, config.unit_offset_norms
-    h = rms_norm(g, x, norm, hidden, config.rms_norm_eps, "post_attention_layernorm", unit_offset=offset)
-    return g.op("Add", x, gated_mlp(g, h, f"{weight}.mlp", hidden, config.intermediate_size), name="add_mlp")
+    h = language_norm(g, config, x, f"{weight}.post_attention_layernorm", config.hidden_size)
+    h = gated_mlp(g, h, f"{weight}.mlp", config.hidden_size, config.intermediate_size)
+    return g.op("Add", x, h, name="add_mlp")
+
+
+def language_norm(
+    g: GraphBuilder, config: LanguageConfig, x: Value, weight: str, size: int, source: str | None = None
+) -> Value:
+    """RMS norm as the language model has it; see layers.rms_norm."""
+    return rms_norm(g, x, weight, size, config.rms_norm_eps, source, unit_offset=config.unit_offset_norms)
 
 
 def last_rows(g: GraphBuilder, x: Value, shape: Value, hidden: int, name: str) -> Value:

@@ -3,9 +3,9 @@
 from hawk_trt.errors import CheckpointError
 from hawk_trt.stages import LanguageConfig
 
-from .attention import attention_context, decoder_layer, last_rows
+from .attention import attention_context, decoder_layer, language_norm, last_rows
 from .graph import GraphBuilder, Value
-from .layers import add_residual, linear, rms_norm
+from .layers import add_residual, linear
 from .linear_attention import linear_context, linear_layer
 
 
@@ -34,9 +34,8 @@ def decoder(g: GraphBuilder, config: LanguageConfig) -> dict[str, Value]:
         if layer < config.deepstack_levels:
             level = g.op("Gather", g.inputs["deepstack_states"], g.const(layer - 1, "int64"), axis=2, name="level")
             x = add_residual(g, x, g.reshape(level, -1, config.hidden_size, name="flat_level"), "add_deepstack")
-    size, offset = config.hidden_size, config.unit_offset_norms
-    x = rms_norm(g, x, "language_model.norm", size, config.rms_norm_eps, "norm", unit_offset=offset)
+    x = language_norm(g, config, x, "language_model.norm", config.hidden_size)
     head = "language_model.embed_tokens" if config.tie_word_embeddings else "lm_head"
-    logits = linear(g, x, head, (config.vocab_size, size), "lm_head", bias=False)
+    logits = linear(g, x, head, (config.vocab_size, config.hidden_size), bias=False, name="lm_head")
     logits = g.cast(logits, g.dtype, "float32", "logits_float32")
     return outputs | {"logits": logits, "next_token": g.op("ArgMax", logits, axis=-1, keepdims=0, name="next_token")}

@@ -18,9 +18,16 @@ _FLOAT16_HEADROOM = 64.0
 _MASKED = {"float32": -1e9, "bfloat16": -1e9, "float16": -1e4}
 
 
-def linear(g: GraphBuilder, x: Value, weight: str, shape: tuple[int, int], name: str, *, bias: bool = True) -> Value:
-    """X W^T + b: [tokens, in] -> [tokens, out]. shape: (out, in)."""
-    return _product(g, x, weight, shape, name, *([g.weight(f"{weight}.bias", shape[0])] if bias else []))
+def linear(
+    g: GraphBuilder, x: Value, weight: str, shape: tuple[int, int], *, bias: bool = True, name: str = ""
+) -> Value:
+    """X W^T + b: [tokens, in] -> [tokens, out].
+
+    weight: what the names of its tensors begin with; its last word is the node's name unless that is given.
+    shape: (out, in).
+    """
+    biases = [g.weight(f"{weight}.bias", shape[0])] if bias else []
+    return _product(g, x, weight, shape, name or _last_word(weight), *biases)
 
 
 def _product(g: GraphBuilder, x: Value, weight: str, shape: tuple[int, int], name: str, *bias: Value) -> Value:
@@ -70,7 +77,6 @@ def rms_norm(
     weight: str,
     size: int,
     epsilon: float,
-    name: str,
     source: str | None = None,
     *,
     unit_offset: bool = False,
@@ -80,7 +86,7 @@ def rms_norm(
     source: dtype of x, that of the residual stream where None.  unit_offset: it multiplies by 1 + weight.
     """
     scale, source = g.weight(f"{weight}.weight", size), source or g.residual
-    with g.scope(name):
+    with g.scope(_last_word(weight)):
         if unit_offset:
             x = g.cast(x, source, "float32", "to_float32")
             y = rms_float32(g, x, offset_scale(g, scale), epsilon, "RMSNormalization")
@@ -107,9 +113,9 @@ def offset_scale(g: GraphBuilder, weight: Value) -> Value:
     return g.op("Add", g.cast(weight, g.dtype, "float32", "offset"), g.const(1.0, "float32"), name="scale")
 
 
-def layer_norm(g: GraphBuilder, x: Value, weight: str, size: int, epsilon: float, name: str) -> Value:
+def layer_norm(g: GraphBuilder, x: Value, weight: str, size: int, epsilon: float) -> Value:
     """Layer norm of the residual stream, computed in float32: residual dtype in, model dtype out."""
-    with g.scope(name):
+    with g.scope(_last_word(weight)):
         h = g.cast(x, g.residual, "float32", "to_float32")
         scale, bias = (
             g.cast(g.weight(f"{weight}.{part}", size), g.dtype, "float32", f"{part}_float32")
@@ -207,13 +213,13 @@ def gated_mlp(g: GraphBuilder, x: Value, weight: str, hidden: int, inner: int, *
     """down(silu(gate(x)) * up(x)): [tokens, hidden] in the model's dtype -> [tokens, hidden] in the residual's."""
     down_proj = f"{weight}.down_proj"
     with g.scope("mlp"):
-        gate = linear(g, x, f"{weight}.gate_proj", (inner, hidden), "gate_proj", bias=bias)
-        up = linear(g, x, f"{weight}.up_proj", (inner, hidden), "up_proj", bias=bias)
+        gate = linear(g, x, f"{weight}.gate_proj", (inner, hidden), bias=bias)
+        up = linear(g, x, f"{weight}.up_proj", (inner, hidden), bias=bias)
         silu = g.op("Mul", gate, g.op("Sigmoid", gate, name="sigmoid"), name="silu")
         if g.dtype == "float16":
-            return _unscaled_linear(g, _float16_gated(g, silu, up), down_proj, (hidden, inner), "down_proj", bias=bias)
+            return _unscaled_linear(g, _float16_gated(g, silu, up), down_proj, (hidden, inner), bias=bias)
         gated = g.op("Mul", silu, up, name="gated")
-        down = linear(g, gated, down_proj, (hidden, inner), "down_proj", bias=bias)
+        down = linear(g, gated, down_proj, (hidden, inner), bias=bias)
         return g.cast(down, g.dtype, g.residual, "to_residual")
 
 
@@ -231,19 +237,17 @@ def _float16_gated(g: GraphBuilder, silu: Value, up: Value) -> Value:
     return g.cast(product, "float32", "float16", "gated_float16")
 
 
-def wide_linear(g: GraphBuilder, x: Value, weight: str, shape: tuple[int, int], name: str) -> Value:
+def wide_linear(g: GraphBuilder, x: Value, weight: str, shape: tuple[int, int]) -> Value:
     """X W^T + b where it may pass float16's range: [tokens, in] model dtype -> [tokens, out] residual dtype."""
     if g.dtype != "float16":
-        return g.cast(linear(g, x, weight, shape, name), g.dtype, g.residual, f"{name}_residual")
+        return g.cast(linear(g, x, weight, shape), g.dtype, g.residual, f"{_last_word(weight)}_residual")
     scaled = g.op("Mul", x, g.scalar(1 / _FLOAT16_HEADROOM), name="scaled")
-    return _unscaled_linear(g, scaled, weight, shape, name, bias=True)
+    return _unscaled_linear(g, scaled, weight, shape, bias=True)
 
 
-def _unscaled_linear(
-    g: GraphBuilder, scaled: Value, weight: str, shape: tuple[int, int], name: str, *, bias: bool
-) -> Value:
+def _unscaled_linear(g: GraphBuilder, scaled: Value, weight: str, shape: tuple[int, int], *, bias: bool) -> Value:
     """The linear layer of an input that was scaled down by the headroom: float16 -> float32."""
-    y = _product(g, scaled, weight, shape, name)
+    y = _product(g, scaled, weight, shape, _last_word(weight))
     y = g.op("Mul", g.cast(y, "float16", "float32", "float32"), g.const(_FLOAT16_HEADROOM, "float32"), name="unscaled")
     if not bias:
         return y
@@ -254,3 +258,7 @@ def _unscaled_linear(
 def add_residual(g: GraphBuilder, x: Value, y: Value, name: str) -> Value:
     """Add y, in the model's dtype, to the residual stream x."""
     return g.op("Add", x, g.cast(y, g.dtype, g.residual, f"{name}_cast"), name=name)
+
+
+def _last_word(weight: str) -> str:
+    return weight.rpartition(".")[2]

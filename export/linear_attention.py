@@ -20,10 +20,10 @@ import numpy as np
 
 from hawk_trt.stages import CPU, CUDA, LanguageConfig, LinearAttentionConfig
 
-from .attention import add_and_mlp
+from .attention import add_and_mlp, language_norm
 from .delta_rule import Chunks, chunks_of, delta_rule
 from .graph import END, GraphBuilder, Value
-from .layers import linear, rms_float32, rms_norm
+from .layers import linear, rms_float32
 
 _DOMAIN = "com.microsoft"
 # Added to the squares of a query or key before they are normed.
@@ -62,13 +62,12 @@ def linear_layer(
     weight, hidden, sizes = f"language_model.layers.{layer}", config.hidden_size, config.linear
     assert sizes is not None  # config.is_linear(layer)
     with g.scope(f"layers.{layer}"):
-        norm, offset = f"{weight}.input_layernorm", config.unit_offset_norms
-        h = rms_norm(g, x, norm, hidden, config.rms_norm_eps, "input_layernorm", unit_offset=offset)
+        h = language_norm(g, config, x, f"{weight}.input_layernorm", hidden)
         with g.scope("linear_attn"):
             gated, present = _gated_delta_rule(g, config, sizes, context, h, layer)
             gated = g.cast(gated, "float32", g.dtype, "to_model")
             shape = (hidden, sizes.num_value_heads * sizes.value_head_dim)
-            attended = linear(g, gated, f"{weight}.linear_attn.out_proj", shape, "out_proj", bias=False)
+            attended = linear(g, gated, f"{weight}.linear_attn.out_proj", shape, bias=False)
         return add_and_mlp(g, config, x, attended, weight), present
 
 
@@ -90,7 +89,7 @@ def _gated_delta_rule(
         return g.cast(g.weight(f"{weight}.{name}", *shape), g.dtype, "float32", f"{name}_float32")
 
     def project(name: str, rows: int) -> Value:
-        return linear(g, h, f"{weight}.{name}", (rows, config.hidden_size), name, bias=False)
+        return linear(g, h, f"{weight}.{name}", (rows, config.hidden_size), bias=False)
 
     def by_token(x: Value, width: int, name: str) -> Value:
         """[batch * seq, width] -> [batch, seq, width] float32."""

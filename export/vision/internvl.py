@@ -33,9 +33,9 @@ def internvl_vision(g: GraphBuilder, vision: InternVLVision) -> dict[str, Value]
         x = _block(g, vision, x, f"blocks.{block}")
     merged, out = vision.hidden_size * vision.spatial_merge_size**2, vision.out_hidden_size
     with g.scope("merger"):
-        h = layer_norm(g, _pixel_shuffle(g, vision, x), "visual.merger.norm", merged, _PROJECTOR_EPSILON, "norm")
-        h = gelu(g, linear(g, h, "visual.merger.linear_1", (out, merged), "linear_1"))
-        return {"visual_embeds": linear(g, h, "visual.merger.linear_2", (out, out), "linear_2")}
+        h = layer_norm(g, _pixel_shuffle(g, vision, x), "visual.merger.norm", merged, _PROJECTOR_EPSILON)
+        h = gelu(g, linear(g, h, "visual.merger.linear_1", (out, merged)))
+        return {"visual_embeds": linear(g, h, "visual.merger.linear_2", (out, out))}
 
 
 def _embed(g: GraphBuilder, vision: InternVLVision, pixels: Value) -> Value:
@@ -63,15 +63,15 @@ def _block(g: GraphBuilder, vision: InternVLVision, x: Value, block: str) -> Val
     weight, dim, inner = f"visual.{block}", vision.hidden_size, vision.intermediate_size
     norm, epsilon = layer_norm if vision.norm == "layer_norm" else rms_norm, vision.layer_norm_eps
     with g.scope(block):
-        h = norm(g, x, f"{weight}.norm1", dim, epsilon, "norm1")
+        h = norm(g, x, f"{weight}.norm1", dim, epsilon)
         with g.scope("attn"):
             h = _attention(g, vision, h, f"{weight}.attn")
         h = g.op("Mul", h, g.weight(f"{weight}.ls1", dim), name="ls1")
         x = add_residual(g, x, h, "add_attention")
-        h = norm(g, x, f"{weight}.norm2", dim, epsilon, "norm2")
+        h = norm(g, x, f"{weight}.norm2", dim, epsilon)
         with g.scope("mlp"):
-            h = gelu(g, linear(g, h, f"{weight}.mlp.fc1", (inner, dim), "fc1"))
-            h = linear(g, h, f"{weight}.mlp.fc2", (dim, inner), "fc2")
+            h = gelu(g, linear(g, h, f"{weight}.mlp.fc1", (inner, dim)))
+            h = linear(g, h, f"{weight}.mlp.fc2", (dim, inner))
         h = g.op("Mul", h, g.weight(f"{weight}.ls2", dim), name="ls2")
         return add_residual(g, x, h, "add_mlp")
 
@@ -82,16 +82,16 @@ def _attention(g: GraphBuilder, vision: InternVLVision, h: Value, weight: str) -
     head_dim, tokens = dim // heads, 1 + vision.tile_patches**2
     by_head = []
     for letter in "qkv":
-        t = linear(g, h, f"{weight}.{letter}_proj", (dim, dim), f"{letter}_proj", bias=vision.qkv_bias)
+        t = linear(g, h, f"{weight}.{letter}_proj", (dim, dim), bias=vision.qkv_bias)
         if vision.qk_norm and letter != "v":
             # over all heads at once
-            t = rms_norm(g, t, f"{weight}.{letter}_norm", dim, _QK_EPSILON, f"{letter}_norm", g.dtype)
+            t = rms_norm(g, t, f"{weight}.{letter}_norm", dim, _QK_EPSILON, g.dtype)
         t = g.reshape(t, -1, tokens, heads, head_dim, name=f"{letter}_split")
         by_head.append(g.transpose(t, 0, 2, 1, 3, name=f"{letter}_heads"))
     query, key, value = by_head
     out = attention(g, query, key, value, float(head_dim**-0.5))
     out = g.reshape(g.transpose(out, 0, 2, 1, 3, name="join_heads"), -1, dim, name="flat")
-    return linear(g, out, f"{weight}.proj", (dim, dim), "proj")
+    return linear(g, out, f"{weight}.proj", (dim, dim))
 
 
 def _pixel_shuffle(g: GraphBuilder, vision: InternVLVision, x: Value) -> Value:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from hawk_trt.stages import CPU, PORTABLE
 
 from ..graph import GraphBuilder, Value
-from ..layers import attention, linear, weighted_values
+from ..layers import attention, weighted_values
 
 TOKENS = 4096
 # Queries of one tile. Over 65,536 keys and 16 heads, 96 take 0.4 GB of scores; 128 is 5 % faster there.
@@ -95,17 +95,6 @@ def token_tiles(g: GraphBuilder, x: Value) -> Tiles:
 def query_tiles(g: GraphBuilder, pixels: Value) -> Tiles:
     """Tiles of queries [frames, heads, patches, head_dim]. pixels: [frames, patches, patch_dim]."""
     return Tiles(g, pixels, 1, QUERIES, _QUERY_AXIS)
-
-
-def query_key_value(g: GraphBuilder, tiles: Tiles, x: Value, weight: str, dim: int) -> Sequence[Value]:
-    """The joined projection cut in three: [tokens, dim] -> queries, keys and values, each [tokens, dim]."""
-
-    def project(tile: Value) -> Sequence[Value]:
-        return g.ops(
-            "Split", linear(g, tile, weight, (3 * dim, dim), "qkv"), axis=1, num_outputs=3, count=3, name="split_qkv"
-        )
-
-    return tiles.run(x, project, [dim] * 3)
 
 
 def frame_attention(g: GraphBuilder, tiles: Tiles, parts: Sequence[Value], heads: int, head_dim: int) -> Value:

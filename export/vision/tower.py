@@ -16,7 +16,7 @@ from hawk_trt.models.vision_config import Qwen2Vision
 from ..graph import GraphBuilder, Value
 from ..layers import add_residual, attention, linear, rotary_float32, wide_linear
 from .activations import gelu
-from .tiles import frame_attention, query_key_value, query_tiles, token_tiles
+from .tiles import frame_attention, query_tiles, token_tiles
 
 _NORM_EPSILON = 1e-6
 _PROJ = "visual.patch_embed.proj"
@@ -30,7 +30,7 @@ Mlp: TypeAlias = Callable[[GraphBuilder, Value, str, int, int], Value]
 class Style:
     """How a family makes its blocks."""
 
-    norm: Callable[[GraphBuilder, Value, str, int, float, str], Value]  # layer_norm or rms_norm
+    norm: Callable[[GraphBuilder, Value, str, int, float], Value]  # layer_norm or rms_norm
     mlp: Mlp
     merger_layers: tuple[str, str, str]  # names of its norm and its two linear layers
     patch_bias: bool = False  # whether the patch embedding has one
@@ -41,8 +41,8 @@ def plain_mlp(first: str, second: str, activation: Callable[[GraphBuilder, Value
 
     def mlp(g: GraphBuilder, x: Value, weight: str, dim: int, inner: int) -> Value:
         with g.scope("mlp"):
-            h = activation(g, linear(g, x, f"{weight}.{first}", (inner, dim), first))
-            return wide_linear(g, h, f"{weight}.{second}", (dim, inner), second)
+            h = activation(g, linear(g, x, f"{weight}.{first}", (inner, dim)))
+            return wide_linear(g, h, f"{weight}.{second}", (dim, inner))
 
     return mlp
 
@@ -103,14 +103,14 @@ class Tower:
         """One block, over whole frames unless segments say otherwise. x: as patches."""
         g, style, dim, weight = self._g, self._style, self._dim, f"visual.blocks.{number}"
         with g.scope(f"blocks.{number}"):
-            h = style.norm(g, x, f"{weight}.norm1", dim, _NORM_EPSILON, "norm1")
+            h = style.norm(g, x, f"{weight}.norm1", dim, _NORM_EPSILON)
             with g.scope("attn"):
-                parts = query_key_value(g, self._tokens, h, f"{weight}.attn.qkv", dim)
+                parts = self._tokens.run(h, lambda tile: self._query_key_value(tile, f"{weight}.attn.qkv"), [dim] * 3)
                 attended = self._attention(parts, segments or self.whole)
                 h = g.reshape(attended, -1, dim, name="flat")
-                h = linear(g, h, f"{weight}.attn.proj", (dim, dim), "proj")
+                h = linear(g, h, f"{weight}.attn.proj", (dim, dim))
             x = add_residual(g, x, h, "add_attention")
-            h = style.norm(g, x, f"{weight}.norm2", dim, _NORM_EPSILON, "norm2")
+            h = style.norm(g, x, f"{weight}.norm2", dim, _NORM_EPSILON)
             inner = self._vision.intermediate_size
             (h,) = self._tokens.run(h, lambda tile: [style.mlp(g, tile, f"{weight}.mlp", dim, inner)], [dim])
             return g.op("Add", x, h, name="add_mlp")
@@ -126,10 +126,15 @@ class Tower:
         with g.scope(name):
             h = g.reshape(x, -1, merged, name="merge") if norm_merged else x
             size = merged if norm_merged else self._dim
-            h = self._style.norm(g, h, f"{weight}.{norm}", size, _NORM_EPSILON, norm)
+            h = self._style.norm(g, h, f"{weight}.{norm}", size, _NORM_EPSILON)
             h = h if norm_merged else g.reshape(h, -1, merged, name="merge")
-            h = gelu(g, linear(g, h, f"{weight}.{first}", (merged, merged), "first"))
-            return linear(g, h, f"{weight}.{second}", (vision.out_hidden_size, merged), "second")
+            h = gelu(g, linear(g, h, f"{weight}.{first}", (merged, merged), name="first"))
+            return linear(g, h, f"{weight}.{second}", (vision.out_hidden_size, merged), name="second")
+
+    def _query_key_value(self, tile: Value, weight: str) -> Sequence[Value]:
+        """The joined projection cut in three, each [rows, dim]."""
+        joined = linear(self._g, tile, weight, (3 * self._dim, self._dim))
+        return self._g.ops("Split", joined, axis=1, num_outputs=3, count=3, name="split_qkv")
 
     def _attention(self, parts: Sequence[Value], segments: Segments) -> Value:
         """Attention inside each segment: three of [num_frames * num_patches, dim] -> values in the same order."""
