@@ -78,19 +78,10 @@ def decoder_layer(
     *,
     last_only: bool = False,
 ) -> tuple[Value, dict[str, Value]]:
-    """One layer. x: [batch * seq, hidden], residual dtype.
+    """One layer: its output [batch * seq, hidden] in the residual dtype, and the outputs for the cache by name.
 
-    Args:
-        g: the graph.
-        config: sizes.
-        context: what all layers share.
-        x: the residual stream.
-        layer: its index in the checkpoint.
-        last_only: keys and values of all positions, but the output of the last alone (all that the
-            logits need after the last layer).
-
-    Returns:
-        [batch * seq, hidden] (or [batch, hidden] with last_only) and the outputs for the cache by name.
+    x: the residual stream, [batch * seq, hidden].  layer: its index in the checkpoint.  last_only: keys and values of
+    all positions, but the output of the last alone, [batch, hidden]: all that the logits need after the last layer.
     """
     weight, hidden, dim = f"language_model.layers.{layer}", config.hidden_size, config.head_dim
     width, kv_width = config.num_attention_heads * dim, config.num_key_value_heads * dim

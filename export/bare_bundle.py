@@ -35,9 +35,7 @@ class CheckpointBundle(Bundle):
 def open_checkpoint(folder: Path, hub_id: str | None = None) -> CheckpointBundle:
     """Read the small files of a checkpoint, and its fingerprint.
 
-    Args:
-        folder: where it lies.
-        hub_id: where it was downloaded from, which then is its name; None names it by its folder.
+    hub_id: where it was downloaded from, which then is its name; None names it by its folder.
 
     Raises:
         CheckpointError: no checkpoint there, one that is not supported, or one without a tokenizer.

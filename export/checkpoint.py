@@ -102,11 +102,7 @@ class Checkpoint:
         return sorted(self.tensors.keys() - self._used)
 
     def same_values(self, first: str, second: str) -> bool:
-        """Whether two tensors have the same shape and elements.
-
-        Raises:
-            CheckpointError: one cannot be read.
-        """
+        """Whether two tensors have the same shape and elements."""
         one, other = self.tensors[first], self.tensors[second]
         return one.shape == other.shape and all(
             np.array_equal(*blocks) for blocks in zip(one.blocks(), other.blocks(), strict=True)
@@ -115,8 +111,7 @@ class Checkpoint:
     def fingerprint(self, extra_files: tuple[str, ...] = ()) -> str:
         """The sha256, in hex, of the small files and of each weight file's name, size, time and header.
 
-        Args:
-            extra_files: names of more small files of the folder; one that is missing counts as missing.
+        extra_files: names of more small files of the folder; one that is missing counts as missing.
         """
         digest = hashlib.sha256()
         for name in (CONFIG, GENERATION_CONFIG, MODELOPT, *extra_files):

@@ -154,11 +154,8 @@ def special_tokens(
 ) -> SpecialTokens:
     """Ids of the tokens that the runtime must know, None or empty where the checkpoint names none.
 
-    Args:
-        config: config.json.
-        generation: generation_config.json, empty where there is none.
-        added_tokens: content to id of the tokenizer's added tokens, empty without a tokenizer.
-        spellings: of the tokens of images and videos, by their fields in SpecialTokens.
+    generation, added_tokens: see architectures.read_config; empty where there is none.  spellings: of the tokens of
+    images and videos, by their fields in SpecialTokens.
     """
     text = Section(config.get("text_config") or {}, "text_config").values
     vocab_size = text_section(config).integer("vocab_size")

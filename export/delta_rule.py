@@ -84,21 +84,11 @@ def delta_rule(
     decay: Value,
     beta: Value,
 ) -> tuple[Value, Value]:
-    """Run the rule over all tokens; everything is float32.
+    """Run the rule over all tokens, in float32: [batch, seq, value heads * dim], and S behind the last token.
 
-    Args:
-        g: the graph.
-        chunks: of its tokens.
-        sizes: of the layer.
-        query: [batch, seq, key heads * dim], of norm 1, each head for value_heads / key_heads value heads in a row.
-        key: as query.
-        value: [batch, seq, value heads * dim].
-        state: [batch, value heads, key dim, value dim], S before the first token.
-        decay: g, [batch, seq, value heads].
-        beta: as decay.
-
-    Returns:
-        [batch, seq, value heads * dim], and S behind the last token.
+    query, key: [batch, seq, key heads * dim], of norm 1, each head for value_heads / key_heads value heads in a row.
+    value: [batch, seq, value heads * dim].  state: [batch, value heads, key dim, value dim], S before the first token.
+    decay: g, [batch, seq, value heads].  beta: as decay.
     """
     key_dim, value_dim, heads = sizes.key_head_dim, sizes.value_head_dim, sizes.num_value_heads
 

@@ -107,9 +107,7 @@ def read_matrices(
 ) -> tuple[dict[str, CheckpointTensor], Quantisation | None]:
     """Put the parts of quantised matrices together.
 
-    Args:
-        tensors: of the checkpoint, by canonical name.
-        settings: see quantisation_settings.
+    tensors: of the checkpoint, by canonical name.  settings: see quantisation_settings.
 
     Returns:
         All tensors, a quantised matrix as one; and what was found, None where all are plain.

@@ -22,18 +22,10 @@ from .weights import WeightStore
 def build_graphs(
     vision: VisionConfig, language: LanguageConfig, weights: WeightStore, dtype: str, target: str, normalization: str
 ) -> dict[str, GraphBuilder]:
-    """Build the three graphs for a target.
+    """Build the graphs of all stages for a target: by stage name, each to be finished by model().
 
-    Args:
-        vision: sizes of the vision tower.
-        language: sizes of the language model.
-        weights: places each tensor as it is asked for.
-        dtype: "float32", "float16" or "bfloat16".
-        target: one of hawk_trt.stages.TARGETS.
-        normalization: "l2", "softmax" or "minmax", baked into the first layer.
-
-    Returns:
-        The graphs by stage name, each to be finished by model().
+    weights: places each tensor as it is asked for.  dtype: "float32", "float16" or "bfloat16".  normalization: "l2",
+    "softmax" or "minmax", baked into the first layer.
     """
     family = GRAPHS[vision.family]
     entries = (

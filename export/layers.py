@@ -172,18 +172,12 @@ def attention(
     mask: Value | None = None,
     written: Value | None = None,
 ) -> Value:
-    """softmax(scale q k^T, masked) v.
+    """softmax(scale q k^T, masked) v: [batch, heads, seq, dim].
 
-    Args:
-        g: the graph.
-        query: [batch, heads, seq, dim].
-        key: [batch, heads, total, dim]; with opset 24 it may have fewer heads, each for a group of the query's.
-        value: as key.
-        scale: of the scores.
-        mask: broadcast to [batch, heads, seq, total]; bool with opset 24, True where a query may look, else the bias
-            that is added.
-        written: int64 [batch], with opset 24 and no mask: so many columns hold tokens, the queries are the last of
-            them, and each looks at those before it and at itself.
+    query: [batch, heads, seq, dim].  key, value: [batch, heads, total, dim]; with opset 24 they may have fewer heads,
+    each for a group of the query's.  mask: broadcast to [batch, heads, seq, total]; bool with opset 24, True where a
+    query may look, else the bias that is added.  written: int64 [batch], with opset 24 and no mask: so many columns
+    hold tokens, the queries are the last of them, and each looks at those before it and at itself.
     """
     if written is not None:
         given = (query, key, value, None, None, None, written)

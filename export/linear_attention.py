@@ -47,17 +47,9 @@ def linear_context(g: GraphBuilder, hidden: Value, name: str) -> LinearContext:
 def linear_layer(
     g: GraphBuilder, config: LanguageConfig, context: LinearContext, x: Value, layer: int
 ) -> tuple[Value, dict[str, Value]]:
-    """One linear layer.
+    """One linear layer: its output [batch * seq, hidden], and the new states by output name.
 
-    Args:
-        g: the graph.
-        config: sizes.
-        context: what all linear layers share.
-        x: the residual stream, [batch * seq, hidden].
-        layer: its index in the checkpoint.
-
-    Returns:
-        [batch * seq, hidden] and the new states by output name.
+    x: the residual stream, [batch * seq, hidden].  layer: its index in the checkpoint.
     """
     weight, hidden, sizes = f"language_model.layers.{layer}", config.hidden_size, config.linear
     assert sizes is not None  # config.is_linear(layer)

@@ -33,9 +33,7 @@ _TOOL = {
 def try_prompts(bundle: Bundle, family: Family) -> list[str]:
     """Make a prompt of text, one with an image and, where the template takes them, one with tools.
 
-    Args:
-        bundle: its small files are there.
-        family: of the model.
+    bundle: its small files are there.
 
     Returns:
         What does not work and need not, a sentence each.

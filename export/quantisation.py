@@ -71,12 +71,9 @@ def layout(shape: tuple[int, int], weights: WeightFormat, dtype: str) -> tuple[i
 def quantise(
     tensor: CheckpointTensor, weights: WeightFormat, dtype: str
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.floating]]:
-    """Quantise a matrix; nothing but the result is held in memory.
+    """Quantise a matrix [out, in]; nothing but the result is held in memory.
 
-    Args:
-        tensor: [out, in], out even, in a multiple of the block size.
-        weights: bits and block size.
-        dtype: of the scales.
+    out is even, in a multiple of the block size.  dtype: of the scales.
 
     Returns:
         The integers' bytes, uint8 [in, out * bits / 8], the even column in a byte's low half; and the scales,

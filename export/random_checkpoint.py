@@ -49,15 +49,10 @@ class RandomTensor(CheckpointTensor):
 
 
 def random_checkpoint(folder: Path, config: dict[str, Any], seed: int = 0) -> Checkpoint:
-    """A checkpoint of random weights.
+    """A checkpoint of random weights; CheckpointError for a config that is not supported.
 
-    Args:
-        folder: that gets config.json and generation_config.json, nothing else.
-        config: config.json, with what ends an answer as eos_token_id.
-        seed: of the weights.
-
-    Raises:
-        CheckpointError: a config that is not supported.
+    folder: gets config.json and generation_config.json, nothing else.  config: config.json, with what ends an answer as
+    eos_token_id.  seed: of the weights.
     """
     config = config | {"random_weights_seed": seed}  # so that a bundle of another seed is not up to date
     generation = {"eos_token_id": config["eos_token_id"]}

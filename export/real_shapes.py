@@ -23,13 +23,8 @@ def shape_config(shape: str, layers: int | None = None, vision_layers: int | Non
     The last of fewer vision layers attends over whole frames, as the last of all does. Where none is left that feeds
     DeepStack, the first does. Of a hybrid model two layers of full attention are left at least.
 
-    Args:
-        shape: one of SHAPES.
-        layers: of the language model; None takes all.
-        vision_layers: of the vision tower; None takes all.
-
-    Raises:
-        InvalidInput: an unknown name, or a number of layers that the model does not have.
+    shape: one of SHAPES.  layers, vision_layers: of the language model and of the vision tower; None takes all.
+    InvalidInput for an unknown name, or a number of layers that the model does not have.
     """
     if shape not in SHAPES:
         raise InvalidInput(f"shape: got {shape!r}, expected one of {', '.join(SHAPES)}")

@@ -301,11 +301,7 @@ class Float8Matrix(CheckpointTensor):
 
 
 def check_groups(matrix: IntegerMatrix) -> IntegerMatrix:
-    """The matrix, if its groups can be blocks of DequantizeLinear.
-
-    Raises:
-        CheckpointError: they cannot.
-    """
+    """The matrix, if its groups can be blocks of DequantizeLinear; else a CheckpointError."""
     rows, columns = matrix.shape
     if columns % matrix.group or matrix.format.block_size < _SMALLEST_BLOCK or rows % 8:
         raise CheckpointError(

@@ -35,7 +35,7 @@ _DOWNLOAD_AGAIN = "Download or copy it again"
 
 @dataclass(frozen=True, slots=True)
 class CheckpointTensor:
-    """One tensor of a checkpoint."""
+    """One tensor of a checkpoint; reading it is a CheckpointError where the file cannot be read, or ends early."""
 
     name: str  # in the file, or canonical once the checkpoint has renamed it
     file: Path  # that holds it
@@ -45,19 +45,11 @@ class CheckpointTensor:
     shape: tuple[int, ...]  # row-major
 
     def blocks(self) -> Iterator[npt.NDArray[Any]]:
-        """The elements: 1-D arrays of a few MB at most, each valid until the next but one takes its memory.
-
-        Raises:
-            CheckpointError: the file cannot be read, or ends early.
-        """
+        """The elements: 1-D arrays of a few MB at most, each valid until the next but one takes its memory."""
         return self.stored()
 
     def stored(self, unit: int = 1) -> Iterator[npt.NDArray[Any]]:
-        """The elements as the file holds them, in such blocks, each of a multiple of so many elements as unit says.
-
-        Raises:
-            CheckpointError: the file cannot be read, or ends early.
-        """
+        """The elements as the file holds them, in such blocks, each of a multiple of so many elements as unit says."""
         dtype = numpy_dtype(self.dtype)
         left = self.nbytes // dtype.itemsize
         buffers = alternating_buffers(left, dtype, unit)
@@ -78,11 +70,7 @@ class CheckpointTensor:
             raise CheckpointError(f"{self.file}: cannot be read ({error.strerror})") from error
 
     def array(self) -> npt.NDArray[Any]:
-        """The whole tensor, in its shape.
-
-        Raises:
-            CheckpointError: the file cannot be read, or ends early.
-        """
+        """The whole tensor, in its shape."""
         values = np.empty(math.prod(self.shape), numpy_dtype(self.dtype))
         filled = 0
         for block in self.blocks():

@@ -89,10 +89,7 @@ _NORMALISE = {
 def weighted_topk(g: GraphBuilder, normalization: str, *inputs: Value) -> tuple[Value, Value]:
     """Add the node and its function.
 
-    Args:
-        g: the graph.
-        normalization: "l2", "softmax" or "minmax".
-        *inputs: INPUTS, in their order.
+    normalization: "l2", "softmax" or "minmax".  inputs: INPUTS, in their order.
 
     Returns:
         kept_indices (batch, num_kept_total) int32, ascending, and scores (batch, seq_len) float32.

@@ -111,11 +111,8 @@ class WeightStore:
     ) -> onnx.TensorProto:
         """A new initializer for a graph, whose data is a place in an external file.
 
-        Args:
-            stage_file: the file it is placed in if it has no place yet, such as "decoder.data".
-            name: canonical name of the tensor, and the value's name.
-            shape: of the tensor.
-            flat: make one of all dimensions but the first.
+        stage_file: the file it is placed in if it has no place yet, such as "decoder.data".  name: canonical, of the
+        tensor and of the value.  flat: make one of all dimensions but the first.
 
         Raises:
             CheckpointError: no such tensor, another shape, or linked and of another dtype.
@@ -125,19 +122,10 @@ class WeightStore:
         return _external(name, placement, self.dtype, (first, math.prod(others)) if flat else (first, *others))
 
     def quantised(self, stage_file: str, name: str, shape: tuple[int, int], target: str) -> QuantisedMatrix | None:
-        """New initializers of a quantised matrix, or None where it is one of plain floats.
+        """New initializers of a quantised matrix, or None where it is one of plain floats; see initializer.
 
         A matrix that the checkpoint holds as integers stays so, but for those that make the scores; one of float8 stays
         so for the target tensorrt.
-
-        Args:
-            stage_file: the file its parts are placed in if they have no place yet.
-            name: canonical name of the tensor.
-            shape: of the tensor.
-            target: that runs the graph.
-
-        Raises:
-            CheckpointError: no such tensor, or another shape.
         """
         tensor, weights, dtype = self.checkpoint.tensor(name, shape), self.weights, self.dtype
         if not may_be_quantised(name, shape, self.scoring_layer):
@@ -185,11 +173,7 @@ class WeightStore:
         return values
 
     def table(self, shape: tuple[int, int]) -> TableEntry:
-        """The place of the token embedding table of a shape; where a graph has it already (tied), that place.
-
-        Raises:
-            CheckpointError: no such tensor, another shape, or linked and of another dtype.
-        """
+        """The place of the token embedding table; where a graph has it already (tied), that place."""
         placement = self._place_tensor(EMBEDDINGS_FILE, EMBEDDINGS, shape)
         return TableEntry(placement.file, placement.offset, self.dtype, shape)
 

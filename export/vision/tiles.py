@@ -25,12 +25,8 @@ class Tiles:
     def __init__(self, g: GraphBuilder, source: Value, source_axis: int, most: int, axis: int = 0) -> None:
         """Compute the shapes.
 
-        Args:
-            g: the graph.
-            source: a tensor with as many rows, along source_axis.
-            source_axis: see source.
-            most: rows of one tile.
-            axis: of the rows, the last but one.
+        source: a tensor with as many rows, along source_axis.  most: rows of one tile.  axis: of the rows, the last but
+        one.
         """
         self._g, self._axis = g, axis
         if g.target != CPU:
@@ -46,16 +42,10 @@ class Tiles:
             self._shape = g.op("Concat", *lead, count, length, g.ints(-1), axis=0, name="shape")
 
     def run(self, x: Value, part: Callable[[Value], Sequence[Value]], widths: Sequence[int]) -> Sequence[Value]:
-        """Run a part over the tiles.
+        """Run a part over the tiles: its outputs of all rows, each [.., rows, width].
 
-        Args:
-            x: [.., rows, features], in the model's dtype.
-            part: adds the nodes of one tile, [.., tile rows, features], and returns its outputs, each
-                [.., tile rows, width]; rows must not depend on each other.
-            widths: of the outputs.
-
-        Returns:
-            the outputs of all rows, each [.., rows, width].
+        x: [.., rows, features], in the model's dtype.  part: adds the nodes of one tile, [.., tile rows, features], and
+        returns its outputs, each [.., tile rows, width]; rows must not depend on each other.  widths: of the outputs.
         """
         g, axis = self._g, self._axis
         if g.target != CPU:
@@ -98,20 +88,10 @@ def query_tiles(g: GraphBuilder, pixels: Value) -> Tiles:
 
 
 def frame_attention(g: GraphBuilder, tiles: Tiles, parts: Sequence[Value], heads: int, head_dim: int) -> Value:
-    """Attention over whole frames.
+    """Attention over whole frames: [frames, heads, patches, head_dim].
 
     For the target cpu in tiles of queries, for portable one head after the other, so that the scores of one are all
-    that an old runtime without fused attention must hold.
-
-    Args:
-        g: the graph.
-        tiles: of queries.
-        parts: queries, keys and values, each [frames, heads, patches, head_dim].
-        heads: number of heads.
-        head_dim: size of each.
-
-    Returns:
-        [frames, heads, patches, head_dim].
+    that an old runtime without fused attention must hold.  parts: queries, keys and values, each in that shape.
     """
     query, key, value = parts
     scale = float(head_dim**-0.5)
