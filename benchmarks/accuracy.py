@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from pathlib import Path
@@ -31,7 +32,6 @@ from hawk_trt.apps.evaluate.trials import (
     Trial,
     missing,
     pipeline_answerer,
-    prepare,
     run_trials,
 )
 from hawk_trt.apps.parity.reference import Reference
@@ -146,16 +146,13 @@ def answer_all(
 ) -> list[Trial]:
     """All trials of a data set, those of an earlier run included."""
     manifest = manifest_digest(pipe.bundle.manifest)
-    log = ResultLog(path, {"bundle": manifest, "dataset": dataset.fingerprint}, Trial)
-    try:
+    with closing(ResultLog(path, {"bundle": manifest, "dataset": dataset.fingerprint}, Trial)) as log:
         left = missing(dataset, wanted, log)
         made = run_trials(
-            dataset, wanted, log, lambda s: prepare(pipe, s), lambda cell: special.get(cell.selector, own), seed
+            dataset, wanted, log, pipe, lambda sample, cell: special.get(cell.selector, own)(sample, cell), seed
         )
         for _ in counted(made, left, "answers"):
             pass
-    finally:
-        log.close()
     ids = {sample.id for sample in dataset}
     return [trial for trial in log.records if trial.sample in ids]
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from numbers import Integral
 from os import PathLike
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -388,7 +388,7 @@ class Result:
 
     text: str | None
     token_ids: list[int]
-    finish_reason: str
+    finish_reason: Literal["stop", "length"]
     num_visual: int
     num_kept: int
     kept_indices: npt.NDArray[np.int64]

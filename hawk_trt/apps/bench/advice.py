@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from hawk_trt.errors import InvalidInput
 from hawk_trt.pruning.hawk import num_kept
 from hawk_trt.request import PruningConfig, Result, Timings
 from hawk_trt.stages import LanguageConfig
@@ -113,8 +112,6 @@ class TimeModel:
 
     def __init__(self, size: Size, times: Sequence[StageTimes]) -> None:
         """Fit two keep ratios at least; three or more tell the curve from the line."""
-        if len({time.keep_ratio for time in times}) < 2:
-            raise InvalidInput(f"keep ratios: got {len(times)} measured, expected at least two to see what they change")
         self.size = size
         self._image, self._rest, self._begin = (
             float(np.median([getattr(time, name) for time in times])) for name in ("image", "rest", "begin")

@@ -1,8 +1,9 @@
 """`hawk-trt eval`: a data set answered with every selector at every keep ratio; accuracy, tokens, time, cache."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -92,15 +93,14 @@ def evaluate(
     if pipe.processor.chat is None:
         raise BundleError(f"{model}: it has no tokenizer, so it cannot answer questions")
     subject = _subject(questions, metric, choosing, pipe, dataset)
-    log = ResultLog(out / RESULTS, subject, trials.Trial)
-    try:
+    with closing(ResultLog(out / RESULTS, subject, trials.Trial)) as log:
         left = trials.missing(dataset, cells, log)
         if left < dataset.count * len(cells):
             note(f"{out / RESULTS}: {dataset.count * len(cells) - left} answers known, {left} to go")
-        for _ in counted(_trials(questions, METRICS[metric], checkpoint, pipe, dataset, cells, log), left, "answers"):
+        answer = _answerer(pipe, METRICS[metric], questions.max_new_tokens, checkpoint)
+        made = trials.run_trials(dataset, cells, log, pipe, answer, questions.seed, questions.max_pixels)
+        for _ in counted(made, left, "answers"):
             pass
-    finally:
-        log.close()
     rows = summarise(log.records, cells, [sample.id for sample in dataset])
     manifest = pipe.bundle.manifest
     runs = f"{Path(manifest.source.name).name}, {manifest.precision}, {pipe.backend.name} on {pipe.backend.device}"
@@ -142,16 +142,9 @@ def _cells(selectors: Sequence[str], keep_ratios: Sequence[float], choosing: Cho
     return list(cells.values())
 
 
-def _trials(
-    questions: Questions,
-    metric: Metric,
-    checkpoint: str | None,
-    pipe: "Pipeline",
-    dataset: Dataset,
-    cells: Sequence[trials.Cell],
-    log: ResultLog[trials.Trial],
-) -> Iterator[trials.Trial]:
-    own = trials.pipeline_answerer(pipe, metric, questions.max_new_tokens)
+def _answerer(pipe: "Pipeline", metric: Metric, max_new_tokens: int, checkpoint: str | None) -> trials.Answerer:
+    """Answers with the pipeline, and where FastV is asked for with the checkpoint in PyTorch."""
+    own = trials.pipeline_answerer(pipe, metric, max_new_tokens)
 
     @cache
     def fastv() -> trials.Answerer:
@@ -162,13 +155,9 @@ def _trials(
         check_layers(pipe.bundle.manifest)
         note(f"loading {checkpoint} in PyTorch (float32, cpu)")
         model = load_reference(checkpoint, head_weights=(), normalization="l2", device="cpu", dtype="float32").model
-        return fastv_answerer(FastV(model), pipe, metric, questions.max_new_tokens)
+        return fastv_answerer(FastV(model), pipe, metric, max_new_tokens)
 
-    def answerer(cell: trials.Cell) -> trials.Answerer:
-        return fastv() if cell.selector == FASTV else own
-
-    prepared = partial(trials.prepare, pipe, max_pixels=questions.max_pixels)
-    return trials.run_trials(dataset, cells, log, prepared, answerer, questions.seed)
+    return lambda prepared, cell: (fastv() if cell.selector == FASTV else own)(prepared, cell)
 
 
 def _subject(

@@ -58,8 +58,6 @@ class Plan:
 
     def __post_init__(self) -> None:
         PruningConfig(keep_ratio=self.keep_ratio)
-        if self.scope not in SCOPES:
-            raise InvalidInput(f"scope: got {self.scope!r}, expected one of {', '.join(SCOPES)}")
         if self.max_new_tokens < 1:
             raise InvalidInput(f"max_new_tokens: got {self.max_new_tokens}, expected at least 1")
         names = [source.name for source in self.sources]

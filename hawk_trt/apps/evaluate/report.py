@@ -13,7 +13,6 @@ import msgspec
 import hawk_trt
 from hawk_trt.apps.evaluate.summary import Row, pareto_front, to_csv
 from hawk_trt.apps.evaluate.trials import UNPRUNED
-from hawk_trt.errors import InvalidInput
 from hawk_trt.files.staging import write_atomically
 
 _STYLE = Path(hawk_trt.__file__).parent / "data" / "plots.mplstyle"
@@ -31,8 +30,8 @@ def write_report(folder: Path, rows: Sequence[Row], subject: Mapping[str, str], 
     missing = None
     try:
         files |= plot_rows(rows, title)
-    except InvalidInput as error:
-        missing = str(error)
+    except ImportError as error:
+        missing = f"plots need matplotlib ({error}): pip install matplotlib"
     for name, content in files.items():
         write_atomically(folder / name, content)
     return missing
@@ -40,11 +39,9 @@ def write_report(folder: Path, rows: Sequence[Row], subject: Mapping[str, str], 
 
 def plot_rows(rows: Sequence[Row], title: str) -> dict[str, bytes]:
     """Draw both plots of one evaluation: PNGs by file name."""
-    try:
-        from matplotlib import rc_context  # an extra that only plots need
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise InvalidInput(f"plots need matplotlib ({error}): pip install matplotlib") from error
+    from matplotlib import rc_context  # an extra that only plots need
+    from matplotlib.figure import Figure
+
     drawn = {}
     for name, draw in (("accuracy_by_keep_ratio", _by_keep_ratio), ("accuracy_by_time", _by_time)):
         with rc_context(fname=_STYLE):

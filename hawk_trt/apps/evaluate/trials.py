@@ -107,9 +107,10 @@ def run_trials(
     dataset: Dataset,
     cells: Sequence[Cell],
     log: ResultLog[Trial],
-    make_inputs: Callable[[Sample], PreparedSample],
-    answerers: Callable[[Cell], Answerer],
+    pipe: "Pipeline",
+    answer: Answerer,
     seed: int,
+    max_pixels: int | None = None,
 ) -> Iterator[Trial]:
     """Answer what the log does not hold yet, sample by sample, and give each trial once it is on disk.
 
@@ -122,13 +123,13 @@ def run_trials(
         left = [cell for cell in cells if (sample.id, *cell.key) not in known]
         if not left:
             continue
-        prepared = make_inputs(sample)
+        prepared = prepare(pipe, sample, max_pixels=max_pixels)
         own_seed = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
         for cell in left:
             own = replace(cell, pruning=replace(cell.pruning, seed=own_seed))
             if cell.key not in warm:
-                answerers(cell)(prepared, own)
+                answer(prepared, own)
                 warm.add(cell.key)
-            trial = answerers(cell)(prepared, own)
+            trial = answer(prepared, own)
             log.append(trial)
             yield trial

@@ -4,7 +4,6 @@ A prompt and its results at some keep ratios enter; an Explanation leaves, plain
 `hawk-trt explain --json` prints.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -12,7 +11,6 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from hawk_trt.errors import InvalidInput
 from hawk_trt.inputs.layout import PromptLayout
 from hawk_trt.request import Result
 
@@ -64,26 +62,15 @@ def explain(
 ) -> Explanation:
     """Lay scores and kept tokens out on the token grids of the images, then of the videos.
 
-    prompt: text to show; nothing is computed from it. results: (keep_ratio, result) pairs, all of the layout's prompt.
+    prompt: text to show; nothing is computed from it. results: (keep_ratio, result) pairs, all of the layout's prompt,
+    no position of which is masked.
     """
-    if not layout.num_visual:
-        raise InvalidInput("prompt: it has no image or video, so there is nothing to explain")
-    for _, result in results:
-        if result.scores.size != layout.num_visual:
-            raise InvalidInput(
-                f"scores: got {result.scores.size} values, expected {layout.num_visual}, one a visual token"
-            )
     visual = layout.visual_rows >= 0
     owners, places = layout.items[visual], layout.source_index[visual]
     items = []
     for number, (time, height, width) in enumerate([*layout.image_grid_thw.tolist(), *layout.video_grid_thw.tolist()]):
         grid = (time, height // spatial_merge_size, width // spatial_merge_size)
         own = owners == number
-        if own.sum() != math.prod(grid):
-            raise InvalidInput(
-                f"attention_mask: {own.sum()} of the {math.prod(grid)} tokens of image or video {number} are real, "
-                "expected all"
-            )
         kind: Literal["image", "video"] = "image" if number < len(layout.image_grid_thw) else "video"
         items.append(VisualItem(kind, grid, results[0][1].scores[own].reshape(grid)))
     selections = [

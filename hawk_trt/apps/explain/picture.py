@@ -19,7 +19,6 @@ from PIL import Image, ImageChops, ImageColor, ImageDraw, ImageFilter
 
 from hawk_trt.apps.explain.explanation import Explanation, VisualItem
 from hawk_trt.apps.explain.lettering import Lettering
-from hawk_trt.errors import InvalidInput
 from hawk_trt.files.staging import write_atomically
 from hawk_trt.inputs import turns
 from hawk_trt.inputs.images import load_image
@@ -104,8 +103,8 @@ def load_frames(
 def render(explanation: Explanation, frames: Sequence[Sequence[Image.Image]], *, note: str = "") -> Image.Image:
     """Draw an explanation in RGB.
 
-    frames: pictures of each item in the explanation's order, one for each of its shown_steps; InvalidInput where they
-    do not fit. note: what else to say, small at the foot, such as the model's name.
+    frames: pictures of each item in the explanation's order, one for each of its shown_steps. note: what else to say,
+    small at the foot, such as the model's name.
     """
     # enough for each token to be seen, within what a screen and a file can take
     longest = max(max(item.grid[1:]) for item in explanation.items)
@@ -180,13 +179,10 @@ def save(picture: Image.Image, path: Path) -> None:
 
 
 def _rows(explanation: Explanation, frames: Sequence[Sequence[Image.Image]], side_px: int) -> list[_Row]:
-    steps = [shown_steps(item) for item in explanation.items]
-    got, expected = [len(pictures) for pictures in frames], [len(shown) for shown in steps]
-    if got != expected:
-        raise InvalidInput(f"frames: got {got} pictures by item, expected {expected}")
     rows = []
     counts = {"image": 0, "video": 0}
-    for index, (item, pictures, shown) in enumerate(zip(explanation.items, frames, steps, strict=True)):
+    for index, (item, pictures) in enumerate(zip(explanation.items, frames, strict=True)):
+        shown = shown_steps(item)
         counts[item.kind] += 1
         time, height, width = item.grid
         for step, picture in zip(shown, pictures, strict=True):

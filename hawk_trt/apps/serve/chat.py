@@ -6,7 +6,7 @@ import uuid
 from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import fields, replace
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import anyio
 import numpy as np
@@ -95,7 +95,7 @@ async def chat_completions(
         answers.Choice(
             index=index,
             message=answers.AnswerMessage(content=result.text or ""),
-            finish_reason=_reason(result),
+            finish_reason=result.finish_reason,
             logprobs=_logprobs(service, prepared, shown[index]),
         )
         for index, result in sorted(results.items())
@@ -165,7 +165,7 @@ async def _events(
                 choice = answers.ChunkChoice(index=index, delta={"content": event.text}, logprobs=logprobs)
             else:
                 results[index] = event
-                choice = answers.ChunkChoice(index=index, delta={}, finish_reason=_reason(event))
+                choice = answers.ChunkChoice(index=index, delta={}, finish_reason=event.finish_reason)
                 if len(results) == opened.num_choices:
                     usage, details = await _finish(service, opened, prepared, results)
             yield _sse(answers.Chunk(**head, choices=[choice], hawk=details))
@@ -232,10 +232,6 @@ def _token_bytes(tokenizer: "Tokenizer", token_id: int) -> bytes:
         if all(letter in _BYTE_OF for letter in name):
             return bytes(_BYTE_OF[letter] for letter in name)
     return text.encode()
-
-
-def _reason(result: Result) -> Literal["stop", "length"]:
-    return "stop" if result.finish_reason == "stop" else "length"
 
 
 def _sse(content: BaseModel) -> bytes:

@@ -49,7 +49,6 @@ class Service:
             )
         self.pipe = pipe
         self.settings = settings
-        self.sampling = settings.sampling(pipe.bundle)  # of a request that says nothing of it
         self.batcher = Batcher(pipe, max_batch=settings.max_batch, max_cache_mb=settings.max_cache_mb)
         self.metrics = Metrics(self.batcher)
         self.remote_images = RemoteImages(settings.remote_hosts, settings.max_body_bytes, settings.remote_seconds)
@@ -57,7 +56,7 @@ class Service:
         self.open_requests = 0  # that are read, prepared, waiting or running
         self.open_choices = 0  # their answers
         self.held_bytes = 0  # of their bodies and image tensors
-        self._preparation = Preparation(pipe.bundle, replace(settings, api_keys=()), self.sampling)
+        self._preparation = Preparation(pipe.bundle, replace(settings, api_keys=()), settings.sampling(pipe.bundle))
         self._threads = anyio.CapacityLimiter(settings.preprocess_threads)
         self.workers = Workers(settings.preprocess_threads)  # prepare large requests
 

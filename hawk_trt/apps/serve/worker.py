@@ -53,7 +53,6 @@ class Workers:
 
     def __init__(self, most: int) -> None:
         self.limiter = anyio.CapacityLimiter(most)  # counts those at work
-        self._threads = anyio.CapacityLimiter(most)
         self._idle: list[_Worker] = []
 
     async def run(self, work: Callable[[], T]) -> T:
@@ -61,9 +60,7 @@ class Workers:
         async with self.limiter:
             worker = self._idle.pop() if self._idle else _Worker()
             try:
-                value, error = await anyio.to_thread.run_sync(
-                    worker.run, work, abandon_on_cancel=True, limiter=self._threads
-                )
+                value, error = await anyio.to_thread.run_sync(worker.run, work, abandon_on_cancel=True)
             except BaseException:  # a cancellation too
                 with anyio.CancelScope(shield=True):
                     await anyio.to_thread.run_sync(worker.close)

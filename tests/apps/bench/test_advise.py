@@ -10,7 +10,6 @@ from export.__main__ import main as export
 from hawk_trt import Pipeline, PruningConfig
 from hawk_trt.apps.bench.advice import MEASURED_RATIOS, Size, StageTimes, TimeModel, measure, prompt_size
 from hawk_trt.apps.cli.main import main
-from hawk_trt.errors import InvalidInput
 from hawk_trt.request import Result, Timings
 from hybrid import HYBRID
 
@@ -108,11 +107,6 @@ def test_a_hybrid_model_is_told_what_its_layers_over_all_tokens_take():
     full = mlp + 64 * (2 * 64 + 2 * 32)
     rest = 1040 * linear + 2 * 1040 * (full + 64 * 1040)
     assert shares[1.0].by_products == pytest.approx(2 * 1040 * linear / (2 * 1040 * linear + rest))
-
-
-def test_one_keep_ratio_alone_says_nothing():
-    with pytest.raises(InvalidInput, match="expected at least two"):
-        TimeModel(SIZE, times(**MACHINE)[:1])
 
 
 def test_the_measurement_takes_the_pipelines_own_timings_apart():
