@@ -139,7 +139,7 @@ def valid_text(value: object, where: str) -> str:
         value.encode()
     except UnicodeEncodeError as error:
         raise InvalidInput(
-            f"{where}: character {error.start} is half of a surrogate pair, expected valid text"
+            f"{where}: character {error.start} is half of a surrogate pair or no UTF-8, expected valid text"
         ) from error
     return value
 

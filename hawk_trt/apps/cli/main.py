@@ -95,11 +95,13 @@ def make_app(name: str, help: str | None = None, command: Callable[..., object] 
 def run_app(app: App, argv: Sequence[str] | None = None) -> int:
     """Run a command line, None for the process's own; returns the exit code, or ends the process as `main` says."""
     argv = sys.argv[1:] if argv is None else argv
-    for name in ("stdout", "stderr"):
+    for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:  # the caller closed it, and print() would take the other one
-            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), "r" if name == "stdin" else "w"))
         stream = getattr(sys, name)
-        if isinstance(stream, io.TextIOWrapper):  # an answer may hold what the terminal's encoding has not
+        if (
+            isinstance(stream, io.TextIOWrapper) and name != "stdin"
+        ):  # an answer may hold what the terminal's encoding has not
             stream.reconfigure(errors="replace")
     if re.fullmatch("0*[0-9]", os.environ.get("COLUMNS", "")):  # as a container without a terminal has
         del os.environ["COLUMNS"]  # cyclopts would wrap the help without end

@@ -123,6 +123,8 @@ class ServeSettings(ServeLimits):
         ServeLimits.__post_init__(self)
         if not self.model_name:
             raise InvalidInput("model_name: got an empty name, expected what clients shall call the model")
+        if not all(key.isascii() for key in self.api_keys):
+            raise InvalidInput("api_key: one has letters beyond ASCII, which clients cannot send")
         for name, form, expected in (
             ("allowed_hosts", r"[^/:]+|.*::.*|\[.*\]", "NAME or *.NAME, without port"),
             ("remote_hosts", r"[^/]+", "NAME, *.NAME or NAME:PORT"),
@@ -139,7 +141,8 @@ class ServeSettings(ServeLimits):
 
 def read_api_keys(file: Path | None, given: tuple[str, ...] = ()) -> tuple[str, ...]:
     """The keys that were given, and those of a file, one a line; without either the one in HAWK_API_KEY, or none."""
-    if not all(key.strip() for key in given):
+    given = tuple(key.strip() for key in given)
+    if not all(given):
         raise InvalidInput("api_key: got an empty key, expected what clients send as Authorization: Bearer KEY")
     if file is None and given:
         return given
@@ -147,7 +150,7 @@ def read_api_keys(file: Path | None, given: tuple[str, ...] = ()) -> tuple[str, 
         key = os.environ.get(KEY_VARIABLE, "").strip()
         return (key,) if key else ()
     try:
-        keys = tuple(line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
+        keys = tuple(line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip())
     except UnicodeDecodeError as error:
         raise InvalidInput(f"{file}: not UTF-8 text, expected keys, one a line") from error
     if not keys:

@@ -57,6 +57,11 @@ def test_closed_streams_hold_nothing_up_and_get_nothing(ask, sample, monkeypatch
         closed.setattr(sys, "stdout", None)
         assert main(ask) == 0
         sys.stdout.close()
+    with monkeypatch.context() as closed:
+        closed.setattr(sys, "stdin", None)
+        assert main([*ask[:-1], "-"]) == 1
+        sys.stdin.close()
+    assert "--prompt: got an empty text" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("columns", ["0", "2"])

@@ -351,6 +351,7 @@ def test_sigterm_finishes_running_answers_and_then_ends_the_process(tiny_bundle,
         (["--remote-host", "https://example.org/pictures"], "remote_hosts"),
         (["--cors-origin", "https://example.org/"], "cors_origins"),
         (["--cors-origin", "example.org"], "cors_origins"),
+        (["--api-key", "schlüssel"], "letters beyond ASCII"),
     ],
 )
 def test_serve_refuses_options_that_cannot_work(tiny_bundle, tmp_path, options, reason, capsys):
@@ -385,9 +386,9 @@ def test_prompt_and_answer_share_the_length_of_the_model(pipe):
 
 def test_keys_come_from_the_command_a_file_or_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("HAWK_API_KEY", "of the environment")
-    (tmp_path / "keys").write_text("first\nsecond\n")
+    (tmp_path / "keys").write_text("first\nsecond\n", encoding="utf-8-sig")
     assert read_api_keys(None) == ("of the environment",)
-    assert read_api_keys(None, ("given",)) == ("given",)
+    assert read_api_keys(None, (" given\n",)) == ("given",)
     assert read_api_keys(tmp_path / "keys", ("given",)) == ("given", "first", "second")
     with pytest.raises(InvalidInput, match="empty key"):
         read_api_keys(None, (" ",))
