@@ -144,6 +144,10 @@ class GraphBuilder:
             return name
         return self._initializer(self._weights.initializer(self._weight_file, name, shape, flat=flat))
 
+    def expect(self, name: str, *shape: int) -> None:
+        """Refuse a checkpoint without a tensor of this shape, as weight does, before it is used."""
+        self._weights.checkpoint.tensor(name, shape)
+
     def quantised(self, name: str, shape: tuple[int, int]) -> QuantisedMatrix | None:
         """A quantised matrix, None where it is one of plain floats."""
         found = self._weights.quantised(self._weight_file, name, shape, self.target)

@@ -74,6 +74,8 @@ class Tower:
         self._g, self._vision, self._style, pixels = g, vision, style, g.inputs["pixel_values"]
         self._dim, self._heads = vision.hidden_size, vision.num_heads
         self._head_dim = self._dim // self._heads
+        kernel = (vision.in_channels, vision.temporal_patch_size, vision.patch_size, vision.patch_size)
+        g.expect(f"{_PROJ}.weight", self._dim, *kernel)  # before tables as large as a size that is made up
         self.cos, self.sin = _rotary_tables(g, g.inputs["patch_positions"], vision)
         with g.scope("frames"):
             self.frames = g.op("Shape", pixels, start=0, end=1, name="num_frames")
@@ -85,7 +87,6 @@ class Tower:
             self.whole = Segments(cos, sin, self.segment_shape(g.op("Shape", pixels, start=1, end=2, name="frame_len")))
         with g.scope("patch_embed"):
             flat = g.reshape(g.cast(pixels, "float32", g.dtype, "to_model"), -1, vision.patch_dim, name="flat_pixels")
-            kernel = (vision.in_channels, vision.temporal_patch_size, vision.patch_size, vision.patch_size)
             weight = g.weight(f"{_PROJ}.weight", self._dim, *kernel, flat=True)  # the convolution is one product
             bias = [g.weight(f"{_PROJ}.bias", self._dim)] if style.patch_bias else []
             x = g.op("Gemm", flat, weight, *bias, transB=1, name="proj")
