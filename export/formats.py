@@ -206,8 +206,11 @@ def _matrix(
                     f"{words.file}: {name}: {bits} bits in {list(words.shape)} for {rows} x {columns}, "
                     f"expected 4 or 8. {_INSTEAD}"
                 )
+        groups = parts["weight_scale"].shape[1] if len(parts["weight_scale"].shape) == 2 else 1
+        for part in (part for part in ("weight_scale", "weight_zero_point") if part in parts):
+            packed = parts[part].dtype == "int32"
+            parts[part] = _of_groups(parts[part], -(-rows * bits // 32) if packed else rows, groups)
         scales = parts["weight_scale"]
-        groups = scales.shape[1] if len(scales.shape) == 2 else 1
     else:
         return _float8(name, parts)
     if not groups or columns % groups:
@@ -227,7 +230,7 @@ def _order(tensor: CheckpointTensor | None, columns: int, group: int) -> npt.NDA
     if tensor is None:
         return None
     group_of = tensor.array()
-    if np.array_equal(group_of, ascending):
+    if np.array_equal(group_of, ascending) or not group_of.any():  # zeros are a placeholder of some writers
         return None
     order = np.argsort(group_of, kind="stable")
     if len(group_of) != columns or not np.array_equal(group_of[order], ascending):
@@ -279,6 +282,15 @@ def _expect(tensor: CheckpointTensor, shape: tuple[int, ...]) -> None:
         raise CheckpointError(
             f"{tensor.file}: tensor {tensor.name}: shape {list(tensor.shape)}, its integers ask for {list(shape)}"
         )
+
+
+def _of_groups(tensor: CheckpointTensor, rows: int, groups: int) -> CheckpointTensor:
+    """Scales or zero points [rows, groups], or a single one; those of whole rows may lack the second dimension."""
+    if tensor.shape == (rows,):
+        tensor = replace(tensor, shape=(rows, 1))
+    if math.prod(tensor.shape) != 1:
+        _expect(tensor, (rows, groups))
+    return tensor
 
 
 def _found(

@@ -297,6 +297,23 @@ def test_a_part_that_is_missing_or_of_another_shape_is_named(tmp_path):
             Checkpoint.open(quantised)
 
 
+@pytest.mark.parametrize(
+    ("name", "part", "values"),
+    [
+        ("int8-rows", "weight_scale", np.ones(3, np.float32)),
+        ("int8-rows", "weight_zero_point", np.zeros((3, 1), np.int8)),
+        ("packed-int4-zeros", "weight_zero_point", np.zeros((64, 2), np.int32)),
+        ("packed-int4-zeros", "weight_scale", np.ones((64, 2, 1), np.float32)),
+    ],
+)
+def test_scales_and_zero_points_of_another_shape_are_named(tmp_path, name, part, values):
+    writer = WRITERS[name]
+    wrong = Writer(lambda matrix: made.Written(writer.write(matrix).parts | {part: values}, matrix), writer.settings)
+    quantised, _ = write_quantised(tmp_path, wrong)
+    with pytest.raises(CheckpointError, match=rf"q_proj\.{part}: shape \[.*\], its integers ask for \["):
+        Checkpoint.open(quantised)
+
+
 def test_modelopts_settings_may_lie_in_a_file_of_their_own(tmp_path):
     quantised, _ = write_quantised(tmp_path, WRITERS["float8-tensor"])
     write_json(quantised / "config.json", config(SMALL))

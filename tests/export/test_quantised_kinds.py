@@ -56,6 +56,12 @@ KINDS = {
         WRITERS["int8-rows"],
         lambda parts: parts | {"input_scale": np.ones(1, np.float32), "input_zero_point": np.ones(1, np.int8)},
     ),
+    "scales of int8 rows without a second dimension": changed(
+        WRITERS["int8-rows"], lambda parts: parts | {"weight_scale": parts["weight_scale"].reshape(-1)}
+    ),
+    "groups of which all are said to be the first": changed(
+        WRITERS["gptq-symmetric"], lambda parts: parts | {"g_idx": np.zeros_like(parts["g_idx"])}
+    ),
     "static activations by another name": changed(
         WRITERS["float8-tensor"],
         lambda parts: {{"input_scale": "activation_scale"}.get(name, name): part for name, part in parts.items()},
