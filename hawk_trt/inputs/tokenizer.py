@@ -5,7 +5,8 @@ none gets exactly the ids that encoding the whole rendered string gives.
 """
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import astuple
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ import numpy.typing as npt
 from tokenizers import AddedToken, Tokenizer
 
 from hawk_trt.bundle import Bundle, SpecialTokens
-from hawk_trt.errors import BundleError, InvalidInput
+from hawk_trt.errors import BundleError, HawkError, InvalidInput
 from hawk_trt.files import parse_json
 from hawk_trt.inputs.chat_template import ChatTemplate
 from hawk_trt.inputs.turns import JsonObject, Sources, Turn, VisualItem, as_list, checked_objects, strings, user_turn
@@ -159,7 +160,8 @@ class ChatTokenizer:
                 texts.append("")
                 runs.append(part)
         # As a batch, since only that lets other threads run meanwhile.
-        encoded = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        with _refusing(InvalidInput, "the bundle's tokenizer cannot read this text", "Shorten it, or export again"):
+            encoded = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         token_ids = list(encoded[0].ids)
         for run, text in zip(runs, encoded[1:], strict=True):
             token_ids += [run.token_id] * run.count + text.ids
@@ -198,15 +200,20 @@ def read_settings(bundle: Bundle, name: str) -> dict[str, Any] | None:
 
 
 def _read_tokenizer(tokenizer_json: str) -> Tokenizer:
-    try:
+    advice = "Update it: pip install --upgrade tokenizers"
+    with _refusing(BundleError, "the installed tokenizers package cannot read it", advice):
         return Tokenizer.from_str(tokenizer_json)
+
+
+@contextmanager
+def _refusing(kind: type[HawkError], what: str, advice: str) -> Iterator[None]:
+    """Make an error of what the tokenizers package raises, which has no class of its own, and panics."""
+    try:
+        yield
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # the package raises no class of its own, and its panics are none of Exception
-        raise BundleError(
-            f"tokenizer.json: the installed tokenizers package cannot read it ({str(error)[:200]}). "
-            "Update it: pip install --upgrade tokenizers"
-        ) from error
+    except BaseException as error:  # panics are none of Exception
+        raise kind(f"tokenizer.json: {what} ({str(error)[:200]}). {advice}") from error
 
 
 def _named_tokens(config: Mapping[str, Any]) -> dict[str, str]:

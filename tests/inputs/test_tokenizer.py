@@ -277,6 +277,14 @@ def test_a_damaged_tokenizer_config_is_a_bundle_error(tmp_path, content):
         ChatTokenizer.from_bundle(bundle)
 
 
+def test_a_text_that_the_tokenizers_pattern_never_ends_with_is_refused():
+    fields = json.loads(TOKENIZERS["tiny"])
+    split = {"type": "Split", "pattern": {"Regex": "(a|aa)+$"}, "behavior": "Isolated", "invert": False}
+    tokenizer = chat_tokenizer(json.dumps(fields | {"pre_tokenizer": split}), TINY_TEMPLATE)
+    with pytest.raises(InvalidInput, match=r"cannot read this text \(.*retry-limit"):
+        ids_of(tokenizer, "a" * 40 + "b")
+
+
 def test_a_tokenizer_file_of_another_make_is_a_bundle_error():
     with pytest.raises(BundleError, match="cannot read it"):
         ChatTokenizer('{"version": "9"}', {}, None, special_tokens(TOKENIZERS["tiny"]))
