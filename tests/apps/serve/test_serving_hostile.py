@@ -338,6 +338,7 @@ def test_what_says_nothing_is_taken(server):
     text = [{"type": "output_text", "text": question()["messages"][0]["content"]}]
     for fields in (
         {"model": None},
+        {"max_tokens": 8.0, "n": 1.0, "seed": 0.0},
         {"response_format": {"type": "text", "json_schema": None}, "chat_template_kwargs": {"enable_thinking": None}},
         {"messages": [{"role": "user", "content": text}]},
     ):
