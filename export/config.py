@@ -15,8 +15,10 @@ from hawk_trt.models.vision_config import AnyVision
 from hawk_trt.stages import LanguageConfig
 
 # Beyond these no model is, and a size that a checkpoint makes up would fill the memory before a tensor is missed.
-_MOST_LAYERS = 1000
-_MOST = 2**40
+_MOST = 2**30
+# Of layers, and of the sides of patches and of blocks of them.
+_MOST_SMALL = 1000
+_SMALL = ("num_hidden_layers", "depth", "patch_size", "temporal_patch_size", "spatial_merge_size")
 # A number is used as float32.
 _SMALLEST, _LARGEST = 1e-30, 1e30
 # Share of a hybrid model's heads that is rotated, where config.json does not say.
@@ -56,7 +58,7 @@ class Section:
     def integer(self, key: str) -> int:
         """The integer of at least 1 under a key, and of a size that models have."""
         value = self.get(key)
-        most = _MOST_LAYERS if key in ("num_hidden_layers", "depth") else _MOST
+        most = _MOST_SMALL if key in _SMALL else _MOST
         if not is_integer(value) or not 1 <= value <= most:
             raise self.wrong(key, f"an integer of 1 to {most}")
         return value

@@ -19,6 +19,7 @@ from .config import special_tokens as named_tokens
 _QWEN2, _QWEN3 = {"Qwen2ForCausalLM", "qwen2"}, {"Qwen3ForCausalLM", "qwen3"}
 _SPELLINGS = {"image": "<IMG_CONTEXT>", "video": "<video>", "vision_start": "<img>", "vision_end": "</img>"}
 _MAX_TILES = 12
+_MOST_PIXELS = 2**16
 _NORMS = ("layer_norm", "rms_norm")
 # Settings of which the graphs know one value, which is also what an unsaid one means; by either make's name.
 _FIXED = {
@@ -190,6 +191,6 @@ def _side(vision: Section, key: str) -> int:
     """A side in pixels, given once or as two equal ones."""
     value = vision.get(key)
     sides = tuple(value) if isinstance(value, list | tuple) else (value, value)
-    if len(sides) != 2 or sides[0] != sides[1] or not is_integer(sides[0]) or sides[0] < 1:
+    if len(sides) != 2 or sides[0] != sides[1] or not is_integer(sides[0]) or not 1 <= sides[0] <= _MOST_PIXELS:
         raise vision.wrong(key, "the side of a square, in pixels")
     return int(sides[0])

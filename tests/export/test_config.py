@@ -193,6 +193,7 @@ def test_vision_sizes_survive_the_manifest():
         ({"hidden_size": "big"}, ("hidden_size", "'big'", "integer")),
         ({"num_hidden_layers": 0}, ("num_hidden_layers", "0")),
         ({"num_hidden_layers": 10**9}, ("num_hidden_layers", "1 to 1000")),
+        ({"hidden_size": 2**31}, ("hidden_size", "1 to 1073741824")),
         ({"max_position_embeddings": 2**60}, ("max_position_embeddings", "1 to")),
         ({"rms_norm_eps": float("inf")}, ("rms_norm_eps", "inf", "below 1e+30")),
         ({"rms_norm_eps": 1e-60}, ("rms_norm_eps", "1e-60", "above 0 in float32")),

@@ -205,6 +205,7 @@ def test_internvl3_5_flash_is_refused_with_what_to_take():
         (None, {"vision_config": None}, "vision_config: got nothing"),
         (None, {"llm_config": None}, "text_config: got nothing"),
         ("vision_config", {"image_size": [448, 336]}, r"vision_config.image_size: got \[448, 336\]"),
+        ("vision_config", {"image_size": 2**40}, "vision_config.image_size: got 1099511627776"),
         ("vision_config", {"norm_type": "batch_norm"}, "norm_type: got 'batch_norm', expected layer_norm or rms_norm"),
         ("vision_config", {"num_attention_heads": 15}, "num_attention_heads: got 15, expected a divisor of 1024"),
         ("vision_config", {"use_mean_pooling": False}, "use_mean_pooling: got False, expected True"),
