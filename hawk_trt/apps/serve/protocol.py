@@ -281,9 +281,7 @@ class ChatRequest(_Open):
     top_k: int | None = Field(
         None, ge=-1, le=2**31, description="As vLLM: draw from so many most probable tokens; 0 or -1 is all."
     )
-    min_p: float | None = Field(
-        None, ge=0, le=1, description="As vLLM: draw from tokens of at least this share of the largest probability."
-    )
+    min_p: float | None = Field(None, ge=0, le=1, description="As vLLM: draw from tokens of this share of the best.")
     repetition_penalty: float | None = Field(
         None, ge=0.01, le=100, description="As vLLM: above 1, tokens of prompt and answer become less probable."
     )
