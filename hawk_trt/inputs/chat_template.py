@@ -31,6 +31,8 @@ _MAX_SOURCE = 500_000  # characters of a template, whose compiling nothing inter
 # Of a text or list that a template makes, and of base times exponent: beyond, memory is at stake.
 _MAX_REPEATED = 10_000_000
 _MAX_EXPONENT = 1000
+_MAX_WIDTH = 64
+_SHOWN = 300  # characters of an error
 # Filters whose time nothing bounds on the way, and the longest text or list that they get.
 _SLOW = {"wordwrap": 10_000, "urlize": 10_000, **dict.fromkeys(("groupby", "max", "min", "sort", "sum"), 1_000_000)}
 
@@ -92,7 +94,8 @@ class ChatTemplate:
             *(jinja2.TemplateError, ArithmeticError, AttributeError, LookupError),
             *(MemoryError, RuntimeError, TypeError, ValueError),
         ) as error:
-            raise InvalidInput(f"chat template: {error}. Change the messages, or the bundle's chat template") from error
+            why = str(error)[:_SHOWN].encode("utf-8", "replace").decode()
+            raise InvalidInput(f"chat template: {why}. Change the messages, or the bundle's chat template") from error
         if len(rendered) > 2 * _MAX_REPEATED:
             raise InvalidInput(
                 f"chat template: it makes {len(rendered):,} characters. Change the bundle's chat template"
@@ -252,8 +255,10 @@ def _is_large(name: str, *values: Any) -> bool:  # noqa: ANN401 - what a templat
         return str(values[0]).count(values[1]) * lengths[2] > _MAX_REPEATED
     if name == "join":
         return math.prod(lengths[:2]) > _MAX_REPEATED
-    if lengths and lengths[0] > _SLOW.get(name, math.inf):
+    if name == "translate" or (lengths and lengths[0] > _SLOW.get(name, math.inf)):
         return True
+    if name in ("indent", "expandtabs", "tojson"):  # for every line, tab or element
+        return max([*lengths[1:], *(value for value in values[1:] if isinstance(value, int))], default=0) > _MAX_WIDTH
     return any(isinstance(value, int) and value > _MAX_REPEATED for value in values[1:])
 
 

@@ -78,6 +78,13 @@ FULL_TEMPLATE = """\
 {% endif %}"""
 
 
+@pytest.mark.parametrize("said", ["x' * 1000000", "\\ud800'"])
+def test_what_a_template_raises_is_a_short_text(said):
+    with pytest.raises(InvalidInput) as error:
+        ids_of(chat_tokenizer(template=f"{{{{ raise_exception('{said}) }}}}"), "x")
+    assert len(str(error.value).encode()) < 500
+
+
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_the_template_has_all_that_transformers_gives_it(tmp_path, name):
     transformers = pytest.importorskip("transformers")
@@ -118,6 +125,10 @@ def test_the_template_has_all_that_transformers_gives_it(tmp_path, name):
         ("{{ 'a'.ljust(10000000000) }}", "ljust makes a value that is too large"),
         ("{{ 'a' | center(10000000000) }}", "center makes a value that is too large"),
         ("{{ [1] | tojson(indent=1000000000) }}", "tojson makes a value that is too large"),
+        ("{{ [1] | tojson(indent='x' * 1000) }}", "tojson makes a value that is too large"),
+        ("{{ ('a\n' * 1000000) | indent(10000) }}", "indent makes a value that is too large"),
+        ("{{ ('\t' * 1000000).expandtabs(10000) }}", "expandtabs makes a value that is too large"),
+        ("{{ ('a' * 1000000).translate({97: 'b' * 10000}) }}", "translate makes a value that is too large"),
         ("{{ '%0999999999d' % 1 }}", "% makes a value that is too large"),
         ("{{ '{:0999999999}'.format(1) }}", "format makes a value that is too large"),
         ("{{ ('a' * 1000000) | wordwrap(1) }}", "wordwrap makes a value that is too large"),
