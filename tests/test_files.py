@@ -7,7 +7,7 @@ import pytest
 
 from export.tensor_file import read_tensor_file
 from hawk_trt import files
-from hawk_trt.errors import BundleError, CheckpointError
+from hawk_trt.errors import BundleError, CheckpointError, InvalidInput
 from hawk_trt.files import parse_json, read_json
 from hawk_trt.files.staging import write_atomically
 
@@ -67,6 +67,11 @@ def test_a_link_and_a_pipe_stay_what_they_are(tmp_path):
     write_atomically(link, b"old")
     write_atomically(link, b"new")
     assert link.is_symlink() and (tmp_path / "folder" / "there").read_bytes() == b"new"
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    with pytest.raises(InvalidInput, match="loop: cannot be written there"):
+        write_atomically(loop, b"never")
+    assert loop.is_symlink()
     os.mkfifo(pipe)  # as /dev/null is a device, and /dev/stdout mostly a pipe
     reader = os.open(pipe, os.O_RDWR | os.O_NONBLOCK)
     write_atomically(pipe, b"picture")

@@ -27,7 +27,9 @@ def write_atomically(path: Path, content: bytes) -> None:
         if path.exists() and not path.is_file():  # a device or a pipe, whose place no file may take
             path.write_bytes(content)
             return
-        target = path.resolve()  # where it is a link, what it leads to
+        target = Path(os.path.realpath(path))  # where it is a link, what it leads to
+        if target.is_symlink():
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
         target.parent.mkdir(parents=True, exist_ok=True)
         with NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
             temporary = Path(file.name)

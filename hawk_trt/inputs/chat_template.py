@@ -11,7 +11,7 @@ import math
 import re
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MappingView, Sequence
 from datetime import datetime
 from functools import cached_property, reduce, wraps
 from itertools import pairwise
@@ -35,6 +35,16 @@ _MAX_WIDTH = 64
 _SHOWN = 300  # characters of an error
 # Filters whose time nothing bounds on the way, and the longest text or list that they get.
 _SLOW = {"wordwrap": 10_000, "urlize": 10_000, **dict.fromkeys(("groupby", "max", "min", "sort", "sum"), 1_000_000)}
+
+# Filters that look at no more than the items of a list, and tests that look at all that is in it.
+_SHALLOW = {
+    *("attr", "batch", "count", "d", "default", "first", "items", "last", "length", "list", "map", "random"),
+    *("reject", "rejectattr", "reverse", "select", "selectattr", "slice"),
+}
+_DEEP_TESTS = {
+    *("==", "eq", "equalto", "!=", "ne", ">", "gt", "greaterthan", ">=", "ge", "<", "lt", "lessthan", "<=", "le"),
+    *("in", "lower", "upper"),
+}
 
 
 class ChatTemplate:
@@ -92,7 +102,7 @@ class ChatTemplate:
         # A template is a program: beside Jinja's own errors it meets Python's, as for "a" + 1 or a missing key.
         except (
             *(jinja2.TemplateError, ArithmeticError, AttributeError, LookupError),
-            *(MemoryError, RuntimeError, TypeError, ValueError),
+            *(MemoryError, RuntimeError, SyntaxError, TypeError, ValueError),
         ) as error:
             why = str(error)[:_SHOWN].encode("utf-8", "replace").decode()
             raise InvalidInput(f"chat template: {why}. Change the messages, or the bundle's chat template") from error
@@ -164,7 +174,7 @@ def _compiled(source: str) -> "jinja2.Template":
     """A template in an environment that has all that transformers' has, in Jinja's sandbox, and bounds what is made."""
     import jinja2.ext
     from jinja2.exceptions import SecurityError
-    from jinja2.nodes import Add, CallBlock, Concat, Filter, For
+    from jinja2.nodes import Add, CallBlock, Compare, Concat, Const, Expr, Filter, For, Getitem, Pair, Slice
     from jinja2.sandbox import ImmutableSandboxedEnvironment
     from jinja2.visitor import NodeTransformer
 
@@ -185,16 +195,26 @@ def _compiled(source: str) -> "jinja2.Template":
         if _is_large(name, *values):
             raise SecurityError(f"{name} makes a value that is too large")
 
+    def whole(value: Any) -> Any:  # noqa: ANN401 - what a template has
+        """The same value, unless a text or look at all of it, which nothing interrupts, would take too long."""
+        if not isinstance(value, str) and _weight(value, {}) > 2 * _MAX_REPEATED:
+            raise SecurityError("it uses a list or object that is too large as a whole")
+        return value
+
     class Sandbox(ImmutableSandboxedEnvironment):
         intercepted_binops = frozenset({"+", "*", "**", "%"})
 
         def call_binop(self, context: "jinja2.runtime.Context", operator: str, left: object, right: object) -> object:
             bounded(operator, left, right)
+            if operator == "%":
+                whole(right)
             return super().call_binop(context, operator, left, right)
 
         def call(self, context: "jinja2.runtime.Context", function: Any, /, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
             _check_time()
             text = getattr(function, "__self__", None)
+            if not isinstance(function, jinja2.runtime.Macro):
+                whole([*args, *kwargs.values()])
             if isinstance(text, str):
                 bounded(function.__name__, text, *args, *kwargs.values())
             return super().call(context, function, *args, **kwargs)
@@ -212,18 +232,44 @@ def _compiled(source: str) -> "jinja2.Template":
         def call(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - as the filter has them
             _check_time()
             bounded(name, *args[first:], *kwargs.values())
+            if name not in _SHALLOW:
+                whole([*args[first:], *kwargs.values()])
             made = filter_(*args, **kwargs)
             return _watched(made) if isinstance(made, Iterator) else made
 
         return call
 
     class Bounds(NodeTransformer):
-        """Makes a sum of each ~, which the sandbox could not look at, and watches the time of each loop."""
+        """Makes a sum of each ~, which the sandbox could not look at, and watches the time of each loop.
+
+        What is compared, or hashed as a key, is looked at as a whole.
+        """
+
+        def filtered(self, node: Expr, name: str) -> Expr:
+            added = Filter(node, name, [], [], None, None)
+            return added.set_lineno(node.lineno).set_environment(environment)
+
+        def visit_Compare(self, node: Compare) -> "Node":  # noqa: N802 - the name of the node's class
+            self.generic_visit(node)
+            node.expr = self.filtered(node.expr, "whole")
+            for operand in node.ops:
+                operand.expr = self.filtered(operand.expr, "whole")
+            return node
+
+        def visit_Getitem(self, node: Getitem) -> "Node":  # noqa: N802 - the name of the node's class
+            self.generic_visit(node)
+            if not isinstance(node.arg, Const | Slice):
+                node.arg = self.filtered(node.arg, "whole")
+            return node
+
+        def visit_Pair(self, node: Pair) -> "Node":  # noqa: N802 - the name of the node's class
+            self.generic_visit(node)
+            node.key = self.filtered(node.key, "whole")
+            return node
 
         def visit_For(self, node: For) -> "Node":  # noqa: N802 - the name of the node's class
             self.generic_visit(node)
-            watched = Filter(node.iter, "watched", [], [], None, None)
-            node.iter = watched.set_lineno(node.lineno).set_environment(environment)
+            node.iter = self.filtered(node.iter, "watched")
             return node
 
         def visit_Concat(self, node: Concat) -> "Node":  # noqa: N802 - the name of the node's class
@@ -235,7 +281,9 @@ def _compiled(source: str) -> "jinja2.Template":
     environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation])
     environment.filters = {name: limited(name, filter_) for name, filter_ in environment.filters.items()}
     environment.filters["tojson"] = limited("tojson", _to_json)
-    environment.filters["watched"] = _watched
+    environment.filters |= {"watched": _watched, "whole": whole}
+    environment.tests |= {name: limited(name, environment.tests[name]) for name in _DEEP_TESTS}
+    environment.finalize = whole
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
     return environment.from_string(Bounds().visit(environment.parse(source)))
@@ -260,6 +308,21 @@ def _is_large(name: str, *values: Any) -> bool:  # noqa: ANN401 - what a templat
     if name in ("indent", "expandtabs", "tojson"):  # for every line, tab or element
         return max([*lengths[1:], *(value for value in values[1:] if isinstance(value, int))], default=0) > _MAX_WIDTH
     return any(isinstance(value, int) and value > _MAX_REPEATED for value in values[1:])
+
+
+def _weight(value: Any, known: dict[int, int]) -> int:  # noqa: ANN401 - what a template has
+    """Characters and items of all that is in a value, as often as they are in it, however few lists hold them."""
+    if isinstance(value, str):
+        return len(value)
+    if type(value).__name__ == "Namespace":  # it hides its own attributes
+        value = object.__getattribute__(value, "_Namespace__attrs")
+    if not isinstance(value, Mapping | MappingView | list | tuple):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = 1  # until it is known: one that holds itself
+        parts = [*value.keys(), *value.values()] if isinstance(value, Mapping) else value
+        known[id(value)] += sum(_weight(part, known) for part in parts)
+    return known[id(value)]
 
 
 def _to_json(

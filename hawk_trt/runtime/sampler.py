@@ -1,9 +1,9 @@
 """Sampler: draws the tokens of a sequence that does not just take the most probable one.
 
-A token is drawn in transformers' order: repetition penalty (over the prompt and the answer), presence and frequency
-penalty (OpenAI's, over the answer), logit bias; then, unless greedy, temperature, top_k, top_p, min_p. One uniform
-number a token is drawn from the sequence's own generator, so a sequence with a seed gives the same answer alone and in
-a batch.
+A token is drawn in transformers' and vLLM's order: logit bias, repetition penalty (over the prompt and the answer),
+presence and frequency penalty (OpenAI's, over the answer); then, unless greedy, temperature, top_k, top_p, min_p. One
+uniform number a token is drawn from the sequence's own generator, so a sequence with a seed gives the same answer alone
+and in a batch.
 """
 
 import numpy as np

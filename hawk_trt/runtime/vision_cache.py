@@ -105,8 +105,8 @@ def _patches(prompts: Sequence[tuple[ModelInputs, PromptLayout]]) -> Iterator[tu
             if (pixels is None) != (not len(grid)):
                 raise InvalidInput(f"{name}: got it without its grid_thw, or the grid without it; expected both")
             if pixels is not None:
-                # what is no array is made while the vision stage reads it
-                whole = isinstance(pixels, np.ndarray)
+                # rows of a long video are made while the vision stage reads them
+                whole = not hasattr(pixels, "parts")
                 yield number, Patches(np.asarray(pixels, np.float32) if whole else cast("StreamedRows", pixels), grid)
 
 

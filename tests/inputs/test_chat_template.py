@@ -97,9 +97,24 @@ def test_the_template_has_all_that_transformers_gives_it(tmp_path, name):
     assert ids_of(chat_tokenizer(TOKENIZERS[name], FULL_TEMPLATE), messages).tolist() == expected
 
 
+# A list that would tell of 2 ** 60 items, though 60 lists hold them.
+DOUBLED = "{% set ns = namespace(x=[1]) %}{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}"
+OTHER = DOUBLED.replace("ns", "other")
+
+
 @pytest.mark.parametrize(
     ("template", "message"),
     [
+        *(
+            (f"{DOUBLED}{OTHER}{use}", "too large as a whole")
+            for use in (
+                *("{{ ns.x }}", "{{ ns.x | tojson }}", "{{ ns.x | string }}", "{{ ns }}", "{{ 'a' ~ ns.x }}"),
+                *("{{ '%s' % (ns.x,) }}", "{{ '{}'.format(ns.x) }}", "{{ raise_exception(ns.x) }}"),
+                *("{{ ns.x == other.x }}", "{{ ns.x in [other.x] }}", "{{ ns.x is eq(other.x) }}"),
+                *("{{ {}[ns.x] }}", "{{ {ns.x: 1} }}", "{{ dict(a=ns.x).values() }}"),
+            )
+        ),
+        ("{% for a in [1] %}" * 25 + "{% endfor %}" * 25, "too many statically nested blocks"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "it calls itself without an end"),
         ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "not done after"),
         ("{% for a in range(99999) %}{% for b in range(99999) if b < 0 %}{% endfor %}{% endfor %}", "not done after"),

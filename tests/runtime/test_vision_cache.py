@@ -34,6 +34,23 @@ def caching(tiny_bundle):
         yield pipe
 
 
+class Foreign:
+    """An array of another library, as JAX's are, whose dtype is numpy's."""
+
+    def __init__(self, values):
+        self.values, self.dtype, self.shape = values, values.dtype, values.shape
+
+    def __array__(self, dtype=None, copy=None):
+        return np.asarray(self.values, dtype)
+
+
+def test_arrays_of_other_libraries_are_read(caching):
+    inputs = caching.prepare("Which?", IMAGES[:1])
+    foreign = dataclasses.replace(inputs, pixel_values=Foreign(inputs.pixel_values))
+    results = [caching.generate(given, max_new_tokens=2) for given in (inputs, foreign)]
+    assert results[0].token_ids == results[1].token_ids and results[1].num_cached == 1
+
+
 class Runs:
     """Counts the runs of the vision session."""
 

@@ -1,6 +1,7 @@
 """`hawk-trt explain`: one prompt answered at several keep ratios, drawn as a PNG and told as a table or JSON."""
 
 from collections.abc import Sequence
+from os.path import isfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -71,7 +72,8 @@ def lay_out(
 
 def draw(path: Path, explained: Explanation, prompt: Prompt, pruning: Pruning, pipe: "Pipeline") -> None:
     """Write the picture of an explanation."""
-    if path.is_file() and any(Path(file).is_file() and path.samefile(file) for file in (*prompt.image, *prompt.video)):
+    shown = [file for file in (*prompt.image, *prompt.video) if isfile(file)]  # noqa: PTH113 - a data URL is no path
+    if path.is_file() and any(path.samefile(file) for file in shown):
         raise InvalidInput(f"{path}: the picture would take the place of what was asked about. Give it another name")
     manifest = pipe.bundle.manifest
     frames = load_frames(explained, pipe, prompt.image, prompt.video, prompt.fps, prompt.max_frames)

@@ -51,7 +51,8 @@ class RequestMiddleware:
         connection: Connection = scope.get("state", {}).get(CONNECTION) or Connection()
         connection.count += 1
         connection.answering += 1
-        scope["path"] = re.sub("/+", "/", scope["path"]).rstrip("/") or "/"  # of a base_url that ends in a slash
+        # of a base_url that ends in a slash; the name of a model may begin with one
+        scope["path"] = re.sub("(?<!/models)/+", "/", scope["path"]).rstrip("/") or "/"
         headers = Headers(scope=scope)
         has_body = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
         discard = has_body and "expect" not in headers  # then nothing comes before it is asked for

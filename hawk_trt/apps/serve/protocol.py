@@ -258,9 +258,11 @@ class ChatRequest(_Open):
         None, ge=0, le=2, description="0 takes the most probable token; 1, unless the server has another default."
     )
     top_p: float | None = Field(
-        None, ge=0, le=1, description="Draw from the fewest tokens of this probability together."
+        None, ge=0, le=1, description="Draw from the fewest tokens that have this probability together."
     )
-    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1, description="Requests of one seed have one answer.")
+    seed: int | None = Field(
+        None, ge=-(2**63), le=2**63 - 1, description="The same seed and request give the same answer."
+    )
     stop: _Text | Annotated[list[_Text], Field(max_length=64)] | None = Field(
         None, description="Texts that end the answer and are not part of it."
     )

@@ -126,7 +126,7 @@ class ServeSettings(ServeLimits):
         if not all(key.isascii() for key in self.api_keys):
             raise InvalidInput("api_key: one has letters beyond ASCII, which clients cannot send")
         for name, form, expected in (
-            ("allowed_hosts", r"[^/:]+|.*::.*|\[.*\]", "NAME or *.NAME, without port"),
+            ("allowed_hosts", r"[^/:]+|[^/]*:[^/]*:[^/]*|\[.*\]", "NAME or *.NAME, without port"),
             ("remote_hosts", r"[^/]+", "NAME, *.NAME or NAME:PORT"),
             (
                 "cors_origins",

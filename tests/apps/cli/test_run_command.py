@@ -1,5 +1,6 @@
 """hawk-trt run."""
 
+import base64
 import json
 import os
 import pty
@@ -72,6 +73,9 @@ def test_the_picture_does_not_take_the_place_of_the_photo(ask, sample, tmp_path,
     assert main([*ask[:2], "--image", str(photo), "--prompt", "hi", "--picture", str(photo)]) == 1
     assert "would take the place" in capsys.readouterr().err
     assert photo.read_bytes() == sample[0].read_bytes()
+    url = f"data:image/png;base64,{base64.b64encode(sample[0].read_bytes()).decode()}"
+    assert main([*ask[:2], "--image", url, "--prompt", "hi", "--picture", str(photo)]) == 0
+    assert photo.read_bytes() != sample[0].read_bytes()
 
 
 def test_the_prompt_can_come_from_stdin(ask, sample):

@@ -394,6 +394,12 @@ def test_keys_come_from_the_command_a_file_or_the_environment(tmp_path, monkeypa
         read_api_keys(None, (" ",))
 
 
+def test_the_name_of_a_model_may_be_a_path_and_an_address_spelled_out(pipe):
+    with serving(pipe, model_name="/models/tiny", allowed_hosts=("0:0:0:0:0:0:0:1", "127.0.0.1")) as server:
+        (listed,) = server.http.get("/v1//models").json()["data"]
+        assert server.http.get(f"/v1/models/{listed['id']}").json() == listed
+
+
 def test_limits_below_any_use_are_refused():
     with pytest.raises(InvalidInput, match="max_tokens: got 0"):
         ServeSettings(model_name="m", max_tokens=0)
