@@ -69,9 +69,9 @@ def wait_for(condition, seconds=30):
 @contextmanager
 def serving(bundle, vision_cache_mb=64, **settings):
     """A server that is ready, of its own pipeline unless one is given."""
-    settings.setdefault("pruning", PruningConfig(keep_ratio=0.2))
+    settings = {"model_name": MODEL, "pruning": PruningConfig(keep_ratio=0.2), **settings}
     pipe = bundle if isinstance(bundle, Pipeline) else Pipeline.load(bundle, threads=1, vision_cache_mb=vision_cache_mb)
-    running = Running(pipe, ServeSettings(model_name=MODEL, **settings))
+    running = Running(pipe, ServeSettings(**settings))
     try:
         yield running.wait_ready()
     finally:

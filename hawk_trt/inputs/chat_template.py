@@ -35,7 +35,6 @@ _MAX_WIDTH = 64
 _SHOWN = 300  # characters of an error
 # Filters whose time nothing bounds on the way, and the longest text or list that they get.
 _SLOW = {"wordwrap": 10_000, "urlize": 10_000, **dict.fromkeys(("groupby", "max", "min", "sort", "sum"), 1_000_000)}
-
 # Filters that look at no more than the items of a list, and tests that look at all that is in it.
 _SHALLOW = {
     *("attr", "batch", "count", "d", "default", "first", "items", "last", "length", "list", "map", "random"),
@@ -245,9 +244,10 @@ def _compiled(source: str) -> "jinja2.Template":
         What is compared, or hashed as a key, is looked at as a whole.
         """
 
-        def filtered(self, node: Expr, name: str) -> Expr:
+        def filtered(self, node: "Node", name: str) -> Expr:
             added = Filter(node, name, [], [], None, None)
-            return added.set_lineno(node.lineno).set_environment(environment)
+            added.set_lineno(node.lineno).set_environment(environment)
+            return added
 
         def visit_Compare(self, node: Compare) -> "Node":  # noqa: N802 - the name of the node's class
             self.generic_visit(node)
@@ -282,7 +282,8 @@ def _compiled(source: str) -> "jinja2.Template":
     environment.filters = {name: limited(name, filter_) for name, filter_ in environment.filters.items()}
     environment.filters["tojson"] = limited("tojson", _to_json)
     environment.filters |= {"watched": _watched, "whole": whole}
-    environment.tests |= {name: limited(name, environment.tests[name]) for name in _DEEP_TESTS}
+    tests: dict[str, Any] = environment.tests
+    environment.tests = tests | {name: limited(name, tests[name]) for name in _DEEP_TESTS}
     environment.finalize = whole
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
@@ -306,7 +307,8 @@ def _is_large(name: str, *values: Any) -> bool:  # noqa: ANN401 - what a templat
     if name == "translate" or (lengths and lengths[0] > _SLOW.get(name, math.inf)):
         return True
     if name in ("indent", "expandtabs", "tojson"):  # for every line, tab or element
-        return max([*lengths[1:], *(value for value in values[1:] if isinstance(value, int))], default=0) > _MAX_WIDTH
+        widths = [value for value in values[1:] if isinstance(value, int)]
+        return max([_weight(values[1:], {}), *widths]) > _MAX_WIDTH
     return any(isinstance(value, int) and value > _MAX_REPEATED for value in values[1:])
 
 
@@ -320,7 +322,7 @@ def _weight(value: Any, known: dict[int, int]) -> int:  # noqa: ANN401 - what a 
         return 1
     if id(value) not in known:
         known[id(value)] = 1  # until it is known: one that holds itself
-        parts = [*value.keys(), *value.values()] if isinstance(value, Mapping) else value
+        parts: Any = [*value.keys(), *value.values()] if isinstance(value, Mapping) else value
         known[id(value)] += sum(_weight(part, known) for part in parts)
     return known[id(value)]
 
@@ -333,7 +335,16 @@ def _to_json(
     sort_keys: bool = False,
 ) -> str:
     # Jinja's own tojson escapes for HTML, which would change the prompt.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    encoder = json.JSONEncoder(ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    if indent is None:
+        return encoder.encode(value)
+    parts, size = [], 0
+    for part in _watched(encoder.iterencode(value)):  # an indent counts anew for every item, however deep it lies
+        size += len(part)
+        if size > _MAX_REPEATED:
+            raise ValueError("tojson makes a value that is too large")
+        parts.append(part)
+    return "".join(parts)
 
 
 def _raise_exception(message: str) -> NoReturn:

@@ -114,6 +114,8 @@ OTHER = DOUBLED.replace("ns", "other")
                 *("{{ {}[ns.x] }}", "{{ {ns.x: 1} }}", "{{ dict(a=ns.x).values() }}"),
             )
         ),
+        ("{{ [[[[[1] * 100000]]]] | tojson(indent=64) }}", "tojson makes a value that is too large"),
+        ("{{ {'a': [1] * 9} | tojson(separators=('x' * 1000, ':')) }}", "tojson makes a value that is too large"),
         ("{% for a in [1] %}" * 25 + "{% endfor %}" * 25, "too many statically nested blocks"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "it calls itself without an end"),
         ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "not done after"),

@@ -260,9 +260,7 @@ class ChatRequest(_Open):
     top_p: float | None = Field(
         None, ge=0, le=1, description="Draw from the fewest tokens that have this probability together."
     )
-    seed: int | None = Field(
-        None, ge=-(2**63), le=2**63 - 1, description="The same seed and request give the same answer."
-    )
+    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1, description="One request of one seed has one answer.")
     stop: _Text | Annotated[list[_Text], Field(max_length=64)] | None = Field(
         None, description="Texts that end the answer and are not part of it."
     )
@@ -283,7 +281,7 @@ class ChatRequest(_Open):
     top_k: int | None = Field(
         None, ge=-1, le=2**31, description="As vLLM: draw from so many most probable tokens; 0 or -1 is all."
     )
-    min_p: float | None = Field(None, ge=0, le=1, description="As vLLM: draw from tokens of this share of the best.")
+    min_p: float | None = Field(None, ge=0, le=1, description="As vLLM: tokens of at least this share of the best.")
     repetition_penalty: float | None = Field(
         None, ge=0.01, le=100, description="As vLLM: above 1, tokens of prompt and answer become less probable."
     )
