@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _SECONDS = 5.0
 _rendering = threading.local()  # end: of the rendering under way, on the clock of the thread's own processor time
-_MAX_SOURCE = 500_000  # characters of a template, whose compiling nothing interrupts
+_MAX_SOURCE = 100_000  # characters of a template, whose compiling nothing interrupts
 # Of a text or list that a template makes, and of base times exponent: beyond, memory is at stake.
 _MAX_REPEATED = 10_000_000
 _MAX_EXPONENT = 1000
