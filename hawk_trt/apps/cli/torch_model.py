@@ -45,7 +45,7 @@ def _own_reading(
 
     def weights(name: str) -> Iterator[npt.NDArray[Any]] | None:
         parts = names(name)
-        if not all(map(opened.has, parts)):
+        if not all(part in opened.tensors for part in parts):
             return None
         return (block for part in parts for block in opened.tensor(part).blocks())
 

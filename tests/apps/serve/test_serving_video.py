@@ -109,7 +109,7 @@ def test_frames_that_have_one_size_are_bounded_in_number_alone(server, tmp_path)
     bundle = SimpleNamespace(manifest=SimpleNamespace(vision=INTERNVL))
     preparation = replace(server.service._preparation, bundle=bundle)
     place = "messages[0].content[0].video_url"
-    items, files = preparation._items({place: VideoUrl(url="data:,")}, {place: b"a"}, tmp_path)
+    items, files = preparation._items({place: VideoUrl(url="data:,")}, {place: b"a"}, tmp_path, 8)
     assert items == [{"type": "video", "video": str(files[place]), "max_frames": 8}]
 
 
