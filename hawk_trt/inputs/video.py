@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,9 @@ from hawk_trt.inputs.images import load_image, local_path
 from hawk_trt.inputs.turns import VisualItem
 from hawk_trt.inputs.video_file import FileFrames, Frame, VideoIndex, index_file
 from hawk_trt.models.qwen_video import DEFAULT_FPS, FRAME_MULTIPLE, MAX_FRAMES, sample_indices
+
+if TYPE_CHECKING:
+    from hawk_trt.request import VideoInput
 
 # Frames of the file, its frames a second, those asked for, the most to take: int64 frame numbers, ascending.
 FrameSampler: TypeAlias = Callable[[int, float, float | None, int], npt.NDArray[np.int64]]
@@ -36,14 +39,23 @@ class Video:
     times: Sequence[float]
 
 
-def load_video(item: VisualItem, sampler: FrameSampler = sample_indices) -> Video:
-    """Open a video: its source is a path (also file://), a sequence of images, or uint8 [frames, height, width, 3].
+def load_video(
+    item: "VisualItem | VideoInput",
+    sampler: FrameSampler = sample_indices,
+    *,
+    fps: float | None = None,
+    max_frames: int | None = None,
+) -> Video:
+    """Open a video: a path (also file://), a sequence of images, or uint8 [frames, height, width, 3].
 
-    sampler: the family's rule for files.
+    item: one of these, or a VisualItem of it.  sampler: the family's rule for files.  fps, max_frames: as in
+    VisualItem, which has its own.
 
     Raises InvalidInput: missing, unreadable, no video, without frames, or an option out of its range, or one that a
     list of frames cannot honour; BackendError: a file, and PyAV is not installed.
     """
+    if not isinstance(item, VisualItem):
+        item = VisualItem("video", item, fps=fps, max_frames=max_frames)
     source, start, end = item.source, item.start, item.end
     rate = DEFAULT_FPS if item.fps is None else item.fps
     if not (math.isfinite(rate) and rate > 0):

@@ -10,6 +10,7 @@ from PIL import Image
 
 from clips import load_video, number_of, numbered, timed, write
 from hawk_trt.errors import BackendError, InvalidInput
+from hawk_trt.inputs import video
 from hawk_trt.models.qwen_video import sample_indices
 
 
@@ -166,3 +167,7 @@ def test_a_file_without_pyav_says_how_to_install_it_and_frames_need_none(clip, m
     with pytest.raises(BackendError, match="pip install av"):
         load_video(clip)
     assert len(load_video([numbered(0)]).frames) == 1
+
+
+def test_a_video_needs_no_item_around_it(clip):
+    assert video.load_video(clip, fps=1.0, max_frames=4).times == load_video(clip, fps=1.0, max_frames=4).times
