@@ -14,6 +14,11 @@ NOISE = np.random.default_rng(0).integers(0, 256, (31, 47, 3), dtype=np.uint8)
 ALPHA = np.random.default_rng(1).integers(0, 256, (31, 47), dtype=np.uint8)
 
 
+def noise(height, width, seed=0):
+    """Random pixels: uint8 [height, width, 3]."""
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
 def encoded(image, kind, **options):
     file = io.BytesIO()
     image.save(file, kind, **options)

@@ -21,6 +21,7 @@ from hawk_trt.pruning.hawk import head_scores, normalize, num_kept
 from hawk_trt.runtime.trace import traced
 from hawk_trt.stages import NORMALIZATIONS
 from internvl import CHECKPOINTS, CONTEXT, END, IM_END, START, TILE_PX, TILE_TOKENS, VIDEO, tensors, theirs
+from pictures import noise
 from served import ask, assert_served_as_alone
 from targets import ON_CPU
 from trt_machine import Machines, engine_folder
@@ -211,18 +212,14 @@ def test_the_query_begins_behind_the_end_of_the_last_image(pipe):
     assert asked.tolist() == list(range(last_end + 1, im_end))
 
 
-def noise(width, height):
-    return np.random.default_rng(width).integers(0, 256, (height, width, 3), dtype=np.uint8)
-
-
 def test_prompts_become_the_ids_and_tiles_that_transformers_makes(checkpoint, pipe):
-    frames = [noise(60, 40), noise(60, 40), noise(60, 40)]
+    frames = [noise(40, 60, 60), noise(40, 60, 60), noise(40, 60, 60)]
     content = [
         {"type": "text", "text": "First:"},
         {"type": "video", "video": frames},
-        {"type": "image", "image": noise(112, 60)},
+        {"type": "image", "image": noise(60, 112, 112)},
         {"type": "text", "text": "and"},
-        {"type": "image", "image": noise(50, 50)},
+        {"type": "image", "image": noise(50, 50, 50)},
         {"type": "text", "text": "What is red?"},
     ]
     inputs = pipe.prepare([{"role": "user", "content": content}])
@@ -249,12 +246,15 @@ def test_prompts_become_the_ids_and_tiles_that_transformers_makes(checkpoint, pi
     settings = family.image_settings(json.loads(preprocessor))
     clip = family.video_to_patches(frames, settings)
     np.testing.assert_array_equal(inputs.pixel_values[:3], clip.pixel_values)
-    images = family.images_to_patches([noise(112, 60), noise(50, 50)], settings)
+    images = family.images_to_patches([noise(60, 112, 112), noise(50, 50, 50)], settings)
     np.testing.assert_array_equal(inputs.pixel_values[3:], images.pixel_values)
 
 
 def test_the_vision_cache_knows_each_image_and_frame_by_its_tiles(bundle, pipe):
-    images, frames = [noise(112, 60), noise(50, 50)], [noise(60, 40), noise(61, 40)[:, :60], noise(60, 40)]
+    images, frames = (
+        [noise(60, 112, 112), noise(50, 50, 50)],
+        [noise(40, 60, 60), noise(40, 61, 61)[:, :60], noise(40, 60, 60)],
+    )
     pipe.vision_cache.clear()
     ask = {"pruning": PruningConfig(keep_ratio=0.3), "max_new_tokens": STEPS, "return_logits": True}
     with Pipeline.load(bundle, target=pipe.backend.target, vision_cache_mb=0) as plain:
@@ -266,7 +266,7 @@ def test_the_vision_cache_knows_each_image_and_frame_by_its_tiles(bundle, pipe):
 
 
 def test_max_pixels_bounds_the_tiles_of_a_prompt(pipe):
-    image = noise(400, 200)
+    image = noise(200, 400, 400)
     free = pipe.prepare("?", [image])
     bounded = pipe.prepare("?", [image], max_pixels=3 * TILE_PX**2)
     assert len(free.pixel_values) == 9
@@ -318,10 +318,10 @@ def test_a_server_answers_unlike_prompts_side_by_side_as_alone(pipe):
 
 def test_a_batch_of_prompts_equals_its_rows_one_by_one(pipe):
     requests = [
-        Request("What is red?", [noise(200, 90)]),
+        Request("What is red?", [noise(90, 200, 200)]),
         Request("Hello?"),
-        Request("Which?", [noise(50, 60), noise(60, 300)]),
-        Request("When?", videos=[[noise(60, 60)] * 4]),
+        Request("Which?", [noise(60, 50, 50), noise(300, 60, 60)]),
+        Request("When?", videos=[[noise(60, 60, 60)] * 4]),
     ]
     options = {"pruning": PruningConfig(keep_ratio=0.3), "max_new_tokens": 5, "return_logits": True}
     for request, result in zip(requests, pipe.generate_batch(requests, **options), strict=True):
@@ -366,7 +366,7 @@ def test_parity_compares_the_bundle_with_the_checkpoint(checkpoint, bundle, caps
 
 
 def test_the_picture_shows_the_tiles_of_an_image(folder, tmp_path, capsys):
-    Image.fromarray(noise(200, 90)).save(tmp_path / "image.png")
+    Image.fromarray(noise(90, 200, 200)).save(tmp_path / "image.png")
     options = ["--image", str(tmp_path / "image.png"), "--prompt", "What?", "--out", str(tmp_path / "explain.png")]
     assert hawk(["explain", str(folder / "layer_norm.bundle"), *options, "--keep-ratios", "0.3", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)

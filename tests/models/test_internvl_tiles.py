@@ -11,7 +11,7 @@ from PIL import Image
 from hawk_trt.errors import CheckpointError, InvalidInput
 from hawk_trt.inputs.images import load_image, resize
 from hawk_trt.models.internvl import InternVL, tile_grid
-from pictures import NATURAL
+from pictures import NATURAL, noise
 from vision_configs import INTERNVL
 
 FAMILY = InternVL(INTERNVL)
@@ -33,10 +33,6 @@ SIZES = [
     (100, 1000), (1000, 100), (60, 2000), (2000, 60), (1344, 1792), (1792, 1344), (1600, 1600), (800, 1000),
     (317, 317), (633, 634), (951, 635), (333, 777), (1200, 900), (512, 512), (64, 48),
 ]  # fmt: skip
-
-
-def noise(height, width, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
 @pytest.fixture(scope="module")

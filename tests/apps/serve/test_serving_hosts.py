@@ -3,12 +3,13 @@
 import socket
 from contextlib import ExitStack
 
+import openai
 import pytest
 
 from hawk_trt.apps.cli.serve import Served
 from hawk_trt.apps.serve.middleware import is_allowed
 from hawk_trt.apps.serve.server import listen
-from hawk_trt.apps.serve.settings import LOOPBACK_HOSTS
+from hawk_trt.apps.serve.settings import LOOPBACK_HOSTS, read_api_keys
 from hawk_trt.errors import InvalidInput
 from serving import question, serving, wait_for
 
@@ -129,3 +130,45 @@ def test_a_client_that_never_reads_is_closed(tiny_bundle, monkeypatch):
 def test_a_port_that_there_is_not_is_refused_and_no_other_taken(port):
     with pytest.raises(InvalidInput, match=f"port: got {port}, expected 0"):
         listen("127.0.0.1", port)
+
+
+def test_a_key_opens_the_server_and_nothing_else_does(tiny_bundle):
+    with serving(tiny_bundle, api_keys=("first", "second")) as server:
+        for key in ("first", "second"):
+            with server.openai(key) as client:
+                assert client.chat.completions.create(**question()).choices
+        with server.openai("third") as client, pytest.raises(openai.AuthenticationError):
+            client.models.list()
+        for header in ("", "first", "Basic first", "Bearer", "Bearer firs", "Bearer first ä"):
+            headers = {"authorization": header.encode()}
+            for path in ("/v1/models", "/metrics", "/openapi.json", "/v1/responses"):
+                refused = server.http.get(path, headers=headers)
+                assert (refused.status_code, refused.json()["error"]["code"]) == (401, "invalid_api_key")
+            assert server.http.post("/v1/chat/completions", json=question(), headers=headers).status_code == 401
+        assert server.http.get("/health").status_code == server.http.get("/ready").status_code == 200
+
+
+def test_pages_of_others_may_call_the_server_only_where_they_were_allowed_to(tiny_bundle):
+    origin = {"origin": "https://page.example", "access-control-request-method": "POST"}
+    with serving(tiny_bundle) as server:
+        assert "access-control-allow-origin" not in server.http.options("/v1/chat/completions", headers=origin).headers
+    with serving(tiny_bundle, cors_origins=("https://page.example",)) as server:
+        allowed = server.http.options("/v1/chat/completions", headers=origin).headers
+        assert allowed["access-control-allow-origin"] == "https://page.example"
+        asked = {"access-control-request-headers": "authorization,content-type,x-stainless-os,http-referer"}
+        asked |= {"access-control-request-private-network": "true"}  # OpenAI's client in a page, in Chrome
+        allowed = server.http.options("/v1/chat/completions", headers=origin | asked)
+        assert allowed.status_code == 200 and "x-stainless-os" in allowed.headers["access-control-allow-headers"]
+        assert allowed.headers["access-control-allow-private-network"] == "true"
+        other = server.http.options("/v1/chat/completions", headers=origin | {"origin": "https://other.example"})
+        assert "access-control-allow-origin" not in other.headers
+
+
+def test_keys_come_from_the_command_a_file_or_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("HAWK_API_KEY", "of the environment")
+    (tmp_path / "keys").write_text("first\nsecond\n", encoding="utf-8-sig")
+    assert read_api_keys(None) == ("of the environment",)
+    assert read_api_keys(None, (" given\n",)) == ("given",)
+    assert read_api_keys(tmp_path / "keys", ("given",)) == ("given", "first", "second")
+    with pytest.raises(InvalidInput, match="empty key"):
+        read_api_keys(None, (" ",))

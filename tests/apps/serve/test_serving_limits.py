@@ -19,7 +19,7 @@ import pytest
 
 from hawk_trt import ModelInputs, Pipeline
 from hawk_trt.apps.cli.main import main
-from hawk_trt.apps.serve.settings import ServeSettings, read_api_keys
+from hawk_trt.apps.serve.settings import ServeSettings
 from hawk_trt.errors import BackendError, InvalidInput
 from serving import MODEL, SAMPLES, Running, question, raw_request, serving, wait_for
 
@@ -226,38 +226,6 @@ def test_a_failed_answer_does_not_end_another(pipe, monkeypatch):
         assert len({answer.json()["choices"][0]["message"]["content"] for answer in answers[1::2]}) == 1
 
 
-def test_a_key_opens_the_server_and_nothing_else_does(pipe):
-    with serving(pipe, api_keys=("first", "second")) as server:
-        for key in ("first", "second"):
-            with server.openai(key) as client:
-                assert client.chat.completions.create(**question()).choices
-        with server.openai("third") as client, pytest.raises(openai.AuthenticationError):
-            client.models.list()
-        for header in ("", "first", "Basic first", "Bearer", "Bearer firs", "Bearer first ä"):
-            headers = {"authorization": header.encode()}
-            for path in ("/v1/models", "/metrics", "/openapi.json", "/v1/responses"):
-                refused = server.http.get(path, headers=headers)
-                assert (refused.status_code, refused.json()["error"]["code"]) == (401, "invalid_api_key")
-            assert server.http.post("/v1/chat/completions", json=question(), headers=headers).status_code == 401
-        assert server.http.get("/health").status_code == server.http.get("/ready").status_code == 200
-
-
-def test_pages_of_others_may_call_the_server_only_where_they_were_allowed_to(pipe):
-    origin = {"origin": "https://page.example", "access-control-request-method": "POST"}
-    with serving(pipe) as server:
-        assert "access-control-allow-origin" not in server.http.options("/v1/chat/completions", headers=origin).headers
-    with serving(pipe, cors_origins=("https://page.example",)) as server:
-        allowed = server.http.options("/v1/chat/completions", headers=origin).headers
-        assert allowed["access-control-allow-origin"] == "https://page.example"
-        asked = {"access-control-request-headers": "authorization,content-type,x-stainless-os,http-referer"}
-        asked |= {"access-control-request-private-network": "true"}  # OpenAI's client in a page, in Chrome
-        allowed = server.http.options("/v1/chat/completions", headers=origin | asked)
-        assert allowed.status_code == 200 and "x-stainless-os" in allowed.headers["access-control-allow-headers"]
-        assert allowed.headers["access-control-allow-private-network"] == "true"
-        other = server.http.options("/v1/chat/completions", headers=origin | {"origin": "https://other.example"})
-        assert "access-control-allow-origin" not in other.headers
-
-
 def test_a_server_that_drains_says_so_and_finishes_what_it_has(pipe, monkeypatch):
     with serving(pipe) as server, ThreadPoolExecutor(1) as clients:
         with held(pipe, monkeypatch) as go:
@@ -382,16 +350,6 @@ def test_prompt_and_answer_share_the_length_of_the_model(pipe):
         assert (got["usage"]["completion_tokens"], got["choices"][0]["finish_reason"]) == (3, "length")
         refused = server.ask(messages=[{"role": "user", "content": "Count the circles, all of them."}])
         assert (refused.status_code, refused.json()["error"]["code"]) == (400, "context_length_exceeded")
-
-
-def test_keys_come_from_the_command_a_file_or_the_environment(tmp_path, monkeypatch):
-    monkeypatch.setenv("HAWK_API_KEY", "of the environment")
-    (tmp_path / "keys").write_text("first\nsecond\n", encoding="utf-8-sig")
-    assert read_api_keys(None) == ("of the environment",)
-    assert read_api_keys(None, (" given\n",)) == ("given",)
-    assert read_api_keys(tmp_path / "keys", ("given",)) == ("given", "first", "second")
-    with pytest.raises(InvalidInput, match="empty key"):
-        read_api_keys(None, (" ",))
 
 
 def test_the_name_of_a_model_may_be_a_path_and_an_address_spelled_out(pipe):
