@@ -2,9 +2,9 @@
 
 The checkpoint has the shapes of Qwen2.5-VL-7B in bfloat16, 16.6 GB in five sparse shards, which take no disk space;
 the copy and the bundle take theirs, one after the other. Run it from the repository: python -m benchmarks.export_7b
-With --quantised awq or gptq it is of random int4 in groups of 128, with zero points: 6.9 GB that are written first, and
-the copy and the export read from memory what the system keeps of it; with --cold they read from the disk, and the clock
-stops when the disk has everything.
+With --quantised awq or gptq it is of random int4 in groups of 128, with zero points: 6.9 GB that are written first. The
+copy and the export read them from the disk, and the clock stops when the disk has everything; with --warm they read
+from memory what the system keeps of them, and what is on its way to the disk does not count.
 """
 
 import argparse
@@ -140,21 +140,21 @@ def forget(path: Path) -> None:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def run_quantised(folder: Path, method: str, layers: int, cold: bool) -> dict[str, float]:
+def run_quantised(folder: Path, method: str, layers: int, warm: bool) -> dict[str, float]:
     """The copy, the export and both again, from a quantised checkpoint in a folder that is removed afterwards."""
     checkpoint = make_quantised_checkpoint(folder / "checkpoint", method, layers)
     result, turns = {}, []
     export = [sys.executable, "-m", "export", str(checkpoint), "--dtype", "float16", "--out", str(folder / "bundle")]
     for _ in range(3):
-        if cold:
+        if not warm:
             forget(checkpoint / "model.safetensors")
         copy = measure(["cp", "--sparse=never", str(checkpoint / "model.safetensors"), str(folder / "copy")])
         (folder / "copy").unlink()
-        if cold:
+        if not warm:
             forget(checkpoint / "model.safetensors")
         exported = measure(export)
         shutil.rmtree(folder / "bundle")
-        times_copy = exported.synced_seconds / copy.synced_seconds if cold else exported.seconds / copy.seconds
+        times_copy = exported.seconds / copy.seconds if warm else exported.synced_seconds / copy.synced_seconds
         turns.append((times_copy, copy, exported))
     turns.sort(key=lambda turn: turn[0])
     result["times_copy_least"], result["times_copy_most"] = turns[0][0], turns[-1][0]
@@ -173,7 +173,7 @@ def main() -> int:
     parser.add_argument(
         "--layers", type=int, default=QWEN_7B.layers, help="of the quantised one (default: %(default)s)"
     )
-    parser.add_argument("--cold", action="store_true", help="the quantised one from disk to disk, not from memory")
+    parser.add_argument("--warm", action="store_true", help="the quantised one from memory, not from disk to disk")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()
     args.dir.mkdir(parents=True, exist_ok=True)
@@ -183,7 +183,7 @@ def main() -> int:
         return 1
     with tempfile.TemporaryDirectory(prefix="export-7b-", dir=args.dir) as folder:
         where = Path(folder)
-        result = run_quantised(where, args.quantised, args.layers, args.cold) if args.quantised else run(where)
+        result = run_quantised(where, args.quantised, args.layers, args.warm) if args.quantised else run(where)
     if args.json:
         print(json.dumps(result))
     else:

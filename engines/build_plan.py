@@ -13,7 +13,7 @@ from hawk_trt import __version__
 from hawk_trt.bundle import MANIFEST, Bundle
 from hawk_trt.engine_folder import ENGINES_SCHEMA_VERSION, EngineFolder, EngineManifest, Limits, Machine, PlanEntry
 from hawk_trt.errors import BundleError, InvalidInput
-from hawk_trt.files import sha256_file
+from hawk_trt.files import xxh3_file
 from hawk_trt.runtime.versions import at_least
 from hawk_trt.stages import PORTABLE, STAGES
 
@@ -83,7 +83,7 @@ def plan_build(
         PlanEntry(
             stage=graph.stage,
             file=f"{graph.stage}.plan",
-            onnx_sha256=graph.sha256,
+            onnx_xxh3=graph.xxh3,
             inputs=graph.inputs,
             outputs=graph.outputs,
             profiles=plan_profiles(bundle.manifest, graph.stage, graph.inputs, limits),
@@ -101,13 +101,13 @@ def plan_build(
     manifest = EngineManifest(
         schema_version=ENGINES_SCHEMA_VERSION,
         bundle=replace(bundle.manifest, graphs=(), targets=(target,), files={}),
-        bundle_sha256=sha256_file(bundle.folder / MANIFEST),
+        bundle_xxh3=xxh3_file(bundle.folder / MANIFEST),
         target=target,
         limits=limits,
         machine=machine,
         plans=plans,
         plugin=None if plugin is None else plugin.name,
-        plugin_sha256=None if plugin is None else sha256_file(plugin),
+        plugin_xxh3=None if plugin is None else xxh3_file(plugin),
         workspace_bytes=settings.workspace_bytes,
         files={},
         rebuild=rebuild,
@@ -129,15 +129,15 @@ def differences(plan: BuildPlan, out: Path) -> list[str] | None:
 def _key(manifest: EngineManifest) -> dict[str, object]:
     """All that makes plans another build's, by the word for it."""
     return {
-        "bundle": manifest.bundle_sha256,
-        "graphs": [plan.onnx_sha256 for plan in manifest.plans],
+        "bundle": manifest.bundle_xxh3,
+        "graphs": [plan.onnx_xxh3 for plan in manifest.plans],
         "target": manifest.target,
         "limits": (manifest.limits, [plan.profiles for plan in manifest.plans]),
         "TensorRT": manifest.machine.tensorrt,
         "CUDA": manifest.machine.cuda,
         "driver": manifest.machine.driver,
         "GPU": (manifest.machine.gpu, manifest.machine.compute_capability),
-        "plugin": manifest.plugin_sha256,
+        "plugin": manifest.plugin_xxh3,
         "workspace": manifest.workspace_bytes,
         "workarounds": [plan.workarounds for plan in manifest.plans],
         "engine builder": manifest.versions,

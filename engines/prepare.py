@@ -32,7 +32,7 @@ class PreparedGraph:
 
     stage: str
     file: Path  # of the bundle; the parser finds the weights beside it
-    sha256: str  # of that file
+    xxh3: str  # of that file
     content: bytes  # the serialized model, its weights external
     inputs: tuple[TensorEntry, ...]
     outputs: tuple[TensorEntry, ...]
@@ -66,7 +66,7 @@ def prepare(
     return PreparedGraph(
         stage=stage,
         file=file,
-        sha256=bundle.manifest.files[entry.file].sha256,
+        xxh3=bundle.manifest.files[entry.file].xxh3,
         content=model.SerializeToString(),
         inputs=_baked(entry.inputs, max_context),
         outputs=_baked(entry.outputs, max_context),

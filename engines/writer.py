@@ -3,7 +3,6 @@
 Plans go to a folder beside the destination, which takes its place at the end: checked, or not at all.
 """
 
-import hashlib
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -11,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from xxhash import xxh3_128
 
 from hawk_trt.bundle import ENGINES_MANIFEST, Bundle, FileEntry, file_entry, manifest_bytes
 from hawk_trt.engine_folder import EngineFolder, PlanEntry, read_engine_manifest
@@ -171,7 +171,7 @@ def _copy_table(bundle: Bundle, path: Path) -> FileEntry:
 
 def _write(path: Path, content: memoryview, *, weights: bool) -> FileEntry:
     """Write from TensorRT's own memory, block by block: a copy of a 15 GB plan would double it."""
-    digest = hashlib.sha256()
+    digest = xxh3_128()
     content = content.cast("B")
     with path.open("wb") as file:
         for start in range(0, len(content), _BLOCK_BYTES):

@@ -7,7 +7,6 @@ no more than a few blocks are ever in memory, or one matrix that is quantised or
 """
 
 import errno
-import hashlib
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -15,7 +14,6 @@ from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, ThreadPo
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from io import FileIO
 from pathlib import Path
 from threading import Event, Lock
 from typing import Any
@@ -23,6 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
+from xxhash import xxh3_128
 
 from hawk_trt.bundle import FileEntry, TableEntry, WeightFormat, file_entry, numpy_dtype
 from hawk_trt.errors import BundleError, CheckpointError
@@ -273,15 +272,20 @@ class WeightStore:
         return file_entry(source, weights=True, progress=advance)
 
     def _write_file(self, folder: Path, name: str, advance: Callable[[int], None]) -> FileEntry:
-        """Write one .data file; a block is hashed by another thread while the next is made and written."""
-        digest = hashlib.sha256()
-        with (folder / name).open("wb", buffering=0) as out, ThreadPoolExecutor(max_workers=1) as hasher:
-            hashed: Future[None] = hasher.submit(digest.update, b"")
+        """Write one .data file; a block is written and hashed by another thread while the next is made."""
+        digest = xxh3_128()
+
+        def put(block: memoryview) -> None:
+            out.write(block)
+            digest.update(block)
+            advance(len(block))
+
+        with (folder / name).open("wb") as out, ThreadPoolExecutor(max_workers=1) as writer:
+            written: Future[None] = writer.submit(lambda: None)
             for block in self._blocks(name):
-                _write_all(out, block)
-                hashed.result()
-                hashed = hasher.submit(digest.update, block)
-                advance(len(block))
+                written.result()
+                written = writer.submit(put, block)
+            written.result()
         return FileEntry(digest.hexdigest(), self._sizes[name], weights=True)
 
     def _blocks(self, name: str) -> Iterator[memoryview]:
@@ -307,11 +311,6 @@ def _external(name: str, place: Placement, dtype: str, shape: tuple[int, ...]) -
         data_location=onnx.TensorProto.EXTERNAL,
         external_data=[onnx.StringStringEntryProto(key=key, value=value) for key, value in where.items()],
     )
-
-
-def _write_all(out: FileIO, block: memoryview) -> None:
-    while block:
-        block = block[out.write(block) :]
 
 
 def _converted(tensor: CheckpointTensor, dtype: str) -> Iterator[npt.NDArray[Any]]:

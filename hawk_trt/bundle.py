@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hawk_trt.errors import BundleError, InvalidInput
-from hawk_trt.files import read_json, sha256_file
+from hawk_trt.files import read_json, xxh3_file
 from hawk_trt.models.vision_config import AnyVision
 from hawk_trt.request import check_head_weights
 from hawk_trt.stages import DTYPES, LanguageConfig
@@ -31,7 +31,7 @@ from hawk_trt.stages import DTYPES, LanguageConfig
 MANIFEST = "bundle.json"
 REFERENCE = "reference.npz"
 ENGINES_MANIFEST = "engines.json"
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 _AGAIN = "Export again: hawk-trt export CHECKPOINT --out FOLDER"
 _Versioned = TypeVar("_Versioned")
 _TokenId: TypeAlias = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
@@ -40,9 +40,9 @@ _Size: TypeAlias = Annotated[int, msgspec.Meta(gt=0)]
 
 @dataclass(frozen=True, slots=True)
 class FileEntry:
-    """One file of the bundle: sha256 in hex, its size, and whether it holds weights."""
+    """One file of the bundle: XXH3-128 in hex, its size, and whether it holds weights."""
 
-    sha256: str
+    xxh3: str
     size_bytes: int
     weights: bool = False
 
@@ -273,7 +273,7 @@ def read_versioned(path: Path, kind: type[_Versioned], expected: int, absent: st
     except msgspec.ValidationError as error:
         raise BundleError(f"{path}: damaged ({error}). {again}") from error
     if hashlib.sha256(msgspec.json.encode(fields)).hexdigest() != told:
-        raise BundleError(f"{path}: its content changed since {made} (sha256 differs). {again}")
+        raise BundleError(f"{path}: its content changed since {made} (its hash differs). {again}")
     return manifest
 
 
@@ -314,13 +314,13 @@ def check_files(
         size_bytes = path.stat().st_size
         if size_bytes != entry.size_bytes:
             raise BundleError(f"{path}: got {size_bytes} bytes, expected {entry.size_bytes}. {again}")
-        if (verify or not entry.weights) and sha256_file(path, progress) != entry.sha256:
-            raise BundleError(f"{path}: its content changed since {made} (sha256 differs). {again}")
+        if (verify or not entry.weights) and xxh3_file(path, progress) != entry.xxh3:
+            raise BundleError(f"{path}: its content changed since {made} (its hash differs). {again}")
 
 
 def file_entry(path: Path, *, weights: bool = False, progress: Callable[[int], None] | None = None) -> FileEntry:
     """What a manifest says of a file that is written; progress is called with the bytes hashed."""
-    return FileEntry(sha256_file(path, progress), path.stat().st_size, weights)
+    return FileEntry(xxh3_file(path, progress), path.stat().st_size, weights)
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:

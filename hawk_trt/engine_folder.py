@@ -18,7 +18,7 @@ from hawk_trt.bundle import ENGINES_MANIFEST, Bundle, FileEntry, Manifest, Tenso
 from hawk_trt.errors import BundleError
 from hawk_trt.runtime.versions import same_version
 
-ENGINES_SCHEMA_VERSION = 4
+ENGINES_SCHEMA_VERSION = 5
 # Optimization profiles of first_layer and decoder, by index; vision has the first alone.
 PREFILL = 0
 DECODE = 1
@@ -40,7 +40,7 @@ class InputRange:
 
 @dataclass(frozen=True, slots=True)
 class PlanEntry:
-    """One .plan file; onnx_sha256 is of the bundle's graph that it was built from.
+    """One .plan file; onnx_xxh3 is of the bundle's graph that it was built from.
 
     inputs: a cache that is written in place has its static length, and context_slots is among them.  profiles: for each
     optimization profile, the ranges of all inputs.  plugin_layers: layers that are the top-k plugin, of all `layers`
@@ -49,7 +49,7 @@ class PlanEntry:
 
     stage: str
     file: str
-    onnx_sha256: str
+    onnx_xxh3: str
     inputs: tuple[TensorEntry, ...]
     outputs: tuple[TensorEntry, ...]
     profiles: tuple[tuple[InputRange, ...], ...]
@@ -104,22 +104,22 @@ class Machine:
 class EngineManifest:
     """engines.json.
 
-    bundle: its files and embedding table as they lie here, without graphs.  bundle_sha256: of the bundle's bundle.json.
+    bundle: its files and embedding table as they lie here, without graphs.  bundle_xxh3: of the bundle's bundle.json.
     machine: that the plans were built on, and for.  plugin: name of its file, None where no plan has a plugin layer.
-    plugin_sha256: of the plugin that the build was given, None without one.  workspace_bytes: scratch that a tactic
+    plugin_xxh3: of the plugin that the build was given, None without one.  workspace_bytes: scratch that a tactic
     could take, None where nothing limited it.  files: of the folder, without those of `bundle`.  rebuild: the command
     that makes the folder anew.
     """
 
     schema_version: int
     bundle: Manifest
-    bundle_sha256: str
+    bundle_xxh3: str
     target: str
     limits: Limits
     machine: Machine
     plans: tuple[PlanEntry, ...]
     plugin: str | None
-    plugin_sha256: str | None
+    plugin_xxh3: str | None
     workspace_bytes: int | None
     files: dict[str, FileEntry]
     rebuild: str

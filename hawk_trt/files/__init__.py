@@ -1,13 +1,13 @@
 """Files: JSON from outside read within bounds, and hashes. What is written, whole or not at all: staging.py."""
 
 import codecs
-import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 import msgspec
+from xxhash import xxh3_128
 
 from hawk_trt.errors import HawkError
 
@@ -66,9 +66,9 @@ def parse_json(content: bytes | str, kind: type[_T], name: str, error: type[Hawk
     return value
 
 
-def sha256_file(path: Path, progress: Callable[[int], None] | None = None) -> str:
-    """The sha256 of a file, in hex; progress is called with the bytes read."""
-    digest = hashlib.sha256()
+def xxh3_file(path: Path, progress: Callable[[int], None] | None = None) -> str:
+    """The XXH3-128 of a file, in hex; progress is called with the bytes read."""
+    digest = xxh3_128()
     with path.open("rb") as file:
         while block := file.read(_HASH_BLOCK_BYTES):
             digest.update(block)

@@ -72,7 +72,7 @@ def test_a_folder_holds_all_that_the_runtime_needs_and_loads(bundle, folder):
     engines = EngineFolder.load(folder, verify=True)
     manifest = engines.manifest
     assert [engines.plan(stage).file for stage in STAGES] == [f"{stage}.plan" for stage in STAGES]
-    assert engines.plan(FIRST_LAYER).onnx_sha256 == bundle.manifest.files["first_layer.tensorrt.onnx"].sha256
+    assert engines.plan(FIRST_LAYER).onnx_xxh3 == bundle.manifest.files["first_layer.tensorrt.onnx"].xxh3
     assert manifest.machine == ORIN and manifest.target == TENSORRT and manifest.rebuild == REBUILD
     assert engines.plan(FIRST_LAYER).workarounds == ("no_horizontal_fusion",)
     assert engines.bundle.read_text("tokenizer.json") == bundle.read_text("tokenizer.json")
@@ -92,7 +92,7 @@ def test_a_table_with_a_file_of_its_own_is_linked(bundle, tmp_path):
     shutil.copytree(bundle.folder, own)
     content = np.ascontiguousarray(bundle.embedding_table()).tobytes()
     (own / "table.data").write_bytes(content)
-    entry = replace(bundle.manifest.files["decoder.data"], size_bytes=len(content), sha256="0" * 64)
+    entry = replace(bundle.manifest.files["decoder.data"], size_bytes=len(content), xxh3="0" * 32)
     manifest = replace(
         bundle.manifest,
         embeddings=replace(bundle.manifest.embeddings, file="table.data", offset=0),
@@ -107,7 +107,7 @@ def test_a_plugin_that_a_plan_uses_comes_along(bundle, tmp_path):
     library.write_bytes(b"\x7fELF")
     engines = written(bundle, tmp_path / "engines", plugin=library)
     assert engines.plugin.read_bytes() == b"\x7fELF"
-    assert engines.manifest.plugin_sha256 == engines.manifest.files["libtopk.so"].sha256
+    assert engines.manifest.plugin_xxh3 == engines.manifest.files["libtopk.so"].xxh3
     assert engines.plan(FIRST_LAYER).plugin_layers == 1
     assert written(bundle, tmp_path / "without").plugin is None
 
@@ -145,8 +145,8 @@ def test_a_changed_plan_of_the_same_size_is_found_by_its_hash(folder):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema_version": ENGINES_SCHEMA_VERSION + 1}, "schema version 5, this hawk_trt reads 4. Update"),
-        ({"target": "portable"}, r"its content changed since the build \(sha256 differs\)"),
+        ({"schema_version": ENGINES_SCHEMA_VERSION + 1}, "schema version 6, this hawk_trt reads 5. Update"),
+        ({"target": "portable"}, r"its content changed since the build \(its hash differs\)"),
         ({"limits": None}, r"damaged \(Expected `object`, got `null`"),
     ],
 )  # fmt: skip

@@ -269,18 +269,18 @@ def test_engines_get_graphs_that_onnx_takes(bundles):
 
 def test_the_manifest_tells_the_format(bundles, tiny_bundle):
     plain = Bundle.load(tiny_bundle).manifest
-    assert (plain.schema_version, plain.weights, plain.precision) == (5, None, "float32")
+    assert (plain.schema_version, plain.weights, plain.precision) == (6, None, "float32")
     manifest = bundles[4].manifest
-    assert (manifest.schema_version, manifest.weights, manifest.dtype) == (5, INT4, "float32")
+    assert (manifest.schema_version, manifest.weights, manifest.dtype) == (6, INT4, "float32")
     assert manifest.precision == "int4 weights in blocks of 64, float32"
 
 
 def test_a_bundle_of_an_older_schema_is_refused_with_the_command(tiny_bundle, tmp_path):
     folder = tmp_path / "older"
     shutil.copytree(tiny_bundle, folder)
-    fields = json.loads((folder / MANIFEST).read_text()) | {"schema_version": 4}
+    fields = json.loads((folder / MANIFEST).read_text()) | {"schema_version": 5}
     (folder / MANIFEST).write_text(json.dumps(fields))
-    with pytest.raises(BundleError, match=r"schema version 4, this hawk_trt reads 5\. Export again: hawk-trt export "):
+    with pytest.raises(BundleError, match=r"schema version 5, this hawk_trt reads 6\. Export again: hawk-trt export "):
         Bundle.load(folder)
 
 

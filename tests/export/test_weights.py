@@ -35,7 +35,7 @@ Q_PROJ = "language_model.layers.0.self_attn.q_proj.weight"
 
 
 def weight_hashes(bundle):
-    return {name: entry.sha256 for name, entry in bundle.manifest.files.items() if entry.weights}
+    return {name: entry.xxh3 for name, entry in bundle.manifest.files.items() if entry.weights}
 
 
 def stored_tensors(bundle):

@@ -153,7 +153,7 @@ def manifest_of(folder: Path) -> Manifest:
 
 
 def verify(folder: Path) -> None:
-    """Read every file of a bundle or engine folder and compare its sha256 with the manifest."""
+    """Read every file of a bundle or engine folder and compare its hash with the manifest."""
     files = dict(manifest_of(folder).files)
     if holds_engines(folder):
         files |= read_engine_manifest(folder).files
