@@ -6,7 +6,6 @@ runs the builder's own code; see gpuless.py for what a pass means.
 """
 
 import math
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -76,8 +75,7 @@ def preflight(
         scratch: build at three lengths, and refuse scratch that grows with the square
         json: print the report as JSON
     """
-    if gpuless.LIBRARIES not in os.environ:
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], gpuless.environment())
+    sys.path.insert(0, str(gpuless.packages()))
     from ..builder import TENSORRT_VERSION  # only now is there a tensorrt to import
 
     # all without it first: a plugin stays registered as long as the process lives
@@ -89,7 +87,7 @@ def preflight(
         for bundle in loaded
         for row in _rows(bundle, largest.limits(bundle.manifest, plugin=library is not None), library, scratch=scratch)
     ]
-    library = f"TensorRT-RTX's parser and builder through the bindings of TensorRT {TENSORRT_VERSION}"
+    library = f"Parser and builder of TensorRT-RTX {gpuless.RTX_VERSION}, graphs as for TensorRT {TENSORRT_VERSION}"
     passed = all(row.refusal is None for row in rows)
     if json:
         print_json({"library": library, "rows": rows, "passed": passed})
@@ -178,7 +176,4 @@ def _print(library: str, rows: Sequence[Row], console: Console) -> None:
 
 
 if __name__ == "__main__":
-    status = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)  # the bindings' destructors do not survive this mix
+    sys.exit(main())
