@@ -1,17 +1,16 @@
 """OpenAI's chat completions as pydantic models: what a client sends.
 
-ChatRequest names every field of the protocol. The server refuses a field whose value asks for something that the server
-cannot do. It takes keys that it does not know, and tells of them (ignored_keys); it refuses such keys of pruning and
-hawk, which are its own.
+The fields are what the server reads. It refuses keys that ask for what it cannot do (refused), takes those that it does
+not know, and tells of them (ignored_keys); it refuses such keys of pruning and hawk, which are its own.
 """
 
 import codecs
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from hawk_trt.apps.serve.errors import ApiError, invalid
 from hawk_trt.request import QUERIES, QUOTAS, SELECTORS
@@ -30,36 +29,16 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-def _only(*values: object) -> Any:  # noqa: ANN401 - as pydantic's Field
-    """A field that the server accepts at these values alone, or null, since they ask for nothing."""
-    return Field(None, description="Not supported, but for these values.", json_schema_extra=_names(values))
+def _keys(names: str, *values: object) -> dict[str, tuple[object, ...]]:
+    return dict.fromkeys(names.split(), values)
 
 
 class _Open(_Strict):
     """Takes keys that it does not know, as a client's library or another server may have more of them."""
 
     model_config = ConfigDict(extra="allow")
-
-    @field_validator("*")
-    @classmethod
-    def _check(cls, got: object, info: ValidationInfo) -> object:
-        extra: Any = cls.model_fields[str(info.field_name)].json_schema_extra
-        values = extra["enum"] if extra else [got]
-        if isinstance(got, dict):  # a null in it says nothing, and some clients send every key that there is
-            got = {key: value for key, value in got.items() if value is not None}
-        if any(got == value and isinstance(got, bool) == isinstance(value, bool) for value in values):
-            return got
-        instead = "leave it out" + "".join(f" or give {json.dumps(value)}" for value in values[:1] if value is not None)
-        raise ValueError(f"this server does not support that; {instead}")
-
-    @model_validator(mode="after")
-    def _is_read(self) -> "_Open":
-        lost = sorted(key for key, value in (self.model_extra or {}).items() if value and key in _ELSEWHERE)
-        if lost:
-            raise ValueError(
-                f"got {', '.join(lost)}, where nothing is read; messages and their content hold the prompt"
-            )
-        return self
+    # But not those that change the answer elsewhere: each has the values, beside null, at which it asks for nothing.
+    refused: ClassVar[dict[str, tuple[object, ...]]] = {}
 
 
 def _names(known: Sequence[object]) -> Any:  # noqa: ANN401 - as pydantic's Field takes it
@@ -82,19 +61,10 @@ class TextPart(_Open):
 class _Sized(_Open):
     model_config = ConfigDict(str_strip_whitespace=True)  # around an address
 
-    min_pixels: Any = _only()
-    max_pixels: Any = _only()
-    resized_height: Any = _only()
-    resized_width: Any = _only()
-    total_pixels: Any = _only()
-    fps: Any = _only()
-    sample_fps: Any = _only()
-    nframes: Any = _only()
-    num_frames: Any = _only()
-    min_frames: Any = _only()
-    max_frames: Any = _only()
-    video_start: Any = _only()
-    video_end: Any = _only()
+    refused = _keys(
+        "min_pixels max_pixels resized_height resized_width total_pixels fps sample_fps nframes num_frames min_frames "
+        "max_frames video_start video_end"
+    )
 
 
 class ImageUrl(_Sized):
@@ -177,12 +147,7 @@ class ChatMessage(_Open):
         description="Text, or texts, images and videos in the order in which the model reads them; null is an empty "
         "answer of the assistant."
     )
-    refusal: Any = _only()
-    audio: Any = _only()
-    annotations: Any = _only([])
-    tool_calls: Any = _only([])
-    tool_call_id: Any = _only()
-    function_call: Any = _only()
+    refused = _keys("refusal audio tool_call_id function_call") | _keys("annotations tool_calls", [])
 
     @property
     def parts(self) -> list[TextPart | ImagePart | VideoPart]:
@@ -241,6 +206,21 @@ class HawkOptions(_Strict):
 class ChatRequest(_Open):
     """A chat to continue."""
 
+    refused = {
+        **_keys("audio prediction web_search_options allowed_token_ids chat_template prompt_logprobs"),
+        **_keys("guided_choice guided_grammar guided_json guided_regex structured_outputs truncate_prompt_tokens"),
+        **_keys("tools functions bad_words documents stop_token_ids", []),
+        **_keys("chat_template_kwargs mm_processor_kwargs", {}),
+        **_keys("continue_final_message echo include_stop_str_in_output use_beam_search", False),
+        **_keys("tool_choice function_call", "none", "auto"),
+        **_keys("best_of length_penalty", 1),
+        **_keys("response_format", {"type": "text"}),
+        **_keys("modalities", ["text"]),
+        **_keys("reasoning_effort", "none"),
+        **_keys("verbosity", "medium"),
+        **_keys("add_generation_prompt", True),
+        **_keys("min_tokens", 0),
+    }
     model: str | None = Field(None, description="A name that /v1/models lists; there is one, so it may be left out.")
     messages: list[ChatMessage] = Field(min_length=1, description="Oldest first; the last one is answered.")
     pruning: Pruning | None = Field(None, description="An extension: the visual tokens of this request.")
@@ -287,39 +267,6 @@ class ChatRequest(_Open):
     )
     skip_special_tokens: bool | None = Field(True, description="As vLLM: leave special tokens out of the text.")
     ignore_eos: bool | None = Field(False, description="As vLLM: go on after a stop token, up to the longest answer.")
-    response_format: Any = _only({"type": "text"})
-    tools: Any = _only([])
-    tool_choice: Any = _only("none", "auto")
-    functions: Any = _only([])
-    function_call: Any = _only("none", "auto")
-    modalities: Any = _only(["text"])
-    audio: Any = _only()
-    prediction: Any = _only()
-    reasoning_effort: Any = _only("none")
-    verbosity: Any = _only("medium")
-    web_search_options: Any = _only()
-    add_generation_prompt: Any = _only(True)
-    allowed_token_ids: Any = _only()
-    bad_words: Any = _only([])
-    best_of: Any = _only(1)
-    chat_template: Any = _only()
-    chat_template_kwargs: Any = _only({})
-    continue_final_message: Any = _only(False)
-    documents: Any = _only([])
-    echo: Any = _only(False)
-    guided_choice: Any = _only()
-    guided_grammar: Any = _only()
-    guided_json: Any = _only()
-    guided_regex: Any = _only()
-    include_stop_str_in_output: Any = _only(False)
-    length_penalty: Any = _only(1)
-    min_tokens: Any = _only(0)
-    mm_processor_kwargs: Any = _only({})
-    prompt_logprobs: Any = _only()
-    stop_token_ids: Any = _only([])
-    structured_outputs: Any = _only()
-    truncate_prompt_tokens: Any = _only()
-    use_beam_search: Any = _only(False)
     parallel_tool_calls: Ignored = None
     metadata: Ignored = None
     user: Ignored = None
@@ -335,9 +282,12 @@ class ChatRequest(_Open):
 def read_request(body: bytes) -> ChatRequest:
     """Read and check the body of a request: its JSON and shape, and that it asks for nothing that is not done here."""
     try:
-        return ChatRequest.model_validate_json(body.removeprefix(codecs.BOM_UTF8))
+        chat = ChatRequest.model_validate_json(body.removeprefix(codecs.BOM_UTF8))
     except ValidationError as error:
         raise _explained(error) from None
+    for place, model in _objects(chat):
+        _check_keys(place, model)
+    return chat
 
 
 def check_model(got: str, served: str) -> None:
@@ -349,24 +299,52 @@ def check_model(got: str, served: str) -> None:
 
 def ignored_keys(chat: ChatRequest) -> list[str]:
     """The places of keys that the server does not know and that hold something: messages[0].name."""
-    found: dict[str, _Open] = {"": chat}
-    unread = []
-    if chat.stream_options is not None and not chat.stream:
-        unread.append("stream_options")
-    elif chat.stream_options is not None:
-        found["stream_options."] = chat.stream_options
-    for index, message in enumerate(chat.messages):
-        found[f"messages[{index}]."] = message
-        for number, part in enumerate(message.parts):
-            found[f"messages[{index}].content[{number}]."] = part
-            if not isinstance(part, TextPart):
-                found[f"messages[{index}].content[{number}].{part.field}."] = part.source
+    unread = ["stream_options"] if chat.stream_options is not None and not chat.stream else []
     return unread + [
         f"{place}{key}"
-        for place, model in found.items()
+        for place, model in _objects(chat)
         for key, value in (model.model_extra or {}).items()
-        if value is not None
+        if value is not None and key not in model.refused
     ]
+
+
+def _objects(chat: ChatRequest) -> Iterator[tuple[str, _Open]]:
+    """A chat and all in it that may have more keys, each with the start of their places: messages[0]."""
+    yield "", chat
+    if chat.stream_options is not None:
+        yield "stream_options.", chat.stream_options
+    for index, message in enumerate(chat.messages):
+        yield f"messages[{index}].", message
+        for number, part in enumerate(message.parts):
+            place = f"messages[{index}].content[{number}]."
+            yield place, part
+            if not isinstance(part, TextPart):
+                yield f"{place}{part.field}.", part.source
+
+
+def _check_keys(place: str, model: _Open) -> None:
+    """Refuse keys that ask for what is not done here, or that hold a part of the prompt."""
+    lost = []
+    for key, got in (model.model_extra or {}).items():
+        if key not in model.refused:
+            lost += [key] if got and key in _ELSEWHERE else []
+            continue
+        values = (None, *model.refused[key])
+        # a null in an object says nothing, and some clients send every key that there is
+        asked = {name: value for name, value in got.items() if value is not None} if isinstance(got, dict) else got
+        if not any(asked == value and isinstance(asked, bool) == isinstance(value, bool) for value in values):
+            instead = "leave it out" + "".join(f" or give {json.dumps(value)}" for value in values[1:2])
+            message = f"{place}{key}: {_shown(got)}this server does not support that; {instead}"
+            raise invalid(message, f"{place}{key}", "unsupported")
+    if lost:
+        where = place.removesuffix(".")
+        message = f"got {', '.join(sorted(lost))}, where nothing is read; messages and their content hold the prompt"
+        raise invalid(f"{where or 'body'}: {message}", where or None, "unsupported")
+
+
+def _shown(got: object) -> str:
+    """What came, for a message; nothing for an array or object, which may be large."""
+    return f"got {got!r:.60}: " if isinstance(got, str | int | float) else ""
 
 
 def _explained(error: ValidationError) -> ApiError:
@@ -375,15 +353,13 @@ def _explained(error: ValidationError) -> ApiError:
     deepest = max(found, key=lambda entry: len(entry["loc"]))
     place, kind, got = _place(deepest["loc"]), deepest["type"], deepest["input"]
     message = " or ".join(entry["msg"] for entry in found if _place(entry["loc"]) == place)
-    message = message.removeprefix("Value error, ")
     if kind == "json_invalid":
         return invalid(f"body: {message}. Send JSON in UTF-8", code="invalid_json")
     if kind.startswith("union_tag"):  # none, or one that is not known
         message = f"got the type {got.get('type')!r:.60}, expected one of {', '.join(_PART_TYPES)}"
-    elif isinstance(got, str | int | float):  # an array or object may be large
-        message = f"got {got!r:.60}: {message}"
-    code = "unsupported" if kind == "value_error" else "invalid_value"
-    return invalid(f"{place or 'body'}: {message}", place or None, code)
+    else:
+        message = _shown(got) + message
+    return invalid(f"{place or 'body'}: {message}", place or None)
 
 
 def _place(loc: tuple[int | str, ...]) -> str:

@@ -165,6 +165,7 @@ PLACES = {
     "messages[0].tool_call_id": (message(tool_call_id="me"), "unsupported"),
     "messages[0].content[0].image_url.url": (message(content=[image("") | {"image_url": {"url": 1}}]), "invalid_value"),
     "messages[0].content[0].text": (message(content=[{"type": "text"}]), "invalid_value"),
+    "messages[0].content[0]": (message(content=[{"type": "text", "text": "a", "images": ["x"]}]), "unsupported"),
 }
 
 
@@ -214,7 +215,7 @@ def test_values_that_ask_for_nothing_are_taken(server):
     neutral = {
         "n": 1, "logprobs": False, "frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}, "tools": [],
         "top_logprobs": 0, "top_k": -1, "min_p": 0, "repetition_penalty": 1, "skip_special_tokens": True,
-        "response_format": {"type": "text"}, "user": "me", "metadata": {"a": "b"}, "store": False, "top_p": 0,
+        "response_format": {"type": "text"}, "user": "me", "metadata": {"a": None}, "store": False, "top_p": 0,
         "service_tier": "auto", "modalities": ["text"], "tool_choice": None, "stream": None, "stop": None,
     }  # fmt: skip
     assert server.ask(**neutral).status_code == 200
