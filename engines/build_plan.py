@@ -5,13 +5,22 @@ the builds tell; or, of a folder that is there, in what it differs from that.
 """
 
 import hashlib
+import math
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
 from hawk_trt import __version__
-from hawk_trt.bundle import MANIFEST, Bundle
-from hawk_trt.engine_folder import ENGINES_SCHEMA_VERSION, EngineFolder, EngineManifest, Limits, Machine, PlanEntry
+from hawk_trt.bundle import MANIFEST, Bundle, Manifest, numpy_dtype
+from hawk_trt.engine_folder import (
+    ALIGNMENT,
+    ENGINES_SCHEMA_VERSION,
+    EngineFolder,
+    EngineManifest,
+    Limits,
+    Machine,
+    PlanEntry,
+)
 from hawk_trt.errors import BundleError, InvalidInput
 from hawk_trt.files import xxh3_file
 from hawk_trt.runtime.versions import at_least
@@ -79,6 +88,7 @@ def plan_build(
             f"{machine.compute_capability}. Target portable holds the same weights in {bundle.manifest.dtype}: "
             f"{first}build with --target portable. Smaller: export a checkpoint of int4 weights (AWQ, GPTQ)"
         )
+    _check_alignment(bundle.manifest, limits.context)
     plans = tuple(
         PlanEntry(
             stage=graph.stage,
@@ -114,6 +124,19 @@ def plan_build(
         versions={"hawk_trt": __version__, "engines": digest.hexdigest()[:16], "onnx": metadata.version("onnx")},
     )
     return BuildPlan(bundle, manifest, graphs, plugin)
+
+
+def _check_alignment(manifest: Manifest, context: int) -> None:
+    """Refuse sizes whose rows TensorRT could not bind: it takes addresses at multiples of 256 bytes alone."""
+    language, itemsize = manifest.language, numpy_dtype(manifest.dtype).itemsize
+    if language.hidden_size * itemsize % ALIGNMENT:
+        raise InvalidInput(
+            f"hidden_size: got {language.hidden_size} in {manifest.dtype}, expected rows of a multiple of {ALIGNMENT} "
+            "bytes. This version cannot build engines for this model"
+        )
+    columns = ALIGNMENT // math.gcd(ALIGNMENT, language.num_key_value_heads * language.head_dim * itemsize)
+    if context % columns:
+        raise InvalidInput(f"--max-context: got {context}, expected a multiple of {columns} with this model")
 
 
 def differences(plan: BuildPlan, out: Path) -> list[str] | None:

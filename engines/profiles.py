@@ -170,7 +170,7 @@ def _language_ranges(manifest: Manifest, limits: Limits) -> list[dict[str, Range
         "num_text": Range(1, limits.batch, limits.batch),
         "num_visual": Range(1, 1, 1),
         "num_kept_total": Range(1, 1, 1),
-        "past_len": Range(1, answered, limits.context),
+        "past_len": Range(1, limits.context, limits.context),
         CONTEXT_LEN: Range(1, answered, limits.context),
     }
     return [prefill, decode]

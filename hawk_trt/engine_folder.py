@@ -22,6 +22,8 @@ ENGINES_SCHEMA_VERSION = 5
 # Optimization profiles of first_layer and decoder, by index; vision has the first alone.
 PREFILL = 0
 DECODE = 1
+# Bytes: TensorRT takes tensors at multiples of it alone.
+ALIGNMENT = 256
 
 _PLAN_MAGIC = b"ftrt"
 _PLAN_MAGIC_RTX = b"vtrt"

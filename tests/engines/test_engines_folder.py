@@ -25,7 +25,7 @@ from hawk_trt.engine_folder import (
     Machine,
     plan_version,
 )
-from hawk_trt.errors import BackendError, BundleError
+from hawk_trt.errors import BackendError, BundleError, InvalidInput
 from hawk_trt.runtime.versions import same_version
 from hawk_trt.stages import FIRST_LAYER, STAGES, TENSORRT
 
@@ -329,3 +329,13 @@ def test_the_command_needs_a_place_for_its_output(bundle, capsys):
     with pytest.raises(SystemExit, match="2"):
         main([str(bundle.folder)])
     assert "--out" in capsys.readouterr().err
+
+
+def test_rows_that_tensorrt_could_not_bind_are_refused_before_the_build(bundle):
+    manifest = bundle.manifest
+    narrow = replace(bundle, manifest=replace(manifest, language=replace(manifest.language, hidden_size=96)))
+    with pytest.raises(InvalidInput, match="hidden_size: got 96 in float32, expected rows of a multiple of 256 bytes"):
+        planned(narrow)
+    flat = replace(bundle, manifest=replace(manifest, language=replace(manifest.language, head_dim=8)))
+    with pytest.raises(InvalidInput, match="--max-context: got 322, expected a multiple of 4 with this model"):
+        planned(flat, max_visual_tokens=256, max_prompt_tokens=320, max_context=322)

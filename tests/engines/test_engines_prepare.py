@@ -8,6 +8,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 
+from checkpoints import Sizes
 from engines.build_plan import BuildSettings, plan_build
 from engines.prepare import DECOMPOSABLE, PLUGIN_OP, prepare
 from engines.profiles import TENSORRT_TARGETS, LargestRequest
@@ -183,7 +184,7 @@ def test_float16_attention_adds_up_in_float32_where_tensorrt_fuses_that(bundle):
 
 @pytest.mark.parametrize(("targets", "first"), [((TENSORRT, PORTABLE), ""), ((TENSORRT,), "export again .* and ")])
 def test_fp8_weights_are_refused_before_the_build_below_compute_capability_8_9(tmp_path, targets, first):
-    quantised, _ = write_quantised(tmp_path / "checkpoint", WRITERS["float8-rows"])
+    quantised, _ = write_quantised(tmp_path / "checkpoint", WRITERS["float8-rows"], sizes=Sizes(128, 128))
     bundle = export(quantised, tmp_path / "bundle", ExportOptions("float16", targets))
     limits = LargestRequest().limits(bundle.manifest, plugin=False)
 

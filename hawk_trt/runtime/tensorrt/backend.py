@@ -54,7 +54,6 @@ class TensorRtBackend:
         regions = {
             _SCRATCH: max(engine.scratch_bytes for engine in plans.values()),
             _CACHE: KVCache(manifest, 0).nbytes,
-            **Encoder.sizes(engines),
             **{_UNKEPT + name: unkept for name in self._language.cache_names(scoring, past=False)},
             **DecodeStep.sizes(manifest),
         }
@@ -130,16 +129,16 @@ class TensorRtBackend:
             scores: npt.NDArray[np.float32] = self.memory.read("scores", dims)
         return scores
 
-    def prefill(self, inputs: PrefillInputs, visual: Visual, columns: int, *, logits: bool) -> PrefillOutputs:
+    def prefill(self, inputs: PrefillInputs, visual: Visual, columns: int, *, logits: bool) -> PrefillOutputs:  # noqa: ARG002
         """Run first_layer and decoder over prompts, into rows whose KV cache holds up to `columns` tokens each.
 
-        Where no neighbouring slots are free it ends other rows, and all where the cache is not shared. Raises
-        BackendError: more than the engines were built for, or TensorRT or CUDA failed.
+        Where no neighbouring slots are free it ends other rows. Raises BackendError: more than the engines were built
+        for, or TensorRT or CUDA failed.
         """
         started, cache, memory = time.perf_counter(), self.cache, self.memory
         slots = cache.find(len(inputs.source_rows))
         with self.cuda.active():
-            cache.prepare(self.cuda, slots, columns)
+            cache.prepare(self.cuda, slots)
         rows = [TensorRtRow(memory, cache, slot) for slot in slots.tolist()]
         with self._step(rows, slots):
             arrays, dims = self._prompt(inputs, visual, inputs.num_kept_total)

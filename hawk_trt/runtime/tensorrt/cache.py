@@ -6,9 +6,7 @@ tensorrt   one tensor [batch, kv_heads, context, head_dim] a layer, key and valu
 portable   the past [batch, kv_heads, columns, head_dim] is an input, and the output is the new columns alone, which are
            copied into it. Attention does not care for the order of columns, and kv_start hides those before it; so the
            tokens of a slot end at the past's last column: the prompt's in order, then each new one before all others.
-           A prompt's output lies in its slots' own memory at first, and is spread there through room for one tensor.
-           With one slot the past is as long as the answer under way needs; several are as long as they can be, and
-           shared as above
+           A prompt's output lies in its slots' own memory at first, and is spread there through room for one tensor
 
 Linear layers have states instead: states.py.
 
@@ -25,10 +23,9 @@ import numpy as np
 import numpy.typing as npt
 
 from hawk_trt.bundle import numpy_dtype
-from hawk_trt.engine_folder import EngineManifest
+from hawk_trt.engine_folder import ALIGNMENT, EngineManifest
 from hawk_trt.errors import BackendError
 from hawk_trt.runtime.tensorrt.cuda import CudaDevice, Rows
-from hawk_trt.runtime.tensorrt.engine import ALIGNMENT
 from hawk_trt.runtime.tensorrt.memory import Memory
 from hawk_trt.runtime.tensorrt.states import States
 from hawk_trt.stages import CONTEXT_LEN, in_place
@@ -43,9 +40,8 @@ Slots = npt.NDArray[np.int64]
 class KVCache:
     """Keys and values of all layers from an address of device memory on, and whose they are.
 
-    shared: whether prompts of several prefills have slots at a time.  context, batch: columns that a slot can hold, and
-    slots.  columns: that a slot can hold now: the context, or what the one prefill needs.  starts, ends: int64 [batch],
-    padding before each slot's first token; padding and tokens.  finite: whether all in a slot is known to be finite.
+    context, batch: columns that a slot can hold, and slots.  starts, ends: int64 [batch], padding before each slot's
+    first token; padding and tokens.  finite: whether all in a slot is known to be finite.
     """
 
     def __init__(self, manifest: EngineManifest, address: int) -> None:
@@ -65,39 +61,32 @@ class KVCache:
             if not language.is_linear(layer)
             for names in zip(*(language.cache_names(layer, past=past) for past in (True, False)), strict=True)
         ]
-        self.columns = self.context
         self.row_bytes = row_bytes(manifest)
         self._column_bytes, self._heads = column_bytes(manifest), manifest.bundle.language.num_key_value_heads
-        # a prefill binds the cache from its first slot on, and TensorRT takes aligned addresses alone
-        self.shared = self.row_bytes % ALIGNMENT == 0 and (self.inplace or self.batch > 1)
-        whole, beside = tensor_bytes(manifest, self.context), 0 if self.inplace else 1
+        self._tensor_bytes, beside = tensor_bytes(manifest, self.context), 0 if self.inplace else 1
         self._past = address
-        self._new = address + len(self._names) * whole  # a portable step's columns
+        self._new = address + len(self._names) * self._tensor_bytes  # a portable step's columns
         self._room = self._new + beside * len(self._names) * tensor_bytes(manifest, 1)  # for a portable prompt's tensor
-        self._states = States(manifest, self._room + beside * whole)
-        self.nbytes = self._room + beside * whole - address + self._states.nbytes
+        self._states = States(manifest, self._room + beside * self._tensor_bytes)
+        self.nbytes = self._room + beside * self._tensor_bytes - address + self._states.nbytes
 
     # -- whose a slot is
 
     @property
     def most_together(self) -> int:
-        """The most neighbouring slots that are free, else one (`find` ends a row); without sharing all or none."""
-        if not self.shared:
-            return self.batch if self._free_from(self.batch) is not None else 0
+        """The most neighbouring slots that are free, else one: `find` ends a row."""
         return max((n for n in range(1, self.batch + 1) if self._free_from(n) is not None), default=1)
 
     def find(self, batch: int) -> Slots:
         """Neighbouring slots for so many prompts, the first that are free; rows end where there are none.
 
-        Those end first whose last step is longest ago. Without sharing all end. BackendError for more than there are.
+        Those end first whose last step is longest ago. BackendError for more prompts than there are slots.
         """
         if batch > self.batch:
             raise BackendError(
                 f"batch: got {batch} prompts side by side, these engines were built for {self.batch}. "
                 f"Rebuild with a larger --batch: {self._manifest.rebuild}"
             )
-        if not self.shared:
-            self._owners = [None] * self.batch
         while (first := self._free_from(batch)) is None:
             rows = [row for slot in range(self.batch) if (row := self.owner(slot)) is not None]
             oldest = min(row.step for row in rows)
@@ -117,20 +106,14 @@ class KVCache:
         reference = self._owners[slot]
         return None if reference is None else reference()
 
-    def prepare(self, cuda: CudaDevice, slots: Slots, columns: int) -> None:
-        """Make room for so many columns in neighbouring slots, and let nothing in them be what is not finite.
+    def prepare(self, cuda: CudaDevice, slots: Slots) -> None:
+        """Let nothing in neighbouring slots be what is not finite.
 
         What is written to a free slot, its first column, every prefill overwrites; to another's, its next step.
         """
-        if not self.inplace and not self.shared:
-            self.columns = min(-(-columns // CONTEXT_STEP) * CONTEXT_STEP, self.context)
-        if not self.shared:
-            if not self.finite.all():
-                cuda.zero(self._past, self.nbytes)
-                self.finite[:] = True
-        elif not self.finite[slots].all():
-            first, tensor = self._past + int(slots[0]) * self.row_bytes, tensor_bytes(self._manifest, self.context)
-            cuda.zero_each(first, tensor, len(slots) * self.row_bytes, len(self._names))
+        if not self.finite[slots].all():
+            first = self._past + int(slots[0]) * self.row_bytes
+            cuda.zero_each(first, self._tensor_bytes, len(slots) * self.row_bytes, len(self._names))
 
     # -- a step
 
@@ -146,7 +129,7 @@ class KVCache:
 
     def addresses(self, first: int | None = None) -> dict[str, int]:
         """Address of every cache tensor, as input and output: of a prefill from a slot on; None: of a decode step."""
-        past = (self._past + (first or 0) * self.row_bytes, tensor_bytes(self._manifest, self.columns))
+        past = (self._past + (first or 0) * self.row_bytes, self._tensor_bytes)
         present = past if self.inplace else (self._new, tensor_bytes(self._manifest, 1))
         if first is not None:  # whose portable past is empty
             past, present = present, past
@@ -159,12 +142,12 @@ class KVCache:
     def dims(self, columns: int, length: int) -> dict[str, int]:
         """Sizes of the cache's dimensions in a step that writes so many columns behind the longest slot's length."""
         if not self.inplace:
-            return {"past_len": self.columns if length else 0}
+            return {"past_len": self.context if length else 0}
         return {CONTEXT_LEN: min(-(-(length + columns) // CONTEXT_STEP) * CONTEXT_STEP, self.context)}
 
     def kv_start(self, slots: "Slots | int") -> npt.NDArray[np.int64]:
         """The first column of each slot that a decode step sees."""
-        return self.starts[slots] if self.inplace else self.columns - (self.ends - self.starts)[slots]
+        return self.starts[slots] if self.inplace else self.context - (self.ends - self.starts)[slots]
 
     def next_columns(self, rows: int) -> npt.NDArray[np.int64]:
         """Where a step over the first slots writes: behind the end of each that has an owner, else its first column."""
@@ -180,15 +163,15 @@ class KVCache:
         if self.inplace:
             return
         self._prefilled[slots] = columns - self.starts[slots]
-        heads, size = self._heads, tensor_bytes(self._manifest, self.columns)
+        heads = self._heads
         for tensor in range(len(self._names)):
-            start = self._past + tensor * size
-            made = start + int(slots[0]) * heads * self.columns * self._column_bytes
+            start = self._past + tensor * self._tensor_bytes
+            made = start + int(slots[0]) * self.row_bytes
             cuda.copy(self._room, made, len(slots) * heads * columns * self._column_bytes)
             for number, slot in enumerate(slots.tolist()):
                 count = int(self._prefilled[slot])
                 cuda.copy_rows(
-                    self._place(start, slot, self.columns, self.columns - count),
+                    self._place(start, slot, self.context, self.context - count),
                     self._place(self._room, number, columns, columns - count),
                     count * self._column_bytes,
                     heads,
@@ -200,7 +183,7 @@ class KVCache:
         self._states.store(cuda, 0, slots)
         for slot in [] if self.inplace else slots.tolist():
             cuda.copy_rows(
-                self._place(self._past, slot, self.columns, int(self.kv_start(slot)) - 1),
+                self._place(self._past, slot, self.context, int(self.kv_start(slot)) - 1),
                 self._place(self._new, slot, 1, 0),
                 self._column_bytes,
                 self._heads,
@@ -223,23 +206,22 @@ class KVCache:
             return self._states.read(cuda, layer, slot)
         language, dtype = self._manifest.bundle.language, numpy_dtype(self._manifest.bundle.dtype)
         tensor = [past for past, _ in self._names].index(language.cache_names(layer, past=True)[0])
-        shape = (language.num_key_value_heads, self.columns, language.head_dim)
+        shape = (language.num_key_value_heads, self.context, language.head_dim)
         start, end, prefilled = (int(numbers[slot]) for numbers in (self.starts, self.ends, self._prefilled))
         columns = np.arange(end)
         if not self.inplace:
-            first, new = self.columns - prefilled, end - start - prefilled  # each new one is before all others
-            columns = np.r_[np.zeros(start, np.int64), first : self.columns, first - 1 : first - 1 - new : -1]
-        past, row = tensor_bytes(self._manifest, self.columns), shape[0] * self.columns * self._column_bytes
-        place = self._past + slot * row + tensor * past
-        key, value = (cuda.download(place + part * past, shape, dtype)[:, columns] for part in (0, 1))
+            first, new = self.context - prefilled, end - start - prefilled  # each new one is before all others
+            columns = np.r_[np.zeros(start, np.int64), first : self.context, first - 1 : first - 1 - new : -1]
+        place = self._past + slot * self.row_bytes + tensor * self._tensor_bytes
+        key, value = (cuda.download(place + part * self._tensor_bytes, shape, dtype)[:, columns] for part in (0, 1))
         return key, value
 
     def check_room(self, columns: int, slots: Slots) -> None:
         """Refuse, as a BackendError, a write beyond the end: TensorRT would drop it silently."""
         length = self.length_of(slots)
-        if length + columns > self.columns:
+        if length + columns > self.context:
             raise BackendError(
-                f"KV cache: got {length + columns} columns to hold, these engines hold {self.columns}. "
+                f"KV cache: got {length + columns} columns to hold, these engines hold {self.context}. "
                 "Shorten the prompt or the answer, or rebuild with a larger --max-context: python -m engines"
             )
 

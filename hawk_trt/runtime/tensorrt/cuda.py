@@ -20,12 +20,11 @@ import numpy as np
 import numpy.typing as npt
 from cuda.bindings import driver
 
-from hawk_trt.engine_folder import Machine
+from hawk_trt.engine_folder import ALIGNMENT, Machine
 from hawk_trt.errors import BackendError
 
-# Of the pinned buffer, and what its parts begin at multiples of.
+# Of the pinned buffer.
 STAGING_BYTES = 16 << 20
-_ALIGNMENT = 256
 _NAME_BYTES = 256
 _DRIVER_FILE = Path("/proc/driver/nvidia/version")
 _GIB = float(1 << 30)
@@ -162,7 +161,7 @@ class CudaDevice:
         content = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
         buffer, done = self._staging, 0
         while done < len(content):
-            start = -(-self._staged // _ALIGNMENT) * _ALIGNMENT
+            start = -(-self._staged // ALIGNMENT) * ALIGNMENT
             if start >= len(buffer):
                 self.synchronize()
                 start = 0

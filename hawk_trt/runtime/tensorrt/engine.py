@@ -13,10 +13,9 @@ from pathlib import Path
 import tensorrt as trt
 
 from hawk_trt.bundle import TensorEntry
-from hawk_trt.engine_folder import EngineFolder, PlanEntry
+from hawk_trt.engine_folder import ALIGNMENT, EngineFolder, PlanEntry
 from hawk_trt.errors import BackendError
 
-ALIGNMENT = 256
 _MESSAGES_KEPT = 8
 _SERIOUS = ("INTERNAL_ERROR", "ERROR", "WARNING")
 _FLOATS = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}  # others are named alike

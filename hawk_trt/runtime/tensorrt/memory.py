@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from hawk_trt.bundle import TensorEntry, numpy_dtype
-from hawk_trt.engine_folder import EngineManifest, PlanEntry
+from hawk_trt.engine_folder import ALIGNMENT, EngineManifest, PlanEntry
 from hawk_trt.runtime.tensorrt.cuda import CudaDevice
-from hawk_trt.runtime.tensorrt.engine import ALIGNMENT, resolve
+from hawk_trt.runtime.tensorrt.engine import resolve
 
 
 class Memory:

@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hawk_trt.engine_folder import EngineManifest
+from hawk_trt.engine_folder import ALIGNMENT, EngineManifest
 from hawk_trt.runtime.tensorrt.cuda import CudaDevice, Rows
-from hawk_trt.runtime.tensorrt.engine import ALIGNMENT
 
 _DTYPE = np.dtype(np.float32)
 

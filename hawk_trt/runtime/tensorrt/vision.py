@@ -1,7 +1,6 @@
 """The vision stage in TensorRT: feeds in, visual embeddings where first_layer reads them out.
 
-A tensor of visual rows is [num_visual, ..]. A call writes its rows right there where each is a multiple of 256 bytes
-long, else to a region of its own, and they are moved.
+A tensor of visual rows is [num_visual, ..], and each call writes its rows behind those of the one before.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,13 +11,11 @@ import numpy.typing as npt
 from hawk_trt.engine_folder import EngineFolder
 from hawk_trt.errors import BackendError
 from hawk_trt.runtime.protocol import Visual
-from hawk_trt.runtime.tensorrt.engine import ALIGNMENT, Context
+from hawk_trt.runtime.tensorrt.engine import Context
 from hawk_trt.runtime.tensorrt.memory import Memory, tensor_bytes
 from hawk_trt.stages import FIRST_LAYER, VISION
 
 _NUM_VISUAL = "num_visual"
-# Regions for rows that are moved afterwards.
-_PART = "part/"
 
 
 class TensorRtVisual:
@@ -44,18 +41,12 @@ class Encoder:
     def __init__(self, memory: Memory, contexts: Sequence[Context], engines: EngineFolder) -> None:
         """Keep what it needs; contexts: one for each optimization profile."""
         self.count = 0
-        self.row_bytes = _row_bytes(engines)
+        visual = [entry for entry in engines.plan(FIRST_LAYER).inputs if _NUM_VISUAL in entry.shape]
+        self.row_bytes = {entry.name: tensor_bytes(entry, {_NUM_VISUAL: 1}) for entry in visual}
         self._memory, self._contexts, self._rebuild = memory, contexts, engines.manifest.rebuild
         self._words = {entry.name: entry.shape for entry in engines.plan(VISION).inputs}
         limits = engines.manifest.limits
         self._most = limits.visual_tokens * limits.batch  # rows of all prompts together
-
-    @staticmethod
-    def sizes(engines: EngineFolder) -> dict[str, int]:
-        """Bytes of the regions that it needs."""
-        limits = engines.manifest.limits
-        rows = limits.visual_tokens * limits.batch
-        return {_PART + name: rows * size for name, size in _row_bytes(engines).items() if not _is_direct(size)}
 
     def encode(self, feeds: Iterable[dict[str, npt.NDArray[Any]]], num_rows: int) -> TensorRtVisual:
         """Run a call a feed, into num_rows rows, for 0 one of zeros; BackendError: too many rows, or a run failed."""
@@ -138,29 +129,15 @@ class Encoder:
         """One call, into the rows behind those that are done; returns how many it makes."""
         addresses = self._memory.addresses
         places = {name: addresses[name] + done * size for name, size in self.row_bytes.items()}
-        moved = {name: addresses[_PART + name] for name, size in self.row_bytes.items() if not _is_direct(size)}
         dims = {
             word: size
             for name, array in feed.items()
             for word, size in zip(self._words[name], array.shape, strict=True)
             if isinstance(word, str)
         }
-        rows = context.bind(dims, {**addresses, **places, **moved})["visual_embeds"][0]
+        rows = context.bind(dims, {**addresses, **places})["visual_embeds"][0]
         assert done + rows <= num_rows, f"vision makes {rows} rows behind {done} of {num_rows}"
         for name, array in feed.items():
             self._memory.upload(name, array)
         context.enqueue()
-        for name, source in moved.items():
-            self._memory.cuda.copy(places[name], source, rows * self.row_bytes[name])
         return rows
-
-
-def _row_bytes(engines: EngineFolder) -> dict[str, int]:
-    """Bytes of a row of each tensor that vision makes and first_layer reads, by name."""
-    inputs = engines.plan(FIRST_LAYER).inputs
-    return {entry.name: tensor_bytes(entry, {_NUM_VISUAL: 1}) for entry in inputs if _NUM_VISUAL in entry.shape}
-
-
-def _is_direct(row_bytes: int) -> bool:
-    """Whether any call can write its rows in place."""
-    return row_bytes % ALIGNMENT == 0

@@ -101,7 +101,7 @@ def test_timings_add_up_to_no_more_than_the_whole(pipes):
 
 def test_where_no_slot_is_free_the_next_generation_ends_the_one_unused_for_longest_and_says_so(pipes):
     plans, bundle = pipes
-    places = 4 if plans.backend.cache.shared else 1
+    places = plans.backend.max_batch
 
     def begin(pipe, number):
         stream = pipe.stream(SAMPLES[number].question, [SAMPLES[number].image], max_new_tokens=6, ignore_eos=True)

@@ -11,7 +11,7 @@ from examples.tiny_task import generate
 from generations import add_in_turn
 from hawk_trt import Pipeline, PruningConfig, SamplingConfig
 from hawk_trt.apps.serve.batcher import Batcher
-from hawk_trt.errors import BackendError, InvalidInput
+from hawk_trt.errors import BackendError
 from hawk_trt.inputs.layout import collate
 from hawk_trt.scheduler import Scheduler
 from served import Heard, alone, ask, assert_same, assert_served_as_alone
@@ -356,23 +356,3 @@ def test_each_graph_has_contexts_of_its_own_as_many_as_there_is_memory_for(captu
     assert captures(3) == 3  # in place of 1
     assert [captures(rows) for rows in (2, 3, 1)] == [3, 3, 4]
     assert contexts() == loaded + 2
-
-
-def test_rows_that_tensorrt_cannot_take_at_their_address_are_answered_one_group_after_the_other(
-    tiny_bundle, bundle, tmp_path
-):
-    folder = engine_folder(tiny_bundle, tmp_path / "engines", "tensorrt", max_context=321)
-    from hawk_trt.runtime.tensorrt import cache
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cache, "ALIGNMENT", 1024)
-        with load(folder) as pipe, Batcher(pipe) as batcher:
-            assert not pipe.backend.cache.shared
-            jobs = unlike_jobs(pipe, 4)
-            heard = [Heard() for _ in jobs]
-            for one, client in zip(jobs, heard, strict=True):
-                batcher.submit(one, client)
-            for one, client in zip(jobs, heard, strict=True):
-                assert_same(client, alone(bundle, one))
-            with pytest.raises(InvalidInput, match="these engines hold 321"):
-                batcher.submit(ask(pipe.prepare("Hello?" * 400), KEPT, 1), Heard())
