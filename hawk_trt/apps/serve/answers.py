@@ -108,12 +108,8 @@ class Abilities(BaseModel):
     selector: str
     selectors: list[str]
     query: str | None
-    queries: list[str]
-    quotas: list[str]
-    max_tokens: int
     max_images: int
     max_body_bytes: int
-    remote_images: bool = Field(description="Whether images may be fetched from some hosts.")
 
 
 class Model(BaseModel):

@@ -26,7 +26,7 @@ from hawk_trt.apps.serve.protocol import ChatRequest, check_model
 from hawk_trt.apps.serve.service import Service
 from hawk_trt.apps.serve.settings import ServeSettings
 from hawk_trt.errors import HawkError
-from hawk_trt.request import QUERIES, QUOTAS, SELECTORS
+from hawk_trt.request import SELECTORS
 
 if TYPE_CHECKING:
     from hawk_trt.pipeline import Pipeline
@@ -210,12 +210,8 @@ def _model(pipe: "Pipeline", settings: ServeSettings) -> Model:
             selector=str(settings.pruning.selector),
             selectors=list(SELECTORS),
             query=settings.pruning.query,
-            queries=list(QUERIES),
-            quotas=list(QUOTAS),
-            max_tokens=settings.max_tokens,
             max_images=settings.max_images,
             max_body_bytes=settings.max_body_bytes,
-            remote_images=bool(settings.remote_hosts),
         ),
     )
 
