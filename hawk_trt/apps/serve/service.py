@@ -21,7 +21,7 @@ from hawk_trt.apps.serve.metrics import Metrics
 from hawk_trt.apps.serve.prompt import Preparation, Prepared, too_much
 from hawk_trt.apps.serve.remote_images import RemoteImages
 from hawk_trt.apps.serve.settings import ServeSettings
-from hawk_trt.apps.serve.worker import WorkerEndedError, Workers
+from hawk_trt.apps.serve.worker import Workers
 from hawk_trt.errors import HawkError, InvalidInput
 from hawk_trt.request import Request, Result
 from hawk_trt.sequence import Sequence as Answer
@@ -80,7 +80,7 @@ class Service:
                     work = partial(self._preparation.in_worker, body, fetched, Path(folder))
                     try:  # in a process, which ends with the request where that is cancelled
                         prepared = await self.workers.run(work)
-                    except WorkerEndedError:  # its time was over, or it broke at what it read
+                    except anyio.BrokenWorkerProcess:  # its time was over, or it broke at what it read
                         raise too_much() from None
             if isinstance(prepared, Prepared):
                 return prepared
