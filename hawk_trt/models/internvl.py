@@ -56,7 +56,6 @@ class InternVL:
         self.vision = vision
 
     def vision_feeds(self, patches: Patches, max_patches: int) -> Iterator[dict[str, npt.NDArray[Any]]]:
-        """Feeds of the vision stage, some tiles a call, in prompt order."""
         tiles = max(1, max_patches // self.vision.tile_patches**2)
         for start in range(0, len(patches.pixel_values), tiles):
             yield {"pixel_values": np.ascontiguousarray(patches.pixel_values[start : start + tiles], np.float32)}
@@ -91,7 +90,6 @@ class InternVL:
         return self._patches(cut, counts, settings)
 
     def video_to_patches(self, frames: Sequence[Image], settings: ImageSettings) -> Patches:
-        """Resize and normalise the frames of one video, one tile each, going through them once."""
         if not len(frames):
             raise InvalidInput("video: got no frame, expected at least one")
 
@@ -103,7 +101,6 @@ class InternVL:
         return self._patches(cut(), [len(frames)], settings)
 
     def image_parts(self, image: Image, count: int) -> Sequence[Image]:
-        """The tiles that an image was cut into, the thumbnail last."""
         tiles = count - self._has_thumbnail(count)
         grid = tile_grid(image.shape[0], image.shape[1], self.vision.image_size, tiles, tiles)
         return list(self._cut(image, *grid, BICUBIC))
@@ -135,12 +132,10 @@ class InternVL:
         return tuple(parts)
 
     def model_inputs(self, input_ids: IntArray, items: Sequence[Patches]) -> ModelInputs:
-        """All tiles in pixel_values, in the order of the prompt."""
         tiles = joined_rows([item.pixel_values for item in items]) if items else None
         return ModelInputs(input_ids, pixel_values=None if tiles is None else np.asarray(tiles))
 
     def item_grids(self, inputs: ModelInputs, visual_kind: Kinds) -> tuple[IntArray, IntArray]:
-        """The grids that the runs of placeholders say, and no videos, whose frames are images here."""
         for name in ("image_grid_thw", "pixel_values_videos", "video_grid_thw"):
             if getattr(inputs, name) is not None:
                 raise InvalidInput(
@@ -171,7 +166,6 @@ class InternVL:
         return self._grids(tiles.tolist()), self._grids([])
 
     def position_ids(self, visual_kind: Kinds, images: IntArray, videos: IntArray, seconds: Floats) -> IntArray:
-        """One position after another, text and visual tokens alike: int64 [1, seq_len]."""
         return np.arange(len(visual_kind), dtype=np.int64)[None]
 
     def _has_thumbnail(self, tiles: int) -> bool:

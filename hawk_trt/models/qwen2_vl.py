@@ -49,7 +49,6 @@ class Qwen2VL:
         self.vision = vision
 
     def vision_feeds(self, patches: Patches, max_patches: int) -> Iterator[dict[str, npt.NDArray[Any]]]:
-        """Feeds of the vision stage in prompt order; consecutive frames of one size share a call."""
         for pixels, height, width in qwen_patches.frame_batches(patches, self.vision, max_patches):
             yield self._feed(pixels, height, width)
 
@@ -108,12 +107,10 @@ class Qwen2VL:
         return qwen_patches.smart_resize(height, width, self.vision.token_side, settings.min_pixels, most)
 
     def image_parts(self, image: Image, count: int) -> Sequence[Image]:
-        """The image itself."""
         return [image]
 
     @staticmethod
     def frame_numbers(total: int, video_fps: float, fps: float | None, max_frames: int) -> IntArray:
-        """Which frames of a video file are taken; see qwen_video.sample_indices."""
         from hawk_trt.models.qwen_video import sample_indices
 
         return sample_indices(total, video_fps, fps, max_frames)
@@ -125,7 +122,6 @@ class Qwen2VL:
         return (TokenRun(token_id, int(np.prod(item.grid)) // self.vision.spatial_merge_size**2),)
 
     def model_inputs(self, input_ids: IntArray, items: Sequence[Patches]) -> ModelInputs:
-        """Images and videos apart, each with its grids."""
         images = [item for item in items if item.kind == "image"]
         videos = [item for item in items if item.kind == "video"]
         return ModelInputs(
@@ -138,7 +134,6 @@ class Qwen2VL:
         )
 
     def item_grids(self, inputs: ModelInputs, visual_kind: Kinds) -> tuple[IntArray, IntArray]:
-        """The grid_thw that the inputs hold."""
         merge = self.vision.spatial_merge_size
         images = qwen_patches.check_grid("image_grid_thw", inputs.image_grid_thw, merge)
         return images, qwen_patches.check_grid("video_grid_thw", inputs.video_grid_thw, merge)

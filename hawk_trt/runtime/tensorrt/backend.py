@@ -110,7 +110,6 @@ class TensorRtBackend:
 
     @property
     def max_start(self) -> int:
-        """Prompts that a prefill has place for beside the rows that run now."""
         return self.cache.most_together
 
     def score(self, inputs: PrefillInputs, visual: Visual) -> npt.NDArray[np.float32]:
@@ -212,7 +211,6 @@ class TensorRtBackend:
             raise
 
     def close(self) -> None:
-        """Release everything. Closing again does nothing."""
         self.cuda.close()
 
 

@@ -102,7 +102,6 @@ class KVCache:
         self._owners[slot] = None if owner is None else weakref.ref(owner)
 
     def owner(self, slot: int) -> "TensorRtRow | None":
-        """The row that a slot belongs to."""
         reference = self._owners[slot]
         return None if reference is None else reference()
 
@@ -246,12 +245,10 @@ class TensorRtRow:
         return self._cache.nbytes // self._cache.batch
 
     def release(self) -> None:
-        """Let the next prompt have its slot."""
         if self._cache.owner(self.slot) is self:
             self._cache.give(self.slot, None)
 
     def hidden_states(self) -> npt.NDArray[np.float32]:
-        """first_layer's output of its last step: float32 [num_kept_total, hidden]."""
         self.check()
         if self.step != self._cache.num_steps:
             raise BackendError("hidden_states: another generation's step has overwritten them; read them before it")
@@ -261,7 +258,6 @@ class TensorRtRow:
         return states
 
     def cache(self, layer: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-        """Host copies of a layer's keys and values: [kv_heads, columns, head_dim], as far as written."""
         self.check()
         with self._memory.cuda.active():
             return self._cache.read(self._memory.cuda, layer, self.slot)

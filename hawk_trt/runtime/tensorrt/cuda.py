@@ -69,7 +69,6 @@ class Graph:
         self._executable, self._stream = executable, stream
 
     def launch(self) -> None:
-        """Enqueue all of it."""
         call("cuGraphLaunch", self._executable, self._stream)
 
     def close(self) -> None:

@@ -38,7 +38,6 @@ class Log(trt.ILogger):
         self._lock = threading.Lock()  # TensorRT logs from threads of its own
 
     def log(self, severity: trt.ILogger.Severity, msg: str) -> None:
-        """TensorRT's callback."""
         if severity.name in _SERIOUS:
             with self._lock:
                 self._lines.append(msg.strip())
@@ -196,7 +195,6 @@ class Context:
             raise self._engine.refused("enqueue")
 
     def close(self) -> None:
-        """Release it."""
         self._context = None
 
     def _check_range(self, entry: TensorEntry, shape: tuple[int, ...]) -> None:

@@ -19,7 +19,7 @@ _NUM_VISUAL = "num_visual"
 
 
 class TensorRtVisual:
-    """Visual embeddings [rows, hidden], of an encode or join by its count; arrays: all tensors, once they were kept."""
+    """A Visual of an encode or join by its count: rows [rows, hidden]; arrays: all tensors, once they were kept."""
 
     def __init__(self, encoder: "Encoder", rows: int) -> None:
         self.encoder, self.rows, self.count = encoder, rows, encoder.count
@@ -27,11 +27,9 @@ class TensorRtVisual:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its rows in all tensors."""
         return self.rows * sum(self.encoder.row_bytes.values())
 
     def numpy(self) -> npt.NDArray[Any]:
-        """A host copy."""
         return self.encoder.keep(self).arrays["visual_embeds"]
 
 
