@@ -11,11 +11,9 @@ import math
 import os
 import re
 import struct
-import threading
-import warnings
 import zlib
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 from urllib.parse import unquote
@@ -172,51 +170,25 @@ def base64_bytes(text: str, name: str = "image (base64)") -> bytes:
         raise InvalidInput(f"{name}: not valid base64 ({error})") from error
 
 
-class _QuietPillow:
-    """Drops Pillow's warnings while any thread decodes: catch_warnings swaps the filters of the whole process."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._inside = 0
-        self._filters = ExitStack()
-
-    def __enter__(self) -> None:
-        with self._lock:
-            self._inside += 1
-            if self._inside == 1:
-                self._filters.enter_context(warnings.catch_warnings())
-                warnings.simplefilter("ignore")
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._inside -= 1
-            if not self._inside:
-                self._filters.close()
-
-
-_QUIET = _QuietPillow()
-
-
 @contextmanager
 def decoding(name: str) -> Iterator[None]:
     """Turn what Pillow raises into InvalidInput."""
-    with _QUIET:
-        try:
-            yield
-        except InvalidInput:
-            raise
-        except Image.DecompressionBombError as error:
-            raise InvalidInput(f"{name}: more than {MAX_PIXELS:,} pixels. Scale it down first") from error
-        except UnidentifiedImageError as error:
-            raise InvalidInput(
-                f"{name}: {error}not an image in a format that is read here. Convert it to PNG or JPEG"
-            ) from error
-        except MemoryError as error:
-            raise InvalidInput(f"{name}: decoding it takes more memory than there is. Scale it down first") from error
-        except _DAMAGED as error:
-            raise InvalidInput(
-                f"{name}: truncated or damaged ({error or type(error).__name__}). Get the file again"
-            ) from error
+    try:
+        yield
+    except InvalidInput:
+        raise
+    except Image.DecompressionBombError as error:
+        raise InvalidInput(f"{name}: more than {MAX_PIXELS:,} pixels. Scale it down first") from error
+    except UnidentifiedImageError as error:
+        raise InvalidInput(
+            f"{name}: {error}not an image in a format that is read here. Convert it to PNG or JPEG"
+        ) from error
+    except MemoryError as error:
+        raise InvalidInput(f"{name}: decoding it takes more memory than there is. Scale it down first") from error
+    except _DAMAGED as error:
+        raise InvalidInput(
+            f"{name}: truncated or damaged ({error or type(error).__name__}). Get the file again"
+        ) from error
 
 
 def _from_file(file: IO[bytes], name: str, max_pixels: int, formats: tuple[str, ...]) -> npt.NDArray[np.uint8]:

@@ -13,6 +13,7 @@ import os
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.util import find_spec
@@ -95,6 +96,7 @@ def make_app(name: str, help: str | None = None, command: Callable[..., object] 
 def run_app(app: App, argv: Sequence[str] | None = None) -> int:
     """Run a command line, None for the process's own; returns the exit code, or ends the process as `main` says."""
     argv = sys.argv[1:] if argv is None else argv
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # of damaged metadata, which change no pixel
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:  # the caller closed it, and print() would take the other one
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), "r" if name == "stdin" else "w"))
