@@ -38,8 +38,6 @@ _SKETCH_SIZE = 64
 # Of each step the most probable tokens, and of the vocabulary so many more.
 BEST_LOGITS = 32
 _OTHER_LOGITS = 128
-# What LanguageConfig holds of hybrid models alone.
-_HYBRID = ("layer_types", "linear", "rotary_dim", "attention_gate", "unit_offset_norms")
 Floats = npt.NDArray[np.float32]
 _STORED = [field.name for field in fields(Trace) if field.name != "kept_indices"]
 
@@ -208,12 +206,9 @@ def random_inputs(
 
 def model_of(manifest: Manifest) -> tuple[str, str]:
     """A digest of all that outputs depend on but the weights; and how those are quantised, empty where they are not."""
-    language = msgspec.to_builtins(manifest.language)
-    if manifest.language.linear is None:  # as before there were hybrid models, so that references of then still count
-        language = {name: value for name, value in language.items() if name not in _HYBRID}
     told = (
         manifest.family,
-        language,
+        manifest.language,
         manifest.vision,
         manifest.normalization,
         manifest.head_weights.values,
