@@ -94,11 +94,9 @@ train-tiny: $(FULL) ## The shipped tiny model trained anew, on one thread: about
 	$(BIN)/python -m examples.tiny_training --out artifacts/tiny-vlm-new $(FLAGS)
 
 engines: $(READY) ## TensorRT plans of a bundle, on this GPU: BUNDLE=folder ENGINES=folder FLAGS="--max-context 2048"
-	@$(BIN)/hawk-trt doctor --need tensorrt
 	$(BIN)/python -m engines "$(BUNDLE)" --out "$(ENGINES)" $(FLAGS)
 
 self-test: $(READY) ## Engines of the tiny model on this GPU, compared with ONNX Runtime: a report to attach to an issue
-	@$(BIN)/hawk-trt doctor --need tensorrt
 	$(BIN)/python -m engines.checks.self_test
 
 preflight: $(FULL) ## Every graph of a bundle through NVIDIA's parser and builder, without a GPU: BUNDLE=folder
@@ -118,7 +116,6 @@ plugin-check: $(FULL) ## The plugin without a GPU: contract and registries; TENS
 	$(BIN)/python -m tests.plugins.plugin_check $(TENSORRT_ROOT)
 
 gpu-report: ## All that only a GPU can tell, into a JSON and a table; FLAGS=--rehearse without one; GPU_PYTHON has PyTorch for CUDA
-	@$(if $(findstring --rehearse,$(FLAGS)),,$(GPU_PYTHON) -m hawk_trt doctor --need cuda)
 	$(GPU_PYTHON) -m benchmarks.gpu_report $(FLAGS)
 
 bench: $(READY) $(if $(SHAPE),bench-shape,export) ## Time and memory by stage: MODEL=path-or-hub-id, or SHAPE=qwen2.5-vl-3b LAYERS=4; FLAGS="--sides 448"

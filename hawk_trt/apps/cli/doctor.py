@@ -13,10 +13,8 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
-from cyclopts import Parameter
 
 import hawk_trt
 from hawk_trt.apps.cli.extras import extras
@@ -24,12 +22,11 @@ from hawk_trt.apps.cli.models import expect_exported, manifest_of, verify
 from hawk_trt.apps.cli.options import Json
 from hawk_trt.apps.cli.output import note, print_json, size
 from hawk_trt.bundle import Manifest
-from hawk_trt.errors import BackendError, BundleError
+from hawk_trt.errors import BundleError
 from hawk_trt.runtime.versions import at_least, available_memory_bytes
 
 # The extras that commands need.
 EXTRAS = ("export", "serve", "video", "eval", "parity")
-NEEDS = ("cpu", "cuda", "tensorrt", *EXTRAS)
 ONNX_RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
 TENSORRTS = ("tensorrt", "tensorrt-cu12", "tensorrt-cu13")
 CUDA_BINDINGS = "cuda-bindings"
@@ -224,19 +221,13 @@ def _tensorrt(packages: dict[str, str | None], gpus: tuple[Gpu, ...]) -> Capabil
     return Capability("TensorRT", True, f"tensorrt {found} on {gpus[0].name}")
 
 
-def doctor(
-    model: Path | None = None,
-    *,
-    need: Annotated[tuple[str, ...], Parameter(choices=NEEDS)] = (),
-    json: Json = False,
-) -> int:
+def doctor(model: Path | None = None, *, json: Json = False) -> int:
     """Say what works on this machine, and what would add the rest.
 
     Example: hawk-trt doctor artifacts/3b
 
     Args:
         model: a bundle or engines to check too, every file by hash
-        need: say nothing where this works, else what it lacks, in one line; repeatable
         json: print all findings as JSON
 
     Returns:
@@ -245,12 +236,6 @@ def doctor(
     if model is not None:
         expect_exported(model)
     report = examine()
-    if need:
-        for capability in report.capabilities:
-            if capability.name.lower().removeprefix("run on ") in need and not capability.works:
-                command = f": {capability.command}" if capability.command else ". All that works here: hawk-trt doctor"
-                raise BackendError(f"{capability.name}: {capability.detail}{command}")
-        return 0
     manifest, problem = None, None
     if model is not None:
         try:
