@@ -2,7 +2,7 @@
 
     python -m hawk_trt.apps.cli.vlmevalkit BUNDLE --keep-ratio 0.2 -- --data MME TextVQA_VAL
 
-VLMEvalKit is the installed package, or a clone: --vlmevalkit DIR. What stands behind -- goes to its run.py.
+VLMEvalKit is the installed package, or a clone that is the current folder. What stands behind -- goes to its run.py.
 """
 
 import sys
@@ -32,7 +32,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         pruning: Pruning = Pruning(),
         pixels: Pixels = Pixels(),
         *,
-        vlmevalkit: Path | None = None,
         name: str = "hawk-trt",
         keep_ratio: Annotated[float, Parameter(alias="--keep-ratios")] = 0.2,
         system: Annotated[str | None, Parameter(group=PROMPT)] = None,
@@ -45,7 +44,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         """Run VLMEvalKit's benchmarks on a bundle or on engines; what stands behind -- goes to its run.py.
 
         Args:
-            vlmevalkit: a clone of VLMEvalKit (default: the installed package)
             name: of the model in its results
             keep_ratio: share of visual tokens kept
             system: a system message where the data set brings none
@@ -55,13 +53,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             max_new_tokens: longest answer
             trace: JSONL file, a line for each question: its hash, visual tokens and those kept, the answer
         """
-        made = model_class(vlmevalkit)
+        made = model_class()
         with replace(where, device=device_of_rank(where.device, model)).open(model) as pipe:
             sizes = (pixels.min_pixels, pixels.max_pixels)
             answering = Answering(pipe, pruning.config(keep_ratio), *sizes, trace, system)
             of_videos = {"max_frames": max_frames, "total_pixels": total_pixels, **asdict(pixels)}
             harness = made(answering, max_new_tokens, fps=fps, **of_videos)
-            run_harness(vlmevalkit, name, harness, given[own + 1 :])
+            run_harness(name, harness, given[own + 1 :])
             note(answering.summary())
         return 0
 

@@ -9,6 +9,7 @@ import runpy
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,19 +33,14 @@ _SETTINGS = {
 }
 
 
-def model_class(clone: Path | None = None) -> type[Any]:
-    """The model class, made with VLMEvalKit's own base: that of the package, or of a clone in a folder."""
-    if clone is not None:
-        script = clone / "run.py"
-        if not script.is_file():
-            raise InvalidInput(f"{script}: no such file, expected a clone of VLMEvalKit with --vlmevalkit")
-        sys.path.insert(0, str(clone.resolve()))
+def model_class() -> type[Any]:
+    """The model class, made with VLMEvalKit's own base."""
     try:
         from vlmeval.vlm.base import BaseModel
     except ImportError as error:
         raise InvalidInput(
             f"VLMEvalKit cannot be imported ({error}). Install it (pip install ms-vlmeval), or clone it, install its "
-            "requirements, and name the clone: --vlmevalkit DIR"
+            "requirements, and run this in the clone"
         ) from error
 
     class HawkTrt(BaseModel):
@@ -93,8 +89,9 @@ def model_class(clone: Path | None = None) -> type[Any]:
     return HawkTrt
 
 
-def run(clone: Path | None, name: str, model: object, arguments: Sequence[str]) -> None:
+def run(name: str, model: object, arguments: Sequence[str]) -> None:
     """Name a model of model_class to VLMEvalKit, and run its run.py on it with these arguments."""
+    import vlmeval
     from vlmeval.config import supported_VLM
 
     def make(*, use_vllm: bool = False) -> object:
@@ -104,11 +101,14 @@ def run(clone: Path | None, name: str, model: object, arguments: Sequence[str]) 
         return model
 
     supported_VLM[name] = make
-    sys.argv = ["run.py" if clone is None else str(clone / "run.py"), "--model", name, *arguments]
-    if clone is None:
+    sys.argv = ["run.py", "--model", name, *arguments]
+    if find_spec("vlmeval.run") is not None:
         runpy.run_module("vlmeval.run", run_name="__main__")
-    else:
-        runpy.run_path(sys.argv[0], run_name="__main__")
+        return
+    script = Path(vlmeval.__file__).parent.parent / "run.py"  # a clone has it beside the package
+    if not script.is_file():
+        raise InvalidInput(f"{script}: no such file, expected VLMEvalKit from pip (ms-vlmeval), or its clone")
+    runpy.run_path(str(script), run_name="__main__")
 
 
 def to_messages(

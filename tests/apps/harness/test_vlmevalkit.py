@@ -101,17 +101,28 @@ print(json.dumps({"argv": sys.argv[2:4], "said": [model.generate(part, dataset="
 """
 
 
-def test_vlmevalkit_is_run_with_one_command(supported, tiny_bundle, tmp_path, samples, expected, capsys):
-    clone = tmp_path / "clone"
-    clone.mkdir()
-    (clone / "run.py").write_text(RUN_PY, encoding="utf-8")
+def lies_in(folder, monkeypatch):
+    """Have the package vlmeval lie in a folder."""
+    (folder / "vlmeval").mkdir()
+    package = sys.modules["vlmeval"]
+    monkeypatch.setattr(package, "__path__", [str(folder / "vlmeval")], raising=False)
+    monkeypatch.setattr(package, "__file__", str(folder / "vlmeval" / "__init__.py"), raising=False)
+
+
+@pytest.mark.parametrize("script", ["vlmeval/run.py", "run.py"])
+def test_vlmevalkit_is_run_with_one_command(
+    script, supported, tiny_bundle, tmp_path, samples, expected, capsys, monkeypatch
+):
+    """The packages have run.py within, a clone has it beside the package."""
+    lies_in(tmp_path, monkeypatch)
+    (tmp_path / script).write_text(RUN_PY, encoding="utf-8")
     parts = []
     for number, sample in enumerate(samples):
         path = tmp_path / f"{number}.png"
         Image.fromarray(sample.image).save(path)
         parts.append([{"type": "image", "value": str(path)}, {"type": "text", "value": sample.question}])
     (tmp_path / "parts.json").write_text(json.dumps(parts), encoding="utf-8")
-    own = [str(tiny_bundle), "--vlmevalkit", str(clone), "--name", "Qwen2.5-VL-7B", "--keep-ratio", "0.2"]
+    own = [str(tiny_bundle), "--name", "Qwen2.5-VL-7B", "--keep-ratio", "0.2"]
     own += ["--trace", str(tmp_path / "trace.jsonl")]
     assert main([*own, "--", "--data", str(tmp_path / "parts.json")]) == 0
     out, err = capsys.readouterr()
@@ -123,9 +134,11 @@ def test_vlmevalkit_is_run_with_one_command(supported, tiny_bundle, tmp_path, sa
         supported["Qwen2.5-VL-7B"](use_vllm=True)
 
 
+@pytest.mark.usefixtures("supported")
 def test_vlmevalkit_that_is_not_there_is_one_line(tiny_bundle, tmp_path, capsys, monkeypatch):
-    assert main([str(tiny_bundle), "--vlmevalkit", str(tmp_path), "--", "--data", "MME"]) == 1
-    assert "expected a clone of VLMEvalKit" in capsys.readouterr().err
+    lies_in(tmp_path, monkeypatch)
+    assert main([str(tiny_bundle), "--", "--data", "MME"]) == 1
+    assert f"{tmp_path / 'run.py'}: no such file, expected VLMEvalKit" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "vlmeval.vlm.base", None)
     assert main([str(tiny_bundle), "--", "--data", "MME"]) == 1
     assert "pip install ms-vlmeval" in capsys.readouterr().err
