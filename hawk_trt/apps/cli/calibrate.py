@@ -71,7 +71,6 @@ def calibrate(
     *,
     revision: str | None = None,
     scope: Annotated[str, Parameter(choices=calibration.SCOPES, group=_LEFT_OUT)] = calibration.FIRST_LAYER,
-    keep_ratio: Annotated[float, Parameter(alias="--keep-ratios", group=_LEFT_OUT)] = 1.0,
     device: Annotated[str, Parameter(group=WHERE)] = "cpu",
     dtype: Annotated[Dtype, Parameter(group=WHERE)] = "float32",
     heads_at_once: Annotated[int, Parameter(group=WHERE)] = 8,
@@ -89,7 +88,6 @@ def calibrate(
         checkpoint: a checkpoint folder, or a hub id such as owner/name
         revision: branch, tag or commit of a hub id
         scope: leave the head out of layer 0, or the head of that number out of every layer
-        keep_ratio: share of visual tokens, chosen with equal heads; 1 measures the unpruned model, as the paper does
         device: of torch
         dtype: of the model
         heads_at_once: answers side by side; fewer need less memory
@@ -117,7 +115,6 @@ def calibrate(
         open=import_module(where_it_lies("export.bare_bundle")).open_checkpoint,
         load=load_reference,
         special_tokens=prompt_tokens,
-        keep_ratio=keep_ratio,
         max_new_tokens=questions.max_new_tokens,
         max_pixels=questions.max_pixels,
         dtype=dtype,
@@ -175,7 +172,6 @@ def _subject(plan: calibration.Plan, model: str, source: calibration.Source) -> 
         "dataset": source.fingerprint,
         "metric": source.metric,
         "scope": plan.scope,
-        "keep_ratio": f"{plan.keep_ratio:g}",
         "max_new_tokens": str(plan.max_new_tokens),
         "max_pixels": str(plan.max_pixels),
     }

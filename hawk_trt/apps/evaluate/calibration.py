@@ -19,7 +19,6 @@ from hawk_trt.bundle import Bundle
 from hawk_trt.bundle import Source as CheckpointSource
 from hawk_trt.errors import InvalidInput
 from hawk_trt.files.staging import write_atomically
-from hawk_trt.request import PruningConfig
 
 FIRST_LAYER = "first-layer"
 ALL_LAYERS = "all-layers"
@@ -50,14 +49,12 @@ class Plan:
     open: Callable[..., Bundle]  # makes of the folder, and of its hub id if it has one, a bundle without graphs
     load: Callable[..., Any]  # makes parity's Reference; takes head_weights, normalization, device and dtype too
     special_tokens: Callable[[Bundle], Any]  # what the model's embed takes beside the tensors
-    keep_ratio: float = 1.0  # of visual tokens, chosen with equal heads; 1 measures the unpruned model, as the paper
     max_new_tokens: int = 32
     max_pixels: int | None = None  # larger images are shrunk to this area; None takes the checkpoint's
     dtype: str = "float32"
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        PruningConfig(keep_ratio=self.keep_ratio)
         if self.max_new_tokens < 1:
             raise InvalidInput(f"max_new_tokens: got {self.max_new_tokens}, expected at least 1")
         names = [source.name for source in self.sources]
@@ -130,7 +127,6 @@ class CalibrationReport:
     uniform_p_value: float
     differs_from_uniform: bool
     scope: str
-    keep_ratio: float
     max_new_tokens: int
     max_pixels: int | None
     model: dict[str, str]  # its name, architecture, fingerprint (of its files) and dtype
@@ -157,16 +153,14 @@ def make_report(
     )
     counted = ", ".join(f"{report.samples} of {report.name}" for report in reports if report.weights is not None)
     doubt = "" if found.differs_from_uniform else "; NOT TOLD FROM UNIFORM"
-    pruned = "unpruned" if plan.keep_ratio == 1.0 else f"keep ratio {plan.keep_ratio:g}"
     return CalibrationReport(
         schema_version=_SCHEMA_VERSION,
         values=found.weights,
-        source=f"hawk-trt calibrate: {model.name} ({model.fingerprint[:12]}), {plan.scope}, {pruned}, {counted}{doubt}",
+        source=f"hawk-trt calibrate: {model.name} ({model.fingerprint[:12]}), {plan.scope}, unpruned, {counted}{doubt}",
         intervals=found.intervals,
         uniform_p_value=found.uniform_p_value,
         differs_from_uniform=found.differs_from_uniform,
         scope=plan.scope,
-        keep_ratio=plan.keep_ratio,
         max_new_tokens=plan.max_new_tokens,
         max_pixels=plan.max_pixels,
         model={name: getattr(model, name) for name in ("name", "architecture", "fingerprint")} | {"dtype": plan.dtype},

@@ -2,8 +2,8 @@
 
     out_i = 0 for the row's head i, before o_proj          in the scoring layer, or in every layer of full attention
 
-The same prompt lies side by side in several rows, each without another head. A row costs what an answer costs; image,
-prompt and the choice of tokens are made once for all rows. In a calibration only this file imports torch.
+The same prompt lies side by side in several rows, each without another head. A row costs what an answer costs; image
+and prompt are made once for all rows. In a calibration only this file imports torch.
 """
 
 import os
@@ -21,7 +21,7 @@ from hawk_trt.apps.evaluate.metrics import METRICS
 from hawk_trt.errors import BackendError, HawkError, InvalidInput
 from hawk_trt.inputs.processor import Processor
 from hawk_trt.models import load_family
-from hawk_trt.request import PruningConfig, Request
+from hawk_trt.request import Request
 
 
 class Worker:
@@ -34,18 +34,15 @@ class Worker:
         self._stop = manifest.special_tokens.eos
         self._tokens = plan.special_tokens(bundle)
         self._processor = Processor(bundle, load_family(manifest.vision))
-        weights = manifest.head_weights.values
-        self._pruning = PruningConfig(keep_ratio=plan.keep_ratio, head_weights=weights)
         self._model = plan.load(
             plan.checkpoint,
-            head_weights=weights,
+            head_weights=manifest.head_weights.values,
             normalization=manifest.normalization,
             device=plan.device,
             dtype=plan.dtype,
         )
         self._question: Sample | None = None
         self._prompt: Any = None
-        self._kept: list[int] = []
 
     @torch.inference_mode()
     def do(self, unit: Unit) -> tuple[Unit, Scores]:
@@ -58,9 +55,7 @@ class Worker:
             except InvalidInput as error:
                 raise InvalidInput(f"{source.name}, sample {question.id}: {error}") from error
         with without_heads(self._model, self._plan.scope, unit.heads):
-            tokens = answer(
-                self._model, self._prompt, self._kept, len(unit.heads), self._plan.max_new_tokens, self._stop
-            )
+            tokens = answer(self._model, self._prompt, len(unit.heads), self._plan.max_new_tokens, self._stop)
         chat = self._processor.chat
         assert chat is not None  # the plan's open refuses a checkpoint without a tokenizer
         answers = tuple(str(chat.tokenizer.decode(ids)) for ids in tokens)
@@ -72,7 +67,6 @@ class Worker:
         request = Request(question.prompt, question.images, question.videos, max_pixels=self._plan.max_pixels)
         inputs = self._processor(request)
         self._prompt = self._model.embed(inputs, self._tokens)
-        self._kept = self._model.kept(self._prompt, self._pruning)
         self._question = question
 
 
@@ -117,18 +111,14 @@ def do_on_ray(plan: Plan, units: Sequence[Unit], shards: int, address: str | Non
 def answer(
     model: Any,  # noqa: ANN401 - parity's Reference, as in without_heads
     prompt: Any,  # noqa: ANN401
-    kept: Sequence[int],
     rows: int,
     max_new_tokens: int,
     stop_tokens: Sequence[int],
 ) -> list[list[int]]:
-    """Answer one prompt of model.embed greedily in so many rows: token ids of each, without the stop token.
-
-    kept: positions of the prompt that the decoder sees, ascending.
-    """
+    """Answer one prompt of model.embed greedily in so many rows: token ids of each, without the stop token."""
     answers: list[list[int]] = [[] for _ in range(rows)]
     unfinished = set(range(rows))
-    decoding = model.decode(prompt, kept, rows)
+    decoding = model.decode(prompt, range(len(prompt.ids)), rows)
     chosen = next(decoding).argmax(-1)
     while True:
         for row, token in enumerate(chosen.tolist()):

@@ -178,7 +178,8 @@ class Reference:
         if kept_indices is not None:
             wanted = set(np.flatnonzero(np.isin(prompt.places, kept_indices)).tolist())
             ordinals = [n for n, position in enumerate(prompt.visual) if position in wanted]
-        kept = _positions(prompt, ordinals)
+        dropped = set(prompt.visual) - {prompt.visual[n] for n in ordinals}
+        kept = [position for position in range(len(prompt.ids)) if position not in dropped]
         entered: list[Tensor] = []
         behind = self.language.layers[self.model.scoring_layer + 1]
         hook = behind.register_forward_pre_hook(lambda _module, args: entered.append(args[0]))
@@ -208,12 +209,6 @@ class Reference:
             logits=_numpy(torch.stack(logits)),
             tokens=tuple(tokens),
         )
-
-    @torch.inference_mode()
-    def kept(self, prompt: EmbeddedPrompt, pruning: PruningConfig) -> list[int]:
-        """Positions of the prompt that HAWK keeps, text and visual, ascending."""
-        scores = self._scores(prompt, pruning)[-1]
-        return _positions(prompt, keep_best(scores.tolist(), _groups(prompt, pruning), pruning))
 
     @torch.inference_mode()
     def decode(self, prompt: EmbeddedPrompt, kept: Sequence[int], rows: int = 1) -> Generator[Tensor, Tensor, None]:
@@ -303,12 +298,6 @@ def _groups(prompt: EmbeddedPrompt, pruning: PruningConfig) -> list[int]:
     """Of each visual token, the top-k that it competes in."""
     everyone = [0] * len(prompt.visual)
     return {"global": everyone, "per-image": prompt.owners, "per-frame": prompt.frames}[pruning.quota]
-
-
-def _positions(prompt: EmbeddedPrompt, ordinals: Sequence[int]) -> list[int]:
-    """Positions that stay where of the visual tokens only these do."""
-    dropped = set(prompt.visual) - {prompt.visual[n] for n in ordinals}
-    return [position for position in range(len(prompt.ids)) if position not in dropped]
 
 
 def _normalize(raw: Tensor, normalization: str) -> Tensor:

@@ -33,6 +33,7 @@ HEADS = 8
 HEAD_DIM = 32
 PLANTED = 5
 QUESTIONS = 4
+WHOLE = PruningConfig(keep_ratio=1.0)
 
 
 def silenced(checkpoint, folder, heads, layers):
@@ -51,12 +52,10 @@ def silenced(checkpoint, folder, heads, layers):
     return folder
 
 
-def plan(checkpoint, scope="first-layer", dataset="tiny", count=QUESTIONS, keep_ratio=1.0):
+def plan(checkpoint, scope="first-layer", dataset="tiny", count=QUESTIONS):
     questions = tuple(load_dataset(str(dataset), count, 7))
     source = Source("questions", questions, "", 7, "exact-match")
-    return Plan(
-        checkpoint, (source,), scope, open_checkpoint, Reference.load, prompt_tokens, keep_ratio, max_new_tokens=6
-    )
+    return Plan(checkpoint, (source,), scope, open_checkpoint, Reference.load, prompt_tokens, max_new_tokens=6)
 
 
 @pytest.fixture(scope="module")
@@ -103,13 +102,11 @@ def test_a_head_left_out_is_a_head_whose_columns_of_o_proj_are_zero(tiny_checkpo
         assert left_out == edited.do(Unit(0, number, (BASELINE,)))[1].answers
 
 
-@pytest.mark.parametrize("keep_ratio", [1.0, 0.2])
-def test_the_whole_models_answers_are_the_pipelines(tiny_checkpoint, tiny_bundle, keep_ratio):
-    worker = Worker(plan(tiny_checkpoint, keep_ratio=keep_ratio))
-    pruning = PruningConfig(keep_ratio=keep_ratio, head_weights=(1 / HEADS,) * HEADS)
+def test_the_whole_models_answers_are_the_pipelines(tiny_checkpoint, tiny_bundle):
+    worker = Worker(plan(tiny_checkpoint))
     with Pipeline.load(tiny_bundle) as pipe:
         for number, sample in enumerate(generate(7, 3)):
-            expected = pipe.generate(sample.question, [sample.image], pruning=pruning, max_new_tokens=6).text
+            expected = pipe.generate(sample.question, [sample.image], pruning=WHOLE, max_new_tokens=6).text
             assert worker.do(Unit(0, number, (3, BASELINE)))[1].answers[1] == expected
 
 
@@ -120,16 +117,14 @@ def test_internvl_answers_as_its_bundle_does(tmp_path, qwen3):
     checkpoint = tmp_path / "model"
     save_checkpoint(checkpoint, qwen3=qwen3)
     assert export([str(checkpoint), "--out", str(tmp_path / "bundle")]) == 0
-    worker = Worker(plan(checkpoint, keep_ratio=0.3))
-    pruning = PruningConfig(keep_ratio=0.3)
+    worker = Worker(plan(checkpoint))
     with Pipeline.load(tmp_path / "bundle") as pipe:
         for number, sample in enumerate(generate(7, 2)):
-            expected = pipe.generate(sample.question, [sample.image], pruning=pruning, max_new_tokens=6).text
+            expected = pipe.generate(sample.question, [sample.image], pruning=WHOLE, max_new_tokens=6).text
             assert worker.do(Unit(0, number, (BASELINE, 2)))[1].answers[0] == expected
 
 
-@pytest.mark.parametrize("keep_ratio", [1.0, 0.3])
-def test_features_of_several_depths_reach_every_row(tmp_path, keep_ratio):
+def test_features_of_several_depths_reach_every_row(tmp_path):
     import torch
     import transformers
 
@@ -147,10 +142,9 @@ def test_features_of_several_depths_reach_every_row(tmp_path, keep_ratio):
     reference = Reference.load(checkpoint, head_weights=(0.25,) * 4, normalization="l2")
     tokens = PromptTokens(image=IMAGE, video=VIDEO, vision_end=VISION_END, im_start=None, im_end=IM_END)
     embedded = reference.embed(prompt(1536, images=[(1, 8, 12), (1, 4, 6)]), tokens)
-    pruning = PruningConfig(keep_ratio=keep_ratio)
-    expected = list(reference.run(embedded, pruning, steps=5).tokens)
+    expected = list(reference.run(embedded, WHOLE, steps=5).tokens)
     with torch.inference_mode(), without_heads(reference, "first-layer", [BASELINE, 1, BASELINE]):
-        rows = answer(reference, embedded, reference.kept(embedded, pruning), 3, 5, stop_tokens=())
+        rows = answer(reference, embedded, 3, 5, stop_tokens=())
     assert rows[0] == rows[2] == expected
 
 
@@ -238,7 +232,7 @@ def test_a_finished_run_goes_on_with_more_questions_and_measures_only_those(plan
     ("change", "named"),
     [
         (["--scope", "all-layers"], "another scope"),
-        (["--keep-ratio", "0.5"], "another keep_ratio"),
+        (["--max-new-tokens", "5"], "another max_new_tokens"),
         (["--seed", "1"], "another dataset"),
         (["--metric", "anls"], "another metric"),
     ],
@@ -295,7 +289,6 @@ def test_the_weights_file_is_what_python_the_commands_and_the_export_take(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--keep-ratio", "0"], "keep_ratio"),
         (["--max-new-tokens", "0"], "max_new_tokens: got 0"),
         (["--heads-at-once", "0"], "--heads-at-once: got 0"),
         (["--shards", "0"], "--shards: got 0"),
@@ -360,7 +353,7 @@ def test_of_a_hybrid_model_heads_of_full_attention_are_left_out(tmp_path):
 
     reference = RandomQwen("qwen3_5", tmp_path).reference
     embedded = reference.embed(prompt(1536, images=[(1, 4, 8)]), TOKENS)
-    kept = reference.kept(embedded, PruningConfig(keep_ratio=0.5))
+    kept = reference.run(embedded, PruningConfig(keep_ratio=0.5)).kept_indices.tolist()
     with torch.inference_mode():
         whole = next(reference.decode(embedded, kept, 3))
         changes = []
