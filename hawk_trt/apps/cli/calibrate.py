@@ -1,7 +1,8 @@
 """`hawk-trt calibrate`: how much each query head matters, measured by leaving it out; a weights file at the end."""
 
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +12,7 @@ from rich.console import Console, RenderableType
 
 from hawk_trt.apps.cli.main import where_it_lies
 from hawk_trt.apps.cli.models import download, expect_checkpoint, is_hub_id
-from hawk_trt.apps.cli.options import OUTPUT, WHERE, Dtype, Json, MaxNewTokens
+from hawk_trt.apps.cli.options import OUTPUT, QUESTIONS, WHERE, Asked, Dtype, Json
 from hawk_trt.apps.cli.output import counted, note, print_json, table
 from hawk_trt.apps.evaluate import calibration
 from hawk_trt.apps.evaluate.datasets import TINY, load_dataset
@@ -24,51 +25,12 @@ from hawk_trt.errors import InvalidInput
 _LEFT_OUT = Group("What is left out", sort_key=2)
 
 
-@Parameter(name="*", group=Group("Questions", sort_key=1))
-@dataclass(frozen=True, kw_only=True)
-class Questions:
-    """What the model is asked.
-
-    Attributes:
-        dataset: tiny (the task of the shipped model), a JSONL file, or a folder with samples.jsonl, a line being
-            {"image": "a.png", "question": "...", "answer": "..."}; repeatable, each has the same say (default: tiny)
-        metric: of all data sets; repeat it for one of each (default: multiple-choice of samples with
-            choices, exact-match of others)
-        count: of each data set (default: all of a file, 100 of tiny)
-        seed: of the samples' order
-        max_new_tokens: longest answer
-        max_pixels: shrink larger images to this area (default: the checkpoint's)
-    """
-
-    dataset: tuple[str, ...] = ()
-    metric: Annotated[tuple[str, ...], Parameter(choices=tuple(METRICS))] = ()
-    count: int | None = None
-    seed: int = 0
-    max_new_tokens: MaxNewTokens = 32
-    max_pixels: int | None = None
-
-    def sources(self) -> tuple[calibration.Source, ...]:
-        """The data sets with their metrics."""
-        names = [name if name == TINY else str(Path(name).resolve()) for name in self.dataset or (TINY,)]
-        metrics: tuple[str | None, ...] = self.metric or (None,)
-        if len(metrics) not in (1, len(names)):
-            raise InvalidInput(f"--metric: got {len(metrics)} for {len(names)} data sets, expected one, or one of each")
-        metrics = metrics * (len(names) // len(metrics))
-        datasets = [load_dataset(name, self.count, self.seed) for name in names]
-        chosen = [metric_for(metric, dataset) for metric, dataset in zip(metrics, datasets, strict=True)]
-        for name, dataset in zip(names, datasets, strict=True):
-            if dataset.unknown_keys:
-                note(f"{name}: nothing reads these keys of its samples: {', '.join(dataset.unknown_keys)[:200]}")
-        return tuple(
-            calibration.Source(Path(name).stem or name, tuple(dataset), dataset.fingerprint, self.seed, metric)
-            for name, dataset, metric in zip(names, datasets, chosen, strict=True)
-        )
-
-
 def calibrate(
     checkpoint: str,
-    questions: Questions = Questions(),
     *,
+    dataset: Annotated[tuple[str, ...], Parameter(group=QUESTIONS)] = (TINY,),
+    metric: Annotated[tuple[str, ...], Parameter(choices=tuple(METRICS), group=QUESTIONS)] = (),
+    asked: Asked = Asked(),
     revision: str | None = None,
     scope: Annotated[str, Parameter(choices=calibration.SCOPES, group=_LEFT_OUT)] = calibration.FIRST_LAYER,
     device: Annotated[str, Parameter(group=WHERE)] = "cpu",
@@ -86,6 +48,10 @@ def calibrate(
 
     Args:
         checkpoint: a checkpoint folder, or a hub id such as owner/name
+        dataset: tiny (the task of the shipped model), a JSONL file, or a folder with samples.jsonl, a line being
+            {"image": "a.png", "question": "...", "answer": "..."}; repeatable, each has the same say
+        metric: of all data sets; repeat it for one of each (default: multiple-choice of samples with
+            choices, exact-match of others)
         revision: branch, tag or commit of a hub id
         scope: leave the head out of layer 0, or the head of that number out of every layer
         device: of torch
@@ -110,13 +76,13 @@ def calibrate(
         raise InvalidInput(f"--revision: only for a hub id (owner/name), got {checkpoint}")
     plan = calibration.Plan(
         checkpoint=Path(checkpoint).resolve(),
-        sources=questions.sources(),
+        sources=_sources(dataset, metric, asked),
         scope=scope,
         open=import_module(where_it_lies("export.bare_bundle")).open_checkpoint,
         load=load_reference,
         special_tokens=prompt_tokens,
-        max_new_tokens=questions.max_new_tokens,
-        max_pixels=questions.max_pixels,
+        max_new_tokens=asked.max_new_tokens,
+        max_pixels=asked.max_pixels,
         dtype=dtype,
         device=device,
     )
@@ -140,8 +106,8 @@ def calibrate(
             for source in plan.sources
         ]
         left = list(calibration.units_left(plan, [log.records for log in logs], num_heads, heads_at_once))
-        asked = sum(len(source.questions) for source in plan.sources)
-        total, to_go = asked * (1 + num_heads), sum(len(unit.heads) for unit in left)
+        questions = sum(len(source.questions) for source in plan.sources)
+        total, to_go = questions * (1 + num_heads), sum(len(unit.heads) for unit in left)
         note(f"{total} answers: {num_heads} heads and the whole model; {total - to_go} known in {work}")
         if left:
             done = do_on_ray(plan, left, shards, ray_address) if shards else map(Worker(plan).do, left)
@@ -162,6 +128,22 @@ def calibrate(
     if not report.differs_from_uniform and json:
         note(_verdict(report))
     return 0
+
+
+def _sources(datasets: Sequence[str], metrics: tuple[str, ...], asked: Asked) -> tuple[calibration.Source, ...]:
+    """The data sets with their metrics."""
+    names = [name if name == TINY else str(Path(name).resolve()) for name in datasets]
+    wanted: tuple[str | None, ...] = metrics or (None,)
+    if len(wanted) not in (1, len(names)):
+        raise InvalidInput(f"--metric: got {len(wanted)} for {len(names)} data sets, expected one, or one of each")
+    sources = []
+    for name, metric in zip(names, wanted * (len(names) // len(wanted)), strict=True):
+        samples = load_dataset(name, asked.count, asked.seed)
+        if samples.unknown_keys:
+            note(f"{name}: nothing reads these keys of its samples: {', '.join(samples.unknown_keys)[:200]}")
+        short, judged = Path(name).stem or name, metric_for(metric, samples)
+        sources.append(calibration.Source(short, tuple(samples), samples.fingerprint, asked.seed, judged))
+    return tuple(sources)
 
 
 def _subject(plan: calibration.Plan, model: str, source: calibration.Source) -> dict[str, str]:

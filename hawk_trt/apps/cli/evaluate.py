@@ -2,16 +2,16 @@
 
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from cyclopts import Group, Parameter
+from cyclopts import Parameter
 from rich.console import Console, RenderableType
 
-from hawk_trt.apps.cli.options import OUTPUT, PRUNING, Choosing, Json, KeepRatios, MaxNewTokens, Model, Where, names
+from hawk_trt.apps.cli.options import OUTPUT, PRUNING, QUESTIONS, Asked, Choosing, Json, KeepRatios, Model, Where, names
 from hawk_trt.apps.cli.output import counted, note, print_json, table
 from hawk_trt.apps.evaluate import trials
 from hawk_trt.apps.evaluate.datasets import TINY, Dataset, load_dataset
@@ -30,35 +30,14 @@ FASTV = "fastv"
 RESULTS = "results.jsonl"
 
 
-@Parameter(name="*", group=Group("Data set", sort_key=1))
-@dataclass(frozen=True, kw_only=True)
-class Questions:
-    """What is asked, and how an answer is judged.
-
-    Attributes:
-        dataset: tiny (the task of the shipped model), easy-vqa (of that package), a JSONL file, or a folder with
-            samples.jsonl; a line is {"image": "a.png", "question": "...", "answer": "..."}
-        count: samples taken (default: all of a file, 100 of tiny)
-        seed: of samples and random choices
-        metric: how an answer is judged (default: multiple-choice of samples with choices, exact-match of others)
-        max_new_tokens: longest answer
-        max_pixels: shrink larger images to this area (default: the checkpoint's)
-    """
-
-    dataset: str = TINY
-    count: int | None = None
-    seed: int = 0
-    metric: Annotated[str | None, Parameter(choices=tuple(METRICS))] = None
-    max_new_tokens: MaxNewTokens = 32
-    max_pixels: int | None = None
-
-
 def evaluate(
     model: Model,
     where: Where = Where(),
-    questions: Questions = Questions(),
     choosing: Choosing = Choosing(),
     *,
+    dataset: Annotated[str, Parameter(group=QUESTIONS)] = TINY,
+    metric: Annotated[str | None, Parameter(choices=tuple(METRICS), group=QUESTIONS)] = None,
+    asked: Asked = Asked(),
     keep_ratios: KeepRatios = (1.0, 0.4, 0.2, 0.1),
     selectors: Annotated[
         tuple[str, ...],
@@ -74,40 +53,41 @@ def evaluate(
     Example: hawk-trt eval artifacts/3b --dataset questions.jsonl --selectors hawk,random --keep-ratio 1,0.2
 
     Args:
+        dataset: tiny (the task of the shipped model), easy-vqa (of that package), a JSONL file, or a folder with
+            samples.jsonl; a line is {"image": "a.png", "question": "...", "answer": "..."}
+        metric: how an answer is judged (default: multiple-choice of samples with choices, exact-match of others)
         keep_ratios: shares of visual tokens kept, with commas between them; 1 is answered once for all selectors
         selectors: hawk, random and others (docs/selectors.md), with commas between them; fastv answers in PyTorch
         checkpoint: of fastv: the folder that the bundle was exported from, or its hub id
         out: folder of results.jsonl, which the next run goes on with; of summary.json, summary.csv and plots
         json: print the summary as JSON
     """
-    if questions.max_new_tokens < 1:
-        raise InvalidInput(f"--max-new-tokens: got {questions.max_new_tokens}, expected at least 1")
     if FASTV in selectors and checkpoint is None:
         raise InvalidInput(f"--selectors {FASTV}: it answers in PyTorch, so it needs --checkpoint")
     cells = _cells(selectors, keep_ratios, choosing)
-    dataset = load_dataset(questions.dataset, questions.count, questions.seed)
-    metric = metric_for(questions.metric, dataset)
-    if dataset.unknown_keys:
-        note(f"{questions.dataset}: nothing reads these keys of its samples: {', '.join(dataset.unknown_keys)[:200]}")
+    samples = load_dataset(dataset, asked.count, asked.seed)
+    metric = metric_for(metric, samples)
+    if samples.unknown_keys:
+        note(f"{dataset}: nothing reads these keys of its samples: {', '.join(samples.unknown_keys)[:200]}")
     pipe = where.open(model)
     if pipe.processor.chat is None:
         raise BundleError(f"{model}: it has no tokenizer, so it cannot answer questions")
-    subject = _subject(questions, metric, choosing, pipe, dataset)
+    subject = _subject(asked, metric, choosing, pipe, samples)
     with closing(ResultLog(out / RESULTS, subject, trials.Trial)) as log:
-        left = trials.missing(dataset, cells, log)
-        if left < dataset.count * len(cells):
-            note(f"{out / RESULTS}: {dataset.count * len(cells) - left} answers known, {left} to go")
-        answer = _answerer(pipe, METRICS[metric], questions.max_new_tokens, checkpoint)
-        made = trials.run_trials(dataset, cells, log, pipe, answer, questions.seed, questions.max_pixels)
+        left = trials.missing(samples, cells, log)
+        if left < samples.count * len(cells):
+            note(f"{out / RESULTS}: {samples.count * len(cells) - left} answers known, {left} to go")
+        answer = _answerer(pipe, METRICS[metric], asked.max_new_tokens, checkpoint)
+        made = trials.run_trials(samples, cells, log, pipe, answer, asked.seed, asked.max_pixels)
         for _ in counted(made, left, "answers"):
             pass
-    rows = summarise(log.records, cells, [sample.id for sample in dataset])
+    rows = summarise(log.records, cells, [sample.id for sample in samples])
     manifest = pipe.bundle.manifest
     runs = f"{Path(manifest.source.name).name}, {manifest.precision}, {pipe.backend.name} on {pipe.backend.device}"
-    title = f"{Path(dataset.name).name}, {dataset.count} samples: {runs}"
+    title = f"{Path(samples.name).name}, {samples.count} samples: {runs}"
     no_plots = write_report(out, rows, subject, title)
     if json:
-        told = {"dataset": questions.dataset, "samples": dataset.count, "metric": metric, "out": str(out)}
+        told = {"dataset": dataset, "samples": samples.count, "metric": metric, "out": str(out)}
         print_json(told, {"rows": rows})
     else:
         Console().print(*_told(rows), sep="\n")
@@ -160,18 +140,16 @@ def _answerer(pipe: "Pipeline", metric: Metric, max_new_tokens: int, checkpoint:
     return lambda prepared, cell: (fastv() if cell.selector == FASTV else own)(prepared, cell)
 
 
-def _subject(
-    questions: Questions, metric: str, choosing: Choosing, pipe: "Pipeline", dataset: Dataset
-) -> dict[str, str]:
+def _subject(asked: Asked, metric: str, choosing: Choosing, pipe: "Pipeline", samples: Dataset) -> dict[str, str]:
     """What the results are of: another run goes on with them where all of it is the same."""
     weights = choosing.config(1.0).head_weights
     return {
         "bundle": manifest_digest(pipe.bundle.manifest),
         "runtime": f"{pipe.backend.name}, {pipe.backend.device}, {pipe.backend.target}",
-        "dataset": dataset.fingerprint,
+        "dataset": samples.fingerprint,
         "metric": metric,
-        "max_new_tokens": str(questions.max_new_tokens),
-        "max_pixels": str(questions.max_pixels),
+        "max_new_tokens": str(asked.max_new_tokens),
+        "max_pixels": str(asked.max_pixels),
         "query": choosing.query or "paper, else turn",
         "quota": choosing.quota,
         "min_visual_tokens": str(choosing.min_visual_tokens),

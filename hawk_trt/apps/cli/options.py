@@ -75,6 +75,7 @@ def names(known: Sequence[str], *, name: Sequence[str] = ()) -> Parameter:
 
 # The sections of a help text, in their order.
 PROMPT, PRUNING = Group("Prompt", sort_key=1), Group("Pruning", sort_key=2)
+QUESTIONS = Group("Questions", sort_key=1)
 WHERE, OUTPUT = Group("Where it runs", sort_key=8), Group("Output", sort_key=9)
 
 MODEL = (
@@ -198,6 +199,28 @@ class Prompt(Pixels):
         """What Pipeline's methods take besides the messages."""
         sizes = {"min_pixels": self.min_pixels, "max_pixels": self.max_pixels}
         return {"images": self.image, "videos": self.video, **sizes}
+
+
+@Parameter(name="*", group=QUESTIONS)
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """How much of a data set is asked, and how.
+
+    Attributes:
+        count: samples of each data set (default: all of a file, 100 of tiny)
+        seed: of the order of samples, and of random choices
+        max_new_tokens: longest answer
+        max_pixels: shrink larger images to this area (default: the checkpoint's)
+    """
+
+    count: int | None = None
+    seed: int = 0
+    max_new_tokens: MaxNewTokens = 32
+    max_pixels: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise InvalidInput(f"--max-new-tokens: got {self.max_new_tokens}, expected at least 1")
 
 
 @Parameter(name="*", group=PRUNING)

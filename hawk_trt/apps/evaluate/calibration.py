@@ -55,8 +55,6 @@ class Plan:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise InvalidInput(f"max_new_tokens: got {self.max_new_tokens}, expected at least 1")
         names = [source.name for source in self.sources]
         if not names or len(set(names)) < len(names):
             raise InvalidInput(f"datasets: got {', '.join(names) or 'none'}, expected at least one, no name twice")

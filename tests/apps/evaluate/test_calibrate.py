@@ -289,7 +289,7 @@ def test_the_weights_file_is_what_python_the_commands_and_the_export_take(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--max-new-tokens", "0"], "max_new_tokens: got 0"),
+        (["--max-new-tokens", "0"], "--max-new-tokens: got 0"),
         (["--heads-at-once", "0"], "--heads-at-once: got 0"),
         (["--shards", "0"], "--shards: got 0"),
         (["--dataset", "tiny", "--dataset", "tiny"], "no name twice"),
