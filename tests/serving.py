@@ -13,7 +13,7 @@ import openai
 
 from hawk_trt import Pipeline
 from hawk_trt.apps.serve.app import create_app
-from hawk_trt.apps.serve.server import listen, make_server
+from hawk_trt.apps.serve.server import Server, listen
 from hawk_trt.apps.serve.settings import ServeSettings
 from hawk_trt.request import PruningConfig
 
@@ -35,7 +35,7 @@ class Running:
         self._socket = listen("127.0.0.1", 0)
         self.port = self._socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        self.server = make_server(self.app)
+        self.server = Server(self.app)
         self._thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self._socket]})
         self._thread.start()
         self.http = httpx2.Client(base_url=self.url, timeout=60, trust_env=False)

@@ -88,7 +88,7 @@ def serve(
         config: YAML file of options, one a line as keep_ratio: 0.2; the command line wins
     """
     from hawk_trt.apps.serve.app import create_app
-    from hawk_trt.apps.serve.server import configure_logging, listen, make_server
+    from hawk_trt.apps.serve.server import Server, configure_logging, listen
 
     del config  # main.options_of_file has read it
     settings = served.settings(model)
@@ -104,7 +104,7 @@ def serve(
     with pipe, listen(host, port) as opened:
         name, number = opened.getsockname()[:2]
         note(f"serving {settings.model_name} at http://{f'[{name}]' if ':' in name else name}:{number}/v1")
-        server = make_server(create_app(pipe, settings))
+        server = Server(create_app(pipe, settings))
         server.run(sockets=[opened])
     return 0 if server.started else 1
 

@@ -7,7 +7,6 @@ name the address 127.0.0.1 and then call the server as its own (DNS rebinding).
 import re
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 import anyio
@@ -22,15 +21,6 @@ _DISCARD_SECONDS = 2.0
 _LAST_SECONDS = 5.0
 _MAX_ADDRESS_BYTES = 8_192
 _MAX_HEADER_BYTES = 32_768
-CONNECTION = "hawk_connection"  # where the server's state holds one
-
-
-@dataclass(slots=True)
-class Connection:
-    """The requests of one connection: so many have come, so many are being answered."""
-
-    count: int = 0
-    answering: int = 0
 
 
 class RequestMiddleware:
@@ -48,9 +38,6 @@ class RequestMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        connection: Connection = scope.get("state", {}).get(CONNECTION) or Connection()
-        connection.count += 1
-        connection.answering += 1
         # of a base_url that ends in a slash; the name of a model may begin with one
         scope["path"] = re.sub("(?<!/models)/+", "/", scope["path"]).rstrip("/") or "/"
         headers = Headers(scope=scope)
@@ -101,7 +88,6 @@ class RequestMiddleware:
                         await response(scope, receive_body, send_answer)
                 group.cancel_scope.cancel()
         finally:
-            connection.answering -= 1
             route = getattr(scope.get("route"), "path", "other")
             self._metrics.requests.labels(route, str(status)).inc()
 

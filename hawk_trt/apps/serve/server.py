@@ -2,19 +2,15 @@
 
 import asyncio
 import logging
-import signal
 import socket
-import threading
 from typing import Any
 from weakref import ref
 
 import anyio
 import uvicorn
 from fastapi import FastAPI
-from starlette.types import Receive, Scope, Send
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
-from hawk_trt.apps.serve.middleware import CONNECTION, Connection
 from hawk_trt.apps.serve.service import Service, log
 from hawk_trt.errors import InvalidInput
 
@@ -26,70 +22,64 @@ _UNREAD_SECONDS = 15.0
 _POLL_SECONDS = 0.1
 
 
-def _timed_connection(app_state: dict[str, Any], **options: Any) -> H11Protocol:  # noqa: ANN401 - uvicorn's own
+def _timed_connection(**options: Any) -> H11Protocol:  # noqa: ANN401 - uvicorn's own
     """A connection, closed when it brings no request for a while: uvicorn itself waits for headers without end."""
-    requests = Connection()
-    connection = H11Protocol(app_state=app_state | {CONNECTION: requests}, **options)
+    connection = H11Protocol(**options)
     loop, known = asyncio.get_running_loop(), ref(connection)  # a closed one, and what it received, must not wait
 
-    def look(count: int) -> None:
+    def look(seen: "ref[RequestResponseCycle] | None") -> None:
         """Close it where no request has come since the last look and none is being answered."""
         connection = known()
         if connection is None or connection.transport.is_closing():
             return
-        if requests.answering or requests.count > count:
-            loop.call_later(_HEADER_SECONDS, look, requests.count)
-        else:
+        request = connection.cycle
+        if request is None or (request.response_complete and seen is not None and seen() is request):
             connection.transport.close()
+        else:
+            loop.call_later(_HEADER_SECONDS, look, ref(request))
 
-    loop.call_later(_HEADER_SECONDS, look, 0)
+    loop.call_later(_HEADER_SECONDS, look, None)
     return connection
 
 
-def make_server(app: FastAPI) -> uvicorn.Server:
-    """A server that runs until SIGTERM or SIGINT; then it takes nothing new, finishes what runs, and ends.
+class Server(uvicorn.Server):
+    """Runs until SIGTERM or SIGINT; then it takes nothing new, finishes what runs, and ends.
 
     The port stays open meanwhile, to say that the server is not ready. A second signal ends it at once.
     """
-    service: Service = app.state.service
-    last_seconds = min(_LAST_SECONDS, service.settings.drain_seconds / 4)
-    draining: list[asyncio.Task[None]] = []
 
-    async def drain() -> None:
-        with anyio.move_on_after(service.settings.drain_seconds - 2 * last_seconds):
-            while service.open_requests:
-                await anyio.sleep(_POLL_SECONDS)
-        server.should_exit = True
-
-    def stop(sig: signal.Signals) -> None:
-        if draining:
-            server.force_exit = server.should_exit = True
-            return
-        log.info("%s: finishing %d requests", sig.name, service.open_requests)
-        service.state = "draining"
-        draining.append(asyncio.get_running_loop().create_task(drain()))
-
-    async def with_signals(scope: Scope, receive: Receive, send: Send) -> None:
-        """The application; when it begins, signals come here, and no more to uvicorn, which would close the port."""
-        if scope["type"] == "lifespan" and threading.current_thread() is threading.main_thread():
-            for sig in (signal.SIGINT, signal.SIGTERM):
-                asyncio.get_running_loop().add_signal_handler(sig, stop, sig)
-        await app(scope, receive, send)
-
-    server = uvicorn.Server(
-        uvicorn.Config(
-            with_signals,
-            http=_timed_connection,  # type: ignore[arg-type]  # uvicorn calls it, and asks for no class
-            ws="none",
-            limit_concurrency=service.settings.max_connections,
-            h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
-            timeout_graceful_shutdown=last_seconds,  # type: ignore[arg-type]  # asyncio, which gets it, takes parts
-            server_header=False,
-            log_config=None,
-            lifespan="on",
+    def __init__(self, app: FastAPI) -> None:
+        self._service: Service = app.state.service
+        settings = self._service.settings
+        last_seconds = min(_LAST_SECONDS, settings.drain_seconds / 4)
+        self._drain_seconds = settings.drain_seconds - 2 * last_seconds
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=_timed_connection,  # type: ignore[arg-type]  # uvicorn calls it, and asks for no class
+                ws="none",
+                limit_concurrency=settings.max_connections,
+                h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
+                timeout_graceful_shutdown=last_seconds,  # a part of a second counts too
+                server_header=False,
+                log_config=None,
+                lifespan="on",
+            )
         )
-    )
-    return server
+
+    async def main_loop(self) -> None:
+        """Until a signal has come, and then until the open requests are answered: uvicorn closes the port after."""
+        await super().main_loop()
+        log.info("stopping: finishing %d requests", self._service.open_requests)
+        self._service.state = "draining"
+        with anyio.move_on_after(self._drain_seconds):
+            while self._service.open_requests and not self.force_exit:
+                await anyio.sleep(_POLL_SECONDS)
+
+    def handle_exit(self, *_: object) -> None:
+        """Note a signal. The process does not end by it, as it would with uvicorn's own, but with code 0."""
+        self.force_exit = self.should_exit
+        self.should_exit = True
 
 
 def listen(host: str, port: int) -> socket.socket:
