@@ -66,9 +66,7 @@ _SCAN = b"\xff\xda"
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 
-def load_image(
-    source: "ImageInput", *, max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] = FORMATS
-) -> npt.NDArray[np.uint8]:
+def load_image(source: "ImageInput", *, max_pixels: int = MAX_PIXELS) -> npt.NDArray[np.uint8]:
     """Decode an image, upright and in RGB: uint8 [height, width, 3], possibly read-only.
 
     EXIF orientation is applied, and transparency is composited on white (as the Qwen processors do). Every other
@@ -79,7 +77,6 @@ def load_image(
             [height, width], [height, width, 1], [.., 3] (RGB) or [.., 4] (RGBA).
         max_pixels: a larger file is shrunk to it by a whole number, a JPEG while it is decoded. What is not a JPEG
             and has more than MAX_PIXELS is refused, as are PIL images and arrays of more than max_pixels.
-        formats: of files, by Pillow's names.
 
     Raises:
         InvalidInput: missing, unreadable, not an image, damaged, empty or too large; it names the source.
@@ -91,14 +88,14 @@ def load_image(
         with decoding("image (PIL)"):
             return _upright(to_rgb(source, "image (PIL)"), source)
     if isinstance(source, bytes | bytearray | memoryview):
-        return _from_file(io.BytesIO(source), "image (bytes)", max_pixels, formats)
+        return _from_file(io.BytesIO(source), "image (bytes)", max_pixels)
     if isinstance(source, str) and source.lstrip()[:5].lower() == "data:":
-        return _from_file(io.BytesIO(data_url_bytes(source.lstrip())), "image (data URL)", max_pixels, formats)
+        return _from_file(io.BytesIO(data_url_bytes(source.lstrip())), "image (data URL)", max_pixels)
     if isinstance(source, str) and source.lstrip().startswith(BASE64_STARTS) and not (_exists(source) or "." in source):
-        return _from_file(io.BytesIO(base64_bytes(source)), "image (base64)", max_pixels, formats)
+        return _from_file(io.BytesIO(base64_bytes(source)), "image (base64)", max_pixels)
     path = local_path(source, "image")
     with path.open("rb") as file:
-        return _from_file(file, str(path), max_pixels, formats)
+        return _from_file(file, str(path), max_pixels)
 
 
 def resize(image: npt.NDArray[np.uint8], height: int, width: int, resample: int) -> npt.NDArray[np.uint8]:
@@ -191,10 +188,10 @@ def decoding(name: str) -> Iterator[None]:
         ) from error
 
 
-def _from_file(file: IO[bytes], name: str, max_pixels: int, formats: tuple[str, ...]) -> npt.NDArray[np.uint8]:
+def _from_file(file: IO[bytes], name: str, max_pixels: int) -> npt.NDArray[np.uint8]:
     if max_pixels < 1:
         raise InvalidInput(f"{name}: the other images use the whole limit of pixels. Send fewer images")
-    with decoding(name), open_image(file, formats) as image:
+    with decoding(name), open_image(file, FORMATS) as image:
         _check_work(image, file, name)
         if isinstance(image, JpegImagePlugin.JpegImageFile) and image.width * image.height > max_pixels:
             shrink = math.sqrt(image.width * image.height / max_pixels)

@@ -181,10 +181,10 @@ def paper_query_mask(ids: IntArray, visual: npt.NDArray[np.bool_], special: Spec
     mask = np.zeros(len(ids), np.bool_)
     if not visual.any():
         return mask
-    ends = np.flatnonzero(ids == special.vision_end) if special.vision_end is not None else np.empty(0, np.int64)
+    ends = np.flatnonzero(ids == special.vision_end)
     last = int(ends[-1]) if len(ends) else int(np.flatnonzero(visual)[-1])
     start = last + 1
-    stops = np.flatnonzero(ids == special.im_end) if special.im_end is not None else np.empty(0, np.int64)
+    stops = np.flatnonzero(ids == special.im_end)
     stops = stops[stops > start]
     stop = int(stops[-1]) if len(stops) else len(ids)
     if start < stop:

@@ -47,7 +47,9 @@ class ChatTokenizer:
         config: tokenizer_config.json; the template may use its bos_token, eos_token and the like.  template: Jinja.
         context: tokens that the model reads at most; texts that cannot fit are refused before they are tokenised.
         """
-        self.tokenizer = _read_tokenizer(tokenizer_json)
+        advice = "Update it: pip install --upgrade tokenizers"
+        with _refusing(BundleError, "the installed tokenizers package cannot read it", advice):
+            self.tokenizer = Tokenizer.from_str(tokenizer_json)
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self.tokenizer.encode_special_tokens = True  # pieces of text are text, whatever they spell
@@ -197,12 +199,6 @@ def read_settings(bundle: Bundle, name: str) -> dict[str, Any] | None:
     text = bundle.read_text(name)
     advice = "Mend it in the checkpoint and export again: hawk-trt export CHECKPOINT --out FOLDER"
     return None if text is None else parse_json(text, dict[str, Any], name, BundleError, advice)
-
-
-def _read_tokenizer(tokenizer_json: str) -> Tokenizer:
-    advice = "Update it: pip install --upgrade tokenizers"
-    with _refusing(BundleError, "the installed tokenizers package cannot read it", advice):
-        return Tokenizer.from_str(tokenizer_json)
 
 
 @contextmanager

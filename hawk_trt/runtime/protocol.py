@@ -1,13 +1,4 @@
-"""Backends: what runs the three stages. A backend keeps weights; a Row is one sequence's place in a KV cache.
-
-encode(feeds, num_rows)             vision                                       -> Visual
-keep(visual), join(visuals)                                                      -> Visual
-score(inputs, visual)               first_layer                                  -> scores alone, nothing kept
-prefill(inputs, visual, columns)    first_layer and decoder over the prompts     -> a Row each
-gather(rows, length, columns)       for their next steps
-decode(rows, tokens, positions)     both stages over one token a row
-row.release()                       of a sequence that has ended
-"""
+"""Backends: what runs the three stages. A backend keeps weights; a Row is one sequence's place in a KV cache."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
