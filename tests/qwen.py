@@ -8,7 +8,7 @@ from typing import Any
 
 from export.__main__ import main as export
 from export.real_shapes import shape_config
-from hawk_trt import PruningConfig
+from hawk_trt import Pipeline, PruningConfig
 from hawk_trt.apps.parity.prompt_rules import PromptTokens
 from random_models import EOS, IM_END, IM_END_OPTION, IMAGE, TOKEN_IDS, VIDEO, VISION_END, VOCAB, save_random
 
@@ -238,6 +238,7 @@ class RandomQwen:
 
     def __init__(self, name: str, folder: Path) -> None:
         self.family, self._folder = QWENS[name], folder
+        self._pipes: dict[str, Pipeline] = {}
         self.model = self.family.make()
         self.checkpoint = save_random(self.model, folder / "checkpoint", 1)
 
@@ -246,6 +247,17 @@ class RandomQwen:
         """Its bundle, in float32."""
         assert export([str(self.checkpoint), "--out", str(self._folder / "bundle"), *IM_END_OPTION]) == 0
         return self._folder / "bundle"
+
+    def pipe(self, target: str) -> Pipeline:
+        """Its bundle, loaded once for each target."""
+        if target not in self._pipes:
+            self._pipes[target] = Pipeline.load(self.bundle, target=target)
+        return self._pipes[target]
+
+    def close(self) -> None:
+        """Release what was loaded."""
+        for pipe in self._pipes.values():
+            pipe.close()
 
     @cached_property
     def reference(self) -> Any:

@@ -18,4 +18,6 @@ def random_qwen(tmp_path_factory):
             made[name] = RandomQwen(name, tmp_path_factory.mktemp(name))
         return made[name]
 
-    return of
+    yield of
+    for qwen in made.values():
+        qwen.close()

@@ -33,8 +33,7 @@ def qwen(request, random_qwen):
 
 @pytest.fixture(scope="module", params=(0, 1))
 def pipe(request, qwen):
-    with Pipeline.load(qwen.bundle, target=ON_CPU[request.param]) as pipe:
-        yield pipe
+    return qwen.pipe(ON_CPU[request.param])
 
 
 @pytest.mark.parametrize(("qwen", "name"), CASES, indirect=["qwen"])

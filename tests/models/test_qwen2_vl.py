@@ -12,7 +12,6 @@ from safetensors.numpy import load_file, save_file
 from engines.prepare import prepare
 from export.__main__ import main as export
 from export.architectures import family_name, read_config
-from hawk_trt import Pipeline
 from hawk_trt.bundle import Bundle
 from hawk_trt.errors import CheckpointError
 from hawk_trt.models import load_family
@@ -42,8 +41,7 @@ def qwen(random_qwen):
 
 @pytest.fixture(scope="module", params=ON_CPU)
 def pipe(request, qwen):
-    with Pipeline.load(qwen.bundle, target=request.param) as pipe:
-        yield pipe
+    return qwen.pipe(request.param)
 
 
 def test_how_long_a_frame_lasts_makes_no_difference(pipe):

@@ -40,8 +40,7 @@ def qwen(random_qwen):
 
 @pytest.fixture(scope="module", params=ON_CPU)
 def pipe(request, qwen):
-    with Pipeline.load(qwen.bundle, target=request.param) as pipe:
-        yield pipe
+    return qwen.pipe(request.param)
 
 
 def test_a_server_answers_unlike_prompts_side_by_side_as_alone(pipe):
