@@ -11,7 +11,7 @@ from typing import Annotated
 from cyclopts import CycloptsError, Parameter
 
 from hawk_trt.apps.cli.main import INTERRUPTED, make_app, run_app
-from hawk_trt.apps.cli.models import download, expect_checkpoint, is_hub_id
+from hawk_trt.apps.cli.models import BLOCK_SIZE, INTEGERS, download, expect_checkpoint, is_hub_id
 from hawk_trt.apps.cli.options import Json, dtypes, names
 from hawk_trt.apps.cli.output import note, print_json, progress, size
 from hawk_trt.bundle import REFERENCE, Bundle, WeightFormat
@@ -22,7 +22,7 @@ from hawk_trt.stages import CUDA, NORMALIZATIONS, TARGETS
 
 from .checkpoint import Checkpoint
 from .head_weights import UNIFORM
-from .quantisation import BLOCK_SIZES, WEIGHT_BITS, WHOLE_ROW
+from .quantisation import BLOCK_SIZES, WHOLE_ROW
 from .real_shapes import SHAPES, shape_config
 from .writer import ExportOptions, export, up_to_date
 
@@ -35,8 +35,6 @@ _HYBRID_NOTE = (
     "measured, a tiny one, the prompt's last token chose better there than the paper's query: compare "
     "--query last with the default on your own questions (hawk-trt eval)"
 )
-_INTEGERS = {f"int{bits}": bits for bits in WEIGHT_BITS}
-_BLOCK_SIZE = 64
 # That a run of a few prompts takes beside the weights.
 _RUN_BYTES = 1 << 30
 
@@ -51,7 +49,7 @@ def export_checkpoint(
     checkpoint: Annotated[str | None, Parameter(alias="--model")] = None,
     *,
     out: Path,
-    dtype: Annotated[str, dtypes(*_INTEGERS)] = "float32",
+    dtype: Annotated[str, dtypes(*INTEGERS)] = "float32",
     activations: Annotated[str | None, dtypes()] = None,
     block_size: Annotated[int | None, Parameter(choices=tuple(map(str, (*BLOCK_SIZES, WHOLE_ROW))))] = None,
     target: Annotated[tuple[str, ...], names(TARGETS)] = (),
@@ -104,20 +102,16 @@ def export_checkpoint(
             "--layers, --vision-layers: only with --shape; a checkpoint has its own",
         ),
         (
-            dtype not in _INTEGERS and (activations is not None or block_size is not None),
-            f"--activations, --block-size: only with --dtype {' or '.join(_INTEGERS)}, got {dtype}",
-        ),
-        (
-            dtype in _INTEGERS and link,
-            f"--link: {dtype} weights are made from the checkpoint's, so they cannot be its own files",
+            dtype not in INTEGERS and (activations is not None or block_size is not None),
+            f"--activations, --block-size: only with --dtype {' or '.join(INTEGERS)}, got {dtype}",
         ),
     ):
         if wrong:
             raise CycloptsError(msg=f"{message}.")
-    bits = _INTEGERS.get(dtype)
+    bits = int(dtype.removeprefix("int")) if dtype in INTEGERS else None
     options = ExportOptions(
         dtype=dtype if bits is None else activations or ("float16" if target == (CUDA,) else "float32"),
-        weights=None if bits is None else WeightFormat(bits, _BLOCK_SIZE if block_size is None else block_size),
+        weights=None if bits is None else WeightFormat(bits, BLOCK_SIZE if block_size is None else block_size),
         targets=target,
         normalization=normalization,
         link=link,

@@ -8,7 +8,7 @@ import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hawk_trt.bundle import Bundle, HeadWeights
+from hawk_trt.bundle import Bundle
 from hawk_trt.errors import CheckpointError
 
 from .architectures import read_config
@@ -53,10 +53,8 @@ def open_checkpoint(folder: Path, hub_id: str | None = None) -> CheckpointBundle
         )
     manifest = planned(Checkpoint(folder, config, generation, (), {}), ExportOptions(), hub_id)
     source = replace(manifest.source, fingerprint=_fingerprint(folder, contents))
-    heads = manifest.language.num_attention_heads
-    weights = HeadWeights((1.0 / heads,) * heads, "uniform")
     texts = {name: as_text(folder / name, raw) for name, raw in contents.items()}
-    manifest = replace(manifest, source=source, targets=(), head_weights=weights, versions={})
+    manifest = replace(manifest, source=source, targets=(), versions={})
     return CheckpointBundle(folder, manifest, texts)
 
 

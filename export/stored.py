@@ -90,7 +90,7 @@ class IntegerMatrix(CheckpointTensor):
 
     def scales(self) -> npt.NDArray[Any]:
         """[in / block_size, out], in the file's dtype."""
-        raise NotImplementedError
+        return self._by_block(self.parts["scales"].array())
 
     def zero_points(self) -> Bytes | None:
         """Zero points [in / block_size, out] packed as the integers are; None where all are 0."""
@@ -157,9 +157,6 @@ class AwqMatrix(IntegerMatrix):
     def packed(self) -> Iterator[Bytes]:  # noqa: D102
         return (_awq_order(block) for block in self.parts["qweight"].blocks())
 
-    def scales(self) -> npt.NDArray[Any]:  # noqa: D102
-        return self._by_block(self.parts["scales"].array())
-
     def zero_points(self) -> Bytes | None:  # noqa: D102
         zeros = self.parts["qzeros"]
         return self._zeros(_awq_order(zeros.array()).reshape(zeros.shape[0], -1))
@@ -182,9 +179,6 @@ class GptqMatrix(IntegerMatrix):
             octets: Bytes = buffer[: words.size].view(np.uint8)
             np.copyto(octets.reshape(by_row.shape), by_row)
             yield octets
-
-    def scales(self) -> npt.NDArray[Any]:  # noqa: D102
-        return self._by_block(self.parts["scales"].array())
 
     def zero_points(self) -> Bytes | None:  # noqa: D102
         zeros = self.parts["qzeros"].array().view(np.uint8)

@@ -15,17 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import hawk_trt
-from hawk_trt.apps.cli.main import make_app, run_app
+from hawk_trt.apps.cli.main import make_app, run_app, where_it_lies
+from hawk_trt.apps.cli.models import tiny_checkpoint
 from hawk_trt.apps.cli.output import note
 from hawk_trt.stages import DTYPES, TENSORRT
 
 from ..plugin_library import DEFAULT_PLUGIN
 from ..profiles import TENSORRT_TARGETS
 
-# In a checkout the folders lie side by side, installed they and the tiny model are parts of hawk_trt.
-_PARENT = (__package__ or "").removesuffix("engines.checks")
-_CHECKPOINT = Path("examples/tiny-vlm") if not _PARENT else Path(hawk_trt.__file__).parent / "data" / "tiny_vlm"
 _PACKAGES = ("tensorrt", "tensorrt-cu12", "tensorrt-cu13", "cuda-bindings", "onnx", "onnxruntime", "numpy")
 _LIMITS = ("--max-visual-tokens", "1024", "--max-prompt-tokens", "1536", "--max-context", "1024")
 _REASON_CHARACTERS = 600
@@ -59,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     return run_app(make_app("python -m engines.checks.self_test", command=self_test), arguments)
 
 
-def self_test(*, checkpoint: Path = _CHECKPOINT, out: Path = Path("artifacts/self-test")) -> int:
+def self_test(*, checkpoint: Path = tiny_checkpoint(), out: Path = Path("artifacts/self-test")) -> int:
     """Build and run engines of a small model on this machine; print a report to attach to an issue.
 
     Args:
@@ -76,7 +73,7 @@ def _results(checkpoint: Path, out: Path) -> Iterator[EngineResult]:
     bundles = {dtype: out / dtype for dtype in DTYPES}
     for dtype, bundle in bundles.items():
         note(f"exporting {dtype}")
-        done = _run(f"{_PARENT}export", str(checkpoint), "--out", str(bundle), "--dtype", dtype)
+        done = _run(where_it_lies("export"), str(checkpoint), "--out", str(bundle), "--dtype", dtype)
         if done.status:
             yield EngineResult(dtype, f"export failed: {done.reason}", "", "", False, bundle)
             return
@@ -94,7 +91,7 @@ def _engine(name: str, checkpoint: Path, bundle: Path, reference: Path, folder: 
     note(f"{name}: building")
     target = name.split(", ")[1]
     options = ("--target", target, "--plugin", plugin, "--reference", str(reference), *_LIMITS, "--force", "--json")
-    done = _run(f"{_PARENT}engines", str(bundle), "--out", str(folder), *options)
+    done = _run(where_it_lies("engines"), str(bundle), "--out", str(folder), *options)
     if done.status:
         if f"--target: got {TENSORRT} with TensorRT" in done.reason:
             return EngineResult(name, "not in this TensorRT", "", "", True, folder)

@@ -47,13 +47,6 @@ def ratio_of(text: str) -> float:
     return float(text[:-1]) / 100 if text.endswith("%") else float(text)
 
 
-def _integer(_: type, tokens: Sequence[Token]) -> int:
-    try:
-        return int(tokens[0].value)
-    except ValueError:
-        raise ValueError(f"got {tokens[0].value!r}, expected an integer, as 128") from None
-
-
 def dtypes(*others: str) -> Parameter:
     """An option that takes a dtype, by any of its names, or one of some others."""
     named = {name: name for name in DTYPES} | DTYPE_NAMES | {name: name for name in others}
@@ -85,7 +78,7 @@ Model = Annotated[Path, Parameter(help=MODEL)]
 Numbers = Annotated[tuple[float, ...], Parameter(converter=_numbers, n_tokens=1)]
 KeepRatio = Annotated[float | None, Parameter(alias="--keep-ratios", converter=_number, group=PRUNING)]
 KeepRatios = Annotated[Numbers, Parameter(name=("--keep-ratio", "--keep-ratios"), group=PRUNING)]
-MaxNewTokens = Annotated[int, Parameter(alias="--max-tokens", converter=_integer)]
+MaxNewTokens = Annotated[int, Parameter(alias="--max-tokens")]
 Dtype = Annotated[str, dtypes()]
 Json = Annotated[bool, Parameter(group=OUTPUT)]
 
