@@ -3,7 +3,6 @@
 from importlib.resources import files
 from pathlib import PurePath
 
-from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
@@ -27,17 +26,11 @@ _HEADERS = {
 
 def page_routes() -> list[Route]:
     """/ and /page/NAME for each file that it loads. None asks for a key: without one the page cannot ask anything."""
-    found = {file.name: file.read_bytes() for file in files(__name__).iterdir() if _kind(file.name)}
-    routes = [_route(f"/page/{name}", name, content) for name, content in found.items() if name != "index.html"]
-    return [_route("/", "index.html", found["index.html"]), *routes]
-
-
-def _route(path: str, name: str, content: bytes) -> Route:
-    async def send(_: Request) -> Response:
-        return Response(content, headers=_HEADERS, media_type=_kind(name))
-
-    return Route(path, send, methods=["GET"], include_in_schema=False)
-
-
-def _kind(name: str) -> str | None:
-    return _KINDS.get(PurePath(name).suffix)
+    routes = []
+    for file in files(__name__).iterdir():
+        kind = _KINDS.get(PurePath(file.name).suffix)
+        if kind is not None:
+            path = "/" if file.name == "index.html" else f"/page/{file.name}"
+            sent = Response(file.read_bytes(), headers=_HEADERS, media_type=kind)  # each time the same
+            routes.append(Route(path, sent, methods=["GET"], include_in_schema=False))
+    return routes
