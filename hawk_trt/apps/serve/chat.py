@@ -50,24 +50,15 @@ async def open_request(request: Request) -> AsyncIterator[OpenRequest]:
         yield opened
 
 
-async def prepared_request(request: Request, opened: Annotated[OpenRequest, Depends(open_request)]) -> Prepared:
-    """Read, check and prepare the request, within its time."""
-    service: Service = request.app.state.service
-    with anyio.fail_after(opened.deadline - time.monotonic()):
-        prepared = await service.prepare(await _body(request, opened, service), opened)
-    opened.hold_choices(prepared.choices)
-    opened.hold(prepared.pixel_bytes)  # in place of the body, which nothing needs any more
-    return prepared
-
-
 async def chat_completions(
-    request: Request,
-    response: Response,
-    opened: Annotated[OpenRequest, Depends(open_request)],
-    prepared: Annotated[Prepared, Depends(prepared_request)],
+    request: Request, response: Response, opened: Annotated[OpenRequest, Depends(open_request)]
 ) -> answers.Completion | StreamingResponse:
     """Answer a chat, whole or streamed."""
-    service: Service = request.app.state.service
+    service = opened.service
+    with anyio.fail_after(opened.deadline - time.monotonic()):
+        prepared = await service.prepare(await _body(request, opened), opened)
+    opened.hold_choices(prepared.choices)
+    opened.hold(prepared.pixel_bytes)  # in place of the body, which nothing needs any more
     await service.in_thread(partial(opened.submit, prepared.requests()))
     seconds = service.settings.first_token_seconds
     with anyio.move_on_after(opened.begun + seconds - time.monotonic()) as waiting:
@@ -80,7 +71,7 @@ async def chat_completions(
     head["model"] = service.settings.model_name
     ignored = _ignored_header(prepared)
     if prepared.chat.stream:
-        events = _events(service, opened, prepared, first, head)
+        events = _events(opened, prepared, first, head)
         return StreamingResponse(events, headers=_STREAM_HEADERS | ignored, media_type="text/event-stream")
     response.headers.update(ignored)
     results: dict[int, Result] = {}
@@ -90,7 +81,7 @@ async def chat_completions(
             shown[index] += event.logprobs
         else:
             results[index] = event
-    usage, details = await _finish(service, opened, prepared, results)
+    usage, details = await _finish(opened, prepared, results)
     choices = [
         answers.Choice(
             index=index,
@@ -110,8 +101,8 @@ def _ignored_header(prepared: Prepared) -> dict[str, str]:
     return {IGNORED: ", ".join([*names[:_MAX_NAMES], *more])} if names else {}
 
 
-async def _body(request: Request, opened: OpenRequest, service: Service) -> bytes:
-    settings = service.settings
+async def _body(request: Request, opened: OpenRequest) -> bytes:
+    settings = opened.service.settings
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":  # web pages of others can send forms and plain text, but not this
         message = f"content-type: got {kind[:60]!r}, expected application/json"
@@ -146,11 +137,7 @@ async def _all_events(
 
 
 async def _events(
-    service: Service,
-    opened: OpenRequest,
-    prepared: Prepared,
-    first: tuple[int, Piece | Result],
-    head: dict[str, Any],
+    opened: OpenRequest, prepared: Prepared, first: tuple[int, Piece | Result], head: dict[str, Any]
 ) -> AsyncIterator[bytes]:
     """The answers as server-sent events. An error is an event too, since the status has been sent by then."""
     try:
@@ -161,27 +148,28 @@ async def _events(
         usage, details = None, None
         async for index, event in _all_events(opened, first):
             if isinstance(event, Piece):
-                logprobs = _logprobs(service, prepared, event.logprobs)
+                logprobs = _logprobs(opened.service, prepared, event.logprobs)
                 choice = answers.ChunkChoice(index=index, delta={"content": event.text}, logprobs=logprobs)
             else:
                 results[index] = event
                 choice = answers.ChunkChoice(index=index, delta={}, finish_reason=event.finish_reason)
                 if len(results) == opened.num_choices:
-                    usage, details = await _finish(service, opened, prepared, results)
+                    usage, details = await _finish(opened, prepared, results)
             yield _sse(answers.Chunk(**head, choices=[choice], hawk=details))
         options = prepared.chat.stream_options
         if options is not None and options.include_usage:
             yield _sse(answers.Chunk(**head, choices=[], usage=usage))
         yield b"data: [DONE]\n\n"
     except Exception as error:  # whatever it is, the client waits for an end
-        service.metrics.broken_streams.inc()
+        opened.service.metrics.broken_streams.inc()
         yield _sse(api_error(error).body)
 
 
 async def _finish(
-    service: Service, opened: OpenRequest, prepared: Prepared, results: Mapping[int, Result]
+    opened: OpenRequest, prepared: Prepared, results: Mapping[int, Result]
 ) -> tuple[answers.Usage, dict[str, Any] | None]:
     """Count the complete answers; their usage, and the details of the first where the request asks for them."""
+    service = opened.service
     for result in results.values():
         service.metrics.answered(result, prepared.prompt_tokens)
     generated, first = sum(len(result.token_ids) for result in results.values()), results[0]

@@ -142,7 +142,7 @@ class OpenRequest:
     def __init__(self, service: Service) -> None:
         self.begun = time.monotonic()
         self.deadline = self.begun + service.settings.request_seconds  # its answers must be complete then
-        self._service = service
+        self.service = service
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._submitted: list[Answer] = []
@@ -152,7 +152,7 @@ class OpenRequest:
 
     def hold(self, num_bytes: int) -> None:
         """Count so many bytes for this request, in place of those that it held before."""
-        service, more = self._service, num_bytes - self.held_bytes
+        service, more = self.service, num_bytes - self.held_bytes
         most = service.settings.max_waiting_mb * 1_000_000
         # one alone is bounded by its own limits
         if more > 0 and service.open_requests > 1 and service.held_bytes + more > most:
@@ -163,7 +163,7 @@ class OpenRequest:
 
     def hold_choices(self, count: int) -> None:
         """Count so many answers for this request, in place of those that it held before."""
-        service, more = self._service, count - self.num_choices
+        service, more = self.service, count - self.num_choices
         if more > 0 and service.open_choices + more > service.settings.max_open:
             message = "The server has as many requests as it takes. Try again later."
             raise ApiError(429, message, code="queue_full", retry=True)
@@ -172,7 +172,7 @@ class OpenRequest:
 
     def submit(self, requests: Sequence[Request]) -> None:
         """Hand the choices to the batcher; in a thread, since it lays the prompts out."""
-        batcher = self._service.batcher
+        batcher = self.service.batcher
         for choice, request in enumerate(requests):
             answer = batcher.submit(request, partial(self._on_event, choice))
             self._submitted.append(answer)
@@ -193,7 +193,7 @@ class OpenRequest:
         """Cancel what runs and give the bytes back."""
         self._closed = True
         for answer in list(self._submitted):
-            self._service.batcher.cancel(answer)
+            self.service.batcher.cancel(answer)
         self._submitted.clear()  # they lead back here, and would hold the tensors until the next garbage collection
         self.hold(0)
         self.hold_choices(0)
