@@ -80,7 +80,7 @@ class RequestMiddleware:
             async with anyio.create_task_group() as group:
                 group.cancel_scope.deadline = anyio.current_time() + self._seconds
                 try:
-                    error = _wrong_headers(scope) or self._of_others(headers)
+                    error = _wrong_headers(scope, headers) or self._of_others(headers)
                     await (self._app if error is None else error_response(error))(scope, receive_body, send_answer)
                 except Exception as error:  # a mistake in one request's handling must not end another's
                     response = error_response(error)
@@ -120,13 +120,12 @@ def is_allowed(host: str, names: Sequence[str]) -> bool:
     return any(name.endswith(known[1:].lower()) if known.startswith("*") else name == known.lower() for known in names)
 
 
-def _wrong_headers(scope: Scope) -> ApiError | None:
+def _wrong_headers(scope: Scope, headers: Headers) -> ApiError | None:
     """Headers that no client of this server needs, or that say two things."""
     if len(scope.get("raw_path", b"")) + len(scope["query_string"]) > _MAX_ADDRESS_BYTES:
         return ApiError(414, f"address: got more than {_MAX_ADDRESS_BYTES:,} bytes", code="address_too_long")
     if sum(len(name) + len(value) for name, value in scope["headers"]) > _MAX_HEADER_BYTES:
         return ApiError(431, f"headers: got more than {_MAX_HEADER_BYTES:,} bytes", code="headers_too_large")
-    headers = Headers(scope=scope)
     if "content-length" in headers and "transfer-encoding" in headers:  # a proxy may read another end of the body
         error = ApiError(
             400, "headers: got both Content-Length and Transfer-Encoding, expected one", code="two_lengths"

@@ -8,7 +8,8 @@ import asyncio
 import ipaddress
 import socket
 import ssl
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 import anyio
@@ -103,24 +104,14 @@ class _NotPublicError(Exception):
     """A host that has no address, or one that is not of the internet."""
 
 
-class _PublicNetwork(httpcore.AsyncNetworkBackend):
+class _PublicNetwork(httpcore.AnyIOBackend):
     """Connects to a host only where all its addresses are public, and then to one of those that were checked."""
 
-    def __init__(self) -> None:
-        self._network = httpcore.AnyIOBackend()
-
-    async def connect_tcp(
-        self,
-        host: str,
-        port: int,
-        timeout: float | None = None,
-        local_address: str | None = None,
-        socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
-    ) -> httpcore.AsyncNetworkStream:
+    async def connect_tcp(self, host: str, port: int, *args: Any, **options: Any) -> httpcore.AsyncNetworkStream:  # noqa: ANN401 - httpcore's own
         addresses = await resolve(host, port)
         if not addresses or not all(is_public(address) for address in addresses):
             raise _NotPublicError
-        return await self._network.connect_tcp(addresses[0], port, timeout, local_address, socket_options)
+        return await super().connect_tcp(addresses[0], port, *args, **options)
 
 
 async def resolve(host: str, port: int) -> list[str]:
