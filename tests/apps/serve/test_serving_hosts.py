@@ -22,6 +22,12 @@ def server(tiny_bundle):
         yield running
 
 
+@pytest.fixture(scope="module")
+def plain(tiny_bundle):
+    with serving(tiny_bundle) as running:
+        yield running
+
+
 @pytest.mark.parametrize(
     "host", ["localhost", "LOCALHOST.:8000", "a.localhost:1", "127.0.0.1:80", "[::1]:8000", "[::1]"]
 )
@@ -69,22 +75,20 @@ def test_own_pages_and_those_that_were_named_are_answered(server):
         assert server.http.post("/v1/chat/completions", json=question(), headers=headers).status_code == 200
 
 
-def test_a_server_of_one_machine_checks_and_one_that_is_open_does_not(tiny_bundle):
-    with serving(tiny_bundle) as server:
-        assert server.http.get("/v1/models", headers={"host": "api.example"}).status_code == 200
+def test_a_server_of_one_machine_checks_and_one_that_is_open_does_not(plain, tiny_bundle):
+    assert plain.http.get("/v1/models", headers={"host": "api.example"}).status_code == 200
     served = Served(allowed_hosts=("a.example, b.example", "c.example")).settings(tiny_bundle)
     assert served.allowed_hosts == ("a.example", "b.example", "c.example")
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/responses"])
-def test_other_protocols_of_openai_say_what_to_use(tiny_bundle, path):
-    with serving(tiny_bundle) as server:
-        refused = server.http.post(path, json={"model": "tiny-vlm", "prompt": "x"})
-        assert (refused.status_code, refused.json()["error"]["code"]) == (404, "unknown_url")
-        assert "/v1/chat/completions" in refused.json()["error"]["message"]
+def test_other_protocols_of_openai_say_what_to_use(plain, path):
+    refused = plain.http.post(path, json={"model": "tiny-vlm", "prompt": "x"})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (404, "unknown_url")
+    assert "/v1/chat/completions" in refused.json()["error"]["message"]
 
 
-def test_errors_repeat_little_of_what_a_client_sent(tiny_bundle):
+def test_errors_repeat_little_of_what_a_client_sent(plain):
     long = "x" * 100_000
     bodies = [
         question(model=long),
@@ -96,19 +100,17 @@ def test_errors_repeat_little_of_what_a_client_sent(tiny_bundle):
         question() | {"messages": [{"role": long, "content": "x"}]},
         question() | {"messages": [{"role": "user", "content": [{"type": long}]}]},
     ]
-    with serving(tiny_bundle) as server:
-        for body in bodies:
-            refused = server.http.post("/v1/chat/completions", json=body)
-            assert refused.status_code in (400, 404)
-            assert len(refused.content) < 2_000
-        refused = server.http.get("/v1/models/" + long[:8_000])
-        assert refused.status_code == 404 and len(refused.content) < 2_000
+    for body in bodies:
+        refused = plain.http.post("/v1/chat/completions", json=body)
+        assert refused.status_code in (400, 404)
+        assert len(refused.content) < 2_000
+    refused = plain.http.get("/v1/models/" + long[:8_000])
+    assert refused.status_code == 404 and len(refused.content) < 2_000
 
 
-def test_no_answer_leads_to_the_name_that_a_client_gave(tiny_bundle):
-    with serving(tiny_bundle) as server:
-        moved = server.http.get("/metrics/", headers={"host": "evil.example"})
-        assert (moved.status_code, "location" in moved.headers) == (200, False)
+def test_no_answer_leads_to_the_name_that_a_client_gave(plain):
+    moved = plain.http.get("/metrics/", headers={"host": "evil.example"})
+    assert (moved.status_code, "location" in moved.headers) == (200, False)
 
 
 def test_a_client_that_never_reads_is_closed(tiny_bundle, monkeypatch):
@@ -148,10 +150,9 @@ def test_a_key_opens_the_server_and_nothing_else_does(tiny_bundle):
         assert server.http.get("/health").status_code == server.http.get("/ready").status_code == 200
 
 
-def test_pages_of_others_may_call_the_server_only_where_they_were_allowed_to(tiny_bundle):
+def test_pages_of_others_may_call_the_server_only_where_they_were_allowed_to(plain, tiny_bundle):
     origin = {"origin": "https://page.example", "access-control-request-method": "POST"}
-    with serving(tiny_bundle) as server:
-        assert "access-control-allow-origin" not in server.http.options("/v1/chat/completions", headers=origin).headers
+    assert "access-control-allow-origin" not in plain.http.options("/v1/chat/completions", headers=origin).headers
     with serving(tiny_bundle, cors_origins=("https://page.example",)) as server:
         allowed = server.http.options("/v1/chat/completions", headers=origin).headers
         assert allowed["access-control-allow-origin"] == "https://page.example"

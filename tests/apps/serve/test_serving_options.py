@@ -157,7 +157,7 @@ def test_choices_without_a_seed_are_drawn_afresh(client):
 def test_choices_count_as_so_many_requests(server, client):
     with pytest.raises(openai.BadRequestError, match="n: got 7, expected at most 6"):
         client.chat.completions.create(**question(OPEN, n=7))
-    long = question(OPEN, n=6, max_tokens=1000, logit_bias=FREE)
+    long = question(OPEN, n=6, max_tokens=300, logit_bias=FREE)
     with server.openai() as other, other.chat.completions.create(**long, stream=True) as stream:
         next(iter(stream))
         assert server.service.open_choices == 6
