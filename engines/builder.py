@@ -75,7 +75,6 @@ class Monitor(trt.IProgressMonitor):
         return not self.interrupted
 
     def phase_finish(self, phase_name: str) -> None:
-        """TensorRT's callback."""
         self._phases.pop(phase_name, None)
 
     def interrupt(self, number: int, frame: FrameType | None) -> None:

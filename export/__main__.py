@@ -185,7 +185,6 @@ def _with_reference(bundle: Bundle) -> Bundle:
 
 
 def _report(bundle: Bundle, out: Path, seconds: float, *, up_to_date: bool, as_json: bool) -> None:
-    """Print the result on stdout."""
     manifest = bundle.manifest
     size_bytes = sum(entry.size_bytes for entry in manifest.files.values())
     if as_json:

@@ -13,8 +13,7 @@ from hawk_trt.errors import CheckpointError
 
 from .architectures import read_config
 from .checkpoint import Checkpoint
-from .checkpoint_files import CONFIG, GENERATION_CONFIG, TOKENIZER, as_text, json_object, read_json, read_small_files
-from .tensor_file import read_tensor_file
+from .checkpoint_files import TOKENIZER, as_text, read_small_files
 from .writer import ExportOptions, planned
 
 # Of each tensor, from its start and from its end: training changes every part of a tensor that it changes.
@@ -40,42 +39,34 @@ def open_checkpoint(folder: Path, hub_id: str | None = None) -> CheckpointBundle
     Raises:
         CheckpointError: no checkpoint there, one that is not supported, or one without a tokenizer.
     """
-    if not (folder / CONFIG).is_file():
-        raise CheckpointError(
-            f"{folder}: no {CONFIG} there, expected a checkpoint folder, or a hub id: hawk-trt calibrate OWNER/NAME"
-        )
-    config, generation = read_json(folder / CONFIG), json_object(folder, GENERATION_CONFIG)
-    contents = read_small_files(folder, read_config(config).chat_template).contents
+    opened = Checkpoint.open(folder)
+    contents = read_small_files(folder, read_config(opened.config).chat_template).contents
     if TOKENIZER not in contents:
         raise CheckpointError(
             f"{folder}: no tokenizer.json there, so it cannot answer questions. If it has vocab.json, write one with "
             "transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
         )
-    manifest = planned(Checkpoint(folder, config, generation, (), {}), ExportOptions(), hub_id)
-    source = replace(manifest.source, fingerprint=_fingerprint(folder, contents))
+    manifest = planned(opened, ExportOptions(), hub_id)
+    source = replace(manifest.source, fingerprint=_fingerprint(opened, contents))
     texts = {name: as_text(folder / name, raw) for name, raw in contents.items()}
     manifest = replace(manifest, source=source, targets=(), versions={})
     return CheckpointBundle(folder, manifest, texts)
 
 
-def _fingerprint(folder: Path, contents: dict[str, bytes]) -> str:
+def _fingerprint(checkpoint: Checkpoint, contents: dict[str, bytes]) -> str:
     """The sha256 of the small files, and of each tensor's name, dtype, shape, first and last bytes."""
     digest = hashlib.sha256()
     for name, content in sorted(contents.items()):
         digest.update(f"{name} {len(content)}\n".encode() + content)
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(f"{folder}: no safetensors there")
-    for path in files:
-        found = read_tensor_file(path)
-        digest.update(path.name.encode() + found.header)
+    for found in checkpoint.files:
+        digest.update(found.path.name.encode() + found.header)
         try:
-            with path.open("rb") as file:
-                for tensor in sorted(found.tensors, key=lambda tensor: tensor.name):
+            with found.path.open("rb") as file:
+                for tensor in found.tensors:
                     end = tensor.offset + tensor.nbytes
                     for place in (tensor.offset, max(tensor.offset, end - _SAMPLED_BYTES)):
                         file.seek(place)
                         digest.update(file.read(min(_SAMPLED_BYTES, end - place)))
         except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+            raise CheckpointError(f"{found.path}: cannot be read ({error.strerror})") from error
     return digest.hexdigest()

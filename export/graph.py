@@ -172,7 +172,6 @@ class GraphBuilder:
         return self._constants[key]
 
     def ints(self, *values: int) -> Value:
-        """A 1-D int64 constant."""
         return self.const(values, "int64")
 
     def scalar(self, value: float) -> Value:
@@ -188,11 +187,9 @@ class GraphBuilder:
         return self.op("Reshape", x, self.ints(*shape), name=name)
 
     def transpose(self, x: Value, *perm: int, name: str) -> Value:
-        """Permute the dimensions."""
         return self.op("Transpose", x, perm=list(perm), name=name)
 
     def unsqueeze(self, x: Value, *axes: int, name: str) -> Value:
-        """Insert dimensions of size 1."""
         return self.op("Unsqueeze", x, self.ints(*axes), name=name)
 
     def cut(self, x: Value, axis: int, start: int, end: int, *, name: str) -> Value:
@@ -200,7 +197,6 @@ class GraphBuilder:
         return self.op("Slice", x, self.ints(start), self.ints(end), self.ints(axis), name=name)
 
     def model(self) -> onnx.ModelProto:
-        """The finished model."""
         for function in self.functions:
             function.opset_import[0].version = self._opsets[""]
         return onnx.ModelProto(

@@ -62,7 +62,7 @@ _TEMPLATE = """\
 
 
 def read(config: Mapping[str, Any], generation: Mapping[str, Any], added_tokens: Mapping[str, int]) -> ModelConfig:
-    """The model of a config.json of either make; see registry.read_config."""
+    """The model of a config.json of either make; see architectures.read_config."""
     config = _with_text_config(config)
     qwen3 = bool(_QWEN3 & set(_language_side(config["text_config"])))
     return ModelConfig(

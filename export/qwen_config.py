@@ -162,7 +162,7 @@ _SIDES: dict[str, tuple[Callable[[Config], LanguageConfig], Callable[[Config], A
 
 
 def read(family: str, config: Config, generation: Config, added_tokens: Mapping[str, int]) -> ModelConfig:
-    """The model of a config.json of the family; see registry.read_config."""
+    """The model of a config.json of the family; see architectures.read_config."""
     language, vision = _SIDES[family]
     tokens = special_tokens(config, generation, added_tokens, _SPELLINGS)
     return ModelConfig(language(config), vision(config), tokens)
@@ -187,7 +187,6 @@ def _vision_sizes(config: Config, vision: Section, hidden_act: str) -> dict[str,
 
 
 def _block_numbers(vision: Section, key: str) -> tuple[int, ...]:
-    """Block numbers of the vision tower."""
     blocks, depth = vision.get(key), vision.integer("depth")
     if not isinstance(blocks, list | tuple) or not all(is_integer(block) and 0 <= block < depth for block in blocks):
         raise vision.wrong(key, f"a list of block numbers below depth {depth}")

@@ -154,10 +154,10 @@ class IntegerMatrix(CheckpointTensor):
 class AwqMatrix(IntegerMatrix):
     """AutoAWQ's gemm packing: int32 [in, out / 8], columns 0 2 4 6 1 3 5 7 of eight from the low bits upwards."""
 
-    def packed(self) -> Iterator[Bytes]:  # noqa: D102
+    def packed(self) -> Iterator[Bytes]:
         return (_awq_order(block) for block in self.parts["qweight"].blocks())
 
-    def zero_points(self) -> Bytes | None:  # noqa: D102
+    def zero_points(self) -> Bytes | None:
         zeros = self.parts["qzeros"]
         return self._zeros(_awq_order(zeros.array()).reshape(zeros.shape[0], -1))
 
@@ -165,7 +165,7 @@ class AwqMatrix(IntegerMatrix):
 class GptqMatrix(IntegerMatrix):
     """GPTQ's packing: int32 [in * bits / 32, out] of consecutive rows, zero points of consecutive columns."""
 
-    def packed(self) -> Iterator[Bytes]:  # noqa: D102
+    def packed(self) -> Iterator[Bytes]:
         tensor, columns = self.parts["qweight"], self.shape[0]
         buffers = alternating_buffers(math.prod(tensor.shape), np.dtype(np.int32), columns)
         sign = np.uint32(int(_sign_bits(self.bits)) * 0x01010101)
@@ -180,7 +180,7 @@ class GptqMatrix(IntegerMatrix):
             np.copyto(octets.reshape(by_row.shape), by_row)
             yield octets
 
-    def zero_points(self) -> Bytes | None:  # noqa: D102
+    def zero_points(self) -> Bytes | None:
         zeros = self.parts["qzeros"].array().view(np.uint8)
         return self._zeros(self._counted(zeros) ^ _sign_bits(self.bits))
 
@@ -201,7 +201,7 @@ class GptqV2Matrix(GptqMatrix):
 class PackedMatrix(IntegerMatrix):
     """compressed-tensors' pack-quantized: int32 [out, in * bits / 32] of consecutive columns, or int8 [out, in]."""
 
-    def packed(self) -> Iterator[Bytes]:  # noqa: D102
+    def packed(self) -> Iterator[Bytes]:
         name = "weight_packed" if "weight_packed" in self.parts else "weight"
         tensor, count, first = self.parts[name], 8 // self.bits, 0
         rows, columns = self.shape
@@ -219,12 +219,12 @@ class PackedMatrix(IntegerMatrix):
             turned ^= _sign_bits(self.bits)
         yield turned.reshape(-1)
 
-    def scales(self) -> npt.NDArray[Any]:  # noqa: D102
+    def scales(self) -> npt.NDArray[Any]:
         scales = self.parts["weight_scale"].array()
         by_group = np.broadcast_to(scales.reshape(-1, 1) if scales.size == 1 else scales, self._groups)
         return self._by_block(np.ascontiguousarray(by_group.T))
 
-    def zero_points(self) -> Bytes | None:  # noqa: D102
+    def zero_points(self) -> Bytes | None:
         if "weight_zero_point" not in self.parts:
             return None
         zeros = self.parts["weight_zero_point"].array()

@@ -27,7 +27,6 @@ def internvl_entry(vision: InternVLVision, dtype: str, target: str) -> GraphEntr
 
 
 def internvl_vision(g: GraphBuilder, vision: InternVLVision) -> dict[str, Value]:
-    """Add the nodes of the vision graph."""
     x = _embed(g, vision, g.inputs["pixel_values"])
     for block in range(vision.depth):
         x = _block(g, vision, x, f"blocks.{block}")

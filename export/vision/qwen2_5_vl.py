@@ -29,7 +29,6 @@ def qwen2_5_vl_entry(vision: Qwen25Vision, dtype: str, target: str) -> GraphEntr
 
 
 def qwen2_5_vl_vision(g: GraphBuilder, vision: Qwen25Vision) -> dict[str, Value]:
-    """Add the nodes of the vision graph."""
     tower = Tower(g, vision, _STYLE)
     with g.scope("windows"):
         windows = _windows(g, tower)

@@ -27,7 +27,6 @@ def qwen2_vl_entry(vision: Qwen2Vision, dtype: str, target: str) -> GraphEntry:
 
 
 def qwen2_vl_vision(g: GraphBuilder, vision: Qwen2Vision) -> dict[str, Value]:
-    """Add the nodes of the vision graph."""
     tower = Tower(g, vision, _STYLE)
     x = tower.patches
     for number in range(vision.depth):

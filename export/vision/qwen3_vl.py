@@ -32,7 +32,6 @@ def qwen3_vl_entry(vision: Qwen3Vision, dtype: str, target: str) -> GraphEntry:
 
 
 def qwen3_vl_vision(g: GraphBuilder, vision: Qwen3Vision) -> dict[str, Value]:
-    """Add the nodes of the vision graph."""
     tower = Tower(g, vision, _STYLE)
     x = _add_places(g, tower.patches, vision)
     levels: list[Value] = []

@@ -131,7 +131,6 @@ def calibrate(
 
 
 def _sources(datasets: Sequence[str], metrics: tuple[str, ...], asked: Asked) -> tuple[calibration.Source, ...]:
-    """The data sets with their metrics."""
     names = [name if name == TINY else str(Path(name).resolve()) for name in datasets]
     wanted: tuple[str | None, ...] = metrics or (None,)
     if len(wanted) not in (1, len(names)):

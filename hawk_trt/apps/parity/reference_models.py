@@ -38,7 +38,6 @@ class Qwen25VL:
         self._config: Any = model.config
 
     def items(self, inputs: ModelInputs) -> tuple[list[VisualItem], list[VisualItem]]:
-        """The images and the videos of a prompt."""
         images = [VisualItem(False, self._merged(grid)) for grid in _rows(inputs.image_grid_thw)]
         grids = [self._merged(grid) for grid in _rows(inputs.video_grid_thw)]
         seconds = np.ones(len(grids)) if inputs.second_per_grid_ts is None else np.ravel(inputs.second_per_grid_ts)
@@ -97,7 +96,6 @@ class Qwen2VL(Qwen25VL):
     model_class: ClassVar[Any] = Qwen2VLForConditionalGeneration
 
     def positions(self, kinds: Sequence[int], items: Sequence[VisualItem]) -> list[list[int]]:
-        """Positions of each token on each axis."""
         return mrope_positions(kinds, [VisualItem(item.is_video, item.grid) for item in items], 1.0)
 
 
@@ -107,7 +105,6 @@ class Qwen3VL(Qwen25VL):
     model_class: ClassVar[Any] = Qwen3VLForConditionalGeneration
 
     def positions(self, kinds: Sequence[int], items: Sequence[VisualItem]) -> list[list[int]]:
-        """Positions of each token on each axis."""
         frames: list[VisualItem] = []
         seen = dict.fromkeys(range(len(items)), 0)  # tokens of each item so far
         frame_kinds = []
