@@ -14,13 +14,13 @@ from hawk_trt.engine_folder import DECODE, PREFILL, EngineFolder
 from hawk_trt.errors import BackendError
 from hawk_trt.inputs.layout import PrefillInputs
 from hawk_trt.runtime.protocol import PrefillOutputs, Row, StepOutputs, Visual
-from hawk_trt.runtime.tensorrt.cache import KVCache, Slots, TensorRtRow, row_bytes
+from hawk_trt.runtime.tensorrt.cache import KVCache, Slots, TensorRtRow
 from hawk_trt.runtime.tensorrt.cuda import CudaDevice, this_machine
 from hawk_trt.runtime.tensorrt.decode import DecodeStep
 from hawk_trt.runtime.tensorrt.engine import Context, load_plans
 from hawk_trt.runtime.tensorrt.memory import Memory
 from hawk_trt.runtime.tensorrt.vision import Encoder
-from hawk_trt.stages import DECODER, FIRST_LAYER, VISION, in_place
+from hawk_trt.stages import DECODER, FIRST_LAYER, VISION
 
 _SCRATCH = "scratch"
 _CACHE = "cache"
@@ -48,12 +48,12 @@ class TensorRtBackend:
         self.max_context: int | None = manifest.limits.context
         self.max_batch: int | None = manifest.limits.batch
         plans = load_plans(engines)
-        columns = manifest.limits.context if in_place(manifest.target) else 1
-        unkept = manifest.limits.batch * row_bytes(manifest) // manifest.limits.context * columns
+        sizes = KVCache(manifest, 0)  # whose sizes alone count
+        unkept = sizes.batch * sizes.row_bytes // (1 if sizes.inplace else sizes.context)
         scoring = self._language.scoring_layer
         regions = {
             _SCRATCH: max(engine.scratch_bytes for engine in plans.values()),
-            _CACHE: KVCache(manifest, 0).nbytes,
+            _CACHE: sizes.nbytes,
             **{_UNKEPT + name: unkept for name in self._language.cache_names(scoring, past=False)},
             **DecodeStep.sizes(manifest),
         }

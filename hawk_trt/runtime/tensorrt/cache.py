@@ -41,7 +41,8 @@ class KVCache:
     """Keys and values of all layers from an address of device memory on, and whose they are.
 
     context, batch: columns that a slot can hold, and slots.  starts, ends: int64 [batch], padding before each slot's
-    first token; padding and tokens.  finite: whether all in a slot is known to be finite.
+    first token; padding and tokens.  finite: whether all in a slot is known to be finite.  owners: the row that has a
+    slot, as long as something else refers to it.
     """
 
     def __init__(self, manifest: EngineManifest, address: int) -> None:
@@ -51,7 +52,7 @@ class KVCache:
         self.starts, self.ends = np.zeros(self.batch, np.int64), np.zeros(self.batch, np.int64)
         self.finite = np.ones(self.batch, np.bool_)
         self.num_steps = 0
-        self._owners: list[weakref.ref[TensorRtRow] | None] = [None] * self.batch
+        self.owners: weakref.WeakValueDictionary[int, TensorRtRow] = weakref.WeakValueDictionary()
         self._prefilled = np.zeros(self.batch, np.int64)  # of each slot's tokens
         self._manifest = manifest
         language = manifest.bundle.language
@@ -61,8 +62,8 @@ class KVCache:
             if not language.is_linear(layer)
             for names in zip(*(language.cache_names(layer, past=past) for past in (True, False)), strict=True)
         ]
-        self.row_bytes = row_bytes(manifest)
-        self._column_bytes, self._heads = column_bytes(manifest), manifest.bundle.language.num_key_value_heads
+        self._column_bytes, self._heads = column_bytes(manifest), language.num_key_value_heads
+        self.row_bytes = self._heads * self.context * self._column_bytes  # of a slot in one tensor
         self._tensor_bytes, beside = tensor_bytes(manifest, self.context), 0 if self.inplace else 1
         self._past = address
         self._new = address + len(self._names) * self._tensor_bytes  # a portable step's columns
@@ -88,7 +89,7 @@ class KVCache:
                 f"Rebuild with a larger --batch: {self._manifest.rebuild}"
             )
         while (first := self._free_from(batch)) is None:
-            rows = [row for slot in range(self.batch) if (row := self.owner(slot)) is not None]
+            rows = list(self.owners.values())
             oldest = min(row.step for row in rows)
             for row in rows:
                 if row.step == oldest:
@@ -96,14 +97,6 @@ class KVCache:
         slots: Slots = np.arange(first, first + batch)
         self.starts[slots] = self.ends[slots] = 0
         return slots
-
-    def give(self, slot: int, owner: "TensorRtRow | None") -> None:
-        """Let a slot belong to a row, whoever had it, or to nobody; the cache itself keeps no row alive."""
-        self._owners[slot] = None if owner is None else weakref.ref(owner)
-
-    def owner(self, slot: int) -> "TensorRtRow | None":
-        reference = self._owners[slot]
-        return None if reference is None else reference()
 
     def prepare(self, cuda: CudaDevice, slots: Slots) -> None:
         """Let nothing in neighbouring slots be what is not finite.
@@ -150,7 +143,7 @@ class KVCache:
 
     def next_columns(self, rows: int) -> npt.NDArray[np.int64]:
         """Where a step over the first slots writes: behind the end of each that has an owner, else its first column."""
-        taken = np.array([self.owner(slot) is not None for slot in range(rows)])
+        taken = np.array([slot in self.owners for slot in range(rows)])
         return np.where(taken, np.minimum(self.ends[:rows], self.context - 1), 0)
 
     def store_prompt(self, cuda: CudaDevice, slots: Slots, columns: int) -> None:
@@ -226,7 +219,7 @@ class KVCache:
 
     def _free_from(self, batch: int) -> int | None:
         """The first of so many neighbouring free slots."""
-        free = [self.owner(slot) is None for slot in range(self.batch)]
+        free = [slot not in self.owners for slot in range(self.batch)]
         return next((first for first in range(self.batch - batch + 1) if all(free[first : first + batch])), None)
 
 
@@ -237,7 +230,7 @@ class TensorRtRow:
         self.slot, self.step = slot, cache.num_steps
         self._memory, self._cache = memory, cache
         self._number = self._kept = 0  # its row of the last step's outputs, positions in them
-        cache.give(slot, self)
+        cache.owners[slot] = self
 
     @property
     def nbytes(self) -> int:
@@ -245,8 +238,8 @@ class TensorRtRow:
         return self._cache.nbytes // self._cache.batch
 
     def release(self) -> None:
-        if self._cache.owner(self.slot) is self:
-            self._cache.give(self.slot, None)
+        if self._cache.owners.get(self.slot) is self:
+            del self._cache.owners[self.slot]
 
     def hidden_states(self) -> npt.NDArray[np.float32]:
         self.check()
@@ -264,7 +257,7 @@ class TensorRtRow:
 
     def check(self) -> None:
         """Refuse, as a BackendError, a row that has lost its slot."""
-        if self._cache.owner(self.slot) is not self:
+        if self._cache.owners.get(self.slot) is not self:
             raise BackendError(
                 "generation: another was started on the same engines and has its place in the KV cache, or a step "
                 "failed. Finish a stream before the next, put prompts into one batch, or load a second Pipeline"
@@ -279,11 +272,6 @@ class TensorRtRow:
 def column_bytes(manifest: EngineManifest) -> int:
     """Bytes of one head of one token in one tensor."""
     return manifest.bundle.language.head_dim * numpy_dtype(manifest.bundle.dtype).itemsize
-
-
-def row_bytes(manifest: EngineManifest) -> int:
-    """Bytes of a slot in one tensor."""
-    return manifest.bundle.language.num_key_value_heads * manifest.limits.context * column_bytes(manifest)
 
 
 def tensor_bytes(manifest: EngineManifest, columns: int) -> int:

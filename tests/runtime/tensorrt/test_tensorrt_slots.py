@@ -75,7 +75,7 @@ def scheduler_of(pipe):
 
 
 def free_slots(pipe):
-    return [slot for slot, owner in enumerate(pipe.backend.cache._owners) if owner is None or owner() is None]
+    return [slot for slot in range(pipe.backend.max_batch) if slot not in pipe.backend.cache.owners]
 
 
 def finish(scheduler):
