@@ -78,7 +78,6 @@ class TableEntry:
 
     @property
     def nbytes(self) -> int:
-        """Size of the table."""
         return math.prod(self.shape) * numpy_dtype(self.dtype).itemsize
 
 
@@ -157,7 +156,6 @@ class Manifest:
 
     @property
     def family(self) -> str:
-        """Name of the model's family."""
         return self.vision.family
 
     @property

@@ -156,7 +156,6 @@ class EngineFolder:
         return None if self.manifest.plugin is None else self.folder / self.manifest.plugin
 
     def plan(self, stage: str) -> PlanEntry:
-        """The plan of a stage."""
         return next(entry for entry in self.manifest.plans if entry.stage == stage)
 
     def check(self, *, verify: bool = False, progress: Callable[[int], None] | None = None) -> None:

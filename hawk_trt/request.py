@@ -186,7 +186,7 @@ def check_head_weights(weights: Sequence[float], num_heads: int | None = None) -
     if num_heads is not None and len(values) != num_heads:
         raise InvalidInput(f"head_weights: got {len(values)} values, expected {num_heads}, one a query head of layer 0")
     if not values or not all(math.isfinite(w) and w >= 0.0 for w in values):
-        raise InvalidInput(f"head_weights: got {_short(values)}, expected finite numbers of at least 0")
+        raise InvalidInput(f"head_weights: got {values!r:.100}, expected finite numbers of at least 0")
     if not any(values):
         raise InvalidInput(
             "head_weights: all are 0, so every visual token scores the same; expected at least one above 0"
@@ -229,11 +229,6 @@ def _number(name: str, value: object, least: float, most: float, above: bool = F
 def _check_integer(name: str, value: object, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:  # numpy's integers are ones too
         raise InvalidInput(f"{name}: got {value!r}, expected an integer of at least {least}")
-
-
-def _short(values: tuple[float, ...]) -> str:
-    shown = ", ".join(f"{v:g}" for v in values[:8])
-    return f"({shown}{', ...' if len(values) > 8 else ''})"
 
 
 @dataclass(frozen=True, slots=True, eq=False)

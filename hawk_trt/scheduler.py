@@ -159,7 +159,6 @@ class Scheduler:
         return moved
 
     def _leave(self) -> None:
-        """Let finished and dropped sequences go."""
         for sequence in [sequence for sequence in list(self.waiting) if sequence.dropped]:
             self.waiting.remove(sequence)
         for sequence in self.running:

@@ -119,16 +119,13 @@ class LanguageConfig:
 
     @property
     def decoder_layers(self) -> range:
-        """Layers of the decoder graph."""
         return range(self.scoring_layer + 1, self.num_hidden_layers)
 
     @property
     def num_linear_layers(self) -> int:
-        """Layers of linear attention."""
         return self.layer_types.count(LINEAR_ATTENTION)
 
     def is_linear(self, layer: int) -> bool:
-        """Whether a layer is linear attention."""
         return bool(self.layer_types) and self.layer_types[layer] == LINEAR_ATTENTION
 
     def cache_names(self, layer: int, *, past: bool) -> tuple[str, str]:

@@ -41,12 +41,10 @@ class PromptLayout:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens, text and visual."""
         return len(self.input_ids)
 
     @property
     def num_visual(self) -> int:
-        """Visual tokens."""
         return int(np.count_nonzero(self.visual_rows >= 0))
 
     @property

@@ -29,7 +29,6 @@ class VisionConfig(msgspec.Struct, frozen=True, kw_only=True, tag_field="family"
 
     @property
     def family(self) -> str:
-        """Name of the family."""
         return str(self.__struct_config__.tag)
 
     @property
@@ -109,7 +108,6 @@ class InternVLVision(VisionConfig, frozen=True, kw_only=True, tag="internvl"):
 
     @property
     def tile_tokens(self) -> int:
-        """Visual tokens of a tile."""
         return (self.image_size // self.token_side) ** 2
 
 
