@@ -278,6 +278,9 @@ def _compiled(source: str) -> "jinja2.Template":
             total: Node = reduce(Add, texts)
             return total.set_lineno(node.lineno).set_environment(environment)
 
+    def raise_exception(message: str) -> NoReturn:
+        raise jinja2.TemplateError(message)
+
     environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation])
     environment.filters = {name: limited(name, filter_) for name, filter_ in environment.filters.items()}
     environment.filters["tojson"] = limited("tojson", _to_json)
@@ -285,7 +288,7 @@ def _compiled(source: str) -> "jinja2.Template":
     tests: dict[str, Any] = environment.tests
     environment.tests = tests | {name: limited(name, tests[name]) for name in _DEEP_TESTS}
     environment.finalize = whole
-    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
     return environment.from_string(Bounds().visit(environment.parse(source)))
 
@@ -345,12 +348,6 @@ def _to_json(
             raise ValueError("tojson makes a value that is too large")
         parts.append(part)
     return "".join(parts)
-
-
-def _raise_exception(message: str) -> NoReturn:
-    import jinja2
-
-    raise jinja2.TemplateError(message)
 
 
 def _check_time() -> None:

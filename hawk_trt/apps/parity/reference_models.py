@@ -136,7 +136,6 @@ class InternVL(Qwen25VL):
     model_class: ClassVar[Any] = InternVLForConditionalGeneration
 
     def items(self, inputs: ModelInputs) -> tuple[list[VisualItem], list[VisualItem]]:
-        """The images of a prompt, frames among them, and no videos."""
         runs: list[int] = []
         before = None
         for token in np.ravel(np.asarray(inputs.input_ids)).tolist():
@@ -149,7 +148,6 @@ class InternVL(Qwen25VL):
         return [VisualItem(False, (run // tile_tokens, 1, tile_tokens)) for run in runs], []
 
     def embed(self, inputs: ModelInputs) -> tuple[list[Tensor], list[Tensor]]:
-        """Rows of each image, and none of videos."""
         if inputs.pixel_values is None:
             return [], []
         features = self._vision.get_image_features(self._pixels(inputs.pixel_values)).pooler_output
@@ -157,7 +155,6 @@ class InternVL(Qwen25VL):
         return [part.flatten(0, 1) for part in features.split(tiles)], []
 
     def positions(self, kinds: Sequence[int], items: Sequence[VisualItem]) -> list[list[int]]:  # noqa: ARG002
-        """One position after another."""
         return [[place] for place in range(len(kinds))]
 
 
