@@ -1,12 +1,15 @@
 """What all tests share: no network, the tiny model and its bundle, and skips that say what is missing."""
 
+import gc
 import json
 import os
 import shutil
 import sys
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, so before anything else
+# read when huggingface_hub and PyTorch are imported, so before anything else
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # a worker a core runs tests; of products this small, threads wait for each other
 
 import pytest
 from hypothesis import settings
@@ -30,6 +33,12 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU on this machine"))
         if item.get_closest_marker("real") and not real:
             item.add_marker(pytest.mark.skip(reason="HAWK_REAL_CHECKPOINT names no checkpoint folder"))
+
+
+def pytest_collection_finish():
+    """What was imported stays: each of the tests' own gc.collect() would look at its million objects again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

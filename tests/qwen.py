@@ -251,7 +251,7 @@ class RandomQwen:
     def pipe(self, target: str) -> Pipeline:
         """Its bundle, loaded once for each target."""
         if target not in self._pipes:
-            self._pipes[target] = Pipeline.load(self.bundle, target=target)
+            self._pipes[target] = Pipeline.load(self.bundle, target=target, threads=1)
         return self._pipes[target]
 
     def close(self) -> None:

@@ -27,7 +27,7 @@ def test_the_authors_kept_set_scores_logits_and_tokens_are_met(bundles, name, ta
     pruning = PruningConfig(
         keep_ratio=case.keep_ratio, head_weights=case.head_weights, min_visual_tokens=case.min_visual_tokens
     )
-    with Pipeline.load(bundles / case.normalization, target=target) as pipe:
+    with Pipeline.load(bundles / case.normalization, target=target, threads=1) as pipe:
         result = pipe.generate(
             ModelInputs(**case.inputs), pruning=pruning, max_new_tokens=12, ignore_eos=True, return_logits=True
         )
@@ -45,7 +45,7 @@ def test_the_authors_kept_set_scores_logits_and_tokens_are_met(bundles, name, ta
 @pytest.mark.parametrize("name", [name for name in golden.CASES if "text_only" not in name])
 def test_scores_are_reported_when_nothing_is_pruned(bundles, name):
     case = golden.load_case(name)
-    with Pipeline.load(bundles / case.normalization) as pipe:
+    with Pipeline.load(bundles / case.normalization, threads=1) as pipe:
         inputs = ModelInputs(**case.inputs)
         weights = PruningConfig(keep_ratio=1.0, head_weights=case.head_weights)
         full = pipe.generate(inputs, pruning=weights, max_new_tokens=12, ignore_eos=True, return_logits=True)

@@ -5,6 +5,7 @@ import graphlib
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,7 @@ def modules():
         yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
 
 
+@cache
 def graph():
     """The modules that each module imports, wherever it does: inside a function and for type checking too."""
     files = dict(modules())
@@ -98,8 +100,10 @@ def test_no_module_imports_itself_by_way_of_others():
     graphlib.TopologicalSorter(graph()).prepare()  # it says which circle there is
 
 
+@cache
 def imports(folder):
     """Each file of a folder with the top-level package of everything that it imports, wherever it does."""
+    found = set()
     for path in sorted((ROOT / folder).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
@@ -113,7 +117,8 @@ def imports(folder):
                 names = [arg.value for arg in node.args[:1] if isinstance(arg, ast.Constant)]
             else:
                 continue
-            yield from ((path.relative_to(ROOT).as_posix(), name.partition(".")[0]) for name in names)
+            found |= {(path.relative_to(ROOT).as_posix(), name.partition(".")[0]) for name in names}
+    return found
 
 
 @pytest.mark.parametrize("folder", MAY_IMPORT)
@@ -125,7 +130,7 @@ def test_a_folder_imports_only_what_the_arrows_allow(folder):
 
 
 def test_the_walk_sees_imports_at_all():
-    assert ("export/__main__.py", "hawk_trt") in set(imports("export"))
+    assert ("export/__main__.py", "hawk_trt") in imports("export")
     found = graph()
     assert "hawk_trt.request" in found["hawk_trt.pipeline"]  # at its top
     assert "hawk_trt.models.internvl" in found["hawk_trt.models"]  # inside a function

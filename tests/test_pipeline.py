@@ -1,6 +1,8 @@
 """The pipeline on the tiny model: answers, batches, streams, quotas, queries and bad input."""
 
 import dataclasses
+import json
+import shutil
 import subprocess
 import sys
 
@@ -22,13 +24,13 @@ TEXT_THEN_IMAGE = [{"type": "text", "text": "What is red?"}, {"type": "image"}]
 
 @pytest.fixture(scope="module", params=ON_CPU)
 def pipe(request, tiny_bundle):
-    with Pipeline.load(tiny_bundle, target=request.param) as pipe:
+    with Pipeline.load(tiny_bundle, target=request.param, threads=1) as pipe:
         yield pipe
 
 
 @pytest.fixture(scope="module")
 def inplace(tiny_bundle):
-    with Pipeline.load(tiny_bundle) as pipe:
+    with Pipeline.load(tiny_bundle, threads=1) as pipe:
         assert pipe.backend.target == "cpu"
         yield pipe
 
@@ -233,13 +235,17 @@ def test_timings_add_up_to_no_more_than_the_whole(inplace):
     assert sum(parts) <= timings.total
 
 
-def test_the_answer_ends_where_the_context_is_full(inplace):
-    context = inplace.bundle.manifest.language.max_position_embeddings
-    ids = np.full(context - 3, 300)
-    result = inplace.generate(ModelInputs(input_ids=ids), max_new_tokens=50, ignore_eos=True)
-    assert (len(result.token_ids), result.finish_reason) == (3, "length")
-    with pytest.raises(InvalidInput, match=f"got {context} positions, expected fewer than {context}"):
-        inplace.generate(ModelInputs(input_ids=np.full(context, 300)))
+def test_the_answer_ends_where_the_context_is_full(tiny_checkpoint, tmp_path):
+    context, folder = 200, shutil.copytree(tiny_checkpoint, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["max_position_embeddings"] = context
+    (folder / "config.json").write_text(json.dumps(config))
+    assert export([str(folder), "--out", str(tmp_path / "b"), "--target", "cpu"]) == 0
+    with Pipeline.load(tmp_path / "b", threads=1) as pipe:
+        result = pipe.generate(ModelInputs(np.full(context - 3, 300)), max_new_tokens=50, ignore_eos=True)
+        assert (len(result.token_ids), result.finish_reason) == (3, "length")
+        with pytest.raises(InvalidInput, match=f"got {context} positions, expected fewer than {context}"):
+            pipe.generate(ModelInputs(np.full(context, 300)))
 
 
 def test_a_special_token_spelled_out_by_a_user_is_text(inplace):
@@ -255,7 +261,10 @@ def test_a_special_token_spelled_out_by_a_user_is_text(inplace):
 def test_float16_keeps_nearly_the_same_tokens_and_answers(tiny_checkpoint, tiny_bundle, tmp_path, target):
     assert export([str(tiny_checkpoint), "--out", str(tmp_path / "b"), "--dtype", "float16"]) == 0
     answers = 0
-    with Pipeline.load(tmp_path / "b", target=target) as half, Pipeline.load(tiny_bundle, target=target) as full:
+    with (
+        Pipeline.load(tmp_path / "b", target=target, threads=1) as half,
+        Pipeline.load(tiny_bundle, target=target, threads=1) as full,
+    ):
         for sample in SAMPLES:
             ask = {"prompt": sample.question, "images": [sample.image], "pruning": PRUNING, "return_logits": True}
             one, other = half.generate(**ask, max_new_tokens=1), full.generate(**ask, max_new_tokens=1)

@@ -16,7 +16,7 @@ PRUNING = PruningConfig(keep_ratio=0.2)
 
 @pytest.fixture(scope="module")
 def inplace(tiny_bundle):
-    with Pipeline.load(tiny_bundle) as pipe:
+    with Pipeline.load(tiny_bundle, threads=1) as pipe:
         assert pipe.backend.target == "cpu"
         yield pipe
 
@@ -81,7 +81,7 @@ def test_invalid_sampling_raises_at_construction(values):
 
 def test_a_missing_target_names_the_export_option(tiny_checkpoint, tmp_path):
     assert export([str(tiny_checkpoint), "--out", str(tmp_path / "b"), "--target", "portable"]) == 0
-    assert Pipeline.load(tmp_path / "b").backend.target == "portable"
+    assert Pipeline.load(tmp_path / "b", threads=1).backend.target == "portable"
     with pytest.raises(BundleError, match="--target cpu"):
         Pipeline.load(tmp_path / "b", target="cpu")
 
@@ -139,7 +139,7 @@ def test_what_no_model_or_this_one_cannot_do_is_refused(tiny_bundle):
         ({"sampling": SamplingConfig(logit_bias={464: 1.0})}, "logit_bias: got token 464, expected one below 464"),
         ({"images": image, "min_pixels": 10**15, "max_pixels": 10**15}, "min_pixels: got 10+, expected at most"),
     ]
-    with Pipeline.load(tiny_bundle) as pipe:
+    with Pipeline.load(tiny_bundle, threads=1) as pipe:
         for options, message in asked:
             with pytest.raises(InvalidInput, match=message):
                 pipe.generate("hi", **options)
@@ -170,7 +170,7 @@ def test_weights_of_heads_may_come_one_by_one():
 def test_what_is_no_list_of_prompts_or_no_path_is_called_so(tiny_bundle):
     with pytest.raises(InvalidInput, match="path: got NoneType, expected the folder of a bundle"):
         Pipeline.load(None)
-    with Pipeline.load(tiny_bundle) as pipe:
+    with Pipeline.load(tiny_bundle, threads=1) as pipe:
         for wrong in ("hi", b"hi", None, Request("hi"), {"prompt": "hi"}):
             with pytest.raises(InvalidInput, match=r"requests: got .*, expected a list of prompts"):
                 pipe.generate_batch(wrong)

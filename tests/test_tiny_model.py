@@ -27,7 +27,7 @@ def reference(tiny_checkpoint, tiny_bundle):
     pytest.importorskip("torch")
     from hawk_trt.apps.parity.reference import Reference
 
-    with Pipeline.load(tiny_bundle) as pipe:
+    with Pipeline.load(tiny_bundle, threads=1) as pipe:
         weights = pipe.bundle.manifest.head_weights.values
     return Reference.load(tiny_checkpoint, head_weights=weights, normalization="l2")
 
@@ -70,12 +70,12 @@ def check_answers(pipe, transformers_model, reference, samples):
 
 
 def test_a_hundred_questions_unpruned_and_at_a_tenth_of_the_tokens(tiny_bundle, transformers_model, reference):
-    with Pipeline.load(tiny_bundle) as pipe:
+    with Pipeline.load(tiny_bundle, threads=1) as pipe:
         assert check_answers(pipe, transformers_model, reference, list(generate(SEED, 100))) >= 0.90
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ON_CPU)
 def test_a_thousand_questions_unpruned_and_at_a_tenth_of_the_tokens(tiny_bundle, transformers_model, reference, target):
-    with Pipeline.load(tiny_bundle, target=target) as pipe:
+    with Pipeline.load(tiny_bundle, target=target, threads=1) as pipe:
         assert check_answers(pipe, transformers_model, reference, list(generate(SEED + 1, 1000))) >= 0.90

@@ -21,9 +21,10 @@ from export.writer import ExportOptions
 from export.writer import export as write
 from hawk_trt.engine_folder import Limits
 from hawk_trt.runtime.versions import available_memory_bytes
-from hawk_trt.stages import STAGES
+from hawk_trt.stages import DTYPES, STAGES
 from hybrid import CONFIG
 from random_models import IM_END
+from released import with_few_layers
 
 pytestmark = pytest.mark.skipif(
     platform.machine() != "x86_64", reason="NVIDIA's builder that needs no GPU exists for x86-64 alone"
@@ -81,11 +82,14 @@ sys.exit(command.main(sys.argv[1:]))
 
 
 @pytest.fixture(scope="module")
-def bundles(tiny_checkpoint, tiny_bundle, tmp_path_factory):
+def bundles(tiny_checkpoint, tmp_path_factory):
+    """The tiny model's shapes in float32, float16 and bfloat16, with few layers: more would be more of the same."""
     folder = tmp_path_factory.mktemp("preflight")
-    for dtype in ("float16", "bfloat16"):
-        assert export([str(tiny_checkpoint), "--out", str(folder / dtype), "--dtype", dtype]) == 0
-    return [tiny_bundle, folder / "float16", folder / "bfloat16"]
+    config = with_few_layers(json.loads((tiny_checkpoint / "config.json").read_text()))
+    config["text_config"]["num_hidden_layers"] = 3  # of the decoder's scratch, the last layer has little
+    checkpoint = random_checkpoint(folder, config | {"eos_token_id": config["text_config"]["eos_token_id"]})
+    options = {dtype: ExportOptions(dtype, im_end_token_id=IM_END) for dtype in DTYPES}
+    return [write(checkpoint, folder / dtype, options[dtype], name="tiny-vlm").folder for dtype in DTYPES]
 
 
 def preflight(repository, *arguments):
@@ -136,8 +140,8 @@ def test_the_plugin_takes_the_place_of_the_standard_operators(bundles, repositor
     assert len(rows) == 6 and {row["plugin_layers"] for row in rows} == {1}
 
 
-def test_a_refusal_is_one_message_with_the_node_and_what_helps(tiny_bundle, repository):
-    command = [sys.executable, "-c", REFUSALS, str(tiny_bundle)]
+def test_a_refusal_is_one_message_with_the_node_and_what_helps(bundles, repository):
+    command = [sys.executable, "-c", REFUSALS, str(bundles[0])]
     done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)
     good, unknown, plugin, top_k = done.stdout.splitlines()
     assert good == "built", done.stderr
@@ -146,10 +150,10 @@ def test_a_refusal_is_one_message_with_the_node_and_what_helps(tiny_bundle, repo
     assert "first_layer.portable.onnx: TensorRT " in top_k and "not self-consistent" in top_k
 
 
-def test_the_whole_command_builds_and_refuses_to_leave_plans_of_another_library(tiny_bundle, repository, tmp_path):
+def test_the_whole_command_builds_and_refuses_to_leave_plans_of_another_library(bundles, repository, tmp_path):
     """TensorRT-RTX's plans are not TensorRT's: they are found out before they take their place."""
     out, cache = tmp_path / "engines", tmp_path / "timing.cache"
-    options = [str(tiny_bundle), "--out", str(out), "--max-visual-tokens", "64", "--no-verify", "--plugin", "none"]
+    options = [str(bundles[0]), "--out", str(out), "--max-visual-tokens", "64", "--no-verify", "--plugin", "none"]
     options += ["--timing-cache", str(cache), "--workspace-gib", "1"]
     command = [sys.executable, "-c", COMMAND, *options]
     done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)

@@ -27,7 +27,7 @@ def float16(tiny_checkpoint, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reference(tiny_bundle):
-    with Pipeline.load(tiny_bundle, target="cpu") as pipe:
+    with Pipeline.load(tiny_bundle, target="cpu", threads=1) as pipe:
         return Reference.make(pipe)
 
 

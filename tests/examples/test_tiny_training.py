@@ -221,7 +221,7 @@ def test_questions_are_about_what_is_seen():
 
 def test_a_question_is_put_as_the_pipeline_puts_it(teacher, tiny_bundle):
     _, packed = teacher.questions(np.random.default_rng(0), Pictures(112, 1, (4, 6)), 0.0)
-    with Pipeline.load(tiny_bundle) as pipe:
+    with Pipeline.load(tiny_bundle, threads=1) as pipe:
         tokenizer, image = pipe.processor.chat.tokenizer, pipe.bundle.manifest.special_tokens.image
         assert tokenizer is not None
         for ids, labels in zip(packed.input_ids[0], packed.labels[0], strict=True):

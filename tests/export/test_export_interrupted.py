@@ -116,7 +116,7 @@ while True:
                 if seen == operation:
                     os.kill(os.getpid(), signal.SIGKILL)
         sys.addaudithook(count)
-        export(checkpoint, out, ExportOptions(dtype=newer))
+        export(checkpoint, out, ExportOptions(dtype=newer, targets=("cpu",)))
         os._exit(0)
     status = os.waitpid(child, 0)[1]
     outcomes.append(Bundle.load(out, verify=True).manifest.dtype)

@@ -57,7 +57,7 @@ def test_an_original_checkpoint_answers_prompts_as_the_converted_one(folder, tmp
     asked = {"images": [image], "max_new_tokens": 5, "ignore_eos": True, "return_logits": True}
     results = []
     for bundle in (folder / f"{name}.bundle", tmp_path / "bundle"):
-        with Pipeline.load(bundle, target=target) as pipe:
+        with Pipeline.load(bundle, target=target, threads=1) as pipe:
             assert IM_END in pipe.bundle.manifest.special_tokens.eos
             results.append(pipe.generate("What is it?", **asked))
     assert results[0].token_ids == results[1].token_ids

@@ -28,7 +28,6 @@ from hawk_trt.apps.cli.main import main as hawk_trt
 from hawk_trt.bundle import MANIFEST, Bundle, WeightFormat
 from hawk_trt.errors import BackendError, BundleError, CheckpointError, InvalidInput
 from hawk_trt.runtime import onnxruntime as ort_backend
-from hawk_trt.runtime import session as ort_session
 from hawk_trt.runtime.comparison import TOLERANCES, tolerance_of
 from hawk_trt.stages import CPU, DECODER, FIRST_LAYER, PORTABLE, TENSORRT, VISION
 from targets import ON_CPU
@@ -119,7 +118,9 @@ def test_tensorrt_and_onnx_runtime_share_the_integers_of_rows_and_answer_alike(t
     assert bundle.manifest.precision == "int8 weights with a scale a row, float32"
     ids = ModelInputs(np.arange(12))
     cpu, portable = (
-        Pipeline.load(bundle.folder, target=target).generate(ids, max_new_tokens=4, ignore_eos=True, return_logits=True)
+        Pipeline.load(bundle.folder, target=target, threads=1).generate(
+            ids, max_new_tokens=4, ignore_eos=True, return_logits=True
+        )
         for target in (CPU, PORTABLE)
     )
     # the target cpu rounds activations to 8 bits
@@ -201,7 +202,7 @@ def test_onnx_runtime_multiplies_by_the_integers_themselves(bundles, tmp_path, b
 @pytest.mark.parametrize("bits", [4, 8])
 def test_the_same_tokens_are_kept_with_the_same_scores(bundles, tiny_bundle, bits, target):
     with (
-        Pipeline.load(tiny_bundle, target=target) as floats,
+        Pipeline.load(tiny_bundle, target=target, threads=1) as floats,
         Pipeline.load(bundles[bits].folder, target=target) as integers,
     ):
         for sample in generate(5, 5):
@@ -229,8 +230,9 @@ def test_the_tiny_model_still_knows_its_task(bundles, bits, keep_ratio, least):
 
 
 @runs_integers
+@pytest.mark.usefixtures("float_activations")
 @pytest.mark.parametrize("activations", ["float32", "float16"])
-def test_weights_that_fit_their_integers_exactly_change_nothing(tmp_path, monkeypatch, activations):
+def test_weights_that_fit_their_integers_exactly_change_nothing(tmp_path, activations):
     exact = random_tensors(SMALL)
     for name in exact:
         if MATRIX.fullmatch(name) and name not in SCORING:
@@ -240,18 +242,9 @@ def test_weights_that_fit_their_integers_exactly_change_nothing(tmp_path, monkey
     folder = make_checkpoint(tmp_path / "model", exact, sizes=SMALL)
     plain = export(folder, tmp_path / "plain", ExportOptions(dtype=activations))
     quantised = export(folder, tmp_path / "int4", ExportOptions(dtype=activations, weights=WeightFormat(4, 32)))
-
-    class FloatActivations(ort.SessionOptions):
-        """Without ONNX Runtime's own rounding of activations to 8 bits."""
-
-        def __init__(self):
-            super().__init__()
-            self.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-
-    monkeypatch.setattr(ort_session.ort, "SessionOptions", FloatActivations)
     logits = []
     for bundle in (plain, quantised):
-        with Pipeline.load(bundle.folder) as pipe:
+        with Pipeline.load(bundle.folder, threads=1) as pipe:
             prompt = ModelInputs(np.arange(10, 40))
             result = pipe.generate(prompt, max_new_tokens=4, ignore_eos=True, return_logits=True)
             logits.append(result.logits)
@@ -340,7 +333,8 @@ def test_bfloat16_beside_integers_is_refused_where_onnx_runtime_loads_it(bundles
 
 def test_memory_grows_by_one_quantised_matrix(tmp_path):
     folder = make_sparse_checkpoint(tmp_path / "model", Sizes(vocab_size=500_000), shards=1)
-    export(folder, tmp_path / "warm", ExportOptions(weights=WeightFormat(4, 32)))
+    small = make_sparse_checkpoint(tmp_path / "small", Sizes(), shards=1)
+    export(small, tmp_path / "warm", ExportOptions(weights=WeightFormat(4, 32)))
     tracemalloc.start()
     try:
         export(folder, tmp_path / "out", ExportOptions(weights=WeightFormat(4, 32)))

@@ -102,7 +102,7 @@ def test_the_bundle_answers_and_is_measured_as_any_other(tmp_path, capsys):
     ids = [7, special.vision_start, *[special.image] * 16, special.vision_end, 8, 9]
     pixels = np.random.default_rng(0).standard_normal((64, 1176), np.float32)
     inputs = ModelInputs(ids, None, pixels, [[1, 8, 8]])
-    with Pipeline.load(tmp_path / "b") as pipe:
+    with Pipeline.load(tmp_path / "b", threads=1) as pipe:
         result = pipe.generate(inputs, pruning=PruningConfig(0.25), max_new_tokens=4, return_logits=True)
     assert result.num_kept == 4
     assert np.isfinite(result.logits).all()
@@ -131,7 +131,7 @@ def test_the_command_makes_it_on_the_spot_and_again_only_if_asked_for_another(tm
     arguments[3] = "3"
     assert command.main(arguments) == 0
     assert json.loads(capsys.readouterr().out)["up_to_date"] is False
-    with Pipeline.load(tmp_path / "b") as pipe:
+    with Pipeline.load(tmp_path / "b", threads=1) as pipe:
         manifest = pipe.bundle.manifest
     assert (manifest.source.name, manifest.special_tokens.im_end) == ("qwen2.5-vl-3b, random weights", 314)
     assert manifest.language.num_hidden_layers == 3

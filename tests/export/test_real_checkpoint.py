@@ -86,7 +86,7 @@ def test_sampling_defaults_of_generation_config_change_nothing(tiny_checkpoint, 
     assert export([str(folder), "--out", str(tmp_path / "bundle"), "--target", "cpu"]) == 0
     results = []
     for bundle in (tmp_path / "bundle", tiny_bundle):
-        with Pipeline.load(bundle, target="cpu") as pipe:
+        with Pipeline.load(bundle, target="cpu", threads=1) as pipe:
             image = tiny_checkpoint / "samples" / "0-colour.png"
             results.append(pipe.generate("What colour is the heart?", images=[image], max_new_tokens=8).token_ids)
     assert results[0] == results[1]
@@ -94,7 +94,7 @@ def test_sampling_defaults_of_generation_config_change_nothing(tiny_checkpoint, 
 
 def test_tools_are_refused_where_the_template_would_leave_them_out(tiny_bundle):
     tools = [{"type": "function", "function": {"name": "look"}}]
-    with Pipeline.load(tiny_bundle) as pipe:
+    with Pipeline.load(tiny_bundle, threads=1) as pipe:
         with pytest.raises(InvalidInput, match="tools: got some, but the bundle's chat template takes none"):
             pipe.prepare("Look.", tools=tools)
         call = {"role": "assistant", "tool_calls": tools}
@@ -139,6 +139,6 @@ def test_a_released_checkpoint_exports_and_answers(tmp_path):
     folder = os.environ["HAWK_REAL_CHECKPOINT"]
     assert export([folder, "--out", str(tmp_path / "bundle"), "--target", "cpu"]) == 0
     image = np.full((448, 448, 3), (200, 30, 30), np.uint8)
-    with Pipeline.load(tmp_path / "bundle") as pipe:
+    with Pipeline.load(tmp_path / "bundle", threads=1) as pipe:
         result = pipe.generate("What colour is this picture? One word.", images=[image], max_new_tokens=8)
     assert result.num_kept < result.num_visual and "red" in result.text.lower()

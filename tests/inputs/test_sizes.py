@@ -14,7 +14,7 @@ PATCH, FACTOR = 14, 28
 
 @pytest.fixture(scope="module")
 def pipe(tiny_bundle):
-    with Pipeline.load(tiny_bundle) as pipe:
+    with Pipeline.load(tiny_bundle, threads=1) as pipe:
         yield pipe
 
 

@@ -8,9 +8,8 @@ from qwen import RandomQwen
 @pytest.fixture(scope="session")
 def random_qwen(tmp_path_factory):
     """Gives the checkpoint of a family by the family's name."""
-    torch = pytest.importorskip("torch")
+    pytest.importorskip("torch")
     pytest.importorskip("transformers")
-    torch.set_num_threads(1)  # of products this small, threads wait for each other most of the time
     made = {}
 
     def of(name):

@@ -71,7 +71,10 @@ def test_the_reasoner_answers_as_the_qwen3_vl_that_it_is(qwen, tmp_path, make):
     (folder / "config.json").write_text(json.dumps(config))
     assert export([str(folder), "--out", str(tmp_path / "bundle"), "--target", "cpu", *IM_END_OPTION]) == 0
     inputs = prompt(QWENS["qwen3_vl"].patch_dim, **QWENS["qwen3_vl"].prompts["image and videos"])
-    with Pipeline.load(tmp_path / "bundle") as pipe, Pipeline.load(qwen.bundle, target="cpu") as plain_pipe:
+    with (
+        Pipeline.load(tmp_path / "bundle", threads=1) as pipe,
+        Pipeline.load(qwen.bundle, target="cpu", threads=1) as plain_pipe,
+    ):
         assert pipe.bundle.manifest.family == "qwen3_vl"
         got, expected = run(pipe, inputs, 0.3), run(plain_pipe, inputs, 0.3)
     np.testing.assert_array_equal(got.logits, expected.logits)

@@ -54,7 +54,7 @@ def bundle(checkpoint):
 
 @pytest.fixture(scope="module", params=ON_CPU)
 def pipe(request, bundle):
-    with Pipeline.load(bundle, target=request.param) as pipe:
+    with Pipeline.load(bundle, target=request.param, threads=1) as pipe:
         yield pipe
 
 
@@ -255,7 +255,7 @@ def test_the_vision_cache_knows_each_image_and_frame_by_its_tiles(bundle, pipe):
     frames = [noise(40, 60), noise(40, 60, 1), noise(40, 60)]
     pipe.vision_cache.clear()
     ask = {"pruning": PruningConfig(keep_ratio=0.3), "max_new_tokens": STEPS, "return_logits": True}
-    with Pipeline.load(bundle, target=pipe.backend.target, vision_cache_mb=0) as plain:
+    with Pipeline.load(bundle, target=pipe.backend.target, vision_cache_mb=0, threads=1) as plain:
         for shown, num_cached in ((images[:1], 1), (images[::-1], 4)):  # a frame comes twice, later all but one image
             got, expected = (p.generate("What is red?", shown, [frames], **ask) for p in (pipe, plain))
             assert (got.num_cached, got.token_ids) == (num_cached, expected.token_ids)
@@ -382,7 +382,7 @@ def test_a_tied_checkpoint_needs_no_head_of_its_own(tmp_path, qwen3):
     assert export([str(checkpoint), "--out", str(tmp_path / "bundle")]) == 0
     inputs = tensors([2])
     (tokens,), (logits,) = theirs(load(checkpoint), [inputs], STEPS)
-    with Pipeline.load(tmp_path / "bundle") as pipe:
+    with Pipeline.load(tmp_path / "bundle", threads=1) as pipe:
         (result,) = ours(pipe, [inputs], PruningConfig(keep_ratio=1.0))
     assert result.token_ids == tokens
     np.testing.assert_allclose(result.logits, logits, rtol=0, atol=1e-3)
@@ -392,7 +392,7 @@ def test_engines_take_all_tiles_of_an_image_in_one_call(folder, tmp_path):
     bundle = folder / "layer_norm.bundle"
     engines = engine_folder(bundle, tmp_path / "engines", "tensorrt")
     image = np.random.default_rng(0).integers(0, 256, (200, 320, 3), np.uint8)
-    with Machines() as machines, Pipeline.load(engines) as plans, Pipeline.load(bundle) as pipe:
+    with Machines() as machines, Pipeline.load(engines) as plans, Pipeline.load(bundle, threads=1) as pipe:
         got, expected = (one.generate("What?", [image], max_new_tokens=3) for one in (plans, pipe))
         assert machines.trt.enqueues.count(("vision", 0)) == 1
     assert len(got.scores) > 2 * TILE_TOKENS and got.token_ids == expected.token_ids

@@ -1,6 +1,7 @@
 """The Qwen line against transformers: its own models, unpruned and with HAWK inserted, and its processors."""
 
 import json
+from functools import cache
 
 import numpy as np
 import onnx
@@ -31,15 +32,29 @@ def qwen(request, random_qwen):
     return random_qwen(request.param)
 
 
-@pytest.fixture(scope="module", params=(0, 1))
+@pytest.fixture(params=(0, 1))
 def pipe(request, qwen):
     return qwen.pipe(ON_CPU[request.param])
 
 
+@cache  # for both targets
+def generated(qwen, name):
+    """A prompt, and what transformers' own generate makes of it."""
+    inputs = prompt(qwen.family.patch_dim, **qwen.family.prompts[name])
+    return inputs, *generate(qwen.model, inputs, STEPS)
+
+
+@cache
+def with_hawk(qwen, name, keep_ratio):
+    """A prompt, and what transformers with HAWK inserted makes of it."""
+    inputs = prompt(qwen.family.patch_dim, **({"long video": LONG_VIDEO} | qwen.family.prompts)[name], seed=1)
+    embedded = qwen.reference.embed(inputs, TOKENS)
+    return inputs, qwen.reference.run(embedded, PruningConfig(keep_ratio=keep_ratio), steps=STEPS)
+
+
 @pytest.mark.parametrize(("qwen", "name"), CASES, indirect=["qwen"])
 def test_unpruned_it_generates_what_transformers_generates(pipe, qwen, name):
-    inputs = prompt(qwen.family.patch_dim, **qwen.family.prompts[name])
-    tokens, logits = generate(qwen.model, inputs, STEPS)
+    inputs, tokens, logits = generated(qwen, name)
     result = run(pipe, inputs, 1.0)
     assert result.token_ids == tokens
     np.testing.assert_allclose(result.logits, logits, rtol=0, atol=1e-3)  # 1e-5 seen
@@ -48,10 +63,8 @@ def test_unpruned_it_generates_what_transformers_generates(pipe, qwen, name):
 @pytest.mark.parametrize("keep_ratio", [1.0, 0.3])
 @pytest.mark.parametrize(("qwen", "name"), [*CASES, ("qwen2_vl", "long video")], indirect=["qwen"])
 def test_it_equals_hawk_in_transformers(pipe, qwen, name, keep_ratio):
-    inputs = prompt(qwen.family.patch_dim, **({"long video": LONG_VIDEO} | qwen.family.prompts)[name], seed=1)
+    inputs, expected = with_hawk(qwen, name, keep_ratio)
     result = run(pipe, inputs, keep_ratio)
-    embedded = qwen.reference.embed(inputs, TOKENS)
-    expected = qwen.reference.run(embedded, PruningConfig(keep_ratio=keep_ratio), steps=STEPS)
     np.testing.assert_array_equal(result.kept_indices, expected.kept_indices)
     np.testing.assert_allclose(result.scores, expected.scores, rtol=0, atol=1e-5)
     assert result.token_ids == list(expected.tokens)
@@ -95,7 +108,7 @@ def test_every_graph_passes_the_checker_and_strict_shape_inference(qwen, tmp_pat
         onnx.shape_inference.infer_shapes_path(
             file, tmp_path / "inferred.onnx", check_type=True, strict_mode=strict, data_prop=True
         )
-    with Pipeline.load(tmp_path / "float16") as half, Pipeline.load(tmp_path / "float32") as full:
+    with Pipeline.load(tmp_path / "float16", threads=1) as half, Pipeline.load(tmp_path / "float32", threads=1) as full:
         inputs = prompt(qwen.family.patch_dim, **qwen.family.prompts["several images"])
         one, other = run(half, inputs, 1.0), run(full, inputs, 1.0)
         np.testing.assert_allclose(one.scores, other.scores, rtol=0, atol=5e-3)

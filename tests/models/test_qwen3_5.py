@@ -4,7 +4,6 @@ import json
 from dataclasses import replace
 
 import numpy as np
-import onnxruntime as ort
 import pytest
 
 from checkpoints import write_safetensors
@@ -14,7 +13,6 @@ from hawk_trt import Pipeline, PruningConfig
 from hawk_trt.bundle import Bundle
 from hawk_trt.errors import CheckpointError
 from hawk_trt.models.vision_config import Qwen35Vision
-from hawk_trt.runtime import session as ort_session
 from hawk_trt.runtime.comparison import TOLERANCES, StageTolerance, tolerance_of
 from hawk_trt.stages import CPU, FULL_ATTENTION, LINEAR_ATTENTION, PORTABLE, TARGETS, LinearAttentionConfig
 from quantised_checkpoints import WRITERS
@@ -44,7 +42,7 @@ def qwen(random_qwen):
 @pytest.fixture(scope="module")
 def answer(qwen):
     """Of the float32 bundle, with 30 % of an image kept."""
-    with Pipeline.load(qwen.bundle) as pipe:
+    with Pipeline.load(qwen.bundle, threads=1) as pipe:
         return run(pipe, prompt(**IMAGE), 0.3)
 
 
@@ -109,7 +107,7 @@ def test_a_setting_that_cannot_be_used_is_named(section, changes, words):
 def test_the_last_token_asks_as_in_transformers(qwen):
     inputs, pruning = prompt(**IMAGE), PruningConfig(keep_ratio=0.3, query="last")
     expected = qwen.reference.run(qwen.reference.embed(inputs, TOKENS), pruning)
-    with Pipeline.load(qwen.bundle) as pipe:
+    with Pipeline.load(qwen.bundle, threads=1) as pipe:
         last, paper = (pipe.generate(inputs, pruning=replace(pruning, query=query)) for query in ("last", "paper"))
     assert expected.query_indices.tolist() == [np.size(inputs.input_ids) - 1]
     np.testing.assert_array_equal(last.kept_indices, expected.kept_indices)
@@ -172,19 +170,12 @@ def test_quantised_weights_keep_the_decay_in_floats(qwen, answer, tmp_path, bits
         assert np.corrcoef(got.logits[0], answer.logits[0])[0, 1] > 0.95  # 0.98 seen
 
 
+@pytest.mark.usefixtures("float_activations")
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_quantised_checkpoint_answers_as_the_floats_that_it_stands_for_in_pytorch(qwen, kind, tmp_path, monkeypatch):
+def test_a_quantised_checkpoint_answers_as_the_floats_that_it_stands_for_in_pytorch(qwen, kind, tmp_path):
     """Its scoring projections become floats; those of the layers before, and of the decoder, stay integers."""
     from safetensors.numpy import load_file, save_file
 
-    class Options(ort.SessionOptions):
-        """ONNX Runtime without its own rounding of activations to 8 bits."""
-
-        def __init__(self):
-            super().__init__()
-            self.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-
-    monkeypatch.setattr(ort_session.ort, "SessionOptions", Options)
     writer, parts, floats = WRITERS[kind], {}, {}
     # FP8 of any number of rows; of integers the few rows of the decay stay floats, as their writers leave them
     target, others = KINDS[kind]
@@ -224,7 +215,7 @@ def test_a_model_may_score_in_layer_1_and_end_with_a_linear_layer(tmp_path):
     assert export([str(checkpoint), "--out", str(tmp_path / "bundle"), "--no-reference", *IM_END_OPTION]) == 0
     tokens, logits = generate(model, inputs, 5)
     for target in IN_ONNX_RUNTIME:
-        with Pipeline.load(tmp_path / "bundle", target=target) as pipe:
+        with Pipeline.load(tmp_path / "bundle", target=target, threads=1) as pipe:
             got = run(pipe, inputs, 1.0)
         assert got.token_ids == tokens
         np.testing.assert_allclose(got.logits, logits, rtol=0, atol=1e-3)

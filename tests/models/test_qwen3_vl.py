@@ -58,7 +58,7 @@ def test_the_vision_cache_keeps_the_features_of_every_level(qwen, pipe):
     two.pixel_values[: len(one.pixel_values)] = one.pixel_values
     run(pipe, one, 0.3)
     got = run(pipe, two, 0.3)
-    with Pipeline.load(qwen.bundle, target=pipe.backend.target, vision_cache_mb=0) as plain:
+    with Pipeline.load(qwen.bundle, target=pipe.backend.target, vision_cache_mb=0, threads=1) as plain:
         expected = run(plain, two, 0.3)
     assert (got.num_cached, expected.num_cached, got.token_ids) == (1, 0, expected.token_ids)
     np.testing.assert_allclose(got.logits, expected.logits, rtol=0, atol=1e-4)
@@ -99,7 +99,7 @@ def test_every_level_of_deepstack_is_added_to_the_kept_tokens(qwen, tmp_path):
         assert export([str(tmp_path / f"{level}"), "--out", str(tmp_path / f"b{level}"), *IM_END_OPTION]) == 0
         with Pipeline.load(tmp_path / f"b{level}") as pipe:
             logits.append(run(pipe, inputs, 0.3).logits[0])
-    with Pipeline.load(qwen.bundle) as pipe:
+    with Pipeline.load(qwen.bundle, threads=1) as pipe:
         logits.append(run(pipe, inputs, 0.3).logits[0])
         trace = traced(pipe, inputs, PruningConfig(keep_ratio=0.3), [])
     assert all(np.abs(one - other).max() > 1e-2 for n, one in enumerate(logits) for other in logits[:n])

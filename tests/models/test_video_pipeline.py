@@ -64,7 +64,7 @@ def clip(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pipe(tiny_bundle):
-    with Pipeline.load(tiny_bundle) as pipe:
+    with Pipeline.load(tiny_bundle, threads=1) as pipe:
         yield pipe
 
 
@@ -207,7 +207,7 @@ def test_a_checkpoint_without_bounds_for_videos_gets_qwens_own(tiny_checkpoint, 
         if own is not None:
             (folder / "video_preprocessor_config.json").write_text(json.dumps(own))
         assert export([str(folder), "--out", str(tmp_path / "bundle"), "--target", "cpu"]) == 0
-        with Pipeline.load(tmp_path / "bundle") as pipe:
+        with Pipeline.load(tmp_path / "bundle", threads=1) as pipe:
             grid = pipe.prepare(video_message(frames)).video_grid_thw[0]
             assert grid.prod() // 4 == tokens
             # the caller's bound goes before both

@@ -8,7 +8,7 @@ import sys
 import on_cpu
 import pytest
 
-FLAGS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g")
+FLAGS = ("-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g")
 # The program of make gpu-report's phase sanitizer, and a call that keeps nothing.
 CASES = """
 from pathlib import Path

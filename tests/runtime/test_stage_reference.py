@@ -14,7 +14,7 @@ from hawk_trt.runtime.reference import _STORED, STEPS, Reference, _sketch, conde
 
 @pytest.fixture(scope="module")
 def pipe(tiny_bundle):
-    with Pipeline.load(tiny_bundle) as pipe:
+    with Pipeline.load(tiny_bundle, threads=1) as pipe:
         yield pipe
 
 

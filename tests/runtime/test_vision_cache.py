@@ -24,13 +24,13 @@ EMBEDS_MB = 64 * 256 * 4 / 1e6  # of one 224 x 224 image of the tiny model
 
 @pytest.fixture(scope="module")
 def plain(tiny_bundle):
-    with Pipeline.load(tiny_bundle, vision_cache_mb=0) as pipe:
+    with Pipeline.load(tiny_bundle, vision_cache_mb=0, threads=1) as pipe:
         yield pipe
 
 
 @pytest.fixture
 def caching(tiny_bundle):
-    with Pipeline.load(tiny_bundle) as pipe:
+    with Pipeline.load(tiny_bundle, threads=1) as pipe:
         yield pipe
 
 
@@ -158,7 +158,7 @@ def test_a_stream_and_a_next_turn_use_it(caching, runs):
 
 def test_the_longest_unused_goes_first_and_the_bound_holds(tiny_bundle, monkeypatch):
     images = [sample.image for sample in SAMPLES[:3]]
-    with Pipeline.load(tiny_bundle, vision_cache_mb=2.5 * EMBEDS_MB) as pipe:
+    with Pipeline.load(tiny_bundle, vision_cache_mb=2.5 * EMBEDS_MB, threads=1) as pipe:
         runs = Runs(pipe, monkeypatch)
 
         def ran(number):
@@ -174,7 +174,7 @@ def test_the_longest_unused_goes_first_and_the_bound_holds(tiny_bundle, monkeypa
 
 
 def test_an_image_larger_than_the_cache_is_not_kept(tiny_bundle, monkeypatch):
-    with Pipeline.load(tiny_bundle, vision_cache_mb=0.9 * EMBEDS_MB) as pipe:
+    with Pipeline.load(tiny_bundle, vision_cache_mb=0.9 * EMBEDS_MB, threads=1) as pipe:
         runs = Runs(pipe, monkeypatch)
         for _ in range(2):
             result, ran = runs.during(lambda: ask(pipe, "What is red?", [IMAGES[0], IMAGES[0]]))
@@ -211,7 +211,7 @@ def test_without_a_tokenizer_tensors_alone_are_known(tmp_path, monkeypatch):
     assert export([str(golden.MODEL), "--out", str(tmp_path / "b"), "--im-end-token-id", str(golden.IM_END)]) == 0
     case = golden.load_case(next(name for name in golden.CASES if "pixel_values" in golden.load_case(name).inputs))
     inputs = ModelInputs(**case.inputs)
-    with Pipeline.load(tmp_path / "b") as pipe:
+    with Pipeline.load(tmp_path / "b", threads=1) as pipe:
         runs = Runs(pipe, monkeypatch)
         first, ran = runs.during(lambda: pipe.generate(inputs, pruning=PRUNING, max_new_tokens=3))
         assert ran > 0

@@ -128,7 +128,7 @@ def test_the_measurement_takes_the_pipelines_own_timings_apart():
 def test_the_cache_grows_as_the_profile_says(tiny_bundle):
     image = np.zeros((112, 112, 3), np.uint8)
     for target, allocated in (("cpu", True), ("portable", True)):
-        with Pipeline.load(tiny_bundle, target=target) as pipe:
+        with Pipeline.load(tiny_bundle, target=target, threads=1) as pipe:
             result = pipe.generate("What?", [image], pruning=PruningConfig(keep_ratio=1.0), max_new_tokens=1)
             size = prompt_size(pipe, result)
         assert (size.num_visual, size.allocated) == (16, allocated)

@@ -85,7 +85,7 @@ def test_what_cannot_be_measured_is_refused(tiny_bundle, options, code, capsys):
 
 def test_runs_are_interleaved(tiny_bundle):
     order = []
-    with Pipeline.load(tiny_bundle) as pipe:
+    with Pipeline.load(tiny_bundle, threads=1) as pipe:
         inputs = pipe.prepare("What is red?")
 
         def prepare(name):

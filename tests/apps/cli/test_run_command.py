@@ -125,7 +125,7 @@ def test_sampling_is_that_of_the_model_where_asked_for_and_other_options_win(sam
         return json.loads(capsys.readouterr().out)["token_ids"]
 
     drawn = ["--sampling", "model", "--seed", 5, "--max-new-tokens", 12]
-    with Pipeline.load(sampling_bundle) as pipe:
+    with Pipeline.load(sampling_bundle, threads=1) as pipe:
 
         def expected(**settings):
             sampling = SamplingConfig(**settings)

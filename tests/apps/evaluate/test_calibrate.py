@@ -1,12 +1,9 @@
 """Calibration: leaving heads out, planted importance, and runs that are killed."""
 
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 
 import numpy as np
@@ -23,6 +20,7 @@ from hawk_trt.apps.evaluate.datasets import Sample, load_dataset
 from hawk_trt.apps.parity.prompt_rules import PromptTokens, prompt_tokens
 from hawk_trt.bundle import read_manifest
 from hawk_trt.pruning.head_weights import read_head_weights
+from killed import kill_twice
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -104,7 +102,7 @@ def test_a_head_left_out_is_a_head_whose_columns_of_o_proj_are_zero(tiny_checkpo
 
 def test_the_whole_models_answers_are_the_pipelines(tiny_checkpoint, tiny_bundle):
     worker = Worker(plan(tiny_checkpoint))
-    with Pipeline.load(tiny_bundle) as pipe:
+    with Pipeline.load(tiny_bundle, threads=1) as pipe:
         for number, sample in enumerate(generate(7, 3)):
             expected = pipe.generate(sample.question, [sample.image], pruning=WHOLE, max_new_tokens=6).text
             assert worker.do(Unit(0, number, (3, BASELINE)))[1].answers[1] == expected
@@ -118,7 +116,7 @@ def test_internvl_answers_as_its_bundle_does(tmp_path, qwen3):
     save_checkpoint(checkpoint, qwen3=qwen3)
     assert export([str(checkpoint), "--out", str(tmp_path / "bundle")]) == 0
     worker = Worker(plan(checkpoint))
-    with Pipeline.load(tmp_path / "bundle") as pipe:
+    with Pipeline.load(tmp_path / "bundle", threads=1) as pipe:
         for number, sample in enumerate(generate(7, 2)):
             expected = pipe.generate(sample.question, [sample.image], pruning=WHOLE, max_new_tokens=6).text
             assert worker.do(Unit(0, number, (BASELINE, 2)))[1].answers[0] == expected
@@ -203,15 +201,7 @@ def test_planted_importance_is_found(uninterrupted):
 def test_a_run_killed_twice_ends_with_the_same_weights(planted, uninterrupted, tmp_path):
     log = tmp_path / "work" / "own.jsonl"
     argv = command(*planted, tmp_path)
-    lines, program = 0, [sys.executable, "-m", "hawk_trt"]
-    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # threads that wait for each other take longer here
-    for more in (3, 3):
-        with subprocess.Popen([*program, *argv], stderr=subprocess.DEVNULL, env=one_thread) as process:
-            while process.poll() is None and (not log.exists() or log.read_bytes().count(b"\n") < lines + more):
-                time.sleep(0.01)
-            os.kill(process.pid, signal.SIGKILL)
-        assert process.returncode == -signal.SIGKILL
-        lines = log.read_bytes().count(b"\n")
+    lines = kill_twice("hawk_trt.apps.cli.torch_model", log, 3, argv).count(b"\n")
     assert 1 + 5 <= lines < 1 + 3 * QUESTIONS
     with log.open("ab") as file:
         file.write(b'{"sample":"q0","heads":[0')  # what a kill within a write leaves

@@ -3,7 +3,7 @@
 import csv
 import json
 import os
-import shlex
+import resource
 import signal
 import subprocess
 import sys
@@ -25,6 +25,7 @@ from hawk_trt.apps.evaluate.summary import (
     to_csv,
     unsteady,
 )
+from killed import kill_twice
 
 
 def test_a_share_has_wilsons_interval():
@@ -69,7 +70,7 @@ def test_a_stage_that_no_pruning_changes_and_that_differs_is_a_warning():
 
 @pytest.fixture(scope="module")
 def pipe(tiny_bundle):
-    with Pipeline.load(tiny_bundle) as pipe:
+    with Pipeline.load(tiny_bundle, threads=1) as pipe:
         yield pipe
 
 
@@ -110,16 +111,22 @@ def test_eval_answers_sums_up_and_draws(tiny_bundle, pipe, tmp_path, capsys):
             assert len(image.convert("RGB").getcolors(1 << 20)) > 50
 
 
-def test_eval_ends_with_an_error_where_the_disk_is_full(tiny_bundle, tmp_path):
-    argv = [sys.executable, "-m", "hawk_trt", "eval", str(tiny_bundle), "--out", str(tmp_path), "--count", "8"]
-    command = f"ulimit -f 2; exec {shlex.join(argv)} --selectors hawk --keep-ratios 1,0.2 --max-new-tokens 2"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert f"{tmp_path / 'results.jsonl'}: cannot be written (File too large)" in done.stderr
-    assert "Traceback" not in done.stderr
+def test_eval_ends_with_an_error_where_the_disk_is_full(tiny_bundle, tmp_path, capsys):
+    argv = ["eval", str(tiny_bundle), "--out", str(tmp_path), "--count", "8"]
+    argv += ["--selectors", "hawk", "--keep-ratios", "1,0.2", "--max-new-tokens", "2"]
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2048, unlimited[1]))
+    try:
+        status = main(argv)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    out, err = capsys.readouterr()
+    assert (status, out) == (1, "")
+    assert f"{tmp_path / 'results.jsonl'}: cannot be written (File too large)" in err
+    assert "Traceback" not in err
     known = (tmp_path / "results.jsonl").read_bytes()
     assert known.endswith(b"\n")
-    assert main([*argv[3:], "--selectors", "hawk", "--keep-ratios", "1,0.2", "--max-new-tokens", "2"]) == 0
+    assert main(argv) == 0
     whole = (tmp_path / "results.jsonl").read_bytes()
     assert whole.startswith(known) and len([json.loads(line) for line in whole.splitlines()]) == 17
 
@@ -148,7 +155,7 @@ def test_eval_goes_on_with_its_results_and_refuses_those_of_something_else(tiny_
 
 
 def test_a_second_eval_does_not_write_among_the_results_of_the_first(tiny_bundle, tmp_path, capsys):
-    argv = [sys.executable, "-m", "hawk_trt", "eval", str(tiny_bundle), "--out", str(tmp_path), "--count", "100"]
+    argv = [sys.executable, "-m", "hawk_trt", "eval", str(tiny_bundle), "--out", str(tmp_path), "--count", "30"]
     results = tmp_path / "results.jsonl"
     with subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         while not results.exists() or results.read_bytes().count(b"\n") < 2:
@@ -164,21 +171,11 @@ def test_a_second_eval_does_not_write_among_the_results_of_the_first(tiny_bundle
 
 def test_a_killed_eval_goes_on_where_it_was(tiny_bundle, tmp_path):
     results = tmp_path / "results.jsonl"
-    argv = [sys.executable, "-m", "hawk_trt", "eval", str(tiny_bundle), "--out", str(tmp_path), "--count", "20"]
+    argv = ["eval", str(tiny_bundle), "--out", str(tmp_path), "--count", "20"]
     argv += ["--selectors", "hawk,random", "--keep-ratios", "0.2,0.1", "--max-new-tokens", "4"]
-
-    def lines():
-        return results.read_bytes().count(b"\n") if results.exists() else 0
-
-    for enough in (5, 20):
-        with subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-            while lines() < enough and process.poll() is None:
-                time.sleep(0.01)
-            os.kill(process.pid, signal.SIGKILL)
-        assert process.returncode == -signal.SIGKILL
-        known = results.read_bytes()
-        known = known[: known.rfind(b"\n") + 1]
-    assert main(argv[3:]) == 0
+    known = kill_twice("hawk_trt.apps.cli.evaluate", results, 5, argv)
+    known = known[: known.rfind(b"\n") + 1]
+    assert main(argv) == 0
     whole = results.read_bytes()
     assert whole.startswith(known)
     trials = [json.loads(line) for line in whole.splitlines()[1:]]

@@ -14,7 +14,7 @@ from hybrid import HYBRID
 
 @pytest.fixture(scope="module")
 def pipe(tiny_bundle):
-    with Pipeline.load(tiny_bundle) as pipe:
+    with Pipeline.load(tiny_bundle, threads=1) as pipe:
         yield pipe
 
 

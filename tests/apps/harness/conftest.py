@@ -11,7 +11,7 @@ from hawk_trt import Pipeline
 
 @pytest.fixture(scope="module")
 def pipe(tiny_bundle):
-    with Pipeline.load(tiny_bundle) as pipe:
+    with Pipeline.load(tiny_bundle, threads=1) as pipe:
         yield pipe
 
 

@@ -149,7 +149,7 @@ def test_after_a_wrong_choice_the_stages_are_compared_over_the_same_tokens(tenso
         def __getattr__(self, name):
             return getattr(self.pipe, name)
 
-    with Pipeline.load(tensor_bundle) as pipe:
+    with Pipeline.load(tensor_bundle, threads=1) as pipe:
         manifest = pipe.bundle.manifest
         reference = Reference.load(
             golden.MODEL, head_weights=manifest.head_weights.values, normalization=manifest.normalization

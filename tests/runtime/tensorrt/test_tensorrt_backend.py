@@ -33,7 +33,7 @@ def pipes(request, tiny_bundle, tmp_path_factory):
     with (
         Machines() as machines,
         Pipeline.load(out) as plans,
-        Pipeline.load(tiny_bundle, target=CPU if request.param == TENSORRT else PORTABLE) as bundle,
+        Pipeline.load(tiny_bundle, target=CPU if request.param == TENSORRT else PORTABLE, threads=1) as bundle,
     ):
         yield plans, bundle
         assert machines.driver.faults == []

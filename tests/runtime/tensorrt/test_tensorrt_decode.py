@@ -72,7 +72,7 @@ def test_a_replayed_token_is_one_launch_and_one_wait(plans, machines):
 
 def test_another_batch_is_captured_anew(plans, tiny_bundle):
     requests = [Request(s.question, [s.image]) for s in SAMPLES[:3]]
-    with Pipeline.load(tiny_bundle) as bundle:
+    with Pipeline.load(tiny_bundle, threads=1) as bundle:
         for rows in (1, 3, 2):
             options = {"max_new_tokens": 5, "ignore_eos": True}
             got, expected = (pipe.generate_batch(requests[:rows], **options) for pipe in (plans, bundle))
@@ -82,7 +82,7 @@ def test_another_batch_is_captured_anew(plans, tiny_bundle):
 
 def test_attention_over_more_of_the_cache_is_captured_anew(plans, machines, tiny_bundle):
     keep_all = PruningConfig(keep_ratio=1.0)
-    with Pipeline.load(tiny_bundle) as bundle:
+    with Pipeline.load(tiny_bundle, threads=1) as bundle:
         # three images: 192 visual tokens and text, so that the answer passes column 256
         expected = answer(bundle, 50, images=3, pruning=keep_all)
     assert answer(plans, 50, images=3, pruning=keep_all) == expected
@@ -118,7 +118,7 @@ def test_where_tensorrt_cannot_be_captured_decoding_goes_on_with_a_warning(plans
 
 def test_a_portable_answer_replays_one_graph_and_copies_each_new_column_in_place(tiny_bundle, tmp_path, machines):
     out = engine_folder(tiny_bundle, tmp_path / "engines", "portable", batch=1)
-    with Pipeline.load(out) as pipe, Pipeline.load(tiny_bundle) as bundle:
+    with Pipeline.load(out) as pipe, Pipeline.load(tiny_bundle, threads=1) as bundle:
         for tokens in (9, 250, 9):
             assert answer(pipe, tokens) == answer(bundle, tokens)
         assert pipe.backend.decode_step.captures == 1

@@ -239,7 +239,7 @@ def test_an_answer_ends_where_the_cache_does(tiny_bundle, tmp_path):
     folder = engine_folder(
         tiny_bundle, tmp_path / "engines", "tensorrt", max_visual_tokens=64, max_prompt_tokens=100, max_context=50
     )
-    with load(folder) as pipe, Pipeline.load(tiny_bundle) as bundle:
+    with load(folder) as pipe, Pipeline.load(tiny_bundle, threads=1) as bundle:
         got = answer(pipe, 64)
         kept = len(got.kept_indices)
         assert got.finish_reason == "length"
