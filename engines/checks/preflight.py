@@ -33,7 +33,7 @@ from . import gpuless
 _WIDTH = 140
 # Fused attention needs scratch that grows with the length, a score tensor of each head with its square. Scratch is
 # measured at these shares of the limits. A mask's grows with the square too, by so many bytes a pair of tokens at most.
-_SHARES = (0.25, 0.5, 1.0)
+_SHARES = (0.5, 1.0)
 _MASK_BYTES = 4
 _MOST_GROWTH = 1.3
 
@@ -72,7 +72,7 @@ def preflight(
     Args:
         bundles: folders that an export wrote
         plugin: top-k plugin, built for TensorRT 11: build with it too
-        scratch: build at three lengths, and refuse scratch that grows with the square
+        scratch: build at two lengths, and refuse scratch that grows with the square
         json: print the report as JSON
     """
     sys.path.insert(0, str(gpuless.packages()))

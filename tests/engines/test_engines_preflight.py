@@ -117,14 +117,14 @@ def test_scratch_of_every_stage_grows_with_the_length_since_attention_is_fused(b
     rows, _ = preflight(repository, bundles[1], "--scratch")
     assert {row["graph"] for row in rows} == graphs("float16")
     assert all(row["layers"] > 100 and row["plan_bytes"] > 1e6 for row in rows)
-    assert all(len(row["scratch_bytes"]) == 3 and row["growth"] > 0.5 for row in rows)
+    assert all(len(row["scratch_bytes"]) == 2 and row["growth"] > 0.5 for row in rows)
     # a score tensor of one layer would take 580 MB
     assert all(row["scratch_bytes"][-1] < 100e6 for row in rows)
 
 
 def test_scratch_that_grows_with_the_square_of_the_length_is_refused():
     size = Limits(4096, 5120, 3840, 1)
-    growth = growth_of((38_000_000, 148_000_000, 582_000_000))
+    growth = growth_of((148_000_000, 582_000_000))
     assert growth == 1.98
     refusal = scratch_refusal("decoder.portable.onnx", 582_000_000, growth, size)
     assert "to the power of 1.98" in refusal and "582 MB at 5120 tokens" in refusal
