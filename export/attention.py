@@ -3,11 +3,13 @@
     portable   Concat the new keys and values to the past, and MatMul - Add - Softmax - MatMul over them, the key and
                value heads repeated for each query head: so written TensorRT fuses it and keeps no score tensor. The
                new ones alone are outputs, which the runtime puts into the cache
+    cuda       in half precision ONNX Runtime's own GroupQueryAttention does all of that, without a mask and without a
+               transpose. Several tokens are a prompt, which begins at the first column; one token may be a decode step
     others     TensorScatter them into the cache, then the Attention op with an explicit mask; tensorrt lets it end at
-               the length of context_slots; cuda tells how far a row is written, and needs no mask
+               the length of context_slots
 
 The mask is built in the graph: column c is seen by row r at cache position p = write_index + r where
-kv_start <= c <= p; a padding row sees itself, so that it stays finite.
+kv_start <= c <= p; a padding row sees itself, so that it stays finite. Prompts of cuda have no padding.
 """
 
 from dataclasses import dataclass
@@ -17,7 +19,7 @@ import numpy.typing as npt
 
 from hawk_trt.stages import CONTEXT_SLOTS, CUDA, LanguageConfig
 
-from .graph import END, GraphBuilder, Value
+from .graph import END, ORT_DOMAIN, GraphBuilder, Value
 from .layers import add_residual, attention, gated_mlp, linear, mask_bias, rms_norm, rotary
 
 
@@ -26,12 +28,10 @@ class AttentionContext:
     """What all layers of one graph share."""
 
     query_shape: Value
-    key_shape: Value  # int64 [4], (batch, seq, heads, dim) for Reshape
-    # bool [batch, 1, seq, total], True where a row may look; portable: the bias that is added, alike in shape; None for
-    # cuda
+    key_shape: Value  # int64, (batch, seq, heads, dim) for Reshape; for GroupQueryAttention (batch, seq, heads * dim)
+    # bool [batch, 1, seq, total], True where a row may look; portable: the bias that is added, alike in shape
     mask: Value | None
-    # int64 [batch], columns of a row's cache that hold tokens after this call; None where there is a mask
-    written: Value | None
+    grouped: tuple[Value, Value] | None  # what GroupQueryAttention takes in place of a mask, see _lengths
     cos: Value
     sin: Value  # [batch, seq, rotary_dim / 2]
     write_index: Value | None  # int64 [batch], None in portable graphs
@@ -46,27 +46,30 @@ def attention_context(
     full_layer: int,
 ) -> AttentionContext:
     """Build the shared values once a graph. hidden: [batch, seq, hidden]; full_layer: one of the graph's."""
+    is_grouped = g.target == CUDA and g.dtype != "float32"  # the kernel is of half precision
     with g.scope("attention_shape"):
         batch_seq = g.op("Shape", hidden, start=0, end=2, name="batch_seq")
-        query_shape = g.op(
-            "Concat", batch_seq, g.ints(config.num_attention_heads, config.head_dim), axis=0, name="query"
+        query_shape, key_shape = (
+            g.op(
+                "Concat",
+                batch_seq,
+                g.ints(heads * config.head_dim) if is_grouped else g.ints(heads, config.head_dim),
+                axis=0,
+                name=name,
+            )
+            for heads, name in ((config.num_attention_heads, "query"), (config.num_key_value_heads, "key"))
         )
-        key_shape = g.op("Concat", batch_seq, g.ints(config.num_key_value_heads, config.head_dim), axis=0, name="key")
         seq_len = g.op("Shape", hidden, start=1, end=2, name="seq_len")
     cos, sin = _rotary_tables(g, config, position_ids)
     write_index, slots = g.inputs.get("write_index"), g.inputs.get(CONTEXT_SLOTS)
     context_len = None if slots is None else g.op("Shape", slots, name="context_len")
     past_len = g.op("Shape", g.inputs[config.cache_names(full_layer, past=True)[0]], start=2, end=3, name="past_len")
-    mask = written = None
-    if g.target == CUDA:
-        # seq_len lies on the host, and a sum with it would too: the last of a Range is seq_len - 1 on the GPU
-        zero, one = g.const(0, "int64"), g.const(1, "int64")
-        rows = g.op("Range", zero, g.op("Squeeze", seq_len, g.ints(0), name="seq_scalar"), one, name="rows")
-        last = g.op("Add", g.inputs["write_index"], _last(g, rows, 0, "row"), name="last_column")
-        written = g.op("Add", last, one, name="written")
+    mask = grouped = None
+    if is_grouped:
+        grouped = _lengths(g, past_len, seq_len)
     else:
-        mask = _mask(g, g.inputs["kv_start"], write_index, past_len, context_len or past_len, seq_len)
-    return AttentionContext(query_shape, key_shape, mask, written, cos, sin, write_index, context_len)
+        mask = _mask(g, g.inputs.get("kv_start"), write_index, past_len, context_len or past_len, seq_len)
+    return AttentionContext(query_shape, key_shape, mask, grouped, cos, sin, write_index, context_len)
 
 
 def decoder_layer(
@@ -80,8 +83,8 @@ def decoder_layer(
 ) -> tuple[Value, dict[str, Value]]:
     """One layer: its output [batch * seq, hidden] in the residual dtype, and the outputs for the cache by name.
 
-    x: the residual stream, [batch * seq, hidden].  layer: its index in the checkpoint.  last_only: keys and values of
-    all positions, but the output of the last alone, [batch, hidden]: all that the logits need after the last layer.
+    x: the residual stream, [batch * seq, hidden].  layer: its index in the checkpoint.  last_only: the output of the
+    last position alone, [batch, hidden]: all that the logits need after the last layer.
     """
     weight, hidden, dim = f"language_model.layers.{layer}", config.hidden_size, config.head_dim
     width, kv_width = config.num_attention_heads * dim, config.num_key_value_heads * dim
@@ -89,35 +92,31 @@ def decoder_layer(
     def project(h: Value, n: str, rows: int) -> Value:
         return linear(g, h, f"{weight}.self_attn.{n}_proj", (rows, hidden), bias=not config.qk_norm)
 
+    def turned(h: Value, n: str, heads: int, shape: Value) -> Value:
+        if config.qk_norm:
+            h = g.reshape(h, -1, dim, name=f"{n}_by_head")
+            h = language_norm(g, config, h, f"{weight}.self_attn.{n}_norm", dim, g.dtype)
+        h = _heads(g, context, h, shape, n)
+        heads = 0 if context.grouped is None else heads
+        return rotary(g, h, context.cos, context.sin, f"rotary_{n}", config.rotary_dim, heads)
+
     with g.scope(f"layers.{layer}"):
         h = language_norm(g, config, x, f"{weight}.input_layernorm", hidden)
         with g.scope("self_attn"):
-            key, value = (_heads(g, project(h, n, kv_width), context.key_shape, n) for n in "kv")
-            if config.qk_norm:
-                key = language_norm(g, config, key, f"{weight}.self_attn.k_norm", dim, g.dtype)
-            key = rotary(g, key, context.cos, context.sin, "rotary_k", config.rotary_dim)
-            cos, sin, mask, query_shape = context.cos, context.sin, context.mask, context.query_shape
-            if last_only:
-                h, x = (last_rows(g, t, query_shape, hidden, n) for t, n in ((h, "normed"), (x, "residual")))
-                # the reshapes say that one position is left, which TensorRT does not see in a Slice
-                half = (config.rotary_dim or dim) // 2
-                cos, sin = (
-                    g.reshape(_last(g, t, 1, n), -1, 1, half, name=f"{n}_one") for t, n in ((cos, "cos"), (sin, "sin"))
-                )
-                if mask is not None:
-                    mask = g.reshape(_last(g, mask, 2, "mask"), 0, 1, 1, -1, name="mask_one")
-                query_shape = g.ints(-1, 1, config.num_attention_heads, dim)
-            rows, gate = 2 * width if config.attention_gate else width, None
-            query = project(h, "q", rows)
+            key = turned(project(h, "k", kv_width), "k", config.num_key_value_heads, context.key_shape)
+            value = _heads(g, context, project(h, "v", kv_width), context.key_shape, "v")
+            query, gate = project(h, "q", 2 * width if config.attention_gate else width), None
             if config.attention_gate:
                 query, gate = _query_and_gate(g, config, query)
-            query = _heads(g, query, query_shape, "q")
-            if config.qk_norm:
-                query = language_norm(g, config, query, f"{weight}.self_attn.q_norm", dim, g.dtype)
-            query = rotary(g, query, cos, sin, "rotary_q", config.rotary_dim)
-            attended, present = _attend(g, config, context, query, key, value, mask, layer)
+            query = turned(query, "q", config.num_attention_heads, context.query_shape)
+            attended, present = _attend(g, config, context, query, key, value, layer)
             if gate is not None:
                 attended = g.op("Mul", attended, g.op("Sigmoid", gate, name="gate"), name="gated")
+            if last_only:
+                attended, x = (
+                    last_rows(g, t, context.query_shape, size, n)
+                    for t, size, n in ((attended, width, "attended"), (x, hidden, "residual"))
+                )
             attended = linear(g, attended, f"{weight}.self_attn.o_proj", (hidden, width), bias=False)
         return add_and_mlp(g, config, x, attended, weight), present
 
@@ -160,9 +159,10 @@ def _query_and_gate(g: GraphBuilder, config: LanguageConfig, x: Value) -> tuple[
     return query, gate
 
 
-def _heads(g: GraphBuilder, x: Value, shape: Value, name: str) -> Value:
-    """[tokens, heads * dim] -> [batch, heads, seq, dim]."""
-    return g.transpose(g.op("Reshape", x, shape, name=f"{name}_split"), 0, 2, 1, 3, name=f"{name}_heads")
+def _heads(g: GraphBuilder, context: AttentionContext, x: Value, shape: Value, name: str) -> Value:
+    """[tokens, heads * dim], or a row a head -> [batch, heads, seq, dim], or as GroupQueryAttention takes them."""
+    x = g.op("Reshape", x, shape, name=f"{name}_split")
+    return x if context.grouped is not None else g.transpose(x, 0, 2, 1, 3, name=f"{name}_heads")
 
 
 def _last(g: GraphBuilder, x: Value, axis: int, name: str) -> Value:
@@ -177,14 +177,24 @@ def _attend(
     query: Value,
     key: Value,
     value: Value,
-    mask: Value | None,
     layer: int,
 ) -> tuple[Value, dict[str, Value]]:
-    """Update the cache and attend: heads [batch, heads, seq, dim] in, [tokens, heads * dim] out."""
+    """Update the cache and attend: what _heads gave in, [tokens, heads * dim] out."""
     scale = float(config.head_dim**-0.5)
     width = config.num_attention_heads * config.head_dim
     past = [g.inputs[name] for name in config.cache_names(layer, past=True)]
-    if context.write_index is not None:
+    if context.grouped is not None:
+        attended, key, value = g.ops(
+            "GroupQueryAttention",
+            *(query, key, value, *past, *context.grouped),
+            num_heads=config.num_attention_heads,
+            kv_num_heads=config.num_key_value_heads,
+            scale=scale,
+            domain=ORT_DOMAIN,
+            name="GroupQueryAttention",
+            count=3,
+        )
+    elif context.write_index is not None:
         key, value = (
             g.op("TensorScatter", cache, new, context.write_index, axis=-2, mode="linear", name=f"cache_{n}")
             for cache, new, n in ((past[0], key, "k"), (past[1], value, "v"))
@@ -197,10 +207,11 @@ def _attend(
             for cache, new, n in ((past[0], key, "k"), (past[1], value, "v"))
         )
         read = (_repeated(g, config, whole_key, "k"), _repeated(g, config, whole_value, "v"))
-    attended = attention(g, query, *read, scale, mask, context.written)
-    joined = g.transpose(attended, 0, 2, 1, 3, name="join_heads")
+    if context.grouped is None:
+        attended = attention(g, query, *read, scale, context.mask)
+        attended = g.transpose(attended, 0, 2, 1, 3, name="join_heads")
     present = dict(zip(config.cache_names(layer, past=False), (key, value), strict=True))
-    return g.reshape(joined, -1, width, name="flat"), present
+    return g.reshape(attended, -1, width, name="flat"), present
 
 
 def _used_columns(g: GraphBuilder, context: AttentionContext, cache: Value, name: str) -> Value:
@@ -253,9 +264,21 @@ def _axis_of_frequency(config: LanguageConfig) -> npt.NDArray[np.int64]:
     return axis_of
 
 
+def _lengths(g: GraphBuilder, past_len: Value, seq_len: Value) -> tuple[Value, Value]:
+    """Int32 on the GPU [batch] and on the host [1]: each row's last column, and how long the longest row may be."""
+    zero, one = g.const(0, "int64"), g.const(1, "int64")
+    # seq_len lies on the host, and a sum with it would too: the last of a Range is seq_len - 1 on the GPU
+    rows = g.op("Range", zero, g.op("Squeeze", seq_len, g.ints(0), name="seq_scalar"), one, name="rows")
+    last = g.op("Add", g.inputs["write_index"], _last(g, rows, 0, "row"), name="last_column")
+    # of a prompt its own length, of a step the cache's, since a captured step stays as it is
+    is_step = g.op("Equal", seq_len, g.ints(1), name="is_step")
+    longest = g.op("Where", is_step, past_len, seq_len, name="longest_row")
+    return g.cast(last, "int64", "int32", "last_column_int32"), g.cast(longest, "int64", "int32", "longest_row_int32")
+
+
 def _mask(
     g: GraphBuilder,
-    kv_start: Value,
+    kv_start: Value | None,
     write_index: Value | None,
     past_len: Value,
     context_len: Value,
@@ -274,12 +297,10 @@ def _mask(
         positions = g.op("Add", rows, start, name="positions")  # [seq], or [batch, seq] with a write_index
         axes = (0, 1, 3) if write_index is None else (1, 3)
         positions = g.unsqueeze(positions, *axes, name="position_grid")
-        kv_start = g.unsqueeze(kv_start, 1, 2, 3, name="kv_start_grid")
-        seen = g.op(
-            "And",
-            g.op("LessOrEqual", columns, positions, name="not_later"),
-            g.op("GreaterOrEqual", columns, kv_start, name="not_padding"),
-            name="causal",
-        )
-        mask = g.op("Or", seen, g.op("Equal", columns, positions, name="itself"), name="seen")
+        mask = g.op("LessOrEqual", columns, positions, name="not_later")
+        if kv_start is not None:
+            kv_start = g.unsqueeze(kv_start, 1, 2, 3, name="kv_start_grid")
+            not_padding = g.op("GreaterOrEqual", columns, kv_start, name="not_padding")
+            seen = g.op("And", mask, not_padding, name="causal")
+            mask = g.op("Or", seen, g.op("Equal", columns, positions, name="itself"), name="seen")
         return mask if g.opset24 else mask_bias(g, mask)

@@ -27,6 +27,8 @@ _PORTABLE_OPSET, _OPSET = 18, 24
 # The oldest that carry those opsets.
 _PORTABLE_IR_VERSION, _IR_VERSION = 10, 12
 HAWK_DOMAIN = "hawk"
+# ONNX Runtime's own operators.
+ORT_DOMAIN = "com.microsoft"
 # Behind the last index of any axis.
 END = int(np.iinfo(np.int64).max)
 
@@ -109,9 +111,10 @@ class GraphBuilder:
         name: str,
         count: int,
         domain: str = "",
+        also: Sequence[Value] = (),
         **attributes: Any,  # noqa: ANN401 - ONNX attributes are of many types
     ) -> Sequence[Value]:
-        """Add a node with several outputs."""
+        """Add a node with several outputs; also: names of further ones, "" where one is left out."""
         if domain:
             self._opsets[domain] = 1
         full = self._unique("/".join([*self._scopes, name]))
@@ -121,11 +124,17 @@ class GraphBuilder:
             name=full,
             domain=domain or None,
             input=[value or "" for value in inputs],  # None where one is left out
-            output=outputs,
+            output=[*outputs, *also],
             attribute=[make_attribute(key, value) for key, value in attributes.items()],
         )
         self._nodes.append(node)
         return outputs
+
+    def take_sum(self, x: Value) -> Sequence[Value]:
+        """The terms of x, whose node is taken back, where that is an Add and the last so far; else nothing."""
+        if not self._nodes or self._nodes[-1].op_type != "Add" or self._nodes[-1].output[0] != x:
+            return ()
+        return list(self._nodes.pop().input)
 
     def subgraph(self, build: Callable[[Value], Sequence[Value]]) -> onnx.GraphProto:
         """A body of one input, in the model's dtype, and the outputs that build returns; weights stay the graph's."""

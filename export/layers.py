@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from .graph import END, GraphBuilder, Value
+from hawk_trt.stages import CUDA
+
+from .graph import END, ORT_DOMAIN, GraphBuilder, Value
 from .weights import QuantisedMatrix
 
 # How far beyond 65,504 the inner values of a float16 MLP may go: a power of two, so that scaling is exact.
@@ -83,25 +85,31 @@ def rms_norm(
 ) -> Value:
     """RMS norm over the last axis, computed in float32; out in the model's dtype.
 
-    source: dtype of x, that of the residual stream where None.  unit_offset: it multiplies by 1 + weight.
+    source: dtype of x, None where x is the residual stream.  unit_offset: it multiplies by 1 + weight.
     """
+    # ONNX Runtime's CUDA provider adds to the residual stream and norms the sum in one kernel
+    fused = g.target == CUDA and source is None and (not unit_offset or g.residual == "float32")
+    terms = g.take_sum(x) if fused else ()
     scale, source = g.weight(f"{weight}.weight", size), source or g.residual
     with g.scope(_last_word(weight)):
         if unit_offset:
-            x = g.cast(x, source, "float32", "to_float32")
-            y = rms_float32(g, x, offset_scale(g, scale), epsilon, "RMSNormalization")
-            return g.cast(y, "float32", g.dtype, "to_model")
-        if g.opset24:
+            x, scale, source = g.cast(x, source, "float32", "to_float32"), offset_scale(g, scale), "float32"
+        elif g.opset24:
             scale = g.cast(scale, g.dtype, source, "scale_residual")
-            y = g.op("RMSNormalization", x, scale, axis=-1, epsilon=epsilon, stash_type=1, name="RMSNormalization")
-            return g.cast(y, source, g.dtype, "to_model")
-        h = g.cast(x, source, "float32", "to_float32")
-        h = g.op("Mul", h, inverse_rms(g, h, epsilon), name="normalize")
-        return g.op("Mul", g.cast(h, "float32", g.dtype, "to_model"), scale, name="scale")
+        if terms:
+            made: dict[str, Any] = {"also": ("", "", x), "name": "add_and_norm", "domain": ORT_DOMAIN}
+            y = g.op("SkipSimplifiedLayerNormalization", *terms, scale, epsilon=epsilon, **made)
+        elif g.opset24 or unit_offset:
+            y = rms_float32(g, x, scale, epsilon, "RMSNormalization")
+        else:
+            h = g.cast(x, source, "float32", "to_float32")
+            h = g.op("Mul", h, inverse_rms(g, h, epsilon), name="normalize")
+            return g.op("Mul", g.cast(h, "float32", g.dtype, "to_model"), scale, name="scale")
+        return g.cast(y, source, g.dtype, "to_model")
 
 
 def rms_float32(g: GraphBuilder, x: Value, scale: Value, epsilon: float, name: str) -> Value:
-    """RMS norm over the last axis, all of it float32."""
+    """RMS norm over the last axis, computed in float32; portable graphs take only that."""
     if g.opset24:
         return g.op("RMSNormalization", x, scale, axis=-1, epsilon=epsilon, stash_type=1, name=name)
     with g.scope(name):
@@ -133,15 +141,21 @@ def inverse_rms(g: GraphBuilder, x: Value, epsilon: float) -> Value:
     return g.op("Reciprocal", root, name="inverse_rms")
 
 
-def rotary(g: GraphBuilder, x: Value, cos: Value, sin: Value, name: str, rotary_dim: int = 0) -> Value:
-    """Rotate the halves of the last axis, or of its first rotary_dim numbers where that is not 0.
+def rotary(
+    g: GraphBuilder, x: Value, cos: Value, sin: Value, name: str, rotary_dim: int = 0, num_heads: int = 0
+) -> Value:
+    """Rotate the halves of each head, or of its first rotary_dim numbers where that is not 0.
 
-    x: [batch, heads, seq, dim]; cos, sin: [batch, seq, dim / 2], or half of rotary_dim.
+    x: [batch, heads, seq, dim], or [batch, seq, heads * dim] where num_heads says how many; cos, sin: [batch, seq,
+    dim / 2], or half of rotary_dim.
     """
     with g.scope(name):
         if g.opset24:
-            partial: dict[str, Any] = {"rotary_embedding_dim": rotary_dim} if rotary_dim else {}
-            return g.op("RotaryEmbedding", x, cos, sin, name="RotaryEmbedding", **partial)
+            sizes = {"rotary_embedding_dim": rotary_dim, "num_heads": num_heads}
+            given: dict[str, Any] = {key: size for key, size in sizes.items() if size}
+            # the input left out is there to be looked at: ONNX Runtime 1.28 does before GroupQueryAttention
+            absent = [None] if num_heads else []
+            return g.op("RotaryEmbedding", x, cos, sin, *absent, name="RotaryEmbedding", **given)
         cos, sin = (g.unsqueeze(t, 1, name=f"{word}_heads") for t, word in ((cos, "cos"), (sin, "sin")))
         still: list[Value] = []
         if rotary_dim:
@@ -170,18 +184,13 @@ def attention(
     value: Value,
     scale: float,
     mask: Value | None = None,
-    written: Value | None = None,
 ) -> Value:
     """softmax(scale q k^T, masked) v: [batch, heads, seq, dim].
 
     query: [batch, heads, seq, dim].  key, value: [batch, heads, total, dim]; with opset 24 they may have fewer heads,
     each for a group of the query's.  mask: broadcast to [batch, heads, seq, total]; bool with opset 24, True where a
-    query may look, else the bias that is added.  written: int64 [batch], with opset 24 and no mask: so many columns
-    hold tokens, the queries are the last of them, and each looks at those before it and at itself.
+    query may look, else the bias that is added.
     """
-    if written is not None:
-        given = (query, key, value, None, None, None, written)
-        return g.op("Attention", *given, scale=scale, is_causal=1, name="Attention")
     if g.opset24:
         return g.op("Attention", query, key, value, mask, scale=scale, name="Attention")
     scaled = g.op("Mul", query, g.scalar(scale), name="scale_q")

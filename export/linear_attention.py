@@ -22,10 +22,9 @@ from hawk_trt.stages import CPU, CUDA, LanguageConfig, LinearAttentionConfig
 
 from .attention import add_and_mlp, language_norm
 from .delta_rule import Chunks, chunks_of, delta_rule
-from .graph import END, GraphBuilder, Value
+from .graph import END, ORT_DOMAIN, GraphBuilder, Value
 from .layers import linear, rms_float32
 
-_DOMAIN = "com.microsoft"
 # Added to the squares of a query or key before they are normed.
 _NORM_EPSILON = 1e-6
 
@@ -99,7 +98,7 @@ def _gated_delta_rule(
             None,
             past_conv,
             activation="silu",
-            domain=_DOMAIN,
+            domain=ORT_DOMAIN,
             name="conv",
             count=2,
         )
@@ -124,7 +123,7 @@ def _gated_delta_rule(
             q_num_heads=sizes.num_key_heads,
             kv_num_heads=sizes.num_value_heads,
             update_rule="gated_delta",
-            domain=_DOMAIN,
+            domain=ORT_DOMAIN,
             name="LinearAttention",
             count=2,
         )

@@ -15,7 +15,7 @@ from export.__main__ import main as export
 from hawk_trt import ModelInputs, Pipeline, PruningConfig, Request, SamplingConfig
 from hawk_trt.errors import InvalidInput
 from hawk_trt.runtime.trace import traced
-from targets import ON_CPU
+from targets import IN_ONNX_RUNTIME, ON_CPU
 
 SAMPLES = list(generate(11, 10))
 PRUNING = PruningConfig(keep_ratio=0.2)
@@ -257,7 +257,7 @@ def test_a_special_token_spelled_out_by_a_user_is_text(inplace):
         assert (ids == token).sum() == (plain == token).sum()
 
 
-@pytest.mark.parametrize("target", ON_CPU)
+@pytest.mark.parametrize("target", IN_ONNX_RUNTIME)
 def test_float16_keeps_nearly_the_same_tokens_and_answers(tiny_checkpoint, tiny_bundle, tmp_path, target):
     assert export([str(tiny_checkpoint), "--out", str(tmp_path / "b"), "--dtype", "float16"]) == 0
     answers = 0

@@ -11,6 +11,7 @@ Wheels are fetched when first needed, 250 MB each, into build/onnxruntime-gpu.
 
 import argparse
 import collections
+import ctypes
 import json
 import os
 import re
@@ -129,7 +130,7 @@ def cuda_graphs(bundle: Path) -> list[Path]:
 def place(graphs: list[Path], version: str) -> list[Placement]:
     """Load graphs in a version of onnxruntime-gpu, in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.gpu_report.preflight", "--place", *map(str, graphs)]
-    environment = os.environ | stub_cuda.environment(version)
+    environment = os.environ | stub_cuda.environment(version) | {"ORT_ENABLE_ATTENTION_KERNEL_DEBUG_INFO": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise BackendError(f"onnxruntime-gpu {version}: status {done.returncode}: {done.stderr.strip()[-400:]}")
@@ -145,7 +146,7 @@ def _place(graphs: list[Path]) -> int:
 
 
 def _placement(path: Path) -> Placement:
-    """Make a session and read where its nodes went from ONNX Runtime's own log, which goes to the stderr of C."""
+    """Make a session and read where its nodes went from ONNX Runtime's own log, which goes to the streams of C."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -156,8 +157,9 @@ def _placement(path: Path) -> Placement:
     refusal, half = None, 0
     ort.set_default_logger_severity(0)  # which tells the kernel that attention takes
     with tempfile.TemporaryFile() as log:
-        stderr = os.dup(2)
-        os.dup2(log.fileno(), 2)
+        streams = {stream: os.dup(stream) for stream in (1, 2)}
+        for stream in streams:
+            os.dup2(log.fileno(), stream)
         try:
             providers = [("CUDAExecutionProvider", settings), _CPU_PROVIDER]
             session = ort.InferenceSession(str(path), options, providers=providers)
@@ -168,12 +170,15 @@ def _placement(path: Path) -> Placement:
         except Exception as error:  # ONNX Runtime's errors have no common class, and each is the answer here
             refusal = " ".join(str(error).split())[:300]
         finally:
-            os.dup2(stderr, 2)
-            os.close(stderr)
+            ctypes.CDLL(None).fflush(None)
+            for stream, kept in streams.items():
+                os.dup2(kept, stream)
+                os.close(kept)
             ort.set_default_logger_severity(2)
         log.seek(0)
         said = log.read().decode(errors="replace")
     attention = {name: said.count(f"ONNX Attention: using {name}") if half else 0 for name in _FUSED}
+    attention[_FLASH] += len(re.findall(r"Operator=GroupQueryAttention .*SdpaKernel=FLASH_ATTENTION", said))
     attention["unfused"] = half - sum(attention.values())
     return Placement("/".join(path.parts[-2:]), refusal, *_placed(said), {k: n for k, n in attention.items() if n})
 
@@ -195,7 +200,7 @@ def _run(session: "ort.InferenceSession", path: Path) -> int:
     options.add_run_config_entry("gpu_graph_id", "-1")
     session.run_with_iobinding(binding, options)
     nodes = onnx.load(path, load_external_data=False).graph.node
-    return sum(node.op_type == "Attention" for node in nodes) if half else 0
+    return sum(node.op_type in ("Attention", "GroupQueryAttention") for node in nodes) if half else 0
 
 
 def _placed(log: str) -> tuple[int, dict[str, int]]:

@@ -1,6 +1,7 @@
 """The exported graphs: well-formed, readable, and equal to PyTorch's own layers."""
 
 import re
+from collections import Counter
 
 import numpy as np
 import onnx
@@ -12,6 +13,7 @@ from export.__main__ import main as export
 from hawk_trt.bundle import Bundle
 from hawk_trt.stages import (
     CONTEXT_SLOTS,
+    CPU,
     CUDA,
     DECODER,
     DTYPES,
@@ -126,6 +128,23 @@ def test_products_of_the_vision_stage_take_their_biases_apart_on_cuda_alone(bund
         assert target != CUDA or not biased
 
 
+def test_attention_and_residual_norms_are_single_operators_on_cuda(bundles):
+    for dtype, attention in (
+        ("float32", "Attention"),
+        ("float16", "GroupQueryAttention"),
+        ("bfloat16", "GroupQueryAttention"),
+    ):
+        graph = onnx.load(bundles / dtype / "decoder.cuda.onnx", load_external_data=False).graph
+        count = Counter(node.op_type for node in graph.node)
+        assert count[attention] == 2, dtype
+        assert (count["Transpose"], count["TensorScatter"]) == ((9, 4) if dtype == "float32" else (1, 0))
+        # all but the first, whose residual stream is the graph's input
+        assert (count["RMSNormalization"], count["SkipSimplifiedLayerNormalization"]) == (1, 4)
+    for target in (CPU, TENSORRT, PORTABLE):
+        model = onnx.load(bundles / "float32" / f"decoder.{target}.onnx", load_external_data=False)
+        assert "com.microsoft" not in {entry.domain for entry in model.opset_import}
+
+
 def test_targets_share_their_weights(bundles):
     folder = bundles / "float32"
     for stage in (DECODER, FIRST_LAYER, "vision"):
@@ -147,15 +166,19 @@ def torch_layers(tmp_path_factory):
     sizes = Sizes(layers=4)
     checkpoint = make_checkpoint(folder / "checkpoint", random_tensors(sizes, seed=3), sizes=sizes)
     assert export([str(checkpoint), "--out", str(folder / "bundle")]) == 0
+    assert export([str(checkpoint), "--out", str(folder / "half"), "--dtype", "float16", "--target", CUDA]) == 0
     model = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
         checkpoint, dtype=torch.float32, attn_implementation="eager"
     ).eval()
     return torch, model, folder / "bundle"
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_the_decoder_equals_pytorchs_layers_over_prefill_and_decode_steps(torch_layers, target):
+@pytest.mark.parametrize(
+    ("target", "name", "tolerance"), [*((target, "bundle", 2e-4) for target in TARGETS), (CUDA, "half", 2e-2)]
+)
+def test_the_decoder_equals_pytorchs_layers_over_prefill_and_decode_steps(torch_layers, target, name, tolerance):
     torch, model, folder = torch_layers
+    folder = folder.with_name(name)
     language = model.model.language_model
     config = Bundle.load(folder).manifest.language
     rng = np.random.default_rng(1)
@@ -179,7 +202,8 @@ def test_the_decoder_equals_pytorchs_layers_over_prefill_and_decode_steps(torch_
     session = ort.InferenceSession(folder / f"decoder.{target}.onnx")
     caches = {
         value.name: np.zeros(
-            (2, config.num_key_value_heads, total if in_place(target) else 0, config.head_dim), np.float32
+            (2, config.num_key_value_heads, total if in_place(target) else 0, config.head_dim),
+            {"bundle": np.float32, "half": np.float16}[name],
         )
         for value in session.get_inputs()
         if value.name.startswith("past_")
@@ -200,7 +224,7 @@ def test_the_decoder_equals_pytorchs_layers_over_prefill_and_decode_steps(torch_
         outputs = dict(zip([o.name for o in session.get_outputs()], session.run(None, feeds), strict=True))
         done += count
         for row in range(2):
-            np.testing.assert_allclose(outputs["logits"][row], expected[row][done - 1], rtol=0, atol=2e-4)
+            np.testing.assert_allclose(outputs["logits"][row], expected[row][done - 1], rtol=0, atol=tolerance)
             assert outputs["next_token"][row] == outputs["logits"][row].argmax()
         made = {name: outputs[name.replace("past_", "present_")] for name in caches}
         # a portable graph returns the new columns alone
@@ -228,4 +252,5 @@ def test_left_padding_changes_nothing_in_the_decoder(torch_layers):
 
 
 def _opsets(target):
-    return [onnx.helper.make_opsetid("", 18 if target == PORTABLE else 24), onnx.helper.make_opsetid("hawk", 1)]
+    versions = {"": 18 if target == PORTABLE else 24, "hawk": 1, "com.microsoft": 1}
+    return [onnx.helper.make_opsetid(domain, version) for domain, version in versions.items()]
