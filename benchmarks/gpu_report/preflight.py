@@ -149,9 +149,11 @@ def _placement(path: Path) -> Placement:
     """Make a session and read where its nodes went from ONNX Runtime's own log, which goes to the streams of C."""
     import onnxruntime as ort
 
+    from hawk_trt.runtime.session import ATTENTION_KERNELS
+
     options = ort.SessionOptions()
     options.log_severity_level = 0
-    settings = {"device_id": "0", "use_tf32": "0"}
+    settings = {"device_id": "0", "use_tf32": "0", "sdpa_kernel": ATTENTION_KERNELS}
     if path.name.startswith(_GRAPHED):
         settings["enable_cuda_graph"] = "1"
     refusal, half = None, 0

@@ -31,6 +31,8 @@ Values: TypeAlias = Mapping[str, ort.OrtValue]
 _ONNX_TYPES = {"float32": 1, "int32": 6, "int64": 7, "bool": 9, "float16": 10, "bfloat16": 16}
 _DTYPES = {number: name for name, number in _ONNX_TYPES.items()}
 _ARENA_STEP = 256 << 20  # bytes
+# FlashAttention, memory-efficient and plain attention: not cuDNN's, which takes 0.1 s to plan each new prompt length.
+ATTENTION_KERNELS = "19"
 _GRAPH_OPTION, _NO_GRAPH = "gpu_graph_id", "-1"
 _ORT_ERRORS = tuple(
     value for value in vars(ort_errors).values() if isinstance(value, type) and issubclass(value, Exception)
@@ -71,7 +73,8 @@ class Device:
         cpu: list[tuple[str, dict[str, str]]] = [("CPUExecutionProvider", {})]
         if self.kind == "cpu":
             return cpu
-        options = {"device_id": str(self.index), "use_tf32": "0", "arena_extend_strategy": "kSameAsRequested"}
+        options = {"device_id": str(self.index), "use_tf32": "0", "sdpa_kernel": ATTENTION_KERNELS}
+        options["arena_extend_strategy"] = "kSameAsRequested"
         return [("CUDAExecutionProvider", options | ({"enable_cuda_graph": "1"} if capture else {})), *cpu]
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> ort.OrtValue:
