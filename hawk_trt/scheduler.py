@@ -187,8 +187,6 @@ class Scheduler:
         """Whether these can run beside those that run."""
         rows = [*self.running, *more]
         context, places = self._backend.max_context, self._backend.max_start
-        if places is not None and not self.running:
-            places = max(places, 1)  # who has rows of it is none of ours, and loses them
         if len(rows) > self._max_batch or (places is not None and len(more) > places):
             return False
         # run together, the shorter are padded to the longest

@@ -266,7 +266,7 @@ def _upright(rgb: Image.Image, image: Image.Image) -> npt.NDArray[np.uint8]:
 def to_rgb(image: Image.Image, name: str) -> Image.Image:
     """Any mode as RGB: transparency on white, all else as Pillow converts it where that loses nothing."""
     mode = image.mode
-    if mode in ("F", "La", "LAB"):
+    if mode in _REFUSED_MODES:
         raise InvalidInput(f"{name}: {_REFUSED_MODES[mode]}")
     if mode.startswith("I"):
         levels, transparent = np.asarray(image), image.info.get("transparency")

@@ -81,7 +81,7 @@ class Backend(Protocol):
 
     @property
     def max_start(self) -> int | None:
-        """Prompts that a prefill has place for beside the rows that run now; None without bound."""
+        """Prompts that a prefill has place for beside the rows that run now, 1 at least; None without bound."""
 
     def encode(self, feeds: Iterable[dict[str, npt.NDArray[Any]]], num_rows: int) -> Visual:
         """Run the vision stage, one call a feed, into num_rows rows; one zero row where there is none."""
