@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from hawk_trt.bundle import Bundle, holds_engines
 from hawk_trt.errors import BackendError, BundleError, InvalidInput
+from hawk_trt.inputs.layout import PromptLayout
 from hawk_trt.inputs.processor import Processor
 from hawk_trt.models import load_family
 from hawk_trt.request import ModelInputs, PruningConfig, Request, Result, SamplingConfig
@@ -24,6 +25,8 @@ from hawk_trt.scheduler import DEFAULT_MAX_NEW_TOKENS, Scheduler
 from hawk_trt.sequence import Sequence as Answer
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
     from hawk_trt.inputs.turns import JsonObject
     from hawk_trt.request import ImageInput, Message, VideoInput
 
@@ -138,6 +141,14 @@ class Pipeline:
         """
         request = Request(prompt, images, videos, tools=tools, min_pixels=min_pixels, max_pixels=max_pixels)
         return self.processor(request)
+
+    def layout(self, inputs: ModelInputs, query: str | None = None) -> PromptLayout:
+        """Where everything of a prompt lies: its visual tokens, its question, its positions; as Processor.layout."""
+        return self.processor.layout(inputs, query)
+
+    def chat_tokenizer(self) -> "Tokenizer | None":
+        """The checkpoint's tokenizer, of the tokenizers package; None where the bundle has none."""
+        return None if self.processor.chat is None else self.processor.chat.tokenizer
 
     def generate(
         self,

@@ -68,6 +68,13 @@ def test_sampled_rows_of_a_batch_equal_the_same_seed_alone(inplace):
     assert alone.token_ids != inplace.generate(SAMPLES[0].question, [SAMPLES[0].image], **options).token_ids
 
 
+def test_a_prompts_layout_and_the_tokenizer_can_be_asked_for(inplace):
+    inputs = inplace.prepare(SAMPLES[0].question, [SAMPLES[0].image])
+    layout, tokenizer = inplace.layout(inputs, "last"), inplace.chat_tokenizer()
+    assert (layout.num_visual, layout.query) == (64, "last")
+    assert SAMPLES[0].question in tokenizer.decode(layout.input_ids.tolist(), skip_special_tokens=False)
+
+
 def test_the_stream_is_the_answer_in_pieces(inplace):
     sample = SAMPLES[0]
     stream = inplace.stream(sample.question, [sample.image], (), PRUNING, max_new_tokens=12)
