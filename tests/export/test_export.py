@@ -18,7 +18,7 @@ from checkpoints import (
 from export.__main__ import main
 from export.architectures import read_config
 from export.writer import ExportOptions, export
-from hawk_trt.bundle import MANIFEST, Bundle, HeadWeights, manifest_bytes, read_manifest
+from hawk_trt.bundle import MANIFEST, SCHEMA_VERSION, Bundle, HeadWeights, manifest_bytes, read_manifest
 from hawk_trt.errors import BundleError, InvalidInput
 from hawk_trt.stages import STAGES, TARGETS
 
@@ -115,10 +115,11 @@ def test_a_bundle_of_another_schema_is_refused_and_may_be_replaced(tmp_path, che
     other = json.loads(manifest_bytes(read_manifest(out))) | {"schema_version": version}
     write_json(out / MANIFEST, other)
     with pytest.raises(
-        BundleError, match=rf"version {version}, this hawk_trt reads 5\. {advice} again: hawk-trt export "
+        BundleError,
+        match=rf"version {version}, this hawk_trt reads {SCHEMA_VERSION}\. {advice} again: hawk-trt export ",
     ):
         Bundle.load(out)
-    assert export(checkpoint, out).manifest.schema_version == 5
+    assert export(checkpoint, out).manifest.schema_version == SCHEMA_VERSION
 
 
 def test_a_bundle_holds_the_targets_that_run_its_dtype_or_those_asked_for(tmp_path, checkpoint):
