@@ -14,6 +14,10 @@ os.environ["OMP_NUM_THREADS"] = "1"  # a worker a core runs tests; of products t
 import pytest
 from hypothesis import settings
 
+# each process that a test starts would compile this project anew
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 ROOT = Path(__file__).parent.parent
 _GPU_DEVICES = ("/dev/nvidiactl", "/dev/nvhost-gpu")  # a card, a Jetson
 

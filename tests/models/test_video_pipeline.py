@@ -13,6 +13,9 @@ import numpy as np
 import pytest
 
 from export.__main__ import main as export
+from export.random_checkpoint import random_checkpoint
+from export.writer import ExportOptions
+from export.writer import export as write
 from hawk_trt import Pipeline, PruningConfig
 from hawk_trt.apps.cli.main import main as hawk_trt
 from hawk_trt.apps.parity.prompt_rules import prompt_tokens
@@ -23,6 +26,7 @@ from hawk_trt.models.family import joined_rows
 from hawk_trt.models.qwen2_5_vl import Qwen25VL
 from hawk_trt.models.qwen_video import max_frame_pixels
 from hawk_trt.models.streamed_rows import StreamedRows
+from released import with_few_layers
 from vision_configs import QWEN2_5_VL
 
 QUESTION = "What is red?"
@@ -269,13 +273,14 @@ def test_a_long_video_shrinks_its_frames_to_fit_the_context(pipe):
 
 def test_three_minutes_of_video_stay_within_a_memory_bound(tiny_checkpoint, tmp_path):
     folder = shutil.copytree(tiny_checkpoint, tmp_path / "model")
-    content = json.loads((folder / "config.json").read_text())
-    content["text_config"]["max_position_embeddings"] = 128_000
-    (folder / "config.json").write_text(json.dumps(content))
+    config = with_few_layers(json.loads((folder / "config.json").read_text()))
+    config["text_config"]["max_position_embeddings"] = 128_000
+    config["vision_config"] |= {"depth": 1, "fullatt_block_indexes": [0]}  # more layers take time, and no more memory
+    config["eos_token_id"] = config["text_config"]["eos_token_id"]
     bounds = json.loads((folder / "preprocessor_config.json").read_text())
     bounds["size"] = {"shortest_edge": 3136, "longest_edge": 16384 * TOKEN}
     (folder / "preprocessor_config.json").write_text(json.dumps(bounds))
-    assert export([str(folder), "--out", str(tmp_path / "bundle"), "--target", "cpu"]) == 0
+    write(random_checkpoint(folder, config), tmp_path / "bundle", ExportOptions(targets=("cpu",)), name="tiny")
     path = write_clip(tmp_path / "long.mp4", 360, (280, 504))
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, str(tmp_path / "bundle"), str(path)],
@@ -288,4 +293,4 @@ def test_three_minutes_of_video_stay_within_a_memory_bound(tiny_checkpoint, tmp_
     assert result["num_visual"] == 180 * 10 * 18
     pixel_mb = result["num_visual"] * 4 * 1176 * 4 / 2**20
     assert pixel_mb > 550  # what a whole array of its patches would take
-    assert result["peak_mb"] < 850, result  # 694 seen; 1,211 with the whole array
+    assert result["peak_mb"] < 700, result  # 435 seen

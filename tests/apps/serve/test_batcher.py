@@ -105,7 +105,7 @@ def test_a_client_that_leaves_takes_its_row_and_memory_along_and_no_other(pipe):
 @pytest.mark.parametrize(
     ("lengths", "fit"),
     [
-        ([30, 30, 100, 400, 30, 200, 20, 250], (1, 400)),  # the longest alone, or several others
+        ([15, 15, 50, 200, 15, 100, 10, 125], (1, 200)),  # the longest alone, or several others
         ([30, 30, 8, 30, 8, 30, 30], (3, 30)),  # a row joins as soon as another has left
     ],
 )
