@@ -11,6 +11,7 @@ from weakref import WeakSet
 import numpy as np
 import onnx
 import onnxruntime as ort
+from xxhash import xxh3_128_digest
 
 import internvl
 from cuda_standin import ALIGNMENT
@@ -114,11 +115,11 @@ class Owned:
 
 class Runtime(Owned):
     def deserialize_cuda_engine(self, plan):
-        content = bytes(plan)
+        content = memoryview(plan)
         if content[:4] != b"ftrt":
             return self.refuse("not a plan") or None
         (length,) = struct.unpack_from("<q", content, 28)
-        told = json.loads(content[36 : 36 + length])
+        told = json.loads(bytes(content[36 : 36 + length]))
         if told["plugin_layers"] and not self.module.creators:
             return self.refuse("plugin WeightedTopK not found in the registry") or None
         return Engine(self, told, content[36 + length :])
@@ -127,18 +128,20 @@ class Runtime(Owned):
 class Engine(Owned):
     def __init__(self, runtime, told, model):
         super().__init__(runtime.module, runtime.log)
-        self.runtime, self.told, self.model = runtime, told, model
+        self.runtime, self.told = runtime, told
         self.tensors = {name: (dtype, tuple(shape)) for name, dtype, shape in told["inputs"] + told["outputs"]}
         self.inputs = [name for name, _, _ in told["inputs"]]
         self.num_io_tensors = len(self.tensors)
         self.num_optimization_profiles = len(told["profiles"])
         self.device_memory_size_v2 = self.module.scratch_bytes
-        if model not in _sessions:
+        digest = xxh3_128_digest(model)
+        if digest not in _sessions:
             options = ort.SessionOptions()
             options.intra_op_num_threads = options.inter_op_num_threads = 1
             options.log_severity_level = 3
-            _sessions[model] = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        self.session = _sessions[model]
+            model = bytes(model)
+            _sessions[digest] = model, ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        self.model, self.session = _sessions[digest]
 
     def get_tensor_name(self, index):
         return list(self.tensors)[index]

@@ -328,7 +328,7 @@ def test_the_shipped_hybrid_answers_in_the_pipeline_as_in_training(tmp_path):
     assert export([str(HYBRID), "--out", str(tmp_path), "--target", "cpu"]) == 0
     samples = list(generate(1, 5, size=112, objects=(2, 4)))
     found = evidence.answers(evidence.load_network(HYBRID), Teacher(HYBRID), samples, 1)
-    with Pipeline.load(tmp_path) as pipe:
+    with Pipeline.load(tmp_path, threads=1) as pipe:
         for way, ratio in (("nothing dropped", 1.0), ("HAWK, 20 %", 0.2), ("HAWK, 10 %", 0.1)):
             pruning = PruningConfig(keep_ratio=ratio)
             assert accuracy.right(pipe, samples, pruning) == found[way].right.tolist()

@@ -89,9 +89,9 @@ def test_float16_holds_where_activations_pass_its_range(tmp_path, stage, part, o
     graph = onnx.load_from_string(prepare(Bundle.load(half), stage, "portable", max_context=64, plugin=False).content)
     onnx.external_data_helper.load_external_data_for_model(graph, str(half))
     # the evaluator's own sigmoid overflows in the branch that it does not take
-    with Pipeline.load(half, target="portable") as pipe, np.errstate(over="ignore", invalid="ignore"):
+    with Pipeline.load(half, target="portable", threads=1) as pipe, np.errstate(over="ignore", invalid="ignore"):
         got = ReferenceEvaluator(graph).run([output], stage_feeds(pipe, stage, "float16"))[0].astype(np.float32)
-    with Pipeline.load(full, target="portable") as pipe:
+    with Pipeline.load(full, target="portable", threads=1) as pipe:
         session = ort.InferenceSession(full / f"{stage}.portable.onnx")
         expected = session.run([output], stage_feeds(pipe, stage, None))[0]
     if output == "hidden_states":
@@ -126,6 +126,6 @@ def test_the_inner_values_of_the_test_do_pass_the_range():
 )
 def test_a_value_that_is_not_finite_is_named_with_stage_and_layer(tmp_path, tensor, where, target):
     folder = bundle(tmp_path, {tensor: np.nan}, "float32")
-    with Pipeline.load(folder, target=target) as pipe, pytest.raises(BackendError, match=where) as error:
+    with Pipeline.load(folder, target=target, threads=1) as pipe, pytest.raises(BackendError, match=where) as error:
         pipe.generate(image_prompt(pipe), pruning=PruningConfig(keep_ratio=0.5), max_new_tokens=3)
     assert "--dtype bfloat16 or float32" in str(error.value)

@@ -132,7 +132,7 @@ def test_onnx_runtime_multiplies_by_the_integers_themselves(bundles, tmp_path, n
 def test_the_answer_is_that_of_the_dequantised_weights(bundles, name, target):
     results = []
     for plain in (False, True):
-        with Pipeline.load(bundles(name, target, plain=plain).folder, target=target) as pipe:
+        with Pipeline.load(bundles(name, target, plain=plain).folder, target=target, threads=1) as pipe:
             pruning = PruningConfig(keep_ratio=0.5)
             results.append(
                 pipe.generate(prompt(), pruning=pruning, max_new_tokens=4, ignore_eos=True, return_logits=True)

@@ -71,7 +71,7 @@ def test_every_stop_token_of_generation_config_ends_an_answer(tiny_checkpoint, t
     for name, eos in (("one", [458]), ("two", None)):
         write_json(folder / "generation_config.json", generation | {"eos_token_id": eos or [458, answers["one"][0]]})
         assert export([str(folder), "--out", str(tmp_path / name), "--target", "cpu"]) == 0
-        with Pipeline.load(tmp_path / name) as pipe:
+        with Pipeline.load(tmp_path / name, threads=1) as pipe:
             result = pipe.generate("What colour is the heart?", images=[image], max_new_tokens=8)
             answers[name] = result.token_ids
             assert result.finish_reason == "stop"
@@ -118,7 +118,7 @@ def test_one_key_head_for_all_and_one_for_each_equal_the_model_in_pytorch(tmp_pa
     inputs = prompt(1176, images=[(1, 8, 12)])
     pruning = PruningConfig(0.3, head_weights=(0.1, 0.4, 0.3, 0.2))
     expected = reference.run(reference.embed(inputs, tokens), pruning, steps=4)
-    with Pipeline.load(tmp_path / "out", target=target) as pipe:
+    with Pipeline.load(tmp_path / "out", target=target, threads=1) as pipe:
         result = pipe.generate(inputs, pruning=pruning, max_new_tokens=4, ignore_eos=True, return_logits=True)
     np.testing.assert_array_equal(result.kept_indices, expected.kept_indices)
     assert result.token_ids == list(expected.tokens)

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import cache
 from types import SimpleNamespace
 
 import numpy as np
@@ -69,8 +70,14 @@ def load(checkpoint):
     return model.eval()
 
 
+@cache
 def reference_of(checkpoint, normalization="l2"):
     return Reference.load(checkpoint, head_weights=(0.25,) * 4, normalization=normalization)
+
+
+def oracle(checkpoint, pipe, inputs, pruning, normalization="l2"):
+    reference = reference_of(checkpoint, normalization)
+    return reference.run(reference.embed(inputs, prompt_tokens(pipe.bundle)), pruning, steps=STEPS)
 
 
 def ours(pipe, rows, pruning):
@@ -127,20 +134,17 @@ def assert_is_the_oracles(result, trace):
 )
 def test_pruned_tokens_are_those_of_the_oracle(checkpoint, pipe, runs, pruning):
     inputs = tensors(runs)
-    reference = reference_of(checkpoint)
-    trace = reference.run(reference.embed(inputs, prompt_tokens(pipe.bundle)), pruning, steps=STEPS)
     (result,) = ours(pipe, [inputs], pruning)
-    assert_is_the_oracles(result, trace)
+    assert_is_the_oracles(result, oracle(checkpoint, pipe, inputs, pruning))
     if runs and pruning.quota == "global":
         assert result.num_kept == num_kept(TILE_TOKENS * sum(runs), pruning.keep_ratio, 1)
 
 
 def test_a_pruned_batch_is_the_oracles_row_by_row(checkpoint, pipe):
     rows = [tensors(runs, seed) for seed, runs in enumerate(PROMPTS.values())]
-    pruning, reference = PruningConfig(keep_ratio=0.3), reference_of(checkpoint)
+    pruning = PruningConfig(keep_ratio=0.3)
     for inputs, result in zip(rows, ours(pipe, rows, pruning), strict=True):
-        trace = reference.run(reference.embed(inputs, prompt_tokens(pipe.bundle)), pruning, steps=STEPS)
-        assert_is_the_oracles(result, trace)
+        assert_is_the_oracles(result, oracle(checkpoint, pipe, inputs, pruning))
 
 
 @pytest.mark.parametrize("keep_ratio", [0.2, 0.7])
@@ -177,10 +181,9 @@ def test_padding_and_a_masked_image_are_those_of_the_oracle(checkpoint, pipe):
     first = int(np.flatnonzero(ids == START)[0])
     mask[first : first + 2 + 2 * TILE_TOKENS] = False
     masked = ModelInputs(ids, mask.astype(np.int64), inputs.pixel_values)
-    pruning, reference = PruningConfig(keep_ratio=0.4), reference_of(checkpoint)
-    trace = reference.run(reference.embed(masked, prompt_tokens(pipe.bundle)), pruning, steps=STEPS)
+    pruning = PruningConfig(keep_ratio=0.4)
     (result,) = ours(pipe, [masked], pruning)
-    assert_is_the_oracles(result, trace)
+    assert_is_the_oracles(result, oracle(checkpoint, pipe, masked, pruning))
     assert result.num_visual == 3 * TILE_TOKENS
 
 
@@ -188,17 +191,14 @@ def test_padding_and_a_masked_image_are_those_of_the_oracle(checkpoint, pipe):
 def test_other_normalizations_are_those_of_the_oracle(checkpoint, tmp_path, normalization):
     out = str(tmp_path / "bundle")
     assert export([str(checkpoint), "--out", out, "--normalization", normalization]) == 0
-    inputs, pruning, reference = tensors([4, 2]), PruningConfig(keep_ratio=0.3), reference_of(checkpoint, normalization)
-    with Pipeline.load(out) as pipe:
-        trace = reference.run(reference.embed(inputs, prompt_tokens(pipe.bundle)), pruning, steps=STEPS)
+    inputs, pruning = tensors([4, 2]), PruningConfig(keep_ratio=0.3)
+    with Pipeline.load(out, threads=1) as pipe:
         (result,) = ours(pipe, [inputs], pruning)
-    assert_is_the_oracles(result, trace)
+    assert_is_the_oracles(result, oracle(checkpoint, pipe, inputs, pruning, normalization))
 
 
 def test_kept_tokens_keep_their_positions_on_the_one_axis(checkpoint, pipe):
-    reference = reference_of(checkpoint)
-    embedded = reference.embed(tensors([5]), prompt_tokens(pipe.bundle))
-    trace = reference.run(embedded, PruningConfig(keep_ratio=0.3), steps=1)
+    trace = oracle(checkpoint, pipe, tensors([5]), PruningConfig(keep_ratio=0.3))
     np.testing.assert_array_equal(trace.kept_position_ids, trace.kept_indices[None])
     layout = pipe.processor.layout(tensors([5]))
     np.testing.assert_array_equal(layout.position_ids, np.arange(layout.num_tokens)[None])
@@ -349,7 +349,7 @@ def test_float16_stays_near_float32(checkpoint, bundle, tmp_path):
     inputs, pruning = tensors([3, 2]), PruningConfig(keep_ratio=1.0)
     results = []
     for path in (bundle, tmp_path / "half"):
-        with Pipeline.load(path) as pipe:
+        with Pipeline.load(path, threads=1) as pipe:
             results.append(pipe.generate(inputs, pruning=pruning, max_new_tokens=1, return_logits=True))
     assert np.abs(results[0].logits - results[1].logits).max() < 0.05 * np.abs(results[0].logits).max()
     assert np.corrcoef(results[0].scores, results[1].scores)[0, 1] > 0.999

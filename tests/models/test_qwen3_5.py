@@ -138,7 +138,7 @@ def test_linked_weights_give_the_same_answer(qwen, answer, tmp_path):
     """The 1 of 1 + weight is a node, so the norms' weights are the checkpoint's own."""
     out = tmp_path / "linked"
     assert export([str(qwen.checkpoint), "--out", str(out), "--link", "--no-reference", *IM_END_OPTION]) == 0
-    with Pipeline.load(out) as pipe:
+    with Pipeline.load(out, threads=1) as pipe:
         got = run(pipe, prompt(**IMAGE), 0.3)
     assert got.token_ids == answer.token_ids
     np.testing.assert_array_equal(got.logits, answer.logits)
@@ -162,7 +162,7 @@ def test_quantised_weights_keep_the_decay_in_floats(qwen, answer, tmp_path, bits
         assert {f"{linear}.{name}.weight/integers" for name in ("in_proj_qkv", "in_proj_z", "out_proj")} <= names
     scoring = "language_model.layers.3.self_attn"
     assert {f"{scoring}.q_proj.weight", f"{scoring}.k_proj.weight", f"{scoring}.v_proj.weight/integers"} <= names
-    with Pipeline.load(out) as pipe:
+    with Pipeline.load(out, threads=1) as pipe:
         got = run(pipe, prompt(**IMAGE), 0.3)
     assert np.isfinite(got.logits).all()
     if bits == 8:
@@ -198,7 +198,7 @@ def test_a_quantised_checkpoint_answers_as_the_floats_that_it_stands_for_in_pyto
     expected = type(qwen.model).from_pretrained(plain, dtype="float32").eval()
     tokens, logits = generate(expected, inputs, STEPS)
     assert export([str(source), "--out", str(out), "--target", target, "--no-reference", *IM_END_OPTION]) == 0
-    with Pipeline.load(out) as pipe:
+    with Pipeline.load(out, threads=1) as pipe:
         whole, pruned = run(pipe, inputs, 1.0), run(pipe, inputs, 0.3)
     assert whole.token_ids == tokens
     np.testing.assert_allclose(whole.logits, logits, rtol=0, atol=1e-3)

@@ -97,13 +97,13 @@ def test_every_level_of_deepstack_is_added_to_the_kept_tokens(qwen, tmp_path):
         with torch.no_grad():
             bias.copy_(kept)
         assert export([str(tmp_path / f"{level}"), "--out", str(tmp_path / f"b{level}"), *IM_END_OPTION]) == 0
-        with Pipeline.load(tmp_path / f"b{level}") as pipe:
+        with Pipeline.load(tmp_path / f"b{level}", threads=1) as pipe:
             logits.append(run(pipe, inputs, 0.3).logits[0])
     with Pipeline.load(qwen.bundle, threads=1) as pipe:
         logits.append(run(pipe, inputs, 0.3).logits[0])
         trace = traced(pipe, inputs, PruningConfig(keep_ratio=0.3), [])
     assert all(np.abs(one - other).max() > 1e-2 for n, one in enumerate(logits) for other in logits[:n])
-    with Pipeline.load(tmp_path / "b0") as pipe:
+    with Pipeline.load(tmp_path / "b0", threads=1) as pipe:
         moved = traced(pipe, inputs, PruningConfig(keep_ratio=0.3), []).hidden_states - trace.hidden_states
     visual = inputs.input_ids[trace.kept_indices] == IMAGE
     np.testing.assert_allclose(moved[visual], 1.0, atol=1e-5)

@@ -81,18 +81,20 @@ def video_message(source, **sampling):
     ]
 
 
-@pytest.mark.parametrize("quota", ["global", "per-frame"])
-@pytest.mark.parametrize("keep_ratio", [0.1, 0.3])
-def test_a_pruned_video_file_is_answered_as_in_pytorch_with_the_documented_positions(
-    pipe, tiny_checkpoint, clip, quota, keep_ratio
-):
+@pytest.fixture(scope="module")
+def reference(pipe, tiny_checkpoint):
     pytest.importorskip("torch")
     from hawk_trt.apps.parity.reference import Reference
 
-    manifest = pipe.bundle.manifest
-    reference = Reference.load(
-        tiny_checkpoint, head_weights=manifest.head_weights.values, normalization=manifest.normalization
-    )
+    weights = pipe.bundle.manifest.head_weights.values
+    return Reference.load(tiny_checkpoint, head_weights=weights, normalization=pipe.bundle.manifest.normalization)
+
+
+@pytest.mark.parametrize("quota", ["global", "per-frame"])
+@pytest.mark.parametrize("keep_ratio", [0.1, 0.3])
+def test_a_pruned_video_file_is_answered_as_in_pytorch_with_the_documented_positions(
+    pipe, reference, clip, quota, keep_ratio
+):
     inputs = pipe.prepare(video_message(clip, fps=1))
     assert inputs.video_grid_thw.tolist() == [[5, 8, 12]] and inputs.second_per_grid_ts.tolist() == [2.0]
     pruning = PruningConfig(keep_ratio, quota=quota)

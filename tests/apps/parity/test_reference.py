@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -40,6 +41,7 @@ def l2_reference():
     return _load("l2")
 
 
+@cache
 def _load(normalization):
     return Reference.load(golden.MODEL, head_weights=(0.25,) * 4, normalization=normalization)
 

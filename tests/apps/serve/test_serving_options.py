@@ -3,6 +3,7 @@
 import openai
 import pytest
 
+from hawk_trt import Pipeline
 from hawk_trt.request import PruningConfig, SamplingConfig
 from serving import question, samples, serving, wait_for
 
@@ -176,6 +177,12 @@ def test_special_tokens_are_part_of_the_text_where_asked_for(client):
     assert [token.token for token in shown[2]] == ["<|im_start|>"] * 2
 
 
+@pytest.fixture(scope="module")
+def sampling_pipe(sampling_bundle):
+    with Pipeline.load(sampling_bundle, threads=1) as pipe:
+        yield pipe
+
+
 SAID = {"temperature": 30.0, "top_p": 0.95, "top_k": 40, "repetition_penalty": 1.8}
 
 
@@ -191,8 +198,8 @@ SAID = {"temperature": 30.0, "top_p": 0.95, "top_k": 40, "repetition_penalty": 1
         ({"generation_config": "none", "temperature": 2.0}, {"top_k": 5}, {"temperature": 2.0, "top_k": 5}),
     ],
 )
-def test_what_a_request_does_not_say_of_sampling_the_checkpoint_says(sampling_bundle, settings, fields, expected):
-    with serving(sampling_bundle, **settings) as server:
+def test_what_a_request_does_not_say_of_sampling_the_checkpoint_says(sampling_pipe, settings, fields, expected):
+    with serving(sampling_pipe, **settings) as server:
         body = question(OPEN, seed=4, max_tokens=12, logit_bias=FREE)
         del body["temperature"]
         sampling = SamplingConfig(**expected, seed=4, logit_bias=ids(FREE))
