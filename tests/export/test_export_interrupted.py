@@ -10,21 +10,11 @@ import sys
 import pytest
 from test_export import assert_one_line_error, run
 
-from checkpoints import TINY, Sizes, make_checkpoint, make_sparse_checkpoint, random_tensors
+from checkpoints import TINY, Sizes, make_checkpoint, make_sparse_checkpoint
 from export.__main__ import main
 from export.writer import ExportOptions, export
 from hawk_trt.bundle import MANIFEST, Bundle
 from hawk_trt.errors import BundleError
-
-
-@pytest.fixture(scope="module")
-def tensors():
-    return random_tensors()
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory, tensors):
-    return make_checkpoint(tmp_path_factory.mktemp("checkpoint") / "model", tensors)
 
 
 def contents(folder):

@@ -10,7 +10,7 @@ from examples.tiny_task import generate
 from hawk_trt import Pipeline, PruningConfig
 from hawk_trt.scheduler import Scheduler
 from served import ask
-from trt_machine import Machines, engine_folder
+from trt_machine import engine_folder
 
 SAMPLES = list(generate(15, 8))
 KEPT = PruningConfig(0.2)
@@ -20,13 +20,6 @@ RUN = tensorrt_standin.Context._run
 @pytest.fixture(scope="module")
 def engines(tiny_bundle, tmp_path_factory):
     return engine_folder(tiny_bundle, tmp_path_factory.mktemp("engines") / "8", "tensorrt", batch=8)
-
-
-@pytest.fixture
-def machines():
-    with Machines() as machines:
-        yield machines
-        assert machines.driver.faults == []
 
 
 def costs(pipe, machines, clients):

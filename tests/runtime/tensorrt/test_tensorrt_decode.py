@@ -8,21 +8,10 @@ import pytest
 from examples.tiny_task import generate
 from generations import start
 from hawk_trt import Pipeline, PruningConfig, Request
-from trt_machine import Machines, engine_folder
+from trt_machine import engine_folder
 
+pytestmark = pytest.mark.usefixtures("machines")
 SAMPLES = list(generate(12, 4))
-
-
-@pytest.fixture(scope="module")
-def engines(tiny_bundle, tmp_path_factory):
-    return engine_folder(tiny_bundle, tmp_path_factory.mktemp("engines") / "tiny", "tensorrt")
-
-
-@pytest.fixture(autouse=True)
-def machines():
-    with Machines() as machines:
-        yield machines
-        assert machines.driver.faults == []
 
 
 @pytest.fixture

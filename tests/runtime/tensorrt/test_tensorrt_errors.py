@@ -14,25 +14,11 @@ from hawk_trt.bundle import ENGINES_MANIFEST, manifest_bytes
 from hawk_trt.engine_folder import EngineFolder
 from hawk_trt.errors import BackendError, BundleError, InvalidInput
 from hawk_trt.inputs.layout import collate
-from trt_machine import Machines, engine_folder
+from trt_machine import engine_folder
 
+pytestmark = pytest.mark.usefixtures("machines")
 SAMPLES = list(generate(13, 3))
 KEEP_ALL = PruningConfig(keep_ratio=1.0)
-
-
-@pytest.fixture(scope="module")
-def engines(tiny_bundle, tmp_path_factory):
-    return engine_folder(tiny_bundle, tmp_path_factory.mktemp("engines") / "tiny", "tensorrt")
-
-
-@pytest.fixture(autouse=True)
-def machines():
-    with Machines() as machines:
-        yield machines
-        gc.collect()
-        assert machines.driver.faults == []
-        assert machines.driver.live() == {}
-        assert not list(machines.trt.objects)
 
 
 def load(folder, **options):

@@ -1,6 +1,5 @@
 """Hybrid models on TensorRT's stand-in: states beside the KV cache, for each slot its own, whoever runs along."""
 
-import gc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,8 +15,9 @@ from hawk_trt.runtime.trace import traced
 from hawk_trt.scheduler import Scheduler
 from hawk_trt.stages import PORTABLE, TENSORRT
 from hybrid import PROMPTS, ask, export_random
-from trt_machine import Machines, engine_folder
+from trt_machine import engine_folder
 
+pytestmark = pytest.mark.usefixtures("machines")
 TARGETS = (TENSORRT, PORTABLE)
 LIMITS = {"max_visual_tokens": 128, "max_prompt_tokens": 192, "max_context": 160}
 # 6 linear layers: (2 x 2 x 8 + 4 x 12) channels of 3 columns, 4 heads of 8 x 12, float32
@@ -39,15 +39,6 @@ def folders(bundle, tmp_path_factory) -> dict[str, Path]:
 def plain(bundle) -> Iterator[Pipeline]:
     with Pipeline.load(bundle, target="cpu", threads=1) as pipe:
         yield pipe
-
-
-@pytest.fixture(autouse=True)
-def machines() -> Iterator[Machines]:
-    with Machines() as machines:
-        yield machines
-        gc.collect()
-        assert machines.driver.faults == []
-        assert machines.driver.live() == {}
 
 
 @pytest.fixture(params=TARGETS)

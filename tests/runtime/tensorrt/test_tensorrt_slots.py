@@ -1,6 +1,5 @@
 """Requests share decode steps: each has a slot of the one KV cache, and its answer is the one that it has alone."""
 
-import gc
 import threading
 from collections import Counter
 
@@ -15,8 +14,9 @@ from hawk_trt.errors import BackendError
 from hawk_trt.inputs.layout import collate
 from hawk_trt.scheduler import Scheduler
 from served import Heard, alone, ask, assert_same, assert_served_as_alone
-from trt_machine import Machines, engine_folder
+from trt_machine import engine_folder
 
+pytestmark = pytest.mark.usefixtures("machines")
 SAMPLES = list(generate(15, 8))
 KEPT = PruningConfig(0.2)
 PRUNINGS = (KEPT, PruningConfig(1.0), PruningConfig(0.5, quota="per-image"), PruningConfig(0.4, keep_mass=0.5))
@@ -33,16 +33,6 @@ def folders(tiny_bundle, tmp_path_factory):
 def bundle(tiny_bundle):
     with Pipeline.load(tiny_bundle, target="cpu", threads=1) as pipe:
         yield pipe
-
-
-@pytest.fixture(autouse=True)
-def machines():
-    with Machines() as machines:
-        yield machines
-        gc.collect()
-        assert machines.driver.faults == []
-        assert machines.driver.live() == {}
-        assert not list(machines.trt.objects)
 
 
 def load(folder):
