@@ -15,7 +15,10 @@ from importlib import metadata
 from pathlib import Path
 
 # What a machine with PyTorch for CUDA, transformers, onnx and cuda-bindings lacks.
-REQUIREMENTS = ("onnxruntime-gpu==1.31.1", "msgspec==0.22.0", "cyclopts==5.5.2", "docstring_parser==0.18.0")
+REQUIREMENTS = (
+    *("onnxruntime-gpu==1.31.1", "msgspec==0.22.0", "xxhash==4.1.0"),
+    *("cyclopts==5.5.2", "docstring_parser==0.18.0"),
+)
 _INDEX = "parts.json"
 # pip takes a wheel for one of these alone, not for all older ones.
 _PLATFORMS = ("manylinux2014_x86_64", *(f"manylinux_2_{minor}_x86_64" for minor in (17, 24, 26, 27, 28, 31, 34)))

@@ -12,12 +12,15 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from hawk_trt.apps.cli.main import make_app, run_app, where_it_lies
 from hawk_trt.apps.cli.models import tiny_checkpoint
 from hawk_trt.apps.cli.output import note
+from hawk_trt.errors import BackendError
+from hawk_trt.runtime.tensorrt import missing_for_tensorrt
 from hawk_trt.stages import DTYPES, TENSORRT
 
 from ..plugin_library import DEFAULT_PLUGIN
@@ -63,6 +66,8 @@ def self_test(*, checkpoint: Path = tiny_checkpoint(), out: Path = Path("artifac
         checkpoint: that is exported
         out: folder for all it makes
     """
+    if find_spec("tensorrt") is None:
+        raise BackendError(missing_for_tensorrt(ModuleNotFoundError(name="tensorrt")))
     results = list(_results(checkpoint, out))
     passed = bool(results) and all(result.passed for result in results)
     print(_report(results, passed=passed))

@@ -48,10 +48,10 @@ _REFUSED_MODES = {
 _ORIENTATION_TAG = 0x0112
 _TRANSPOSES = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
 _TRANSPOSE_OF_ORIENTATION = {number: Image.Transpose[name] for number, name in enumerate(_TRANSPOSES.split(), 2)}
-# What Pillow's decoders were seen to raise on files with bytes changed or cut off.
+# What Pillow's decoders were seen to raise on files with bytes changed or cut off, warnings where they are errors.
 _DAMAGED = (
     *(ArithmeticError, AttributeError, EOFError, LookupError, OSError, RuntimeError, SyntaxError),
-    *(TypeError, ValueError, struct.error, zlib.error),
+    *(TypeError, ValueError, Warning, struct.error, zlib.error),
 )
 # How base64 of JPEG, PNG, GIF, WebP, BMP, TIFF and of AVIF and JPEG 2000 begins.
 BASE64_STARTS = ("/9j/", "_9j_", "iVBORw0KGgo", "R0lGOD", "UklGR", "Qk", "SUkq", "TU0A", "AAAA")
@@ -174,7 +174,7 @@ def decoding(name: str) -> Iterator[None]:
         yield
     except InvalidInput:
         raise
-    except Image.DecompressionBombError as error:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise InvalidInput(f"{name}: more than {MAX_PIXELS:,} pixels. Scale it down first") from error
     except UnidentifiedImageError as error:
         raise InvalidInput(

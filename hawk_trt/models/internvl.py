@@ -101,6 +101,7 @@ class InternVL:
         return self._patches(cut(), [len(frames)], settings)
 
     def image_parts(self, image: Image, count: int) -> Sequence[Image]:
+        """The tiles that an image was cut into, the thumbnail last."""
         tiles = count - self._has_thumbnail(count)
         grid = tile_grid(image.shape[0], image.shape[1], self.vision.image_size, tiles, tiles)
         return list(self._cut(image, *grid, BICUBIC))
@@ -136,6 +137,7 @@ class InternVL:
         return ModelInputs(input_ids, pixel_values=None if tiles is None else np.asarray(tiles))
 
     def item_grids(self, inputs: ModelInputs, visual_kind: Kinds) -> tuple[IntArray, IntArray]:
+        """The grids that the runs of placeholders say, and no videos, whose frames are images here."""
         for name in ("image_grid_thw", "pixel_values_videos", "video_grid_thw"):
             if getattr(inputs, name) is not None:
                 raise InvalidInput(
@@ -166,6 +168,7 @@ class InternVL:
         return self._grids(tiles.tolist()), self._grids([])
 
     def position_ids(self, visual_kind: Kinds, images: IntArray, videos: IntArray, seconds: Floats) -> IntArray:
+        """One position after another, text and visual tokens alike: int64 [1, seq_len]."""
         return np.arange(len(visual_kind), dtype=np.int64)[None]
 
     def _has_thumbnail(self, tiles: int) -> bool:

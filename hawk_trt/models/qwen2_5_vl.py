@@ -27,6 +27,7 @@ class Qwen25VL(Qwen2VL):
         return super()._feed(pixels, height, width) | window_plan(height, width, merge, side)
 
     def position_ids(self, visual_kind: Kinds, images: IntArray, videos: IntArray, seconds: Floats) -> IntArray:
+        """Positions whose time axis counts seconds."""
         vision = self.vision
         return position_ids(visual_kind, images, videos, seconds, vision.spatial_merge_size, vision.tokens_per_second)
 

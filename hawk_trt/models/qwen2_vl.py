@@ -49,6 +49,7 @@ class Qwen2VL:
         self.vision = vision
 
     def vision_feeds(self, patches: Patches, max_patches: int) -> Iterator[dict[str, npt.NDArray[Any]]]:
+        """Feeds of the vision stage in prompt order; consecutive frames of one size share a call."""
         for pixels, height, width in qwen_patches.frame_batches(patches, self.vision, max_patches):
             yield self._feed(pixels, height, width)
 

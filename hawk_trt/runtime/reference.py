@@ -31,7 +31,7 @@ from hawk_trt.request import ModelInputs, PruningConfig
 from hawk_trt.runtime.trace import Trace, traced
 
 STEPS = 8
-_SCHEMA_VERSION = 1
+_SCHEMA_VERSION = 2
 _SEED = 0
 _TEXT_TOKENS = 8
 _SKETCH_SIZE = 64

@@ -8,8 +8,8 @@ from pathlib import Path
 
 # The first ONNX Runtime that fuses DequantizeLinear with MatMul for int8 as for int4, with a bias as without.
 QUANTISED_ONNX_RUNTIME = "1.25"
-# The first of each with Attention, TensorScatter, RotaryEmbedding and RMSNormalization, for cuda's graphs with causal
-# attention over a cache that is partly written; older ones run portable graphs.
+# The first of each with Attention, TensorScatter, RotaryEmbedding and RMSNormalization as the graphs have them; older
+# ones run portable graphs.
 OPSET_24_ONNX_RUNTIME = {"cpu": "1.25", "cuda": "1.28"}
 OPSET_24_TENSORRT = "10.15"
 # The first that copies a tensor into another on the device; every KV cache on a GPU needs it.

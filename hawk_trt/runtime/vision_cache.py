@@ -93,8 +93,8 @@ def content_key(item: Patches) -> bytes:
     """sha256 of an image's or video's grid and pixel values; of parts of them at first, which all cores share."""
     pixels = np.ascontiguousarray(item.pixel_values)
     octets = pixels.reshape(-1).view(np.uint8)
+    parts = (octets[first : first + _PART_BYTES] for first in range(0, len(octets), _PART_BYTES))
     with ThreadPoolExecutor() as threads:
-        parts = (octets[first : first + _PART_BYTES] for first in range(0, len(octets), _PART_BYTES))
         digests = list(threads.map(lambda part: hashlib.sha256(part).digest(), parts))
     about = f"{item.grid_thw.tolist()} {pixels.dtype} {pixels.shape}".encode()
     return hashlib.sha256(b"".join([about, *digests])).digest()

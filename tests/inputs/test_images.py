@@ -3,6 +3,7 @@
 import base64
 import io
 import urllib.parse
+import warnings
 
 import numpy as np
 import pytest
@@ -98,6 +99,15 @@ def test_damaged_exif_data_do_not_lose_the_image():
     content = encoded(Image.fromarray(NOISE), "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff garbage", quality=95)
     plain = encoded(Image.fromarray(NOISE), "JPEG", quality=95)
     np.testing.assert_array_equal(load_image(content), load_image(plain))
+    with warnings.catch_warnings(), pytest.raises(InvalidInput, match="damaged .Corrupt EXIF data"):
+        warnings.simplefilter("error")
+        load_image(content)
+
+
+def test_a_warning_of_too_many_pixels_is_a_clear_error_where_warnings_are_errors():
+    with warnings.catch_warnings(), pytest.raises(InvalidInput, match=r"more than .* pixels\. Scale it down"):
+        warnings.simplefilter("error")
+        load_image(encoded(Image.new("1", (12_000, 8_000)), "PNG"))
 
 
 DEEP_MODES = ["I", "I;16", "I;16L", "I;16B"]

@@ -108,6 +108,7 @@ class Abilities(BaseModel):
     selector: str
     selectors: list[str]
     query: str | None
+    max_tokens: int
     max_images: int
     max_body_bytes: int
 

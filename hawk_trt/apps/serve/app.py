@@ -210,6 +210,7 @@ def _model(pipe: "Pipeline", settings: ServeSettings) -> Model:
             selector=str(settings.pruning.selector),
             selectors=list(SELECTORS),
             query=settings.pruning.query,
+            max_tokens=settings.max_tokens,
             max_images=settings.max_images,
             max_body_bytes=settings.max_body_bytes,
         ),

@@ -311,7 +311,7 @@ def ignored_keys(chat: ChatRequest) -> list[str]:
 def _objects(chat: ChatRequest) -> Iterator[tuple[str, _Open]]:
     """A chat and all in it that may have more keys, each with the start of their places: messages[0]."""
     yield "", chat
-    if chat.stream_options is not None:
+    if chat.stream_options is not None and chat.stream:
         yield "stream_options.", chat.stream_options
     for index, message in enumerate(chat.messages):
         yield f"messages[{index}].", message
