@@ -100,7 +100,7 @@ def rms_norm(
             made: dict[str, Any] = {"also": ("", "", x), "name": "add_and_norm", "domain": ORT_DOMAIN}
             y = g.op("SkipSimplifiedLayerNormalization", *terms, scale, epsilon=epsilon, **made)
         elif g.opset24 or unit_offset:
-            y = rms_float32(g, x, scale, epsilon, "RMSNormalization")
+            y = rms(g, x, scale, epsilon, "RMSNormalization")
         else:
             h = g.cast(x, source, "float32", "to_float32")
             h = g.op("Mul", h, inverse_rms(g, h, epsilon), name="normalize")
@@ -108,8 +108,8 @@ def rms_norm(
         return g.cast(y, source, g.dtype, "to_model")
 
 
-def rms_float32(g: GraphBuilder, x: Value, scale: Value, epsilon: float, name: str) -> Value:
-    """RMS norm over the last axis, computed in float32; portable graphs take only that."""
+def rms(g: GraphBuilder, x: Value, scale: Value, epsilon: float, name: str) -> Value:
+    """RMS norm over the last axis, computed in float32; scale has x's dtype, which is float32 in portable graphs."""
     if g.opset24:
         return g.op("RMSNormalization", x, scale, axis=-1, epsilon=epsilon, stash_type=1, name=name)
     with g.scope(name):

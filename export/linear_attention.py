@@ -23,7 +23,7 @@ from hawk_trt.stages import CPU, CUDA, LanguageConfig, LinearAttentionConfig
 from .attention import add_and_mlp, language_norm
 from .delta_rule import Chunks, chunks_of, delta_rule
 from .graph import END, ORT_DOMAIN, GraphBuilder, Value
-from .layers import linear, rms_float32
+from .layers import linear, rms
 
 # Added to the squares of a query or key before they are normed.
 _NORM_EPSILON = 1e-6
@@ -131,7 +131,7 @@ def _gated_delta_rule(
         with g.scope("delta_rule"):
             out, state = delta_rule(g, context.chunks, sizes, query, key, value, past_state, decay, beta)
     out = g.reshape(out, -1, sizes.value_head_dim, name="by_head")
-    out = rms_float32(g, out, float32("norm.weight", sizes.value_head_dim), config.rms_norm_eps, "norm")
+    out = rms(g, out, float32("norm.weight", sizes.value_head_dim), config.rms_norm_eps, "norm")
     gate = g.cast(project("in_proj_z", value_dim), g.dtype, "float32", "z_float32")
     gate = g.op("Mul", gate, g.op("Sigmoid", gate, name="sigmoid"), name="silu_z")
     gated = g.op("Mul", g.reshape(out, -1, value_dim, name="normed"), gate, name="gated")
@@ -142,7 +142,7 @@ def _normed(g: GraphBuilder, sizes: LinearAttentionConfig, pairs: Value) -> Valu
     """Queries and keys of norm 1, x / sqrt(sum x^2 + epsilon), side by side: an RMS norm but for a factor."""
     dim = sizes.key_head_dim
     heads = g.reshape(pairs, 0, 0, 2 * sizes.num_key_heads, dim, name="key_heads")
-    heads = rms_float32(g, heads, g.const(np.full(dim, dim**-0.5), "float32"), _NORM_EPSILON / dim, "unit_norm")
+    heads = rms(g, heads, g.const(np.full(dim, dim**-0.5), "float32"), _NORM_EPSILON / dim, "unit_norm")
     return g.reshape(heads, 0, 0, 2 * sizes.num_key_heads * dim, name="unit_vectors")
 
 

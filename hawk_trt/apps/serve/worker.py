@@ -80,9 +80,11 @@ def main() -> None:
         signal.signal(name, signal.SIG_IGN)
     while True:
         try:
-            result = pickle.load(sys.stdin.buffer)()
+            work = pickle.load(sys.stdin.buffer)
         except EOFError:
             return
+        try:
+            result = work()
         except Exception as error:
             result = error
         pickle.dump(result, results, pickle.HIGHEST_PROTOCOL)
