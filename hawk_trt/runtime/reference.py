@@ -70,9 +70,8 @@ class Reference:
             with np.load(path, allow_pickle=False) as arrays:
                 version, made_by, model, weights, *names = arrays["about"].tolist()
                 if version != str(_SCHEMA_VERSION):
-                    raise BundleError(
-                        f"{path}: version {version}, this hawk_trt reads {_SCHEMA_VERSION}. Export again in float32"
-                    )
+                    read = f"this hawk_trt reads {_SCHEMA_VERSION}"
+                    raise BundleError(f"{path}: version {version}, {read}. Export again in float32, with --force")
                 prompts = {
                     name: Trace(**{field: arrays[f"{number}.{field}"] for field in _STORED})
                     for number, name in enumerate(names)

@@ -142,7 +142,8 @@ def expect_exported(name: Path, *, built: bool = True) -> None:
         raise WrongModel(message, command=f"hawk-trt run {name} --prompt TEXT")
     if kind in ("checkpoint", "hub id"):
         command = f"hawk-trt export {name} --out {name.name}-bundle"
-        raise WrongModel(f"{name}: a checkpoint, expected a bundle or engines", command=command)
+        what = "a checkpoint" if kind == "checkpoint" else "no such folder, or the id of a checkpoint"
+        raise WrongModel(f"{name}: {what}, expected a bundle or engines", command=command)
     if kind == "nothing":
         raise _no_model(str(name), "a bundle or engines")
 

@@ -212,8 +212,9 @@ class Asked:
     max_pixels: int | None = None
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise InvalidInput(f"--max-new-tokens: got {self.max_new_tokens}, expected at least 1")
+        for flag, got in (("--max-new-tokens", self.max_new_tokens), ("--max-pixels", self.max_pixels)):
+            if got is not None and got < 1:
+                raise InvalidInput(f"{flag}: got {got}, expected at least 1")
 
 
 @Parameter(name="*", group=PRUNING)

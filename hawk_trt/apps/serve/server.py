@@ -7,6 +7,7 @@ from typing import Any
 from weakref import ref
 
 import anyio
+import anyio.to_thread
 import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
@@ -75,6 +76,8 @@ class Server(uvicorn.Server):
         with anyio.move_on_after(self._drain_seconds):
             while self._service.open_requests and not self.force_exit:
                 await anyio.sleep(_POLL_SECONDS)
+        if self._service.open_requests:  # they hear that the server is stopping, while uvicorn still sends
+            await anyio.to_thread.run_sync(self._service.batcher.close, 0.0)
 
     def handle_exit(self, *_: object) -> None:
         """Note a signal. The process does not end by it, as it would with uvicorn's own, but with code 0."""

@@ -29,6 +29,8 @@ class Workers:
     async def run(self, work: Callable[[], T]) -> T:
         """Do work in a process; BrokenWorkerProcess where that ended first. A caller that is cancelled ends it."""
         async with self.limiter:
+            while self._idle and self._idle[-1].poll() is not None:  # the system ended it
+                _end(self._idle.pop())
             worker = self._idle.pop() if self._idle else _start()
             try:
                 result = await anyio.to_thread.run_sync(_ask, worker, work, abandon_on_cancel=True)
