@@ -167,7 +167,8 @@ MISTAKES = [
     ("chat bundle --max-tokens 0", "max_new_tokens: got 0", "hawk-trt chat bundle --max-tokens 128"),
     ("demo --count 3", "--count. See", "hawk-trt demo"),
     ("doctor nothing", "no such folder", "hawk-trt doctor BUNDLE"),
-    ("doctor model", "expected a bundle or engines", "hawk-trt export model --out model-bundle"),
+    ("doctor model", "model: a checkpoint, expected a bundle or engines", "hawk-trt export model --out model-bundle"),
+    ("doctor some/where", "some/where: no such folder, or", "hawk-trt export some/where --out where-bundle"),
 ]
 
 

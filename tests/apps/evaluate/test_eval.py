@@ -190,6 +190,7 @@ def test_a_killed_eval_goes_on_where_it_was(tiny_bundle, tmp_path):
         (["--keep-ratios", "0"], "keep_ratio: got 0.0"),
         (["--selectors", "fastv"], "--checkpoint"),
         (["--max-new-tokens", "0"], "--max-new-tokens: got 0"),
+        (["--max-pixels", "0"], "--max-pixels: got 0"),
     ],
 )
 def test_what_eval_cannot_use_is_one_line(tiny_bundle, tmp_path, capsys, options, message):
