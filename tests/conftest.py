@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 # read when huggingface_hub and PyTorch are imported, so before anything else
@@ -83,31 +82,13 @@ def sampling_bundle(tiny_checkpoint, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tiny_checkpoint, tmp_path_factory) -> Iterator[Path]:
-    """Its float32 bundle with every target, exported once for all tests: read it, never write to it.
-
-    ONNX Runtime optimises each of its graphs once, too: hundreds of tests load it, and no run changes a session.
-    """
-    import onnxruntime as ort
-
+def tiny_bundle(tiny_checkpoint, tmp_path_factory) -> Path:
+    """Its float32 bundle with every target, exported once for all tests: read it, never write to it."""
     from export.__main__ import main
 
     folder = tmp_path_factory.mktemp("bundles") / "tiny-vlm"
     assert main([str(tiny_checkpoint), "--out", str(folder)]) == 0
-    make, plain, made = ort.InferenceSession, ort.SessionOptions, {}
-
-    def session(path, options=None, **more):
-        own = type(options) is plain and isinstance(path, str) and Path(path).resolve().parent == folder.resolve()
-        if not own or more != {"providers": [("CPUExecutionProvider", {})]}:
-            return make(path, options, **more)
-        key = Path(path).name, options.intra_op_num_threads
-        if key not in made:
-            made[key] = make(path, options, **more)
-        return made[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ort, "InferenceSession", session)
-        yield folder
+    return folder
 
 
 @pytest.fixture
