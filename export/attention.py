@@ -92,27 +92,37 @@ def decoder_layer(
     def project(h: Value, n: str, rows: int) -> Value:
         return linear(g, h, f"{weight}.self_attn.{n}_proj", (rows, hidden), bias=not config.qk_norm)
 
-    def turned(h: Value, n: str, heads: int, shape: Value) -> Value:
+    def turned(h: Value, n: str, heads: int, shape: Value, cos: Value, sin: Value) -> Value:
         if config.qk_norm:
             h = g.reshape(h, -1, dim, name=f"{n}_by_head")
             h = language_norm(g, config, h, f"{weight}.self_attn.{n}_norm", dim, g.dtype)
         h = _heads(g, context, h, shape, n)
         heads = 0 if context.grouped is None else heads
-        return rotary(g, h, context.cos, context.sin, f"rotary_{n}", config.rotary_dim, heads)
+        return rotary(g, h, cos, sin, f"rotary_{n}", config.rotary_dim, heads)
 
     with g.scope(f"layers.{layer}"):
         h = language_norm(g, config, x, f"{weight}.input_layernorm", hidden)
         with g.scope("self_attn"):
-            key = turned(project(h, "k", kv_width), "k", config.num_key_value_heads, context.key_shape)
+            cos, sin, mask, query_shape = context.cos, context.sin, context.mask, context.query_shape
+            key = turned(project(h, "k", kv_width), "k", config.num_key_value_heads, context.key_shape, cos, sin)
             value = _heads(g, context, project(h, "v", kv_width), context.key_shape, "v")
+            if last_only and mask is not None:
+                h, x = (last_rows(g, t, query_shape, hidden, n) for t, n in ((h, "normed"), (x, "residual")))
+                # the reshapes say that one position is left, which TensorRT does not see in a Slice
+                half = (config.rotary_dim or dim) // 2
+                cos, sin = (
+                    g.reshape(_last(g, t, 1, n), -1, 1, half, name=f"{n}_one") for t, n in ((cos, "cos"), (sin, "sin"))
+                )
+                mask = g.reshape(_last(g, mask, 2, "mask"), 0, 1, 1, -1, name="mask_one")
+                query_shape = g.ints(-1, 1, config.num_attention_heads, dim)
             query, gate = project(h, "q", 2 * width if config.attention_gate else width), None
             if config.attention_gate:
                 query, gate = _query_and_gate(g, config, query)
-            query = turned(query, "q", config.num_attention_heads, context.query_shape)
-            attended, present = _attend(g, config, context, query, key, value, layer)
+            query = turned(query, "q", config.num_attention_heads, query_shape, cos, sin)
+            attended, present = _attend(g, config, context, query, key, value, mask, layer)
             if gate is not None:
                 attended = g.op("Mul", attended, g.op("Sigmoid", gate, name="gate"), name="gated")
-            if last_only:
+            if last_only and mask is None:  # GroupQueryAttention takes as many queries as keys
                 attended, x = (
                     last_rows(g, t, context.query_shape, size, n)
                     for t, size, n in ((attended, width, "attended"), (x, hidden, "residual"))
@@ -177,6 +187,7 @@ def _attend(
     query: Value,
     key: Value,
     value: Value,
+    mask: Value | None,
     layer: int,
 ) -> tuple[Value, dict[str, Value]]:
     """Update the cache and attend: what _heads gave in, [tokens, heads * dim] out."""
@@ -208,7 +219,7 @@ def _attend(
         )
         read = (_repeated(g, config, whole_key, "k"), _repeated(g, config, whole_value, "v"))
     if context.grouped is None:
-        attended = attention(g, query, *read, scale, context.mask)
+        attended = attention(g, query, *read, scale, mask)
         attended = g.transpose(attended, 0, 2, 1, 3, name="join_heads")
     present = dict(zip(config.cache_names(layer, past=False), (key, value), strict=True))
     return g.reshape(attended, -1, width, name="flat"), present
