@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -306,6 +307,22 @@ def test_sigterm_finishes_running_answers_and_then_ends_the_process(tiny_bundle,
         assert server.wait(20) == 0
         with pytest.raises(httpx2.ConnectError):
             httpx2.get(f"{url}/health", trust_env=False)
+
+
+def test_a_stream_that_outlasts_the_drain_ends_with_an_error(tiny_bundle, tmp_path):
+    held = tmp_path / "held"
+    with process(tiny_bundle, held, "--model-name", "tiny-vlm", "--drain-seconds", "0.2") as (url, server):
+        body = question("In which corner is the circle?", SAMPLES / "1-where.png", stream=True)
+        held.touch()
+        with httpx2.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=20, trust_env=False) as response:
+            lines = response.iter_lines()
+            next(lines)
+            server.send_signal(signal.SIGTERM)
+            time.sleep(0.6)
+            held.unlink()
+            pieces = [line for line in lines if line]
+        assert "error" in json.loads(pieces[-1].removeprefix("data: "))
+        assert server.wait(20) == 0
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,19 @@
 """Requests that take long to prepare: a worker process does it, within limits, and hinders no other request."""
 
+import os
 import pickle
+import signal
 import socket
 import struct
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import anyio
 import pytest
 
 from hawk_trt.apps.serve.errors import ApiError, invalid
+from hawk_trt.apps.serve.worker import Workers
 from serving import SAMPLES, data_url, question, samples, serving, wait_for
 
 PICTURE = SAMPLES / "0-colour.png"
@@ -103,3 +107,18 @@ def test_an_error_of_a_worker_arrives_as_it_was():
     ):
         got = pickle.loads(pickle.dumps(error))
         assert (got.status, got.body, got.headers) == (error.status, error.body, error.headers)
+
+
+def test_a_worker_that_the_system_ended_costs_no_request():
+    pool = Workers(1)
+
+    async def ask():
+        return await pool.run(os.getpid)
+
+    first = anyio.run(ask)
+    os.kill(first, signal.SIGKILL)
+    wait_for(lambda: pool._idle[0].poll() is not None)
+    try:
+        assert anyio.run(ask) not in (first, os.getpid())
+    finally:
+        pool.close()
